@@ -1,0 +1,29 @@
+"""Read a teacher cache: three lines are enough for another project's training loop.
+
+    from cache_tools import TeacherCache
+    cache = TeacherCache.open("digits")
+    targets = cache.load_view(0)
+
+Heavy modules load on first use, so that `cache-tools ls` and every `--help` answer at once.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["CacheError", "TeacherCache", "ViewTargets", "__version__"]
+
+if TYPE_CHECKING:
+    from cache_tools.errors import CacheError
+    from cache_tools.reader import TeacherCache, ViewTargets
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CacheError":
+        from cache_tools.errors import CacheError
+
+        return CacheError
+    if name in {"TeacherCache", "ViewTargets"}:
+        from cache_tools import reader
+
+        return getattr(reader, name)
+    raise AttributeError(f"module 'cache_tools' has no attribute {name!r}")

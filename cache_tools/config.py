@@ -1,0 +1,157 @@
+"""Recipes as frozen pydantic models: YAML files, built-in names, `--set key=value`, errors that name the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache_tools.errors import RecipeError
+
+
+class Frozen(BaseModel):
+    """A value: immutable, validated on construction, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Recipe = TypeVar("Recipe", bound=Frozen)
+
+
+def load_recipe(
+    model: type[Recipe],
+    source: str | None,
+    builtin: Traversable,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read a recipe and lay options over it.
+
+    Args:
+        model: the recipe class.
+        source: a built-in name (`digits`), a YAML file, or None for an empty recipe.
+        builtin: the folder that holds the built-in `NAME.yaml` files.
+        overrides: `--set` items, `dotted.key=YAML value`; they win over everything else.
+        options: dotted key → value from plain command-line options; None values are ignored.
+
+    Raises:
+        RecipeError: unknown name, unreadable YAML, unknown key (with the nearest one), bad value.
+    """
+    data = {} if source is None else _read(source, builtin)
+    for key, value in (options or {}).items():
+        if value is not None:
+            set_dotted(data, key, value)
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key.strip():
+            raise RecipeError("cannot read --set", where=item, expected="--set key=value", found=repr(item))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError("cannot read the value of --set", where=item, expected="a YAML value") from error
+        set_dotted(data, key.strip(), value)
+    return validate(model, data, where=source or "options")
+
+
+def builtin_names(builtin: Traversable) -> list[str]:
+    """Names of the built-in recipes in a folder, sorted."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in builtin.iterdir() if entry.name.endswith(".yaml"))
+
+
+def validate(model: type[Recipe], data: Any, *, where: str) -> Recipe:
+    """Build `model` from plain data, turning pydantic's report into one clear RecipeError."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _recipe_error(model, error, where) from error
+
+
+def dump_yaml(recipe: BaseModel) -> str:
+    """The full recipe as YAML, defaults included: what `--show-recipe` prints and what is stored beside a result."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.c` in nested dictionaries, in place; digits index lists."""
+    *parents, last = key.split(".")
+    node: Any = data
+    for name in parents:
+        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+            node = node[int(name)]
+            continue
+        if not isinstance(node, dict):
+            raise RecipeError("cannot set a key below a plain value", where=key, found=repr(node))
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError("cannot set a key below a plain value", where=key, found=repr(node))
+
+
+def _read(source: str, builtin: Traversable) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise RecipeError("recipe file not found", where=path, next_step=f"built-in recipes: {', '.join(builtin_names(builtin))}")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        names = builtin_names(builtin)
+        if source not in names:
+            raise RecipeError(
+                "no such recipe", where=source, expected=f"a YAML file or one of {', '.join(names)}", next_step=_hint(source, names)
+            )
+        text = (builtin / f"{source}.yaml").read_text(encoding="utf-8")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError("recipe is not valid YAML", where=source, found=str(error)) from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise RecipeError("recipe is not a mapping", where=source, expected="key: value lines", found=type(data).__name__)
+    return data
+
+
+def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) -> RecipeError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "(the whole recipe)"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        siblings = _known_keys(model, first["loc"][:-1])
+        return RecipeError(
+            f"unknown recipe key '{key}'{more}", where=where, next_step=_hint(str(first["loc"][-1]), siblings) or f"known keys: {', '.join(siblings)}"
+        )
+    return RecipeError(f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=repr(first.get("input")))
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names at a location of a model; pydantic puts union tags and indices into locations, which are skipped."""
+    current: list[type[BaseModel]] = [model]
+    for part in location:
+        fields = [m.model_fields[str(part)] for m in current if str(part) in m.model_fields]
+        if fields:
+            current = [m for field in fields for m in _models_in(field.annotation)]
+        else:
+            tagged = [m for m in current if any(f.default == part for f in m.model_fields.values()) or m.__name__ == part]
+            current = tagged or current
+    return sorted({name for m in current for name in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _hint(word: str, names: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?".removesuffix("?") if near else None

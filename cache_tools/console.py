@@ -1,0 +1,140 @@
+"""What every command shares: errors as one line and exit code 2, progress on terminals and in logs, devices."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, ParamSpec
+
+from cache_tools.errors import CacheError, DeviceError, StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+P = ParamSpec("P")
+LINE_EVERY_S = 10.0
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EISDIR}
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a typer command: CacheErrors and full or read-only disks become one line on stderr and exit code 2."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except CacheError as error:
+            leave(str(error), 2)
+        except KeyboardInterrupt:
+            leave("Interrupted. Run the same command again to go on from what is stored.", 130)
+        except OSError as error:
+            if error.errno not in _STORAGE_ERRNOS:
+                raise
+            leave(str(storage_error(error)), 2)
+
+    return wrapper
+
+
+def leave(message: str, code: int) -> None:
+    """Print one line on stderr and exit with `code`."""
+    print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def storage_error(error: OSError) -> StorageError:
+    """An operating-system error about storage in our words."""
+    return StorageError(
+        f"cannot write or read: {error.strerror or error}",
+        where=error.filename,
+        next_step="free some space, choose another --out, or fix its permissions, then run the same command again: what is committed is kept",
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device.
+
+    Raises:
+        DeviceError: CUDA asked for where there is none, an index too high, or a name torch does not know.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError("no such device", where=name, expected="auto, cpu, cuda or cuda:N") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise DeviceError("unsupported device", where=name, expected="auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise DeviceError(
+                "no such CUDA device",
+                where=name,
+                found=f"{count} CUDA device(s) on this machine",
+                next_step="use --device cpu, or a machine with a CUDA build of torch and a GPU",
+            )
+    return device
+
+
+class Progress:
+    """A bar with rate and ETA on a terminal; elsewhere a plain line every ten seconds.
+
+    Use as a context manager; `advance(n)` after each piece of work. Only the main thread may call it.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._note = ""
+        self._first, self._start = done, time.monotonic()
+        self._last_line = self._start
+        self._bar = self._rich_bar() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None and time.monotonic() - self._start > 2.0:
+            self._print_line()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Say that `count` more units are done; `note` (a loss, a metric) stands behind the figures."""
+        self.done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=f"{self.rate:,.0f} {self.unit}/s {self._note}")
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._print_line()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the start of this run, work done before a resume left out."""
+        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        eta_s = (self.total - self.done) / max(self.rate, 1e-9)
+        eta = f", ETA {eta_s:.0f} s" if self.done < self.total else ""
+        note = f", {self._note}" if self._note else ""
+        print(f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f} {self.unit}/s{eta}{note}", file=sys.stderr, flush=True)
+
+    def _rich_bar(self):  # type: ignore[no-untyped-def]  # rich is imported late and left untyped
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        bar = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self._task = bar.add_task(self.title, total=self.total, completed=self.done, rate="")
+        return bar

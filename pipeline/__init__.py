@@ -1,0 +1,1 @@
+"""Stage one: images → views → teacher and CLIP → fused targets → cache."""
