@@ -27,11 +27,17 @@ class TeacherPair:
         self.teacher, self.clip, self.recipe, self.clip_scale = teacher, clip, recipe, clip_scale
         width = recipe.feature_dim
         self._projections = {
-            "teacher_projection": fusion.projection_matrix(teacher.identity.feature_dim, width, recipe.projection_seed),
-            "clip_projection": fusion.projection_matrix(clip.identity.feature_dim, width, recipe.projection_seed + 1),
+            "teacher_projection": fusion.projection_matrix(
+                teacher.identity.feature_dim, width, recipe.projection_seed
+            ),
+            "clip_projection": fusion.projection_matrix(
+                clip.identity.feature_dim, width, recipe.projection_seed + 1
+            ),
         }
         device = clip.class_embeddings.device
-        self._on_device = {name: torch.from_numpy(value).to(device) for name, value in self._projections.items()}
+        self._on_device = {
+            name: torch.from_numpy(value).to(device) for name, value in self._projections.items()
+        }
         # Two streams let a small teacher fill the gaps that CLIP leaves on a GPU.
         self._clip_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -116,7 +122,9 @@ def load_pair(
         WeightsError: weights that are missing or do not fit the architecture, class count or class order.
     """
     pair = TeacherPair(
-        load_teacher(teacher, images.class_names, device, images.image_size, dataset.normalisation, precision=precision),
+        load_teacher(
+            teacher, images.class_names, device, images.image_size, dataset.normalisation, precision=precision
+        ),
         load_clip(clip, images.class_names, device, precision=precision),
         recipe,
         clip_scale if clip_scale is not None else 1.0,
@@ -138,7 +146,9 @@ def clean_batches(images: ImageSet, index: np.ndarray, batch_size: int, device: 
         yield torch.from_numpy(images.load(index[start : start + batch_size])).to(device)
 
 
-def view_pixels(images: ImageSet, views: ViewRecipe, index: np.ndarray, view: int, device: torch.device) -> torch.Tensor:
+def view_pixels(
+    images: ImageSet, views: ViewRecipe, index: np.ndarray, view: int, device: torch.device
+) -> torch.Tensor:
     """uint8 [B,3,H,W] on `device`: what every teacher and student sees of these samples in view `view`."""
     return views.apply(torch.from_numpy(images.load(index)).to(device), index, view)
 
@@ -147,7 +157,10 @@ def _resolve_scale(pair: TeacherPair, images: ImageSet, batch_size: int) -> floa
     choice = pair.recipe.clip_scale
     if choice != "match":
         return fusion.resolve_clip_scale(choice, pair.clip.identity.logit_scale, None, None)
-    outputs = [pair.outputs(pixels) for pixels in clean_batches(images, labelled_sample(images, 2048), batch_size, pair.device)]
+    outputs = [
+        pair.outputs(pixels)
+        for pixels in clean_batches(images, labelled_sample(images, 2048), batch_size, pair.device)
+    ]
     teacher_logits = torch.cat([teacher.logits for teacher, _ in outputs])
     cosine = torch.cat([clip.cosine for _, clip in outputs])
     return fusion.resolve_clip_scale(choice, pair.clip.identity.logit_scale, teacher_logits, cosine)

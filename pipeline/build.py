@@ -1,0 +1,288 @@
+"""The build loop: every missing block of every view through teacher and CLIP, once, into the cache.
+
+Three things happen at the same time: a thread loads the next images, the device computes, and a thread encodes,
+writes and commits the block before. A block is always computed from its own first row in batches of the same size,
+so a resumed build gives the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import platform
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cache_tools import registry
+from cache_tools.console import Progress, resolve_device
+from cache_tools.format import ArraySpec, CacheRecipe, FloatType, Manifest, default_block_rows, target_arrays
+from cache_tools.images import ImageSet, open_images
+from cache_tools.reader import make_canaries
+from cache_tools.writer import CacheWriter
+from pipeline.preflight import Preflight, run_preflight
+from pipeline.recipe import BuildRecipe
+from pipeline.targets import TeacherPair, load_pair
+
+BLOCKS_IN_FLIGHT = 2
+LOADED_BATCHES_AHEAD = 3
+TORCH_DTYPES: dict[FloatType, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
+
+
+class BuildResult(NamedTuple):
+    """What a build did; `images` counts (sample, view) pairs computed in this run, `elapsed_s` the build loop alone."""
+
+    path: Path
+    manifest: Manifest
+    preflight: Preflight | None
+    images: int
+    elapsed_s: float
+
+
+def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: None) -> BuildResult:
+    """Build the cache of a recipe, or go on with it where an earlier run stopped.
+
+    Args:
+        recipe: what to build; `recipe.out` or the cache home says where.
+        say: receives one line per milestone.
+
+    Raises:
+        CacheError: anything wrong with data, weights, device, storage, or another recipe's cache in the same place.
+    """
+    device = resolve_device(recipe.device)
+    images = open_images(recipe.dataset)
+    pair = load_pair(
+        recipe.teacher,
+        recipe.clip,
+        recipe.fusion,
+        images,
+        recipe.dataset,
+        device,
+        recipe.precision,
+        batch_size=recipe.batch_size,
+    )
+    identity = resolve(recipe, images, pair)
+    path = recipe.out or registry.cache_path(recipe.name, identity.fingerprint)
+    writer, preflight = _open_or_create(path, recipe, identity, images, pair, say)
+    pair.clip_scale = writer.manifest.clip_scale
+    missing = writer.missing_blocks()
+    if not missing:
+        say(f"{path} is complete: nothing to do")
+        return BuildResult(path, writer.manifest, preflight, 0, 0.0)
+    start = time.monotonic()
+    count = _build_blocks(writer, missing, images, pair, recipe.batch_size)
+    return BuildResult(path, writer.manifest, preflight, count, time.monotonic() - start)
+
+
+def resolve(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheRecipe:
+    """The recipe with every name replaced by what it stands for: content digests, resolved preprocessing, prompts."""
+    return CacheRecipe(
+        dataset=images.identity(),
+        views=recipe.views,
+        teacher=pair.teacher.identity,
+        clip=pair.clip.identity,
+        fusion=recipe.fusion,
+        store=recipe.store,
+        dtype=recipe.dtype,
+        precision=recipe.precision,
+    )
+
+
+def _open_or_create(
+    path: Path,
+    recipe: BuildRecipe,
+    identity: CacheRecipe,
+    images: ImageSet,
+    pair: TeacherPair,
+    say: Callable[[str], None],
+) -> tuple[CacheWriter, Preflight | None]:
+    if path.exists():
+        writer = CacheWriter.resume(path, identity.fingerprint)
+        if writer.manifest.num_views < recipe.num_views:
+            writer = writer.grow(recipe.num_views)
+        say(f"going on with {path}")
+        stored = writer.manifest.provenance.get("preflight")
+        return writer, Preflight.model_validate(stored) if stored else None
+    preflight = None
+    if recipe.preflight_samples:
+        preflight = run_preflight(
+            pair, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size
+        )
+        say(f"preflight: {preflight}")
+    manifest = Manifest(
+        fingerprint=identity.fingerprint,
+        name=recipe.name,
+        recipe=identity,
+        dataset=recipe.dataset,
+        num_views=recipe.num_views,
+        block_rows=recipe.block_rows or default_block_rows(identity),
+        clip_scale=pair.clip_scale,
+        canaries=make_canaries(recipe.views, images, recipe.num_views),
+        build_recipe=recipe.model_dump(mode="json"),
+        provenance={
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "device": device_name(pair.device),
+            "versions": {
+                name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")
+            },
+            "python": platform.python_version(),
+            "preflight": preflight.model_dump() if preflight else None,
+        },
+    )
+    writer = CacheWriter.create(
+        path, manifest, labels=images.labels, sample_keys=images.keys, constants=pair.constants(recipe.store)
+    )
+    say(f"building {path}")
+    return writer, preflight
+
+
+def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
+    """The test split where there is one: on its training images a teacher looks better than it is."""
+    return open_images(recipe.dataset, recipe.dataset.test_split) if recipe.dataset.test_split else images
+
+
+def _build_blocks(
+    writer: CacheWriter, missing: list[tuple[int, int]], images: ImageSet, pair: TeacherPair, batch_size: int
+) -> int:
+    manifest = writer.manifest
+    specs = target_arrays(manifest.recipe, manifest.block_rows)
+    sizes = [_rows(manifest, block) for _, block in missing]
+    done_before = manifest.num_views * manifest.num_samples - sum(sizes)
+    pending: list[Future[None]] = []
+    with (
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as pool,
+        _Loader(images, manifest, missing, batch_size, pin=pair.device.type == "cuda") as batches,
+        Progress("build", manifest.num_views * manifest.num_samples, "images", done=done_before) as progress,
+    ):
+        for (view, block), rows in zip(missing, sizes, strict=True):
+            buffers = _host_buffers(specs, rows, pair.device)
+            for start in range(0, rows, batch_size):
+                index, loaded = next(batches)
+                pixels = manifest.recipe.views.apply(loaded.to(pair.device, non_blocking=True), index, view)
+                for name, values in pair.targets(pixels, manifest.recipe.store).items():
+                    # Converted on the device, so that half-precision rows cross the bus at half the bytes.
+                    target = buffers[name][start : start + len(index)]
+                    target.copy_(values.to(target.dtype), non_blocking=True)
+                progress.advance(len(index))
+            pending.append(pool.submit(_write, writer, view, block, buffers, _copied(pair.device)))
+            while len(pending) > BLOCKS_IN_FLIGHT:
+                pending.pop(0).result()
+        for future in pending:
+            future.result()
+    return sum(sizes)
+
+
+def _write(
+    writer: CacheWriter,
+    view: int,
+    block: int,
+    buffers: dict[str, torch.Tensor],
+    copied: torch.cuda.Event | None,
+) -> None:
+    if copied is not None:
+        copied.synchronize()
+    manifest = writer.manifest
+    rows = manifest.block(block)
+    digest = manifest.recipe.views.parameter_digest(
+        np.arange(rows.start, rows.stop), view, manifest.recipe.dataset.image_size
+    )
+    writer.write_block(view, block, {name: buffer.numpy() for name, buffer in buffers.items()}, digest)
+
+
+def _copied(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind the block's last copy to the host; None where copies are immediate."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _host_buffers(specs: tuple[ArraySpec, ...], rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    pin = device.type == "cuda"
+    return {
+        spec.name: torch.empty((rows, spec.width), dtype=TORCH_DTYPES[spec.dtype], pin_memory=pin)
+        for spec in specs
+    }
+
+
+def _rows(manifest: Manifest, block: int) -> int:
+    rows = manifest.block(block)
+    return rows.stop - rows.start
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the name of the GPU: goes into provenance."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+class _Loader:
+    """Decoded batches of the missing blocks, in order, loaded by one thread a few batches ahead."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        manifest: Manifest,
+        missing: list[tuple[int, int]],
+        batch_size: int,
+        *,
+        pin: bool,
+    ) -> None:
+        self._images, self._manifest, self._missing, self._batch_size, self._pin = (
+            images,
+            manifest,
+            missing,
+            batch_size,
+            pin,
+        )
+        self._queue: queue.Queue[tuple[np.ndarray, torch.Tensor] | BaseException] = queue.Queue(
+            LOADED_BATCHES_AHEAD
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+
+    def __enter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        self._thread.start()
+        return self._batches()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _batches(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _run(self) -> None:
+        try:
+            for _, block in self._missing:
+                rows = self._manifest.block(block)
+                for start in range(rows.start, rows.stop, self._batch_size):
+                    index = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
+                    # A slice where possible: a resident set then hands out a view of its memory, without a copy.
+                    pixels = torch.from_numpy(self._images.load(slice(int(index[0]), int(index[-1]) + 1)))
+                    if not self._put((index, pixels.pin_memory() if self._pin else pixels)):
+                        return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[np.ndarray, torch.Tensor] | BaseException) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

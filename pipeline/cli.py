@@ -1,0 +1,151 @@
+"""`build-cache`: run a teacher and CLIP once over every (image, augmentation seed) and store their fused targets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_tools.config import dump_yaml
+from cache_tools.console import command
+from pipeline.recipe import BuildRecipe, load_build_recipe
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+@command
+def build_cache(
+    recipe: Annotated[
+        str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
+    ] = "digits",
+    views: Annotated[
+        int | None, typer.Option("--views", help="Number of cached views (augmentation seeds).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Base seed of the views.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="resnet32x4, timm:NAME, torchvision:NAME, or a run of train-student."),
+    ] = None,
+    teacher_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher-checkpoint", help="The teacher's .safetensors or .pth file, or a pretrained tag."
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option("--clip", help="An open_clip model name, hf-hub:ORG/MODEL or local-dir:FOLDER."),
+    ] = None,
+    clip_checkpoint: Annotated[
+        str | None,
+        typer.Option("--clip-checkpoint", help="A pretrained tag of open_clip, or a checkpoint file."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", help="Prompt templates: richkd (12), openai (80), siglip (1), or a file."),
+    ] = None,
+    teacher_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--teacher-weight", help="The teacher's share of the fused logits, 0 to 1 (α in the paper)."
+        ),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="fused, or components (teacher and CLIP kept apart).")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the cache. Default: one per fingerprint in the cache home."),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the dataset if it is not there.")
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision)."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated."),
+    ] = None,
+    show_recipe: Annotated[
+        bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Run a teacher and CLIP once over every (image, view) and store their fused targets.
+
+    Without arguments it builds the embedded default: handwritten digits with two small teachers, offline, in seconds.
+    Interrupt it at any time: the same command goes on where it stopped.
+    """
+    options = {
+        "num_views": views,
+        "views.base_seed": seed,
+        # A teacher named on the command line replaces the recipe's wholly: weights and normalisation belong to the network.
+        "teacher": {"name": teacher} if teacher else None,
+        "teacher.weights": teacher_checkpoint,
+        "clip.name": clip,
+        "clip.weights": clip_checkpoint,
+        "clip.templates": prompts,
+        "fusion.teacher_weight": teacher_weight,
+        "store": store,
+        "out": str(out) if out else None,
+        "device": device,
+        "batch_size": batch_size,
+        "dataset.data_dir": str(data_dir) if data_dir else None,
+        "dataset.download": True if download else None,
+        "precision": precision,
+    }
+    reset = ["clip.weights=null"] if clip and not clip_checkpoint else []
+    loaded = load_build_recipe(recipe, [*reset, *(overrides or [])], options)
+    if show_recipe:
+        print(dump_yaml(loaded), end="")
+        return
+    _build(loaded, as_json)
+
+
+def _build(recipe: BuildRecipe, as_json: bool) -> None:
+    # torch, open_clip and torchvision take seconds to import: --help and --show-recipe do not wait for them.
+    import sys
+
+    from pipeline.build import build_cache as build
+
+    result = build(
+        recipe, say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+    )
+    manifest = result.manifest
+    rate = result.images / result.elapsed_s if result.elapsed_s else 0.0
+    if as_json:
+        summary = {
+            "path": str(result.path),
+            "fingerprint": manifest.fingerprint,
+            "num_views": manifest.num_views,
+            "num_samples": manifest.num_samples,
+            "images_computed": result.images,
+            "elapsed_s": round(result.elapsed_s, 3),
+            "images_per_s": round(rate, 1),
+            "preflight": result.preflight.model_dump() if result.preflight else None,
+        }
+        print(json.dumps(summary))
+        return
+    if result.images:
+        print(f"computed {result.images:,} images in {result.elapsed_s:.1f} s ({rate:,.0f} images/s)")
+    print(
+        f"cache {manifest.fingerprint[:12]}: {manifest.num_views} views of {manifest.num_samples:,} samples"
+    )
+    print(
+        f"next: train-student --cache {result.path}" if recipe.out else f"next: train-student {recipe.name}"
+    )
+
+
+def main() -> None:
+    """Entry point of the `build-cache` command."""
+    app()

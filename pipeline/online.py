@@ -1,0 +1,32 @@
+"""Targets from live teachers, batch by batch: what a cache replaces, kept to check it against and to measure it by."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.targets import TeacherPair
+from train.feed import BatchTargets
+
+
+class LiveTeachers:
+    """A target source for `train.loop` that runs teacher and CLIP on every batch of view pixels.
+
+    Interface of a cached source: `view(v).batch(index, pixels)`. Rows equal those of a float32 cache of the same recipe.
+    """
+
+    def __init__(self, pair: TeacherPair) -> None:
+        self._pair = pair
+
+    def view(self, view: int) -> LiveTeachers:
+        """The same object: live targets depend on the pixels alone."""
+        return self
+
+    def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
+        """Fused logits [B, C] and features [B, D], float32, of uint8 view pixels."""
+        logits, features = self._pair.fuse(*self._pair.outputs(pixels_NCHW_u8))
+        return BatchTargets(
+            logits.clone(), features.clone()
+        )  # out of inference mode: the loss records gradients with them
+
+    def close(self) -> None:
+        """Nothing to release."""
