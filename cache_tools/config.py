@@ -1,4 +1,4 @@
-"""Recipes as frozen pydantic models: YAML files, built-in names, `--set key=value`, errors that name the nearest key."""
+"""Recipes as frozen pydantic models: YAML files, built-in names, `--set key=value`, errors naming the nearest key."""
 
 from __future__ import annotations
 
@@ -101,13 +101,18 @@ def _read(source: str, builtin: Traversable) -> dict[str, Any]:
     path = Path(source)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
-            raise RecipeError("recipe file not found", where=path, next_step=f"built-in recipes: {', '.join(builtin_names(builtin))}")
+            raise RecipeError(
+                "recipe file not found", where=path, next_step=f"built-in recipes: {', '.join(builtin_names(builtin))}"
+            )
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
         names = builtin_names(builtin)
         if source not in names:
             raise RecipeError(
-                "no such recipe", where=source, expected=f"a YAML file or one of {', '.join(names)}", next_step=_hint(source, names)
+                "no such recipe",
+                where=source,
+                expected=f"a YAML file or one of {', '.join(names)}",
+                next_step=_hint(source, names),
             )
         text = (builtin / f"{source}.yaml").read_text(encoding="utf-8")
     try:
@@ -117,7 +122,9 @@ def _read(source: str, builtin: Traversable) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise RecipeError("recipe is not a mapping", where=source, expected="key: value lines", found=type(data).__name__)
+        raise RecipeError(
+            "recipe is not a mapping", where=source, expected="key: value lines", found=type(data).__name__
+        )
     return data
 
 
@@ -128,9 +135,13 @@ def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) ->
     if first["type"] == "extra_forbidden":
         siblings = _known_keys(model, first["loc"][:-1])
         return RecipeError(
-            f"unknown recipe key '{key}'{more}", where=where, next_step=_hint(str(first["loc"][-1]), siblings) or f"known keys: {', '.join(siblings)}"
+            f"unknown recipe key '{key}'{more}",
+            where=where,
+            next_step=_hint(str(first["loc"][-1]), siblings) or f"known keys: {', '.join(siblings)}",
         )
-    return RecipeError(f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=repr(first.get("input")))
+    return RecipeError(
+        f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=repr(first.get("input"))
+    )
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -141,7 +152,9 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
         if fields:
             current = [m for field in fields for m in _models_in(field.annotation)]
         else:
-            tagged = [m for m in current if any(f.default == part for f in m.model_fields.values()) or m.__name__ == part]
+            tagged = [
+                m for m in current if any(f.default == part for f in m.model_fields.values()) or m.__name__ == part
+            ]
             current = tagged or current
     return sorted({name for m in current for name in m.model_fields})
 

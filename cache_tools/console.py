@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 LINE_EVERY_S = 10.0
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EISDIR}
+_STORAGE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -50,7 +59,8 @@ def storage_error(error: OSError) -> StorageError:
     return StorageError(
         f"cannot write or read: {error.strerror or error}",
         where=error.filename,
-        next_step="free some space, choose another --out, or fix its permissions, then run the same command again: what is committed is kept",
+        next_step="free some space, choose another --out or fix its permissions, then run the same command again: "
+        "what is committed is kept",
     )
 
 
@@ -100,7 +110,9 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None and time.monotonic() - self._start > 2.0:
@@ -125,7 +137,8 @@ class Progress:
         eta_s = (self.total - self.done) / max(self.rate, 1e-9)
         eta = f", ETA {eta_s:.0f} s" if self.done < self.total else ""
         note = f", {self._note}" if self._note else ""
-        print(f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f} {self.unit}/s{eta}{note}", file=sys.stderr, flush=True)
+        line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f} {self.unit}/s{eta}{note}"
+        print(line, file=sys.stderr, flush=True)
 
     def _rich_bar(self):  # type: ignore[no-untyped-def]  # rich is imported late and left untyped
         from rich.console import Console

@@ -76,9 +76,9 @@ class ClipIdentity(Frozen):
 class FusionRecipe(Frozen):
     """How teacher and CLIP become one target (RichKD, equations for z_F and f_F).
 
-    logits: teacher_weight · teacher + (1 − teacher_weight) · scale · cosine  [α]
-    features: feature_weight · teacher + (1 − feature_weight) · CLIP, both projected to `feature_dim` and L2-normalised [λ]
-    clip_scale: `model` (CLIP's own logit scale), `match` (brought to the teacher's spread), or a number (1.0: official code).
+    logits: teacher_weight · teacher + (1 − teacher_weight) · scale · cosine [α]
+    features: feature_weight · teacher + (1 − feature_weight) · CLIP, both projected to `feature_dim`, L2-normalised [λ]
+    clip_scale: `model` (CLIP's own logit scale), `match` (brought to the teacher's spread) or a number (official: 1.0).
     """
 
     teacher_weight: float = Field(0.7, ge=0.0, le=1.0)
@@ -104,7 +104,10 @@ class CacheRecipe(Frozen):
     def fingerprint(self) -> str:
         """64 hex digits of sha256 over the canonical JSON of this recipe and the format version."""
         text = json.dumps(
-            {"format_version": FORMAT_VERSION, "recipe": self.model_dump(mode="json")}, sort_keys=True, separators=(",", ":"), ensure_ascii=True
+            {"format_version": FORMAT_VERSION, "recipe": self.model_dump(mode="json")},
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=True,
         )
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -129,8 +132,8 @@ class Manifest(Frozen):
     block_rows: PositiveInt
     clip_scale: float
     canaries: tuple[Canary, ...] = ()
-    build_recipe: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
+    build_recipe: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -169,7 +172,9 @@ def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]
         if not recipe.teacher.linear_head:
             widths["teacher_logits"] = classes
     return tuple(
-        ArraySpec(name=name, width=width, dtype=recipe.dtype, chunk_rows=_chunk_rows(width * DTYPES[recipe.dtype], block_rows))
+        ArraySpec(
+            name=name, width=width, dtype=recipe.dtype, chunk_rows=_chunk_rows(width * DTYPES[recipe.dtype], block_rows)
+        )
         for name, width in widths.items()
     )
 
@@ -188,7 +193,9 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
         FormatError: no such attribute, another format version, fields that are missing or wrong, a wrong fingerprint.
     """
     if not isinstance(attribute, dict):
-        raise FormatError("not a teacher cache", where=where, expected=f"a group attribute '{MANIFEST_KEY}'", found="none")
+        raise FormatError(
+            "not a teacher cache", where=where, expected=f"a group attribute '{MANIFEST_KEY}'", found="none"
+        )
     version = attribute.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatError(
@@ -203,9 +210,16 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise FormatError(f"damaged manifest, field '{key}'", where=where, expected=first["msg"], found=repr(first.get("input"))[:80]) from error
+        raise FormatError(
+            f"damaged manifest, field '{key}'", where=where, expected=first["msg"], found=repr(first.get("input"))[:80]
+        ) from error
     if manifest.fingerprint != manifest.recipe.fingerprint:
-        raise FormatError("manifest and fingerprint disagree", where=where, expected=manifest.recipe.fingerprint[:12], found=manifest.fingerprint[:12])
+        raise FormatError(
+            "manifest and fingerprint disagree",
+            where=where,
+            expected=manifest.recipe.fingerprint[:12],
+            found=manifest.fingerprint[:12],
+        )
     return manifest
 
 

@@ -8,11 +8,9 @@ so a resumed build gives the same bytes as an uninterrupted one.
 from __future__ import annotations
 
 import platform
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,12 +26,12 @@ from cache_tools.format import ArraySpec, CacheRecipe, FloatType, Manifest, defa
 from cache_tools.images import ImageSet, open_images
 from cache_tools.reader import make_canaries
 from cache_tools.writer import CacheWriter
+from pipeline.loader import BatchLoader
 from pipeline.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
 from pipeline.targets import TeacherPair, load_pair
 
 BLOCKS_IN_FLIGHT = 2
-LOADED_BATCHES_AHEAD = 3
 TORCH_DTYPES: dict[FloatType, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -113,9 +111,7 @@ def _open_or_create(
         return writer, Preflight.model_validate(stored) if stored else None
     preflight = None
     if recipe.preflight_samples:
-        preflight = run_preflight(
-            pair, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size
-        )
+        preflight = run_preflight(pair, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size)
         say(f"preflight: {preflight}")
     manifest = Manifest(
         fingerprint=identity.fingerprint,
@@ -131,9 +127,7 @@ def _open_or_create(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(sys.argv),
             "device": device_name(pair.device),
-            "versions": {
-                name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")
-            },
+            "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
             "python": platform.python_version(),
             "preflight": preflight.model_dump() if preflight else None,
         },
@@ -160,7 +154,7 @@ def _build_blocks(
     pending: list[Future[None]] = []
     with (
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as pool,
-        _Loader(images, manifest, missing, batch_size, pin=pair.device.type == "cuda") as batches,
+        BatchLoader(images, manifest, missing, batch_size, pin=pair.device.type == "cuda") as batches,
         Progress("build", manifest.num_views * manifest.num_samples, "images", done=done_before) as progress,
     ):
         for (view, block), rows in zip(missing, sizes, strict=True):
@@ -210,8 +204,7 @@ def _copied(device: torch.device) -> torch.cuda.Event | None:
 def _host_buffers(specs: tuple[ArraySpec, ...], rows: int, device: torch.device) -> dict[str, torch.Tensor]:
     pin = device.type == "cuda"
     return {
-        spec.name: torch.empty((rows, spec.width), dtype=TORCH_DTYPES[spec.dtype], pin_memory=pin)
-        for spec in specs
+        spec.name: torch.empty((rows, spec.width), dtype=TORCH_DTYPES[spec.dtype], pin_memory=pin) for spec in specs
     }
 
 
@@ -223,66 +216,3 @@ def _rows(manifest: Manifest, block: int) -> int:
 def device_name(device: torch.device) -> str:
     """`cpu`, or the name of the GPU: goes into provenance."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-class _Loader:
-    """Decoded batches of the missing blocks, in order, loaded by one thread a few batches ahead."""
-
-    def __init__(
-        self,
-        images: ImageSet,
-        manifest: Manifest,
-        missing: list[tuple[int, int]],
-        batch_size: int,
-        *,
-        pin: bool,
-    ) -> None:
-        self._images, self._manifest, self._missing, self._batch_size, self._pin = (
-            images,
-            manifest,
-            missing,
-            batch_size,
-            pin,
-        )
-        self._queue: queue.Queue[tuple[np.ndarray, torch.Tensor] | BaseException] = queue.Queue(
-            LOADED_BATCHES_AHEAD
-        )
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-
-    def __enter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        self._thread.start()
-        return self._batches()
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _batches(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        while True:
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def _run(self) -> None:
-        try:
-            for _, block in self._missing:
-                rows = self._manifest.block(block)
-                for start in range(rows.start, rows.stop, self._batch_size):
-                    index = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
-                    # A slice where possible: a resident set then hands out a view of its memory, without a copy.
-                    pixels = torch.from_numpy(self._images.load(slice(int(index[0]), int(index[-1]) + 1)))
-                    if not self._put((index, pixels.pin_memory() if self._pin else pixels)):
-                        return
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: tuple[np.ndarray, torch.Tensor] | BaseException) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False

@@ -21,9 +21,7 @@ def build_cache(
     recipe: Annotated[
         str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
     ] = "digits",
-    views: Annotated[
-        int | None, typer.Option("--views", help="Number of cached views (augmentation seeds).")
-    ] = None,
+    views: Annotated[int | None, typer.Option("--views", help="Number of cached views (augmentation seeds).")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Base seed of the views.")] = None,
     teacher: Annotated[
         str | None,
@@ -31,9 +29,7 @@ def build_cache(
     ] = None,
     teacher_checkpoint: Annotated[
         str | None,
-        typer.Option(
-            "--teacher-checkpoint", help="The teacher's .safetensors or .pth file, or a pretrained tag."
-        ),
+        typer.Option("--teacher-checkpoint", help="The teacher's .safetensors or .pth file, or a pretrained tag."),
     ] = None,
     clip: Annotated[
         str | None,
@@ -49,9 +45,7 @@ def build_cache(
     ] = None,
     teacher_weight: Annotated[
         float | None,
-        typer.Option(
-            "--teacher-weight", help="The teacher's share of the fused logits, 0 to 1 (α in the paper)."
-        ),
+        typer.Option("--teacher-weight", help="The teacher's share of the fused logits, 0 to 1 (α in the paper)."),
     ] = None,
     store: Annotated[
         str | None, typer.Option("--store", help="fused, or components (teacher and CLIP kept apart).")
@@ -62,12 +56,8 @@ def build_cache(
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download the dataset if it is not there.")
-    ] = False,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")] = False,
     precision: Annotated[
         str | None,
         typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision)."),
@@ -76,9 +66,7 @@ def build_cache(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated."),
     ] = None,
-    show_recipe: Annotated[
-        bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")
-    ] = False,
+    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Run a teacher and CLIP once over every (image, view) and store their fused targets.
@@ -89,7 +77,7 @@ def build_cache(
     options = {
         "num_views": views,
         "views.base_seed": seed,
-        # A teacher named on the command line replaces the recipe's wholly: weights and normalisation belong to the network.
+        # A teacher named here replaces the recipe's wholly: weights and normalisation belong to the network.
         "teacher": {"name": teacher} if teacher else None,
         "teacher.weights": teacher_checkpoint,
         "clip.name": clip,
@@ -118,9 +106,7 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
 
     from pipeline.build import build_cache as build
 
-    result = build(
-        recipe, say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
-    )
+    result = build(recipe, say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True))
     manifest = result.manifest
     rate = result.images / result.elapsed_s if result.elapsed_s else 0.0
     if as_json:
@@ -138,12 +124,8 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
         return
     if result.images:
         print(f"computed {result.images:,} images in {result.elapsed_s:.1f} s ({rate:,.0f} images/s)")
-    print(
-        f"cache {manifest.fingerprint[:12]}: {manifest.num_views} views of {manifest.num_samples:,} samples"
-    )
-    print(
-        f"next: train-student --cache {result.path}" if recipe.out else f"next: train-student {recipe.name}"
-    )
+    print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} views of {manifest.num_samples:,} samples")
+    print(f"next: train-student --cache {result.path}" if recipe.out else f"next: train-student {recipe.name}")
 
 
 def main() -> None:

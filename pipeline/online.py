@@ -11,7 +11,7 @@ from train.feed import BatchTargets
 class LiveTeachers:
     """A target source for `train.loop` that runs teacher and CLIP on every batch of view pixels.
 
-    Interface of a cached source: `view(v).batch(index, pixels)`. Rows equal those of a float32 cache of the same recipe.
+    Interface of a cached source: `view(v).batch(index, pixels)`. Rows equal a float32 cache of the same recipe.
     """
 
     def __init__(self, pair: TeacherPair) -> None:

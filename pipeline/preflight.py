@@ -73,5 +73,6 @@ def _refuse_chance(result: Preflight, num_classes: int, pair: TeacherPair) -> No
         where=pair.teacher.identity.architecture,
         expected=f"top-1 above {bound:.1%} on {result.n} images of {num_classes} classes",
         found=f"{result.teacher_top1:.1%}",
-        next_step="check its weights, the order of its classes and its mean and std; `--set preflight_samples=0` builds regardless",
+        next_step="check its weights, the order of its classes and its mean and std; "
+        "`--set preflight_samples=0` builds regardless",
     )

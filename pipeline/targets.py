@@ -1,4 +1,4 @@
-"""Teacher and CLIP as one function from view pixels to targets, shared by the build, the preflight and online training."""
+"""Teacher and CLIP as one function from view pixels to targets: for the build, the preflight and online training."""
 
 from __future__ import annotations
 
@@ -27,17 +27,11 @@ class TeacherPair:
         self.teacher, self.clip, self.recipe, self.clip_scale = teacher, clip, recipe, clip_scale
         width = recipe.feature_dim
         self._projections = {
-            "teacher_projection": fusion.projection_matrix(
-                teacher.identity.feature_dim, width, recipe.projection_seed
-            ),
-            "clip_projection": fusion.projection_matrix(
-                clip.identity.feature_dim, width, recipe.projection_seed + 1
-            ),
+            "teacher_projection": fusion.projection_matrix(teacher.identity.feature_dim, width, recipe.projection_seed),
+            "clip_projection": fusion.projection_matrix(clip.identity.feature_dim, width, recipe.projection_seed + 1),
         }
         device = clip.class_embeddings.device
-        self._on_device = {
-            name: torch.from_numpy(value).to(device) for name, value in self._projections.items()
-        }
+        self._on_device = {name: torch.from_numpy(value).to(device) for name, value in self._projections.items()}
         # Two streams let a small teacher fill the gaps that CLIP leaves on a GPU.
         self._clip_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -158,8 +152,7 @@ def _resolve_scale(pair: TeacherPair, images: ImageSet, batch_size: int) -> floa
     if choice != "match":
         return fusion.resolve_clip_scale(choice, pair.clip.identity.logit_scale, None, None)
     outputs = [
-        pair.outputs(pixels)
-        for pixels in clean_batches(images, labelled_sample(images, 2048), batch_size, pair.device)
+        pair.outputs(pixels) for pixels in clean_batches(images, labelled_sample(images, 2048), batch_size, pair.device)
     ]
     teacher_logits = torch.cat([teacher.logits for teacher, _ in outputs])
     cosine = torch.cat([clip.cosine for _, clip in outputs])
