@@ -1,7 +1,7 @@
 """Image sources: which samples, in which order, with which labels and pixels.
 
-Every source gives RGB uint8 NCHW on one canvas size. The arrays (digits, Fashion-MNIST, CIFAR) live in `image_arrays.py`,
-folders in `image_folder.py`. Nothing here needs torch, torchvision, scikit-learn or PIL before a split is opened.
+Every source gives RGB uint8 NCHW on one canvas size. Arrays (digits, Fashion-MNIST, CIFAR) live in
+`image_arrays.py`, folders in `image_folder.py`. Nothing here imports torch, torchvision, scikit-learn or PIL.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FOLDER_IMAGE_SIZE = 224
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
-# Mean and std per RGB channel on [0, 1], over the train split. Digits and Fashion-MNIST: over the 32 × 32 canvas, as the
-# tests recompute. CIFAR: the figures everybody uses. Folders: ImageNet's.
+# Mean and std per RGB channel on [0, 1], over the train split. Digits, Fashion-MNIST: over the 32 × 32 canvas,
+# as the tests recompute. CIFAR: the figures everybody uses. Folders: ImageNet's.
 _NORMALISATION: dict[str, Normalisation] = {
     "digits": ((0.3058,) * 3, (0.3241,) * 3),
     "fashion-mnist": ((0.2190,) * 3, (0.3318,) * 3),
@@ -73,7 +73,7 @@ class DatasetRecipe(Frozen):
         return _NORMALISATION[self.name]
 
     def absolute(self) -> DatasetRecipe:
-        """The same recipe with an absolute data_dir, so that it can be opened from another working directory."""
+        """The same recipe with an absolute data_dir, to be opened from any working directory."""
         if self.data_dir is None:
             return self
         return self.model_copy(update={"data_dir": Path(os.path.abspath(self.data_dir.expanduser()))})
@@ -84,7 +84,7 @@ class ImageSet(ABC):
     """One split of a source, opened.
 
     Attributes:
-        class_names: as prompts would use them, except that underscores are kept; a label is an index into them.
+        class_names: as prompts use them, but with underscores kept; a label is an index into them.
         labels: int64 [N].
         keys: uint8 [N, 16], blake2b-128 of a sample's original bytes (its file for folders).
         image_size: (height, width) of the canvas.
@@ -107,7 +107,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def load(self, index: np.ndarray | slice) -> np.ndarray:
-        """Pixels uint8 [B, 3, H, W] of the samples at `index`; a slice of a resident source is a view: do not write to it.
+        """Pixels uint8 [B, 3, H, W] at `index`; a slice of a resident source is a view: do not write to it.
 
         Raises:
             DataError: an image that cannot be decoded, or that changed since the split was opened.
@@ -115,7 +115,7 @@ class ImageSet(ABC):
 
     @cached_property
     def content_digest(self) -> str:
-        """32 hex digits over keys, labels and class names: equal exactly when samples, order and labels are."""
+        """32 hex digits over keys, labels and class names: equal when samples, order and labels are."""
         names = json.dumps(self.class_names, ensure_ascii=True).encode()
         parts = (self.keys.tobytes(), self.labels.astype("<i8").tobytes(), names)
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
@@ -149,7 +149,7 @@ def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
     return SOURCES[recipe.name](recipe, split or recipe.split)
 
 
-def sample_key(data: bytes | memoryview | np.ndarray) -> bytes:
+def sample_key(data: bytes | memoryview) -> bytes:
     """The 16-byte content key of one sample's original bytes."""
     return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
 
