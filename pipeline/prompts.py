@@ -1,0 +1,85 @@
+"""Prompt templates: sentences with one `{}` where the class name goes, whose text embeddings make a class embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cache_tools.errors import RecipeError
+
+# In the order of the paper's code: the order is part of a cache's identity.
+RICHKD_TEMPLATES = (
+    "a photo of a {}",
+    "a blurry photo of a {}",
+    "a cropped photo of a {}",
+    "a close-up photo of a {}",
+    "a low resolution photo of a {}",
+    "a bright photo of a {}",
+    "a picture of a {}",
+    "a detailed image of a {}",
+    "a sketch of a {}",
+    "a natural photo of a {} in the wild",
+    "a realistic image of a {}",
+    "a high quality photo of a {}",
+)
+SIGLIP_TEMPLATES = ("a photo of a {}.",)
+BUILTIN_SETS = ("richkd", "openai", "siglip")
+
+
+def template_set(name_or_path: str) -> tuple[str, ...]:
+    """The templates of a built-in set or of a text file.
+
+    Args:
+        name_or_path: `richkd` (the 12 of the paper's code), `openai` (the 80 for ImageNet), `siglip` (one), or a UTF-8
+            file with one template per line; empty lines and lines that start with `#` are left out.
+
+    Raises:
+        RecipeError: neither a set nor a file, an unreadable or empty file, a line without exactly one `{}`.
+    """
+    if name_or_path == "richkd":
+        return RICHKD_TEMPLATES
+    if name_or_path == "siglip":
+        return SIGLIP_TEMPLATES
+    if name_or_path == "openai":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(render("{}") for render in OPENAI_IMAGENET_TEMPLATES)
+    return _read_file(Path(name_or_path))
+
+
+def prompt_class_name(name: str) -> str:
+    """A dataset's class name as words: `aquarium_fish` → `aquarium fish`."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def render_prompts(templates: tuple[str, ...], class_names: tuple[str, ...]) -> list[str]:
+    """All prompts, template by template: prompt p·C + c is template p with class c."""
+    words = [prompt_class_name(name) for name in class_names]
+    # Not str.format: a brace in a class name or elsewhere in a template is just a character.
+    return [template.replace("{}", word) for template in templates for word in words]
+
+
+def _read_file(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise RecipeError(
+            "no such prompt templates", where=path, expected=f"{', '.join(BUILTIN_SETS)} or a file with one per line"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("cannot read the prompt templates", where=path, expected="a UTF-8 text file") from error
+    templates = []
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        if text.count("{}") != 1:
+            raise RecipeError(
+                "a prompt template needs exactly one {}",
+                where=f"{path}, line {number}",
+                expected="like 'a photo of a {}'",
+                found=f"{text!r} with {text.count('{}')}",
+            )
+        templates.append(text)
+    if not templates:
+        raise RecipeError("no prompt template in the file", where=path, expected="one per line, like 'a photo of a {}'")
+    return tuple(templates)
