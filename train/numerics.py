@@ -1,0 +1,47 @@
+"""Two guards that the losses share: full precision under autocast, and rows of unit length that survive zeros."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_HALF = {torch.float16, torch.bfloat16}
+_SHORT = 1e-12
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a loss outside autocast with half-precision tensors widened to float32 (float64 stays float64).
+
+    Differences of log-probabilities, distances and exp(similarity / 0.07) lose all their digits in float16, and
+    autocast would put the matrix products of the relational and contrastive losses there.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        wide_args = [_widen(value) for value in args]
+        wide_kwargs = {name: _widen(value) for name, value in kwargs.items()}
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*wide_args, **wide_kwargs)
+
+    return wrapper
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """`vectors` [..., D] with every vector scaled to length 1.
+
+    A vector shorter than 1e-12 has no direction: it passes as it is, so that its gradient is of ordinary size
+    instead of 1e12 times too large.
+    """
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(length > _SHORT, length, torch.ones_like(length))
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
