@@ -1,0 +1,289 @@
+"""The objective adds the right terms, learns its own parts, warms up, resumes exactly and asks for what it needs."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cache_tools.config import validate
+from cache_tools.errors import RecipeError
+from train import losses
+from train.loss_recipe import LossRecipe
+from train.objective import FEATURE_TERMS, LOGIT_TERMS, Objective
+
+GOLDEN = Path(__file__).parent / "golden"
+SAMPLES, CLASSES, STUDENT_DIM, TARGET_DIM = 60, 7, 12, 9
+LABELS = np.arange(SAMPLES) % CLASSES
+
+
+class Targets(NamedTuple):
+    logits: Tensor | None
+    features: Tensor | None
+
+
+class Batch(NamedTuple):
+    labels: Tensor
+    index: Tensor
+    targets: Targets
+
+
+def make_objective(target_dim: int | None = TARGET_DIM, **recipe: object) -> Objective:
+    return Objective(
+        LossRecipe(**recipe),  # type: ignore[arg-type]
+        student_dim=STUDENT_DIM,
+        target_dim=target_dim,
+        num_classes=CLASSES,
+        num_samples=SAMPLES,
+        labels=LABELS,
+    )
+
+
+def make_step(seed: int) -> tuple[Tensor, Tensor, Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(SAMPLES, generator=generator)[:8]
+    logits, target_logits = (torch.randn(8, CLASSES, generator=generator) for _ in range(2))
+    features = torch.randn(8, STUDENT_DIM, generator=generator)
+    target_features = torch.randn(8, TARGET_DIM, generator=generator)
+    batch = Batch(torch.from_numpy(LABELS)[index], index, Targets(target_logits, target_features))
+    return logits.requires_grad_(), features.requires_grad_(), batch
+
+
+KINDS = ("ce", "kd", "dkd", "standardised_kd")
+FEATURES = ("none", "mse", "cosine", "rkd", "pkt", "crd")
+
+
+@pytest.mark.parametrize(("kind", "feature"), itertools.product(KINDS, FEATURES))
+def test_terms_add_up_and_reach_the_student(kind: str, feature: str) -> None:
+    objective = make_objective(kind=kind, feature=feature, ce_weight=0.7)
+    logits, features, batch = make_step(0)
+    terms = objective(logits, features, batch)
+    expected = ["loss_ce"] + ["loss_logit"] * (kind != "ce") + ["loss_feature"] * (feature != "none")
+    assert list(terms) == ["loss", *expected]
+    torch.testing.assert_close(terms["loss"].detach(), sum(terms[name] for name in expected))
+    assert not any(terms[name].requires_grad for name in expected)
+    terms["loss"].backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() > 0
+    assert (features.grad is not None and bool(features.grad.abs().sum() > 0)) == (feature != "none")
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_each_term_is_its_loss_with_the_recipe_s_numbers() -> None:
+    logits, features, batch = make_step(1)
+    target, labels = batch.targets.logits, batch.labels
+    assert target is not None
+    square = Batch(batch.labels, batch.index, Targets(target, torch.randn(8, STUDENT_DIM)))
+    numbers = {
+        "temperature": 5.0, "distill_weight": 2.0, "dkd_alpha": 1.5, "dkd_beta": 6.0, "feature_weight": 0.5,
+        "rkd_distance_weight": 3.0, "rkd_angle_weight": 4.0,
+    }  # fmt: skip
+    wanted_logit = {
+        "kd": losses.kd(logits, target, 5.0),
+        "dkd": losses.dkd(logits, target, labels, 1.5, 6.0, 5.0),
+        "standardised_kd": losses.standardised_kd(logits, target, 5.0),
+    }
+    wanted_feature = {
+        "mse": losses.feature_mse(features, square.targets.features),
+        "cosine": losses.feature_cosine(features, square.targets.features),
+        "rkd": losses.rkd(features, square.targets.features, 3.0, 4.0),
+        "pkt": losses.pkt(features, square.targets.features),
+    }
+    assert wanted_logit.keys() == LOGIT_TERMS.keys()
+    assert wanted_feature.keys() == FEATURE_TERMS.keys()
+    for kind, wanted in wanted_logit.items():
+        assert torch.equal(make_objective(kind=kind, **numbers)(logits, None, batch)["loss_logit"], 2.0 * wanted)
+    for feature, wanted in wanted_feature.items():
+        objective = make_objective(STUDENT_DIM, kind="ce", feature=feature, **numbers)
+        assert not list(objective.parameters()), "equal widths need no projector"
+        assert torch.equal(objective(logits, features, square)["loss_feature"], 0.5 * wanted)
+
+
+@pytest.mark.parametrize("epoch", [5, 30])
+def test_golden_dkd_with_warm_up(epoch: int) -> None:
+    with np.load(GOLDEN / "more_losses_b16_c20.npz") as file:
+        data = {key: torch.from_numpy(file[key]) for key in file.files}
+    recipe = LossRecipe(kind="dkd", distill_weight=1.0, temperature=4.0, warmup_epochs=20)
+    objective = Objective(recipe, 4, None, 20, 16, data["labels"], has_logits=True)
+    objective.set_epoch(epoch - 1)  # the reference counts from 1
+    logits = data["student_logits"].requires_grad_()
+    batch = Batch(data["labels"], torch.arange(16), Targets(data["teacher_logits"], None))
+    loss = objective(logits, None, batch)["loss"]
+    loss.backward()
+    name = f"dkd_total_a1_b8_T4_ce1_epoch{epoch}_warmup20"
+    torch.testing.assert_close(loss.detach(), data[f"{name}.loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits.grad, data[f"{name}.grad"], rtol=1e-5, atol=1e-6)
+
+
+def test_golden_richkd_terms() -> None:
+    """CE and logit term at the default recipe; the feature term with three embeddings is in test_losses."""
+    with np.load(GOLDEN / "richkd_b16.npz") as file:
+        data = {key: torch.from_numpy(file[key]) for key in file.files}
+    alpha = float(data["alpha"])
+    target = alpha * data["step0.teacher_logits"] + (1 - alpha) * data["step0.clip_cosine"]
+    objective = Objective(LossRecipe(), 32, None, 20, 100, np.arange(100) % 20, has_logits=True)
+    batch = Batch(data["step0.labels"], data["step0.index"], Targets(target, None))
+    terms = objective(data["step0.student_logits"], None, batch)
+    for name in ("loss_ce", "loss_logit"):
+        torch.testing.assert_close(terms[name], data[f"step0.{name}"], rtol=1e-5, atol=0)
+
+
+def test_warm_up_weights_only_the_logit_term() -> None:
+    logits, features, batch = make_step(2)
+    objective = make_objective(kind="kd", feature="pkt", warmup_epochs=4)
+    runs = []
+    for epoch in (0, 1, 3, 9):
+        objective.set_epoch(epoch)
+        runs.append(objective(logits, features, batch))
+    full = runs[-1]
+    for terms, share in zip(runs, (0.25, 0.5, 1.0, 1.0), strict=True):
+        torch.testing.assert_close(terms["loss_logit"], share * full["loss_logit"])
+        assert torch.equal(terms["loss_feature"], full["loss_feature"])
+
+
+def train_steps(objective: Objective, steps: range) -> list[Tensor]:
+    optimiser = torch.optim.SGD(objective.parameters(), lr=0.1)
+    values = []
+    for k in steps:
+        terms = objective(*make_step(k))
+        optimiser.zero_grad()
+        terms["loss"].backward()
+        optimiser.step()
+        values.append(terms["loss"].detach())
+    return values
+
+
+def test_crd_resumes_exactly_and_draws_new_negatives_every_step() -> None:
+    settings = {"kind": "ce", "feature": "crd", "crd_negatives": 11, "crd_dim": 6}
+    straight = train_steps(make_objective(**settings), range(6))
+    first = make_objective(**settings)
+    train_steps(first, range(3))
+    resumed = make_objective(**settings)
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(torch.stack(train_steps(resumed, range(3, 6))), torch.stack(straight[3:]))
+
+    forgetful = make_objective(**settings)
+    forgetful.load_state_dict(first.state_dict())
+    assert forgetful.contrast is not None
+    forgetful.contrast.step = 0
+    assert not torch.equal(train_steps(forgetful, range(3, 4))[0], straight[3])
+
+
+def test_crd_leaves_its_state_alone_in_eval_mode() -> None:
+    objective = make_objective(kind="ce", feature="crd", crd_dim=6)
+    train_steps(objective, range(2))
+    objective.eval()
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    values = [objective(*make_step(3))["loss"] for _ in range(2)]
+    assert torch.equal(*values)
+    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+
+
+def test_crd_draws_no_more_negatives_than_there_are() -> None:
+    objective = make_objective(feature="crd")
+    assert objective.contrast is not None
+    assert objective.contrast.memory.negatives == SAMPLES - int(np.bincount(LABELS).max())
+
+
+def test_seed_decides_the_learned_parts_and_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    one, same = (make_objective(feature="mse") for _ in range(2))
+    assert torch.equal(torch.rand(2), expected)
+    other = Objective(LossRecipe(feature="mse"), STUDENT_DIM, TARGET_DIM, CLASSES, SAMPLES, LABELS, seed=1)
+    weights = [objective.get_parameter("projector.weight") for objective in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_half_precision_student_gives_float32_terms() -> None:
+    objective = make_objective(kind="kd", feature="crd", crd_dim=6)
+    logits, features, batch = make_step(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = objective(logits.bfloat16(), features.bfloat16(), batch)
+    assert all(value.dtype is torch.float32 for value in terms.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "has_logits", "target_dim", "message"),
+    [
+        ({"kind": "dkd"}, False, None, r"needs target logits \(loss.kind: dkd\).*found no targets"),
+        ({"kind": "kd", "feature": "crd"}, True, None, r"features \(loss.feature: crd\).*targets with logits\."),
+        ({"kind": "kd", "feature": "mse"}, False, 9, r"needs target logits .*found targets with features"),
+    ],
+)
+def test_missing_targets_are_named(
+    recipe: dict[str, str], has_logits: bool, target_dim: int | None, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Objective(
+            LossRecipe(**recipe),  # type: ignore[arg-type]
+            STUDENT_DIM, target_dim, CLASSES, SAMPLES, LABELS, has_logits=has_logits,
+        )  # fmt: skip
+
+
+def test_labels_only_needs_no_targets() -> None:
+    objective = make_objective(target_dim=None, kind="ce")
+    logits, _, batch = make_step(5)
+    batch = batch._replace(targets=Targets(None, None))
+    assert torch.equal(
+        objective(logits, None, batch)["loss"].detach(), losses.cross_entropy(logits, batch.labels).detach()
+    )
+
+
+def test_recipe_properties() -> None:
+    assert not LossRecipe(kind="ce").needs_targets
+    assert LossRecipe(kind="ce", feature="crd").needs_features
+    assert not LossRecipe(kind="ce", feature="crd").needs_logits
+    assert not LossRecipe(distill_weight=0.0).needs_targets
+    assert LossRecipe().needs_logits
+    assert not LossRecipe().needs_features
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"temperatur": 4}, "Did you mean 'temperature'"),
+        ({"temperature": 0}, "bad value for 'temperature'"),
+        ({"kind": "ce", "ce_weight": 0}, "at least one of CE, logit term and feature term"),
+        ({"kind": "dist"}, "bad value for 'kind'"),
+        ({"crd_momentum": 1.0}, "bad value for 'crd_momentum'"),
+    ],
+)
+def test_bad_recipes_are_refused(data: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        validate(LossRecipe, data, where="loss")
+
+
+def test_recipe_does_not_import_torch() -> None:
+    code = "import sys, train.loss_recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_device() -> None:
+    objective = make_objective(kind="dkd", feature="crd", warmup_epochs=3).cuda()
+    logits, features, batch = make_step(0)
+    assert batch.targets.logits is not None
+    assert batch.targets.features is not None
+    there = Batch(
+        batch.labels.cuda(), batch.index.cuda(), Targets(batch.targets.logits.cuda(), batch.targets.features.cuda())
+    )
+    logits, features = logits.detach().cuda(), features.detach().cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        objective.set_epoch(1)
+        objective(logits, features, there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,204 @@
+"""What a run minimises, as a module: the weighted terms of a `LossRecipe` with the parts they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cache_tools.errors import RecipeError
+from train import losses
+from train.loss_recipe import LossRecipe
+from train.numerics import full_precision
+
+
+class BatchTargets(Protocol):
+    """Targets of a batch: float32 [B, C] and [B, D], or None for what was not loaded."""
+
+    @property
+    def logits(self) -> Tensor | None: ...
+    @property
+    def features(self) -> Tensor | None: ...
+
+
+class Batch(Protocol):
+    """What the objective reads of a batch: labels and sample indices int64 [B], and the targets."""
+
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def index(self) -> Tensor: ...
+    @property
+    def targets(self) -> BatchTargets: ...
+
+
+LOGIT_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor, Tensor], Tensor]] = {
+    "kd": lambda recipe, student, target, labels: losses.kd(student, target, recipe.temperature),
+    "dkd": lambda recipe, student, target, labels: losses.dkd(
+        student, target, labels, recipe.dkd_alpha, recipe.dkd_beta, recipe.temperature
+    ),
+    "standardised_kd": lambda recipe, student, target, labels: losses.standardised_kd(
+        student, target, recipe.temperature
+    ),
+}
+
+FEATURE_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor], Tensor]] = {
+    "mse": lambda recipe, student, target: losses.feature_mse(student, target),
+    "cosine": lambda recipe, student, target: losses.feature_cosine(student, target),
+    "rkd": lambda recipe, student, target: losses.rkd(
+        student, target, recipe.rkd_distance_weight, recipe.rkd_angle_weight
+    ),
+    "pkt": lambda recipe, student, target: losses.pkt(student, target),
+}
+
+
+class Objective(nn.Module):
+    """ce_weight · CE + distill_weight · logit term + feature_weight · feature term.
+
+    Its parameters (a projector, CRD's embeddings) are learned with the student's, by the same optimiser; its
+    `state_dict` also has CRD's memories and step count, so a run resumed from it draws the same negatives.
+
+    Args:
+        student_dim: width of the student's features.
+        target_dim: width of the targets' features; None where there are none.
+        labels: int [N], the labels of all training samples, for CRD's negatives.
+        has_logits: whether there are target logits; by default where there are features, as in every cache.
+        seed: of the learned parts' first values and of CRD's negatives. The global generator is left alone.
+
+    Raises:
+        RecipeError: the recipe needs targets that are not there.
+    """
+
+    logit_weight: Tensor
+
+    def __init__(
+        self,
+        recipe: LossRecipe,
+        student_dim: int,
+        target_dim: int | None,
+        num_classes: int,
+        num_samples: int,
+        labels: Tensor | np.ndarray,
+        *,
+        has_logits: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        has_logits = target_dim is not None if has_logits is None else has_logits
+        _check_targets(recipe, has_logits, target_dim, num_classes)
+        assert len(labels) == num_samples, "one label per training sample"
+        self.recipe = recipe
+        # On the device, so that a compiled step need not be compiled again when it changes.
+        self.register_buffer("logit_weight", torch.tensor(0.0), persistent=False)
+        self.set_epoch(0)
+        self.projector: nn.Module = nn.Identity()
+        self.contrast: ContrastiveTerm | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if recipe.needs_features and target_dim is not None:
+                if recipe.feature == "crd":
+                    self.contrast = ContrastiveTerm(recipe, student_dim, target_dim, labels, seed)
+                elif recipe.feature in {"mse", "cosine"} and student_dim != target_dim:
+                    self.projector = nn.Linear(student_dim, target_dim)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the warm-up which epoch begins, counted from 0: epoch e has weight min((e + 1) / warmup_epochs, 1).
+
+        The reference counts epochs from 1, so its first epoch has the same weight as ours.
+        """
+        warmup = self.recipe.warmup_epochs
+        share = min((epoch + 1) / warmup, 1.0) if warmup else 1.0
+        self.logit_weight.fill_(self.recipe.distill_weight * share)
+
+    @full_precision
+    def forward(self, student_logits: Tensor, student_features: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+        """The terms of one step, scalars on the device.
+
+        Args:
+            student_logits: [B, C].
+            student_features: [B, student_dim], before the classifier; None if the recipe has no feature term.
+
+        Returns:
+            `loss`, to be differentiated, and its weighted parts `loss_ce`, `loss_logit`, `loss_feature` (those that
+            the recipe has), detached, which add up to it. Nothing waits for the device.
+        """
+        recipe, terms = self.recipe, {}
+        if recipe.ce_weight > 0.0:
+            terms["loss_ce"] = recipe.ce_weight * losses.cross_entropy(student_logits, batch.labels)
+        if recipe.needs_logits:
+            assert batch.targets.logits is not None, "the feed left out target logits"
+            logit_term = LOGIT_TERMS[recipe.kind](recipe, student_logits, batch.targets.logits, batch.labels)
+            terms["loss_logit"] = self.logit_weight * logit_term
+        if recipe.needs_features:
+            terms["loss_feature"] = recipe.feature_weight * self._feature_term(student_features, batch)
+        return {
+            "loss": torch.stack(list(terms.values())).sum(),
+            **{name: term.detach() for name, term in terms.items()},
+        }
+
+    def _feature_term(self, student_features: Tensor | None, batch: Batch) -> Tensor:
+        target_features = batch.targets.features
+        assert student_features is not None, "the loop left out student features"
+        assert target_features is not None, "the feed left out target features"
+        if self.contrast is not None:
+            return self.contrast(student_features, target_features, batch.index)
+        return FEATURE_TERMS[self.recipe.feature](self.recipe, self.projector(student_features), target_features)
+
+
+class ContrastiveTerm(nn.Module):
+    """CRD with a learned linear embedding of either side, and negatives that are a function of (seed, step)."""
+
+    def __init__(
+        self, recipe: LossRecipe, student_dim: int, target_dim: int, labels: Tensor | np.ndarray, seed: int
+    ) -> None:
+        super().__init__()
+        negatives = min(recipe.crd_negatives, _fewest_negatives(labels))
+        self.embed_student = nn.Linear(student_dim, recipe.crd_dim)
+        self.embed_target = nn.Linear(target_dim, recipe.crd_dim)
+        self.memory = losses.ContrastiveMemory(
+            len(labels), recipe.crd_dim, negatives, recipe.crd_temperature, recipe.crd_momentum, seed=seed
+        )
+        self.sampler = losses.NegativeSampler(labels, negatives)
+        self.seed, self.step = seed, 0
+
+    def forward(self, student_features: Tensor, target_features: Tensor, index: Tensor) -> Tensor:
+        """The loss of one step; in training mode it also updates the memories and counts the step."""
+        seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0])
+        contrast_index = self.sampler(index, torch.Generator(index.device).manual_seed(seed))
+        student_unit = losses.unit_rows(self.embed_student(student_features))
+        target_unit = losses.unit_rows(self.embed_target(target_features))
+        self.step += self.training
+        return self.memory(student_unit, target_unit, index, contrast_index)
+
+    def get_extra_state(self) -> Tensor:
+        """The step count, kept on the host where it is used."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
+
+
+def _fewest_negatives(labels: Tensor | np.ndarray) -> int:
+    """Size of the smallest set of samples of other classes, at least 1."""
+    counts = np.bincount(np.asarray(labels))
+    return max(len(labels) - int(counts.max()), 1)
+
+
+def _check_targets(recipe: LossRecipe, has_logits: bool, target_dim: int | None, num_classes: int) -> None:
+    available = [name for name, there in (("logits", has_logits), ("features", target_dim is not None)) if there]
+    for term, name, needed in (
+        (f"loss.kind: {recipe.kind}", "logits", recipe.needs_logits),
+        (f"loss.feature: {recipe.feature}", "features", recipe.needs_features),
+    ):
+        if needed and name not in available:
+            raise RecipeError(
+                f"the loss needs target {name}",
+                where=term,
+                found=f"targets with {' and '.join(available)}" if available else "no targets",
+                next_step="give a cache that has them, or set loss.kind=ce and loss.feature=none to learn from labels",
+            )
+    if recipe.kind == "dkd" and recipe.needs_logits and num_classes < 2:
+        raise RecipeError("decoupled KD needs at least two classes", found=f"{num_classes}")
