@@ -1,0 +1,234 @@
+"""Weight files: finding, reading, checking and fingerprinting them. A network is never left half random."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from cache_tools.errors import WeightsError
+from cache_tools.format import Precision
+from pipeline.layouts import efficientnet_pytorch_to_timm
+
+PACKAGE_PREFIX = "package:"
+FILE_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt"})
+_WRAPPERS = ("state_dict", "model", "net")
+_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+_DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class WeightsFile(NamedTuple):
+    """Tensors of a checkpoint by name, and its safetensors metadata (empty for other formats)."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def is_file_reference(reference: str) -> bool:
+    """Whether `reference` means a file (`package:FILE`, a path) rather than a library's tag."""
+    path = Path(reference)
+    return reference.startswith(PACKAGE_PREFIX) or path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
+
+
+def resolve_path(reference: str) -> Path:
+    """A path; `package:NAME` is a file or folder shipped in pipeline/assets."""
+    if reference.startswith(PACKAGE_PREFIX):
+        return Path(str(files("pipeline") / "assets" / reference.removeprefix(PACKAGE_PREFIX)))
+    return Path(reference).expanduser()
+
+
+def read_weights(path: Path) -> WeightsFile:
+    """Read `.safetensors`, or what torch.save wrote: a state dict, bare or as `model`, `state_dict` or `net`.
+
+    Prefixes that DataParallel and torch.compile leave on every key are taken off. No code in the file is run.
+
+    Raises:
+        WeightsError: missing or unreadable file, or one without a state dict.
+    """
+    if not path.is_file():
+        raise WeightsError("no such weights", where=path, expected="a .safetensors or .pth file")
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt", device="cpu") as stored:
+                metadata = stored.metadata() or {}
+                checkpoint: Any = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # not a dict
+        else:
+            # Published checkpoints carry the training script's options as an argparse.Namespace: plain attributes.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make a reader raise anything
+        raise WeightsError(
+            "cannot read the weights",
+            where=path,
+            expected="a safetensors file, or a state dict saved by torch.save",
+            found=first_line(error),
+        ) from error
+    return WeightsFile(path, _state_dict(checkpoint, path), metadata)
+
+
+def load_into(network: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: object, num_classes: int) -> None:
+    """Copy every tensor into the network; all names and shapes must be the same on both sides.
+
+    Args:
+        tensors: of the network's own layout, or EfficientNet-PyTorch's for a timm EfficientNet.
+        where: file or tag, for the message.
+        num_classes: of the dataset; a checkpoint that differs only in that says so.
+
+    Raises:
+        WeightsError: another class count, or the first name or shape that does not fit.
+    """
+    wanted = network.state_dict()
+    given = dict(tensors)
+    if "_conv_stem.weight" in given and "conv_stem.weight" in wanted:
+        given = efficientnet_pytorch_to_timm(given, network)
+    # Batch counters are missing from old files, and no frozen network reads them.
+    given |= {key: wanted[key] for key in wanted if key.endswith("num_batches_tracked") and key not in given}
+    wrong = [key for key in wanted if key not in given or given[key].shape != wanted[key].shape]
+    other_classes = {_other_class_count(key, wanted, given, num_classes) for key in wrong}
+    if len(other_classes) == 1 and None not in other_classes:
+        raise class_count_error(where, num_classes, int(other_classes.pop() or 0))
+    if wrong:
+        key = wrong[0]
+        found = f"shape {list(given[key].shape)}" if key in given else "no such tensor"
+        raise WeightsError(
+            "weights do not fit the architecture",
+            where=where,
+            expected=f"'{key}' of shape {list(wanted[key].shape)}",
+            found=f"{found} ({len(wrong)} of {len(wanted)} tensors do not fit)",
+        )
+    extra = [key for key in given if key not in wanted]
+    if extra:
+        raise WeightsError(
+            "weights have tensors that the architecture lacks",
+            where=where,
+            expected=f"{len(wanted)} tensors",
+            found=f"{len(extra)} more, first '{extra[0]}' of shape {list(given[extra[0]].shape)}",
+        )
+    network.load_state_dict(given)
+
+
+def class_count_error(where: object, num_classes: int, found: int) -> WeightsError:
+    """The network was trained for another number of classes than the dataset has."""
+    return WeightsError(
+        "the teacher has another class count than the dataset",
+        where=where,
+        expected=f"{num_classes} classes",
+        found=f"{found}",
+        next_step="choose weights that were trained on the dataset's classes",
+    )
+
+
+def check_class_names(metadata: Mapping[str, str], class_names: tuple[str, ...], where: object) -> None:
+    """Compare the class names in a checkpoint's metadata (JSON list `class_names`, if any) with the dataset's.
+
+    Raises:
+        WeightsError: another count, other names, or another order.
+    """
+    if "class_names" not in metadata:
+        return
+    try:
+        stored = tuple(str(name) for name in json.loads(metadata["class_names"]))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(
+            "cannot read class_names in the weights' metadata", where=where, expected="a JSON list"
+        ) from error
+    if len(stored) != len(class_names):
+        raise class_count_error(where, len(class_names), len(stored))
+    if stored == class_names:
+        return
+    position = next(i for i, (a, b) in enumerate(zip(class_names, stored, strict=True)) if a != b)
+    same = sorted(stored) == sorted(class_names)
+    raise WeightsError(
+        f"the teacher has {'another class order' if same else 'other classes'} than the dataset",
+        where=where,
+        expected=f"class {position} to be '{class_names[position]}'",
+        found=f"'{stored[position]}'",
+        next_step="choose weights that were trained on the dataset's classes, in its order",
+    )
+
+
+def weights_digest(network: nn.Module) -> str:
+    """64 hex digits of sha256 over names, dtypes, shapes and bytes of all tensors: the file format does not matter."""
+    digest = hashlib.sha256()
+    state = network.state_dict()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def freeze(network: nn.Module, device: torch.device) -> nn.Module:
+    """Eval mode, no gradients, on the device; channels last on CUDA, where convolutions are faster that way."""
+    network = network.eval().requires_grad_(False).to(device)
+    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+
+
+def as_network_input(images_NCHW: torch.Tensor) -> torch.Tensor:
+    """The memory format that `freeze` chose for the weights."""
+    return images_NCHW.contiguous(memory_format=torch.channels_last) if images_NCHW.is_cuda else images_NCHW
+
+
+def mixed_precision(device: torch.device, precision: Precision) -> torch.autocast:
+    """Autocast of the forward pass; `float32` switches it off, also where the caller has it on."""
+    enabled = precision != "float32"
+    return torch.autocast(device.type, dtype=_DTYPES[precision] if enabled else None, enabled=enabled)
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The next step that names the closest spelling, if there is one."""
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'" if near else None
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, short enough for one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _state_dict(checkpoint: Any, path: Path) -> dict[str, torch.Tensor]:
+    for key in _WRAPPERS:
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    if (
+        not isinstance(checkpoint, Mapping)
+        or not checkpoint
+        or not all(isinstance(v, torch.Tensor) for v in checkpoint.values())
+    ):
+        found = (
+            f"keys {', '.join(map(str, list(checkpoint)[:5]))}"
+            if isinstance(checkpoint, Mapping)
+            else type(checkpoint).__name__
+        )
+        raise WeightsError("no state dict in the weights file", where=path, expected="names and tensors", found=found)
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in checkpoint):
+            checkpoint = {key.removeprefix(prefix): value for key, value in checkpoint.items()}
+    return dict(checkpoint)
+
+
+def _other_class_count(
+    key: str, wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], num_classes: int
+) -> int | None:
+    """The class count of the file, if this tensor is a head that differs in nothing else."""
+    if key not in given or wanted[key].ndim == 0 or given[key].ndim != wanted[key].ndim:
+        return None
+    same_rest = given[key].shape[1:] == wanted[key].shape[1:]
+    return given[key].shape[0] if same_rest and wanted[key].shape[0] == num_classes else None
