@@ -15,7 +15,6 @@ from torchvision import datasets, transforms
 from cache_tools import image_folder
 from cache_tools.errors import DataError
 from cache_tools.images import DatasetRecipe, open_images
-from tests.test_images import check_interface
 
 SIZE = 32
 
@@ -57,8 +56,14 @@ def decode(image: Image.Image, tmp_path: Path, suffix: str, **options: object) -
 
 def test_order_labels_and_keys(root: Path) -> None:
     images = open_images(recipe_for(root))
-    check_interface(images, SIZE)
     assert not images.resident
+    assert images.image_size == (SIZE, SIZE)
+    everything = images.load(slice(None))
+    assert (everything.shape, everything.dtype) == ((12, 3, SIZE, SIZE), np.uint8)
+    order = np.array([11, 0, 11, -1])
+    np.testing.assert_array_equal(images.load(order), everything[order])
+    with pytest.raises(IndexError):
+        images.load(np.array([12]))
     assert images.class_names == ("Bee", "ant", "cat")
     assert images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert isinstance(images, image_folder.FolderImages)
