@@ -38,7 +38,7 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: int) -> npt.NDArray[
     out = np.empty((4, flat[0].size), dtype=np.uint32)
     for start in range(0, out.shape[1], _BATCH):
         part = slice(start, start + _BATCH)
-        out[:, part] = _rounds(*(word[part] for word in flat), key & 0xFFFFFFFF, key >> 32)
+        out[:, part] = _rounds([word[part] for word in flat], key & 0xFFFFFFFF, key >> 32)
     return out.reshape(4, *shape)
 
 
@@ -61,14 +61,8 @@ def chance(words: npt.NDArray[np.uint32], probability: float) -> npt.NDArray[np.
     return words.astype(np.uint64) < np.uint64(round(probability * (1 << WORD_BITS)))
 
 
-def _rounds(
-    c0: npt.NDArray[np.uint64],
-    c1: npt.NDArray[np.uint64],
-    c2: npt.NDArray[np.uint64],
-    c3: npt.NDArray[np.uint64],
-    k0: int,
-    k1: int,
-) -> tuple[npt.NDArray[np.uint64], ...]:
+def _rounds(counter: list[npt.NDArray[np.uint64]], k0: int, k1: int) -> tuple[npt.NDArray[np.uint64], ...]:
+    c0, c1, c2, c3 = counter
     for number in range(_ROUNDS):
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         round_k0 = np.uint64((k0 + number * _WEYL[0]) & 0xFFFFFFFF)

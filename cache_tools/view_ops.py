@@ -1,7 +1,7 @@
 """The ops of a view: frozen recipes, and the integers each of them draws for a sample.
 
 An op draws whole numbers only, from the Philox words of its own slots, by integer arithmetic: offsets, sides, and
-fixed-point factors. `cache_tools/pixels.py` turns them into pixels, by integer arithmetic again. Nothing here needs torch.
+fixed-point factors. `cache_tools/pixels.py` turns them into pixels, by integer arithmetic again. No torch here.
 
 Changing what any op draws is a new version of ViewRecipe: caches that exist were built with this one.
 """
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 Integers = npt.NDArray[np.int64]
 Words = Callable[[int], npt.NDArray[np.uint32]]  # draw number → uint32 [4, N]
 
-MAX_SIDE = 16_384  # resampling weights of larger images would leave 32 bits
+MAX_SIDE = 16_384  # areas times 2³² stay below 2⁶³
 ONE = 1 << 16  # 1.0 of a colour factor
 HUE_STEPS = 1024  # per full turn
 OCTAVE_STEPS = 256  # aspect ratios per doubling
@@ -145,9 +145,9 @@ class ColourJitter(Op):
 
 
 class RandomResizedCrop(Op):
-    """A box of random area and aspect ratio (see `draw_box`), resized to `size`: `top`, `left`, `height`, `width`. Words 0 to 3.
+    """A box of random area and aspect ratio, resized to `size`: `top`, `left`, `height`, `width`. Words 0 to 3.
 
-    `size` is the side of a square, or (height, width).
+    See `draw_box` for its distribution. `size` is the side of a square, or (height, width).
     """
 
     op: Literal["random-resized-crop"] = "random-resized-crop"
@@ -167,7 +167,7 @@ class RandomResizedCrop(Op):
 
 
 class RandomErasing(Op):
-    """With `probability`, paint over a box drawn as in random-resized-crop: `height` and `width` are 0 where nothing is erased.
+    """With `probability`, paint over a box drawn by `draw_box`; `height` and `width` are 0 where nothing is erased.
 
     The box takes words 0 to 3 of draw 0. Draw 1 gives the gate (word 0) and, with `fill: random`, one random colour per
     sample (words 1 to 3); otherwise `fill` is a grey level or an RGB colour. Always `red`, `green`, `blue`.
@@ -254,7 +254,7 @@ def integer_sqrt(value: Integers) -> Integers:
 
 @functools.cache
 def ratio_table() -> Integers:
-    """⌊2^(k/256) · 2¹⁶⌋ for k = −1280 … 1280 (1/32 to 32), ascending. By integer square roots: no library decides a digit."""
+    """⌊2^(k/256) · 2¹⁶⌋ for k = −1280 … 1280 (1/32 to 32), ascending; by integer square roots, so exact everywhere."""
     extra = 8  # bits below the fixed point, so that ratios under 1 keep theirs
     octave = []
     for step in range(OCTAVE_STEPS):
@@ -270,7 +270,7 @@ def ratio_table() -> Integers:
 
 
 def _ratio_range(ratio: tuple[float, float]) -> tuple[int, int]:
-    """Positions in the table of the smallest and largest ratio within the limits; the nearest below if there is none."""
+    """Positions in the table of the smallest and largest ratio within the limits; if none is, the next below, twice."""
     table = ratio_table()
     low = int(np.searchsorted(table, round(ratio[0] * (1 << RATIO_BITS))))
     high = int(np.searchsorted(table, round(ratio[1] * (1 << RATIO_BITS)), side="right")) - 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -30,16 +30,20 @@ from cache_tools.view_ops import (
     RandomResizedCrop,
     Size,
     ViewOp,
+    Words,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+
+    Index: TypeAlias = int | range | Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
 __all__ = [
     "ColourJitter",
     "Flip",
     "Identity",
-    "Index",
     "PadCrop",
     "RandomErasing",
     "RandomResizedCrop",
@@ -47,7 +51,6 @@ __all__ = [
     "ViewRecipe",
 ]
 
-Index = "int | range | Sequence[int] | npt.NDArray[np.integer] | torch.Tensor"
 MAX_OPS = 64
 DRAW_BITS = 8
 
@@ -107,11 +110,7 @@ class ViewRecipe(Frozen):
             if self.clean_first and number == 0:
                 values = op.neutral(len(samples), size)
             else:
-
-                def words(draw: int, position: int = position) -> npt.NDArray[np.uint32]:
-                    return sample_words(self.base_seed, samples, number, position << DRAW_BITS | draw)
-
-                values = op.draw(words, size)
+                values = op.draw(self._words(samples, number, position), size)
             drawn |= {f"{position}.{op.op}.{name}": value for name, value in values.items()}
             size = following
         return drawn
@@ -148,13 +147,15 @@ class ViewRecipe(Frozen):
 
         return pixels.apply(self, images_NCHW_u8, _sample_index(index), view)
 
+    def _words(self, samples: Integers, view: int, position: int) -> Words:
+        index = samples.astype(np.uint64)
+        return lambda draw: sample_words(self.base_seed, index, view, position << DRAW_BITS | draw)
+
 
 def _sample_index(index: Index) -> Integers:
     """Any kind of index as int64 [N]."""
-    if hasattr(index, "detach"):  # a tensor, without importing torch
-        index = index.detach().cpu().numpy()
     try:
-        array = np.asarray(index)
+        array: npt.NDArray[Any] = np.asarray(index.cpu() if _is_tensor(index) else index)
     except (ValueError, OverflowError) as error:
         raise DataError("cannot read sample indices", expected="whole numbers", found=type(index).__name__) from error
     if array.size == 0:
@@ -171,6 +172,12 @@ def _sample_index(index: Index) -> Integers:
         wrong = int(array.min()) if int(array.min()) < 0 else int(array.max())
         raise DataError("sample index out of range", expected="0 … 2^63−1", found=wrong)
     return array.astype(np.int64, copy=False)
+
+
+def _is_tensor(index: Index) -> TypeGuard[torch.Tensor]:
+    """Without importing torch: whoever holds a tensor has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(index, torch.Tensor)
 
 
 def _view_number(view: int) -> int:
