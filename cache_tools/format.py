@@ -179,18 +179,47 @@ def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]
     )
 
 
+def constant_shapes(recipe: CacheRecipe) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the float32 arrays that hold for all samples and views.
+
+    The projections and class embeddings are in every cache; `store: components` adds what turns features into logits.
+    """
+    classes = len(recipe.dataset.class_names)
+    teacher_dim, clip_dim = recipe.teacher.feature_dim, recipe.clip.feature_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "teacher_projection": (teacher_dim, recipe.fusion.feature_dim),
+        "clip_projection": (clip_dim, recipe.fusion.feature_dim),
+        "class_embeddings": (classes, clip_dim),
+    }
+    if recipe.store == "components":
+        shapes["text_features"] = (len(recipe.clip.templates), classes, clip_dim)
+        if recipe.teacher.linear_head:
+            shapes |= {"teacher_head_weight": (classes, teacher_dim), "teacher_head_bias": (classes,)}
+    return shapes
+
+
 def default_block_rows(recipe: CacheRecipe) -> int:
-    """Rows per block: a power of two whose widest array is one chunk of at most 8 MiB, between 64 and 16 384."""
+    """Rows per block: a power of two whose widest array is one chunk of at most 8 MiB, between 64 and 16 384.
+
+    No more than the next power of two of the number of samples: chunks are stored and decoded at their full size.
+    """
     widest = max(spec.width * DTYPES[spec.dtype] for spec in target_arrays(recipe, MAX_BLOCK_ROWS))
-    rows = max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, CHUNK_BYTES // widest))
-    return 1 << (rows.bit_length() - 1)
+    largest = max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, CHUNK_BYTES // widest))
+    enough = 1 << (recipe.dataset.num_samples - 1).bit_length()
+    return max(MIN_BLOCK_ROWS, min(1 << (largest.bit_length() - 1), enough))
+
+
+def manifest_attribute(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as it is stored: plain JSON with a digest over everything else in it."""
+    fields = manifest.model_dump(mode="json")
+    return {"digest": _manifest_digest(fields), **fields}
 
 
 def parse_manifest(attribute: Any, *, where: str) -> Manifest:
-    """Read the `teacher_cache` attribute of a group.
+    """Read the `teacher_cache` attribute of a group, as `manifest_attribute` made it.
 
     Raises:
-        FormatError: no such attribute, another format version, fields that are missing or wrong, a wrong fingerprint.
+        FormatError: no such attribute, another format version, a wrong digest or fingerprint, missing or wrong fields.
     """
     if not isinstance(attribute, dict):
         raise FormatError(
@@ -205,8 +234,15 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
             found=version,
             next_step="open it with the teacher-cache version that wrote it, or build it again",
         )
+    fields = {key: value for key, value in attribute.items() if key != "digest"}
+    if attribute.get("digest") != _manifest_digest(fields):
+        raise FormatError(
+            "damaged manifest: it is not what its digest says",
+            where=where,
+            next_step="restore zarr.json from a copy, or build the cache again",
+        )
     try:
-        manifest = Manifest.model_validate(attribute)
+        manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -221,6 +257,12 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
             found=manifest.fingerprint[:12],
         )
     return manifest
+
+
+def _manifest_digest(fields: dict[str, Any]) -> str:
+    """32 hex digits of blake2b over the canonical JSON; the fingerprint covers the recipe only."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _chunk_rows(row_bytes: int, block_rows: int) -> int:

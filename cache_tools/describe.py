@@ -1,0 +1,159 @@
+"""A cache in words: the table of `cache-tools ls`, the page of `cache-tools info`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_tools import commits, registry
+from cache_tools.config import Frozen
+from cache_tools.format import Manifest, constant_shapes, target_arrays
+from cache_tools.registry import CacheRecord
+from cache_tools.store import read_manifest
+
+
+class ArrayDetails(Frozen):
+    """One array of a cache; `stored_bytes` counts its files, `dense_bytes` what a complete one decodes to."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...] | None
+    dense_bytes: int
+    stored_bytes: int
+
+
+class CacheDetails(Frozen):
+    """Everything `cache-tools info` shows."""
+
+    record: CacheRecord
+    complete_views: tuple[int, ...]
+    arrays: tuple[ArrayDetails, ...]
+    manifest: Manifest
+
+
+def describe(path: Path) -> CacheDetails:
+    """Look at one cache without reading its arrays.
+
+    Raises:
+        NotFoundError, FormatError, StorageError: no cache there, or one whose manifest is damaged.
+    """
+    manifest = read_manifest(path)
+    return CacheDetails(
+        record=registry.record(path),
+        complete_views=tuple(registry.views_done(path, manifest)),
+        arrays=tuple(_arrays(path, manifest)),
+        manifest=manifest,
+    )
+
+
+def print_table(records: list[CacheRecord]) -> None:
+    """One line per cache."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "fingerprint", "dataset", "teacher", "CLIP"):
+        table.add_column(title, no_wrap=True)
+    for title in ("views", "size", "modified"):
+        table.add_column(title, no_wrap=True, justify="right")
+    for record in records:
+        views = "damaged" if record.problem else f"{record.views_done}/{record.views_total}"
+        modified = datetime.fromtimestamp(record.modified_s).strftime("%Y-%m-%d %H:%M")
+        identity = (record.name, record.fingerprint[:12], record.dataset, record.teacher, record.clip)
+        table.add_row(*identity, views, human_bytes(record.size_bytes), modified)
+    # Piped output is for grep and awk: whole lines, however wide.
+    Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
+
+
+def print_details(details: CacheDetails) -> None:
+    """A page of `key: value` lines."""
+    manifest, recipe, record = details.manifest, details.manifest.recipe, details.record
+    dataset, teacher, clip = recipe.dataset, recipe.teacher, recipe.clip
+    height, width = dataset.image_size
+    _line("cache", str(record.path))
+    _line("name", manifest.name)
+    _line("fingerprint", manifest.fingerprint)
+    _line(
+        "dataset",
+        f"{record.dataset}, {dataset.num_samples:,} samples, {manifest.num_classes} classes, {height}×{width}",
+    )
+    state = "complete" if record.complete else "half-built: run the same build-cache command to go on"
+    _line("views", f"{record.views_done} of {record.views_total} done, {state}")
+    _line("view recipe", f"version {recipe.views.version}, base seed {recipe.views.base_seed}, {_ops(recipe.views)}")
+    _line("teacher", f"{teacher.architecture}, weights {teacher.weights_digest[:12]}, {_preprocessing(teacher)}")
+    _line("CLIP", f"{clip.architecture}, weights {clip.weights_digest[:12]}, {_preprocessing(clip)}")
+    _line("prompts", f"{len(clip.templates)} templates, the first: {clip.templates[0]}")
+    fusion = recipe.fusion
+    _line("fusion", f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}, "
+          f"CLIP scale {manifest.clip_scale:g} ({fusion.clip_scale})")  # fmt: skip
+    _line("stored", f"{recipe.store}, {recipe.dtype}, teachers ran in {recipe.precision}")
+    _line("blocks", f"{manifest.num_blocks} per view, {manifest.block_rows:,} rows each")
+    _line("size", f"{human_bytes(record.size_bytes)} on disk")
+    for array in details.arrays:
+        stored, dense = human_bytes(array.stored_bytes), human_bytes(array.dense_bytes)
+        _line(f"  {array.name}", f"{'×'.join(map(str, array.shape))} {array.dtype}, {stored} stored of {dense}")
+    for key, value in manifest.provenance.items():
+        _line(key, _flat(value))
+
+
+def human_bytes(count: int) -> str:
+    """`12.3 MB`, in powers of 1000."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def _arrays(path: Path, manifest: Manifest) -> list[ArrayDetails]:
+    views, samples = manifest.num_views, manifest.num_samples
+    specs = target_arrays(manifest.recipe, manifest.block_rows)
+    listed: list[tuple[str, tuple[int, ...], str, tuple[int, ...] | None]] = [
+        (spec.name, (views, samples, spec.width), spec.dtype, (1, spec.chunk_rows, spec.width)) for spec in specs
+    ]
+    columns = 1 + len(specs)
+    listed.append((commits.COMMITS, (views, manifest.num_blocks, columns), "uint64", (1, 1, columns)))
+    listed += [("labels", (samples,), "int64", None), ("sample_keys", (samples, 16), "uint8", None)]
+    listed += [(name, shape, "float32", None) for name, shape in constant_shapes(manifest.recipe).items()]
+    return [
+        ArrayDetails(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            dense_bytes=math.prod(shape) * np.dtype(dtype).itemsize,
+            stored_bytes=registry.size_and_time(path / name)[0],
+        )
+        for name, shape, dtype, chunks in listed
+    ]
+
+
+def _ops(views: Any) -> str:
+    ops = " → ".join(op.op for op in views.ops) or "no ops"
+    return f"{ops}, view 0 clean" if views.clean_first else ops
+
+
+def _preprocessing(network: Any) -> str:
+    size = network.preprocessing.size
+    return f"{network.feature_dim} features, " + (f"input {size[0]}×{size[1]}" if size else "input as the canvas is")
+
+
+def _flat(value: Any) -> str:
+    """A provenance value on one line; shares of one as percentages."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, float) and 0.0 <= value <= 1.0:
+        return f"{value:.2%}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _line(key: str, value: str) -> None:
+    print(f"{key + ':':<22} {value}")

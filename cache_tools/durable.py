@@ -1,0 +1,97 @@
+"""Writes that survive a crash and a power cut: bytes before names, names before the next step."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+PARTIAL = ".partial"
+LEFTOVER_AGE_S = 3600.0
+
+
+class DurableStore(LocalStore):
+    """A zarr LocalStore whose `set` returns when the bytes and the name are on the disk.
+
+    zarr's own store replaces files atomically but leaves flushing to the operating system; a commit must never reach
+    the disk before the rows it vouches for, not even when the power fails.
+    """
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        await asyncio.to_thread(put_durably, self.root / key, value.as_buffer_like())
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        put_durably(self.root / key, value.as_buffer_like())
+
+
+def put_durably(path: Path, data: Any) -> None:
+    """Replace a file atomically; its bytes are on the disk before its name is, and its name before this returns."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk; quietly nothing where the file system cannot."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Flush every file and folder below `root` to the disk."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            descriptor = os.open(Path(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(folder))
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Remove what killed processes left behind: half-written files and half-made caches, when an hour old.
+
+    The age keeps what another builder is writing right now.
+    """
+    candidates = [
+        *cache.glob(f"*/*{PARTIAL}"),
+        *cache.glob(f"*{PARTIAL}"),
+        *cache.parent.glob(f".{cache.name}.*{PARTIAL}"),
+    ]
+    for path in candidates:
+        try:
+            if time.time() - path.stat().st_mtime < LEFTOVER_AGE_S:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except FileNotFoundError:
+            continue

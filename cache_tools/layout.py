@@ -1,0 +1,105 @@
+"""The arrays of an empty cache: their names, shapes, chunks, codecs and dimensions. docs/format.md in code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from cache_tools import commits
+from cache_tools.errors import FormatError
+from cache_tools.format import CHUNK_BYTES, MANIFEST_KEY, Manifest, constant_shapes, manifest_attribute, target_arrays
+
+# Level 1 takes the 8 % that half-precision rows have to give; higher levels, byte shuffles and blosc found no more.
+ZSTD_LEVEL = 1
+_DIMENSIONS = {
+    "labels": ("sample",),
+    "sample_keys": ("sample", "byte"),
+    "commits": ("view", "block", "column"),
+    "fused_logits": ("view", "sample", "class"),
+    "fused_features": ("view", "sample", "feature"),
+    "teacher_logits": ("view", "sample", "class"),
+    "teacher_features": ("view", "sample", "teacher_feature"),
+    "clip_features": ("view", "sample", "clip_feature"),
+    "teacher_projection": ("teacher_feature", "feature"),
+    "clip_projection": ("clip_feature", "feature"),
+    "class_embeddings": ("class", "clip_feature"),
+    "text_features": ("prompt", "class", "clip_feature"),
+    "teacher_head_weight": ("class", "teacher_feature"),
+    "teacher_head_bias": ("class",),
+}
+
+
+def lay_out(
+    path: Path,
+    manifest: Manifest,
+    labels: npt.NDArray[Any],
+    sample_keys: npt.NDArray[Any],
+    constants: Mapping[str, npt.NDArray[Any]],
+) -> None:
+    """Make an empty cache at `path`: manifest, labels, keys and constants written, no block committed."""
+    group = zarr.create_group(LocalStore(path), attributes={MANIFEST_KEY: manifest_attribute(manifest)})
+    for name, values in {"labels": labels, "sample_keys": sample_keys, **constants}.items():
+        _add(group, name, values.shape, _chunk_shape(values), values.dtype.name)[...] = values
+    shape = (manifest.num_views, manifest.num_samples)
+    specs = target_arrays(manifest.recipe, manifest.block_rows)
+    for spec in specs:
+        _add(group, spec.name, (*shape, spec.width), (1, spec.chunk_rows, spec.width), spec.dtype)
+    width = 1 + len(specs)
+    table = _add(group, commits.COMMITS, (manifest.num_views, manifest.num_blocks, width), (1, 1, width), "uint64")
+    table.update_attributes({"columns": commits.columns(manifest.recipe, manifest.block_rows)})
+
+
+def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt.NDArray[Any]) -> None:
+    samples = manifest.num_samples
+    for name, array, shape, dtype in (
+        ("labels", labels, (samples,), "int64"),
+        ("sample_keys", sample_keys, (samples, 16), "uint8"),
+    ):
+        if array.shape != shape or array.dtype.name != dtype:
+            raise FormatError(f"wrong {name}", expected=f"{dtype} {list(shape)}", found=f"{array.dtype} {array.shape}")
+    identity = manifest.recipe.dataset
+    if commits.content_digest(sample_keys, labels, identity.class_names) != identity.content_digest:
+        raise FormatError("labels and keys are not those of the dataset in the recipe", where=identity.name)
+
+
+def check_constants(manifest: Manifest, constants: Mapping[str, npt.NDArray[Any]]) -> None:
+    shapes = constant_shapes(manifest.recipe)
+    if set(constants) != set(shapes):
+        raise FormatError("wrong constants", expected=sorted(shapes), found=sorted(constants))
+    for name, shape in shapes.items():
+        array = constants[name]
+        if array.shape != shape or array.dtype.name != "float32" or not np.isfinite(array).all():
+            raise FormatError(
+                f"wrong constant {name}",
+                expected=f"finite float32 {list(shape)}",
+                found=f"{array.dtype} {list(array.shape)}",
+            )
+
+
+def _add(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
+    """An array whose absent chunks cannot be taken for data: NaN for floating numbers, −1 for labels."""
+    floating = dtype.startswith("float")
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        serializer=BytesCodec(),
+        compressors=[Crc32cCodec()] if name == commits.COMMITS else [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        fill_value=float("nan") if floating else -1 if name == "labels" else 0,
+        dimension_names=_DIMENSIONS[name],
+        chunk_key_encoding={"name": "default", "separator": "."},  # one folder per array: one flush covers a name
+        config={"write_empty_chunks": True},
+    )
+
+
+def _chunk_shape(values: npt.NDArray[Any]) -> tuple[int, ...]:
+    rows = max(1, CHUNK_BYTES // max(1, values.nbytes // len(values)))
+    return (min(rows, len(values)), *values.shape[1:])

@@ -1,0 +1,82 @@
+"""Read one view of one array into host memory, and say exactly which block is damaged if one is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from zarr.buffer.cpu import NDBuffer
+
+from cache_tools import commits
+from cache_tools.errors import FormatError
+from cache_tools.format import ArraySpec, Manifest
+from cache_tools.store import translated
+
+
+def load_array(
+    array: zarr.Array[Any],
+    spec: ArraySpec,
+    manifest: Manifest,
+    path: Path,
+    view: int,
+    digests: Sequence[int] | None,
+    *,
+    pin: bool = False,
+) -> torch.Tensor:
+    """All rows of a committed view, [N, width] in the stored dtype, decoded straight into the tensor's memory.
+
+    Args:
+        path: folder of the cache, for messages.
+        digests: what the commits say of each block; None skips the comparison. Missing files are found either way, and
+            so are damaged ones, by the crc32c of each chunk.
+        pin: page-locked memory, for asynchronous copies to CUDA.
+
+    Raises:
+        FormatError: damaged, missing or uncommitted rows; names the block and how to have it computed again.
+        StorageError: unreadable storage.
+    """
+    tensor = torch.empty((manifest.num_samples, spec.width), dtype=getattr(torch, spec.dtype), pin_memory=pin)
+    values = tensor.numpy()
+    try:
+        with translated(f"{path / spec.name}, view {view}"):
+            array.get_basic_selection((view, slice(None), slice(None)), out=NDBuffer.from_numpy_array(values))
+    except FormatError as error:
+        raise _find_damage(array, spec, manifest, path, view, error) from error
+    # NaN is the fill value and never written: it means that the file of a chunk is gone.
+    for chunk in np.flatnonzero(np.isnan(values[:: spec.chunk_rows, 0])).tolist():
+        block = chunk * spec.chunk_rows // manifest.block_rows
+        raise _damaged("a chunk is missing", path, spec.name, view, block)
+    if digests is not None:
+        rows = [values[manifest.block(block)] for block in range(manifest.num_blocks)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+            for block, digest in enumerate(pool.map(commits.block_digest, rows)):
+                if digest != digests[block]:
+                    raise _damaged("stored rows are not those that were committed", path, spec.name, view, block)
+    return tensor
+
+
+def _find_damage(
+    array: zarr.Array[Any], spec: ArraySpec, manifest: Manifest, path: Path, view: int, error: FormatError
+) -> FormatError:
+    for block in range(manifest.num_blocks):
+        try:
+            array[view, manifest.block(block)]
+        except Exception:  # whatever the codecs raise
+            return _damaged("damaged or unreadable", path, spec.name, view, block, error.found)
+    return error
+
+
+def _damaged(what: str, path: Path, name: str, view: int, block: int, found: object = None) -> FormatError:
+    commit = path / commits.COMMITS / commits.file_name(view, block)
+    return FormatError(
+        what,
+        where=f"{path / name}, view {view}, block {block}",
+        found=found,
+        next_step=f"remove {commit} and run the same build-cache command: it computes the block again",
+    )

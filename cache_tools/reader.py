@@ -1,0 +1,253 @@
+"""Read a cache: open it by path, name or fingerprint, and load whole views onto a device."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from cache_tools import commits, registry
+from cache_tools.console import resolve_device
+from cache_tools.errors import FormatError, IncompleteError, NotFoundError
+from cache_tools.format import CacheRecipe, constant_shapes, target_arrays
+from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
+from cache_tools.verify import check_canaries, check_dataset, make_canaries, pixel_digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from cache_tools.images import ImageSet
+    from cache_tools.targets import ViewTargets
+
+__all__ = ["TeacherCache", "ViewTargets", "make_canaries", "pixel_digest"]
+
+
+def __getattr__(name: str) -> Any:
+    """`ViewTargets` comes with torch, which commands that only look at a cache do not wait for."""
+    if name == "ViewTargets":
+        from cache_tools.targets import ViewTargets
+
+        return ViewTargets
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class TeacherCache:
+    """A cache, opened for reading. Cheap to open: arrays are read when a view is loaded.
+
+    Attributes:
+        path: folder of the cache.
+        manifest: recipe, geometry and provenance.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.manifest = path, read_manifest(path)
+        self._group = open_group(path)
+        self._specs = {spec.name: spec for spec in target_arrays(self.recipe, self.manifest.block_rows)}
+        self._arrays = {
+            name: self._open(name, (self.num_views, self.num_samples, spec.width), spec.dtype, more_views=True)
+            for name, spec in self._specs.items()
+        }
+        shape = (self.num_views, self.manifest.num_blocks, 1 + len(self._specs))
+        self._commit_table = self._open(commits.COMMITS, shape, "uint64", more_views=True)
+        self._commits_read: npt.NDArray[np.uint64] | None = None
+
+    @classmethod
+    def open(cls, reference: str | Path) -> TeacherCache:
+        """Open a cache.
+
+        Args:
+            reference: a path, or the name or fingerprint prefix (four hex digits or more) of a cache in the cache home.
+
+        Raises:
+            NotFoundError: nothing of that path, name or fingerprint, or several.
+            FormatError: something that is not a cache, a damaged one, or one of an unknown format version.
+        """
+        return cls(registry.resolve(reference))
+
+    @property
+    def recipe(self) -> CacheRecipe:
+        return self.manifest.recipe
+
+    @property
+    def num_views(self) -> int:
+        return self.manifest.num_views
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    def num_classes(self) -> int:
+        return self.manifest.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.recipe.dataset.class_names
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Ground truth, int64 [N]."""
+        return self._samples[0]
+
+    @property
+    def sample_keys(self) -> npt.NDArray[np.uint8]:
+        """Content keys, uint8 [N, 16]."""
+        return self._samples[1]
+
+    @property
+    def complete_views(self) -> tuple[int, ...]:
+        """Views whose every block is committed, ascending; read anew while a build is under way."""
+        return tuple(int(view) for view in np.flatnonzero(self._committed().all(axis=1)))
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.complete_views) == self.num_views
+
+    def load_view(
+        self,
+        view: int,
+        device: str | torch.device = "cpu",
+        *,
+        logits: bool = True,
+        features: bool = True,
+        verify: bool = True,
+    ) -> ViewTargets:
+        """Read a whole view and put it on a device, in the dtype it is stored in.
+
+        Copies to CUDA start from pinned memory on the current stream and are not waited for.
+
+        Args:
+            logits, features: what to read of a fused cache; a component cache needs everything for either.
+            verify: compare what was read with the commits' checksums.
+
+        Raises:
+            IncompleteError: the view is not completely built.
+            FormatError: stored bytes that are damaged, missing, or not those that were committed.
+            NotFoundError: no such view.
+            DeviceError: no such device.
+        """
+        import torch
+
+        from cache_tools.targets import ViewTargets, fused
+
+        target = resolve_device(str(device))
+        self._require_blocks(view, range(self.manifest.num_blocks))
+        wanted = {"fused_logits": logits, "fused_features": features}
+        pin = target.type == "cuda"
+        arrays = {
+            name: self._load(name, view, pin, verify).to(target, non_blocking=True)
+            for name in self._specs
+            if wanted.get(name, True)
+        }
+        if self.recipe.store == "fused":
+            return ViewTargets(view, arrays)
+        constants = {name: torch.from_numpy(self.constant(name)).to(target) for name in constant_shapes(self.recipe)}
+        return fused(view, arrays, constants, self.manifest)
+
+    def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.floating[Any]]:
+        """Rows of one target array as stored, [rows, width]: one plain zarr read, the reference for `load_view`.
+
+        Raises:
+            IncompleteError: rows of a block that is not committed.
+            FormatError: damaged or missing bytes.
+            NotFoundError: no such array or view.
+        """
+        if name not in self._specs:
+            raise NotFoundError("no such array", where=self.path, expected=", ".join(self._specs), found=name)
+        start, stop, _ = rows.indices(self.num_samples)
+        size = self.manifest.block_rows
+        self._require_blocks(view, range(start // size, -(-stop // size)))
+        with translated(f"{self.path / name}, view {view}"):
+            values = np.asarray(self._arrays[name][view, rows])
+        if np.isnan(values).any():
+            raise FormatError("a chunk is missing", where=f"{self.path / name}, view {view}", next_step=_RESTORE)
+        return values
+
+    def constant(self, name: str) -> npt.NDArray[np.float32]:
+        """An array that holds for all samples and views, float32; see `format.constant_shapes`."""
+        shapes = constant_shapes(self.recipe)
+        if name not in shapes:
+            raise NotFoundError("no such constant", where=self.path, expected=", ".join(shapes), found=name)
+        array = self._open(name, shapes[name], "float32")
+        with translated(self.path / name):
+            values = np.asarray(array[...])
+        if np.isnan(values).any():
+            raise FormatError("a chunk is missing", where=self.path / name, next_step=_RESTORE)
+        return values
+
+    def require_complete(self) -> None:
+        """Raise IncompleteError unless every view is built."""
+        committed = self._committed()
+        if not committed.all():
+            done = int(committed.all(axis=1).sum())
+            raise IncompleteError(
+                "the cache is not completely built",
+                where=self.path,
+                expected=f"{self.num_views} views",
+                found=f"{done} complete, {int((~committed).sum())} of {committed.size} blocks missing",
+                next_step="run the same build-cache command again: it goes on from what is stored",
+            )
+
+    def check_dataset(self, images: ImageSet) -> None:
+        """Raise MismatchError, saying what differs, unless these are the samples the cache was built from, in order."""
+        check_dataset(self, images)
+
+    def check_canaries(self, images: ImageSet) -> None:
+        """Raise MismatchError unless view code and image decoding give the pixels that the teachers saw."""
+        check_canaries(self, images)
+
+    def __repr__(self) -> str:
+        return (
+            f"TeacherCache({str(self.path)!r}, {self.num_samples} samples × {self.num_views} views, "
+            f"fingerprint {self.manifest.fingerprint[:12]})"
+        )
+
+    @cached_property
+    def _samples(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+        labels = self._open("labels", (self.num_samples,), "int64")
+        keys = self._open("sample_keys", (self.num_samples, 16), "uint8")
+        with translated(self.path / "labels"):
+            label_values = np.asarray(labels[...])
+        with translated(self.path / "sample_keys"):
+            key_values = np.asarray(keys[...])
+        if commits.content_digest(key_values, label_values, self.class_names) != self.recipe.dataset.content_digest:
+            raise FormatError("labels or sample keys are damaged", where=self.path, next_step=_RESTORE)
+        return label_values, key_values
+
+    def _open(self, name: str, shape: tuple[int, ...], dtype: str, *, more_views: bool = False) -> zarr.Array[Any]:
+        return open_array(self._group, self.path, name, shape, dtype, more_views=more_views)
+
+    def _load(self, name: str, view: int, pin: bool, verify: bool) -> torch.Tensor:
+        from cache_tools.loading import load_array
+
+        assert self._commits_read is not None
+        column = 1 + list(self._specs).index(name)
+        digests = self._commits_read[view, :, column].tolist() if verify else None
+        return load_array(self._arrays[name], self._specs[name], self.manifest, self.path, view, digests, pin=pin)
+
+    def _committed(self) -> npt.NDArray[np.bool_]:
+        """bool [V, blocks]. A commit is never taken back, so a complete cache is looked at once."""
+        if self._commits_read is None or not (self._commits_read != 0).all():
+            self._commits_read = read_commits(self._commit_table, self.path, self.manifest)
+        return commits.committed_blocks(self._commits_read, self.manifest)
+
+    def _require_blocks(self, view: int, blocks: range) -> None:
+        if not 0 <= view < self.num_views:
+            raise NotFoundError("no such view", where=self.path, expected=f"0 to {self.num_views - 1}", found=view)
+        committed = self._committed()[view]
+        missing = [block for block in blocks if not committed[block]]
+        if missing:
+            raise IncompleteError(
+                f"view {view} is not completely built",
+                where=self.path,
+                expected=f"{self.manifest.num_blocks} blocks",
+                found=f"{commits.ranges(missing)} missing",
+                next_step="run the same build-cache command again: it goes on from what is stored",
+            )
+
+
+_RESTORE = "restore it from a copy, or build the cache again"

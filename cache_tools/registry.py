@@ -1,0 +1,198 @@
+"""The cache home: find caches by path, name or fingerprint. Reads manifests only; imports neither torch nor zarr."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import string
+from collections import Counter
+from pathlib import Path
+
+from cache_tools import commits
+from cache_tools.config import Frozen
+from cache_tools.console import storage_error
+from cache_tools.errors import CacheError, NotFoundError, RecipeError
+from cache_tools.format import Manifest
+from cache_tools.store import read_manifest
+
+HOME_VARIABLE = "TEACHER_CACHE_HOME"
+SUFFIX = ".zarr"
+MIN_PREFIX = 4
+_COMMIT_FILE = re.compile(r"c\.(\d+)\.\d+\.0")
+
+
+class CacheRecord(Frozen):
+    """One cache of the home, as `cache-tools ls` shows it. A damaged one has a `problem` and little else."""
+
+    path: Path
+    name: str
+    fingerprint: str = ""
+    dataset: str = ""
+    teacher: str = ""
+    clip: str = ""
+    views_done: int = 0
+    views_total: int = 0
+    size_bytes: int = 0
+    modified_s: float = 0.0
+    problem: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.problem is None and self.views_done == self.views_total
+
+
+def cache_home() -> Path:
+    """$TEACHER_CACHE_HOME, or ~/.cache/teacher-cache."""
+    return Path(os.environ.get(HOME_VARIABLE) or "~/.cache/teacher-cache").expanduser()
+
+
+def cache_path(name: str, fingerprint: str) -> Path:
+    """Where the cache of a recipe lives: the same recipe finds it again, another recipe never does.
+
+    Raises:
+        RecipeError: a name that is not a plain file name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RecipeError("bad cache name", where=name, expected="letters, digits, dots, dashes and underscores")
+    return cache_home() / f"{name}-{fingerprint[:12]}{SUFFIX}"
+
+
+def is_cache(path: Path) -> bool:
+    """Whether something that calls itself a zarr group is at `path`; an empty folder is nothing."""
+    return (path / "zarr.json").is_file()
+
+
+def list_caches(home: Path | None = None) -> list[CacheRecord]:
+    """Every cache of the home, by name, then path; also half-built and damaged ones."""
+    home = home or cache_home()
+    try:
+        folders = sorted(path for path in home.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    except OSError as error:
+        raise storage_error(error) from error
+    return sorted((record(path) for path in folders), key=lambda found: (found.name, str(found.path)))
+
+
+def record(path: Path) -> CacheRecord:
+    """What there is to know about one cache without reading its arrays."""
+    size_bytes, modified_s = size_and_time(path)
+    try:
+        manifest = read_manifest(path)
+    except CacheError as error:
+        name = path.name.removesuffix(SUFFIX)
+        return CacheRecord(path=path, name=name, size_bytes=size_bytes, modified_s=modified_s, problem=str(error))
+    recipe = manifest.recipe
+    return CacheRecord(
+        path=path,
+        name=manifest.name,
+        fingerprint=manifest.fingerprint,
+        dataset=f"{recipe.dataset.name}/{recipe.dataset.split}",
+        teacher=recipe.teacher.architecture,
+        clip=recipe.clip.architecture,
+        views_done=len(views_done(path, manifest)),
+        views_total=manifest.num_views,
+        size_bytes=size_bytes,
+        modified_s=modified_s,
+    )
+
+
+def views_done(path: Path, manifest: Manifest) -> list[int]:
+    """Complete views, counted from the names of the commit files."""
+    try:
+        names = os.listdir(path / commits.COMMITS)
+    except OSError:
+        return []
+    counts = Counter(int(match[1]) for name in names if (match := _COMMIT_FILE.fullmatch(name)))
+    return [view for view in range(manifest.num_views) if counts[view] >= manifest.num_blocks]
+
+
+def resolve(reference: str | Path) -> Path:
+    """The folder a reference means: a path, or what `find` finds.
+
+    Raises:
+        NotFoundError: nothing, or several caches; a URL.
+    """
+    if "://" in str(reference):
+        raise NotFoundError(
+            "remote caches cannot be opened yet",
+            where=reference,
+            next_step="copy it to a local folder and give its path",
+        )
+    path = Path(reference).expanduser()
+    looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
+    if looks_like_path or is_cache(path):
+        if not path.exists():
+            raise NotFoundError("no cache here", where=path, next_step=_known(list_caches()))
+        return path
+    return find(str(reference)).path
+
+
+def find(reference: str) -> CacheRecord:
+    """The cache of the home with this name, fingerprint prefix (four hex digits or more) or `NAME-FINGERPRINT`.
+
+    Of several, the only complete one is meant.
+
+    Raises:
+        NotFoundError: none, with near names; or several, with their fingerprints.
+    """
+    caches = list_caches()
+    matches = [found for found in caches if found.name == reference] or [
+        found for found in caches if _has_prefix(found, reference)
+    ]
+    complete = [found for found in matches if found.complete]
+    if len(matches) == 1 or len(complete) == 1:
+        return (complete if len(complete) == 1 else matches)[0]
+    if matches:
+        listed = ", ".join(
+            f"{m.fingerprint[:12] or m.path.name} ({m.views_done}/{m.views_total} views)" for m in matches
+        )
+        raise NotFoundError(
+            "several caches match", where=reference, found=listed, next_step="give more of the fingerprint, or the path"
+        )
+    near = difflib.get_close_matches(reference, sorted({found.name for found in caches}), n=3, cutoff=0.5)
+    advice = f"did you mean {' or '.join(near)}; otherwise " if near else ""
+    build = "run `cache-tools ls`" if _is_hex(reference) else f"run `build-cache {reference}`"
+    raise NotFoundError(
+        "no such cache",
+        where=reference,
+        expected=f"a path, or a name or fingerprint in {cache_home()}",
+        next_step=advice + build,
+    )
+
+
+def _has_prefix(found: CacheRecord, reference: str) -> bool:
+    if _is_hex(reference):
+        return found.fingerprint.startswith(reference.lower())
+    stem = f"{found.name}-"
+    return (
+        reference.startswith(stem)
+        and _is_hex(reference.removeprefix(stem))
+        and found.fingerprint.startswith(reference.removeprefix(stem).lower())
+    )
+
+
+def _is_hex(text: str) -> bool:
+    return len(text) >= MIN_PREFIX and set(text) <= set(string.hexdigits)
+
+
+def _known(caches: list[CacheRecord]) -> str:
+    names = sorted({found.name for found in caches})
+    return (
+        f"give another path, or a name: {', '.join(names)}"
+        if names
+        else "give another path, or run `build-cache` first"
+    )
+
+
+def size_and_time(path: Path) -> tuple[int, float]:
+    """Bytes of all files, and when the newest was written; 0 where nothing can be read."""
+    total, newest = 0, 0.0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                status = os.stat(os.path.join(folder, name))
+            except OSError:  # a builder has just renamed it
+                continue
+            total += status.st_size
+            newest = max(newest, status.st_mtime)
+    return total, newest

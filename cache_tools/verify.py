@@ -1,0 +1,141 @@
+"""Are these the samples and the pixels that the cache was built from? Asked before the first training step."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.errors import MismatchError
+from cache_tools.format import Canary
+from cache_tools.views import ViewRecipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from cache_tools.images import ImageSet
+    from cache_tools.reader import TeacherCache
+
+MAX_CANARIES = 16
+
+
+def check_dataset(cache: TeacherCache, images: ImageSet) -> None:
+    """Compare a split with the one the cache was built from: canvas, class names, samples, contents, order, labels.
+
+    Raises:
+        MismatchError: says precisely what differs first.
+    """
+    expected, found = cache.recipe.dataset, images.identity()
+    if expected.content_digest == found.content_digest and expected.image_size == found.image_size:
+        return
+    what, want, have = _difference(cache, images) or ("its digest", expected.content_digest, found.content_digest)
+    raise MismatchError(
+        f"this dataset is not the one the cache was built from: {what}",
+        where=f"{images.name}, split {images.split}",
+        expected=want,
+        found=have,
+        next_step=f"give the images of {expected.name}, split {expected.split}, that the cache was built from, "
+        "or build a cache of these",
+    )
+
+
+def check_canaries(cache: TeacherCache, images: ImageSet) -> None:
+    """Make the views of a few samples again and compare their pixels with those the teachers saw.
+
+    Raises:
+        MismatchError: view code or image decoding has drifted; names the first view and sample.
+    """
+    for canary in cache.manifest.canaries:
+        found = _canary(cache.recipe.views, images, canary.view, canary.index).pixel_digest
+        if found != canary.pixel_digest:
+            raise MismatchError(
+                "these are not the pixels that the teachers saw",
+                where=f"view {canary.view} of sample {canary.index}",
+                expected=f"pixel digest {canary.pixel_digest}",
+                found=found,
+                next_step="use the versions of teacher-cache and of the image libraries that `cache-tools info` shows, "
+                "or build the cache again",
+            )
+
+
+def make_canaries(views: ViewRecipe, images: ImageSet, num_views: int) -> tuple[Canary, ...]:
+    """Up to 16 canaries, spread evenly over the samples and over the views."""
+    count = min(MAX_CANARIES, len(images) * num_views)
+    steps = max(1, count - 1)
+    chosen = {(step * (num_views - 1) // steps, step * (len(images) - 1) // steps) for step in range(count)}
+    return tuple(_canary(views, images, view, index) for view, index in sorted(chosen))
+
+
+def pixel_digest(pixels: npt.NDArray[np.uint8] | torch.Tensor) -> str:
+    """32 hex digits of blake2b over the shape and the uint8 pixels in C order; tensors may be on any device."""
+    array: npt.NDArray[Any] = np.ascontiguousarray(pixels.cpu().numpy() if hasattr(pixels, "cpu") else pixels)
+    digest = hashlib.blake2b("x".join(map(str, array.shape)).encode(), digest_size=16)
+    digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _canary(views: ViewRecipe, images: ImageSet, view: int, index: int) -> Canary:
+    import torch
+
+    samples = np.array([index])
+    pixels = views.apply(torch.from_numpy(np.ascontiguousarray(images.load(samples))), samples, view)
+    return Canary(view=view, index=index, pixel_digest=pixel_digest(pixels[0]))
+
+
+def _difference(cache: TeacherCache, images: ImageSet) -> tuple[str, object, object] | None:
+    """What differs first: (what, expected, found)."""
+    return (
+        _class_difference(cache.class_names, images.class_names)
+        or _size_difference(cache, images)
+        or _content_difference(cache.sample_keys, images.keys)
+        or _label_difference(cache.labels, images.labels, cache.class_names)
+    )
+
+
+def _class_difference(expected: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, object, object] | None:
+    if expected == found:
+        return None
+    if len(expected) != len(found):
+        return "another number of classes", len(expected), len(found)
+    first = next(number for number, names in enumerate(zip(expected, found, strict=True)) if names[0] != names[1])
+    what = "same classes in another order" if sorted(expected) == sorted(found) else "other class names"
+    return f"{what}, first at class {first}", repr(expected[first]), repr(found[first])
+
+
+def _size_difference(cache: TeacherCache, images: ImageSet) -> tuple[str, object, object] | None:
+    if cache.num_samples != len(images):
+        return "another number of samples", cache.num_samples, len(images)
+    expected = cache.recipe.dataset.image_size
+    if expected != tuple(images.image_size):
+        return "another image size", "×".join(map(str, expected)), "×".join(map(str, images.image_size))
+    return None
+
+
+def _content_difference(
+    expected: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8]
+) -> tuple[str, object, object] | None:
+    differing = np.flatnonzero((expected != found).any(axis=1))
+    if not len(differing):
+        return None
+    first = differing[0]
+    # 16 bytes as one value each, so that whole keys sort.
+    same = np.array_equal(np.sort(_whole(expected)), np.sort(_whole(found)))
+    what = "same images in another order" if same else f"other contents of {len(differing):,} samples"
+    return f"{what}, first at sample {first}", f"key {expected[first].tobytes().hex()}", found[first].tobytes().hex()
+
+
+def _label_difference(
+    expected: npt.NDArray[np.int64], found: npt.NDArray[np.int64], class_names: tuple[str, ...]
+) -> tuple[str, object, object] | None:
+    differing = np.flatnonzero(expected != found)
+    if not len(differing):
+        return None
+    first = differing[0]
+    what = f"other labels of {len(differing):,} samples, first at sample {first}"
+    return what, class_names[expected[first]], class_names[found[first]]
+
+
+def _whole(keys: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(keys).view("V16").ravel()

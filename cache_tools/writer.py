@@ -1,0 +1,200 @@
+"""Write a cache block by block: data, flush, then commit. A crash at any instant loses at most the blocks in flight."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools import commits
+from cache_tools.durable import PARTIAL, remove_leftovers, sync_folder, sync_tree
+from cache_tools.errors import FormatError, MismatchError, StorageError
+from cache_tools.format import MANIFEST_KEY, ArraySpec, Manifest, manifest_attribute, target_arrays
+from cache_tools.layout import check_constants, check_samples, lay_out
+from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
+
+
+class CacheWriter:
+    """The one who adds blocks to a cache. Get one from `create` or `resume`.
+
+    Attributes:
+        path: folder of the cache.
+        manifest: as stored.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._group = open_group(path, writable=True)
+        self._specs = target_arrays(manifest.recipe, manifest.block_rows)
+        views, samples = manifest.num_views, manifest.num_samples
+        self._arrays = {
+            spec.name: open_array(
+                self._group, path, spec.name, (views, samples, spec.width), spec.dtype, more_views=True
+            )
+            for spec in self._specs
+        }
+        shape = (views, manifest.num_blocks, 1 + len(self._specs))
+        self._commits = open_array(self._group, path, commits.COMMITS, shape, "uint64", more_views=True)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        manifest: Manifest,
+        *,
+        labels: npt.NDArray[np.int64],
+        sample_keys: npt.NDArray[np.uint8],
+        constants: Mapping[str, npt.NDArray[np.float32]],
+    ) -> CacheWriter:
+        """Make an empty cache.
+
+        It is made beside `path` and renamed into place, so that a killed `create` leaves nothing at `path`. If another
+        process made the same cache meanwhile, that one is opened.
+
+        Args:
+            labels: int64 [N].
+            sample_keys: uint8 [N, 16].
+            constants: float32 arrays, those of `format.constant_shapes`.
+
+        Raises:
+            FormatError: labels, keys or constants that are not what the manifest says.
+            StorageError: something is at `path` already, or the disk is full or read-only.
+        """
+        path = Path(path)
+        check_samples(manifest, labels, sample_keys)
+        check_constants(manifest, constants)
+        with translated(path):
+            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+                raise StorageError(
+                    "cannot make a cache here: the place is taken", where=path, next_step="choose another"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+            try:
+                lay_out(temporary, manifest, labels, sample_keys, constants)
+                sync_tree(temporary)
+                _rename_unless_taken(temporary, path)
+                sync_folder(path.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return cls.resume(path, manifest.fingerprint)
+
+    @classmethod
+    def resume(cls, path: Path, fingerprint: str) -> CacheWriter:
+        """Open a cache to go on with it.
+
+        Raises:
+            NotFoundError, FormatError: no cache there, or a damaged one.
+            MismatchError: the cache of another recipe.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if manifest.fingerprint != fingerprint:
+            raise MismatchError(
+                "the cache of another recipe is here",
+                where=path,
+                expected=f"fingerprint {fingerprint[:12]}",
+                found=manifest.fingerprint[:12],
+                next_step="choose another --out, leave --out away, or remove that cache",
+            )
+        with translated(path):
+            remove_leftovers(path)
+        return cls(path, manifest)
+
+    def missing_blocks(self) -> list[tuple[int, int]]:
+        """(view, block) of every block that is not committed, in order; one read of `commits`."""
+        stored = read_commits(self._commits, self.path, self.manifest)
+        return commits.missing_pairs(commits.committed_blocks(stored, self.manifest))
+
+    def write_block(
+        self, view: int, block: int, arrays: Mapping[str, npt.NDArray[np.floating[Any]]], parameter_digest: int
+    ) -> None:
+        """Write one block of every target array, flush it, and commit it. Threads may write distinct blocks at once.
+
+        Args:
+            arrays: floating [rows of the block, width] for each target array; stored as the cache's dtype.
+            parameter_digest: of the block's view parameters (`ViewRecipe.parameter_digest`).
+
+        Raises:
+            FormatError: arrays, a view or a block that the cache does not have, wrong shapes, integers, numbers that
+                are not finite or too large for float16. Nothing is written then.
+            StorageError: the disk is full or read-only. The block stays uncommitted.
+        """
+        rows = self._rows(view, block)
+        if set(arrays) != set(self._arrays):
+            raise FormatError("wrong arrays", where=self.path, expected=sorted(self._arrays), found=sorted(arrays))
+        encoded = {spec.name: _encode(arrays[spec.name], spec, view, rows) for spec in self._specs}
+        commit = [parameter_digest or 1, *(commits.block_digest(encoded[spec.name]) for spec in self._specs)]
+        with translated(self.path):
+            # The store flushes each chunk before it returns (durable.py): the commit cannot overtake its rows.
+            for name, values in encoded.items():
+                self._arrays[name][view, rows] = values
+            self._commits[view, block] = np.array(commit, dtype=np.uint64)
+
+    def grow(self, num_views: int) -> CacheWriter:
+        """The same cache with room for more views; with as many or fewer, itself.
+
+        Arrays are resized before the manifest promises the views, so a reader never sees a promise without arrays.
+        """
+        if num_views <= self.manifest.num_views:
+            return self
+        manifest = self.manifest.model_copy(update={"num_views": num_views})
+        with translated(self.path):
+            for array in (*self._arrays.values(), self._commits):
+                if array.shape[0] < num_views:
+                    array.resize((num_views, *array.shape[1:]))
+            self._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
+        return CacheWriter.resume(self.path, manifest.fingerprint)
+
+    def _rows(self, view: int, block: int) -> slice:
+        manifest = self.manifest
+        if not (0 <= view < manifest.num_views and 0 <= block < manifest.num_blocks):
+            raise FormatError(
+                "no such block",
+                where=self.path,
+                expected=f"view 0–{manifest.num_views - 1}, block 0–{manifest.num_blocks - 1}",
+                found=f"view {view}, block {block}",
+            )
+        return manifest.block(block)
+
+
+def _encode(values: npt.NDArray[Any], spec: ArraySpec, view: int, rows: slice) -> npt.NDArray[Any]:
+    """Rows in the dtype of their array, C order, every number finite."""
+    values = np.asarray(values)
+    where = f"{spec.name}, view {view}, samples {rows.start}–{rows.stop - 1}"
+    shape = (rows.stop - rows.start, spec.width)
+    if values.shape != shape or values.dtype.kind != "f":
+        raise FormatError(
+            "wrong block", where=where, expected=f"floating {list(shape)}", found=f"{values.dtype} {list(values.shape)}"
+        )
+    with np.errstate(over="ignore"):  # found and named below
+        encoded = np.ascontiguousarray(values, dtype=spec.dtype)
+    finite = np.isfinite(encoded)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        overflow = np.isfinite(values[row, column])
+        raise FormatError(
+            "a number cannot be stored",
+            where=f"{spec.name}, view {view}, sample {rows.start + row}, column {column}",
+            expected=f"finite, within ±{np.finfo(spec.dtype).max:g}",
+            found=f"{values[row, column]:g}",
+            next_step="store float32 (--set dtype=float32)" if overflow else "check the weights and the precision",
+        )
+    return encoded
+
+
+def _rename_unless_taken(temporary: Path, path: Path) -> None:
+    """Rename a folder into place; leave it where it is if another process was faster."""
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise

@@ -1,0 +1,135 @@
+"""Tiny caches with made-up numbers, for tests that need a cache but no teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_tools.format import (
+    CacheRecipe,
+    ClipIdentity,
+    FusionRecipe,
+    Manifest,
+    Preprocessing,
+    TeacherIdentity,
+    constant_shapes,
+    target_arrays,
+)
+from cache_tools.image_arrays import ArrayImages
+from cache_tools.images import DatasetRecipe, sample_key
+from cache_tools.verify import make_canaries
+from cache_tools.views import Flip, PadCrop, ViewRecipe
+from cache_tools.writer import CacheWriter
+
+PREPROCESSING = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+VIEWS = ViewRecipe(base_seed=7, clean_first=True, ops=(PadCrop(), Flip()))
+
+
+def tiny_images(num_samples: int = 75, num_classes: int = 5, seed: int = 0) -> ArrayImages:
+    """Random 32 × 32 pixels with random labels; the same for the same arguments."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (num_samples, 3, 32, 32), dtype=np.uint8)
+    keys = np.frombuffer(b"".join(sample_key(image.tobytes()) for image in pixels), np.uint8).reshape(-1, 16)
+    return ArrayImages(
+        name="digits",
+        split="train",
+        class_names=tuple(f"class_{number}" for number in range(num_classes)),
+        labels=rng.integers(0, num_classes, num_samples),
+        keys=keys,
+        image_size=(32, 32),
+        pixels=pixels,
+    )
+
+
+def tiny_manifest(
+    images: ArrayImages,
+    *,
+    num_views: int = 3,
+    block_rows: int = 16,
+    linear_head: bool = True,
+    name: str = "tiny",
+    teacher_dim: int = 12,
+    clip_dim: int = 10,
+    feature_dim: int = 8,
+    **recipe: Any,
+) -> Manifest:
+    """A manifest for `images`; `recipe` goes to CacheRecipe (store, dtype, precision)."""
+    resolved = CacheRecipe(
+        dataset=images.identity(),
+        views=VIEWS,
+        teacher=TeacherIdentity(
+            architecture="tiny_teacher",
+            weights_digest="ab" * 32,
+            feature_dim=teacher_dim,
+            linear_head=linear_head,
+            preprocessing=PREPROCESSING,
+        ),
+        clip=ClipIdentity(
+            architecture="tiny_clip",
+            config_digest="cd" * 32,
+            weights_digest="ef" * 32,
+            feature_dim=clip_dim,
+            logit_scale=100.0,
+            preprocessing=PREPROCESSING,
+            templates=("a photo of a {}.", "a scan of a {}."),
+        ),
+        fusion=FusionRecipe(feature_dim=feature_dim),
+        **recipe,
+    )
+    return Manifest(
+        fingerprint=resolved.fingerprint,
+        name=name,
+        recipe=resolved,
+        dataset=DatasetRecipe(name="digits"),
+        num_views=num_views,
+        block_rows=block_rows,
+        clip_scale=resolved.clip.logit_scale,
+        canaries=make_canaries(VIEWS, images, num_views),
+        provenance={"preflight": {"teacher_top1": 0.75, "clip_top1": 0.5, "n": 64}, "command": "build-cache tiny"},
+    )
+
+
+def tiny_constants(manifest: Manifest, seed: int = 1) -> dict[str, np.ndarray]:
+    """Random constants; class embeddings of unit length."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        name: rng.normal(size=shape).astype(np.float32) for name, shape in constant_shapes(manifest.recipe).items()
+    }
+    arrays["class_embeddings"] /= np.linalg.norm(arrays["class_embeddings"], axis=1, keepdims=True)
+    return arrays
+
+
+def tiny_targets(manifest: Manifest, seed: int = 2) -> dict[str, np.ndarray]:
+    """Random target arrays [V, N, width] in the dtype of the cache."""
+    rng = np.random.default_rng(seed)
+    shape = (manifest.num_views, manifest.num_samples)
+    return {
+        spec.name: rng.normal(0, 4, (*shape, spec.width)).astype(spec.dtype)
+        for spec in target_arrays(manifest.recipe, manifest.block_rows)
+    }
+
+
+def create(path: Path, manifest: Manifest, images: ArrayImages) -> CacheWriter:
+    """An empty cache."""
+    return CacheWriter.create(
+        path, manifest, labels=images.labels, sample_keys=images.keys, constants=tiny_constants(manifest)
+    )
+
+
+def write(writer: CacheWriter, targets: dict[str, np.ndarray], blocks: Iterable[tuple[int, int]] | None = None) -> None:
+    """Write `blocks`, or every missing one."""
+    manifest = writer.manifest
+    for view, block in writer.missing_blocks() if blocks is None else blocks:
+        rows = manifest.block(block)
+        digest = VIEWS.parameter_digest(np.arange(rows.start, rows.stop), view, manifest.recipe.dataset.image_size)
+        writer.write_block(view, block, {name: values[view, rows] for name, values in targets.items()}, digest)
+
+
+def build(path: Path, manifest: Manifest, images: ArrayImages) -> dict[str, np.ndarray]:
+    """A complete cache; gives what was written."""
+    targets = tiny_targets(manifest)
+    write(create(path, manifest, images), targets)
+    return targets
