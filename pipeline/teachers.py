@@ -151,15 +151,17 @@ def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> 
         )
     file = read_weights(student_file(resolve_path(spec.name)))
     card = StudentCard.from_metadata(file.metadata, file.path)
-    network = _load_file(card.architecture, file, names)
+    network = create_student(card.architecture, len(names))
+    _load_file(network, card.architecture, file, names)
     return network, card.architecture, _card_preprocessing(card, canvas)
 
 
 def _named_with_file(
     spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation: Normalisation
 ) -> tuple[nn.Module, Preprocessing]:
+    network = create_student(spec.name, len(names))  # an unknown name is the first thing to say
     file = read_weights(student_file(resolve_path(spec.weights or "")))
-    network = _load_file(spec.name, file, names)
+    _load_file(network, spec.name, file, names)
     if "architecture" in file.metadata:
         return network, _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)
     if spec.name.startswith(LIBRARIES):
@@ -167,15 +169,13 @@ def _named_with_file(
     return network, Preprocessing(mean=normalisation[0], std=normalisation[1])
 
 
-def _load_file(architecture: str, file: WeightsFile, names: tuple[str, ...]) -> nn.Module:
-    """Classes first: where both are wrong, that is the message that helps."""
+def _load_file(network: nn.Module, architecture: str, file: WeightsFile, names: tuple[str, ...]) -> None:
+    """Classes first: where classes and shapes are wrong, that is the message that helps."""
     check_class_names(file.metadata, names, file.path)
-    network = create_student(architecture, len(names))
     tensors: Mapping[str, torch.Tensor] = file.tensors
     if architecture.startswith("torchvision:"):  # auxiliary classifiers of GoogLeNet and Inception only serve training
         tensors = {key: value for key, value in tensors.items() if not key.lower().startswith("aux")}
     load_into(network, tensors, where=f"{architecture}, {file.path}", num_classes=len(names))
-    return network
 
 
 def _card_preprocessing(card: StudentCard, canvas: Size) -> Preprocessing:
