@@ -1,0 +1,91 @@
+"""`train-student`: a student from cached targets, or from labels alone. No teacher can run in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_tools.config import dump_yaml
+from cache_tools.console import command
+from train.recipe import load_train_recipe, named_loss
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+@command
+def train_student(
+    recipe: Annotated[
+        str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
+    ] = "digits",
+    cache: Annotated[str | None, typer.Option("--cache", help="The cache: a path, a name or a fingerprint.")] = None,
+    student: Annotated[
+        str | None, typer.Option("--student", help="resnet8, wrn_16_2, …, timm:NAME or torchvision:NAME.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="ce (labels alone, no cache), kd, dkd, standardised_kd or richkd.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the schedule.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of first weights, order and dropout.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run. Default: one per recipe below runs/.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")] = False,
+    compare_with_labels: Annotated[
+        bool | None,
+        typer.Option(help="Also train the same student on labels alone, and compare."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated.")
+    ] = None,
+    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is in the folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train a student from cached targets, or from labels alone with --loss ce.
+
+    Without arguments: the embedded default, from the cache that `build-cache` makes without arguments.
+    Interrupt it at any time: the same command goes on after the last finished epoch.
+    """
+    options = {
+        "cache": cache,
+        "student": student,
+        "loss": named_loss(loss) if loss else None,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimiser.learning_rate": lr,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "out": str(out) if out else None,
+        "data_dir": str(data_dir) if data_dir else None,
+        "download": True if download else None,
+        "compare_with_labels": compare_with_labels,
+    }
+    loaded = load_train_recipe(recipe, overrides or (), options)
+    if show_recipe:
+        print(dump_yaml(loaded), end="")
+        return
+    from train import run
+    from train.result import summary
+
+    result = run.train_student(loaded, overwrite=overwrite)
+    print(result.model_dump_json(indent=2) if as_json else summary(result))
+
+
+def main() -> None:
+    """Entry point of `train-student`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

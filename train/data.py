@@ -1,0 +1,131 @@
+"""What a run learns from: images, views and targets, opened and checked before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cache_tools.errors import DataError
+from cache_tools.format import Preprocessing
+from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.reader import TeacherCache
+from cache_tools.views import ViewRecipe
+from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
+from train.recipe import TrainRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Everything a student sees.
+
+    Attributes:
+        images, test: the splits that are trained and evaluated on; `test` may be None.
+        dataset: where both came from.
+        num_views: views to cycle through; None for a new one in every epoch.
+        targets: what the teachers say; `target_dim` is the width of their features, None without targets.
+        cache: where the targets came from, if they did not come from elsewhere.
+    """
+
+    images: ImageSet
+    test: ImageSet | None
+    dataset: DatasetRecipe
+    views: ViewRecipe
+    num_views: int | None
+    targets: TargetSource
+    target_dim: int | None = None
+    cache: TeacherCache | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the student does to the canvas: no resize, the dataset's own mean and std."""
+        mean, std = self.dataset.normalisation
+        return Preprocessing(mean=mean, std=std)
+
+    def identity(self) -> dict[str, str]:
+        """What tells these data apart from others: a cache's fingerprint covers its images, views and targets."""
+        if self.cache is not None:
+            return {"fingerprint": self.cache.manifest.fingerprint}
+        return {"images": self.images.content_digest}
+
+    def labels_only(self) -> TrainingData:
+        """The same images and views without targets."""
+        return replace(self, targets=NoTargets(), target_dim=None, cache=None)
+
+    def feed(self, recipe: TrainRecipe, device: torch.device) -> Feed:
+        """Batches for a run of this recipe."""
+        return open_feed(
+            self.images,
+            self.views,
+            self.num_views,
+            self.targets,
+            batch_size=recipe.batch_size,
+            epochs=recipe.epochs,
+            seed=recipe.seed,
+            device=device,
+        )
+
+
+def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
+    """Open and check what a recipe learns from.
+
+    Raises:
+        NotFoundError, FormatError: no such cache, or a damaged one.
+        IncompleteError: a half-built cache.
+        DataError: images that are missing or cannot be read.
+        MismatchError: images that are not those of the cache, or whose views come out differently.
+    """
+    if not recipe.loss.needs_targets:
+        assert recipe.dataset is not None, "a recipe without targets has a dataset"
+        dataset = _located(recipe.dataset, recipe)
+        images = open_images(dataset)
+        return TrainingData(
+            images=images,
+            test=_open_test(dataset, images),
+            dataset=dataset,
+            views=recipe.views,
+            num_views=recipe.num_views,
+            targets=NoTargets(),
+        )
+    assert recipe.cache is not None, "a recipe with targets has a cache"
+    cache = TeacherCache.open(recipe.cache)
+    cache.require_complete()
+    dataset = _located(cache.manifest.dataset, recipe)
+    images = open_images(dataset)
+    cache.check_dataset(images)
+    cache.check_canaries(images)
+    loss = recipe.loss
+    return TrainingData(
+        images=images,
+        test=_open_test(dataset, images),
+        dataset=dataset,
+        views=cache.recipe.views,
+        num_views=cache.num_views,
+        targets=CachedTargets(cache, device, logits=loss.needs_logits, features=loss.needs_features),
+        target_dim=cache.recipe.fusion.feature_dim,
+        cache=cache,
+    )
+
+
+def _located(dataset: DatasetRecipe, recipe: TrainRecipe) -> DatasetRecipe:
+    changes = {"data_dir": recipe.data_dir or dataset.data_dir, "download": recipe.download or dataset.download}
+    return dataset.model_copy(update=changes).absolute()
+
+
+def _open_test(dataset: DatasetRecipe, images: ImageSet) -> ImageSet | None:
+    if dataset.test_split is None:
+        return None
+    test = open_images(dataset, dataset.test_split)
+    if test.class_names != images.class_names:
+        raise DataError(
+            "the test split has other classes than the training split",
+            where=f"{dataset.name}, split {dataset.test_split}",
+            expected=_abridged(images.class_names),
+            found=_abridged(test.class_names),
+            next_step="make their class folders the same, or name another test_split",
+        )
+    return test
+
+
+def _abridged(names: tuple[str, ...]) -> str:
+    return f"{len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"

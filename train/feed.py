@@ -1,0 +1,282 @@
+"""Batches of (pixels, label, index, targets) for one epoch after another, resident on the device or streamed.
+
+Both feeds give the same batches in the same order, bit for bit: order and views are functions of (seed, epoch, sample),
+never of timing. Epoch e shows view e modulo the number of cached views; without a cache every epoch is a new view.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from cache_tools.errors import RecipeError
+from cache_tools.images import ImageSet
+from cache_tools.reader import TeacherCache
+from cache_tools.targets import ViewTargets
+from cache_tools.views import ViewRecipe
+
+MATERIALISE_ROWS = 2048
+STREAM_DEPTH = 4
+RESIDENT_SHARE = 0.6
+
+
+class BatchTargets(NamedTuple):
+    """What the teachers said about a batch, float32; None for what the loss does not use."""
+
+    logits: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One training batch, everything on the training device."""
+
+    pixels: torch.Tensor  # uint8 [B, 3, H, W], the view's pixels
+    labels: torch.Tensor  # int64 [B]
+    index: torch.Tensor  # int64 [B], sample indices
+    targets: BatchTargets
+
+
+class ViewSource(Protocol):
+    """Targets of one view."""
+
+    def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
+        """Targets of the samples at `index` (int64 [B]), whose view pixels are given to who computes them."""
+
+
+class TargetSource(Protocol):
+    """Where targets come from: a cache, live teachers, or nowhere. `view` may be called from a background thread."""
+
+    def view(self, view: int) -> ViewSource: ...
+
+    def close(self) -> None: ...
+
+
+class NoTargets:
+    """The target source of training on labels alone."""
+
+    def view(self, view: int) -> NoTargets:
+        return self
+
+    def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
+        return BatchTargets()
+
+    def close(self) -> None:
+        pass
+
+
+class CachedView:
+    """One view of a cache, in memory on the training device."""
+
+    def __init__(self, targets: ViewTargets, logits: bool, features: bool) -> None:
+        self._targets, self._logits, self._features = targets, logits, features
+
+    def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
+        return BatchTargets(
+            self._targets.logits(index) if self._logits else None,
+            self._targets.features(index) if self._features else None,
+        )
+
+
+class CachedTargets:
+    """The target source of a cache: reads a whole view at once, and only the arrays the loss uses."""
+
+    def __init__(self, cache: TeacherCache, device: torch.device, *, logits: bool, features: bool) -> None:
+        self._cache, self._device, self._logits, self._features = cache, device, logits, features
+
+    def view(self, view: int) -> CachedView:
+        targets = self._cache.load_view(view, self._device, logits=self._logits, features=self._features)
+        return CachedView(targets, self._logits, self._features)
+
+    def close(self) -> None:
+        pass
+
+
+class Feed(ABC):
+    """Batches of one split, epoch by epoch.
+
+    The last batch of an epoch may be short. If it would hold a single sample it is left out (batch statistics and
+    relational losses need two); the order changes every epoch, so no sample is left out for good.
+
+    Args:
+        num_views: views to cycle through; None shows view e in epoch e.
+        epochs: length of the run: nothing is fetched beyond it.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views: ViewRecipe,
+        num_views: int | None,
+        targets: TargetSource,
+        *,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.images, self.views, self.num_views, self.targets = images, views, num_views, targets
+        self.epochs, self.seed, self.device = epochs, seed, device
+        self.bounds = batch_bounds(len(images), batch_size)
+        self._labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64)).to(device)
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="next-view")
+        self._fetched: tuple[int, Future[ViewSource]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.bounds)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.bounds[-1][1]
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch; the targets of the next one are read meanwhile."""
+        view, order = self._view_of(epoch), epoch_order(len(self.images), self.seed, epoch)
+        source = self._fetch(view).result()
+        if epoch + 1 < self.epochs:
+            self._fetch(self._view_of(epoch + 1))
+        index = order.to(self.device)
+        labels = self._labels[index]
+        for (start, stop), pixels in zip(self.bounds, self._pixels(order.numpy(), view), strict=True):
+            rows = index[start:stop]
+            yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels))
+
+    def close(self) -> None:
+        """Stop background threads and release the target source."""
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        self.targets.close()
+
+    @abstractmethod
+    def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
+        """View pixels of each batch of an epoch, uint8 on the device."""
+
+    def _view_of(self, epoch: int) -> int:
+        return epoch if self.num_views is None else epoch % self.num_views
+
+    def _fetch(self, view: int) -> Future[ViewSource]:
+        if self._fetched is None or self._fetched[0] != view:
+            self._fetched = view, self._fetcher.submit(self.targets.view, view)
+        return self._fetched[1]
+
+
+class ResidentFeed(Feed):
+    """All pixels of the split on the device: a view is made at once in the epoch's order, and a step is a slice."""
+
+    _resident: torch.Tensor | None = None
+
+    def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
+        if self._resident is None:
+            self._resident = self._load_all()
+        size = self.views.output_size(self.images.image_size)
+        pixels = torch.empty((len(order), 3, *size), dtype=torch.uint8, device=self.device)
+        for start in range(0, len(order), MATERIALISE_ROWS):  # in pieces, so that temporaries stay small
+            rows = order[start : start + MATERIALISE_ROWS]
+            chosen = self._resident.index_select(0, torch.from_numpy(rows).to(self.device))
+            pixels[start : start + len(rows)] = self.views.apply(chosen, rows, view)
+        for start, stop in self.bounds:
+            yield pixels[start:stop]
+
+    def _load_all(self) -> torch.Tensor:
+        if self.images.resident and self.device.type == "cpu":
+            return torch.from_numpy(self.images.load(slice(None)))  # shares the source's memory, never written
+        resident = torch.empty((len(self.images), 3, *self.images.image_size), dtype=torch.uint8, device=self.device)
+        for start in range(0, len(resident), MATERIALISE_ROWS):
+            rows = slice(start, min(start + MATERIALISE_ROWS, len(resident)))
+            resident[rows] = torch.from_numpy(self.images.load(rows)).to(self.device)
+        return resident
+
+
+class StreamingFeed(Feed):
+    """What does not fit: a background thread loads, copies and transforms the next few batches.
+
+    The thread issues its CUDA work on the same stream as training, so a batch is ready for any kernel launched after it
+    was handed over, without synchronising.
+    """
+
+    def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
+        pending: deque[Future[torch.Tensor]] = deque()
+        upcoming = iter(self.bounds)
+        with ThreadPoolExecutor(1, thread_name_prefix="pixels") as pool:
+            try:
+                for _ in self.bounds:
+                    while len(pending) < STREAM_DEPTH and (bound := next(upcoming, None)) is not None:
+                        pending.append(pool.submit(self._load, order[slice(*bound)], view))
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _load(self, rows: np.ndarray, view: int) -> torch.Tensor:
+        pixels = torch.from_numpy(self.images.load(rows))
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        return self.views.apply(pixels, rows, view)
+
+
+def open_feed(
+    images: ImageSet,
+    views: ViewRecipe,
+    num_views: int | None,
+    targets: TargetSource,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+) -> Feed:
+    """A resident feed where the split and one view of it fit into 60 % of the free memory, else a streaming one."""
+    size = views.output_size(images.image_size)
+    needed = 3 * len(images) * (size[0] * size[1])
+    if not (images.resident and device.type == "cpu"):  # else the source's own memory serves
+        needed += 3 * len(images) * images.image_size[0] * images.image_size[1]
+    kind = ResidentFeed if needed <= RESIDENT_SHARE * free_memory(device) else StreamingFeed
+    return kind(images, views, num_views, targets, batch_size=batch_size, epochs=epochs, seed=seed, device=device)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of samples in an epoch: int64 [count], a function of (seed, epoch) alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 32-bit seed from several numbers; torch's CPU generator looks at no more bits than that."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each batch of an epoch, without a last batch of one sample.
+
+    Raises:
+        RecipeError: a single sample, of which no batch can be made.
+    """
+    bounds = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    if batch_size > 1 and bounds[-1][1] - bounds[-1][0] == 1:
+        bounds.pop()
+    if not bounds:
+        raise RecipeError("cannot train on a single sample", expected="at least two images in the split")
+    return bounds
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be allocated on a device now; on the CPU also what the control group leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and current.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(current.read_text()))
+    return max(available, 0)

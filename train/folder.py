@@ -1,0 +1,125 @@
+"""The folder of a run: which recipe owns it, who is writing in it, and what there is to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cache_tools.durable import PARTIAL, put_durably
+from cache_tools.errors import RecipeError, StorageError
+from train.checkpoints import BEST, EMA, LAST
+
+RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
+STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "result.json"
+BOARD, LABELS_ONLY = "tb", "labels-only"
+
+# What a new start must not find goes first, so that an interrupted clearing leaves nothing to resume from.
+_FILES = (RESULT, STATE, IDENTITY, RECIPE, CACHE, METRICS, CURVES, LAST, BEST, EMA)
+
+
+@contextmanager
+def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """Make a run folder, or enter one of the same recipe, and keep other processes out until the end.
+
+    Args:
+        identity: everything that determines the result, as plain data.
+        overwrite: forget what an earlier run left here, whatever its recipe.
+
+    Raises:
+        RecipeError: a run of another recipe is stored here, or the folder holds something else.
+        StorageError: another process is writing here.
+    """
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        stored = _read_identity(folder)
+        worth_keeping = (folder / STATE).exists() or (folder / RESULT).exists()
+        if overwrite or (stored != identity and not worth_keeping):
+            _clear(folder)
+        elif stored != identity:
+            raise RecipeError(
+                "another run is stored here",
+                where=folder,
+                expected="the same recipe and data",
+                found="; ".join(_differences(stored or {}, identity)),
+                next_step="choose another --out, or start over with --overwrite",
+            )
+        for leftover in folder.glob(f"*{PARTIAL}"):  # of a killed process
+            leftover.unlink(missing_ok=True)
+        if not (folder / IDENTITY).exists():
+            put_durably(folder / IDENTITY, json.dumps(identity, indent=2, ensure_ascii=False).encode())
+        yield
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """An advisory lock that the system releases with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in {errno.EWOULDBLOCK, errno.EACCES}:
+                raise StorageError(
+                    "another process is training in this folder", where=folder, next_step="choose another --out"
+                ) from error
+            # else: a file system without locks
+        yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StorageError("a file is where the run folder should be", where=folder, next_step="choose another --out")
+    if not (folder / IDENTITY).exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        if any((folder / name).exists() for name in _FILES):
+            return  # a clearing that was interrupted
+        raise RecipeError("this folder holds something else than a run", where=folder, next_step="choose another --out")
+
+
+def _read_identity(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / IDENTITY).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    for events in (folder / BOARD).glob("events.out.tfevents.*"):
+        events.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / BOARD).rmdir()
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    before, now = _flat(stored), _flat(wanted)
+    return [
+        f"{key} {_short(before.get(key))} there, {_short(now.get(key))} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,182 @@
+"""The training step, readable in one place, and everything that a run carries from one step to the next."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from cache_tools.errors import RecipeError
+from cache_tools.format import Preprocessing
+from cache_tools.preprocess import prepare
+from train.feed import Feed, mixed_seed
+from train.objective import Objective
+from train.optim import create_optimiser, create_schedule
+from train.recipe import TrainRecipe
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Learner:
+    """A student with its objective, optimiser, schedule, average and gradient scaler.
+
+    Args:
+        student: moved to `device`, its weights as they are.
+        steps_per_epoch: updates per epoch, which the schedule is counted in.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        student: nn.Module,
+        objective: Objective,
+        preprocessing: Preprocessing,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.device, self.preprocessing = recipe, device, preprocessing
+        # channels_last: tensor cores want it, and on the CPU it is a fifth quicker in float32 and bfloat16.
+        self.student = student.to(device).to(memory_format=torch.channels_last)
+        self.objective = objective.to(device)
+        self.optimiser = create_optimiser(recipe.optimiser, [*student.parameters(), *objective.parameters()])
+        self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, steps_per_epoch)
+        # With warm-up: after n updates the average reaches back about n^(2/3) of them, so short runs have a useful one.
+        self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        self.updates = 0
+
+    def train_epoch(self, feed: Feed, epoch: int, advance: Callable[[int], None]) -> dict[str, float]:
+        """One pass over the feed.
+
+        Args:
+            advance: told the size of each batch after its step has been issued.
+
+        Returns:
+            Means over the samples: `loss`, its terms, and `train_top1` in training mode.
+
+        Raises:
+            RecipeError: the loss is not a finite number any more.
+        """
+        torch.manual_seed(mixed_seed(self.recipe.seed, epoch, 1))  # dropout and the like: a function of the epoch
+        self.student.train()
+        self.objective.train()
+        self.objective.set_epoch(epoch)
+        means = _Means(self.device)
+        for batch in feed.epoch(epoch):
+            self.schedule.step_update(self.updates)
+            with self._autocast():
+                logits, features = self._forward(batch.pixels)
+            terms = self.objective(logits, features, batch)
+            self.optimiser.zero_grad(set_to_none=True)
+            self.scaler.scale(terms["loss"]).backward()
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.updates += 1
+            if self.average is not None:
+                self.average.update(self.student, self.updates)
+            means.add(terms, logits, batch.labels)
+            advance(len(batch.labels))
+        return _finite(means.compute(), epoch)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on; the schedule and all random numbers are functions of counters."""
+        return {
+            "student": self.student.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.updates = state["updates"]
+
+    def _forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C], and the features [B, D] in front of the classifier if the loss has a term for them."""
+        inputs = prepare(pixels.contiguous(memory_format=torch.channels_last), self.preprocessing)
+        if not self.recipe.loss.needs_features:
+            return self.student(inputs), None
+        student: Any = self.student  # timm's interface, which nn.Module does not declare
+        maps = student.forward_features(inputs)
+        return student.forward_head(maps), student.forward_head(maps, pre_logits=True)
+
+    def _autocast(self) -> torch.autocast:
+        precision = _PRECISIONS[self.recipe.precision]
+        return torch.autocast(self.device.type, precision, enabled=precision is not torch.float32)
+
+
+@contextmanager
+def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """Settings under which a run repeats; what they were before, random state included, is restored afterwards.
+
+    On the CPU always deterministic (same machine, same number of threads). On CUDA only if asked for: otherwise cuDNN
+    may choose the quickest algorithm.
+    """
+    cuda = device.type == "cuda"
+    strict = deterministic or not cuda
+    if cuda and strict:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    debugging: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        debugging.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark,
+    )
+    try:
+        torch.use_deterministic_algorithms(strict, warn_only=True)
+        debugging.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each tensor
+        torch.backends.cudnn.benchmark = not strict
+        with torch.random.fork_rng(devices=[device] if cuda else []):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        debugging.fill_uninitialized_memory = before[2]
+        torch.backends.cudnn.benchmark = before[3]
+
+
+class _Means:
+    """Sums of the loss terms and of right answers, kept on the device and read once per epoch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._count = device, 0
+        self._names: list[str] = []
+        self._sums = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        right = (logits.detach().argmax(1) == labels).float().mean()
+        values = torch.stack([*(term.detach() for term in terms.values()), right])
+        self._sums = self._sums + values.double() * len(labels)
+        self._names, self._count = [*terms, "train_top1"], self._count + len(labels)
+
+    def compute(self) -> dict[str, float]:
+        return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
+
+
+def _finite(means: dict[str, float], epoch: int) -> dict[str, float]:
+    if all(map(math.isfinite, means.values())):
+        return means
+    raise RecipeError(
+        "the training diverged: the loss is not a finite number",
+        where=f"epoch {epoch + 1}",
+        found=", ".join(f"{name} {value:g}" for name, value in means.items() if name != "train_top1"),
+        next_step="train with a lower --lr, a warm-up (--set schedule.warmup_epochs=1) or --precision float32",
+    )

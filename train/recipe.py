@@ -1,0 +1,205 @@
+"""What a user asks `train-student` for: one frozen recipe per run. Importable without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cache_tools.config import Frozen, load_recipe
+from cache_tools.errors import RecipeError
+from cache_tools.format import Precision
+from cache_tools.images import DatasetRecipe
+from cache_tools.views import ViewRecipe
+from train.loss_recipe import LossRecipe
+
+# What `--loss NAME` stands for: the settings of each method's paper or reference implementation.
+LOSSES: dict[str, dict[str, Any]] = {
+    "ce": {"kind": "ce"},
+    "kd": {"kind": "kd"},
+    "dkd": {"kind": "dkd", "distill_weight": 1.0, "temperature": 4.0},
+    "standardised_kd": {"kind": "standardised_kd", "ce_weight": 0.1, "distill_weight": 9.0, "temperature": 2.0},
+    "richkd": {"kind": "kd", "feature": "crd"},
+}
+
+
+_NOT_VALUES = {"name", "data_dir", "download", "compare_with_labels", "device", "out"}
+
+
+class OptimiserRecipe(Frozen):
+    """SGD with momentum, or AdamW (whose first beta is `momentum`)."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: PositiveFloat = 0.05
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 5e-4
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimiserRecipe:
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0.0):
+            raise RecipeError("nesterov is for sgd with a momentum above 0", where="optimiser", found=self.name)
+        return self
+
+
+class ScheduleRecipe(Frozen):
+    """How the learning rate changes, update by update; epochs count from 0."""
+
+    name: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_epochs: NonNegativeInt = 0
+    milestones: tuple[PositiveInt, ...] = ()
+    gamma: PositiveFloat = 0.1
+    min_learning_rate: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> ScheduleRecipe:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise RecipeError("milestones must rise", where="schedule.milestones", found=list(self.milestones))
+        if self.name == "multistep" and not self.milestones:
+            raise RecipeError(
+                "the multistep schedule needs milestones", where="schedule", expected="such as [150, 180]"
+            )
+        return self
+
+
+class TrainRecipe(Frozen):
+    """One run: what a student learns from, and how.
+
+    With a loss that uses targets, dataset and views are the cache's. A loss on labels alone needs no cache: dataset
+    and views stand here.
+
+    Attributes:
+        cache: path, URL, recipe name or fingerprint prefix. Not opened for a loss on labels alone.
+        dataset, views: of a run on labels alone; with a cache, the cache's are used.
+        num_views: of a run on labels alone: views to cycle through; None for a new view in every epoch.
+        data_dir: where the images are, if not where the cache or `dataset` says.
+        download: fetch images that are missing, where the source can.
+        ema_decay: of an exponential moving average of the weights, None for none.
+        evaluate_every: epochs between evaluations on the test split; the last epoch is always evaluated.
+        deterministic: deterministic kernels on CUDA too, which costs some speed. A run on the CPU always repeats
+            bit for bit on the same machine with the same number of threads.
+        compare_with_labels: afterwards train the same student in the same way on labels alone.
+        device, out: say where the work is done; everything else says what it is.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    cache: str | None = None
+    dataset: DatasetRecipe | None = None
+    views: ViewRecipe = ViewRecipe()
+    num_views: PositiveInt | None = None
+    data_dir: Path | None = None
+    download: bool = False
+    student: str = "resnet8x4"
+    loss: LossRecipe = LossRecipe()
+    optimiser: OptimiserRecipe = OptimiserRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    epochs: PositiveInt = 240
+    batch_size: PositiveInt = 64
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    precision: Precision = "float32"
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    evaluate_every: PositiveInt = 1
+    deterministic: bool = False
+    compare_with_labels: bool = False
+    device: str = "auto"
+    out: Path | None = None
+
+    @model_validator(mode="after")
+    def _has_something_to_learn_from(self) -> TrainRecipe:
+        if self.loss.needs_targets and self.cache is None:
+            raise RecipeError(
+                f"the loss '{self.loss_name}' learns from a cache, and none is named",
+                where=self.name,
+                next_step="give --cache, or --loss ce to learn from labels alone",
+            )
+        if not self.loss.needs_targets and self.dataset is None:
+            raise RecipeError(
+                "a run on labels alone needs a dataset of its own",
+                where=self.name,
+                next_step="add `dataset: {name: …}` to the recipe, or --set dataset.name=…",
+            )
+        if self.schedule.warmup_epochs > self.epochs:
+            raise RecipeError(
+                "the warm-up is longer than the run",
+                where="schedule.warmup_epochs",
+                expected=f"at most {self.epochs} epochs",
+                found=self.schedule.warmup_epochs,
+            )
+        return self
+
+    @property
+    def loss_name(self) -> str:
+        """Short name of the loss, for folders and tables: `ce`, `kd`, `kd+crd`, …"""
+        kind = self.loss.kind if self.loss.needs_logits else "ce"
+        return f"{kind}+{self.loss.feature}" if self.loss.needs_features else kind
+
+    def on_labels(self, dataset: DatasetRecipe, views: ViewRecipe, num_views: int) -> TrainRecipe:
+        """The same run on labels alone: same images, same views, same schedule, same seed."""
+        changes = {
+            "cache": None,
+            "dataset": dataset,
+            "views": views,
+            "num_views": num_views,
+            "loss": LossRecipe(kind="ce"),
+            "compare_with_labels": False,
+        }
+        return self.model_copy(update=changes)
+
+    def values(self) -> dict[str, Any]:
+        """Everything that determines the result, as plain data: what a resumed run must have in common."""
+        data = self.model_dump(mode="json", exclude=_NOT_VALUES)
+        if self.loss.needs_targets:  # these come from the cache, whose name or path does not matter either
+            data |= {"cache": None, "dataset": None, "views": None, "num_views": None}
+        elif data["dataset"]:
+            data["dataset"] = {
+                key: value for key, value in data["dataset"].items() if key not in {"data_dir", "download"}
+            }
+        return data
+
+
+def recipe_digest(values: Mapping[str, Any]) -> str:
+    """64 hex digits of sha256 over the canonical JSON of a run's values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def run_folder(recipe: TrainRecipe, digest: str) -> Path:
+    """`out`, or `runs/NAME-STUDENT-LOSS-DIGEST`, so that another recipe never lands in the same folder."""
+    if recipe.out is not None:
+        return recipe.out
+    parts = (recipe.name, recipe.student, recipe.loss_name, digest[:8])
+    return Path("runs") / "-".join(re.sub(r"[^A-Za-z0-9._+]+", "_", part) for part in parts)
+
+
+def builtin_recipes() -> Traversable:
+    """The folder of built-in training recipes."""
+    return files("train") / "recipes"
+
+
+def load_train_recipe(
+    source: str | None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
+) -> TrainRecipe:
+    """A built-in name or YAML file with options laid over it; see `cache_tools.config.load_recipe`."""
+    return load_recipe(TrainRecipe, source, builtin_recipes(), overrides, options)
+
+
+def named_loss(name: str) -> dict[str, Any]:
+    """The loss that `--loss NAME` stands for, as plain data.
+
+    Raises:
+        RecipeError: no such loss.
+    """
+    if name not in LOSSES:
+        raise RecipeError(
+            "no such loss",
+            where=f"--loss {name}",
+            expected=f"one of {', '.join(LOSSES)}",
+            next_step="set any other combination with --set loss.kind=…, --set loss.feature=…",
+        )
+    return dict(LOSSES[name])
