@@ -54,7 +54,7 @@ def describe(path: Path) -> CacheDetails:
 
 
 def print_table(records: list[CacheRecord]) -> None:
-    """One line per cache."""
+    """One line per cache, then what is wrong with the damaged ones."""
     from rich.console import Console
     from rich.table import Table
 
@@ -70,6 +70,9 @@ def print_table(records: list[CacheRecord]) -> None:
         table.add_row(*identity, views, human_bytes(record.size_bytes), modified)
     # Piped output is for grep and awk: whole lines, however wide.
     Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
+    for record in records:
+        if record.problem:
+            print(f"{record.name} is damaged: {record.problem}")
 
 
 def print_details(details: CacheDetails) -> None:

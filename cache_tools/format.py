@@ -232,14 +232,14 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
             where=where,
             expected=FORMAT_VERSION,
             found=version,
-            next_step="open it with the teacher-cache version that wrote it, or build it again",
+            next_step="open it with the teacher-cache version that wrote it, or build it again elsewhere (--out)",
         )
     fields = {key: value for key, value in attribute.items() if key != "digest"}
     if attribute.get("digest") != _manifest_digest(fields):
         raise FormatError(
             "damaged manifest: it is not what its digest says",
             where=where,
-            next_step="restore zarr.json from a copy, or build the cache again",
+            next_step="restore zarr.json from a copy, or remove the cache and build it again",
         )
     try:
         manifest = Manifest.model_validate(fields)

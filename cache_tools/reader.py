@@ -250,4 +250,4 @@ class TeacherCache:
             )
 
 
-_RESTORE = "restore it from a copy, or build the cache again"
+_RESTORE = "restore it from a copy, or remove the cache and build it again"

@@ -79,7 +79,7 @@ def record(path: Path) -> CacheRecord:
     try:
         manifest = read_manifest(path)
     except CacheError as error:
-        name = path.name.removesuffix(SUFFIX)
+        name = re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX))
         return CacheRecord(path=path, name=name, size_bytes=size_bytes, modified_s=modified_s, problem=str(error))
     recipe = manifest.recipe
     return CacheRecord(

@@ -76,7 +76,9 @@ def open_array(
     where = path / name
     with translated(where):
         if name not in group:
-            raise FormatError("missing array", where=where, next_step="restore it, or build the cache again")
+            raise FormatError(
+                "missing array", where=where, next_step="restore it from a copy, or remove the cache and build it again"
+            )
         array = group[name]
     if not isinstance(array, zarr.Array):
         raise FormatError("wrong array", where=where, expected="a zarr array", found="a group")
@@ -132,5 +134,5 @@ def translated(where: object) -> Iterator[None]:
             "damaged or unreadable",
             where=where,
             found=f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else 'no details'}",
-            next_step="restore it from a copy, or build the cache again",
+            next_step="restore it from a copy, or remove the cache and build it again",
         ) from error

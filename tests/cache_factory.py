@@ -51,12 +51,16 @@ def tiny_manifest(
     block_rows: int = 16,
     linear_head: bool = True,
     name: str = "tiny",
+    canaries: bool = True,
     teacher_dim: int = 12,
     clip_dim: int = 10,
     feature_dim: int = 8,
     **recipe: Any,
 ) -> Manifest:
-    """A manifest for `images`; `recipe` goes to CacheRecipe (store, dtype, precision)."""
+    """A manifest for `images`; `recipe` goes to CacheRecipe (store, dtype, precision).
+
+    Without `canaries` no torch is imported: for subprocesses that must start fast.
+    """
     resolved = CacheRecipe(
         dataset=images.identity(),
         views=VIEWS,
@@ -87,7 +91,7 @@ def tiny_manifest(
         num_views=num_views,
         block_rows=block_rows,
         clip_scale=resolved.clip.logit_scale,
-        canaries=make_canaries(VIEWS, images, num_views),
+        canaries=make_canaries(VIEWS, images, num_views) if canaries else (),
         provenance={"preflight": {"teacher_top1": 0.75, "clip_top1": 0.5, "n": 64}, "command": "build-cache tiny"},
     )
 

@@ -1,0 +1,146 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+
+from cache_tools import registry
+
+IMAGES = tiny_images()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete cache, a half-built one, and a damaged one."""
+    home = tmp_path_factory.mktemp("home")
+    manifest = tiny_manifest(IMAGES, name="digits")
+    build(home / f"digits-{manifest.fingerprint[:12]}.zarr", manifest, IMAGES)
+    half = tiny_manifest(IMAGES, name="half", store="components")
+    write(
+        create(home / f"half-{half.fingerprint[:12]}.zarr", half, IMAGES),
+        tiny_targets(half),
+        [(0, block) for block in range(5)],
+    )
+    broken = tiny_manifest(IMAGES, name="broken", dtype="float32")
+    build(home / "broken-0123456789ab.zarr", broken, IMAGES)
+    (home / "broken-0123456789ab.zarr" / "zarr.json").write_text(
+        '{"attributes": {"teacher_cache": {"format_version": 1}}'
+    )
+    return home
+
+
+def run(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
+    command = [sys.executable, "-m", "cache_tools.cli", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_ls_lists_complete_half_built_and_damaged_caches(home: Path) -> None:
+    header, broken, digits, half, problem = run(home, "ls").stdout.splitlines()
+    assert header.split() == ["name", "fingerprint", "dataset", "teacher", "CLIP", "views", "size", "modified"]
+    assert broken.split()[:2] == ["broken", "damaged"]
+    fingerprint = tiny_manifest(IMAGES).fingerprint[:12]
+    assert digits.split()[:6] == ["digits", fingerprint, "digits/train", "tiny_teacher", "tiny_clip", "3/3"]
+    assert half.split()[0] == "half"
+    assert half.split()[5] == "1/3"
+    assert problem.startswith("broken is damaged: damaged or foreign zarr.json")
+
+
+def test_ls_json_has_everything(home: Path) -> None:
+    records = json.loads(run(home, "ls", "--json").stdout)
+    assert [record["name"] for record in records] == ["broken", "digits", "half"]
+    assert [record["complete"] for record in records] == [False, True, False]
+    assert "zarr.json" in records[0]["problem"]
+    assert records[1]["path"] == str(registry.resolve(Path(records[1]["path"])))
+
+
+def test_ls_of_an_empty_home_says_what_to_do(tmp_path: Path) -> None:
+    assert "build-cache" in run(tmp_path / "none", "ls").stdout
+    assert json.loads(run(tmp_path / "none", "ls", "--json").stdout) == []
+
+
+def test_info_shows_recipe_geometry_progress_and_accuracies(home: Path) -> None:
+    text = run(home, "info", "digits").stdout
+    for words in (
+        tiny_manifest(IMAGES).fingerprint,
+        "digits/train, 75 samples, 5 classes, 32×32",
+        "3 of 3 done, complete",
+        "base seed 7, pad-crop → flip, view 0 clean",
+        "tiny_teacher",
+        "2 templates, the first: a photo of a {}.",
+        "teacher weight 0.7, feature weight 0.7, CLIP scale 100 (model)",
+        "fused, float16, teachers ran in float32",
+        "5 per view, 16 rows each",
+        "3×75×5 float16",
+        "teacher_top1 75.00%, clip_top1 50.00%, n 64",
+    ):
+        assert words in text
+    half = run(home, "info", "half").stdout
+    assert "1 of 3 done, half-built: run the same build-cache command to go on" in half
+    assert "teacher_head_weight" in half
+
+
+def test_info_json_holds_the_whole_manifest(home: Path) -> None:
+    details = json.loads(run(home, "info", "half", "--json").stdout)
+    manifest = tiny_manifest(IMAGES, name="half", store="components")
+    assert details["manifest"] == json.loads(manifest.model_dump_json())
+    assert details["complete_views"] == [0]
+    arrays = {array["name"]: array for array in details["arrays"]}
+    assert arrays["teacher_features"]["shape"] == [3, 75, 12]
+    assert arrays["teacher_features"]["dense_bytes"] == 3 * 75 * 12 * 2
+    folder = Path(details["record"]["path"])
+    for name, array in arrays.items():
+        assert array["stored_bytes"] == sum(file.stat().st_size for file in (folder / name).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nothing", "no such cache (nothing)"),
+        ("digts", "Did you mean digits"),
+        ("./nowhere", "no cache here (nowhere)"),
+        ("s3://bucket/c", "remote caches cannot be opened yet"),
+        ("broken", "zarr.json"),
+    ],
+)
+def test_bad_references_are_one_line_and_exit_code_2(home: Path, reference: str, message: str) -> None:
+    result = run(home, "info", reference, code=2)
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_home_that_is_a_file_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run(tmp_path / "file", "ls")
+    run(tmp_path / "file", "info", "digits", code=2)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["ls", "--json"], ["info", "digits"]])
+def test_looking_imports_nothing_slow(home: Path, arguments: list[str]) -> None:
+    environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
+    command = [sys.executable, "-X", "importtime", "-m", "cache_tools.cli", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
+    assert "cache_tools" in imported
+    assert not imported & {"torch", "sklearn", "torchvision", "open_clip", "timm", "matplotlib", "polars", "zarr"}
+
+
+def test_ls_answers_within_a_second(home: Path) -> None:
+    """Processor time of the quickest of three, so that a busy machine does not matter."""
+    environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
+    used = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run(
+            [sys.executable, "-m", "cache_tools.cli", "ls"], env=environment, check=True, capture_output=True
+        )
+        after = os.times()
+        used.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(used) < 1.0

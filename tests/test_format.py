@@ -1,0 +1,120 @@
+import json
+
+import pytest
+from cache_factory import tiny_images, tiny_manifest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_tools.errors import FormatError
+from cache_tools.format import (
+    CHUNK_BYTES,
+    CacheRecipe,
+    FusionRecipe,
+    Manifest,
+    constant_shapes,
+    default_block_rows,
+    manifest_attribute,
+    parse_manifest,
+    target_arrays,
+)
+
+MANIFEST = tiny_manifest(tiny_images())
+
+
+def stored(manifest: Manifest = MANIFEST) -> dict[str, object]:
+    """The attribute as it comes back from zarr.json."""
+    return json.loads(json.dumps(manifest_attribute(manifest)))
+
+
+def sized(num_samples: int, num_classes: int, **recipe: object) -> CacheRecipe:
+    dataset = MANIFEST.recipe.dataset.model_copy(
+        update={"num_samples": num_samples, "class_names": tuple(map(str, range(num_classes)))}
+    )
+    return MANIFEST.recipe.model_copy(update={"dataset": dataset, **recipe})
+
+
+def test_a_manifest_survives_json() -> None:
+    assert parse_manifest(stored(), where="here") == MANIFEST
+
+
+def test_the_fingerprint_covers_the_recipe_and_nothing_else() -> None:
+    recipe = MANIFEST.recipe
+    others = [
+        recipe.model_copy(update={"dtype": "float32"}),
+        recipe.model_copy(update={"fusion": FusionRecipe(feature_dim=8, teacher_weight=0.6)}),
+        recipe.model_copy(update={"views": recipe.views.model_copy(update={"base_seed": 8})}),
+        recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights_digest": "ab" * 31 + "ac"})}),
+        recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"content_digest": "0"})}),
+    ]
+    assert len({recipe.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
+    grown = tiny_manifest(tiny_images(), num_views=9, block_rows=32, name="other")
+    assert grown.fingerprint == MANIFEST.fingerprint
+
+
+@pytest.mark.parametrize("key", sorted(MANIFEST.model_dump()))
+def test_a_changed_or_missing_field_is_found(key: str) -> None:
+    missing = {name: value for name, value in stored().items() if name != key}
+    with pytest.raises(FormatError):
+        parse_manifest(missing, where="here")
+    with pytest.raises(FormatError):
+        parse_manifest({**stored(), key: {"not": "this"}}, where="here")
+
+
+@pytest.mark.parametrize("attribute", [None, [], 3, {}, {"format_version": "1"}, {"format_version": 2}])
+def test_what_is_no_manifest_is_said_to_be_none(attribute: object) -> None:
+    with pytest.raises(FormatError, match=r"not a teacher cache|format version"):
+        parse_manifest(attribute, where="here")
+
+
+def test_a_right_digest_over_a_wrong_fingerprint_is_refused() -> None:
+    forged = stored(MANIFEST.model_copy(update={"fingerprint": "0" * 64}))
+    with pytest.raises(FormatError, match="fingerprint disagree"):
+        parse_manifest(forged, where="here")
+
+
+def test_every_flipped_character_of_the_manifest_is_found() -> None:
+    text = json.dumps(stored())
+    for position in range(0, len(text), 7):
+        damaged = text[:position] + chr(ord(text[position]) ^ 1) + text[position + 1 :]
+        try:
+            attribute = json.loads(damaged)
+        except ValueError:
+            continue
+        with pytest.raises(FormatError):
+            parse_manifest(attribute, where="here")
+
+
+def test_blocks_cover_every_sample_once() -> None:
+    rows = [row for block in range(MANIFEST.num_blocks) for row in range(75)[MANIFEST.block(block)]]
+    assert rows == list(range(75))
+    assert MANIFEST.num_blocks == 5
+
+
+@given(
+    st.integers(1, 3_000_000),
+    st.integers(2, 22_000),
+    st.sampled_from(["fused", "components"]),
+    st.sampled_from(["float16", "float32"]),
+)
+def test_a_block_is_a_whole_number_of_chunks_of_at_most_8_mib(
+    num_samples: int, num_classes: int, store: str, dtype: str
+) -> None:
+    recipe = sized(num_samples, num_classes, store=store, dtype=dtype)
+    rows = default_block_rows(recipe)
+    assert 64 <= rows <= 16_384
+    assert rows <= max(64, 2 * num_samples)
+    for spec in target_arrays(recipe, rows):
+        assert rows % spec.chunk_rows == 0
+        assert spec.chunk_rows * spec.width * {"float16": 2, "float32": 4}[spec.dtype] <= CHUNK_BYTES
+
+
+def test_array_names_follow_store_and_head() -> None:
+    images = tiny_images()
+    linear = tiny_manifest(images, store="components")
+    other = tiny_manifest(images, store="components", linear_head=False)
+    assert [spec.name for spec in target_arrays(MANIFEST.recipe, 16)] == ["fused_logits", "fused_features"]
+    assert [spec.name for spec in target_arrays(linear.recipe, 16)] == ["teacher_features", "clip_features"]
+    assert "teacher_logits" in [spec.name for spec in target_arrays(other.recipe, 16)]
+    assert "teacher_head_weight" in constant_shapes(linear.recipe)
+    assert "teacher_head_weight" not in constant_shapes(other.recipe)
+    assert set(constant_shapes(MANIFEST.recipe)) == {"teacher_projection", "clip_projection", "class_embeddings"}

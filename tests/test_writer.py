@@ -1,0 +1,523 @@
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from cache_tools import commits, durable
+from cache_tools.errors import CacheError, FormatError, IncompleteError, MismatchError, NotFoundError, StorageError
+from cache_tools.reader import TeacherCache
+from cache_tools.writer import CacheWriter
+
+IMAGES = tiny_images()
+MANIFEST = tiny_manifest(IMAGES)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Every file of a cache; what killed processes left half-written does not count."""
+    found = (file for file in path.rglob("*") if file.is_file() and file.suffix != durable.PARTIAL)
+    return {str(file.relative_to(path)): file.read_bytes() for file in found}
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(("store", "linear_head"), [("fused", True), ("components", True), ("components", False)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_array_comes_back_as_written(tmp_path: Path, store: str, linear_head: bool, dtype: str) -> None:
+    manifest = tiny_manifest(IMAGES, store=store, linear_head=linear_head, dtype=dtype)
+    targets = build(tmp_path / "c", manifest, IMAGES)
+    cache = TeacherCache.open(tmp_path / "c")
+    for name, values in targets.items():
+        for view in range(manifest.num_views):
+            assert cache.read_array(name, view).dtype == dtype
+            np.testing.assert_array_equal(cache.read_array(name, view), values[view])
+    for name, values in tiny_constants(manifest).items():
+        np.testing.assert_array_equal(cache.constant(name), values)
+    np.testing.assert_array_equal(cache.labels, IMAGES.labels)
+    np.testing.assert_array_equal(cache.sample_keys, IMAGES.keys)
+
+
+@pytest.fixture(scope="module")
+def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CacheWriter]:
+    folder = tmp_path_factory.mktemp("round-trip")
+    return {
+        dtype: create(folder / dtype, tiny_manifest(IMAGES, dtype=dtype), IMAGES) for dtype in ("float16", "float32")
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrays(np.float32, (16, 5), elements=st.floats(-65504, 65504, width=32)),
+    st.sampled_from(["float16", "float32"]),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_round_trip_error_is_bounded(
+    writers: dict[str, CacheWriter], values: np.ndarray, dtype: str, given_as: type
+) -> None:
+    """float32: none. float16: half a unit in the last place, 2⁻¹¹ of the number, 2⁻²⁵ below the normal range."""
+    writer = writers[dtype]
+    features = np.zeros((16, 8), dtype=given_as)
+    writer.write_block(1, 2, {"fused_logits": values.astype(given_as), "fused_features": features}, 5)
+    back = TeacherCache.open(writer.path).read_array("fused_logits", 1, writer.manifest.block(2))
+    error = np.abs(back.astype(np.float64) - values)
+    bound = np.maximum(np.abs(values) * 2.0**-11, 2.0**-25) if dtype == "float16" else 0.0
+    assert (error <= bound).all()
+
+
+def test_all_zero_and_short_blocks_are_stored(tmp_path: Path) -> None:
+    writer = create(tmp_path / "c", MANIFEST, IMAGES)
+    last = MANIFEST.num_blocks - 1
+    rows = MANIFEST.block(last).stop - MANIFEST.block(last).start
+    assert rows == 11
+    zeros = {"fused_logits": np.zeros((rows, 5), np.float32), "fused_features": np.zeros((rows, 8), np.float32)}
+    writer.write_block(0, last, zeros, 1)
+    assert (TeacherCache.open(tmp_path / "c").read_array("fused_logits", 0, MANIFEST.block(last)) == 0).all()
+
+
+def test_commits_hold_the_parameter_digest_and_the_digest_of_each_array(tmp_path: Path) -> None:
+    targets = build(tmp_path / "c", MANIFEST, IMAGES)
+    table = zarr.open_array(tmp_path / "c" / "commits", mode="r")
+    rows = MANIFEST.block(3)
+    parameters = MANIFEST.recipe.views.parameter_digest(np.arange(rows.start, rows.stop), 2, (32, 32))
+    expected = [parameters, *(commits.block_digest(targets[n][2, rows]) for n in ("fused_logits", "fused_features"))]
+    assert table[2, 3].tolist() == expected
+    assert table.attrs["columns"] == ["view_parameters", "fused_logits", "fused_features"]
+
+
+def test_digests_do_not_depend_on_memory_layout_and_are_never_zero() -> None:
+    values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    assert commits.block_digest(values) == commits.block_digest(np.asfortranarray(values))
+    assert commits.block_digest(values) == commits.block_digest(values.astype(">f4"))
+    assert commits.block_digest(values) != commits.block_digest(values[::-1])
+    assert commits.block_digest(np.zeros((1, 1), np.float16)) != 0
+
+
+def test_threads_write_distinct_blocks_at_once(tmp_path: Path) -> None:
+    targets = tiny_targets(MANIFEST)
+    writer = create(tmp_path / "c", MANIFEST, IMAGES)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda pair: write(writer, targets, [pair]), writer.missing_blocks()))
+    build(tmp_path / "plain", MANIFEST, IMAGES)
+    assert files(tmp_path / "c") == files(tmp_path / "plain")
+
+
+# What must not be written
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (65520.0, "float16", "sample 35, column 2.*expected finite, within ±65504; found 65520.*float32"),
+        (np.nan, "float16", "sample 35, column 2.*found nan.*weights"),
+        (-np.inf, "float32", "sample 35, column 2.*found -inf"),
+        (1e39, "float32", "sample 35, column 2.*found 1e\\+39"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named_and_nothing_is_written(
+    tmp_path: Path, value: float, dtype: str, message: str
+) -> None:
+    manifest = tiny_manifest(IMAGES, dtype=dtype)
+    writer = create(tmp_path / "c", manifest, IMAGES)
+    before = files(tmp_path / "c")
+    logits = np.zeros((16, 5))
+    logits[3, 2] = value
+    with pytest.raises(FormatError, match=message):
+        writer.write_block(1, 2, {"fused_logits": logits, "fused_features": np.zeros((16, 8))}, 1)
+    assert files(tmp_path / "c") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "view", "block"),
+    [
+        ({}, 3, 0),
+        ({}, -1, 0),
+        ({}, 0, 5),
+        ({"fused_logits": np.zeros((15, 5), np.float32)}, 0, 0),
+        ({"fused_logits": np.zeros((16, 6), np.float32)}, 0, 0),
+        ({"fused_logits": np.zeros((16, 5), np.int64)}, 0, 0),
+        ({"teacher_logits": np.zeros((16, 5), np.float32)}, 0, 0),
+    ],
+)
+def test_blocks_that_the_cache_does_not_have_are_refused(
+    tmp_path: Path, changes: dict[str, np.ndarray], view: int, block: int
+) -> None:
+    writer = create(tmp_path / "c", MANIFEST, IMAGES)
+    block_arrays = {"fused_logits": np.zeros((16, 5), np.float32), "fused_features": np.zeros((16, 8), np.float32)}
+    with pytest.raises(FormatError):
+        writer.write_block(view, block, {**block_arrays, **changes}, 1)
+    assert len(writer.missing_blocks()) == 15
+
+
+def test_create_refuses_samples_and_constants_that_are_not_the_manifests(tmp_path: Path) -> None:
+    good = {"labels": IMAGES.labels, "sample_keys": IMAGES.keys, "constants": tiny_constants(MANIFEST)}
+    swapped = IMAGES.labels.copy()
+    swapped[0] = (swapped[0] + 1) % 5
+    nan = {**good["constants"], "class_embeddings": np.full((5, 10), np.nan, np.float32)}
+    for bad in ({"labels": swapped}, {"sample_keys": IMAGES.keys[:-1]}, {"constants": {}}, {"constants": nan}):
+        with pytest.raises(FormatError):
+            CacheWriter.create(tmp_path / "c", MANIFEST, **{**good, **bad})
+    assert list(tmp_path.iterdir()) == []
+
+
+# Places
+
+
+def test_create_leaves_alone_what_is_there_but_takes_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert len(create(tmp_path / "empty", MANIFEST, IMAGES).missing_blocks()) == 15
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("empty", "mine", "file"):
+        with pytest.raises(StorageError, match="taken"):
+            create(tmp_path / name, MANIFEST, IMAGES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "mine"]
+
+
+def test_another_process_may_create_the_same_cache_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cache_tools import writer as module
+
+    def slow_sync(folder: Path) -> None:
+        monkeypatch.undo()
+        write(create(tmp_path / "c", MANIFEST, IMAGES), tiny_targets(MANIFEST), [(0, 0)])
+
+    monkeypatch.setattr(module, "sync_tree", slow_sync)
+    assert len(create(tmp_path / "c", MANIFEST, IMAGES).missing_blocks()) == 14
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_resume_refuses_another_recipe_and_what_is_no_cache(tmp_path: Path) -> None:
+    build(tmp_path / "c", MANIFEST, IMAGES)
+    other = tiny_manifest(IMAGES, dtype="float32")
+    with pytest.raises(MismatchError, match=f"expected fingerprint {other.fingerprint[:12]}"):
+        CacheWriter.resume(tmp_path / "c", other.fingerprint)
+    with pytest.raises(NotFoundError):
+        CacheWriter.resume(tmp_path / "nowhere", MANIFEST.fingerprint)
+    with pytest.raises(FormatError, match="not a teacher cache"):
+        CacheWriter.resume(tmp_path, MANIFEST.fingerprint)
+
+
+def test_leftovers_go_when_they_are_old(tmp_path: Path) -> None:
+    writer = create(tmp_path / "c", MANIFEST, IMAGES)
+    old = [tmp_path / "c" / "commits" / "c.0.0.0.1.partial", tmp_path / ".c.1.partial", tmp_path / "c" / "z.1.partial"]
+    young = tmp_path / "c" / "commits" / "c.0.0.0.2.partial"
+    foreign = tmp_path / ".d.1.partial"
+    old[1].mkdir()
+    (old[1] / "labels").write_text("half")
+    for path in (old[0], old[2], young, foreign):
+        path.write_text("half")
+    for path in (*old, foreign):
+        os.utime(path, (time.time() - 2 * durable.LEFTOVER_AGE_S,) * 2)
+    CacheWriter.resume(writer.path, MANIFEST.fingerprint)
+    assert not any(path.exists() for path in old)
+    assert young.exists()
+    assert foreign.exists()
+
+
+def test_every_write_is_flushed_and_the_commit_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = create(tmp_path / "c", MANIFEST, IMAGES)
+    events: list[tuple[str, str]] = []
+    real_fsync, real_replace = os.fsync, Path.replace
+
+    def name_of(descriptor: int) -> str:
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path / "c")
+
+    def fsync(descriptor: int) -> None:
+        events.append(("fsync", name_of(descriptor)))
+        real_fsync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        events.append(("rename", os.path.relpath(target, tmp_path / "c")))
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    write(writer, tiny_targets(MANIFEST), [(1, 2)])
+    steps = [(kind, name.split(".")[0] if kind == "fsync" else name) for kind, name in events]
+    assert steps == [
+        step
+        for name in ("fused_logits", "fused_features", "commits")
+        for step in (("fsync", f"{name}/c"), ("rename", f"{name}/c.1.2.0"), ("fsync", name))
+    ]
+
+
+# Growing
+
+
+def test_growing_adds_views_and_keeps_what_is_there(tmp_path: Path) -> None:
+    targets = build(tmp_path / "c", MANIFEST, IMAGES)
+    before = files(tmp_path / "c")
+    reader = TeacherCache.open(tmp_path / "c")
+    writer = CacheWriter.resume(tmp_path / "c", MANIFEST.fingerprint)
+    assert writer.grow(2) is writer
+    grown = writer.grow(5)
+    assert grown.missing_blocks() == [(view, block) for view in (3, 4) for block in range(5)]
+    wider = tiny_manifest(IMAGES, num_views=5)
+    write(grown, tiny_targets(wider))
+    cache = TeacherCache.open(tmp_path / "c")
+    assert cache.complete_views == (0, 1, 2, 3, 4)
+    np.testing.assert_array_equal(cache.read_array("fused_logits", 1), targets["fused_logits"][1])
+    np.testing.assert_array_equal(cache.read_array("fused_logits", 4), tiny_targets(wider)["fused_logits"][4])
+    after = files(tmp_path / "c")
+    assert all(after[name] == data for name, data in before.items() if not name.endswith("zarr.json"))
+    np.testing.assert_array_equal(reader.load_view(0).arrays["fused_logits"], targets["fused_logits"][0])
+
+
+def test_growing_cut_off_half_way_still_opens_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "c", MANIFEST, IMAGES)
+    writer = CacheWriter.resume(tmp_path / "c", MANIFEST.fingerprint)
+
+    def cut(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zarr.Group, "update_attributes", cut)
+    with pytest.raises(KeyboardInterrupt):
+        writer.grow(5)
+    monkeypatch.undo()
+    assert TeacherCache.open(tmp_path / "c").is_complete
+    writer = CacheWriter.resume(tmp_path / "c", MANIFEST.fingerprint)
+    assert writer.missing_blocks() == []
+    assert len(writer.grow(5).missing_blocks()) == 10
+
+
+# Kills
+
+_BUILDER = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from cache_factory import create, tiny_images, tiny_manifest, tiny_targets, write
+    from cache_tools.registry import is_cache
+    from cache_tools.writer import CacheWriter
+
+    path = Path(sys.argv[1])
+    images = tiny_images(800)
+    manifest = tiny_manifest(images, num_views=4, dtype="float32", canaries=False)
+    targets = tiny_targets(manifest)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    writer = CacheWriter.resume(path, manifest.fingerprint) if is_cache(path) else create(path, manifest, images)
+    write(writer, targets)
+    print("done", flush=True)
+"""
+LONG_IMAGES = tiny_images(800)
+LONG_MANIFEST = tiny_manifest(LONG_IMAGES, num_views=4, dtype="float32", canaries=False)
+LONG_BLOCKS = 200
+
+
+def start_builder(path: Path) -> subprocess.Popen[str]:
+    """A process that builds LONG_MANIFEST at `path`, or goes on with it, as soon as it reads a line."""
+    code = textwrap.dedent(_BUILDER.format(tests=str(Path(__file__).parent)))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], delay_s: float) -> None:
+    while not condition():
+        assert process.poll() is None, "the builder ended before it could be killed"
+        time.sleep(0.0005)
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_builds_killed_at_random_instants_end_in_the_same_bytes(tmp_path: Path) -> None:
+    targets = build(tmp_path / "plain", LONG_MANIFEST, LONG_IMAGES)
+    path, chance, seen = tmp_path / "c", random.Random(5), 0
+    waiting = [start_builder(path) for _ in range(8)]
+    for process in waiting[:-1]:
+        go(process)
+        goal = seen + chance.randint(1, 20)
+        kill_when(process, partial(has_commits, path, goal), chance.uniform(0.0, 0.01))
+        seen = check_half_built(path, targets, seen)
+    assert 0 < seen < LONG_BLOCKS, "the last kills came too late"
+    go(waiting[-1])
+    assert waiting[-1].communicate()[0] == "done\n"
+    assert files(path) == files(tmp_path / "plain")
+
+
+def has_commits(path: Path, count: int) -> bool:
+    return len(list((path / "commits").glob("c.*.0"))) >= count
+
+
+def begun(path: Path) -> bool:
+    return path.exists() or any(path.parent.glob(f".{path.name}.*"))
+
+
+def check_half_built(path: Path, targets: dict[str, np.ndarray], seen: int) -> int:
+    """What is committed is right and stays; what is not cannot be read. Gives the number of committed blocks."""
+    cache = TeacherCache.open(path)
+    missing = CacheWriter.resume(path, cache.manifest.fingerprint).missing_blocks()
+    committed = np.ones((cache.num_views, cache.manifest.num_blocks), dtype=bool)
+    committed[tuple(np.array(missing).T)] = False
+    rows = np.repeat(committed, cache.manifest.block_rows, axis=1)[:, : cache.num_samples]
+    for name, values in targets.items():
+        stored = zarr.open_array(path / name, mode="r")[...]
+        np.testing.assert_array_equal(stored[rows], values[rows])
+    for view, block in missing[:2]:
+        with pytest.raises(IncompleteError):
+            cache.read_array("fused_logits", view, cache.manifest.block(block))
+    assert committed.sum() >= seen
+    return int(committed.sum())
+
+
+def test_a_killed_create_leaves_nothing_and_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    chance, early = random.Random(3), 0
+    paths = [tmp_path / f"c{attempt}" for attempt in range(5)]
+    for path, process in [(path, start_builder(path)) for path in paths]:
+        go(process)
+        kill_when(process, partial(begun, path), chance.uniform(0.0, 0.004))
+        if path.exists():
+            assert TeacherCache.open(path).num_samples == 800
+        else:
+            early += 1
+            assert len(create(path, LONG_MANIFEST, LONG_IMAGES).missing_blocks()) == LONG_BLOCKS
+    assert early, "no kill hit `create`"
+
+
+# Full and read-only disks
+
+_ON_TMPFS = """
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+    from cache_tools.errors import StorageError
+    from cache_tools.reader import TeacherCache
+    from cache_tools.writer import CacheWriter
+
+    path = Path(sys.argv[1])
+    images = tiny_images(800)
+    manifest = tiny_manifest(images, num_views=4, dtype="float32", canaries=False)
+    targets = tiny_targets(manifest)
+    {body}
+"""
+_FULL = """
+    for view in range(4):
+        try:
+            if view == 0:
+                writer = create(path / "c", manifest, images)
+            else:
+                writer = CacheWriter.resume(path / "c", manifest.fingerprint)
+            ballast = path / "ballast"
+            free = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
+            ballast.write_bytes(bytes(free - 8192 * (view + 5)))
+            write(writer, targets)
+            sys.exit("the disk is not full")
+        except StorageError as error:
+            assert "No space left on device" in str(error), error
+            print(len(writer.missing_blocks()))
+        left = [file for file in path.rglob("*.partial")]
+        assert not left, left
+        ballast.unlink()
+    write(CacheWriter.resume(path / "c", manifest.fingerprint), targets)
+    assert TeacherCache.open(path / "c").is_complete
+    for view in range(4):
+        assert (TeacherCache.open(path / "c").read_array("fused_logits", view) == targets["fused_logits"][view]).all()
+    print("complete")
+"""
+_READ_ONLY = """
+    writer = create(path / "c", manifest, images)
+    write(writer, targets, [(0, 0)])
+    subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
+    cache = TeacherCache.open(path / "c")
+    rows = manifest.block(0)
+    assert (cache.read_array("fused_logits", 0, rows) == targets["fused_logits"][0, rows]).all()
+    for attempt in (
+        lambda: write(writer, targets, [(0, 1)]),
+        lambda: create(path / "d", manifest, images),
+        lambda: writer.grow(9),
+    ):
+        try:
+            attempt()
+            sys.exit("written to a read-only disk")
+        except StorageError as error:
+            assert "Read-only file system" in str(error), error
+    assert len(CacheWriter.resume(path / "c", manifest.fingerprint).missing_blocks()) == 199
+    print("complete")
+"""
+
+
+def run_on_tmpfs(folder: Path, body: str, size: str) -> str:
+    """Run code with a small file system of its own at `folder`, in a mount namespace that goes with the process."""
+    tests = str(Path(__file__).parent)
+    code = textwrap.dedent(_ON_TMPFS).format(tests=tests, body=textwrap.dedent(body))
+    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(folder)], capture_output=True)
+    if probe.returncode:
+        pytest.skip("no mount namespaces here")
+    shell = f'mount -t tmpfs -o size={size} none "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", shell, "sh", str(folder), sys.executable, code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux mount namespaces")
+def test_a_full_disk_is_a_storage_error_and_the_build_goes_on_later(tmp_path: Path) -> None:
+    lines = run_on_tmpfs(tmp_path, _FULL, "4m").splitlines()
+    missing = [int(line) for line in lines[:-1]]
+    assert lines[-1] == "complete"
+    assert len(missing) == 4
+    assert missing == sorted(missing, reverse=True)
+    assert 0 < missing[0] < 200, "the disk filled up at the first write or not at all"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux mount namespaces")
+def test_a_read_only_disk_is_a_storage_error_and_can_be_read(tmp_path: Path) -> None:
+    assert run_on_tmpfs(tmp_path, _READ_ONLY, "4m") == "complete\n"
+
+
+def test_storage_errors_name_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = create(tmp_path / "c", MANIFEST, IMAGES)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match=f"Input/output error .*{tmp_path}"):
+        write(writer, tiny_targets(MANIFEST), [(0, 0)])
+    monkeypatch.undo()
+    assert len(writer.missing_blocks()) == 15
+    assert not list((tmp_path / "c").rglob("*.partial"))
+
+
+def test_a_damaged_commit_names_its_file_and_removing_it_repairs(tmp_path: Path) -> None:
+    targets = build(tmp_path / "c", MANIFEST, IMAGES)
+    commit = tmp_path / "c" / "commits" / "c.1.2.0"
+    commit.write_bytes(commit.read_bytes()[:-3])
+    writer = CacheWriter.resume(tmp_path / "c", MANIFEST.fingerprint)
+    with pytest.raises(CacheError, match=f"damaged commit \\({commit}\\).*Remove this file"):
+        writer.missing_blocks()
+    commit.unlink()
+    assert writer.missing_blocks() == [(1, 2)]
+    write(writer, targets)
+    assert TeacherCache.open(tmp_path / "c").is_complete
