@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +39,7 @@ Parameters = Mapping[str, Tensor]  # name → int64 [N], on the pixels' device
 COLOUR_BITS = 16
 LUMA = (19_595, 38_470, 7_471)  # ITU-R 601 in 1/65536, adding up to 65536
 WEIGHT_BITS = 15
-BATCH_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # per temporary: the L2 cache of a core; 128 MiB of int32
+BATCH_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # per temporary: a core's L2 cache in int32; 128 MiB
 
 
 def apply(recipe: ViewRecipe, images_NCHW: Tensor, index: Integers, view: int) -> Tensor:
@@ -49,7 +50,8 @@ def apply(recipe: ViewRecipe, images_NCHW: Tensor, index: Integers, view: int) -
     runs = _runs(recipe.ops)
     views = torch.empty(len(index), 3, *recipe.output_size(size), dtype=torch.uint8, device=device)
     rows = max(1, BATCH_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // _widest(recipe.ops, size))
-    for start in range(0, len(index), rows):
+
+    def fill(start: int) -> None:
         part = slice(start, start + rows)
         pixels = images_NCHW[part]
         for run in runs:
@@ -58,6 +60,8 @@ def apply(recipe: ViewRecipe, images_NCHW: Tensor, index: Integers, view: int) -
             ]
             pixels = move(pixels, steps) if isinstance(steps[0][0], PadCrop | Flip) else _change(pixels, *steps[0])
         views[part] = pixels
+
+    _each(fill, range(0, len(index), rows), device)
     return views
 
 
@@ -267,6 +271,24 @@ def _widest(ops: tuple[Op, ...], size: tuple[int, int]) -> int:
         size = op.output_size(size)
         height, width = max(height, size[0]), max(width, size[1])
     return 3 * height * width
+
+
+def _each(work: Callable[[int], None], starts: Sequence[int], device: torch.device) -> None:
+    """Sub-batches on the CPU go to threads that use one torch thread each.
+
+    Torch would split every small operation and wait for the slower half: on cores that are busy with training, or with
+    other processes, that waiting costs many times the work.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(starts) < 2:
+        for start in starts:
+            work(start)
+        return
+    try:
+        with ThreadPoolExecutor(min(threads, len(starts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, starts))
+    finally:
+        torch.set_num_threads(threads)  # a worker's own setting is also the default of every thread to come
 
 
 def _on_device(drawn: Mapping[str, Integers], ops: int, device: torch.device) -> list[dict[str, Tensor]]:
