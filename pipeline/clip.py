@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import open_clip
@@ -15,7 +16,8 @@ from cache_tools import fusion
 from cache_tools.errors import RecipeError, WeightsError
 from cache_tools.format import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
-from pipeline.clip_source import ClipSource, load_network, resolve_source
+from pipeline.clip_source import ClipSource, load_network, needs_hub, resolve_source
+from pipeline.hub import hub_or_local_copies
 from pipeline.prompts import render_prompts, template_set
 from pipeline.weights import as_network_input, first_line, freeze, mixed_precision, weights_digest
 
@@ -156,7 +158,8 @@ def _embed_prompts(
 
 def _tokenizer(source: ClipSource) -> Any:
     try:
-        return open_clip.get_tokenizer(source.model_name)
+        with hub_or_local_copies() if needs_hub(source) else nullcontext():
+            return open_clip.get_tokenizer(source.model_name)
     except Exception as error:  # tokenizers of the Hugging Face hub: network, missing files, missing packages
         raise WeightsError(
             "cannot load CLIP's tokenizer",

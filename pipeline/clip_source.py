@@ -11,13 +11,14 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 
 from cache_tools.errors import WeightsError
+from pipeline.hub import hub_or_local_copies
 from pipeline.weights import first_line, is_file_reference, nearest, resolve_path
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
@@ -68,7 +69,7 @@ def load_network(source: ClipSource) -> Any:
     """
     where = source.architecture if source.pretrained is None else f"{source.architecture}, {source.pretrained}"
     try:
-        with _quiet():
+        with _quiet(), hub_or_local_copies() if needs_hub(source) else nullcontext():
             return open_clip.create_model(
                 source.model_name,
                 source.pretrained,
@@ -76,7 +77,7 @@ def load_network(source: ClipSource) -> Any:
                 weights_only=not _is_torchscript(source.pretrained),
             )
     except Exception as error:  # open_clip, huggingface_hub, safetensors and torch have no common error
-        expected, found = _mismatch(str(error))
+        expected, found = _mismatch(error)
         if found is not None:
             raise WeightsError(
                 "CLIP weights do not fit the config", where=where, expected=expected, found=found
@@ -84,6 +85,15 @@ def load_network(source: ClipSource) -> Any:
         raise WeightsError(
             "cannot load CLIP", where=where, found=first_line(error), next_step=_advice(source)
         ) from error
+
+
+def needs_hub(source: ClipSource) -> bool:
+    """Whether weights, text tower or tokenizer may come from the hub; a shipped or trained folder asks nobody."""
+    text = source.config.get("text_cfg", {})
+    if source.model_name.startswith(FOLDER_PREFIX):
+        return "hf_model_name" in text
+    local = source.pretrained is not None and Path(source.pretrained).is_file()
+    return not local or any(key.startswith("hf_") for key in text) or "siglip" in source.model_name.lower()
 
 
 def _builtin(name: str, weights: str | None) -> ClipSource:
@@ -135,7 +145,7 @@ def _folder(reference: str) -> ClipSource:
 
 def _hub(name: str) -> ClipSource:
     try:
-        with _quiet():
+        with _quiet(), hub_or_local_copies():
             config = open_clip.get_model_config(name)
     except Exception as error:  # huggingface_hub: no network, no such repository, not logged in
         raise WeightsError(
@@ -173,8 +183,11 @@ def _is_torchscript(reference: str | Path | None) -> bool:
         return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
 
 
-def _mismatch(message: str) -> tuple[str | None, str | None]:
-    """(expected, found) of the first tensor that load_state_dict complains about; (None, None) if it did not."""
+def _mismatch(error: Exception) -> tuple[str | None, str | None]:
+    """(expected, found) of the first tensor that did not fit; (None, None) if the error is about something else."""
+    message = str(error)
+    if isinstance(error, AssertionError):  # how open_clip refuses a position embedding of another width
+        return None, message.rstrip("!") or None
     shape = re.search(
         r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, .+ is (.+?)\.\s", message + "\n"
     )

@@ -8,7 +8,8 @@ from torch import nn
 
 from cache_tools.errors import WeightsError
 from cache_tools.format import Preprocessing
-from pipeline.weights import class_count_error, nearest
+from pipeline.hub import hub_or_local_copies
+from pipeline.weights import class_count_error, first_line, nearest
 from train.students import create_student
 
 
@@ -82,12 +83,13 @@ def _torchvision(model: str, tag: str, num_classes: int) -> tuple[nn.Module, Pre
 
 def _download(name: str, num_classes: int, **options: Any) -> nn.Module:
     try:
-        return create_student(name, num_classes, **options)
+        with hub_or_local_copies():
+            return create_student(name, num_classes, **options)
     except WeightsError as error:
         raise WeightsError(
             "cannot get the teacher's pretrained weights",
             where=name,
-            found=" ".join(str(error.found).split())[:200],
+            found=first_line(error.__cause__ or error),
             next_step="run once where the network is reachable, or give a checkpoint file",
         ) from error
 

@@ -21,6 +21,7 @@ from pipeline.layouts import efficientnet_pytorch_to_timm
 
 PACKAGE_PREFIX = "package:"
 FILE_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt"})
+LINE_LIMIT = 160
 _WRAPPERS = ("state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -192,14 +193,16 @@ def mixed_precision(device: torch.device, precision: Precision) -> torch.autocas
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """The next step that names the closest spelling, if there is one."""
-    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'" if near else None
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f"did you mean '{by_lower[near[0]]}'" if near else None
 
 
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, short enough for one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines[0]) <= LINE_LIMIT else f"{lines[0][:LINE_LIMIT]}…"
+    return f"{type(error).__name__}: {text}".removesuffix(": ").rstrip(".")
 
 
 def _state_dict(checkpoint: Any, path: Path) -> dict[str, torch.Tensor]:
