@@ -7,8 +7,6 @@ Changing a result here is a new version of ViewRecipe.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -18,9 +16,9 @@ import torch
 from torch import Tensor
 
 from cache_tools.errors import DataError
+from cache_tools.pixel_colour import jitter
+from cache_tools.pixel_resize import crop_and_resize
 from cache_tools.view_ops import (
-    HUE_STEPS,
-    ONE,
     ColourJitter,
     Flip,
     Identity,
@@ -36,9 +34,6 @@ if TYPE_CHECKING:
 
 Parameters = Mapping[str, Tensor]  # name → int64 [N], on the pixels' device
 
-COLOUR_BITS = 16
-LUMA = (19_595, 38_470, 7_471)  # ITU-R 601 in 1/65536, adding up to 65536
-WEIGHT_BITS = 15
 BATCH_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # per temporary: a core's L2 cache in int32; 128 MiB
 
 
@@ -51,7 +46,7 @@ def apply(recipe: ViewRecipe, images_NCHW: Tensor, index: Integers, view: int) -
     views = torch.empty(len(index), 3, *recipe.output_size(size), dtype=torch.uint8, device=device)
     rows = max(1, BATCH_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // _widest(recipe.ops, size))
 
-    def fill(start: int) -> None:
+    def make(start: int) -> None:
         part = slice(start, start + rows)
         pixels = images_NCHW[part]
         for run in runs:
@@ -61,7 +56,7 @@ def apply(recipe: ViewRecipe, images_NCHW: Tensor, index: Integers, view: int) -
             pixels = move(pixels, steps) if isinstance(steps[0][0], PadCrop | Flip) else _change(pixels, *steps[0])
         views[part] = pixels
 
-    _each(fill, range(0, len(index), rows), device)
+    _each(make, range(0, len(index), rows), device)
     return views
 
 
@@ -91,81 +86,6 @@ def move(images_NCHW: Tensor, steps: Sequence[tuple[Op, Parameters]]) -> Tensor:
         planes = planes.index_select(0, (first_row + rows[:, None]).view(-1))
     lines = planes.view(count, channels * height, planes.shape[-1])
     return lines.gather(2, columns[:, None].expand(-1, channels * height, -1)).view(images_NCHW.shape)
-
-
-def jitter(images_NCHW: Tensor, op: ColourJitter, values: Parameters) -> Tensor:
-    """Brightness, contrast, saturation, hue, each rounded and clamped to 0 … 255.
-
-    brightness x·f; contrast m + (x − m)·f for the image's rounded mean luma m; saturation l + (x − l)·f for the
-    pixel's luma l; hue: RGB turned about the grey axis. A strength of 0 is an exact identity, so it is skipped.
-    """
-    pixels = images_NCHW.to(torch.int32, memory_format=torch.contiguous_format)
-    factors = {
-        name: values[name].to(torch.int32).view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation")
-    }
-    if op.brightness:
-        pixels = _to_grey_level(pixels.mul_(factors["brightness"]))
-    if op.contrast:
-        total = luma(pixels).sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
-        area = pixels.shape[2] * pixels.shape[3]
-        mean = torch.div(total + area // 2, area, rounding_mode="floor").to(torch.int32)
-        pixels = _to_grey_level(pixels.mul_(factors["contrast"]).add_(mean * (ONE - factors["contrast"])))
-    if op.saturation:
-        grey = luma(pixels).mul_(ONE - factors["saturation"])
-        pixels = _to_grey_level(pixels.mul_(factors["saturation"]).add_(grey))
-    if op.hue:
-        same, following, previous = _hue_table(pixels.device)[:, values["hue"] % HUE_STEPS].view(3, -1, 1, 1, 1)
-        turned = pixels * same
-        for channel in range(3):
-            turned[:, channel].addcmul_(pixels[:, (channel + 1) % 3], following[:, 0])
-            turned[:, channel].addcmul_(pixels[:, channel - 1], previous[:, 0])
-        pixels = _to_grey_level(turned)
-    return pixels.to(torch.uint8)
-
-
-def luma(pixels_NCHW: Tensor) -> Tensor:
-    """int32 [N, 1, H, W]: (19595 R + 38470 G + 7471 B + 2¹⁵) / 2¹⁶, rounded down: 0 … 255."""
-    red, green, blue = pixels_NCHW.split(1, dim=1)
-    total = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
-    return total.add_(1 << COLOUR_BITS - 1).bitwise_right_shift_(COLOUR_BITS)
-
-
-def crop_and_resize(images_NCHW: Tensor, values: Parameters, size: tuple[int, int]) -> Tensor:
-    """Each image's box (`top`, `left`, `height`, `width`), resized to `size`: rows first, uint8 between the passes."""
-    pixels = _resample_rows(images_NCHW, values["top"], values["height"], size[0])
-    pixels = _resample_rows(pixels.transpose(2, 3).contiguous(), values["left"], values["width"], size[1])
-    return pixels.transpose(2, 3)
-
-
-def triangle_taps(length_N: Tensor, source: int, size: int) -> tuple[Tensor, Tensor]:
-    """Where each output row looks, and how much: a triangle filter, widened when it shrinks (antialiased bilinear).
-
-    Output row i of `size` has its centre at (i + ½)·length/size; source row j weighs 1 − |j + ½ − centre| / w with
-    w = max(1, length/size), if that is positive and j inside the box. Everything is multiplied by 2·max(length, size)
-    to be whole, then scaled to add up to 2¹⁵ exactly: rounded down, the rest to the (first) largest.
-
-    Args:
-        length_N: int64 [N], rows of each box.
-        source: rows of the image, an upper bound of every length.
-        size: rows wanted.
-
-    Returns:
-        positions in the box int64 [N, size, K] (0 … length−1) and weights int32 [N, size, K].
-    """
-    device = length_N.device
-    count = -(-2 * max(source, size) // size)  # whole numbers in an open interval of length 2·max(length, size)/size
-    order = torch.arange(count, device=device)
-    length = length_N.view(-1, 1, 1)
-    width = 2 * length.clamp(min=size)
-    centre = (2 * torch.arange(size, device=device).view(1, -1, 1) + 1) * length
-    place = torch.div(centre - width - size, 2 * size, rounding_mode="floor") + 1 + order
-    raw = (width - ((2 * place + 1) * size - centre).abs()).clamp(min=0)
-    raw = torch.where((place >= 0) & (place < length), raw, 0)
-    weights = torch.div(raw << WEIGHT_BITS, raw.sum(2, keepdim=True), rounding_mode="floor")
-    rank = raw * count - order  # distinct, so that exactly one is the largest
-    rest = (1 << WEIGHT_BITS) - weights.sum(2, keepdim=True)
-    weights = torch.where(rank == rank.amax(2, keepdim=True), weights + rest, weights)
-    return torch.minimum(place.clamp(min=0), length - 1), weights.to(torch.int32)
 
 
 def erase(images_NCHW: Tensor, values: Parameters) -> Tensor:
@@ -201,54 +121,10 @@ def _shifted(places_NL: Tensor, offset_N: Tensor, reflect: bool) -> Tensor:
     return torch.where(at == within, places_NL.gather(1, within), length)
 
 
-def _resample_rows(images_NCHW: Tensor, start_N: Tensor, length_N: Tensor, size: int) -> Tensor:
-    """uint8 [N, C, size, W]: rows start … start + length − 1 of each image resampled to `size` rows.
-
-    A sum over the few rows that weigh something, element by element: exact in int32 (255 · 2¹⁵ < 2²³) whatever the
-    matmul settings are, and where images are larger than about 32 pixels, faster than a dense matmul.
-    """
-    count, channels, height, width = images_NCHW.shape
-    place, weights = triangle_taps(length_N, height, size)
-    flat = images_NCHW.reshape(-1, width)
-    first_row = torch.arange(0, len(flat), height, device=flat.device).view(count, channels, 1) + start_N.view(-1, 1, 1)
-    total = torch.full((count, channels, size, width), 1 << WEIGHT_BITS - 1, dtype=torch.int32, device=flat.device)
-    for tap in range(weights.shape[2]):
-        rows = flat.index_select(0, (first_row + place[:, None, :, tap]).view(-1))
-        total.addcmul_(rows.view_as(total).to(torch.int32), weights[:, None, :, tap, None])
-    return total.bitwise_right_shift_(WEIGHT_BITS).to(torch.uint8)
-
-
-def _to_grey_level(fixed: Tensor) -> Tensor:
-    """Fixed point with 16 fraction bits → the nearest whole number (halves up) in 0 … 255, in place."""
-    return fixed.add_(1 << COLOUR_BITS - 1).bitwise_right_shift_(COLOUR_BITS).clamp_(0, 255)
-
-
 def _inside(start_N: Tensor, length_N: Tensor, size: int) -> Tensor:
     """bool [N, size]: start ≤ place < start + length."""
     place = torch.arange(size, device=start_N.device)
     return (place >= start_N[:, None]) & (place < (start_N + length_N)[:, None])
-
-
-@functools.cache
-def _hue_table(device: torch.device) -> Tensor:
-    """int32 [3, 1024]: weights of a channel, the following and the previous one, for turns of k/1024, in 1/65536.
-
-    Rows of the rotation matrix about (1, 1, 1): ⅓ + ⅔ cos θ and ⅓ (1 − cos θ) ∓ sin θ / √3. They add up to 65536
-    exactly, so greys stay. No entry lies within 10⁻⁶ of a rounding boundary (a test), far beyond what mathematics
-    libraries differ by.
-    """
-    table = torch.empty(3, HUE_STEPS, dtype=torch.int32)
-    for step in range(HUE_STEPS):
-        following, previous = (round(value) for value in hue_weights(step))
-        table[:, step] = torch.tensor([ONE - following - previous, following, previous])
-    return table.to(device)
-
-
-def hue_weights(step: int) -> tuple[float, float]:
-    """Weights of the following and the previous channel for a turn of step/1024, times 65536, before rounding."""
-    angle = 2 * math.pi * step / HUE_STEPS
-    common, odd = (1 - math.cos(angle)) / 3, math.sin(angle) / math.sqrt(3)
-    return (common - odd) * ONE, (common + odd) * ONE
 
 
 def _runs(ops: tuple[Op, ...]) -> list[list[tuple[int, Op]]]:

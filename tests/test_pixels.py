@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_tools import pixels
+from cache_tools import pixel_colour, pixel_resize, pixels
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.views import ViewRecipe
 
@@ -156,7 +156,7 @@ def test_colour_jitter_is_close_to_torchvision():
 
 
 def test_hue_keeps_greys_and_swaps_channels_at_a_third():
-    table = pixels._hue_table(torch.device("cpu"))
+    table = pixel_colour._hue_table(torch.device("cpu"))
     assert table.sum(0).eq(65_536).all()
     assert table[:, 0].tolist() == [65_536, 0, 0]
     grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(10, 3, 16, 16)
@@ -164,7 +164,7 @@ def test_hue_keeps_greys_and_swaps_channels_at_a_third():
     np.testing.assert_array_equal(made, grey.numpy())
     red = torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
     recipe = ViewRecipe(ops=[{"op": "colour-jitter", "hue": 0.5}])
-    third = pixels.jitter(
+    third = pixel_colour.jitter(
         red,
         recipe.ops[0],
         {
@@ -178,7 +178,7 @@ def test_hue_keeps_greys_and_swaps_channels_at_a_third():
 
 def test_no_hue_weight_is_near_a_rounding_boundary():
     """So that a mathematics library whose sine differs in the last digit makes the same table."""
-    weights = np.array([pixels.hue_weights(step) for step in range(1024)])
+    weights = np.array([pixel_colour.hue_weights(step) for step in range(1024)])
     assert np.abs(weights - np.floor(weights) - 0.5).min() > 1e-6
 
 
@@ -213,7 +213,7 @@ def test_random_resized_crop_equals_integer_arithmetic(source, size):
 @given(st.integers(1, 300), st.integers(1, 300), st.data())
 def test_resampling_weights_add_up_and_stay_in_the_box(source, size, data):
     length = data.draw(st.integers(1, source))
-    place, weights = pixels.triangle_taps(torch.tensor([length]), source, size)
+    place, weights = pixel_resize.triangle_taps(torch.tensor([length]), source, size)
     assert weights.sum(2).eq(1 << 15).all()
     assert weights.ge(0).all()
     assert place.ge(0).all()
@@ -336,7 +336,7 @@ def test_clean_first_gives_the_image_itself(name):
     images = photos(10, 32, 32)
     made, _ = run(EVERY_OP[name], images, view=0, clean_first=True)
     if "resized" in name or name == "imagenet":
-        whole = pixels.crop_and_resize(
+        whole = pixel_resize.crop_and_resize(
             images,
             {"top": torch.zeros(10, dtype=torch.int64), "left": torch.zeros(10, dtype=torch.int64)}
             | {"height": torch.full((10,), 32), "width": torch.full((10,), 32)},
