@@ -7,6 +7,9 @@ Changing a result here is a new version of ViewRecipe.
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -159,12 +162,24 @@ def _each(work: Callable[[int], None], starts: Sequence[int], device: torch.devi
     if device.type != "cpu" or threads == 1 or len(starts) < 2:
         for start in starts:
             work(start)
-        return
-    try:
-        with ThreadPoolExecutor(min(threads, len(starts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, starts))
-    finally:
-        torch.set_num_threads(threads)  # a worker's own setting is also the default of every thread to come
+    else:
+        list(_workers(threads).map(work, starts))
+
+
+@functools.cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """A pool that stays, because torch's thread count, though each thread has its own, is also the default of new ones.
+
+    All workers start here, and the default is put back before anything else can start a thread with it.
+    """
+    pool = ThreadPoolExecutor(threads, "views", initializer=torch.set_num_threads, initargs=(1,))
+    started = threading.Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))
+    torch.set_num_threads(threads)
+    return pool
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked process has the pool but not its threads
 
 
 def _on_device(drawn: Mapping[str, Integers], ops: int, device: torch.device) -> list[dict[str, Tensor]]:

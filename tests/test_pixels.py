@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -343,6 +345,32 @@ def test_clean_first_gives_the_image_itself(name):
         np.testing.assert_array_equal(made, whole.numpy())
     else:
         np.testing.assert_array_equal(made, images.numpy())
+
+
+def test_worker_threads_leave_the_thread_count_of_others_alone():
+    """In a process of its own: a thread that starts after a view was made gets the thread count that was set.
+
+    And a fork makes views too; everything else stays out of OpenMP, which would not survive the fork.
+    """
+    code = """
+import os, threading, numpy as np, torch
+from cache_tools import pixels
+from cache_tools.views import ViewRecipe
+torch.set_num_threads(3)
+images, recipe = torch.from_numpy(np.ones((2000, 3, 16, 16), dtype=np.uint8)), ViewRecipe(ops=["pad-crop", "flip"])
+made = recipe.apply(images, range(2000), 0).numpy()
+counts = [torch.get_num_threads()]
+later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+later.start()
+later.join()
+assert counts == [3, 3], counts
+assert pixels._workers.cache_info().currsize == 1
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(recipe.apply(images, range(2000), 0).numpy(), made) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_no_images_and_one_image():
