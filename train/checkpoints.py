@@ -83,7 +83,7 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], card: StudentCard) 
     # Cloned: safetensors wants plain layouts and no tensor stored twice.
     plain = torch.contiguous_format
     tensors = {key: value.detach().cpu().clone(memory_format=plain) for key, value in state.items()}
-    put_durably(path, save(tensors, card.to_metadata()))
+    put_durably(path, _in_order(save(tensors, card.to_metadata())))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentCard]:
@@ -151,3 +151,14 @@ def load_state(path: Path) -> dict[str, Any] | None:
         raise WeightsError(
             "damaged training state", where=path, next_step="start this run again with --overwrite"
         ) from error
+
+
+def _in_order(file: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: safetensors writes them in another order every time, and the
+    same student is to be the same file, with the same digest."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    metadata = dict(sorted(header.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    return b"".join([len(text).to_bytes(8, "little"), text, file[8 + size :]])

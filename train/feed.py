@@ -24,7 +24,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.targets import ViewTargets
 from cache_tools.views import ViewRecipe
 
-MATERIALISE_ROWS = 2048
+PIECE_BYTES = 32 << 20
 STREAM_DEPTH = 4
 RESIDENT_SHARE = 0.6
 
@@ -179,10 +179,10 @@ class ResidentFeed(Feed):
             self._resident = self._load_all()
         size = self.views.output_size(self.images.image_size)
         pixels = torch.empty((len(order), 3, *size), dtype=torch.uint8, device=self.device)
-        for start in range(0, len(order), MATERIALISE_ROWS):  # in pieces, so that temporaries stay small
-            rows = order[start : start + MATERIALISE_ROWS]
+        for piece in self._pieces():
+            rows = order[piece]
             chosen = self._resident.index_select(0, torch.from_numpy(rows).to(self.device))
-            pixels[start : start + len(rows)] = self.views.apply(chosen, rows, view)
+            pixels[piece] = self.views.apply(chosen, rows, view)
         for start, stop in self.bounds:
             yield pixels[start:stop]
 
@@ -190,10 +190,15 @@ class ResidentFeed(Feed):
         if self.images.resident and self.device.type == "cpu":
             return torch.from_numpy(self.images.load(slice(None)))  # shares the source's memory, never written
         resident = torch.empty((len(self.images), 3, *self.images.image_size), dtype=torch.uint8, device=self.device)
-        for start in range(0, len(resident), MATERIALISE_ROWS):
-            rows = slice(start, min(start + MATERIALISE_ROWS, len(resident)))
+        for rows in self._pieces():
             resident[rows] = torch.from_numpy(self.images.load(rows)).to(self.device)
         return resident
+
+    def _pieces(self) -> Iterator[slice]:
+        """All rows in pieces that keep temporaries small."""
+        height, width = self.images.image_size
+        rows, count = max(PIECE_BYTES // (3 * height * width), 1), len(self.images)
+        return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
 class StreamingFeed(Feed):
@@ -248,9 +253,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
 
 
-def mixed_seed(*parts: int) -> int:
-    """One 32-bit seed from several numbers; torch's CPU generator looks at no more bits than that."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+def mixed_seed(seed: int, *counters: int) -> int:
+    """One 32-bit seed from a seed of any size and counters; torch's CPU generator looks at no more bits than that."""
+    return int(np.random.SeedSequence(seed, spawn_key=counters).generate_state(1)[0])
 
 
 def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:

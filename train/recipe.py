@@ -156,11 +156,12 @@ class TrainRecipe(Frozen):
         """Everything that determines the result, as plain data: what a resumed run must have in common."""
         data = self.model_dump(mode="json", exclude=_NOT_VALUES)
         if self.loss.needs_targets:  # these come from the cache, whose name or path does not matter either
-            data |= {"cache": None, "dataset": None, "views": None, "num_views": None}
+            data |= {"dataset": None, "views": None, "num_views": None}
         elif data["dataset"]:
             data["dataset"] = {
                 key: value for key, value in data["dataset"].items() if key not in {"data_dir", "download"}
             }
+        data["cache"] = None
         return data
 
 

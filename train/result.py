@@ -103,9 +103,9 @@ def _notes(result: RunResult) -> list[str]:
     else:
         notes.append("There is no test split: nothing was evaluated.")
     if (teachers := result.teachers) and "n" in teachers:
-        split = teachers.get("split", "a labelled")
+        split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
         notes.append(
-            f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of the {split} split, when the cache was built."
+            f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of {split}, when the cache was built."
         )
     notes.append(
         f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
