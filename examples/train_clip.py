@@ -1,7 +1,7 @@
 """Fit a small CLIP on an image source and write it in open_clip's own `local-dir:` format.
 
     python examples/train_clip.py digits --samples 720 --out runs/digits-clip                  # half a minute
-    python examples/train_clip.py fashion-mnist --samples 20000 --out runs/fashion-mnist-clip  # about two minutes
+    python examples/train_clip.py fashion-mnist --samples 20000 --out runs/fashion-mnist-clip  # two to three minutes
 
 Images meet captions ("a blurry photo of a sandal") in one embedding space: open_clip's CLIP class with a narrow
 ModifiedResNet and a two-layer text transformer, from scratch, contrastively. It is a real CLIP in every respect but
