@@ -1,0 +1,116 @@
+"""What building costs on top of the networks: throughput of the build loop over that of bare forward passes.
+
+Each round builds a whole cache (fused, float16) into a new temporary folder and, right before or after it, runs teacher
+and CLIP over the same batches of ready view pixels. A build also loads images, makes views, fuses, writes and commits;
+most of that happens while the networks run.
+
+    python benchmarks/build_overhead.py
+    python benchmarks/build_overhead.py --dataset cifar100 --views 2 --batch-size 512 --device cuda
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from side_by_side import (
+    Dataset,
+    Device,
+    Overrides,
+    Rounds,
+    Threads,
+    interleaved,
+    prepared_device,
+    ratios,
+    report,
+    seconds,
+)
+from students import build_recipe
+
+from cache_tools.console import command
+from cache_tools.format import default_block_rows
+from cache_tools.images import ImageSet, open_images
+from pipeline.build import build_cache, resolve
+from pipeline.recipe import BuildRecipe
+from pipeline.targets import TeacherPair, load_pair
+
+CLOCK = (
+    "build: from the first image of the first block to the last commit on disk, without opening images and networks; "
+    "bare: one forward pass of each network, from uint8 pixels on the device, per batch"
+)
+
+
+@command
+def main(
+    dataset: Dataset = "digits",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
+    views: Annotated[int, typer.Option("--views", min=1, help="Views to build in each round.")] = 4,
+    rounds: Rounds = 7,
+    device_name: Device = "auto",
+    threads: Threads = None,
+    overrides: Overrides = None,
+) -> None:
+    """Throughput of a build over that of the bare forward passes."""
+    device = prepared_device(device_name, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"num_views": views, "batch_size": batch_size, "device": str(device)}
+        recipe = build_recipe(dataset, overrides, Path(folder) / "cache", **options)
+        images = open_images(recipe.dataset)
+        pair = load_pair(
+            recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, device, recipe.precision, clip_scale=1.0
+        )
+        batches = _view_batches(recipe, images, pair)
+        times = interleaved(
+            {
+                "build": lambda number: _build(recipe),
+                "bare": lambda number: seconds(lambda: _forward(pair, batches), device),
+            },
+            rounds,
+        )
+    figures = {
+        "throughput": ratios(times["bare"], times["build"]),
+        "dataset": dataset,
+        "teacher": recipe.teacher.name,
+        "clip": recipe.clip.name,
+        "n": len(images) * views,
+        "batch_size": batch_size,
+        "views": views,
+        "store": recipe.store,
+        "dtype": recipe.dtype,
+    }
+    report("build_overhead", figures, times, device, CLOCK)
+
+
+def _build(recipe: BuildRecipe) -> float:
+    """Seconds of the build loop of a new cache, which is removed again."""
+    result = build_cache(recipe)
+    assert result.images > 0, "nothing was built"
+    shutil.rmtree(result.path)
+    return result.elapsed_s
+
+
+def _view_batches(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> list[torch.Tensor]:
+    """View pixels of every batch that a build of this recipe computes, on the device."""
+    block_rows = recipe.block_rows or default_block_rows(resolve(recipe, images, pair))
+    batches = []
+    for view in range(recipe.num_views):
+        for block in range(0, len(images), block_rows):
+            end = min(block + block_rows, len(images))
+            for start in range(block, end, recipe.batch_size):
+                rows = slice(start, min(start + recipe.batch_size, end))
+                pixels = torch.from_numpy(images.load(rows)).to(pair.device)
+                batches.append(recipe.views.apply(pixels, range(rows.start, rows.stop), view))
+    return batches
+
+
+def _forward(pair: TeacherPair, batches: list[torch.Tensor]) -> None:
+    for pixels in batches:
+        pair.outputs(pixels)
+
+
+if __name__ == "__main__":
+    typer.run(main)

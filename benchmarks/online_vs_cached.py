@@ -1,0 +1,146 @@
+"""What a cache saves: an epoch with live teachers over an epoch from the cache, and how much of it could be saved.
+
+Both epochs run through the same loop with the same loss on the same views. The ideal is what is left if everything but
+the networks were free: (teacher + CLIP + student) / student, from bare forward passes of teacher and CLIP and bare
+student steps on labels, on the same batches, timed in the same rounds.
+
+    python benchmarks/online_vs_cached.py
+    python benchmarks/online_vs_cached.py --dataset cifar100 --student resnet8x4 --device cuda
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from side_by_side import (
+    Dataset,
+    Device,
+    Overrides,
+    Rounds,
+    Threads,
+    Views,
+    interleaved,
+    prepared_device,
+    ratios,
+    report,
+    seconds,
+)
+from students import Epochs, build, cached_clip_scale, new_student, opened, train_recipe
+
+from cache_tools.console import command
+from cache_tools.preprocess import prepare
+from pipeline.online import LiveTeachers
+from pipeline.recipe import BuildRecipe
+from pipeline.targets import TeacherPair, load_pair
+from train.data import TrainingData
+from train.feed import Batch, CachedTargets
+from train.loop import repeatable
+from train.optim import create_optimiser
+from train.recipe import TrainRecipe
+
+CLOCK = (
+    "online and cached: whole epochs, with making the view and reading targets or running the teachers; "
+    "teachers: one forward pass of each, from uint8 pixels, per batch; "
+    "student: forward, cross-entropy, backward, update per batch; in both the batches are there already"
+)
+
+
+@command
+def main(
+    dataset: Dataset = "digits",
+    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "resnet8",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    views: Views = 4,
+    rounds: Rounds = 7,
+    device_name: Device = "auto",
+    threads: Threads = None,
+    overrides: Overrides = None,
+) -> None:
+    """Speed-up of a cache over live teachers, and its share of the ideal."""
+    device = prepared_device(device_name, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        built = build(dataset, overrides, views, device, cache)
+        recipe = train_recipe(cache, student, batch_size, rounds, device)
+        data = opened(recipe, device)
+        assert data.cache is not None
+        pair = _pair(built, data, device)
+        kept = CachedTargets(data.cache, device, logits=True, features=False)
+        online = Epochs(data, recipe, LiveTeachers(pair), recipe.loss, device)
+        cached = Epochs(data, recipe, kept, recipe.loss, device)
+        batches = list(cached.feed.epoch(0))
+        bare = BareStudent(data, recipe, device)
+        with repeatable(device, deterministic=False):
+            times = interleaved(
+                {
+                    "online": online.seconds,
+                    "cached": cached.seconds,
+                    "teachers": lambda number: seconds(lambda: _forward(pair, batches), device),
+                    "student": lambda number: seconds(lambda: bare.epoch(batches), device),
+                },
+                rounds,
+            )
+        online.close()
+        cached.close()
+        both = np.add(times["teachers"], times["student"])
+        speed_up = np.divide(times["online"], times["cached"])
+        ideal = both / times["student"]
+        figures = {
+            "speed_up": ratios(times["online"], times["cached"]),
+            "ideal": ratios(both.tolist(), times["student"]),
+            "achieved": ratios(speed_up.tolist(), ideal.tolist()),
+            "dataset": dataset,
+            "teacher": built.teacher.name,
+            "clip": built.clip.name,
+            "student": student,
+            "n": cached.feed.samples_per_epoch,
+            "batch_size": batch_size,
+            "views": views,
+        }
+        report("online_vs_cached", figures, times, device, CLOCK)
+
+
+class BareStudent:
+    """Nothing but a student's steps on labels: no feed, no schedule, no figures kept."""
+
+    def __init__(self, data: TrainingData, recipe: TrainRecipe, device: torch.device) -> None:
+        self._student = new_student(data, recipe).to(device).to(memory_format=torch.channels_last).train()
+        self._optimiser = create_optimiser(recipe.optimiser, self._student.parameters())
+        self._preprocessing = data.preprocessing
+
+    def epoch(self, batches: list[Batch]) -> None:
+        """One update per batch."""
+        for batch in batches:
+            pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(self._student(prepare(pixels, self._preprocessing)), batch.labels)
+            self._optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self._optimiser.step()
+
+
+def _forward(pair: TeacherPair, batches: list[Batch]) -> None:
+    for batch in batches:
+        pair.outputs(batch.pixels)
+
+
+def _pair(built: BuildRecipe, data: TrainingData, device: torch.device) -> TeacherPair:
+    return load_pair(
+        built.teacher,
+        built.clip,
+        built.fusion,
+        data.images,
+        data.dataset,
+        device,
+        built.precision,
+        clip_scale=cached_clip_scale(data),
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""What cached targets cost: an epoch of distillation from a cache over an epoch on labels only.
+
+Same student, same first weights, same loop, same views and batches in both. A third variant is handed the targets and
+does not use them, which tells reading and indexing them (`feed`) from the distillation loss itself (`loss`).
+
+    python benchmarks/target_overhead.py
+    python benchmarks/target_overhead.py --dataset fashion-mnist --rounds 7 --device cuda
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from side_by_side import (
+    Dataset,
+    Device,
+    Overrides,
+    Rounds,
+    Threads,
+    Views,
+    interleaved,
+    prepared_device,
+    ratios,
+    report,
+)
+from students import Epochs, build, opened, train_recipe
+
+from cache_tools.console import command
+from train.feed import CachedTargets, NoTargets
+from train.loop import repeatable
+from train.loss_recipe import LossRecipe
+
+CLOCK = (
+    "whole epochs: reading the next view from the cache, making its pixels, every batch and update; "
+    "not opening the images, building the student or evaluating"
+)
+
+
+@command
+def main(
+    dataset: Dataset = "digits",
+    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "resnet8",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    views: Views = 4,
+    rounds: Rounds = 15,
+    device_name: Device = "auto",
+    threads: Threads = None,
+    overrides: Overrides = None,
+) -> None:
+    """An epoch with cached targets over an epoch on labels only."""
+    device = prepared_device(device_name, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        build(dataset, overrides, views, device, cache)
+        recipe = train_recipe(cache, student, batch_size, rounds, device)
+        data = opened(recipe, device)
+        assert data.cache is not None
+        labels = LossRecipe(kind="ce")
+        kept = CachedTargets(data.cache, device, logits=True, features=False)
+        variants = {
+            "labels": Epochs(data, recipe, NoTargets(), labels, device),
+            "fed": Epochs(data, recipe, kept, labels, device),
+            "distilled": Epochs(data, recipe, kept, recipe.loss, device),
+        }
+        with repeatable(device, deterministic=False):
+            times = interleaved({name: epochs.seconds for name, epochs in variants.items()}, rounds)
+        for epochs in variants.values():
+            epochs.close()
+        figures = {
+            "ratio": ratios(times["distilled"], times["labels"]),
+            "feed": ratios(times["fed"], times["labels"]),
+            "loss": ratios(times["distilled"], times["fed"]),
+            "dataset": dataset,
+            "student": student,
+            "n": variants["labels"].feed.samples_per_epoch,
+            "batch_size": batch_size,
+            "views": views,
+        }
+        report("target_overhead", figures, times, device, CLOCK)
+
+
+if __name__ == "__main__":
+    typer.run(main)
