@@ -124,7 +124,7 @@ def test_a_state_runs_no_code(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'pwned'}",)
 
-    (tmp_path / "pickled.pt").write_bytes(pickle.dumps({"x": Payload()}))
+    (tmp_path / "pickled.pt").write_bytes(pickle.dumps({"x": Payload()}, protocol=2))
     torch.save({"x": Payload()}, tmp_path / "zipped.pt")
     for name in ("pickled.pt", "zipped.pt"):
         with pytest.raises(WeightsError):

@@ -163,7 +163,7 @@ def test_the_next_view_is_fetched_during_an_epoch_and_nothing_after_the_last():
     for epoch in (0, 1, 2):
         list(feed.epoch(epoch))
     feed.close()
-    assert source.closed
+    assert not source.closed, "it is not the feed's"
     assert source.views == [0, 1, 0, 1, 0]
 
 
@@ -192,13 +192,15 @@ def test_trouble_in_the_background_reaches_the_loop():
 
 
 def test_an_epoch_left_early_leaves_no_threads():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     feed = make(StreamingFeed)
     steps = feed.epoch(0)
     next(steps)
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("pixels")]
     steps.close()
     feed.close()
-    assert threading.active_count() == before
+    ours = ("pixels", "next-view")
+    assert not [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith(ours)]
 
 
 @pytest.mark.parametrize(("free", "kind"), [(1 << 40, ResidentFeed), (1000, StreamingFeed)])

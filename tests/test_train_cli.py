@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,15 @@ from train import run
 from train.cli import app
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are no quicker with more, and far slower beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +168,12 @@ def test_a_full_run_never_imports_a_teacher(recipe_file: str, tmp_path):
     """Cached targets with a feature term and the comparison: the process that trains has no way to run a teacher."""
     arguments = [recipe_file, "--loss", "richkd", "--compare-with-labels", "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-c", WITNESS, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT
+        [sys.executable, "-c", WITNESS, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "LOADED timm torch"

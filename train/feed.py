@@ -152,9 +152,8 @@ class Feed(ABC):
             yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels))
 
     def close(self) -> None:
-        """Stop background threads and release the target source."""
+        """Stop the background thread. The target source belongs to whoever made it."""
         self._fetcher.shutdown(wait=True, cancel_futures=True)
-        self.targets.close()
 
     @abstractmethod
     def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
@@ -281,7 +280,9 @@ def free_memory(device: torch.device) -> int:
     if meminfo.is_file():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and current.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(current.read_text()))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (text := (group / "memory.max").read_text().strip()) != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # the page cache gives way
+        available = min(available, int(text) - used)
     return max(available, 0)

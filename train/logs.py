@@ -36,8 +36,12 @@ class RunLog:
             for name, value in row.items():
                 if name != "epoch" and value is not None:
                     self._board.add_scalar(name, value, row["epoch"])
+            self._board.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._board is not None:
             self._board.close()
 

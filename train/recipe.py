@@ -175,7 +175,7 @@ def run_folder(recipe: TrainRecipe, digest: str) -> Path:
     if recipe.out is not None:
         return recipe.out
     parts = (recipe.name, recipe.student, recipe.loss_name, digest[:8])
-    return Path("runs") / "-".join(re.sub(r"[^A-Za-z0-9._+]+", "_", part) for part in parts)
+    return Path("runs") / "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "_", part) for part in parts)
 
 
 def builtin_recipes() -> Traversable:

@@ -76,7 +76,7 @@ def summary(result: RunResult) -> str:
     teachers = result.teachers or {}
     names = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "teacher + CLIP, fused"}
     lines += [f"{label:<28}{teachers[key]:>8.2%}" for key, label in names.items() if key in teachers]
-    lines += _student_lines(result, "distilled" if result.fingerprint else "on labels")
+    lines += _student_lines(result, "on labels" if result.loss == "ce" else "distilled")
     if result.labels_only is not None:
         lines += _student_lines(result.labels_only, "on labels alone")
         if result.last and result.labels_only.last:
@@ -104,9 +104,7 @@ def _notes(result: RunResult) -> list[str]:
         notes.append("There is no test split: nothing was evaluated.")
     if (teachers := result.teachers) and "n" in teachers:
         split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
-        notes.append(
-            f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of {split}, when the cache was built."
-        )
+        notes.append(f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of {split}, when the cache was built.")
     notes.append(
         f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
         f"{result.train_s:.1f} s of training on {result.environment.get('device', '?')}."

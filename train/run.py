@@ -129,8 +129,11 @@ class _Run:
     def _train(self) -> None:
         recipe, samples = self.recipe, self.feed.samples_per_epoch
         title = f"train {recipe.student} ({recipe.loss_name})"
-        done, log = len(self.history), RunLog(self.path, len(self.history))
-        with Progress(title, recipe.epochs * samples, "images", done=done * samples) as progress:
+        done = len(self.history)
+        with (
+            RunLog(self.path, done) as log,
+            Progress(title, recipe.epochs * samples, "images", done=done * samples) as progress,
+        ):
             for epoch in range(done, recipe.epochs):
                 start = time.perf_counter()
                 means = self.learner.train_epoch(self.feed, epoch, progress.advance)
@@ -140,7 +143,6 @@ class _Run:
                 self._keep(row)
                 log.write(self.history)
                 progress.advance(0, _note(row, recipe.epochs))
-        log.close()
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         """Test figures of an epoch, None where it is not evaluated: every row has the same columns."""
