@@ -28,12 +28,12 @@ from cache_tools.registry import HOME_VARIABLE
 from cache_tools.verify import pixel_digest
 from cache_tools.views import ViewRecipe
 from pipeline.build import build_cache
-from pipeline.recipe import load_build_recipe
-from train.recipe import load_train_recipe
+from pipeline.recipe import BuildRecipe, load_build_recipe
+from train.recipe import TrainRecipe, load_train_recipe
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
-README, TUTORIAL, FORMAT = (ROOT / name for name in ("README.md", "docs/tutorial.md", "docs/format.md"))
+DOCUMENTS = sorted(path for folder in (".", "docs", "examples", "benchmarks") for path in (ROOT / folder).glob("*.md"))
+README, TUTORIAL, FORMAT = ROOT / "README.md", ROOT / "docs/tutorial.md", ROOT / "docs/format.md"
 APPS = {"build-cache": pipeline.cli.app, "train-student": train.cli.app, "cache-tools": cache_tools.cli.app}
 OTHER_COMMANDS = {"venv/bin/pip", "python3", "make", "python"}
 
@@ -61,7 +61,7 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache home with the embedded digits cache, two views of it, built by the real pipeline."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
@@ -392,13 +392,16 @@ def test_commands_and_options_that_the_documents_use_exist() -> None:
                 assert word.split("=")[0] in known[name], f"{document}: {name} has no {word}"
     assert seen == set(APPS)
     everything = set().union(*known.values(), _options(_train_clip()))
-    for document in (README, TUTORIAL, ROOT / "examples/README.md"):
-        for option in re.findall(r"`[^`]*?(--[a-z][a-z-]+)", document.read_text()):
-            assert option in everything, f"{document.name} names {option}"
+    for file in (README, TUTORIAL, ROOT / "examples/README.md"):
+        for option in re.findall(r"`[^`]*?(--[a-z][a-z-]+)", file.read_text()):
+            assert option in everything, f"{file.name} names {option}"
 
 
 def test_recipes_that_the_documents_run_load() -> None:
-    loaders = {"build-cache": load_build_recipe, "train-student": load_train_recipe}
+    loaders: dict[str, Callable[[str], BuildRecipe | TrainRecipe]] = {
+        "build-cache": load_build_recipe,
+        "train-student": load_train_recipe,
+    }
     names = set()
     for _, words in command_lines():
         load = loaders.get(words[0].removeprefix("venv/bin/"))
@@ -433,7 +436,8 @@ def test_shell_scripts_can_be_parsed() -> None:
 
 def _options(app: Any) -> set[str]:
     """Every option in the help of a command and of its sub-commands."""
-    runner, words = CliRunner(), [[]]
+    runner = CliRunner()
+    words: list[list[str]] = [[]]
     words += [[info.name] for info in app.registered_commands if info.name]
     texts = [runner.invoke(app, [*word, "--help"], env={"COLUMNS": "200"}).output for word in words]
     return set(re.findall(r"--[a-z][a-z-]+", "\n".join(texts)))
