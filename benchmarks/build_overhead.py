@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from side_by_side import (
+    Cost,
     Dataset,
     Device,
     Overrides,
     Rounds,
     Threads,
+    Times,
+    cost,
     interleaved,
     prepared_device,
     ratios,
     report,
-    seconds,
 )
 from students import build_recipe
 
@@ -64,15 +67,14 @@ def main(
             recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, device, recipe.precision, clip_scale=1.0
         )
         batches = _view_batches(recipe, images, pair)
-        times = interleaved(
+        costs = interleaved(
             {
                 "build": lambda number: _build(recipe),
-                "bare": lambda number: seconds(lambda: _forward(pair, batches), device),
+                "bare": lambda number: cost(lambda: _forward(pair, batches), device),
             },
             rounds,
         )
-    figures = {
-        "throughput": ratios(times["bare"], times["build"]),
+    settings = {
         "dataset": dataset,
         "teacher": recipe.teacher.name,
         "clip": recipe.clip.name,
@@ -82,15 +84,26 @@ def main(
         "store": recipe.store,
         "dtype": recipe.dtype,
     }
-    report("build_overhead", figures, times, device, CLOCK)
+    report("build_overhead", _figures, costs, settings, CLOCK, device)
 
 
-def _build(recipe: BuildRecipe) -> float:
-    """Seconds of the build loop of a new cache, which is removed again."""
-    result = build_cache(recipe)
+def _figures(times: Times) -> dict[str, dict[str, float]]:
+    return {"throughput": ratios(times["bare"], times["build"])}
+
+
+def _build(recipe: BuildRecipe) -> Cost:
+    """What the build loop of a new cache takes; the cache is removed again."""
+    processor = 0.0
+
+    def on_milestone(text: str) -> None:
+        nonlocal processor
+        processor = time.process_time()  # the last one says that the loop begins
+
+    result = build_cache(recipe, on_milestone)
+    taken = Cost(result.elapsed_s, time.process_time() - processor)
     assert result.images > 0, "nothing was built"
     shutil.rmtree(result.path)
-    return result.elapsed_s
+    return taken
 
 
 def _view_batches(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> list[torch.Tensor]:

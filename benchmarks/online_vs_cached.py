@@ -24,12 +24,13 @@ from side_by_side import (
     Overrides,
     Rounds,
     Threads,
+    Times,
     Views,
+    cost,
     interleaved,
     prepared_device,
     ratios,
     report,
-    seconds,
 )
 from students import Epochs, build, cached_clip_scale, new_student, opened, train_recipe
 
@@ -77,33 +78,37 @@ def main(
         batches = list(cached.feed.epoch(0))
         bare = BareStudent(data, recipe, device)
         with repeatable(device, deterministic=False):
-            times = interleaved(
+            costs = interleaved(
                 {
-                    "online": online.seconds,
-                    "cached": cached.seconds,
-                    "teachers": lambda number: seconds(lambda: _forward(pair, batches), device),
-                    "student": lambda number: seconds(lambda: bare.epoch(batches), device),
+                    "online": online.cost,
+                    "cached": cached.cost,
+                    "teachers": lambda number: cost(lambda: _forward(pair, batches), device),
+                    "student": lambda number: cost(lambda: bare.epoch(batches), device),
                 },
                 rounds,
             )
         online.close()
         cached.close()
-        both = np.add(times["teachers"], times["student"])
-        speed_up = np.divide(times["online"], times["cached"])
-        ideal = both / times["student"]
-        figures = {
-            "speed_up": ratios(times["online"], times["cached"]),
-            "ideal": ratios(both.tolist(), times["student"]),
-            "achieved": ratios(speed_up.tolist(), ideal.tolist()),
-            "dataset": dataset,
-            "teacher": built.teacher.name,
-            "clip": built.clip.name,
-            "student": student,
-            "n": cached.feed.samples_per_epoch,
-            "batch_size": batch_size,
-            "views": views,
-        }
-        report("online_vs_cached", figures, times, device, CLOCK)
+    settings = {
+        "dataset": dataset,
+        "teacher": built.teacher.name,
+        "clip": built.clip.name,
+        "student": student,
+        "n": cached.feed.samples_per_epoch,
+        "batch_size": batch_size,
+        "views": views,
+    }
+    report("online_vs_cached", _figures, costs, settings, CLOCK, device)
+
+
+def _figures(times: Times) -> dict[str, dict[str, float]]:
+    networks = np.add(times["teachers"], times["student"])
+    speed_up, ideal = np.divide(times["online"], times["cached"]), networks / times["student"]
+    return {
+        "speed_up": ratios(times["online"], times["cached"]),
+        "ideal": ratios(networks.tolist(), times["student"]),
+        "achieved": ratios(speed_up.tolist(), ideal.tolist()),
+    }
 
 
 class BareStudent:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,25 @@ import typer
 
 from cache_tools.console import resolve_device
 
-Times = dict[str, list[float]]
+Times = dict[str, list[float]]  # variant → seconds in each round
+
+
+class Cost(NamedTuple):
+    """What a piece of work took: on the clock, and of the processor by all threads of this process.
+
+    Processor time does not see other programs, nor what runs on a GPU, nor what work in the background hides.
+    """
+
+    wall_s: float
+    processor_s: float
+
+
+class Costs(NamedTuple):
+    """What each variant took in each round."""
+
+    wall: Times
+    processor: Times
+
 
 Dataset = Annotated[str, typer.Option("--dataset", help="A build recipe: digits, fashion-mnist, or a YAML file.")]
 Overrides = Annotated[
@@ -43,32 +61,33 @@ def prepared_device(name: str, threads: int | None) -> torch.device:
     return resolve_device(name)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of `work`, all of its work on the device included, none that was queued before."""
+def cost(work: Callable[[], object], device: torch.device) -> Cost:
+    """What `work` takes, all of its work on the device included, none that was queued before."""
     _wait(device)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     work()
     _wait(device)
-    return time.perf_counter() - start
+    return Cost(time.perf_counter() - start, time.process_time() - processor)
 
 
-def interleaved(variants: Mapping[str, Callable[[int], float]], rounds: int) -> Times:
-    """Seconds of each variant in each round; a first round, not counted, warms up.
+def interleaved(variants: Mapping[str, Callable[[int], Cost]], rounds: int) -> Costs:
+    """What each variant takes in each round; a first round, not counted, warms up.
 
     Args:
-        variants: given the number of the round, from 0 with the warm-up, each does its work and says how long it took.
+        variants: given the number of the round, from 0 with the warm-up, each does its work and says what it took.
     """
-    times: Times = {name: [] for name in variants}
+    costs = Costs({name: [] for name in variants}, {name: [] for name in variants})
     for number in range(rounds + 1):
         measured = {}
         with _no_garbage_collection():
             for name in _turned(list(variants), number):
                 measured[name] = variants[name](number)
         if number > 0:
-            for name, elapsed_s in measured.items():
-                times[name].append(elapsed_s)
-        print(f"round {number}/{rounds}: " + _listed(measured), file=sys.stderr, flush=True)
-    return times
+            for name, (wall_s, processor_s) in measured.items():
+                costs.wall[name].append(wall_s)
+                costs.processor[name].append(processor_s)
+        print(f"round {number}/{rounds}: {_listed(measured)}", file=sys.stderr, flush=True)
+    return costs
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
@@ -77,12 +96,35 @@ def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]
     return {"median": round(float(median), 4), "q1": round(float(low), 4), "q3": round(float(high), 4)}
 
 
-def report(name: str, figures: Mapping[str, Any], times: Times, device: torch.device, clock: str) -> None:
-    """Print the one JSON line of a benchmark: its figures, and what somebody needs to judge them."""
-    medians = {variant: round(float(np.median(values)), 6) for variant, values in times.items()}
-    rounds = len(next(iter(times.values())))
-    line = {"benchmark": name, **figures, "rounds": rounds, "median_s": medians, "clock": clock, **_environment(device)}
+def report(
+    name: str,
+    figures: Callable[[Times], dict[str, dict[str, float]]],
+    costs: Costs,
+    settings: Mapping[str, Any],
+    clock: str,
+    device: torch.device,
+) -> None:
+    """Print the one JSON line of a benchmark: its figures, and what somebody needs to judge them.
+
+    Args:
+        figures: the ratios of a benchmark, made once from wall-clock times and once from processor times.
+    """
+    line = {
+        "benchmark": name,
+        **figures(costs.wall),
+        "processor": figures(costs.processor),
+        **settings,
+        "rounds": len(next(iter(costs.wall.values()))),
+        "median_s": _medians(costs.wall),
+        "median_processor_s": _medians(costs.processor),
+        "clock": clock,
+        **_environment(device),
+    }
     print(json.dumps(line), flush=True)
+
+
+def _medians(times: Times) -> dict[str, float]:
+    return {variant: round(float(np.median(values)), 6) for variant, values in times.items()}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
@@ -105,8 +147,8 @@ def _turned(names: list[str], number: int) -> list[str]:
     return names if number % 2 == 0 else names[::-1]
 
 
-def _listed(measured: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {elapsed_s:.3f} s" for name, elapsed_s in measured.items())
+def _listed(measured: Mapping[str, Cost]) -> str:
+    return ", ".join(f"{name} {taken.wall_s:.3f} s" for name, taken in measured.items())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import seconds
+from side_by_side import Cost, cost
 
 from cache_tools.reader import TeacherCache
 from pipeline.build import build_cache
@@ -66,9 +66,9 @@ class Epochs:
         )
         self.learner = Learner(self.recipe, student, objective, data.preprocessing, self.feed.steps_per_epoch, device)
 
-    def seconds(self, epoch: int) -> float:
-        """Time of a whole epoch: its view read and made, every batch, every step."""
-        return seconds(lambda: self.learner.train_epoch(self.feed, epoch, lambda count: None), self._device)
+    def cost(self, epoch: int) -> Cost:
+        """What a whole epoch takes: its view read and made, every batch, every step."""
+        return cost(lambda: self.learner.train_epoch(self.feed, epoch, lambda count: None), self._device)
 
     def close(self) -> None:
         self.feed.close()

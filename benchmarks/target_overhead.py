@@ -20,6 +20,7 @@ from side_by_side import (
     Overrides,
     Rounds,
     Threads,
+    Times,
     Views,
     interleaved,
     prepared_device,
@@ -66,20 +67,25 @@ def main(
             "distilled": Epochs(data, recipe, kept, recipe.loss, device),
         }
         with repeatable(device, deterministic=False):
-            times = interleaved({name: epochs.seconds for name, epochs in variants.items()}, rounds)
+            costs = interleaved({name: epochs.cost for name, epochs in variants.items()}, rounds)
         for epochs in variants.values():
             epochs.close()
-        figures = {
-            "ratio": ratios(times["distilled"], times["labels"]),
-            "feed": ratios(times["fed"], times["labels"]),
-            "loss": ratios(times["distilled"], times["fed"]),
-            "dataset": dataset,
-            "student": student,
-            "n": variants["labels"].feed.samples_per_epoch,
-            "batch_size": batch_size,
-            "views": views,
-        }
-        report("target_overhead", figures, times, device, CLOCK)
+    settings = {
+        "dataset": dataset,
+        "student": student,
+        "n": variants["labels"].feed.samples_per_epoch,
+        "batch_size": batch_size,
+        "views": views,
+    }
+    report("target_overhead", _figures, costs, settings, CLOCK, device)
+
+
+def _figures(times: Times) -> dict[str, dict[str, float]]:
+    return {
+        "ratio": ratios(times["distilled"], times["labels"]),
+        "feed": ratios(times["fed"], times["labels"]),
+        "loss": ratios(times["distilled"], times["fed"]),
+    }
 
 
 if __name__ == "__main__":
