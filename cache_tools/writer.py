@@ -70,11 +70,8 @@ class CacheWriter:
         path = Path(path)
         check_samples(manifest, labels, sample_keys)
         check_constants(manifest, constants)
+        check_free(path)
         with translated(path):
-            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-                raise StorageError(
-                    "cannot make a cache here: the place is taken", where=path, next_step="choose another"
-                )
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
@@ -164,6 +161,13 @@ class CacheWriter:
                 found=f"view {view}, block {block}",
             )
         return manifest.block(block)
+
+
+def check_free(path: Path) -> None:
+    """Raise StorageError unless `path` is free for a new cache: nothing there, or an empty folder."""
+    with translated(path):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise StorageError("cannot make a cache here: the place is taken", where=path, next_step="choose another")
 
 
 def _encode(values: npt.NDArray[Any], spec: ArraySpec, view: int, rows: slice) -> npt.NDArray[Any]:

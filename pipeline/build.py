@@ -25,7 +25,7 @@ from cache_tools.console import Progress, resolve_device
 from cache_tools.format import ArraySpec, CacheRecipe, FloatType, Manifest, default_block_rows, target_arrays
 from cache_tools.images import ImageSet, open_images
 from cache_tools.reader import make_canaries
-from cache_tools.writer import CacheWriter
+from cache_tools.writer import CacheWriter, check_free
 from pipeline.loader import BatchLoader
 from pipeline.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
@@ -75,6 +75,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     if not missing:
         say(f"{path} is complete: nothing to do")
         return BuildResult(path, writer.manifest, preflight, 0, 0.0)
+    say(f"{len(missing)} of {writer.manifest.num_views * writer.manifest.num_blocks} blocks to build in {path}")
     start = time.monotonic()
     count = _build_blocks(writer, missing, images, pair, recipe.batch_size)
     return BuildResult(path, writer.manifest, preflight, count, time.monotonic() - start)
@@ -102,13 +103,13 @@ def _open_or_create(
     pair: TeacherPair,
     say: Callable[[str], None],
 ) -> tuple[CacheWriter, Preflight | None]:
-    if path.exists():
+    if registry.is_cache(path):
         writer = CacheWriter.resume(path, identity.fingerprint)
         if writer.manifest.num_views < recipe.num_views:
             writer = writer.grow(recipe.num_views)
-        say(f"going on with {path}")
         stored = writer.manifest.provenance.get("preflight")
         return writer, Preflight.model_validate(stored) if stored else None
+    check_free(path)  # before the preflight, not after it
     preflight = None
     if recipe.preflight_samples:
         preflight = run_preflight(pair, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size)
@@ -117,7 +118,7 @@ def _open_or_create(
         fingerprint=identity.fingerprint,
         name=recipe.name,
         recipe=identity,
-        dataset=recipe.dataset,
+        dataset=recipe.dataset.absolute(),  # so that it is found from any working directory
         num_views=recipe.num_views,
         block_rows=recipe.block_rows or default_block_rows(identity),
         clip_scale=pair.clip_scale,
@@ -135,7 +136,6 @@ def _open_or_create(
     writer = CacheWriter.create(
         path, manifest, labels=images.labels, sample_keys=images.keys, constants=pair.constants(recipe.store)
     )
-    say(f"building {path}")
     return writer, preflight
 
 

@@ -1,0 +1,23 @@
+"""One torch thread per test process: the suite runs on as many processes as there are cores, and OpenMP threads that
+wait for a busy core spin. Subprocesses inherit it. CUDA tests skip where there is no device."""
+
+from __future__ import annotations
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import pytest  # noqa: E402  (the variables must be set before torch is imported)
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
