@@ -19,7 +19,7 @@ demo: $(STAMP) ## build the embedded cache and train a student from it
 	TEACHER_CACHE_HOME=$${TEACHER_CACHE_HOME:-runs/demo/caches} $(BIN)/train-student --out runs/demo/student
 
 test: check ## static checks and the test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## ruff, mypy, import contracts, hadolint
 	$(BIN)/ruff format --check .
