@@ -22,6 +22,7 @@ import torch
 import typer
 
 from cache_tools.console import resolve_device
+from cache_tools.memory import keep_freed_memory
 
 Times = dict[str, list[float]]  # variant → seconds in each round
 
@@ -55,7 +56,8 @@ Views = Annotated[int, typer.Option("--views", min=2, help="Cached views to cycl
 
 
 def prepared_device(name: str, threads: int | None) -> torch.device:
-    """The device to run on; sets torch's threads where asked."""
+    """The device to run on; sets torch's threads where asked, and the process up as the commands do."""
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     return resolve_device(name)

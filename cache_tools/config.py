@@ -139,9 +139,17 @@ def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) ->
             where=where,
             next_step=_hint(str(first["loc"][-1]), siblings) or f"known keys: {', '.join(siblings)}",
         )
+    if first["type"] == "value_error":  # a rule over several keys, in our own words; its input is the whole recipe
+        message = first["msg"].removeprefix("Value error, ")
+        return RecipeError(f"bad value for '{key}'{more}: {message}", where=where)
     return RecipeError(
-        f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=repr(first.get("input"))
+        f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=_abridged(first.get("input"))
     )
+
+
+def _abridged(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -167,4 +175,4 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _hint(word: str, names: Iterable[str]) -> str | None:
     near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?".removesuffix("?") if near else None
+    return f"did you mean '{near[0]}'?" if near else None

@@ -37,7 +37,9 @@ class CacheError(Exception):
             parts.append(f"found {self.found}")
         message = "; ".join(parts) + "."
         if self.next_step is not None:
-            message += f" {self.next_step[:1].upper()}{self.next_step[1:]}."
+            message += f" {self.next_step[:1].upper()}{self.next_step[1:]}" + (
+                "" if self.next_step.endswith("?") else "."
+            )
         return " ".join(message.split())
 
 

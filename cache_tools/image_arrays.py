@@ -174,7 +174,7 @@ def _require(folders: list[Path], name: str) -> Path:
 
 
 def _get_it(place: str) -> str:
-    return f"give {place}, or set `download: true` in the recipe's dataset"
+    return f"give {place}, or --download to fetch it"
 
 
 def _read_idx(path: Path, dims: int) -> np.ndarray:

@@ -21,7 +21,9 @@ def build_cache(
     recipe: Annotated[
         str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
     ] = "digits",
-    views: Annotated[int | None, typer.Option("--views", help="Number of cached views (augmentation seeds).")] = None,
+    views: Annotated[
+        int | None, typer.Option("--views", help="Number of cached views; more than a cache has adds to it.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Base seed of the views.")] = None,
     teacher: Annotated[
         str | None,
@@ -52,7 +54,10 @@ def build_cache(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the cache. Default: one per fingerprint in the cache home."),
+        typer.Option(
+            "--out",
+            help="Folder of the cache. Default: one per fingerprint in $TEACHER_CACHE_HOME (~/.cache/teacher-cache).",
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")] = None,

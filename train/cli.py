@@ -25,12 +25,17 @@ def train_student(
         str | None, typer.Option("--student", help="resnet8, wrn_16_2, …, timm:NAME or torchvision:NAME.")
     ] = None,
     loss: Annotated[
-        str | None, typer.Option("--loss", help="ce (labels alone, no cache), kd, dkd, standardised_kd or richkd.")
+        str | None,
+        typer.Option(
+            "--loss", help="ce (labels alone, no cache), kd, dkd, standardised_kd, or richkd (kd, and crd on features)."
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the schedule.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of first weights, order and dropout.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the first weights, the order and dropout.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision).")
@@ -54,6 +59,7 @@ def train_student(
     """Train a student from cached targets, or from labels alone with --loss ce.
 
     Without arguments: the embedded default, from the cache that `build-cache` makes without arguments.
+    With --cache and no recipe, the settings (student, epochs, learning rate) are those of the recipe digits.
     Interrupt it at any time: the same command goes on after the last finished epoch.
     """
     options = {

@@ -43,9 +43,9 @@ class TrainingData:
         return Preprocessing(mean=mean, std=std)
 
     def identity(self) -> dict[str, str]:
-        """What tells these data apart from others: a cache's fingerprint covers its images, views and targets."""
+        """What tells these data apart: a fingerprint covers images, views and targets, but not how many views."""
         if self.cache is not None:
-            return {"fingerprint": self.cache.manifest.fingerprint}
+            return {"fingerprint": self.cache.manifest.fingerprint, "num_views": str(self.cache.num_views)}
         return {"images": self.images.content_digest}
 
     def labels_only(self) -> TrainingData:

@@ -166,7 +166,7 @@ class ContrastiveTerm(nn.Module):
 
     def forward(self, student_features: Tensor, target_features: Tensor, index: Tensor) -> Tensor:
         """The loss of one step; in training mode it also updates the memories and counts the step."""
-        seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0])
+        seed = int(np.random.SeedSequence(self.seed, spawn_key=(self.step,)).generate_state(1)[0])
         contrast_index = self.sampler(index, torch.Generator(index.device).manual_seed(seed))
         student_unit = losses.unit_rows(self.embed_student(student_features))
         target_unit = losses.unit_rows(self.embed_target(target_features))
