@@ -10,6 +10,7 @@ import typer
 
 from cache_tools.config import dump_yaml
 from cache_tools.console import command
+from cache_tools.memory import keep_freed_memory
 from pipeline.recipe import BuildRecipe, load_build_recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -111,6 +112,7 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
 
     from pipeline.build import build_cache as build
 
+    keep_freed_memory()
     result = build(recipe, say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True))
     manifest = result.manifest
     rate = result.images / result.elapsed_s if result.elapsed_s else 0.0
@@ -136,3 +138,7 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
 def main() -> None:
     """Entry point of the `build-cache` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Recipes: YAML, options and --set laid over each other; errors that name the key and the nearest right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cache_tools.config import dump_yaml, load_recipe, set_dotted
+from cache_tools.errors import CacheError, RecipeError
+from pipeline.recipe import BuildRecipe, builtin_recipes, load_build_recipe
+
+
+def failure(*overrides: str, source: str = "digits") -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_build_recipe(source, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "cifar100"])
+def test_built_in_recipes_load_and_round_trip(name: str, tmp_path: Path):
+    recipe = load_build_recipe(name)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_yaml(recipe))
+    assert load_build_recipe(str(copy)) == recipe
+
+
+def test_overrides_win_over_options_and_options_over_the_file():
+    recipe = load_build_recipe("digits", ["num_views=3", "views.base_seed=9"], {"num_views": 5, "store": "components"})
+    assert (recipe.num_views, recipe.views.base_seed, recipe.store) == (3, 9, "components")
+
+
+def test_list_items_are_set_by_number():
+    recipe = load_build_recipe("fashion-mnist", ["views.ops.0.padding=3"])
+    assert recipe.views.ops[0].model_dump()["padding"] == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "near"),
+    [
+        ("num_view=3", "num_view", "num_views"),
+        ("fusion.teacher_wieght=0.5", "fusion.teacher_wieght", "teacher_weight"),
+        ("views.base_sed=1", "views.base_sed", "base_seed"),
+        ("views.ops.0.pading=1", "pading", "padding"),
+        ("teacher.weigths=x", "teacher.weigths", "weights"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(override: str, key: str, near: str):
+    message = failure(override)
+    assert f"{key}'" in message
+    assert f"Did you mean '{near}'?" in message
+
+
+def test_a_key_like_no_other_lists_the_known_ones():
+    assert "Known keys: batch_size, block_rows" in failure("zzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("num_views=0", "greater than 0"),
+        ("num_views=many", "integer"),
+        ("fusion.teacher_weight=1.5", "less than or equal to 1"),
+        ("store=both", "fused"),
+        ("dataset.image_size=64", "image_size is for folders only"),
+        ("name=../x", "pattern"),
+    ],
+)
+def test_bad_values_say_what_is_expected(override: str, words: str):
+    message = failure(override)
+    assert words in message
+    assert "Value error" not in message
+
+
+def test_long_input_is_abridged():
+    assert len(failure(f"num_views={'x' * 5000}")) < 400
+
+
+@pytest.mark.parametrize("item", ["num_views", "=3", "views.ops=[", "store.x=1"])
+def test_set_that_cannot_be_read(item: str):
+    failure(item)
+
+
+def test_unknown_recipe_names_the_nearest():
+    assert "Did you mean 'digits'?" in failure(source="digit")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "name: [", "just words"])
+def test_a_file_that_is_not_a_recipe(text: str, tmp_path: Path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    failure(source=str(path))
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    assert "none.yaml" in failure(source=str(tmp_path / "none.yaml"))
+
+
+def test_recipes_are_frozen():
+    recipe = load_build_recipe("digits")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.num_views = 3  # type: ignore[misc]
+
+
+def test_an_empty_file_misses_its_required_keys(tmp_path: Path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    with pytest.raises(RecipeError, match="'name'"):
+        load_recipe(BuildRecipe, str(path), builtin_recipes())
+
+
+def test_set_dotted_makes_missing_parents():
+    data: dict = {"a": None}
+    set_dotted(data, "a.b.c", 1)
+    assert data == {"a": {"b": {"c": 1}}}
+
+
+def test_messages_have_all_parts():
+    error = CacheError("no such thing", where="x", expected="y", found="z", next_step="look there")
+    assert str(error) == "no such thing (x); expected y; found z. Look there."
+    assert yaml.safe_load(dump_yaml(load_build_recipe("digits")))["clip"]["templates"] == "richkd"

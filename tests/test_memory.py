@@ -1,0 +1,41 @@
+"""Keeping freed memory: the second of two large allocations costs no page faults."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from cache_tools.memory import keep_freed_memory
+
+FAULTS = """
+import resource, sys, numpy
+from cache_tools.memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    numpy.ones(100 << 20, dtype=numpy.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, second = faults(), faults()
+print(first, second)
+"""
+
+
+def counted(how: str) -> list[int]:
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_a_freed_buffer_is_used_again():
+    first, second = counted("kept")
+    assert second < first / 4
+    first, second = counted("given back")
+    assert second > first / 2
+
+
+def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False
