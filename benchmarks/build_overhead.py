@@ -63,14 +63,12 @@ def main(
         options = {"num_views": views, "batch_size": batch_size, "device": str(device)}
         recipe = build_recipe(dataset, overrides, Path(folder) / "cache", **options)
         images = open_images(recipe.dataset)
-        pair = load_pair(
-            recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, device, recipe.precision, clip_scale=1.0
-        )
+        pair = _load(recipe, images, device)
         batches = _view_batches(recipe, images, pair)
         costs = interleaved(
             {
                 "build": lambda number: _build(recipe),
-                "bare": lambda number: cost(lambda: _forward(pair, batches), device),
+                "bare": lambda number: _bare(recipe, images, batches, device),
             },
             rounds,
         )
@@ -120,9 +118,21 @@ def _view_batches(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> l
     return batches
 
 
-def _forward(pair: TeacherPair, batches: list[torch.Tensor]) -> None:
-    for pixels in batches:
-        pair.outputs(pixels)
+def _bare(recipe: BuildRecipe, images: ImageSet, batches: list[torch.Tensor], device: torch.device) -> Cost:
+    """What the networks alone take, freshly loaded as in a build, so that both sides start alike."""
+    pair = _load(recipe, images, device)
+
+    def forward() -> None:
+        for pixels in batches:
+            pair.outputs(pixels)
+
+    return cost(forward, device)
+
+
+def _load(recipe: BuildRecipe, images: ImageSet, device: torch.device) -> TeacherPair:
+    return load_pair(
+        recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, device, recipe.precision, clip_scale=1.0
+    )
 
 
 if __name__ == "__main__":
