@@ -9,6 +9,7 @@ import typer
 
 from cache_tools.config import dump_yaml
 from cache_tools.console import command
+from cache_tools.memory import keep_freed_memory
 from train.recipe import load_train_recipe, named_loss
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -84,6 +85,7 @@ def train_student(
     from train import run
     from train.result import summary
 
+    keep_freed_memory()
     result = run.train_student(loaded, overwrite=overwrite)
     print(result.model_dump_json(indent=2) if as_json else summary(result))
 
