@@ -6,7 +6,6 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -33,15 +32,6 @@ REFERENCE_LOGITS = {
     "vgg13": [1.0763783, -0.23295091, -1.1708648, 1.1413172, -0.42885798, -0.7702173],
     "ShuffleV2": [-4.873446, 3.6049855, -6.8608189, -11.88026, 3.1732936, -1.4701443],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Batches of two gain nothing from threads, and lose much where other processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rule_values(key: str, shape: torch.Size, number: int) -> torch.Tensor:
