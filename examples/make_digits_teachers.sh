@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-train-student digits --loss ce --student resnet20 --epochs 30 --out runs/digits-teacher
+train-student digits --loss ce --student resnet20 --epochs 30 --lr 0.1 --out runs/digits-teacher
 cp runs/digits-teacher/last.safetensors pipeline/assets/digits-teacher.safetensors
 
 python examples/train_clip.py digits --samples 720 --out runs/digits-clip

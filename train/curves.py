@@ -139,7 +139,7 @@ def _dress(axes: Any, history: polars.DataFrame) -> None:
 
     axes.set_xlabel("epoch", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-    epochs = history["epoch"].to_list()
+    epochs = _epochs(history)
     if epochs:
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
@@ -161,9 +161,14 @@ def _points(history: polars.DataFrame, column: str) -> tuple[list[int], list[flo
     """Epochs and values of a column where it has finite ones."""
     if column not in history.columns:
         return [], []
-    pairs = zip(history["epoch"].to_list(), history[column].to_list(), strict=True)
+    pairs = zip(_epochs(history), history[column].to_list(), strict=True)
     kept = [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
     return [epoch for epoch, _ in kept], [value for _, value in kept]
+
+
+def _epochs(history: polars.DataFrame) -> list[int]:
+    """Numbers of the finished epochs, counted from 1 as the progress lines and the result do."""
+    return [epoch + 1 for epoch in history["epoch"].to_list()]
 
 
 def _marker(epochs: Sequence[int], most: int) -> str:
