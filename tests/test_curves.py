@@ -62,8 +62,8 @@ def test_missing_columns_and_values_are_left_out() -> None:
     sparse = [0.5 if epoch % 5 == 4 else None for epoch in range(EPOCHS)]
     history = make_history(test_top1=sparse, loss=[math.nan, *[1.0] * (EPOCHS - 1)]).drop("loss_logit", "loss_ce")
     left, right = _draw(history, "title", {}).axes
-    assert [list(line.get_xdata()) for line in left.lines] == [list(range(1, EPOCHS))]
-    assert list(right.lines[0].get_xdata()) == [4, 9]
+    assert [list(line.get_xdata()) for line in left.lines] == [list(range(2, EPOCHS + 1))]  # counted from 1
+    assert list(right.lines[0].get_xdata()) == [5, 10]
 
 
 def test_a_single_term_is_drawn_once() -> None:
