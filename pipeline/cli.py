@@ -131,7 +131,8 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
         return
     if result.images:
         print(f"computed {result.images:,} images in {result.elapsed_s:.1f} s ({rate:,.0f} images/s)")
-    print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} views of {manifest.num_samples:,} samples")
+    plural = "" if manifest.num_views == 1 else "s"
+    print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples")
     print(f"next: train-student --cache {result.path}" if recipe.out else f"next: train-student {recipe.name}")
 
 
