@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## build the embedded cache and train a student from it
 	TEACHER_CACHE_HOME=$${TEACHER_CACHE_HOME:-runs/demo/caches} $(BIN)/build-cache
-	TEACHER_CACHE_HOME=$${TEACHER_CACHE_HOME:-runs/demo/caches} $(BIN)/train-student --out runs/demo/student
+	TEACHER_CACHE_HOME=$${TEACHER_CACHE_HOME:-runs/demo/caches} $(BIN)/train-student
 
 test: check ## static checks and the test suite
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -14,6 +14,16 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+def loopback_is_up() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            socket.create_connection(server.getsockname(), timeout=1.0).close()
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(not loopback_is_up(), reason="no loopback interface")
 def test_a_hub_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
