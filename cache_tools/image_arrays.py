@@ -47,6 +47,9 @@ class ArrayImages(ImageSet):
     def load(self, index: np.ndarray | slice) -> np.ndarray:
         return self.pixels[index]
 
+    def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
+        return {"pixels": self.pixels[rows]}
+
 
 def open_digits(recipe: DatasetRecipe, split: str) -> ArrayImages:
     """The 1797 handwritten digits of scikit-learn; every fifth one (index % 5 == 4) is the test split.

@@ -59,6 +59,9 @@ class FolderImages(ImageSet):
                 pass
         return pixels
 
+    def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
+        return {"files": tuple(self.files[row] for row in np.arange(len(self))[rows].tolist())}
+
 
 def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
     """Open `data_dir/split/class/**/image`, or `data_dir/class/**/image` without a split folder and test_split.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -28,6 +29,10 @@ KEY_BYTES = 16
 FOLDER_IMAGE_SIZE = 224
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+# `train[:20000]`, `train[50%:]`, `train[::5]`
+_END = r"(?:-?[0-9]+|[0-9]+(?:[.][0-9]+)?%)?"
+_PART = re.compile(rf"(?P<split>[^\[\]]+)\[(?P<start>{_END}):(?P<stop>{_END})(?::(?P<step>[1-9][0-9]*)?)?\]")
 
 # Mean and std per RGB channel on [0, 1], over the train split. Digits, Fashion-MNIST: over the 32 × 32 canvas,
 # as the tests recompute. CIFAR: the figures everybody uses. Folders: ImageNet's.
@@ -45,8 +50,9 @@ class DatasetRecipe(Frozen):
 
     Attributes:
         name: the source; `folder` is any folder of class sub-folders.
-        split: what is cached and trained on.
-        test_split: what is evaluated on, None for nothing.
+        split: what is cached and trained on; `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it (Python's
+            slices, of samples in their order: take every k-th of a folder, whose classes come one after the other).
+        test_split: what is evaluated on, None for nothing; parts as in `split`.
         data_dir: where the files are (`~` allowed); None for the source's usual place. Not needed for digits.
         download: fetch what is missing (Fashion-MNIST, CIFAR).
         image_size: side of the square canvas of a folder, 224 when None; the other sources have their own.
@@ -120,6 +126,15 @@ class ImageSet(ABC):
         parts = (self.keys.tobytes(), self.labels.astype("<i8").tobytes(), names)
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
+    def subset(self, rows: slice | np.ndarray, split: str | None = None) -> Self:
+        """The samples at `rows` (int indices or a slice), numbered anew from 0; `split` renames the split."""
+        part = {"labels": self.labels[rows], "keys": self.keys[rows], **self._fields_at(rows)}
+        return replace(self, split=split or self.split, **part)
+
+    @abstractmethod
+    def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
+        """What a source has per sample besides labels and keys, at `rows`."""
+
     def identity(self) -> DatasetIdentity:
         """What a cache records of this split, to recognise it later."""
         from cache_tools.format import DatasetIdentity
@@ -135,18 +150,38 @@ class ImageSet(ABC):
 
 
 def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
-    """Open a split, `recipe.split` when None. Folders read every file once (for the keys) but decode none.
+    """Open a split or a part of one, `recipe.split` when None. Folders read every file (for the keys) but decode none.
 
     Raises:
-        DataError: no such split, missing or damaged files; says where it looked and what to do.
+        DataError: no such split, an empty part, missing or damaged files; says where it looked and what to do.
     """
+    wanted = split or recipe.split
+    whole = _PART.fullmatch(wanted)
+    if whole is None:
+        return _open_split(recipe, wanted)
+    images = _open_split(recipe, whole["split"])
+    start, stop = (_bound(whole[end], len(images)) for end in ("start", "stop"))
+    part = images.subset(slice(start, stop, int(whole["step"]) if whole["step"] else None), wanted)
+    if len(part) == 0:
+        raise DataError("that part of the split is empty", where=wanted, found=f"{len(images)} samples in all")
+    return part
+
+
+def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
     if recipe.name == "folder":
         from cache_tools.image_folder import open_folder
 
-        return open_folder(recipe, split or recipe.split)
+        return open_folder(recipe, split)
     from cache_tools.image_arrays import SOURCES
 
-    return SOURCES[recipe.name](recipe, split or recipe.split)
+    return SOURCES[recipe.name](recipe, split)
+
+
+def _bound(text: str, count: int) -> int | None:
+    """One end of a slice over `count` samples: nothing, a number, or per cent of them."""
+    if not text:
+        return None
+    return int(count * float(text[:-1]) / 100) if text.endswith("%") else int(text)
 
 
 def sample_key(data: bytes | memoryview) -> bytes:
@@ -166,5 +201,7 @@ def check_split(recipe: DatasetRecipe, split: str) -> bool:
         DataError: anything else; the array sources have these two.
     """
     if split not in {"train", "test"}:
-        raise DataError(f"{recipe.name} has no such split", where=split, expected="train or test")
+        raise DataError(
+            f"{recipe.name} has no such split", where=split, expected="train or test, or a part such as train[:1000]"
+        )
     return split == "train"

@@ -14,6 +14,7 @@ from cache_tools import commits, registry
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format import CacheRecipe, constant_shapes, target_arrays
+from cache_tools.refusion import Fusion, FusionChoice
 from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
 from cache_tools.verify import check_canaries, check_dataset, make_canaries, pixel_digest
 
@@ -115,6 +116,7 @@ class TeacherCache:
         logits: bool = True,
         features: bool = True,
         verify: bool = True,
+        fusion: Fusion | None = None,
     ) -> ViewTargets:
         """Read a whole view and put it on a device, in the dtype it is stored in.
 
@@ -123,6 +125,7 @@ class TeacherCache:
         Args:
             logits, features: what to read of a fused cache; a component cache needs everything for either.
             verify: compare what was read with the commits' checksums.
+            fusion: how a component cache is fused (`FusionChoice(…).resolve(cache)`), by default as it was built.
 
         Raises:
             IncompleteError: the view is not completely built.
@@ -145,8 +148,13 @@ class TeacherCache:
         }
         if self.recipe.store == "fused":
             return ViewTargets(view, arrays)
+        fusion = fusion or FusionChoice().resolve(self)
+        if fusion.clip_view not in {None, view}:
+            self._require_blocks(fusion.clip_view, range(self.manifest.num_blocks))
+            clip = self._load("clip_features", fusion.clip_view, pin, verify)
+            arrays["clip_features"] = clip.to(target, non_blocking=True)
         constants = {name: torch.from_numpy(self.constant(name)).to(target) for name in constant_shapes(self.recipe)}
-        return fused(view, arrays, constants, self.manifest)
+        return fused(view, arrays, constants, fusion)
 
     def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.floating[Any]]:
         """Rows of one target array as stored, [rows, width]: one plain zarr read, the reference for `load_view`.

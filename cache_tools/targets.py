@@ -11,7 +11,7 @@ import torch
 
 from cache_tools import fusion
 from cache_tools.errors import NotFoundError
-from cache_tools.format import Manifest
+from cache_tools.refusion import Fusion
 
 # Rows fused at once when a component cache is loaded: keeps the float32 temporaries small.
 FUSE_ROWS = 8192
@@ -94,12 +94,11 @@ class ViewTargets:
 
 
 def fused(
-    view: int, arrays: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], manifest: Manifest
+    view: int, arrays: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], choice: Fusion
 ) -> ViewTargets:
     """The targets of a component cache, with teacher and CLIP fused once for the whole view, in float32."""
-    recipe = manifest.recipe.fusion
     logits, features = [], []
-    for start in range(0, manifest.num_samples, FUSE_ROWS):
+    for start in range(0, len(arrays["clip_features"]), FUSE_ROWS):
         rows = {name: tensor[start : start + FUSE_ROWS].float() for name, tensor in arrays.items()}
         teacher_logits = (
             rows["teacher_logits"] if "teacher_logits" in rows else _head(rows["teacher_features"], constants)
@@ -109,9 +108,9 @@ def fused(
             rows["teacher_features"],
             fusion.cosine(rows["clip_features"], constants["class_embeddings"]),
             rows["clip_features"],
-            teacher_weight=recipe.teacher_weight,
-            feature_weight=recipe.feature_weight,
-            clip_scale=manifest.clip_scale,
+            teacher_weight=choice.teacher_weight,
+            feature_weight=choice.feature_weight,
+            clip_scale=choice.clip_scale,
             teacher_projection=constants["teacher_projection"],
             clip_projection=constants["clip_projection"],
         )

@@ -258,6 +258,9 @@ class Undecoded(ImageSet):
     def load(self, index: Any) -> np.ndarray:
         return self._images.load(index).copy()  # type: ignore[attr-defined]
 
+    def _fields_at(self, rows: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
 
 def make(kind: type[Feed], images: ImageSet | None = None, cache: TeacherCache | None = None, **changes: Any) -> Feed:
     settings: dict[str, Any] = {

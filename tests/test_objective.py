@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     labels: Tensor
     index: Tensor
     targets: Targets
+    labelled: Tensor | None = None
 
 
 def make_objective(target_dim: int | None = TARGET_DIM, **recipe: object) -> Objective:

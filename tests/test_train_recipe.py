@@ -108,10 +108,11 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str, Any]
 def test_values_are_what_determines_the_result():
     recipe = make()
     for same in ({"device": "cpu"}, {"out": "x"}, {"name": "other"}, {"data_dir": "d"}, {"cache": "elsewhere"},
-                 {"dataset": {"name": "cifar10"}}, {"num_views": 3}, {"compare_with_labels": True}):  # fmt: skip
+                 {"dataset": {"name": "cifar10"}}, {"compare_with_labels": True}):  # fmt: skip
         assert make(**same).values() == recipe.values(), same
     for different in ({"seed": 1}, {"epochs": 9}, {"student": "vgg8"}, {"precision": "bfloat16"},
-                      {"loss": {"kind": "dkd"}}, {"evaluate_every": 2}, {"batch_size": 63}):  # fmt: skip
+                      {"loss": {"kind": "dkd"}}, {"evaluate_every": 2}, {"batch_size": 63},
+                      {"num_views": 3}, {"label_fraction": 0.1}, {"fusion": {"teacher_weight": 0.5}}):  # fmt: skip
         assert make(**different).values() != recipe.values(), different
 
 

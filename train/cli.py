@@ -44,6 +44,20 @@ def train_student(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run. Default: one per recipe below runs/.")
     ] = None,
+    views: Annotated[
+        int | None, typer.Option("--views", help="Use the first N views of the cache. Default: all.")
+    ] = None,
+    teacher_weight: Annotated[
+        float | None,
+        typer.Option("--teacher-weight", help="Fuse logits anew: 1 teacher alone, 0 CLIP alone (component caches)."),
+    ] = None,
+    clip_scale: Annotated[
+        str | None, typer.Option("--clip-scale", help="Fuse anew: model, match or a number (component caches).")
+    ] = None,
+    label_fraction: Annotated[
+        float | None,
+        typer.Option("--label-fraction", help="Part of each class that keeps its label; targets are for all."),
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")] = False,
     compare_with_labels: Annotated[
@@ -73,6 +87,10 @@ def train_student(
         "seed": seed,
         "device": device,
         "precision": precision,
+        "num_views": views,
+        "fusion.teacher_weight": teacher_weight,
+        "fusion.clip_scale": _number_or_name(clip_scale),
+        "label_fraction": label_fraction,
         "out": str(out) if out else None,
         "data_dir": str(data_dir) if data_dir else None,
         "download": True if download else None,
@@ -88,6 +106,13 @@ def train_student(
     keep_freed_memory()
     result = run.train_student(loaded, overwrite=overwrite)
     print(result.model_dump_json(indent=2) if as_json else summary(result))
+
+
+def _number_or_name(text: str | None) -> str | float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def main() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from cache_tools.errors import DataError
+from cache_tools.errors import DataError, NotFoundError
 from cache_tools.format import Preprocessing
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
 from cache_tools.reader import TeacherCache
 from cache_tools.views import ViewRecipe
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
+from train.labelled import PartialLabels, labelled_rows, partial_labels
 from train.recipe import TrainRecipe
 
 
@@ -25,6 +28,7 @@ class TrainingData:
         num_views: views to cycle through; None for a new one in every epoch.
         targets: what the teachers say; `target_dim` is the width of their features, None without targets.
         cache: where the targets came from, if they did not come from elsewhere.
+        known: the labels, where only a part of them may be used; None for all of `images`' own.
     """
 
     images: ImageSet
@@ -35,6 +39,12 @@ class TrainingData:
     targets: TargetSource
     target_dim: int | None = None
     cache: TeacherCache | None = None
+    known: PartialLabels | None = None
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 [N]: what stands for the classes in training, see `PartialLabels`."""
+        return self.images.labels if self.known is None else self.known.labels
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -45,12 +55,13 @@ class TrainingData:
     def identity(self) -> dict[str, str]:
         """What tells these data apart: a fingerprint covers images, views and targets, but not how many views."""
         if self.cache is not None:
-            return {"fingerprint": self.cache.manifest.fingerprint, "num_views": str(self.cache.num_views)}
+            return {"fingerprint": self.cache.manifest.fingerprint, "num_views": str(self.num_views)}
         return {"images": self.images.content_digest}
 
     def labels_only(self) -> TrainingData:
-        """The same images and views without targets."""
-        return replace(self, targets=NoTargets(), target_dim=None, cache=None)
+        """The same labelled images and views without targets; images without a label are left out."""
+        images = self.images if self.known is None else self.images.subset(np.flatnonzero(self.known.labelled))
+        return replace(self, images=images, targets=NoTargets(), target_dim=None, cache=None, known=None)
 
     def feed(self, recipe: TrainRecipe, device: torch.device) -> Feed:
         """Batches for a run of this recipe."""
@@ -63,6 +74,7 @@ class TrainingData:
             epochs=recipe.epochs,
             seed=recipe.seed,
             device=device,
+            known=self.known,
         )
 
 
@@ -79,9 +91,12 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
         assert recipe.dataset is not None, "a recipe without targets has a dataset"
         dataset = _located(recipe.dataset, recipe)
         images = open_images(dataset)
+        test = _open_test(dataset, images)
+        if recipe.label_fraction < 1.0:
+            images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
         return TrainingData(
             images=images,
-            test=_open_test(dataset, images),
+            test=test,
             dataset=dataset,
             views=recipe.views,
             num_views=recipe.num_views,
@@ -94,17 +109,31 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
     images = open_images(dataset)
     cache.check_dataset(images)
     cache.check_canaries(images)
-    loss = recipe.loss
+    loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     return TrainingData(
         images=images,
         test=_open_test(dataset, images),
         dataset=dataset,
         views=cache.recipe.views,
-        num_views=cache.num_views,
-        targets=CachedTargets(cache, device, logits=loss.needs_logits, features=loss.needs_features),
+        num_views=_num_views(cache, recipe),
+        targets=CachedTargets(cache, device, logits=loss.needs_logits, features=loss.needs_features, fusion=fusion),
         target_dim=cache.recipe.fusion.feature_dim,
         cache=cache,
+        known=partial_labels(cache, fusion, recipe.label_fraction, recipe.label_seed),
     )
+
+
+def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:
+    wanted = recipe.num_views or cache.num_views
+    if wanted > cache.num_views:
+        raise NotFoundError(
+            "the cache has fewer views than the run asks for",
+            where=cache.path,
+            expected=f"{wanted} views",
+            found=cache.num_views,
+            next_step=f"build the others: the same build-cache command with --views {wanted}",
+        )
+    return wanted
 
 
 def _located(dataset: DatasetRecipe, recipe: TrainRecipe) -> DatasetRecipe:

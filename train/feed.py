@@ -21,8 +21,10 @@ import torch
 from cache_tools.errors import RecipeError
 from cache_tools.images import ImageSet
 from cache_tools.reader import TeacherCache
+from cache_tools.refusion import Fusion
 from cache_tools.targets import ViewTargets
 from cache_tools.views import ViewRecipe
+from train.labelled import PartialLabels
 
 PIECE_BYTES = 32 << 20
 STREAM_DEPTH = 4
@@ -44,6 +46,7 @@ class Batch:
     labels: torch.Tensor  # int64 [B]
     index: torch.Tensor  # int64 [B], sample indices
     targets: BatchTargets
+    labelled: torch.Tensor | None = None  # bool [B]: whose label is the real one; None where all are
 
 
 class ViewSource(Protocol):
@@ -90,11 +93,16 @@ class CachedView:
 class CachedTargets:
     """The target source of a cache: reads a whole view at once, and only the arrays the loss uses."""
 
-    def __init__(self, cache: TeacherCache, device: torch.device, *, logits: bool, features: bool) -> None:
+    def __init__(
+        self, cache: TeacherCache, device: torch.device, *, logits: bool, features: bool, fusion: Fusion | None = None
+    ) -> None:
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
+        self._fusion = fusion
 
     def view(self, view: int) -> CachedView:
-        targets = self._cache.load_view(view, self._device, logits=self._logits, features=self._features)
+        targets = self._cache.load_view(
+            view, self._device, logits=self._logits, features=self._features, fusion=self._fusion
+        )
         return CachedView(targets, self._logits, self._features)
 
     def close(self) -> None:
@@ -110,6 +118,7 @@ class Feed(ABC):
     Args:
         num_views: views to cycle through; None shows view e in epoch e.
         epochs: length of the run: nothing is fetched beyond it.
+        known: labels of which only a part are real; None for the split's own.
     """
 
     def __init__(
@@ -123,11 +132,14 @@ class Feed(ABC):
         epochs: int,
         seed: int,
         device: torch.device,
+        known: PartialLabels | None = None,
     ) -> None:
         self.images, self.views, self.num_views, self.targets = images, views, num_views, targets
         self.epochs, self.seed, self.device = epochs, seed, device
         self.bounds = batch_bounds(len(images), batch_size)
-        self._labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64)).to(device)
+        labels = images.labels if known is None else known.labels
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(device)
+        self._labelled = None if known is None else torch.from_numpy(known.labelled).to(device)
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="next-view")
         self._fetched: tuple[int, Future[ViewSource]] | None = None
 
@@ -147,9 +159,11 @@ class Feed(ABC):
             self._fetch(self._view_of(epoch + 1))
         index = order.to(self.device)
         labels = self._labels[index]
+        labelled = None if self._labelled is None else self._labelled[index]
         for (start, stop), pixels in zip(self.bounds, self._pixels(order.numpy(), view), strict=True):
             rows = index[start:stop]
-            yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels))
+            real = None if labelled is None else labelled[start:stop]
+            yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels), real)
 
     def close(self) -> None:
         """Stop the background thread. The target source belongs to whoever made it."""
@@ -237,6 +251,7 @@ def open_feed(
     epochs: int,
     seed: int,
     device: torch.device,
+    known: PartialLabels | None = None,
 ) -> Feed:
     """A resident feed where the split and one view of it fit into 60 % of the free memory, else a streaming one."""
     size = views.output_size(images.image_size)
@@ -244,7 +259,9 @@ def open_feed(
     if not (images.resident and device.type == "cpu"):  # else the source's own memory serves
         needed += 3 * len(images) * images.image_size[0] * images.image_size[1]
     kind = ResidentFeed if needed <= RESIDENT_SHARE * free_memory(device) else StreamingFeed
-    return kind(images, views, num_views, targets, batch_size=batch_size, epochs=epochs, seed=seed, device=device)
+    return kind(
+        images, views, num_views, targets, batch_size=batch_size, epochs=epochs, seed=seed, device=device, known=known
+    )
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:

@@ -38,9 +38,15 @@ _SHORT = 1e-12
 
 
 @full_precision
-def cross_entropy(student_NC: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy with the ground-truth labels."""
-    return F.cross_entropy(student_NC, labels)
+def cross_entropy(student_NC: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
+    """Cross entropy with the ground-truth labels.
+
+    With `labelled` (bool [B]) the other samples count as 0 and the mean is still over all of the batch: a labelled
+    sample weighs as much as it does where all are labelled, and a batch without any gives 0.
+    """
+    if labelled is None:
+        return F.cross_entropy(student_NC, labels)
+    return (F.cross_entropy(student_NC, labels, reduction="none") * labelled).mean()
 
 
 @full_precision

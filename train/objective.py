@@ -25,10 +25,15 @@ class BatchTargets(Protocol):
 
 
 class Batch(Protocol):
-    """What the objective reads of a batch: labels and sample indices int64 [B], and the targets."""
+    """What the objective reads of a batch: labels and sample indices int64 [B], and the targets.
+
+    `labelled`, bool [B], tells real labels from stand-ins; None where all are real.
+    """
 
     @property
     def labels(self) -> Tensor: ...
+    @property
+    def labelled(self) -> Tensor | None: ...
     @property
     def index(self) -> Tensor: ...
     @property
@@ -127,7 +132,7 @@ class Objective(nn.Module):
         """
         recipe, terms = self.recipe, {}
         if recipe.ce_weight > 0.0:
-            terms["loss_ce"] = recipe.ce_weight * losses.cross_entropy(student_logits, batch.labels)
+            terms["loss_ce"] = recipe.ce_weight * losses.cross_entropy(student_logits, batch.labels, batch.labelled)
         if recipe.needs_logits:
             assert batch.targets.logits is not None, "the feed left out target logits"
             logit_term = LOGIT_TERMS[recipe.kind](recipe, student_logits, batch.targets.logits, batch.labels)

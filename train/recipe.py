@@ -17,6 +17,7 @@ from cache_tools.config import Frozen, load_recipe
 from cache_tools.errors import RecipeError
 from cache_tools.format import Precision
 from cache_tools.images import DatasetRecipe
+from cache_tools.refusion import FusionChoice
 from cache_tools.views import ViewRecipe
 from train.loss_recipe import LossRecipe
 
@@ -77,8 +78,11 @@ class TrainRecipe(Frozen):
 
     Attributes:
         cache: path, URL, recipe name or fingerprint prefix. Not opened for a loss on labels alone.
+        fusion: what a component cache's teacher and CLIP are fused differently with than when it was built.
         dataset, views: of a run on labels alone; with a cache, the cache's are used.
-        num_views: of a run on labels alone: views to cycle through; None for a new view in every epoch.
+        num_views: views to cycle through; None for all of a cache's or, on labels alone, for a new one in every epoch.
+        label_fraction: part of each class that keeps its label, drawn with label_seed. A run with targets still learns
+            from the targets of all samples; a run on labels alone leaves unlabelled samples out.
         data_dir: where the images are, if not where the cache or `dataset` says.
         download: fetch images that are missing, where the source can.
         ema_decay: of an exponential moving average of the weights, None for none.
@@ -91,9 +95,12 @@ class TrainRecipe(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     cache: str | None = None
+    fusion: FusionChoice = FusionChoice()
     dataset: DatasetRecipe | None = None
     views: ViewRecipe = ViewRecipe()
     num_views: PositiveInt | None = None
+    label_fraction: float = Field(1.0, gt=0.0, le=1.0)
+    label_seed: int = Field(0, ge=0, lt=1 << 63)
     data_dir: Path | None = None
     download: bool = False
     student: str = "resnet8x4"
@@ -141,9 +148,23 @@ class TrainRecipe(Frozen):
         return f"{kind}+{self.loss.feature}" if self.loss.needs_features else kind
 
     def on_labels(self, dataset: DatasetRecipe, views: ViewRecipe, num_views: int) -> TrainRecipe:
-        """The same run on labels alone: same images, same views, same schedule, same seed."""
+        """The same run on labels alone: same images, same views, same schedule, same seed.
+
+        With a part of the labels, as many times more epochs: it sees as many images, each of them labelled.
+        """
+        times = round(1 / self.label_fraction)
+        schedule = self.schedule.model_copy(
+            update={
+                "warmup_epochs": times * self.schedule.warmup_epochs,
+                "milestones": tuple(times * milestone for milestone in self.schedule.milestones),
+            }
+        )
         changes = {
             "cache": None,
+            "fusion": FusionChoice(),
+            "epochs": times * self.epochs,
+            "evaluate_every": times * self.evaluate_every,
+            "schedule": schedule,
             "dataset": dataset,
             "views": views,
             "num_views": num_views,
@@ -156,7 +177,7 @@ class TrainRecipe(Frozen):
         """Everything that determines the result, as plain data: what a resumed run must have in common."""
         data = self.model_dump(mode="json", exclude=_NOT_VALUES)
         if self.loss.needs_targets:  # these come from the cache, whose name or path does not matter either
-            data |= {"dataset": None, "views": None, "num_views": None}
+            data |= {"dataset": None, "views": None}
         elif data["dataset"]:
             data["dataset"] = {
                 key: value for key, value in data["dataset"].items() if key not in {"data_dir", "download"}

@@ -180,7 +180,7 @@ def _learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, step
         data.target_dim,
         num_classes,
         len(data.images),
-        data.images.labels,
+        data.labels,
         seed=recipe.seed,
     )
     return Learner(recipe, student, objective, data.preprocessing, steps_per_epoch, device)
