@@ -54,6 +54,13 @@ def decode(image: Image.Image, tmp_path: Path, suffix: str, **options: object) -
     return open_images(recipe_for(tmp_path / "one")).load(slice(None))[0]
 
 
+def test_a_part_of_a_folder_keeps_files_and_labels_together(root: Path) -> None:
+    whole, part = open_images(recipe_for(root)), open_images(recipe_for(root), "train[1::4]")
+    assert part.labels.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(part.load(slice(None)), whole.load(np.array([1, 5, 9])))
+    np.testing.assert_array_equal(part.keys, whole.keys[1::4])
+
+
 def test_order_labels_and_keys(root: Path) -> None:
     images = open_images(recipe_for(root))
     assert not images.resident

@@ -71,6 +71,36 @@ def test_unknown_split_is_an_error() -> None:
 # --- digits ---
 
 
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("[:100]", slice(100)),
+        ("[100:]", slice(100, None)),
+        ("[-7:]", slice(-7, None)),
+        ("[25%:75%]", slice(359, 1078)),  # of 1438
+        ("[::5]", slice(None, None, 5)),
+        ("[10:20:3]", slice(10, 20, 3)),
+    ],
+)
+def test_a_part_of_a_split_is_a_split(part: str, rows: slice) -> None:
+    whole, images = open_images(DatasetRecipe(name="digits")), open_images(DatasetRecipe(name="digits"), f"train{part}")
+    assert images.split == f"train{part}"
+    assert np.array_equal(images.labels, whole.labels[rows])
+    assert np.array_equal(images.keys, whole.keys[rows])
+    assert np.array_equal(images.load(slice(None)), whole.load(rows))
+    assert images.content_digest != whole.content_digest
+    check_interface(images, 32)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [("train[5000:]", "empty.*1438 samples"), ("train[1:2", "no such split"), ("train[a:b]", "no such split")],
+)
+def test_a_part_that_is_not_there_is_an_error(split: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        open_images(DatasetRecipe(name="digits", split=split))
+
+
 def test_digits_have_a_stable_order_split_and_key() -> None:
     train, test = (open_images(DatasetRecipe(name="digits"), split) for split in ("train", "test"))
     check_interface(train, 32)
