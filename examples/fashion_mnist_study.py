@@ -34,7 +34,7 @@ RUNS = Path("runs/study")
 CACHE, VIEWS_CACHE = "fashion-mnist-study", "fashion-mnist-study-views"
 SEEDS = range(5)
 FRACTIONS = (1.0, 0.1, 0.01)
-RATES = (0.02, 0.06, 0.2)
+RATES = (0.06, 0.2, 0.6)
 TUNING_SEED, TUNING_SPLIT = 100, "train[50000:]"
 VIEWS = (1, 2, 4, 8, 16, 32)
 
@@ -91,13 +91,12 @@ def train(
     shard: Annotated[str, typer.Option("--shard", help="i/n: every n-th run, from the i-th.")] = "0/1",
     seeds: Annotated[int, typer.Option("--seeds", help="The first of the five seeds only.")] = len(SEEDS),
 ) -> None:
-    """Train what is not finished of the named parts, seed by seed."""
+    """Train what is not finished of the named parts: runs with all labels first, seed by seed."""
     keep_freed_memory()
     number, count = (int(word) for word in shard.split("/"))
-    for part in parts:
-        runs = [run for run in PARTS[part]() if run.seed < seeds or part == "tune"]
-        for run in sorted(runs, key=lambda run: run.seed)[number::count]:
-            _train(run)
+    runs = [run for part in parts for run in PARTS[part]() if run.seed < seeds or part == "tune"]
+    for run in sorted(runs, key=lambda run: (-run.fraction, run.seed))[number::count]:
+        _train(run)
 
 
 @app.command()
