@@ -102,17 +102,18 @@ def train(
 @app.command()
 @command
 def collect(
-    out: Annotated[Path, typer.Option("--out", help="Table of all finished runs.")] = Path("study.parquet"),
+    out: Annotated[Path, typer.Option("--out", help="All finished runs, one JSON line each.")] = Path("study.jsonl"),
+    plot: Annotated[Path, typer.Option("--plot", help="Picture of accuracy against views.")] = Path("views.png"),
 ) -> None:
-    """One row per finished run, as parquet, and means ± standard deviations over seeds on the terminal."""
-    rows = [row for make in PARTS.values() for run in make() if (row := _row(run))]
-    table = pl.DataFrame(rows)
-    table.write_parquet(out)
+    """All finished runs as JSON lines; means ± standard deviations over seeds on the terminal; a picture of views."""
+    table = pl.DataFrame([row for make in PARTS.values() for run in make() if (row := _row(run))])
+    table.write_ndjson(out)
     figures = [pl.len().alias("n")]
     for name in ("top1", "nll", "ece"):
         figures += [pl.col(name).mean().alias(name), pl.col(name).std().alias(f"{name} std")]
     with pl.Config(tbl_rows=200, tbl_cols=20, fmt_str_lengths=40, float_precision=4, tbl_width_chars=160):
         print(table.group_by("part", "fraction", "variant", maintain_order=True).agg(figures))
+    _plot_views(table.filter(pl.col("part") == "views"), plot)
 
 
 def tune_runs() -> Iterator[Run]:
@@ -236,6 +237,32 @@ def _row(run: Run) -> dict[str, Any] | None:
         "torch": result.environment["torch"],
         **result.last.model_dump(),
     }
+
+
+def _plot_views(table: pl.DataFrame, path: Path) -> None:
+    """Top-1 against the number of cached views: each seed a dot, mean and standard deviation over seeds."""
+    from matplotlib.figure import Figure
+
+    if table.is_empty():
+        return
+    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    points = table.with_columns(
+        pl.col("variant").str.extract(r"(\d+)").cast(pl.Int64).alias("views"), 100 * pl.col("top1")
+    )
+    axes.plot(points["views"], points["top1"], "o", color="0.6", markersize=4, label="one seed")
+    means = points.group_by("views").agg(pl.mean("top1"), pl.std("top1").alias("std")).sort("views")
+    axes.errorbar(means["views"], means["top1"], means["std"], color="C0", marker="s", capsize=4, label="mean ± std")
+    axes.set_xscale("log", base=2)
+    last = VIEWS[-1]
+    axes.set_xticks(VIEWS, [str(views) if views < last else f"{last}\n(one per epoch)" for views in VIEWS])
+    axes.minorticks_off()
+    axes.set_xlabel("cached views")
+    axes.set_ylabel("test top-1, %")
+    axes.set_title("Fashion-MNIST, 2500 images, RichKD-L, resnet8, 32 epochs")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
