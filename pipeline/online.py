@@ -22,11 +22,11 @@ class LiveTeachers:
         return self
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
-        """Fused logits [B, C] and features [B, D], float32, of uint8 view pixels."""
-        logits, features = self._pair.fuse(*self._pair.outputs(pixels_NCHW_u8))
-        return BatchTargets(
-            logits.clone(), features.clone()
-        )  # out of inference mode: the loss records gradients with them
+        """Fused logits [B, C] and features [B, D], and either network's own features, float32, of uint8 view pixels."""
+        teacher, clip = self._pair.outputs(pixels_NCHW_u8)
+        logits, features = self._pair.fuse(teacher, clip)
+        # Cloned out of inference mode: the loss records gradients with them.
+        return BatchTargets(logits.clone(), features.clone(), (teacher.features.clone(), clip.features.clone()))
 
     def close(self) -> None:
         """Nothing to release."""

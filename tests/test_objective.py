@@ -16,6 +16,7 @@ from torch import Tensor
 from cache_tools.config import validate
 from cache_tools.errors import RecipeError
 from train import losses
+from train.contrastive import Components
 from train.loss_recipe import LossRecipe
 from train.objective import FEATURE_TERMS, LOGIT_TERMS, Objective
 
@@ -27,6 +28,7 @@ LABELS = np.arange(SAMPLES) % CLASSES
 class Targets(NamedTuple):
     logits: Tensor | None
     features: Tensor | None
+    components: tuple[Tensor, ...] | None = None
 
 
 class Batch(NamedTuple):
@@ -55,6 +57,22 @@ def make_step(seed: int) -> tuple[Tensor, Tensor, Batch]:
     target_features = torch.randn(8, TARGET_DIM, generator=generator)
     batch = Batch(torch.from_numpy(LABELS)[index], index, Targets(target_logits, target_features))
     return logits.requires_grad_(), features.requires_grad_(), batch
+
+
+COMPONENTS = Components((11, 5), (0.7, 0.3))
+
+
+def component_objective(components: Components, *, seed: int = 0, **recipe: object) -> Objective:
+    settings = {"kind": "ce", "feature": "crd", "crd_negatives": 11, "crd_dim": 6} | recipe
+    return Objective(
+        LossRecipe(**settings),  # type: ignore[arg-type]
+        STUDENT_DIM, TARGET_DIM, CLASSES, SAMPLES, LABELS, components=components, seed=seed,
+    )  # fmt: skip
+
+
+def component_targets(seed: int) -> Targets:
+    generator = torch.Generator().manual_seed(seed)
+    return Targets(None, None, tuple(torch.randn(8, width, generator=generator) for width in COMPONENTS.widths))
 
 
 KINDS = ("ce", "kd", "dkd", "standardised_kd")
@@ -151,11 +169,12 @@ def test_warm_up_weights_only_the_logit_term() -> None:
         assert torch.equal(terms["loss_feature"], full["loss_feature"])
 
 
-def train_steps(objective: Objective, steps: range) -> list[Tensor]:
+def train_steps(objective: Objective, steps: range, *, components: bool = False) -> list[Tensor]:
     optimiser = torch.optim.SGD(objective.parameters(), lr=0.1)
     values = []
     for k in steps:
-        terms = objective(*make_step(k))
+        logits, features, batch = make_step(k)
+        terms = objective(logits, features, batch._replace(targets=component_targets(k)) if components else batch)
         optimiser.zero_grad()
         terms["loss"].backward()
         optimiser.step()
@@ -220,7 +239,13 @@ def test_half_precision_student_gives_float32_terms() -> None:
     [
         ({"kind": "dkd"}, False, None, r"needs target logits \(loss.kind: dkd\).*found no targets"),
         ({"kind": "kd", "feature": "crd"}, True, None, r"features \(loss.feature: crd\).*targets with logits\."),
-        ({"kind": "kd", "feature": "mse"}, False, 9, r"needs target logits .*found targets with features"),
+        ({"kind": "kd", "feature": "mse"}, False, 9, r"needs target logits .*found targets with fused features"),
+        (
+            {"kind": "ce", "feature": "crd", "feature_source": "components"},
+            True,
+            9,
+            r"needs target component features \(loss.feature_source: components\).*with logits and fused features",
+        ),
     ],
 )
 def test_missing_targets_are_named(
@@ -231,6 +256,66 @@ def test_missing_targets_are_named(
             LossRecipe(**recipe),  # type: ignore[arg-type]
             STUDENT_DIM, target_dim, CLASSES, SAMPLES, LABELS, has_logits=has_logits,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "weights", "names"),
+    [
+        ("auto", (0.7, 0.3), ["student", "targets.0", "targets.1"]),
+        ("components", (0.7, 0.3), ["student", "targets.0", "targets.1"]),
+        ("auto", (1.0, 0.0), ["student", "targets.0"]),
+        ("fused", (0.7, 0.3), ["student", "targets.0"]),
+    ],
+)
+def test_what_crd_embeds(source: str, weights: tuple[float, float], names: list[str]) -> None:
+    """One embedding per network that counts; the fused features have one."""
+    widths = {"fused": (TARGET_DIM,)}.get(source, COMPONENTS.widths)
+    objective = component_objective(COMPONENTS._replace(weights=weights), feature_source=source)
+    learned = {name.removeprefix("contrast.embed_"): value for name, value in objective.named_parameters()}
+    assert [name.removesuffix(".weight") for name in learned if name.endswith("weight")] == names
+    assert [learned[f"{name}.weight"].shape[1] for name in names] == [STUDENT_DIM, *widths][: len(names)]
+    logits, features, batch = make_step(0)
+    batch = batch._replace(targets=component_targets(0)._replace(features=batch.targets.features))
+    objective(logits, features, batch)["loss"].backward()
+    for name, value in learned.items():
+        assert value.grad is not None, name
+        assert value.grad.abs().sum() > 0, name
+
+
+def test_the_weights_of_components_decide_the_mix() -> None:
+    logits, features, batch = make_step(0)
+    batch = batch._replace(targets=component_targets(0))
+    teacher, clip = batch.targets.components or ()
+    even = component_objective(COMPONENTS._replace(weights=(0.5, 0.5)))
+    unit = even.get_submodule("contrast")._target_unit((teacher, clip))  # type: ignore[operator]
+    embeds = [even.get_submodule(f"contrast.embed_targets.{number}") for number in range(2)]
+    wanted = losses.unit_rows(sum(losses.unit_rows(embed(x)) for embed, x in zip(embeds, (teacher, clip), strict=True)))
+    torch.testing.assert_close(unit, wanted)
+    other = component_objective(COMPONENTS._replace(weights=(0.9, 0.1)))
+    assert even(logits, features, batch)["loss"] != other(logits, features, batch)["loss"]
+
+
+def test_crd_on_components_resumes_exactly() -> None:
+    def steps(objective: Objective, numbers: range) -> list[Tensor]:
+        return train_steps(objective, numbers, components=True)
+
+    straight = steps(component_objective(COMPONENTS), range(6))
+    first = component_objective(COMPONENTS)
+    steps(first, range(3))
+    resumed = component_objective(COMPONENTS, seed=1)
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.contrast is not None
+    resumed.contrast.seed = 0  # of the run; nothing else of its first state survives
+    assert torch.equal(torch.stack(steps(resumed, range(3, 6))), torch.stack(straight[3:]))
+
+
+def test_only_crd_embeds_components() -> None:
+    recipe = LossRecipe(feature="cosine")
+    assert not recipe.takes_components
+    for feature in ("mse", "cosine", "rkd", "pkt"):
+        with pytest.raises(RecipeError, match=f"feature_source fused or auto, because {feature}"):
+            validate(LossRecipe, {"feature": feature, "feature_source": "components"}, where="loss")
+    assert not LossRecipe(feature_source="components").needs_components, "there is no feature term"
 
 
 def test_labels_only_needs_no_targets() -> None:
@@ -275,16 +360,18 @@ def test_recipe_does_not_import_torch() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_never_waits_for_the_device() -> None:
     objective = make_objective(kind="dkd", feature="crd", warmup_epochs=3).cuda()
+    mixed = component_objective(COMPONENTS).cuda()
     logits, features, batch = make_step(0)
     assert batch.targets.logits is not None
     assert batch.targets.features is not None
-    there = Batch(
-        batch.labels.cuda(), batch.index.cuda(), Targets(batch.targets.logits.cuda(), batch.targets.features.cuda())
-    )
+    components = tuple(part.cuda() for part in component_targets(0).components or ())
+    targets = Targets(batch.targets.logits.cuda(), batch.targets.features.cuda(), components)
+    there = Batch(batch.labels.cuda(), batch.index.cuda(), targets)
     logits, features = logits.detach().cuda(), features.detach().cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         objective.set_epoch(1)
         objective(logits, features, there)
+        mixed(logits, features, there)
     finally:
         torch.cuda.set_sync_debug_mode("default")

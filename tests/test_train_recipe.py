@@ -52,14 +52,22 @@ def test_a_shown_recipe_reads_back_as_the_same(name: str, tmp_path):
 
 
 def test_losses_by_name():
-    assert {name: LossRecipe(**settings).needs_targets for name, settings in LOSSES.items()} == {
-        "ce": False,
-        "kd": True,
-        "dkd": True,
-        "standardised_kd": True,
-        "richkd": True,
+    """Weights of CE, logit term and feature term, and the temperature: as in the papers' code."""
+    terms = {}
+    for name in LOSSES:
+        loss = LossRecipe(**named_loss(name))
+        logit = (loss.kind, loss.distill_weight, loss.temperature) if loss.needs_logits else None
+        terms[name] = loss.ce_weight, logit, (loss.feature, loss.feature_weight) if loss.needs_features else None
+    assert terms == {
+        "ce": (1.0, None, None),
+        "kd": (1.0, ("kd", 3.0, 3.0), None),
+        "dkd": (1.0, ("dkd", 1.0, 4.0), None),
+        "standardised_kd": (0.1, ("standardised_kd", 9.0, 2.0), None),
+        "crd": (1.0, None, ("crd", 0.8)),
+        "richkd-l": (1.0, ("kd", 3.0, 3.0), None),
+        "richkd-f": (1.0, None, ("crd", 0.8)),
+        "richkd": (1.0, ("kd", 3.0, 3.0), ("crd", 0.8)),
     }
-    assert LossRecipe(**named_loss("richkd")) == LossRecipe(kind="kd", feature="crd")
     with pytest.raises(RecipeError, match="no such loss"):
         named_loss("kdd")
 

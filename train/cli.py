@@ -28,7 +28,8 @@ def train_student(
     loss: Annotated[
         str | None,
         typer.Option(
-            "--loss", help="ce (labels alone, no cache), kd, dkd, standardised_kd, or richkd (kd, and crd on features)."
+            "--loss",
+            help="ce (labels alone, no cache), kd, dkd, standardised_kd, crd, richkd-l, richkd-f, richkd (kd and crd).",
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,

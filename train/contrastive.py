@@ -1,8 +1,10 @@
-"""Contrastive representation distillation (Tian et al. 2020): memories, loss, and negatives drawn on the device."""
+"""Contrastive representation distillation (Tian et al. 2020): embeddings, memories, negatives drawn on the device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,11 +12,77 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache_tools.errors import RecipeError
+from train.loss_recipe import LossRecipe
 from train.numerics import full_precision, unit_rows
 
 # One matrix product with the whole memory beats gathering [B, K + 1, dim] rows up to about this many samples per
 # negative; with the reference's setting (50 000 samples, 16 384 negatives) it is about fifteen times faster on a CPU.
 DENSE_RATIO = 64
+
+
+class Components(NamedTuple):
+    """The networks whose own features are the target, teachers before CLIPs.
+
+    Attributes:
+        widths: of their features.
+        weights: what each counts in the mix, with sum 1; a network of weight 0 is left out.
+    """
+
+    widths: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class ContrastiveTerm(nn.Module):
+    """CRD between student and targets, with a learned linear embedding of either side [RichKD's feature term].
+
+    v_s = normalise(E_s f_s) and v_F = normalise(Σ_k w_k normalise(E_k f_k)); for a teacher and CLIP the weights are α
+    and 1 − α. With a single target v_F is its embedding, as in CRD itself. Negatives are a function of (seed, step).
+    """
+
+    def __init__(
+        self, recipe: LossRecipe, student_dim: int, targets: Components, labels: Tensor | np.ndarray, seed: int
+    ) -> None:
+        super().__init__()
+        negatives = min(recipe.crd_negatives, _fewest_negatives(labels))
+        self.mixed = [number for number, weight in enumerate(targets.weights) if weight > 0.0]
+        self.weights = [targets.weights[number] for number in self.mixed]
+        self.embed_student = nn.Linear(student_dim, recipe.crd_dim)
+        self.embed_targets = nn.ModuleList(nn.Linear(targets.widths[number], recipe.crd_dim) for number in self.mixed)
+        self.memory = ContrastiveMemory(
+            len(labels), recipe.crd_dim, negatives, recipe.crd_temperature, recipe.crd_momentum, seed=seed
+        )
+        self.sampler = NegativeSampler(labels, negatives)
+        self.seed, self.step = seed, 0
+
+    def forward(self, student_features: Tensor, target_features: Sequence[Tensor], index: Tensor) -> Tensor:
+        """The loss of one step; in training mode it also updates the memories and counts the step.
+
+        Args:
+            student_features: [B, student_dim].
+            target_features: of each network [B, width], in the order of `targets`.
+            index: int64 [B], distinct samples.
+        """
+        seed = int(np.random.SeedSequence(self.seed, spawn_key=(self.step,)).generate_state(1)[0])
+        contrast_index = self.sampler(index, torch.Generator(index.device).manual_seed(seed))
+        student_unit = unit_rows(self.embed_student(student_features))
+        self.step += self.training
+        return self.memory(student_unit, self._target_unit(target_features), index, contrast_index)
+
+    def get_extra_state(self) -> Tensor:
+        """The step count, kept on the host where it is used."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
+
+    def _target_unit(self, features: Sequence[Tensor]) -> Tensor:
+        units = [
+            unit_rows(embed(features[number])) for embed, number in zip(self.embed_targets, self.mixed, strict=True)
+        ]
+        if len(units) == 1:
+            return units[0]
+        mix = torch.stack([weight * unit for weight, unit in zip(self.weights, units, strict=True)]).sum(dim=0)
+        return unit_rows(mix)
 
 
 class ContrastiveMemory(nn.Module):
@@ -156,6 +224,12 @@ class NegativeSampler(nn.Module):
         place = (place + _random_below(others, others.shape, generator)) % others
         place = place + count * (place >= self.first[label])  # step over the sample's own class
         return torch.cat([index[:, None], self.by_class[place]], dim=1)
+
+
+def _fewest_negatives(labels: Tensor | np.ndarray) -> int:
+    """Size of the smallest set of samples of other classes, at least 1."""
+    counts = np.bincount(np.asarray(labels))
+    return max(len(labels) - int(counts.max()), 1)
 
 
 def _similarities(memory: Tensor, unit: Tensor, contrast_index: Tensor) -> Tensor:

@@ -8,13 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_tools.errors import DataError, NotFoundError
+from cache_tools.errors import DataError, NotFoundError, RecipeError
 from cache_tools.format import Preprocessing
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
 from cache_tools.reader import TeacherCache
+from cache_tools.refusion import Fusion
 from cache_tools.views import ViewRecipe
+from train.contrastive import Components
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
 from train.labelled import PartialLabels, labelled_rows, partial_labels
+from train.loss_recipe import LossRecipe
 from train.recipe import TrainRecipe
 
 
@@ -26,7 +29,8 @@ class TrainingData:
         images, test: the splits that are trained and evaluated on; `test` may be None.
         dataset: where both came from.
         num_views: views to cycle through; None for a new one in every epoch.
-        targets: what the teachers say; `target_dim` is the width of their features, None without targets.
+        targets: what the teachers say; `target_dim` is the width of their fused features, None without targets.
+        components: the networks whose own features the loss embeds; None where it takes the fused ones.
         cache: where the targets came from, if they did not come from elsewhere.
         known: the labels, where only a part of them may be used; None for all of `images`' own.
     """
@@ -38,6 +42,7 @@ class TrainingData:
     num_views: int | None
     targets: TargetSource
     target_dim: int | None = None
+    components: Components | None = None
     cache: TeacherCache | None = None
     known: PartialLabels | None = None
 
@@ -61,7 +66,9 @@ class TrainingData:
     def labels_only(self) -> TrainingData:
         """The same labelled images and views without targets; images without a label are left out."""
         images = self.images if self.known is None else self.images.subset(np.flatnonzero(self.known.labelled))
-        return replace(self, images=images, targets=NoTargets(), target_dim=None, cache=None, known=None)
+        return replace(
+            self, images=images, targets=NoTargets(), target_dim=None, components=None, cache=None, known=None
+        )
 
     def feed(self, recipe: TrainRecipe, device: torch.device) -> Feed:
         """Batches for a run of this recipe."""
@@ -86,6 +93,7 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
         IncompleteError: a half-built cache.
         DataError: images that are missing or cannot be read.
         MismatchError: images that are not those of the cache, or whose views come out differently.
+        RecipeError: a loss on component features, and a cache that has only fused ones.
     """
     if not recipe.loss.needs_targets:
         assert recipe.dataset is not None, "a recipe without targets has a dataset"
@@ -110,17 +118,43 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
     cache.check_dataset(images)
     cache.check_canaries(images)
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
+    components = _components(cache, fusion, loss)
     return TrainingData(
         images=images,
         test=_open_test(dataset, images),
         dataset=dataset,
         views=cache.recipe.views,
         num_views=_num_views(cache, recipe),
-        targets=CachedTargets(cache, device, logits=loss.needs_logits, features=loss.needs_features, fusion=fusion),
+        targets=CachedTargets(
+            cache,
+            device,
+            logits=loss.needs_logits,
+            features=loss.needs_features and components is None,
+            components=components is not None,
+            fusion=fusion,
+        ),
         target_dim=cache.recipe.fusion.feature_dim,
+        components=components,
         cache=cache,
         known=partial_labels(cache, fusion, recipe.label_fraction, recipe.label_seed),
     )
+
+
+def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Components | None:
+    """What the feature term embeds of the cache, None for the fused features."""
+    if cache.recipe.store == "components":
+        widths = cache.recipe.teacher.feature_dim, cache.recipe.clip.feature_dim
+        weights = fusion.feature_weight, 1.0 - fusion.feature_weight
+        return Components(widths, weights) if loss.takes_components else None
+    if loss.needs_components:
+        raise RecipeError(
+            "the loss needs the teacher's and CLIP's own features, and this cache has only fused targets",
+            where=cache.path,
+            expected="teacher_features, clip_features (loss.feature_source: components)",
+            found="fused_logits, fused_features",
+            next_step="set loss.feature_source=fused, or build the cache with --store components",
+        )
+    return None
 
 
 def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:

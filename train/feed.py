@@ -32,10 +32,14 @@ RESIDENT_SHARE = 0.6
 
 
 class BatchTargets(NamedTuple):
-    """What the teachers said about a batch, float32; None for what the loss does not use."""
+    """What the teachers said about a batch, float32; None for what the loss does not use.
+
+    `components` are the features of each network by itself [B, ·], teachers before CLIPs.
+    """
 
     logits: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    components: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +84,15 @@ class NoTargets:
 class CachedView:
     """One view of a cache, in memory on the training device."""
 
-    def __init__(self, targets: ViewTargets, logits: bool, features: bool) -> None:
-        self._targets, self._logits, self._features = targets, logits, features
+    def __init__(self, targets: ViewTargets, logits: bool, features: bool, components: bool = False) -> None:
+        self._targets, self._logits, self._features, self._components = targets, logits, features, components
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
+        targets = self._targets
         return BatchTargets(
-            self._targets.logits(index) if self._logits else None,
-            self._targets.features(index) if self._features else None,
+            targets.logits(index) if self._logits else None,
+            targets.features(index) if self._features else None,
+            (targets.teacher_features(index), targets.clip_features(index)) if self._components else None,
         )
 
 
@@ -94,16 +100,23 @@ class CachedTargets:
     """The target source of a cache: reads a whole view at once, and only the arrays the loss uses."""
 
     def __init__(
-        self, cache: TeacherCache, device: torch.device, *, logits: bool, features: bool, fusion: Fusion | None = None
+        self,
+        cache: TeacherCache,
+        device: torch.device,
+        *,
+        logits: bool,
+        features: bool,
+        components: bool = False,
+        fusion: Fusion | None = None,
     ) -> None:
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
-        self._fusion = fusion
+        self._components, self._fusion = components, fusion
 
     def view(self, view: int) -> CachedView:
         targets = self._cache.load_view(
             view, self._device, logits=self._logits, features=self._features, fusion=self._fusion
         )
-        return CachedView(targets, self._logits, self._features)
+        return CachedView(targets, self._logits, self._features, self._components)
 
     def close(self) -> None:
         pass

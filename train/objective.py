@@ -11,17 +11,23 @@ from torch import Tensor, nn
 
 from cache_tools.errors import RecipeError
 from train import losses
+from train.contrastive import Components, ContrastiveTerm
 from train.loss_recipe import LossRecipe
 from train.numerics import full_precision
 
 
 class BatchTargets(Protocol):
-    """Targets of a batch: float32 [B, C] and [B, D], or None for what was not loaded."""
+    """Targets of a batch, float32, None for what was not loaded.
+
+    Fused logits [B, C], fused features [B, D], and the features of each network [B, ·], teachers before CLIPs.
+    """
 
     @property
     def logits(self) -> Tensor | None: ...
     @property
     def features(self) -> Tensor | None: ...
+    @property
+    def components(self) -> tuple[Tensor, ...] | None: ...
 
 
 class Batch(Protocol):
@@ -68,9 +74,10 @@ class Objective(nn.Module):
 
     Args:
         student_dim: width of the student's features.
-        target_dim: width of the targets' features; None where there are none.
+        target_dim: width of the targets' fused features; None where there are none.
         labels: int [N], the labels of all training samples, for CRD's negatives.
         has_logits: whether there are target logits; by default where there are features, as in every cache.
+        components: the networks whose own features the targets have, if they do: CRD's, unless the recipe says `fused`.
         seed: of the learned parts' first values and of CRD's negatives. The global generator is left alone.
 
     Raises:
@@ -89,11 +96,12 @@ class Objective(nn.Module):
         labels: Tensor | np.ndarray,
         *,
         has_logits: bool | None = None,
+        components: Components | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         has_logits = target_dim is not None if has_logits is None else has_logits
-        _check_targets(recipe, has_logits, target_dim, num_classes)
+        _check_targets(recipe, has_logits, target_dim is not None, components is not None, num_classes)
         assert len(labels) == num_samples, "one label per training sample"
         self.recipe = recipe
         # On the device, so that a compiled step need not be compiled again when it changes.
@@ -101,11 +109,15 @@ class Objective(nn.Module):
         self.set_epoch(0)
         self.projector: nn.Module = nn.Identity()
         self.contrast: ContrastiveTerm | None = None
+        self.components = components if recipe.takes_components else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if recipe.needs_features and target_dim is not None:
+            if self.components is not None:
+                self.contrast = ContrastiveTerm(recipe, student_dim, self.components, labels, seed)
+            elif recipe.needs_features and target_dim is not None:
                 if recipe.feature == "crd":
-                    self.contrast = ContrastiveTerm(recipe, student_dim, target_dim, labels, seed)
+                    fused = Components((target_dim,), (1.0,))
+                    self.contrast = ContrastiveTerm(recipe, student_dim, fused, labels, seed)
                 elif recipe.feature in {"mse", "cosine"} and student_dim != target_dim:
                     self.projector = nn.Linear(student_dim, target_dim)
 
@@ -145,58 +157,27 @@ class Objective(nn.Module):
         }
 
     def _feature_term(self, student_features: Tensor | None, batch: Batch) -> Tensor:
-        target_features = batch.targets.features
         assert student_features is not None, "the loop left out student features"
+        if self.contrast is not None and self.components is not None:
+            assert batch.targets.components is not None, "the feed left out the networks' own features"
+            return self.contrast(student_features, batch.targets.components, batch.index)
+        target_features = batch.targets.features
         assert target_features is not None, "the feed left out target features"
         if self.contrast is not None:
-            return self.contrast(student_features, target_features, batch.index)
+            return self.contrast(student_features, (target_features,), batch.index)
         return FEATURE_TERMS[self.recipe.feature](self.recipe, self.projector(student_features), target_features)
 
 
-class ContrastiveTerm(nn.Module):
-    """CRD with a learned linear embedding of either side, and negatives that are a function of (seed, step)."""
-
-    def __init__(
-        self, recipe: LossRecipe, student_dim: int, target_dim: int, labels: Tensor | np.ndarray, seed: int
-    ) -> None:
-        super().__init__()
-        negatives = min(recipe.crd_negatives, _fewest_negatives(labels))
-        self.embed_student = nn.Linear(student_dim, recipe.crd_dim)
-        self.embed_target = nn.Linear(target_dim, recipe.crd_dim)
-        self.memory = losses.ContrastiveMemory(
-            len(labels), recipe.crd_dim, negatives, recipe.crd_temperature, recipe.crd_momentum, seed=seed
-        )
-        self.sampler = losses.NegativeSampler(labels, negatives)
-        self.seed, self.step = seed, 0
-
-    def forward(self, student_features: Tensor, target_features: Tensor, index: Tensor) -> Tensor:
-        """The loss of one step; in training mode it also updates the memories and counts the step."""
-        seed = int(np.random.SeedSequence(self.seed, spawn_key=(self.step,)).generate_state(1)[0])
-        contrast_index = self.sampler(index, torch.Generator(index.device).manual_seed(seed))
-        student_unit = losses.unit_rows(self.embed_student(student_features))
-        target_unit = losses.unit_rows(self.embed_target(target_features))
-        self.step += self.training
-        return self.memory(student_unit, target_unit, index, contrast_index)
-
-    def get_extra_state(self) -> Tensor:
-        """The step count, kept on the host where it is used."""
-        return torch.tensor(self.step)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.step = int(state)
-
-
-def _fewest_negatives(labels: Tensor | np.ndarray) -> int:
-    """Size of the smallest set of samples of other classes, at least 1."""
-    counts = np.bincount(np.asarray(labels))
-    return max(len(labels) - int(counts.max()), 1)
-
-
-def _check_targets(recipe: LossRecipe, has_logits: bool, target_dim: int | None, num_classes: int) -> None:
-    available = [name for name, there in (("logits", has_logits), ("features", target_dim is not None)) if there]
+def _check_targets(
+    recipe: LossRecipe, has_logits: bool, has_features: bool, has_components: bool, num_classes: int
+) -> None:
+    there = {"logits": has_logits, "fused features": has_features, "component features": has_components}
+    available = [name for name, is_there in there.items() if is_there]
+    fused_features = recipe.needs_features and not (recipe.takes_components and has_components)
     for term, name, needed in (
         (f"loss.kind: {recipe.kind}", "logits", recipe.needs_logits),
-        (f"loss.feature: {recipe.feature}", "features", recipe.needs_features),
+        ("loss.feature_source: components", "component features", recipe.needs_components),
+        (f"loss.feature: {recipe.feature}", "fused features", fused_features),
     ):
         if needed and name not in available:
             raise RecipeError(

@@ -27,6 +27,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kd": {"kind": "kd"},
     "dkd": {"kind": "dkd", "distill_weight": 1.0, "temperature": 4.0},
     "standardised_kd": {"kind": "standardised_kd", "ce_weight": 0.1, "distill_weight": 9.0, "temperature": 2.0},
+    "crd": {"kind": "ce", "feature": "crd"},
+    "richkd-l": {"kind": "kd"},
+    "richkd-f": {"kind": "ce", "feature": "crd"},
     "richkd": {"kind": "kd", "feature": "crd"},
 }
 

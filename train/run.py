@@ -181,6 +181,7 @@ def _learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, step
         num_classes,
         len(data.images),
         data.labels,
+        components=data.components,
         seed=recipe.seed,
     )
     return Learner(recipe, student, objective, data.preprocessing, steps_per_epoch, device)
