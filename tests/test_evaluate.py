@@ -13,7 +13,7 @@ from cache_tools.errors import DataError, WeightsError
 from cache_tools.format import Preprocessing
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
 from cache_tools.preprocess import prepare
-from train.evaluate import CALIBRATION_BINS, Evaluation, evaluate, evaluate_logits
+from train.evaluate import CALIBRATION_BINS, Evaluation, evaluate, evaluate_logits, predict
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(mean=(0.3, 0.3, 0.3), std=(0.3, 0.3, 0.3))
@@ -21,7 +21,7 @@ PREPROCESSING = Preprocessing(mean=(0.3, 0.3, 0.3), std=(0.3, 0.3, 0.3))
 
 def slow_evaluation(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Sample by sample in float64; ECE from (lower, upper] bins of the confidence."""
-    top1 = top5 = nll = 0.0
+    top1 = top5 = nll = brier = 0.0
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(CALIBRATION_BINS)]
     for row, label in zip(logits.astype(np.float64), labels, strict=True):
         powers = np.exp(row - row.max())
@@ -30,13 +30,14 @@ def slow_evaluation(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         top1 += order[0] == label
         top5 += label in order[:5]
         nll -= math.log(p[label])
+        brier += sum((probability - (c == label)) ** 2 for c, probability in enumerate(p))
         confidence = p[order[0]]
         bins[min(max(math.ceil(confidence * CALIBRATION_BINS) - 1, 0), CALIBRATION_BINS - 1)].append(
             (confidence, order[0] == label)
         )
     n = len(labels)
     ece = sum(abs(np.mean([c for c, _ in b]) - np.mean([r for _, r in b])) * len(b) / n for b in bins if b)
-    return {"n": n, "top1": top1 / n, "top5": top5 / n, "nll": nll / n, "ece": float(ece)}
+    return {"n": n, "top1": top1 / n, "top5": top5 / n, "nll": nll / n, "ece": float(ece), "brier": brier / n}
 
 
 def assert_equals_slow(found: Evaluation, logits: Tensor, labels: np.ndarray) -> None:
@@ -71,13 +72,13 @@ def test_many_rows_are_evaluated_in_pieces() -> None:
 def test_certain_and_right_is_perfect() -> None:
     labels = torch.arange(30) % 10
     found = evaluate_logits(1e4 * torch.nn.functional.one_hot(labels, 10).half(), labels)
-    assert found == Evaluation(n=30, top1=1.0, top5=1.0, nll=0.0, ece=0.0)
+    assert found == Evaluation(n=30, top1=1.0, top5=1.0, nll=0.0, ece=0.0, brier=0.0)
 
 
 def test_certain_and_wrong_costs_its_full_margin() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
     logits = torch.tensor([[0.0, 1000.0, -5.0]]).repeat(4, 1)
-    assert evaluate_logits(logits, labels) == Evaluation(n=4, top1=0.0, top5=None, nll=1000.0, ece=1.0)
+    assert evaluate_logits(logits, labels) == Evaluation(n=4, top1=0.0, top5=None, nll=1000.0, ece=1.0, brier=2.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -143,6 +144,32 @@ def test_modes_are_restored_after_an_error(digits: ImageSet) -> None:
     with pytest.raises(WeightsError):
         evaluate(model, digits, PREPROCESSING, CPU)
     assert model.training
+
+
+def test_predicted_logits_are_those_that_are_evaluated(digits: ImageSet) -> None:
+    model = small_network()
+    model(torch.zeros(2, 3, 32, 32))
+    seen: list[int] = []
+    logits = predict(model, digits, PREPROCESSING, CPU, 100, advance=seen.append)
+    assert (logits.dtype, logits.shape, seen) == (torch.float32, (len(digits), 10), [100, 100, 100, 59])
+    labels = torch.from_numpy(digits.labels)
+    assert evaluate_logits(logits, labels) == evaluate(model, digits, PREPROCESSING, CPU, 100)
+    assert model.training
+    with pytest.raises(DataError, match="no images"):
+        predict(model, digits.subset(slice(0, 0)), PREPROCESSING, CPU)
+
+
+def test_half_precision_logits_are_evaluated_in_float32(digits: ImageSet) -> None:
+    model = small_network()
+    model(torch.zeros(2, 3, 32, 32))
+    logits = predict(model, digits, PREPROCESSING, CPU, 64, "bfloat16")
+    assert logits.dtype == torch.float32
+    full = predict(model, digits, PREPROCESSING, CPU, 64)
+    assert 0 < (logits - full).abs().max() < 0.05 * full.abs().max()
+
+
+def test_results_without_a_brier_score_are_read() -> None:
+    assert Evaluation.model_validate_json('{"n": 3, "top1": 0.5, "top5": null, "nll": 1.0, "ece": 0.1}').brier is None
 
 
 @pytest.mark.cuda

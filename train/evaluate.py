@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cache_tools.config import Frozen
 from cache_tools.errors import DataError, WeightsError
-from cache_tools.format import Preprocessing
+from cache_tools.format import Precision, Preprocessing
 from cache_tools.images import ImageSet
 from cache_tools.preprocess import prepare
 
@@ -30,6 +30,7 @@ class Evaluation(Frozen):
         top1, top5: accuracy in [0, 1]; top5 is None for five classes or fewer, where it would always be 1.
         nll: mean negative log-likelihood of the labels, in nats.
         ece: expected calibration error in [0, 1], 15 equal bins of the confidence, each weighted by its share.
+        brier: mean over samples of Σ_c (p_c − y_c)², in [0, 2] (Brier 1950); None in results of earlier versions.
     """
 
     n: int
@@ -37,30 +38,64 @@ class Evaluation(Frozen):
     top5: float | None
     nll: float
     ece: float
+    brier: float | None = None
 
 
 def evaluate(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, batch_size: int = 512
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    batch_size: int = 512,
+    precision: Precision = "float32",
 ) -> Evaluation:
-    """Evaluate a network on a split's clean images (no views), in float32.
+    """Evaluate a network on a split's clean images (no views).
 
     The network is put into eval mode and every module's own mode is restored afterwards. The next batch is
     loaded while the current one is computed.
 
     Args:
         model: on `device`; pixels prepared by `preprocessing` → logits [B, C].
+        precision: of the forward passes (autocast); the figures are always computed from float32 logits.
 
     Raises:
         WeightsError: logits that are not finite.
         DataError: a split without images, or an image that cannot be decoded.
     """
-    meter = _Meter(device)
+    meter = Meter(device)
     labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64)).to(device)
-    with _evaluating(model), torch.inference_mode():
-        for start, pixels in _batches(images, batch_size, device):
-            logits = model(prepare(pixels, preprocessing))
-            meter.update(logits, labels[start : start + len(pixels)])
+    with evaluating(model, device, precision):
+        for start, pixels in batches(images.load, len(images), batch_size, device):
+            meter.update(model(prepare(pixels, preprocessing)), labels[start : start + len(pixels)])
     return meter.compute()
+
+
+def predict(
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    batch_size: int = 512,
+    precision: Precision = "float32",
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Logits of all clean images of a split, float32 [N, C] on `device`, for whatever is measured on them.
+
+    Args:
+        advance: told the number of images after each batch.
+
+    Raises:
+        DataError: a split without images, or an image that cannot be decoded.
+    """
+    if not len(images):
+        raise DataError("no images to evaluate on", next_step="choose another test split")
+    rows = []
+    with evaluating(model, device, precision):
+        for _, pixels in batches(images.load, len(images), batch_size, device):
+            rows.append(model(prepare(pixels, preprocessing)).float())
+            if advance is not None:
+                advance(len(pixels))
+    return torch.cat(rows)
 
 
 def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
@@ -70,22 +105,26 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
         WeightsError: logits that are not finite.
         DataError: no samples.
     """
-    meter = _Meter(logits.device)
+    meter = Meter(logits.device)
     with torch.inference_mode():
         for start in range(0, len(logits), _ROWS):
             meter.update(logits[start : start + _ROWS], labels[start : start + _ROWS])
     return meter.compute()
 
 
-class _Meter:
-    """torchmetrics' accuracies and calibration error, and the likelihood in float64, batch by batch on the device."""
+class Meter:
+    """torchmetrics' accuracies and calibration error, likelihood and Brier score in float64, batch by batch.
+
+    Everything stays on the device until `compute`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._count = device, 0
-        self._nll = torch.zeros((), dtype=torch.float64, device=device)
+        self._nll, self._brier = torch.zeros(2, dtype=torch.float64, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add logits [B, C] of any floating type with labels int64 [B]."""
         logits = logits.float()
         if not self._count:
             self._create_metrics(logits.shape[1])
@@ -94,12 +133,21 @@ class _Meter:
         self._nll += F.cross_entropy(logits.double(), labels, reduction="sum")
         # Above 1 by a rounding error would read as logits to torchmetrics.
         probabilities = logits.softmax(dim=1).clamp_max(1.0)
+        # Σ_c (p_c − y_c)² = Σ_c p_c² − 2 p_label + 1
+        of_label = probabilities.gather(1, labels[:, None])[:, 0]
+        self._brier += (probabilities.square().sum(1) - 2 * of_label + 1).sum(dtype=torch.float64)
         self._top1.update(logits, labels)
         self._ece.update(probabilities, labels)
         if self._top5 is not None:
             self._top5.update(logits, labels)
 
     def compute(self) -> Evaluation:
+        """The figures of everything added so far.
+
+        Raises:
+            WeightsError: logits that are not finite.
+            DataError: no samples.
+        """
         if not self._count:
             raise DataError("no images to evaluate on", next_step="choose another test split")
         if not bool(self._finite):
@@ -115,6 +163,7 @@ class _Meter:
             top5=None if self._top5 is None else float(self._top5.compute()),
             nll=float(self._nll) / self._count,
             ece=float(self._ece.compute()),
+            brier=float(self._brier) / self._count,
         )
 
     def _create_metrics(self, num_classes: int) -> None:
@@ -131,30 +180,38 @@ class _Meter:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has the mode it had (a frozen batch norm stays frozen)."""
-    modes = {module: module.training for module in model.modules()}
+def evaluating(model: nn.Module, device: torch.device, precision: Precision = "float32") -> Iterator[None]:
+    """Eval mode, no gradients and a precision inside; afterwards every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}  # a frozen batch norm stays frozen
     model.eval()
+    dtype: torch.dtype = getattr(torch, precision)
     try:
-        yield
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(first row, uint8 pixels on the device), in order; one batch is decoded ahead."""
+def batches(
+    load: Callable[[slice], np.ndarray], count: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, uint8 pixels [B, 3, H, W] on the device), in order; one batch is loaded ahead.
 
-    def load(start: int) -> Tensor:
-        pixels = torch.from_numpy(images.load(slice(start, min(start + batch_size, len(images)))))
+    Args:
+        load: rows → uint8 [B, 3, H, W]; called in another thread.
+    """
+
+    def fetch(start: int) -> Tensor:
+        pixels = torch.from_numpy(load(slice(start, min(start + batch_size, count))))
         return pixels.pin_memory() if device.type == "cuda" else pixels
 
-    starts = range(0, len(images), batch_size)
+    starts = range(0, count, batch_size)
     with ThreadPoolExecutor(1, thread_name_prefix="evaluate") as pool:
-        upcoming = pool.submit(load, 0) if starts else None
+        upcoming = pool.submit(fetch, 0) if starts else None
         for start in starts:
             assert upcoming is not None
             pixels = upcoming.result()
-            if start + batch_size < len(images):
-                upcoming = pool.submit(load, start + batch_size)
+            if start + batch_size < count:
+                upcoming = pool.submit(fetch, start + batch_size)
             yield start, pixels.to(device, non_blocking=True)
