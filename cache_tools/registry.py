@@ -151,7 +151,11 @@ def find(reference: str) -> CacheRecord:
         )
     near = difflib.get_close_matches(reference, sorted({found.name for found in caches}), n=3, cutoff=0.5)
     advice = f"did you mean {' or '.join(near)}; otherwise " if near else ""
-    build = "run `cache-tools ls`" if _is_hex(reference) else f"run `build-cache {reference}`"
+    build = (
+        "run `cache-tools ls`"
+        if _is_hex(reference)
+        else "`cache-tools ls` lists what is there, `build-cache` makes more"
+    )
     raise NotFoundError(
         "no such cache",
         where=reference,

@@ -54,7 +54,7 @@ def test_names_are_plain_file_names(home: Path, name: str) -> None:
 
 def test_a_home_that_does_not_exist_has_no_caches(home: Path) -> None:
     assert registry.list_caches() == []
-    with pytest.raises(NotFoundError, match=r"no such cache \(digits\).*Run `build-cache digits`"):
+    with pytest.raises(NotFoundError, match=r"no such cache \(digits\).*`build-cache` makes more"):
         TeacherCache.open("digits")
 
 
@@ -129,7 +129,7 @@ def test_of_several_caches_the_complete_one_is_meant(home: Path) -> None:
 
 def test_what_is_not_found_comes_with_advice(home: Path) -> None:
     add("digits")
-    with pytest.raises(NotFoundError, match=r"Did you mean digits; otherwise run `build-cache digts`"):
+    with pytest.raises(NotFoundError, match=r"Did you mean digits; otherwise `cache-tools ls` lists"):
         registry.find("digts")
     with pytest.raises(NotFoundError, match=r"Run `cache-tools ls`"):
         registry.find("0bad" * 3)
