@@ -10,6 +10,7 @@ from cache_tools import fusion
 from cache_tools.errors import PreflightError
 
 GOLDEN = Path(__file__).parent / "golden"
+FUSED_WEIGHTS, FUSED_SCALES = (0, 0.3, 0.7, 1), (1, 100)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -38,8 +39,8 @@ def test_class_embeddings_and_cosine_match_the_golden_data(name: str) -> None:
     assert embeddings.dtype == cosine.dtype == torch.float32
 
 
-@pytest.mark.parametrize("weight", [0, 0.3, 0.7, 1])
-@pytest.mark.parametrize("scale", [1, 100])
+@pytest.mark.parametrize("weight", FUSED_WEIGHTS)
+@pytest.mark.parametrize("scale", FUSED_SCALES)
 def test_fused_logits_match_the_golden_data(weight: float, scale: int) -> None:
     data = golden("fusion")
     fused = fusion.fuse_logits(data["teacher_logits"], data["cosine"], weight, scale)

@@ -30,7 +30,7 @@ class LossRecipe(Frozen):
     """
 
     ce_weight: NonNegativeFloat = 1.0
-    kind: Literal["ce", "kd", "dkd", "standardised_kd"] = "kd"
+    kind: Literal["ce", "kd", "dkd", "standardised_kd", "standardised_dkd"] = "kd"
     distill_weight: NonNegativeFloat = 3.0
     temperature: PositiveFloat = 3.0
     dkd_alpha: NonNegativeFloat = 1.0

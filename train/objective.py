@@ -54,6 +54,14 @@ LOGIT_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor, Tensor], Tensor]] =
     "standardised_kd": lambda recipe, student, target, labels: losses.standardised_kd(
         student, target, recipe.temperature
     ),
+    "standardised_dkd": lambda recipe, student, target, labels: losses.dkd(
+        losses.standardise(student),
+        losses.standardise(target),
+        labels,
+        recipe.dkd_alpha,
+        recipe.dkd_beta,
+        recipe.temperature,
+    ),
 }
 
 FEATURE_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor], Tensor]] = {
@@ -186,5 +194,5 @@ def _check_targets(
                 found=f"targets with {' and '.join(available)}" if available else "no targets",
                 next_step="give a cache that has them, or set loss.kind=ce and loss.feature=none to learn from labels",
             )
-    if recipe.kind == "dkd" and recipe.needs_logits and num_classes < 2:
+    if recipe.kind in {"dkd", "standardised_dkd"} and recipe.needs_logits and num_classes < 2:
         raise RecipeError("decoupled KD needs at least two classes", found=f"{num_classes}")
