@@ -1,0 +1,66 @@
+"""What the pictures of `cache-tools` share: colours, titles, axes. Figures are made without pyplot: no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache_tools.stats import About
+
+# Okabe and Ito's colours, told apart with every common colour blindness; markers and order say the same again.
+COLOURS = {"teacher": "#0072B2", "clip": "#E69F00", "fusion": "#009E73"}
+MARKERS = {"teacher": "s", "clip": "^", "fusion": "o"}
+NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
+INK, FAINT, GRID = "#222222", "#666666", "#e3e3e3"
+
+
+def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
+    """A figure in inches at 140 dpi, with a bold title and a line below it that says what it was made of."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    # Constrained layout keeps room for suptitle only: the second line is part of it, restyled below.
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, linespacing=1.3)
+    figure.text(0.01, 1.0 - 0.36 / height, subtitle, ha="left", va="top", fontsize=9.5, color=FAINT)
+    return figure
+
+
+def dress(axes: Any, *, grid: str = "y") -> None:
+    """No frame above and right, a light grid behind."""
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10, colors=INK)
+
+
+def shorten(text: str, most: int = 22) -> str:
+    """A class name that fits beside an axis; dollar signs would start a formula."""
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return text.replace("$", r"\$")
+
+
+def subtitle(about: About) -> str:
+    """Dataset, rows, threshold, temperature: stands in every picture."""
+    views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
+    return (
+        f"{about.dataset}, {about.num_samples:,} samples × {views}; confident: probability ≥ {about.confident:g} "
+        f"at temperature {about.temperature:g}; teacher weight {about.teacher_weight:g}, "
+        f"CLIP scale {about.clip_scale:.4g}"
+    )
+
+
+def legend_above(axes: Any, patches: list[tuple[str, str]], points: Sequence[tuple[str, str, str]] = ()) -> None:
+    """One line of keys above the axes: coloured patches, then markers."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Patch(color=colour, label=label) for label, colour in patches]
+    handles += [
+        Line2D([], [], marker=marker, color=colour, linewidth=0, markersize=8, label=label)
+        for label, colour, marker in points
+    ]
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(handles), frameon=False,
+        fontsize=10, borderaxespad=0.2, borderpad=0.2, handletextpad=0.5, columnspacing=1.6,
+    )  # fmt: skip
