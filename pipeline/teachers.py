@@ -13,6 +13,7 @@ from cache_tools.errors import WeightsError
 from cache_tools.format import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
 from pipeline.pretrained import library_preprocessing, load_pretrained
+from pipeline.teacher_files import read_teacher
 from pipeline.weights import (
     WeightsFile,
     as_network_input,
@@ -160,7 +161,7 @@ def _named_with_file(
     spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation: Normalisation
 ) -> tuple[nn.Module, Preprocessing]:
     network = create_student(spec.name, len(names))  # an unknown name is the first thing to say
-    file = read_weights(student_file(resolve_path(spec.weights or "")))
+    file = read_teacher(resolve_path(spec.weights or ""), spec.name)
     _load_file(network, spec.name, file, names)
     if "architecture" in file.metadata:
         return network, _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)

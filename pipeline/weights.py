@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -20,10 +21,20 @@ from cache_tools.format import Precision
 from pipeline.layouts import efficientnet_pytorch_to_timm
 
 PACKAGE_PREFIX = "package:"
-FILE_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt"})
+FILE_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".tgz"})
 LINE_LIMIT = 160
 _WRAPPERS = ("state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+# What training scripts store beside the weights and that runs no code: their options, and numbers that numpy computed,
+# such as a decayed learning rate in the optimiser's state. numpy 2 moved the function that makes these.
+_NUMBER = np.float64(0.0).__reduce__()[0]
+_SAFE: list[Any] = [
+    argparse.Namespace,
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    (_NUMBER, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
+]
 _DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -52,15 +63,18 @@ def resolve_path(reference: str) -> Path:
     return Path(reference).expanduser()
 
 
-def read_weights(path: Path) -> WeightsFile:
+def read_weights(path: Path, content: IO[bytes] | None = None) -> WeightsFile:
     """Read `.safetensors`, or what torch.save wrote: a state dict, bare or as `model`, `state_dict` or `net`.
 
     Prefixes that DataParallel and torch.compile leave on every key are taken off. No code in the file is run.
 
+    Args:
+        content: of a file that torch.save wrote, where `path` only says what it is (a member of an archive).
+
     Raises:
         WeightsError: missing or unreadable file, or one without a state dict.
     """
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise WeightsError("no such weights", where=path, expected="a .safetensors or .pth file")
     metadata: dict[str, str] = {}
     try:
@@ -69,9 +83,8 @@ def read_weights(path: Path) -> WeightsFile:
                 metadata = stored.metadata() or {}
                 checkpoint: Any = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # not a dict
         else:
-            # Published checkpoints carry the training script's options as an argparse.Namespace: plain attributes.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_SAFE):
+                checkpoint = torch.load(content or path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make a reader raise anything
         raise WeightsError(
             "cannot read the weights",
@@ -105,7 +118,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, torch.Tensor], *, where:
         raise class_count_error(where, num_classes, int(other_classes.pop() or 0))
     if wrong:
         key = wrong[0]
-        found = f"shape {list(given[key].shape)}" if key in given else "no such tensor"
+        found = f"shape {list(given[key].shape)}" if key in given else _instead(given, wanted)
         raise WeightsError(
             "weights do not fit the architecture",
             where=where,
@@ -225,6 +238,12 @@ def _state_dict(checkpoint: Any, path: Path) -> dict[str, torch.Tensor]:
         if all(key.startswith(prefix) for key in checkpoint):
             checkpoint = {key.removeprefix(prefix): value for key, value in checkpoint.items()}
     return dict(checkpoint)
+
+
+def _instead(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """What a file has in place of a tensor that it lacks."""
+    other = next((key for key in given if key not in wanted), None)
+    return "no such tensor" + (f", but '{other}' of shape {list(given[other].shape)}" if other else "")
 
 
 def _other_class_count(
