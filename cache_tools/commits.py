@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from cache_tools.format import CacheRecipe, Manifest, target_arrays
 
 COMMITS = "commits"
 PARAMETERS = "view_parameters"
+_FILE_NAME = re.compile(r"c\.([0-9]+)\.([0-9]+)\.0")
 
 
 def columns(recipe: CacheRecipe, block_rows: int) -> list[str]:
@@ -52,6 +54,12 @@ def missing_pairs(committed: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
 def file_name(view: int, block: int) -> str:
     """The file of one commit in the folder of `commits`; it exists if and only if the block is committed."""
     return f"c.{view}.{block}.0"
+
+
+def parse_file_name(name: str) -> tuple[int, int] | None:
+    """(view, block) of a commit file; None for another file."""
+    match = _FILE_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -19,7 +19,6 @@ from cache_tools.store import read_manifest
 HOME_VARIABLE = "TEACHER_CACHE_HOME"
 SUFFIX = ".zarr"
 MIN_PREFIX = 4
-_COMMIT_FILE = re.compile(r"c\.(\d+)\.\d+\.0")
 
 
 class CacheRecord(Frozen):
@@ -102,7 +101,7 @@ def views_done(path: Path, manifest: Manifest) -> list[int]:
         names = os.listdir(path / commits.COMMITS)
     except OSError:
         return []
-    counts = Counter(int(match[1]) for name in names if (match := _COMMIT_FILE.fullmatch(name)))
+    counts = Counter(pair[0] for name in names if (pair := commits.parse_file_name(name)) is not None)
     return [view for view in range(manifest.num_views) if counts[view] >= manifest.num_blocks]
 
 

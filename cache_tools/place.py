@@ -1,0 +1,263 @@
+"""Where a cache can be: a folder, or a prefix of an object store (s3://, gs://, az://, http://…).
+
+A place holds whole files under relative keys with `/`. Whatever is put is there in full or not at all. Only
+this module knows obstore; nothing is imported from it until a URL is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from cache_tools.console import storage_error
+from cache_tools.durable import PARTIAL, put_durably
+from cache_tools.errors import NotFoundError, RecipeError, StorageError
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_RETRIES = 12
+_PATIENCE_S = 180
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a place: its key, its size in bytes, and when it was written by the place's own clock (s)."""
+
+    key: str
+    size: int
+    modified_s: float
+
+
+class Place(ABC):
+    """A folder or a prefix of an object store. `str(place)` is what a user would type."""
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return str(self).rstrip("/").rpartition("/")[2]
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: not there.
+            StorageError: unreadable storage.
+        """
+
+    @abstractmethod
+    def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
+        """Write a whole file, replacing what is there; with `only_new` leave that alone and give False.
+
+        Raises:
+            StorageError: full, read-only or unreachable storage.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove files; those that are not there are no error."""
+
+    @abstractmethod
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """All files below `prefix` (a folder, or nothing for all), unordered; no leftovers of interrupted writes."""
+
+    def child(self, name: str) -> Place:
+        """A place inside this one."""
+        return open_place(f"{str(self).rstrip('/')}/{name}")
+
+
+class LocalPlace(Place):
+    """A folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, key: str) -> bytes:
+        with _local_trouble():
+            return (self.path / key).read_bytes()
+
+    def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
+        file = self.path / key
+        with _local_trouble():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not only_new:
+                put_durably(file, data)
+                return True
+            # Written in full beside its name first: a link appears whole or, if the name is taken, not at all.
+            temporary = file.with_name(f"{file.name}.{os.getpid()}.{os.urandom(8).hex()}{PARTIAL}")
+            try:
+                put_durably(temporary, data)
+                os.link(temporary, file)
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink(missing_ok=True)
+            return True
+
+    def delete(self, keys: Sequence[str]) -> None:
+        with _local_trouble():
+            for key in keys:
+                (self.path / key).unlink(missing_ok=True)
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        root = self.path / prefix
+        for folder, _, names in os.walk(root):
+            for name in names:
+                if name.endswith(PARTIAL):
+                    continue
+                file = Path(folder) / name
+                try:
+                    status = file.stat()
+                except FileNotFoundError:  # replaced or removed meanwhile
+                    continue
+                yield Entry(file.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)
+
+    def remove(self) -> None:
+        """Remove the folder and everything in it."""
+        with _local_trouble():
+            shutil.rmtree(self.path)
+
+
+class RemotePlace(Place):
+    """A prefix of an object store. Credentials, region and endpoint come from the environment, as for every S3 tool
+    (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …); requests that fail in passing are tried again.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._store = _object_store(self._url)
+
+    def __str__(self) -> str:
+        return self._url
+
+    def read(self, key: str) -> bytes:
+        import obstore
+
+        with self._trouble(key):
+            return obstore.get(self._store, key).bytes().to_bytes()
+
+    def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._trouble(key):
+            try:
+                obstore.put(self._store, key, data, mode="create" if only_new else "overwrite")
+            except AlreadyExistsError:
+                return False
+            return True
+
+    def delete(self, keys: Sequence[str]) -> None:
+        import obstore
+
+        for key in keys:
+            with self._trouble(key):
+                try:
+                    obstore.delete(self._store, key)
+                except FileNotFoundError:
+                    continue
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        import obstore
+
+        with self._trouble(prefix):
+            for batch in obstore.list(self._store, prefix or None):
+                for meta in batch:
+                    yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+    @contextmanager
+    def _trouble(self, key: str) -> Iterator[None]:
+        """Turn what obstore raises into our errors; FileNotFoundError stays."""
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+        where = f"{self._url}/{key}" if key else self._url
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise StorageError(
+                "no permission",
+                where=where,
+                found=_first_line(error),
+                next_step="check credentials and rights (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …)",
+            ) from error
+        except (BaseError, OSError) as error:
+            raise StorageError(
+                "the object store does not answer as it should",
+                where=where,
+                found=_first_line(error),
+                next_step="check the URL, AWS_ENDPOINT_URL and the network; the same command goes on where it stopped",
+            ) from error
+
+
+def open_place(reference: str | Path) -> Place:
+    """The place of a path or URL, whether anything is there or not.
+
+    Raises:
+        RecipeError: a URL of an unknown scheme, or one that cannot be a place.
+        NotFoundError: a URL, and obstore is not installed.
+    """
+    if not is_url(reference):
+        return LocalPlace(Path(reference).expanduser())
+    if str(reference).startswith("file://"):
+        return LocalPlace(Path(str(reference).removeprefix("file://")))
+    return RemotePlace(str(reference))
+
+
+def is_url(reference: str | Path) -> bool:
+    """Whether a reference is a URL rather than a path or a name."""
+    return isinstance(reference, str) and _SCHEME.match(reference) is not None
+
+
+def _object_store(url: str) -> Any:
+    try:
+        import obstore
+    except ImportError as error:
+        raise NotFoundError(
+            "object stores need the package obstore",
+            where=url,
+            next_step="install it: pip install 'teacher-cache[remote]'",
+        ) from error
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") or url.startswith("http://")
+    try:
+        return obstore.store.from_url(
+            url,
+            client_options={"allow_http": plain, "timeout": timedelta(seconds=_PATIENCE_S)},
+            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_PATIENCE_S)},
+        )
+    except Exception as error:  # obstore raises ValueError, BaseError and its own panics for malformed URLs
+        raise RecipeError(
+            "not a URL of an object store",
+            where=url,
+            expected="s3://BUCKET/PATH, gs://…, az://… or http(s)://…",
+            found=_first_line(error),
+        ) from error
+
+
+@contextmanager
+def _local_trouble() -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
