@@ -19,6 +19,7 @@ from cache_tools.store import read_manifest
 HOME_VARIABLE = "TEACHER_CACHE_HOME"
 SUFFIX = ".zarr"
 MIN_PREFIX = 4
+USED = ".used"
 
 
 class CacheRecord(Frozen):
@@ -34,6 +35,7 @@ class CacheRecord(Frozen):
     views_total: int = 0
     size_bytes: int = 0
     modified_s: float = 0.0
+    used_s: float = 0.0
     problem: str | None = None
 
     @property
@@ -79,7 +81,8 @@ def record(path: Path) -> CacheRecord:
         manifest = read_manifest(path)
     except CacheError as error:
         name = re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX))
-        return CacheRecord(path=path, name=name, size_bytes=size_bytes, modified_s=modified_s, problem=str(error))
+        times = {"modified_s": modified_s, "used_s": modified_s}
+        return CacheRecord(path=path, name=name, size_bytes=size_bytes, problem=str(error), **times)
     recipe = manifest.recipe
     return CacheRecord(
         path=path,
@@ -92,7 +95,23 @@ def record(path: Path) -> CacheRecord:
         views_total=manifest.num_views,
         size_bytes=size_bytes,
         modified_s=modified_s,
+        used_s=max(modified_s, _used_s(path)),
     )
+
+
+def mark_used(path: Path) -> None:
+    """Remember that a cache was used now, for `ls` and `prune`; nothing happens where that cannot be written."""
+    try:
+        (path / USED).touch()
+    except OSError:  # a read-only share: its owner decides what is pruned
+        return
+
+
+def _used_s(path: Path) -> float:
+    try:
+        return (path / USED).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def views_done(path: Path, manifest: Manifest) -> list[int]:
@@ -192,6 +211,8 @@ def size_and_time(path: Path) -> tuple[int, float]:
     total, newest = 0, 0.0
     for folder, _, names in os.walk(path):
         for name in names:
+            if name == USED:
+                continue
             try:
                 status = os.stat(os.path.join(folder, name))
             except OSError:  # a builder has just renamed it

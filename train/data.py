@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cache_tools import registry
 from cache_tools.errors import DataError, NotFoundError, RecipeError
 from cache_tools.format import Preprocessing
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
@@ -113,6 +114,7 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
     assert recipe.cache is not None, "a recipe with targets has a cache"
     cache = TeacherCache.open(recipe.cache)
     cache.require_complete()
+    registry.mark_used(cache.path)
     dataset = _located(cache.manifest.dataset, recipe)
     images = open_images(dataset)
     cache.check_dataset(images)

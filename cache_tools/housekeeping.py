@@ -1,0 +1,139 @@
+"""Make room in the cache home: which caches a rule would remove, and removing them. No torch or zarr here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cache_tools.claims import EXPIRE_S, FOLDER
+from cache_tools.config import Frozen
+from cache_tools.console import storage_error
+from cache_tools.durable import PARTIAL, sync_folder
+from cache_tools.errors import RecipeError, StorageError
+from cache_tools.registry import CacheRecord, is_cache
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class PruneRules(Frozen):
+    """What may go. Rules add up; without any nothing goes.
+
+    Attributes:
+        older_than_s: written last longer ago than this.
+        unused_for_s: trained from (or built) last longer ago than this.
+        incomplete: half-built and damaged ones.
+        keep_bytes: of what is left, the least recently used until the home is no larger than this.
+    """
+
+    older_than_s: float | None = None
+    unused_for_s: float | None = None
+    incomplete: bool = False
+    keep_bytes: int | None = None
+
+
+class Candidate(Frozen):
+    """A cache that a rule would remove, and why; `kept_because` says why it is left alone all the same."""
+
+    record: CacheRecord
+    reason: str
+    kept_because: str | None = None
+
+
+def candidates(records: Sequence[CacheRecord], rules: PruneRules, *, now_s: float | None = None) -> list[Candidate]:
+    """The caches that the rules would remove, least recently used first."""
+    now_s = time.time() if now_s is None else now_s
+    by_use = sorted(records, key=lambda record: record.used_s)
+    chosen = {record.path: reason for record in by_use if (reason := _reason(record, rules, now_s))}
+    if rules.keep_bytes is not None:
+        left = sum(record.size_bytes for record in by_use if record.path not in chosen)
+        for record in by_use:
+            if left <= rules.keep_bytes:
+                break
+            if record.path not in chosen:
+                chosen[record.path] = "least recently used, the home is too large"
+                left -= record.size_bytes
+    return [
+        Candidate(record=record, reason=chosen[record.path], kept_because=_busy(record.path, now_s))
+        for record in by_use
+        if record.path in chosen
+    ]
+
+
+def remove(path: Path) -> None:
+    """Remove a cache. It is renamed first: a reader finds all of it or none, and a killed removal leaves no half.
+
+    Raises:
+        StorageError: not a cache, being built right now, or no permission.
+    """
+    if not is_cache(path):
+        raise StorageError("not a cache: nothing was removed", where=path, expected="a folder with zarr.json")
+    if busy := _busy(path, time.time()):
+        raise StorageError(f"{busy}: nothing was removed", where=path, next_step="try again when the build is done")
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        path.rename(hidden)
+        sync_folder(path.parent)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+def seconds(text: str) -> float:
+    """`30d`, `12h`, `90m`, `2w` in seconds.
+
+    Raises:
+        RecipeError: anything else.
+    """
+    return _quantity(text, _SECONDS, "a time such as 30d, 12h or 2w", ignore_case=False)
+
+
+def num_bytes(text: str) -> int:
+    """`100GB`, `500 MB` in bytes (powers of 1000).
+
+    Raises:
+        RecipeError: anything else.
+    """
+    return int(_quantity(text, _BYTES, "a size such as 100GB or 500MB", ignore_case=True))
+
+
+def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
+    reasons: Iterable[tuple[bool, str]] = (
+        (rules.incomplete and record.problem is not None, "damaged"),
+        (rules.incomplete and not record.complete, "half-built"),
+        (
+            rules.older_than_s is not None and now_s - record.modified_s > rules.older_than_s,
+            f"written {_days(now_s - record.modified_s)} ago",
+        ),
+        (
+            rules.unused_for_s is not None and now_s - record.used_s > rules.unused_for_s,
+            f"unused for {_days(now_s - record.used_s)}",
+        ),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def _busy(path: Path, now_s: float) -> str | None:
+    """Whether a builder holds a fresh claim."""
+    try:
+        newest = max((entry.stat().st_mtime for entry in os.scandir(path / FOLDER)), default=0.0)
+    except OSError:
+        return None
+    return "being built right now" if now_s - newest < EXPIRE_S else None
+
+
+def _days(age_s: float) -> str:
+    return f"{age_s / 86_400:.1f} days"
+
+
+def _quantity(text: str, units: dict[str, int], expected: str, *, ignore_case: bool) -> float:
+    match = re.fullmatch(r"\s*([0-9]+(?:[.][0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    unit = match[2].upper() if match and ignore_case else match[2] if match else ""
+    if match is None or unit not in units:
+        raise RecipeError("cannot be understood", where=text, expected=expected)
+    return float(match[1]) * units[unit]
