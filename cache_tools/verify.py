@@ -41,6 +41,24 @@ def check_dataset(cache: TeacherCache, images: ImageSet) -> None:
     )
 
 
+def aligned(cache: TeacherCache, images: ImageSet) -> ImageSet:
+    """The samples of a split in the order of the cache, found by content key: files may be renamed or shuffled.
+
+    Labels go with the images. Where the same image is there several times, each takes one that has its label.
+
+    Returns:
+        `images` itself if it is in the cache's order already.
+
+    Raises:
+        MismatchError: not the same images, labels, classes or canvas; says precisely what differs first.
+    """
+    if cache.recipe.dataset.content_digest != images.content_digest and cache.class_names == images.class_names:
+        rows = _matching_rows(cache, images)
+        images = images if rows is None else images.subset(rows)
+    check_dataset(cache, images)
+    return images
+
+
 def check_canaries(cache: TeacherCache, images: ImageSet) -> None:
     """Make the views of a few samples again and compare their pixels with those the teachers saw.
 
@@ -135,6 +153,25 @@ def _label_difference(
     first = differing[0]
     what = f"other labels of {len(differing):,} samples, first at sample {first}"
     return what, class_names[expected[first]], class_names[found[first]]
+
+
+def _matching_rows(cache: TeacherCache, images: ImageSet) -> npt.NDArray[np.int64] | None:
+    """For each sample of the cache the one of `images` with its content and label; None if they do not pair up."""
+    if cache.num_samples != len(images):
+        return None
+    here, there = _sort_by_content(images.keys, images.labels), _sort_by_content(cache.sample_keys, cache.labels)
+    same_keys = np.array_equal(images.keys[here], cache.sample_keys[there])
+    if not same_keys or not np.array_equal(images.labels[here], cache.labels[there]):
+        return None
+    rows = np.empty(len(here), np.int64)
+    rows[there] = here
+    return rows
+
+
+def _sort_by_content(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Samples by content key, then label; those that are alike in both in their own order."""
+    words = np.ascontiguousarray(keys).view(">u8")
+    return np.lexsort((labels, words[:, 1], words[:, 0])).astype(np.int64)
 
 
 def _whole(keys: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

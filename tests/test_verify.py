@@ -1,17 +1,22 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from cache_factory import VIEWS, build, tiny_images, tiny_manifest
+from safetensors.torch import load_file
 
 from cache_tools import commits
 from cache_tools.errors import MismatchError
 from cache_tools.image_arrays import ArrayImages
 from cache_tools.reader import TeacherCache
-from cache_tools.verify import MAX_CANARIES, make_canaries, pixel_digest
+from cache_tools.verify import MAX_CANARIES, aligned, make_canaries, pixel_digest
 from cache_tools.views import ViewRecipe
+from train.checkpoints import LAST
+from train.run import train_student
 
 IMAGES = tiny_images()
 
@@ -144,3 +149,49 @@ def test_a_grown_cache_keeps_its_canaries(tmp_path: Path) -> None:
     assert grown.num_views == 6
     assert grown.manifest.canaries == manifest.canaries
     grown.check_canaries(IMAGES)
+
+
+# Another order
+
+
+def shuffled(images: ArrayImages, seed: int = 0) -> ArrayImages:
+    order = np.random.default_rng(seed).permutation(len(images))
+    return replace(images, keys=images.keys[order], labels=images.labels[order], pixels=images.pixels[order])
+
+
+def test_samples_in_another_order_are_brought_into_the_cache_s(cache: TeacherCache) -> None:
+    found = aligned(cache, shuffled(IMAGES))
+    assert found.content_digest == IMAGES.content_digest
+    np.testing.assert_array_equal(found.load(slice(None)), IMAGES.pixels)
+    cache.check_dataset(found)
+    cache.check_canaries(found)
+    assert aligned(cache, IMAGES) is IMAGES
+
+
+def test_copies_of_an_image_keep_their_labels(tmp_path: Path) -> None:
+    """Sample 3 is there four times, once with another label."""
+    rows = np.array([3, *range(10), 3, 3])
+    twins = replace(IMAGES, keys=IMAGES.keys[rows], labels=IMAGES.labels[rows].copy(), pixels=IMAGES.pixels[rows])
+    twins.labels[-1] = (twins.labels[-1] + 1) % 5
+    build(tmp_path / "c", tiny_manifest(twins), twins)
+    found = aligned(TeacherCache.open(tmp_path / "c"), shuffled(twins))
+    assert found.content_digest == twins.content_digest
+
+
+@pytest.mark.parametrize("change", [relabelled, edited])
+def test_a_change_besides_the_order_is_still_refused(cache: TeacherCache, change: Callable[..., ArrayImages]) -> None:
+    with pytest.raises(MismatchError, match="not the one the cache was built from"):
+        aligned(cache, shuffled(change(IMAGES)))
+
+
+def test_renamed_files_train_the_same_student(tmp_path: Path) -> None:
+    """In reversed order of files: the same weights, bit for bit."""
+    pictures = tiny_run.write_pictures(tmp_path / "pictures")
+    cache = tiny_run.write_cache(tmp_path / "cache", pictures)
+    first = train_student(tiny_run.recipe(cache, tmp_path / "first", epochs=1))
+    for file in sorted((pictures / "train").glob("*/*.png")):
+        file.rename(file.with_name(f"{999 - int(file.stem):03}_.png"))
+    second = train_student(tiny_run.recipe(cache, tmp_path / "second", epochs=1))
+    weights = [load_file(result.folder / LAST) for result in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

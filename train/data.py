@@ -14,6 +14,7 @@ from cache_tools.format import Preprocessing
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import Fusion
+from cache_tools.verify import aligned
 from cache_tools.views import ViewRecipe
 from train.contrastive import Components
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
@@ -116,8 +117,7 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
     cache.require_complete()
     registry.mark_used(cache.path)
     dataset = _located(cache.manifest.dataset, recipe)
-    images = open_images(dataset)
-    cache.check_dataset(images)
+    images = aligned(cache, open_images(dataset))
     cache.check_canaries(images)
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     components = _components(cache, fusion, loss)
