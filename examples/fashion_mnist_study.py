@@ -6,9 +6,9 @@ Every run is a `train-student` run of resnet8 that sees 60 000 images (3 epochs 
     python examples/fashion_mnist_study.py caches
     python examples/fashion_mnist_study.py train tune
     python examples/fashion_mnist_study.py train methods views clip-views scales [--shard 0/2]
-    python examples/fashion_mnist_study.py collect
 
 `train` leaves finished runs alone and goes on with interrupted ones; shards share the work between processes.
+`fashion_mnist_report.py` makes tables and pictures of what is finished.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import polars as pl
 import typer
 
 from cache_tools.console import command, resolve_device
@@ -39,7 +38,7 @@ TUNING_SEED, TUNING_SPLIT = 100, "train[50000:]"
 VIEWS = (1, 2, 4, 8, 16, 32)
 
 # Loss and fusion of each method; what is not named is as in the paper [w_L 3, T 3, w_F 0.8, α 0.7, CLIP's own scale].
-CRD = {"feature": "crd", "crd_negatives": 512, "crd_dim": 64}
+CRD = {"feature": "crd", "feature_source": "fused", "crd_negatives": 512, "crd_dim": 64}
 METHODS: dict[str, dict[str, Any]] = {
     "labels": {"loss": named_loss("ce")},
     "KD, teacher alone": {"loss": named_loss("kd"), "fusion.teacher_weight": 1.0},
@@ -99,23 +98,6 @@ def train(
         _train(run)
 
 
-@app.command()
-@command
-def collect(
-    out: Annotated[Path, typer.Option("--out", help="All finished runs, one JSON line each.")] = Path("study.jsonl"),
-    plot: Annotated[Path, typer.Option("--plot", help="Picture of accuracy against views.")] = Path("views.png"),
-) -> None:
-    """All finished runs as JSON lines; means ± standard deviations over seeds on the terminal; a picture of views."""
-    table = pl.DataFrame([row for make in PARTS.values() for run in make() if (row := _row(run))])
-    table.write_ndjson(out)
-    figures = [pl.len().alias("n")]
-    for name in ("top1", "nll", "ece"):
-        figures += [pl.col(name).mean().alias(name), pl.col(name).std().alias(f"{name} std")]
-    with pl.Config(tbl_rows=200, tbl_cols=20, fmt_str_lengths=40, float_precision=4, tbl_width_chars=160):
-        print(table.group_by("part", "fraction", "variant", maintain_order=True).agg(figures))
-    _plot_views(table.filter(pl.col("part") == "views"), plot)
-
-
 def tune_runs() -> Iterator[Run]:
     """Each method at three learning rates, labels alone also with fewer labels."""
     for variant, settings in METHODS.items():
@@ -160,10 +142,11 @@ PARTS = {
     "clip-views": clip_view_runs,
     "scales": scale_runs,
 }
+"""Makers of the runs of each part, by name."""
 
 
 def _train(run: Run) -> None:
-    recipe, device = _recipe(run), resolve_device("cpu")
+    recipe, device = recipe_of(run), resolve_device("cpu")
     if load_result(run.folder) is not None:
         return
     data = open_data(recipe, device)
@@ -175,7 +158,8 @@ def _train(run: Run) -> None:
     print(f"{run.folder.name}: {result.last.top1 if result.last else float('nan'):.2%}", flush=True)
 
 
-def _recipe(run: Run) -> TrainRecipe:
+def recipe_of(run: Run) -> TrainRecipe:
+    """The training recipe of a run; needs finished tuning runs for its learning rate."""
     settings = dict(run.settings)
     views_study = run.part == "views"
     options = {
@@ -218,51 +202,6 @@ def _best_rate(run: Run) -> float:
 def _same_method(settings: dict[str, Any], found: dict[str, Any]) -> bool:
     names = ("loss", "fusion.teacher_weight")
     return all(settings.get(name) == found.get(name) for name in names)
-
-
-def _row(run: Run) -> dict[str, Any] | None:
-    result = load_result(run.folder)
-    if result is None or result.last is None:
-        return None
-    recipe = _recipe(run)
-    return {
-        "part": run.part,
-        "variant": run.variant,
-        "fraction": run.fraction,
-        "seed": run.seed,
-        "learning_rate": recipe.optimiser.learning_rate,
-        "epochs": result.epochs,
-        "folder": str(run.folder),
-        "device": result.environment["device"],
-        "torch": result.environment["torch"],
-        **result.last.model_dump(),
-    }
-
-
-def _plot_views(table: pl.DataFrame, path: Path) -> None:
-    """Top-1 against the number of cached views: each seed a dot, mean and standard deviation over seeds."""
-    from matplotlib.figure import Figure
-
-    if table.is_empty():
-        return
-    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    points = table.with_columns(
-        pl.col("variant").str.extract(r"(\d+)").cast(pl.Int64).alias("views"), 100 * pl.col("top1")
-    )
-    axes.plot(points["views"], points["top1"], "o", color="0.6", markersize=4, label="one seed")
-    means = points.group_by("views").agg(pl.mean("top1"), pl.std("top1").alias("std")).sort("views")
-    axes.errorbar(means["views"], means["top1"], means["std"], color="C0", marker="s", capsize=4, label="mean ± std")
-    axes.set_xscale("log", base=2)
-    last = VIEWS[-1]
-    axes.set_xticks(VIEWS, [str(views) if views < last else f"{last}\n(one per epoch)" for views in VIEWS])
-    axes.minorticks_off()
-    axes.set_xlabel("cached views")
-    axes.set_ylabel("test top-1, %")
-    axes.set_title("Fashion-MNIST, 2500 images, RichKD-L, resnet8, 32 epochs")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
 
 
 if __name__ == "__main__":
