@@ -84,7 +84,7 @@ def _row(run: Run) -> dict[str, Any] | None:
 def _paired(table: pl.DataFrame) -> pl.DataFrame:
     """Top-1 minus that of two references, seed by seed: means and standard deviations of the differences in points."""
     methods = table.filter(pl.col("part") == "methods")
-    rows, keys = methods.select("fraction", "variant", "seed", 100 * pl.col("top1")), ["fraction", "seed"]
+    rows, keys = methods.select("fraction", "variant", "seed", pl.col("top1") * 100), ["fraction", "seed"]
     for reference in ("labels", "KD, teacher alone"):
         other = rows.filter(pl.col("variant") == reference).select(*keys, pl.col("top1").alias("reference"))
         rows = rows.join(other, on=keys, how="left").with_columns(
@@ -150,7 +150,7 @@ def _plot_views(table: pl.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     views = pl.col("variant").str.extract(r"(\d+)").cast(pl.Int64)
-    points = table.with_columns(views.alias("views"), 100 * pl.col("top1"))
+    points = table.with_columns(views.alias("views"), pl.col("top1") * 100)
     axes.plot(points["views"], points["top1"], "o", color="0.6", markersize=4, label="one seed")
     means = points.group_by("views").agg(pl.mean("top1"), pl.std("top1").alias("std")).sort("views")
     axes.errorbar(means["views"], means["top1"], means["std"], color="C0", marker="s", capsize=4, label="mean ± std")
