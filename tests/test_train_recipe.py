@@ -22,7 +22,15 @@ from train.recipe import (
     run_folder,
 )
 
-NAMES = ("cifar100", "digits", "fashion-mnist")
+PAIRS = (
+    "cifar100-resnet32x4-resnet8x4",
+    "cifar100-resnet32x4-shufflev2",
+    "cifar100-vgg13-mobilenetv2",
+    "cifar100-vgg13-vgg8",
+    "cifar100-wrn40-2-wrn16-2",
+    "cifar100-wrn40-2-wrn40-1",
+)
+NAMES = ("cifar100", *PAIRS, "digits", "fashion-mnist")
 
 
 def test_built_in_recipes():
@@ -36,8 +44,10 @@ def test_built_in_recipes():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_labels_alone_see_the_views_that_the_cache_of_that_name_has(name: str):
-    train, build = load_train_recipe(name), load_build_recipe(name)
+def test_labels_alone_see_the_views_that_the_cache_has(name: str):
+    train = load_train_recipe(name)
+    assert train.cache is not None
+    build = load_build_recipe(train.cache)
     assert train.cache == build.name
     assert train.dataset == build.dataset
     assert train.views == build.views
