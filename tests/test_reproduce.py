@@ -193,3 +193,51 @@ def test_tables_have_the_pairs() -> None:
     assert len(tables) == 2
     for block in tables:
         assert {line.split("|")[1].strip() for line in block.splitlines()[2:]} == wanted
+
+
+# A published teacher, as the command takes it
+
+
+@pytest.fixture(scope="module")
+def small(place: Path) -> Path:
+    """A tree with two small architectures, and the archive beside it."""
+    tree = mdistiller_files.write_tree(place / "small", "resnet8", "resnet20")
+    mdistiller_files.write_archive(tree)
+    return tree.parent
+
+
+def build(*arguments: object) -> Any:
+    words = ["cifar100-vgg13", *BUILD, "--set", "num_views=1", *arguments, "--json"]
+    return CliRunner().invoke(pipeline.cli.app, [str(word) for word in words])
+
+
+def test_file_folder_and_archive_make_the_same_cache(small: Path, tmp_path: Path) -> None:
+    file = small / "cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth"
+    prints = set()
+    for number, weights in enumerate((file, file.parent, small / "cifar_teachers", small / "cifar_teachers.tar")):
+        built = build("--teacher", "resnet8", "--teacher-checkpoint", weights, "--out", tmp_path / str(number))
+        assert built.exit_code == 0, built.stderr
+        prints.add(json.loads(built.stdout)["fingerprint"])
+        cache = TeacherCache.open(tmp_path / str(number))
+        assert cache.load_view(0).teacher_logits(slice(None)).shape == (32, 100)
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize(
+    ("teacher", "weights", "words"),
+    [
+        ("resnet8x4", "cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth",
+         "expected 'conv1.weight' of shape [32, 3, 3, 3]; found shape [16, 3, 3, 3]"),
+        ("vgg13", "cifar_teachers.tar", "no checkpoint of vgg13 here"),
+        ("resnet8", "elsewhere/cifar_teachers.tar", "no such weights"),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_does_not_fit_is_one_line(
+    small: Path, tmp_path: Path, teacher: str, weights: str, words: str
+) -> None:
+    failed = build("--teacher", teacher, "--teacher-checkpoint", small / weights, "--out", tmp_path / "c")
+    assert failed.exit_code == 2
+    assert words in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: ")
+    assert failed.stdout == ""
+    assert not (tmp_path / "c").exists()
