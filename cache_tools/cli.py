@@ -1,4 +1,7 @@
-"""`cache-tools`: see what caches there are and what is in them. Runs no model; imports neither torch nor zarr."""
+"""`cache-tools`: see what caches there are and what is in them. Runs no model; imports neither torch nor zarr.
+
+Commands that read targets import them when they run.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_tools import describe, registry
+from cache_tools import analysis_cli, describe, registry
 from cache_tools.console import command
 
 app = typer.Typer(
@@ -15,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="See what caches there are and what is in them.",
+    help="See what caches there are, what is in them, and what the teachers said.",
 )
 
 
@@ -44,6 +47,9 @@ def info_command(
         _print_json(details.model_dump(mode="json"))
     else:
         describe.print_details(details)
+
+
+analysis_cli.add_commands(app)
 
 
 def main() -> None:

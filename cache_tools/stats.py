@@ -15,7 +15,7 @@ import polars as pl
 
 from cache_tools import aggregate
 from cache_tools.config import Frozen
-from cache_tools.console import Progress, resolve_device
+from cache_tools.console import Progress, resolve_device, storage_error
 from cache_tools.errors import IncompleteError, RecipeError
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import Fusion, FusionChoice
@@ -176,6 +176,18 @@ def check_temperature(temperature: float) -> None:
         raise RecipeError("bad --temperature", expected="a number above 0", found=temperature)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        StorageError: a file is in the way, or the disk is full or read-only.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
 class Folder:
     """Where `--out` writes: `stats.json`, a parquet file per table, `views/` with the table of each view.
 
@@ -185,7 +197,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        (path / "views").mkdir(parents=True, exist_ok=True)
+        make_folder(path / "views")
         for stale in (path / "views").glob("view-*.parquet"):
             stale.unlink()
 

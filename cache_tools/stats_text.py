@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import polars as pl
@@ -58,7 +58,7 @@ def _tables(stats: TeacherStats) -> Iterable[Table]:
     if len(stats.about.views) > 1:
         yield _by_view(stats)
     yield _reliability(stats)
-    yield _classes(stats)
+    yield from _classes(stats)
     if not stats.disagreement.is_empty():
         yield _disagreement(stats)
     yield _confusions(stats)
@@ -100,7 +100,7 @@ def _overall(stats: TeacherStats) -> Table:
 def _by_view(stats: TeacherStats) -> Table:
     """One row per view and source."""
     at_least = f"≥ {stats.about.confident:g}"
-    figures = {
+    figures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "top1": ("top-1", percent),
         "nll": ("NLL", number),
         "ece": ("ECE", number),
@@ -122,7 +122,7 @@ def _by_view(stats: TeacherStats) -> Table:
 def _reliability(stats: TeacherStats) -> Table:
     """Bins without any prediction are left out; the gap is accuracy minus mean confidence, in points."""
     sources = stats.about.sources
-    table = new_table("confidence", [f"{NAMES[s]} {name}" for s in sources for name in ("share", "top-1", "gap")])
+    table = new_table("bin", [f"{NAMES[s]} {name}" for s in sources for name in ("share %", "top-1 %", "gap")])
     overall = stats.reliability.filter(pl.col("view").is_null())
     total = int(overall.filter(pl.col("source") == "fusion")["n"].sum())
     for rows in overall.partition_by("bin", maintain_order=True):
@@ -132,33 +132,30 @@ def _reliability(stats: TeacherStats) -> Table:
         cells = []
         for row in (by_source[source] for source in sources):
             gap = points(row["accuracy"] - row["confidence"]) if row["n"] else "–"
-            cells += [percent(row["n"] / total), percent(row["accuracy"]), gap]
-        table.add_row(f"{rows['low'][0]:.3f} to {rows['high'][0]:.3f}", *cells)
+            cells += [percent(row["n"] / total, ""), percent(row["accuracy"], ""), gap]
+        table.add_row(f"{rows['low'][0]:.2f}–{rows['high'][0]:.2f}", *cells)
     return table
 
 
-def _classes(stats: TeacherStats) -> Table:
-    """All classes, or those that gain and lose most."""
+def _classes(stats: TeacherStats) -> Iterable[Table]:
+    """All classes, or those with the largest and smallest gains: accuracies, then consistencies."""
     sources = stats.about.sources
     others = [source for source in sources if source != "fusion"]
-    order = "gain_over_teacher" if others else "fusion_accuracy"
-    rows = stats.classes.sort(order, descending=True, nulls_last=True)
-    titles = ["n", *[f"{NAMES[s]} top-1" for s in sources], *[f"gain over {NAMES[s]}" for s in others]]
-    table = new_table("class", [*titles, *[f"{NAMES[s]} consistency" for s in sources]])
+    rows = stats.classes.sort("gain_over_teacher" if others else "fusion_accuracy", descending=True, nulls_last=True)
     half = _MOST_CLASSES // 2
     pieces = [rows] if len(rows) <= _MOST_CLASSES else [rows.head(half), rows.tail(half)]
-    for number_of_piece, piece in enumerate(pieces):
-        if number_of_piece:
-            table.add_row(f"… {len(rows) - 2 * half} more in --json")
+    titles = ["samples", *[f"{NAMES[s]} top-1" for s in sources], *[f"gain over {NAMES[s]}" for s in others]]
+    accuracy = new_table("class", titles)
+    consistency = new_table("class: non-target consistency", [NAMES[s] for s in sources])
+    for place, piece in enumerate(pieces):
+        if place:
+            for table in (accuracy, consistency):
+                table.add_row(f"… {len(rows) - 2 * half} more in --json")
         for row in piece.to_dicts():
-            table.add_row(
-                row["class"],
-                f"{row['n']:,}",
-                *[percent(row[f"{s}_accuracy"]) for s in sources],
-                *[points(row[f"gain_over_{s}"]) for s in others],
-                *[number(row[f"{s}_consistency"], 3) for s in sources],
-            )
-    return table
+            shares = [percent(row[f"{s}_accuracy"]) for s in sources]
+            accuracy.add_row(row["class"], f"{row['n']:,}", *shares, *[points(row[f"gain_over_{s}"]) for s in others])
+            consistency.add_row(row["class"], *[number(row[f"{s}_consistency"], 3) for s in sources])
+    return [accuracy, consistency] if len(stats.about.class_names) > 2 else [accuracy]
 
 
 def _disagreement(stats: TeacherStats) -> Table:
@@ -201,7 +198,10 @@ def _suspicious(stats: TeacherStats) -> Table:
 
 
 def _notes(stats: TeacherStats) -> list[str]:
-    about, notes = stats.about, []
+    about, notes = (
+        stats.about,
+        ["bin: of the confidence; gap: top-1 minus mean confidence, in points; gain: in points of top-1."],
+    )
     if len(about.views) < about.num_views:
         notes.append(f"{len(about.views)} of the cache's {about.num_views} views were looked at.")
     if len(about.views) == 1:
@@ -222,8 +222,9 @@ def new_table(first: str, others: Sequence[str]) -> Table:
     return table
 
 
-def percent(value: Any) -> str:
-    return "–" if value is None else f"{100 * value:.2f} %"
+def percent(value: Any, unit: str = "\u00a0%") -> str:
+    """The space does not break, however narrow the terminal."""
+    return "–" if value is None else f"{100 * value:.2f}{unit}"
 
 
 def points(value: Any) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from typer.testing import CliRunner, Result
 
 from cache_tools import registry
+from cache_tools.cli import app
 
 IMAGES = tiny_images()
 
@@ -122,7 +124,9 @@ def test_a_home_that_is_a_file_is_no_traceback(tmp_path: Path) -> None:
     run(tmp_path / "file", "info", "digits", code=2)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["ls", "--json"], ["info", "digits"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["stats", "--help"], ["tune-fusion", "--help"], ["ls"], ["info", "digits"]]
+)
 def test_looking_imports_nothing_slow(home: Path, arguments: list[str]) -> None:
     environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
     command = [sys.executable, "-X", "importtime", "-m", "cache_tools.cli", *arguments]
@@ -144,3 +148,100 @@ def test_ls_answers_within_a_second(home: Path) -> None:
         after = os.times()
         used.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(used) < 1.0
+
+
+def analyse(home: Path, *arguments: str, code: int = 0) -> Result:
+    """As `run`, in this process: torch is imported once."""
+    result = CliRunner().invoke(app, arguments, env={"TEACHER_CACHE_HOME": str(home)})
+    assert result.exit_code == code, result.stderr
+    assert isinstance(result.exception, SystemExit | None)
+    return result
+
+
+def test_stats_of_a_component_cache_names_all_three(home: Path) -> None:
+    text = analyse(home, "stats", "half", "--confident", "0.6").stdout
+    for words in (
+        "digits/train, cache",
+        "75 samples × view 0, 5 classes",
+        "confident: probability ≥ 0.6",
+        "teacher     CLIP   fusion",
+        "confident (≥ 0.6) and wrong",
+        "different top-1",
+        "1 of the cache's 3 views were looked at.",
+    ):
+        assert words in text
+
+
+def test_stats_of_a_fused_cache_says_that_it_has_the_fusion_only(home: Path) -> None:
+    text = analyse(home, "stats", "digits", "--view", "1").stdout
+    assert "This cache keeps the fusion only (store: fused)" in text
+    assert "CLIP top-1" not in text
+
+
+def test_stats_json_and_folder_agree(home: Path, tmp_path: Path) -> None:
+    printed = json.loads(analyse(home, "stats", "digits", "--json", "--out", str(tmp_path / "a" / "b")).stdout)
+    assert printed == json.loads((tmp_path / "a" / "b" / "stats.json").read_text())
+    assert printed["about"]["views"] == [0, 1, 2]
+    assert {row["view"] for row in printed["summary"]} == {0, 1, 2, None}
+    names = {path.name for path in (tmp_path / "a" / "b").iterdir()}
+    assert {"samples.parquet", "classes.parquet", "summary.parquet", "quadrants.png", "stability.png"} <= names
+
+
+def test_stats_can_fuse_anew(home: Path) -> None:
+    found = json.loads(
+        analyse(home, "stats", "half", "--json", "--teacher-weight", "1", "--clip-scale", "match").stdout
+    )
+    assert found["about"]["teacher_weight"] == 1.0
+    teacher, fusion = (
+        next(row for row in found["summary"] if row["source"] == source) for source in ("teacher", "fusion")
+    )
+    assert fusion["nll"] == pytest.approx(teacher["nll"], rel=1e-5)
+
+
+def test_tune_fusion_prints_options_that_the_other_commands_take(home: Path, tmp_path: Path) -> None:
+    from pipeline.recipe import load_build_recipe
+
+    arguments = (
+        "tune-fusion",
+        "half",
+        "--weights",
+        "0,0.5,1",
+        "--scales",
+        "model,7",
+        "--plot",
+        str(tmp_path / "p.png"),
+    )
+    text = analyse(home, *arguments).stdout
+    line = next(line for line in text.splitlines() if line.strip().startswith("build-cache"))
+    fusion = load_build_recipe("digits", [word for word in line.split() if "=" in word]).fusion
+    found = json.loads(analyse(home, *arguments, "--json").stdout)
+    assert fusion.teacher_weight == found["chosen_weight"]
+    chosen = found["chosen_scale"]
+    assert fusion.clip_scale == (chosen["name"] or chosen["value"])
+    assert found["train_options"] in text
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune-fusion", "digits"], "found fused targets only"),
+        (["stats", "digits", "--clip-scale", "1"], "cannot be fused in another way"),
+        (["stats", "half", "--clip-scale", "big"], "expected model, match or a number above 0; found big"),
+        (["stats", "half", "--teacher-weight", "2"], "teacher_weight"),
+        (["stats", "half", "--view", "first"], "expected the number of a view, or all; found first"),
+        (["stats", "half", "--view", "1"], "view 1 is not completely built"),
+        (["stats", "half", "--view", "3"], "no such view"),
+        (["stats", "half", "--confident", "80"], "bad --confident"),
+        (["stats", "half", "--device", "tpu"], "no such device"),
+        (["tune-fusion", "half", "--weights", "0:2:1"], "teacher weights from 0 to 1"),
+        (["tune-fusion", "half", "--scales", "modle"], "cannot read --scales"),
+        (["tune-fusion", "half", "--holdout", "1"], "bad --holdout"),
+        (["tune-fusion", "half", "--plot", "/dev/null/surface.png"], "cannot write or read"),
+    ],
+)
+def test_bad_analysis_options_are_one_line_and_exit_code_2(home: Path, arguments: list[str], message: str) -> None:
+    result = analyse(home, *arguments, code=2)
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,162 @@
+"""Passes of `tune-fusion` over the views of a cache, one view in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+from cache_tools.config import Frozen
+from cache_tools.console import Progress
+from cache_tools.reader import TeacherCache
+from cache_tools.sample_figures import row_chunks, sample_figures
+from cache_tools.tune_grid import Factors, log_grid, nll_sums
+from cache_tools.view_tables import bin_sums, calibration_error
+
+_OWN_SCALE_POINTS = 41
+_ZOOMS = 2
+PASSES = 2 + _ZOOMS
+
+
+class Setting(Frozen):
+    """One way of making targets, and how good it is on samples that chose nothing.
+
+    Attributes:
+        name: what it is, for people.
+        teacher_weight, clip_scale: None where the setting is not a fusion of the two as `build-cache` makes it.
+        teacher_factor, clip_factor: logits over the temperature are teacher_factor · teacher + clip_factor · cosine.
+        nll_chosen_on: mean negative log-likelihood on the part that chose, nats.
+        nll, nll_error: the same on the held-out part, and its standard error over samples.
+        top1, ece: on the held-out part, in [0, 1]; 15 bins.
+        difference, difference_error: held-out NLL minus that of the cache's own setting, sample by sample.
+    """
+
+    name: str
+    teacher_weight: float | None
+    clip_scale: float | None
+    teacher_factor: float
+    clip_factor: float
+    nll_chosen_on: float
+    nll: float
+    nll_error: float
+    top1: float
+    ece: float
+    difference: float
+    difference_error: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    factors: tuple[float, float]
+    teacher_weight: float | None = None
+    clip_scale: float | None = None
+
+
+class Passes:
+    """Passes over the views, one in memory at a time."""
+
+    def __init__(
+        self, cache: TeacherCache, views: tuple[int, ...], held: npt.NDArray[np.bool_], device: torch.device
+    ) -> None:
+        self._cache, self._views, self._held, self._device = cache, views, held, device
+        self._choosing = torch.from_numpy(np.flatnonzero(~held)).to(device)
+        self._labels = torch.from_numpy(cache.labels).to(device)
+
+    def grid_and_own_scales(
+        self, pairs: Factors, model_scale: float, temperature: float, progress: Progress
+    ) -> tuple[npt.NDArray[np.float64], float, float]:
+        """Mean NLL of every pair, and the factors of the teacher alone and of CLIP alone that have the least NLL.
+
+        The two are found on ever finer grids of ratios: NLL is convex in a factor.
+        """
+        centres, span = [1.0 / temperature, model_scale / temperature], 1000.0
+        grid: npt.NDArray[np.float64] | None = None
+        for zoom in range(1 + _ZOOMS):
+            own = [log_grid(centre / span, centre * span, _OWN_SCALE_POINTS) for centre in centres]
+            alone = [(value, 0.0) for value in own[0]] + [(0.0, value) for value in own[1]]
+            nll = self._mean_nll([*pairs, *alone] if zoom == 0 else alone, progress)
+            if zoom == 0:
+                grid, nll = nll[: len(pairs)], nll[len(pairs) :]
+            least = [int(part.argmin()) for part in np.split(nll, 2)]
+            centres = [values[place] for values, place in zip(own, least, strict=True)]
+            span = own[0][1] / own[0][0]  # the neighbours of the best point enclose the minimum
+        assert grid is not None
+        return grid, centres[0], centres[1]
+
+    def evaluate(self, candidates: Sequence[Candidate], progress: Progress) -> list[Setting]:
+        """Figures of each candidate on both parts; the second one is the cache's own."""
+        count, views = len(candidates), len(self._views)
+        nll = np.zeros((count, self._cache.num_samples))
+        right = np.zeros(count)
+        bins: list[pl.DataFrame] = []
+        for view in self._views:
+            targets = self._cache.load_view(view, self._device)
+            for rows in row_chunks(self._cache.num_samples, self._cache.num_classes):
+                teacher, cosine = targets.teacher_logits(rows).double(), targets.cosine(rows).double()
+                held = self._held[rows]
+                for number, candidate in enumerate(candidates):
+                    a, b = candidate.factors
+                    figures = sample_figures(a * teacher + b * cosine, self._labels[rows])
+                    nll[number, rows] += figures["nll"].cpu().numpy() / views
+                    columns = {name: figures[name].cpu().numpy()[held] for name in ("confidence", "right")}
+                    right[number] += columns["right"].sum()
+                    bins.append(bin_sums(pl.DataFrame(columns).with_columns(pl.lit(number).alias("source"))))
+                progress.advance(rows.stop - rows.start, f"view {view}")
+            joined = pl.concat(bins).group_by("source", "bin").agg(pl.col("n", "confidence", "right").sum())
+            bins = [joined]
+        ece = dict(calibration_error(bins[0], "source").iter_rows())
+        top1 = right / (views * self._held.sum())
+        return [
+            self._setting(candidate, nll[number], nll[1], float(top1[number]), ece[number])
+            for number, candidate in enumerate(candidates)
+        ]
+
+    def _setting(
+        self,
+        candidate: Candidate,
+        nll: npt.NDArray[np.float64],
+        own: npt.NDArray[np.float64],
+        top1: float,
+        ece: float,
+    ) -> Setting:
+        difference = (nll - own)[self._held]
+        return Setting(
+            name=candidate.name,
+            teacher_weight=candidate.teacher_weight,
+            clip_scale=candidate.clip_scale,
+            teacher_factor=candidate.factors[0],
+            clip_factor=candidate.factors[1],
+            nll_chosen_on=float(nll[~self._held].mean()),
+            nll=float(nll[self._held].mean()),
+            nll_error=_standard_error(nll[self._held]),
+            top1=top1,
+            ece=ece,
+            difference=float(difference.mean()),
+            difference_error=_standard_error(difference),
+        )
+
+    def _mean_nll(self, pairs: Factors, progress: Progress) -> npt.NDArray[np.float64]:
+        """Over the samples that choose and over the views."""
+        sums = torch.zeros(len(pairs), dtype=torch.float64, device=self._device)
+        labels = self._labels[self._choosing]
+        for view in self._views:
+            targets = self._cache.load_view(view, self._device)
+            pieces = list(row_chunks(len(labels), self._cache.num_classes))
+            done = 0
+            for number, rows in enumerate(pieces, start=1):
+                index = self._choosing[rows]
+                sums += nll_sums(targets.teacher_logits(index), targets.cosine(index), labels[rows], pairs)
+                advanced = self._cache.num_samples * number // len(pieces)
+                progress.advance(advanced - done, f"view {view}")
+                done = advanced
+        return (sums / (len(labels) * len(self._views))).cpu().numpy()
+
+
+def _standard_error(values: npt.NDArray[np.float64]) -> float:
+    """Of the mean; 0 for a single value, whose error is unknown."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
