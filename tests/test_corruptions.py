@@ -100,3 +100,11 @@ def test_a_truncated_file_is_an_error(tmp_path, size: int):
     (folder / "frost.npy").write_bytes(data[:size])
     with pytest.raises(DataError, match=r"frost\.npy"):
         open_corrupted(folder, LABELS)
+
+
+def test_pixels_are_a_copy_that_may_be_written_to(folder: Path):
+    opened = open_corrupted(folder, LABELS)
+    for rows in (slice(0, 5), slice(0, 10, 3)):
+        pixels = opened.load("fog", 2, rows)
+        pixels[:] = 77
+        assert (opened.load("fog", 2, rows) != 77).all()

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import cache_tools.cli
 import pipeline.cli
+import pipeline.evaluate_cli
 import train.cli
 from cache_tools import TeacherCache
 from cache_tools.images import open_images
@@ -34,7 +35,12 @@ from train.recipe import TrainRecipe, load_train_recipe
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path for folder in (".", "docs", "examples", "benchmarks") for path in (ROOT / folder).glob("*.md"))
 README, TUTORIAL, FORMAT = ROOT / "README.md", ROOT / "docs/tutorial.md", ROOT / "docs/format.md"
-APPS = {"build-cache": pipeline.cli.app, "train-student": train.cli.app, "cache-tools": cache_tools.cli.app}
+APPS = {
+    "build-cache": pipeline.cli.app,
+    "train-student": train.cli.app,
+    "evaluate-student": pipeline.evaluate_cli.app,
+    "cache-tools": cache_tools.cli.app,
+}
 OTHER_COMMANDS = {"venv/bin/pip", "python3", "make", "python"}
 
 Read = Callable[[Path, str, int], np.ndarray]

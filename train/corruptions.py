@@ -66,14 +66,17 @@ class Corrupted:
         return len(self.labels)
 
     def load(self, name: str, severity: int, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
-        """Pixels uint8 [B, 3, H, W] of images `rows` under a corruption of severity 1 … 5, a copy."""
+        """Pixels uint8 [B, 3, H, W] of images `rows` under a corruption of severity 1 … 5.
+
+        A copy whose channels lie last in memory, as they do in the file.
+        """
         pixels = self._files[name]
         chosen = self._rows[rows] + (severity - 1) * (len(pixels) // len(SEVERITIES))
         if len(chosen) and chosen[-1] - chosen[0] + 1 == len(chosen):  # a slice of the map, not a gather
-            pixels = pixels[chosen[0] : chosen[-1] + 1]
+            pixels = np.array(pixels[chosen[0] : chosen[-1] + 1])
         else:
-            pixels = pixels[chosen]
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+            pixels = np.asarray(pixels[chosen])
+        return pixels.transpose(0, 3, 1, 2)
 
     def loader(self, name: str, severity: int) -> Callable[[slice], npt.NDArray[np.uint8]]:
         """`load` for one corruption and severity."""

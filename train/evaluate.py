@@ -198,6 +198,8 @@ def batches(
 ) -> Iterator[tuple[int, Tensor]]:
     """(first row, uint8 pixels [B, 3, H, W] on the device), in order; one batch is loaded ahead.
 
+    Pixels come channels-last, as in training: convolutions are a third to a half faster, on the CPU too.
+
     Args:
         load: rows → uint8 [B, 3, H, W]; called in another thread.
     """
@@ -214,4 +216,4 @@ def batches(
             pixels = upcoming.result()
             if start + batch_size < count:
                 upcoming = pool.submit(fetch, start + batch_size)
-            yield start, pixels.to(device, non_blocking=True)
+            yield start, pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)

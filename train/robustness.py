@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 
 class CorruptionError(Frozen):
-    """One corruption; errors are shares in [0, 1], means over the five severities.
+    """One corruption; errors are shares in [0, 1].
 
     Attributes:
+        by_severity: the student's errors at severities 1 … 5.
+        error, baseline_error: means over the severities.
         ce: Σ_s error / Σ_s baseline error, None without a baseline, or where it makes no error.
         relative_ce: Σ_s (error − clean error) / Σ_s (baseline error − baseline clean error), None where the baseline
             loses nothing.
@@ -34,6 +36,7 @@ class CorruptionError(Frozen):
 
     corruption: str
     kind: str
+    by_severity: tuple[float, ...]
     error: float
     baseline_error: float | None = None
     ce: float | None = None
@@ -113,16 +116,18 @@ def summarise(
         clean_error, baseline_clean_error: of both on the same images without corruption, in [0, 1]; the second is
             needed with a baseline.
     """
-    own = _by_corruption(errors)
+    own = {name: _mean(by_severity) for name, by_severity in _by_corruption(errors).items()}
+    plain = {
+        name: {"corruption": name, "kind": KINDS[name], "by_severity": by_severity, "error": own[name]}
+        for name, by_severity in _by_corruption(errors).items()
+    }
     if baseline is None or baseline_clean_error is None:
-        plain = tuple(CorruptionError(corruption=name, kind=KINDS[name], error=own[name]) for name in CORRUPTIONS)
-        return RobustnessSummary(clean_error=clean_error, mean_error=_mean(own.values()), corruptions=plain)
-    other = _by_corruption(baseline)
+        rows = tuple(CorruptionError(**plain[name]) for name in CORRUPTIONS)
+        return RobustnessSummary(clean_error=clean_error, mean_error=_mean(own.values()), corruptions=rows)
+    other = {name: _mean(by_severity) for name, by_severity in _by_corruption(baseline).items()}
     rows = tuple(
         CorruptionError(
-            corruption=name,
-            kind=KINDS[name],
-            error=own[name],
+            **plain[name],
             baseline_error=other[name],
             ce=_ratio(own[name], other[name]),
             relative_ce=_ratio(own[name] - clean_error, other[name] - baseline_clean_error),
@@ -143,9 +148,10 @@ def summarise(
     )
 
 
-def _by_corruption(errors: pl.DataFrame) -> dict[str, float]:
-    means = errors.group_by("corruption").agg(pl.col("error").mean(), pl.len())
-    found = {name: error for name, error, count in means.rows() if count == len(SEVERITIES)}
+def _by_corruption(errors: pl.DataFrame) -> dict[str, tuple[float, ...]]:
+    """Corruption → errors at severities 1 … 5."""
+    frame = errors.sort("severity").group_by("corruption", maintain_order=True).agg("severity", "error")
+    found = {name: tuple(values) for name, severities, values in frame.rows() if tuple(severities) == SEVERITIES}
     assert set(found) == set(CORRUPTIONS), "a frame of robustness() has every corruption at every severity"
     return found
 

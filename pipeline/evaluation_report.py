@@ -1,0 +1,78 @@
+"""What an evaluation found, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cache_tools.config import Frozen
+from cache_tools.durable import put_durably
+from cache_tools.format import Precision
+from pipeline.agreement import Agreement
+from train.confusion import ClassFigures, ConfusedPair
+from train.evaluate import Evaluation
+from train.robustness import RobustnessSummary
+
+REPORT, CONFUSION, CONFUSION_PICTURE = "evaluation.json", "confusion.parquet", "confusion.png"
+ROBUSTNESS, ROBUSTNESS_PICTURE = "robustness.parquet", "robustness.png"
+
+
+class CheckpointFigures(Frozen):
+    """One set of weights of a run on the test split; `epoch` counts from 1."""
+
+    checkpoint: str
+    epoch: int
+    evaluation: Evaluation
+
+
+class RobustnessReport(Frozen):
+    """`baseline` is the run that mCE is relative to; `source` made the `samples` corrupted images."""
+
+    source: str
+    samples: int
+    baseline: Path | None
+    summary: RobustnessSummary
+
+
+class EvaluationReport(Frozen):
+    """Stored as `evaluation.json`; details (classes, pairs, robustness, shifted, teachers) are of `checkpoint`."""
+
+    run: Path
+    folder: Path
+    name: str
+    student: str
+    loss: str
+    seed: int
+    recipe_digest: str
+    dataset: str
+    split: str
+    checkpoint: str
+    figures: tuple[CheckpointFigures, ...]
+    baseline_figures: CheckpointFigures | None = None
+    classes: tuple[ClassFigures, ...]
+    confused: tuple[ConfusedPair, ...]
+    robustness: RobustnessReport | None = None
+    shifted: Evaluation | None = None
+    shifted_folder: Path | None = None
+    teachers: tuple[Agreement, ...] | None = None
+    precision: Precision
+    device: str
+    command: str
+
+    @property
+    def chosen(self) -> CheckpointFigures:
+        """The figures of the checkpoint that the details are about."""
+        return next(row for row in self.figures if row.checkpoint == self.checkpoint)
+
+    def save(self, files: Mapping[str, bytes]) -> None:
+        """Write the report and its files into `folder`, each atomically, the report last.
+
+        What an earlier evaluation left and this one did not make goes away: the folder is about one evaluation.
+        """
+        (self.folder / REPORT).unlink(missing_ok=True)
+        for name in (CONFUSION, CONFUSION_PICTURE, ROBUSTNESS, ROBUSTNESS_PICTURE):
+            if name in files:
+                put_durably(self.folder / name, files[name])
+            else:
+                (self.folder / name).unlink(missing_ok=True)
+        put_durably(self.folder / REPORT, self.model_dump_json(indent=2).encode())
