@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_tools import analysis_cli, describe, registry
+from cache_tools import analysis_cli, describe, home_cli, integrity_cli, registry
 from cache_tools.console import command
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="See what caches there are, what is in them, and what the teachers said.",
+    help="See what caches there are and what is in them, copy, check and prune them, analyse what the teachers said.",
 )
 
 
@@ -49,6 +49,8 @@ def info_command(
         describe.print_details(details)
 
 
+home_cli.add_commands(app)
+integrity_cli.add_commands(app)
 analysis_cli.add_commands(app)
 
 

@@ -1,0 +1,120 @@
+"""The commands about the home and other places, as a user runs them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from s3_server import new_bucket, s3_server
+
+from cache_tools.registry import SUFFIX
+
+IMAGES = tiny_images()
+MANIFEST = tiny_manifest(IMAGES, name="digits")
+NAME = f"digits-{MANIFEST.fingerprint[:12]}{SUFFIX}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home with one complete cache."""
+    build(tmp_path / "home" / NAME, MANIFEST, IMAGES)
+    return tmp_path / "home"
+
+
+def run(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cache_tools.cli", *arguments]
+    environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_pushed_to_a_bucket_and_pulled_into_another_home(home: Path, server: str, tmp_path: Path) -> None:
+    bucket = f"s3://{new_bucket()}/caches"
+    pushed = json.loads(run(home, "push", "digits", bucket, "--json").stdout)
+    assert pushed["target"] == f"{bucket}/{NAME}"
+    assert pushed["blocks"] == 15
+    assert "0 blocks copied, 15 were there, 0 B moved" in run(home, "push", "digits", bucket).stdout
+    other = tmp_path / "other"
+    run(other, "pull", f"{bucket}/{NAME}")
+    assert run(other, "path", "digits").stdout.strip() == str(other / NAME)
+    assert "sound: 15 of 15 blocks" in run(other, "verify", "digits").stdout
+    assert (
+        run(other, "info", "digits").stdout.split("size:")[1].split()[0]
+        == (run(home, "info", "digits").stdout.split("size:")[1].split()[0])
+    )
+
+
+def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
+    run(home, "copy", str(home / NAME), str(tmp_path / "share"))
+    assert "sound" in run(home, "verify", str(tmp_path / "share" / NAME)).stdout
+    run(home, "copy", "digits", str(tmp_path / "one.zarr"))
+    assert (tmp_path / "one.zarr" / "zarr.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("push", "digits", "nosuch://bucket/x"), "not a URL of an object store"),
+        (("push", "nosuch", "/nowhere"), "no such cache (nosuch)"),
+        (("pull", "/nowhere/at/all"), "no cache here (/nowhere/at/all)"),
+        (("prune", "--older-than", "soon"), "expected a time such as 30d"),
+        (("prune", "--keep-size", "lots"), "expected a size such as 100GB"),
+        (("verify", "nosuch"), "no such cache (nosuch)"),
+        (("rm", "nosuch", "--yes"), "no such cache (nosuch)"),
+    ],
+)
+def test_bad_input_is_one_clear_error(home: Path, arguments: tuple[str, ...], words: str) -> None:
+    error = run(home, *arguments, code=2).stderr
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_nothing_is_removed_without_yes(home: Path) -> None:
+    assert "Nothing was removed: add --yes." in run(home, "rm", "digits").stdout
+    shown = run(home, "prune", "--keep-size", "0B").stdout
+    assert f"would remove {home / NAME}" in shown
+    assert "Add --yes to remove them." in shown
+    assert "No rule given" in run(home, "prune").stdout
+    assert (home / NAME).is_dir()
+    found = json.loads(run(home, "prune", "--keep-size", "0B", "--yes", "--json").stdout)
+    assert found["removed"]
+    assert [each["record"]["name"] for each in found["caches"]] == ["digits"]
+    assert list(home.iterdir()) == []
+
+
+def test_a_damaged_block_is_found_dropped_and_built_again(home: Path) -> None:
+    cache = home / NAME
+    good = shutil.copytree(cache, home.parent / "good")
+    file = cache / "fused_logits" / "c.1.2.0"
+    data = bytearray(file.read_bytes())
+    data[20] ^= 4
+    file.write_bytes(data)
+    found = run(home, "verify", "digits", code=1).stdout
+    assert "view 1, block 2" in found
+    assert "1 problem: 15 of 15 blocks" in found
+    assert json.loads(run(home, "verify", "digits", "--json", code=1).stdout)["sound"] is False
+    assert "would drop 1 blocks" in run(home, "repair", "digits").stdout
+    assert "dropped view 1, block 2" in run(home, "repair", "digits", "--yes").stdout
+    assert "sound: 14 of 15 blocks" in run(home, "verify", "digits").stdout
+    run(home, "copy", str(good), str(cache))
+    assert "sound: 15 of 15 blocks" in run(home, "verify", "digits").stdout
+
+
+def test_a_half_built_cache_is_copied_as_far_as_it_goes(home: Path, tmp_path: Path) -> None:
+    half = tiny_manifest(IMAGES, name="half", dtype="float32")
+    writer = create(home / "half.zarr", half, IMAGES)
+    write(writer, tiny_targets(half), writer.missing_blocks()[:2])
+    assert "13 blocks are not built yet" in run(home, "push", "half", str(tmp_path / "share")).stdout
