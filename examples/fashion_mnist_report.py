@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
+import torch
 import typer
 from fashion_mnist_study import METHODS, PARTS, VIEWS, Run, method_runs, recipe_of
 
@@ -43,7 +44,9 @@ def robustness(
         for run in runs:
             if not (run.folder / ERRORS).exists():
                 model, _ = load_student(run.folder, device)
-                measure(model, copies, _preprocessing(dataset), device).write_parquet(run.folder / ERRORS)
+                model = model.to(memory_format=torch.channels_last)
+                errors = measure(model, copies, _preprocessing(dataset), device, "bfloat16", batch_size=128)
+                errors.write_parquet(run.folder / ERRORS)
             progress.advance(1, run.folder.name)
     rows = [row for run in runs if (row := _robustness_row(run, samples))]
     _print(pl.DataFrame(rows).group_by("variant", maintain_order=True).agg(_means("clean error", "mean error", "mCE")))
