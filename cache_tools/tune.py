@@ -15,7 +15,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device
 from cache_tools.errors import NotFoundError
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import FusionChoice
+from cache_tools.refusion import Fusion, FusionChoice
 from cache_tools.stats import check_temperature, view_numbers
 from cache_tools.tune_grid import factors, log_grid, stratified_holdout
 from cache_tools.tune_passes import PASSES, Candidate, Passes, Setting
@@ -112,17 +112,22 @@ def tune_fusion(
     chosen_views = view_numbers(cache, views)
     held = stratified_holdout(cache.labels, holdout, seed)
     grid = _scales(cache, scales)
+    scaled = [_resolve(cache, scale.name or scale.value) for scale in grid]
     run = Passes(cache, chosen_views, held, resolve_device(device))
-    pairs = [factors(weight, scale.value, temperature) for weight in weights for scale in grid]
+    pairs = [factors(weight, temperature) for weight in weights]
+    own, model = (_resolve(cache, scale) for scale in (None, "model"))
     with Progress("tune-fusion", PASSES * len(chosen_views) * cache.num_samples, "samples") as progress:
-        nll, teacher_own, clip_own = run.grid_and_own_scales(
-            pairs, cache.recipe.clip.logit_scale, temperature, progress
-        )
-        surface = nll.reshape(len(weights), len(grid))
+        surface, teacher_factor, clip_factor = run.grid_and_alone(scaled, pairs, model, progress)
         best = _best(surface, weights, grid)
-        candidates = _candidates(cache, surface, weights, grid, best, temperature, teacher_own, clip_own)
+        candidates = [
+            *_fusions(surface, weights, grid, scaled, best, own, temperature),
+            Candidate("teacher alone", model, factors(1.0, temperature), 1.0),
+            Candidate(f"teacher alone, logits × {teacher_factor * temperature:.3g}", model, (teacher_factor, 0.0)),
+            Candidate("CLIP alone, scale model", model, factors(0.0, temperature), 0.0),
+            Candidate(f"CLIP alone, logits × {clip_factor * temperature:.3g}", model, (0.0, clip_factor)),
+        ]
         settings = run.evaluate(candidates, progress)
-    dataset, own = cache.recipe.dataset, FusionChoice().resolve(cache)
+    dataset = cache.recipe.dataset
     return TuneResult(
         path=str(cache.path),
         name=cache.manifest.name,
@@ -144,46 +149,33 @@ def tune_fusion(
     )
 
 
-def _candidates(
-    cache: TeacherCache,
+def _fusions(
     surface: npt.NDArray[np.float64],
     weights: Sequence[float],
     scales: Sequence[Scale],
+    scaled: Sequence[Fusion],
     best: tuple[int, int],
+    own: Fusion,
     temperature: float,
-    teacher_own: float,
-    clip_own: float,
 ) -> list[Candidate]:
-    """The choice, the cache's own setting, each named scale at its best weight, and each half alone."""
-    own, model = FusionChoice().resolve(cache), cache.recipe.clip.logit_scale
+    """The choice, the cache's own setting, and each known scale at its best weight."""
 
-    def fused(name: str, weight: float, scale: float) -> Candidate:
-        return Candidate(name, factors(weight, scale, temperature), weight, scale)
+    def fused(name: str, how: Fusion, weight: float) -> Candidate:
+        return Candidate(name, how, factors(weight, temperature), weight)
 
-    found = [
-        fused("chosen", weights[best[0]], scales[best[1]].value),
-        fused("as the cache was built", own.teacher_weight, own.clip_scale),
+    known = [
+        fused(f"scale {name}, best weight", scaled[column], weights[int(surface[:, column].argmin())])
+        for column, scale in enumerate(scales)
+        if (name := scale.name or ("official" if scale.value == OFFICIAL_SCALE else None))
     ]
-    for column, scale in enumerate(scales):
-        title = scale.name or ("official" if scale.value == OFFICIAL_SCALE else None)
-        if title is not None:
-            found.append(fused(f"scale {title}, best weight", weights[int(surface[:, column].argmin())], scale.value))
-    return [
-        *found,
-        Candidate("teacher alone", (1.0 / temperature, 0.0), teacher_weight=1.0),
-        Candidate(f"teacher alone, logits × {teacher_own * temperature:.3g}", (teacher_own, 0.0)),
-        fused("CLIP alone, scale model", 0.0, model),
-        fused("CLIP alone, its best scale", 0.0, clip_own * temperature),
-    ]
+    chosen = fused("chosen", scaled[best[1]], weights[best[0]])
+    return [chosen, fused("as the cache was built", own, own.teacher_weight), *known]
 
 
 def _scales(cache: TeacherCache, asked: tuple[Sequence[str], Sequence[float]] | None) -> list[Scale]:
     """Ascending, each value once; a name wins over a number."""
     names = ("model", "match") if asked is None else asked[0]
-    named = [
-        Scale(value=FusionChoice.model_validate({"clip_scale": name}).resolve(cache).clip_scale, name=name)
-        for name in names
-    ]
+    named = [Scale(value=_resolve(cache, name).clip_scale, name=name) for name in names]
     if asked is None:
         known = [OFFICIAL_SCALE, *[scale.value for scale in named]]
         numbers = [OFFICIAL_SCALE, *log_grid(min(known) / 3, max(known) * 3, 25)]
@@ -192,6 +184,11 @@ def _scales(cache: TeacherCache, asked: tuple[Sequence[str], Sequence[float]] | 
     taken = {scale.value for scale in named}
     plain = [Scale(value=value) for value in sorted(set(numbers)) if value not in taken]
     return sorted([*named, *plain], key=lambda scale: scale.value)
+
+
+def _resolve(cache: TeacherCache, scale: str | float | None) -> Fusion:
+    """The cache's fusion with another CLIP scale; None leaves its own."""
+    return FusionChoice.model_validate({"clip_scale": scale}).resolve(cache)
 
 
 def _best(surface: npt.NDArray[np.float64], weights: Sequence[float], scales: Sequence[Scale]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Fusions of one cache as pairs of factors, and their likelihood: many at once, without a [fusions, N, C] array.
 
-At temperature T, a fusion's logits are a · teacher + b · cosine with a = α/T and b = (1 − α) · scale / T; b = 0 is the
-teacher alone, a = 0 is CLIP alone. The negative log-likelihood of the labels is convex in (a, b).
+At temperature T, a fusion's logits are a · teacher + b · CLIP with a = α/T and b = (1 − α)/T, where CLIP's logits are
+scaled already; b = 0 is the teacher alone, a = 0 CLIP alone. The labels' negative log-likelihood is convex in (a, b).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _ROW_NUMBERS = {"cpu": 1 << 13, "cuda": 1 << 20}
 Factors = Sequence[tuple[float, float]]
 
 
-def factors(teacher_weight: float, clip_scale: float, temperature: float) -> tuple[float, float]:
+def factors(teacher_weight: float, temperature: float) -> tuple[float, float]:
     """(a, b) of a fusion."""
-    return teacher_weight / temperature, (1.0 - teacher_weight) * clip_scale / temperature
+    return teacher_weight / temperature, (1.0 - teacher_weight) / temperature
 
 
-def nll_sums(teacher_NC: torch.Tensor, cosine_NC: torch.Tensor, labels_N: torch.Tensor, pairs: Factors) -> torch.Tensor:
-    """Σ_n −ln softmax(a · teacher + b · cosine)_{n, label} for every (a, b): [pairs] float64.
+def nll_sums(teacher_NC: torch.Tensor, clip_NC: torch.Tensor, labels_N: torch.Tensor, pairs: Factors) -> torch.Tensor:
+    """Σ_n −ln softmax(a · teacher + b · CLIP)_{n, label} for every (a, b): [pairs] float64.
 
     Args:
-        teacher_NC, cosine_NC: float32.
+        teacher_NC, clip_NC: logits, float32.
         labels_N: int64.
     """
     num_samples, num_classes = teacher_NC.shape
@@ -40,7 +40,7 @@ def nll_sums(teacher_NC: torch.Tensor, cosine_NC: torch.Tensor, labels_N: torch.
     sums = torch.zeros(len(grid), dtype=torch.float64, device=device)
     for rows in row_chunks(num_samples, num_classes, _ROW_NUMBERS[device.type]):
         # With the label's logit at 0 the likelihood is a logsumexp alone, and large logits cancel exactly.
-        both = torch.stack([_from_label(part[rows], labels_N[rows]).flatten() for part in (teacher_NC, cosine_NC)])
+        both = torch.stack([_from_label(part[rows], labels_N[rows]).flatten() for part in (teacher_NC, clip_NC)])
         step = max(1, _NUMBERS[device.type] // both.shape[1])
         for start in range(0, len(grid), step):
             some = slice(start, start + step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,13 @@ import torch
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.reader import TeacherCache
+from cache_tools.refusion import Fusion
 from cache_tools.sample_figures import row_chunks, sample_figures
+from cache_tools.targets import Index, ViewTargets
 from cache_tools.tune_grid import Factors, log_grid, nll_sums
 from cache_tools.view_tables import bin_sums, calibration_error
 
-_OWN_SCALE_POINTS = 41
+_ALONE_POINTS = 41
 _ZOOMS = 2
 PASSES = 2 + _ZOOMS
 
@@ -27,8 +29,9 @@ class Setting(Frozen):
 
     Attributes:
         name: what it is, for people.
-        teacher_weight, clip_scale: None where the setting is not a fusion of the two as `build-cache` makes it.
-        teacher_factor, clip_factor: logits over the temperature are teacher_factor · teacher + clip_factor · cosine.
+        teacher_weight: None where the logits of one alone are stretched.
+        clip_scale: what CLIP's cosines are multiplied with; None for the teacher alone.
+        teacher_factor, clip_factor: the softmax is over teacher_factor · teacher + clip_factor · clip_scale · cosine.
         nll_chosen_on: mean negative log-likelihood on the part that chose, nats.
         nll, nll_error: the same on the held-out part, and its standard error over samples.
         top1, ece: on the held-out part, in [0, 1]; 15 bins.
@@ -51,10 +54,12 @@ class Setting(Frozen):
 
 @dataclass(frozen=True)
 class Candidate:
+    """A setting to judge; `how` scales CLIP."""
+
     name: str
+    how: Fusion
     factors: tuple[float, float]
     teacher_weight: float | None = None
-    clip_scale: float | None = None
 
 
 class Passes:
@@ -67,26 +72,24 @@ class Passes:
         self._choosing = torch.from_numpy(np.flatnonzero(~held)).to(device)
         self._labels = torch.from_numpy(cache.labels).to(device)
 
-    def grid_and_own_scales(
-        self, pairs: Factors, model_scale: float, temperature: float, progress: Progress
+    def grid_and_alone(
+        self, scaled: Sequence[Fusion], pairs: Factors, model: Fusion, progress: Progress
     ) -> tuple[npt.NDArray[np.float64], float, float]:
-        """Mean NLL of every pair, and the factors of the teacher alone and of CLIP alone that have the least NLL.
+        """Mean NLL [pairs, scaled], and the factors of teacher alone and CLIP alone (as `model`) with the least NLL.
 
-        The two are found on ever finer grids of ratios: NLL is convex in a factor.
+        The two are found on ever finer grids of ratios around 1: NLL is convex in a factor.
         """
-        centres, span = [1.0 / temperature, model_scale / temperature], 1000.0
-        grid: npt.NDArray[np.float64] | None = None
+        centres, span, surface = [1.0, 1.0], 1000.0, np.empty((len(pairs), len(scaled)))
         for zoom in range(1 + _ZOOMS):
-            own = [log_grid(centre / span, centre * span, _OWN_SCALE_POINTS) for centre in centres]
-            alone = [(value, 0.0) for value in own[0]] + [(0.0, value) for value in own[1]]
-            nll = self._mean_nll([*pairs, *alone] if zoom == 0 else alone, progress)
+            grids = [log_grid(centre / span, centre * span, _ALONE_POINTS) for centre in centres]
+            alone = [(value, 0.0) for value in grids[0]] + [(0.0, value) for value in grids[1]]
+            jobs = [(how, pairs) for how in scaled] if zoom == 0 else []
+            *columns, last = self._mean_nll([*jobs, (model, alone)], progress)
             if zoom == 0:
-                grid, nll = nll[: len(pairs)], nll[len(pairs) :]
-            least = [int(part.argmin()) for part in np.split(nll, 2)]
-            centres = [values[place] for values, place in zip(own, least, strict=True)]
-            span = own[0][1] / own[0][0]  # the neighbours of the best point enclose the minimum
-        assert grid is not None
-        return grid, centres[0], centres[1]
+                surface = np.stack(columns, axis=1)
+            centres = [grid[int(nll.argmin())] for grid, nll in zip(grids, np.split(last, 2), strict=True)]
+            span = grids[0][1] / grids[0][0]  # the neighbours of the best point enclose the minimum
+        return surface, centres[0], centres[1]
 
     def evaluate(self, candidates: Sequence[Candidate], progress: Progress) -> list[Setting]:
         """Figures of each candidate on both parts; the second one is the cache's own."""
@@ -95,13 +98,13 @@ class Passes:
         right = np.zeros(count)
         bins: list[pl.DataFrame] = []
         for view in self._views:
-            targets = self._cache.load_view(view, self._device)
+            targets = self._load(view)
             for rows in row_chunks(self._cache.num_samples, self._cache.num_classes):
-                teacher, cosine = targets.teacher_logits(rows).double(), targets.cosine(rows).double()
-                held = self._held[rows]
-                for number, candidate in enumerate(candidates):
+                teacher, held = targets.teacher_logits(rows).double(), self._held[rows]
+                scaled = _clip_logits(targets, rows, [candidate.how for candidate in candidates])
+                for (number, candidate), clip in zip(enumerate(candidates), scaled, strict=True):
                     a, b = candidate.factors
-                    figures = sample_figures(a * teacher + b * cosine, self._labels[rows])
+                    figures = sample_figures(a * teacher + b * clip.double(), self._labels[rows])
                     nll[number, rows] += figures["nll"].cpu().numpy() / views
                     columns = {name: figures[name].cpu().numpy()[held] for name in ("confidence", "right")}
                     right[number] += columns["right"].sum()
@@ -128,7 +131,7 @@ class Passes:
         return Setting(
             name=candidate.name,
             teacher_weight=candidate.teacher_weight,
-            clip_scale=candidate.clip_scale,
+            clip_scale=candidate.how.clip_scale if candidate.factors[1] else None,
             teacher_factor=candidate.factors[0],
             clip_factor=candidate.factors[1],
             nll_chosen_on=float(nll[~self._held].mean()),
@@ -140,21 +143,32 @@ class Passes:
             difference_error=_standard_error(difference),
         )
 
-    def _mean_nll(self, pairs: Factors, progress: Progress) -> npt.NDArray[np.float64]:
-        """Over the samples that choose and over the views."""
-        sums = torch.zeros(len(pairs), dtype=torch.float64, device=self._device)
+    def _mean_nll(self, jobs: Sequence[tuple[Fusion, Factors]], progress: Progress) -> list[npt.NDArray[np.float64]]:
+        """Of the pairs of each job, over the samples that choose and over the views."""
+        sums = [torch.zeros(len(pairs), dtype=torch.float64, device=self._device) for _, pairs in jobs]
         labels = self._labels[self._choosing]
         for view in self._views:
-            targets = self._cache.load_view(view, self._device)
+            targets, done = self._load(view), 0
             pieces = list(row_chunks(len(labels), self._cache.num_classes))
-            done = 0
             for number, rows in enumerate(pieces, start=1):
                 index = self._choosing[rows]
-                sums += nll_sums(targets.teacher_logits(index), targets.cosine(index), labels[rows], pairs)
+                teacher, scaled = targets.teacher_logits(index), _clip_logits(targets, index, [how for how, _ in jobs])
+                for total, clip, (_, pairs) in zip(sums, scaled, jobs, strict=True):
+                    total += nll_sums(teacher, clip, labels[rows], pairs)
                 advanced = self._cache.num_samples * number // len(pieces)
                 progress.advance(advanced - done, f"view {view}")
                 done = advanced
-        return (sums / (len(labels) * len(self._views))).cpu().numpy()
+        return [(total / (len(labels) * len(self._views))).cpu().numpy() for total in sums]
+
+    def _load(self, view: int) -> ViewTargets:
+        return self._cache.load_view(view, self._device, logits=False, features=False)
+
+
+def _clip_logits(targets: ViewTargets, index: Index, scaled: Sequence[Fusion]) -> Iterator[torch.Tensor]:
+    """CLIP's logits [B, C] at each scale, one after the other; the cosines are computed once."""
+    cosine = targets.cosine(index)
+    for how in scaled:
+        yield how.clip_scale * cosine
 
 
 def _standard_error(values: npt.NDArray[np.float64]) -> float:

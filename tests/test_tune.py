@@ -59,6 +59,11 @@ def by_name(result: TuneResult) -> dict[str, Setting]:
     return {setting.name: setting for setting in result.settings}
 
 
+def stretched(result: TuneResult, name: str) -> Setting:
+    (setting,) = [setting for setting in result.settings if setting.name.startswith(f"{name} alone, logits ×")]
+    return setting
+
+
 def test_surface_is_the_likelihood_of_the_part_that_chooses(
     cache: TeacherCache, result: TuneResult, halves: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
@@ -92,7 +97,8 @@ def test_settings_are_judged_on_held_out_samples(
 
     own = nll_by_sample([0.7 * teacher + 0.3 * 100 * cosine for teacher, cosine in halves])
     for setting in result.settings:
-        logits = [setting.teacher_factor * teacher + setting.clip_factor * cosine for teacher, cosine in halves]
+        clip_factor = setting.clip_factor * (setting.clip_scale or 0.0)
+        logits = [setting.teacher_factor * teacher + clip_factor * cosine for teacher, cosine in halves]
         rows = [row for view in logits for row in view[held]]
         expected = reference_summary(rows, list(cache.labels[held]) * len(halves))
         found = {name: getattr(setting, name) for name in ("nll", "top1", "ece")}
@@ -109,8 +115,9 @@ def test_settings_are_judged_on_held_out_samples(
 def test_settings_are_what_they_are_called(cache: TeacherCache, result: TuneResult) -> None:
     settings = by_name(result)
     assert next(iter(settings)) == "chosen"
-    chosen = factors(result.chosen_weight, result.chosen_scale.value, 1.0)
-    assert (settings["chosen"].teacher_factor, settings["chosen"].clip_factor) == pytest.approx(chosen)
+    chosen = settings["chosen"]
+    assert (chosen.teacher_factor, chosen.clip_factor) == factors(result.chosen_weight, 1.0)
+    assert chosen.clip_scale == result.chosen_scale.value
     assert settings["chosen"].nll_chosen_on == pytest.approx(np.min(result.nll), rel=1e-5)
     own = settings["as the cache was built"]
     assert (own.teacher_weight, own.clip_scale, own.difference) == (0.7, 100.0, 0.0)
@@ -121,7 +128,8 @@ def test_settings_are_what_they_are_called(cache: TeacherCache, result: TuneResu
         assert (setting.teacher_weight, setting.clip_scale) == (WEIGHTS[best], scale)
     assert settings["teacher alone"].teacher_factor == 1.0
     assert settings["teacher alone"].clip_factor == settings["CLIP alone, scale model"].teacher_factor == 0.0
-    assert settings["CLIP alone, scale model"].clip_factor == 100.0
+    clip = settings["CLIP alone, scale model"]
+    assert (clip.clip_factor, clip.clip_scale) == (1.0, 100.0)
 
 
 def test_each_half_alone_gets_the_scale_of_least_likelihood(
@@ -130,10 +138,11 @@ def test_each_half_alone_gets_the_scale_of_least_likelihood(
     """The derivative of the NLL by the factor, E[Σ p z − z_y], is 0 there."""
     chooses = ~stratified_holdout(cache.labels, HOLDOUT, SEED)
     labels = torch.from_numpy(cache.labels[chooses])
-    (teacher,) = [s for s in result.settings if s.name.startswith("teacher alone, logits ×")]
-    clip = by_name(result)["CLIP alone, its best scale"]
+    teacher, clip = (stretched(result, name) for name in ("teacher", "CLIP"))
     assert f"× {teacher.teacher_factor:.3g}" in teacher.name
-    for half, factor in ((0, teacher.teacher_factor), (1, clip.clip_factor)):
+    assert f"× {clip.clip_factor:.3g}" in clip.name
+    assert clip.clip_scale == 100.0
+    for half, factor in ((0, teacher.teacher_factor), (1, 100 * clip.clip_factor)):
         z = torch.from_numpy(np.concatenate([view[half][chooses] for view in halves]))
         y = labels.repeat(len(halves))[:, None]
 
@@ -152,10 +161,11 @@ def test_temperature_divides_both_halves(
     expected = np.mean([reference_nll(view, cache.labels[chooses]) for view in fused])
     assert cool.nll == ((pytest.approx(expected, rel=1e-5),),)
     assert by_name(cool)["as the cache was built"].teacher_factor == pytest.approx(0.35)
-    # CLIP alone takes the scale that undoes the temperature.
-    warm_clip, cool_clip = (by_name(found)["CLIP alone, its best scale"] for found in (result, cool))
-    assert cool_clip.clip_factor == pytest.approx(warm_clip.clip_factor, rel=2e-3)
-    assert cool_clip.clip_scale == pytest.approx(2 * warm_clip.clip_scale, rel=2e-3)
+    # What stretches the logits undoes the temperature.
+    for name in ("teacher", "CLIP"):
+        cold, warm = (stretched(found, name) for found in (cool, result))
+        assert cold.teacher_factor + cold.clip_factor == pytest.approx(warm.teacher_factor + warm.clip_factor, rel=2e-3)
+        assert cold.nll == pytest.approx(warm.nll, rel=1e-3)
 
 
 def planted(path: Path, weight: float, scale: float, *, count: int = 3000) -> TeacherCache:
