@@ -66,8 +66,8 @@ def evaluate_student(
     # torch takes seconds to import: --help does not wait for it.
     import os
 
-    from pipeline.evaluate import EvaluateOptions
     from pipeline.evaluate import evaluate_student as evaluate
+    from pipeline.evaluation_report import EvaluateOptions
 
     keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

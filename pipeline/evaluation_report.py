@@ -1,9 +1,12 @@
-"""What an evaluation found, and its files."""
+"""What an evaluation is asked for, what it found, and its files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt
 
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
@@ -15,6 +18,38 @@ from train.robustness import RobustnessSummary
 
 REPORT, CONFUSION, CONFUSION_PICTURE = "evaluation.json", "confusion.parquet", "confusion.png"
 ROBUSTNESS, ROBUSTNESS_PICTURE = "robustness.parquet", "robustness.png"
+
+
+class EvaluateOptions(Frozen):
+    """What to evaluate of a run, and how.
+
+    Attributes:
+        checkpoint: `last`, `best` or `ema`: whose details are reported. None for `last`, or the file that was given.
+        split: instead of the run's test split.
+        robustness: on corrupted copies, made and kept if there are none; `corruptions` is a folder in the layout of
+            CIFAR-10-C instead, `robustness_samples` a limit on test images.
+        baseline: the run that mCE is relative to; None for the run's own twin on labels alone.
+        shifted: a folder of other pictures of the same classes.
+        teachers: compare with the cache's teachers.
+        precision: of the student's forward passes.
+        workers: processes that make corrupted copies.
+    """
+
+    checkpoint: Literal["last", "best", "ema"] | None = None
+    split: str | None = None
+    robustness: bool = False
+    robustness_samples: PositiveInt | None = None
+    corruptions: Path | None = None
+    baseline: Path | None = None
+    shifted: Path | None = None
+    teachers: bool = False
+    data_dir: Path | None = None
+    download: bool = False
+    device: str = "auto"
+    precision: Precision = "float32"
+    batch_size: PositiveInt = 512
+    workers: PositiveInt = 1
+    out: Path | None = None
 
 
 class CheckpointFigures(Frozen):
