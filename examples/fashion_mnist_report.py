@@ -163,7 +163,7 @@ def _plot_views(table: pl.DataFrame, path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("cached views")
     axes.set_ylabel("test top-1, %")
-    axes.set_title("Fashion-MNIST, 300 images, RichKD-L, resnet8, 270 epochs")
+    axes.set_title("Fashion-MNIST, 300 images, RichKD-L, resnet8, 135 epochs")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path)
