@@ -124,7 +124,7 @@ def _predict(
 def _clean_error(logits: Tensor, corrupted: Corrupted) -> float:
     """On the same images as they are without corruption."""
     index, labels = (torch.from_numpy(array).to(logits.device) for array in (corrupted.index, corrupted.labels))
-    return 1.0 - float((logits[index].argmax(1) == labels).double().mean())
+    return int((logits[index].argmax(1) != labels).sum()) / len(index)
 
 
 def _picture(
