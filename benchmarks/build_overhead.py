@@ -34,8 +34,8 @@ from side_by_side import (
 )
 from students import build_recipe
 
+from cache_tools.arrays import default_block_rows
 from cache_tools.console import command
-from cache_tools.format import default_block_rows
 from cache_tools.images import ImageSet, open_images
 from pipeline.build import build_cache, resolve
 from pipeline.recipe import BuildRecipe
@@ -74,8 +74,8 @@ def main(
         )
     settings = {
         "dataset": dataset,
-        "teacher": recipe.teacher.name,
-        "clip": recipe.clip.name,
+        "teacher": " + ".join(spec.name for spec in recipe.teachers),
+        "clip": " + ".join(spec.name for spec in recipe.clips),
         "n": len(images) * views,
         "batch_size": batch_size,
         "views": views,
@@ -130,9 +130,7 @@ def _bare(recipe: BuildRecipe, images: ImageSet, batches: list[torch.Tensor], de
 
 
 def _load(recipe: BuildRecipe, images: ImageSet, device: torch.device) -> TeacherPair:
-    return load_pair(
-        recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, device, recipe.precision, clip_scale=1.0
-    )
+    return load_pair(recipe.teachers, recipe.clips, recipe.fusion, images, recipe.dataset, device, recipe.precision)
 
 
 if __name__ == "__main__":

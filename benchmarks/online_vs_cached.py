@@ -32,7 +32,7 @@ from side_by_side import (
     ratios,
     report,
 )
-from students import Epochs, build, cached_clip_scale, new_student, opened, train_recipe
+from students import Epochs, build, cached_fusion, new_student, opened, train_recipe
 
 from cache_tools.console import command
 from cache_tools.preprocess import prepare
@@ -91,8 +91,8 @@ def main(
         cached.close()
     settings = {
         "dataset": dataset,
-        "teacher": built.teacher.name,
-        "clip": built.clip.name,
+        "teacher": " + ".join(spec.name for spec in built.teachers),
+        "clip": " + ".join(spec.name for spec in built.clips),
         "student": student,
         "n": cached.feed.samples_per_epoch,
         "batch_size": batch_size,
@@ -136,14 +136,14 @@ def _forward(pair: TeacherPair, batches: list[Batch]) -> None:
 
 def _pair(built: BuildRecipe, data: TrainingData, device: torch.device) -> TeacherPair:
     return load_pair(
-        built.teacher,
-        built.clip,
+        built.teachers,
+        built.clips,
         built.fusion,
         data.images,
         data.dataset,
         device,
         built.precision,
-        clip_scale=cached_clip_scale(data),
+        how=cached_fusion(data),
     )
 
 

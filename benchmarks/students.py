@@ -10,6 +10,7 @@ import torch
 from side_by_side import Cost, cost
 
 from cache_tools.reader import TeacherCache
+from cache_tools.refusion import Fusion
 from pipeline.build import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from train.data import TrainingData, open_data
@@ -80,7 +81,7 @@ def new_student(data: TrainingData, recipe: TrainRecipe) -> Any:
     return create_student(recipe.student, len(data.images.class_names))
 
 
-def cached_clip_scale(data: TrainingData) -> float:
-    """What the cosines were multiplied with when the cache was built, so that live targets are the cached ones."""
+def cached_fusion(data: TrainingData) -> Fusion:
+    """How teachers and CLIPs were fused when the cache was built, so that live targets are the cached ones."""
     assert isinstance(data.cache, TeacherCache)
-    return data.cache.manifest.clip_scale
+    return Fusion.stored(data.cache.manifest)

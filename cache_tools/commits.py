@@ -2,7 +2,7 @@
 
 `commits` is uint64 [V, blocks, 1 + number of target arrays], one chunk, hence one atomically replaced file, per block.
 Column 0 is the digest of the block's view parameters, the others are digests of its rows in the order of
-`format.target_arrays`. Zero, the fill value, stands for "not committed", so no digest is ever zero.
+`arrays.target_arrays`. Zero, the fill value, stands for "not committed", so no digest is ever zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.format import CacheRecipe, Manifest, target_arrays
+from cache_tools.arrays import target_arrays
+from cache_tools.format import CacheRecipe, Manifest
 
 COMMITS = "commits"
 PARAMETERS = "view_parameters"

@@ -22,6 +22,15 @@ class Frozen(BaseModel):
 
 Recipe = TypeVar("Recipe", bound=Frozen)
 
+# Tags of a union of one value and a list of them: pydantic reports them as a part of the key, and no user wrote them.
+ONE, SEVERAL = "(one)", "(several)"
+UNION_TAGS = (ONE, SEVERAL)
+
+
+def one_or_several(value: Any) -> str:
+    """The tag of a value for such a union."""
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
 
 def load_recipe(
     model: type[Recipe],
@@ -85,7 +94,7 @@ def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
             node = node[int(name)]
             continue
         if not isinstance(node, dict):
-            raise RecipeError("cannot set a key below a plain value", where=key, found=repr(node))
+            raise _not_below(node, key, name)
         if node.get(name) is None:
             node[name] = {}
         node = node[name]
@@ -94,7 +103,18 @@ def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError("cannot set a key below a plain value", where=key, found=repr(node))
+        raise _not_below(node, key, last)
+
+
+def _not_below(node: Any, key: str, name: str) -> RecipeError:
+    if not isinstance(node, list):
+        return RecipeError("cannot set a key below a plain value", where=key, found=_abridged(node))
+    return RecipeError(
+        "cannot set a key of a whole list",
+        where=key,
+        expected=f"the number of an entry, 0 to {len(node) - 1}, where '{name}' is",
+        next_step=f"name the entry, as in --set {key.replace(f'.{name}', f'.0.{name}', 1)}=…",
+    )
 
 
 def _read(source: str, builtin: Traversable) -> dict[str, Any]:
@@ -130,7 +150,7 @@ def _read(source: str, builtin: Traversable) -> dict[str, Any]:
 
 def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) -> RecipeError:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "(the whole recipe)"
+    key = ".".join(str(part) for part in first["loc"] if part not in UNION_TAGS) or "(the whole recipe)"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         siblings = _known_keys(model, first["loc"][:-1])

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from cache_tools import commits, registry
+from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.config import Frozen
-from cache_tools.format import Manifest, constant_shapes, target_arrays
+from cache_tools.format import ClipIdentity, Manifest, TeacherIdentity
 from cache_tools.registry import CacheRecord
 from cache_tools.store import read_manifest
 
@@ -78,7 +79,7 @@ def print_table(records: list[CacheRecord]) -> None:
 def print_details(details: CacheDetails) -> None:
     """A page of `key: value` lines."""
     manifest, recipe, record = details.manifest, details.manifest.recipe, details.record
-    dataset, teacher, clip = recipe.dataset, recipe.teacher, recipe.clip
+    dataset = recipe.dataset
     height, width = dataset.image_size
     _line("cache", str(record.path))
     _line("name", manifest.name)
@@ -90,12 +91,14 @@ def print_details(details: CacheDetails) -> None:
     state = "complete" if record.complete else "half-built: run the same build-cache command to go on"
     _line("views", f"{record.views_done} of {record.views_total} done, {state}")
     _line("view recipe", f"version {recipe.views.version}, base seed {recipe.views.base_seed}, {_ops(recipe.views)}")
-    _line("teacher", f"{teacher.architecture}, weights {teacher.weights_digest[:12]}, {_preprocessing(teacher)}")
-    _line("CLIP", f"{clip.architecture}, weights {clip.weights_digest[:12]}, {_preprocessing(clip)}")
-    _line("prompts", f"{len(clip.templates)} templates, the first: {clip.templates[0]}")
-    fusion = recipe.fusion
+    for number, teacher in enumerate(recipe.teachers):
+        _line(_numbered("teacher", number), _network(teacher, len(recipe.teachers)))
+    for number, clip in enumerate(recipe.clips):
+        _line(_numbered("CLIP", number), _network(clip, len(recipe.clips)))
+        _line(_numbered("prompts", number), f"{len(clip.templates)} templates, the first: {clip.templates[0]}")
+    fusion, scales = recipe.fusion, ", ".join(f"{scale:g}" for scale in manifest.clip_scales)
     _line("fusion", f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}, "
-          f"CLIP scale {manifest.clip_scale:g} ({fusion.clip_scale})")  # fmt: skip
+          f"CLIP scale {scales} ({fusion.clip_scale}), prompt ensemble {fusion.prompt_ensemble}")  # fmt: skip
     _line("stored", f"{recipe.store}, {recipe.dtype}, teachers ran in {recipe.precision}")
     _line("blocks", f"{manifest.num_blocks} per view, {manifest.block_rows:,} rows each")
     _line("size", f"{human_bytes(record.size_bytes)} on disk")
@@ -144,7 +147,16 @@ def _ops(views: Any) -> str:
     return f"{ops}, view 0 clean" if views.clean_first else ops
 
 
-def _preprocessing(network: Any) -> str:
+def _numbered(key: str, number: int) -> str:
+    return key if number == 0 else f"{key} {number + 1}"
+
+
+def _network(network: TeacherIdentity | ClipIdentity, of: int) -> str:
+    share = f"share {network.weight:g}, " if of > 1 else ""
+    return f"{network.architecture}, {share}weights {network.weights_digest[:12]}, {_preprocessing(network)}"
+
+
+def _preprocessing(network: TeacherIdentity | ClipIdentity) -> str:
     size = network.preprocessing.size
     return f"{network.feature_dim} features, " + (f"input {size[0]}×{size[1]}" if size else "input as the canvas is")
 

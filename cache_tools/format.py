@@ -1,15 +1,16 @@
-"""What a cache is: the recipe that determines its values, its fingerprint, its manifest and its arrays.
+"""What a cache is: the recipe that determines its values, its fingerprint and its manifest.
 
-`docs/format.md` says the same in prose, enough to write another reader. Nothing here needs torch.
+`docs/format.md` says the same in prose, enough to write another reader; `arrays.py` says which arrays there are.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError
@@ -19,13 +20,12 @@ from cache_tools.views import ViewRecipe
 FORMAT_VERSION = 1
 MANIFEST_KEY = "teacher_cache"
 DTYPES = {"float16": 2, "float32": 4}
-CHUNK_BYTES = 8 << 20
-MAX_BLOCK_ROWS = 16_384
-MIN_BLOCK_ROWS = 64
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Store = Literal["fused", "components"]
 FloatType = Literal["float16", "float32"]
 Precision = Literal["float32", "bfloat16", "float16"]
+PromptEnsemble = Literal["embedding", "logits", "probabilities"]
 
 
 class DatasetIdentity(Frozen):
@@ -52,17 +52,24 @@ class Preprocessing(Frozen):
 
 
 class TeacherIdentity(Frozen):
-    """The conventional teacher. With `linear_head` logits are features · weightᵀ + bias, both stored."""
+    """A conventional teacher. With `linear_head` logits are features · weightᵀ + bias, both stored.
+
+    `weight` is its share of the teachers' logits and features; the shares of all teachers sum to 1.
+    """
 
     architecture: str
     weights_digest: str
     feature_dim: PositiveInt
     linear_head: bool
     preprocessing: Preprocessing
+    weight: Share = 1.0
 
 
 class ClipIdentity(Frozen):
-    """The CLIP model; `logit_scale` is its own exp(log-scale), `templates` have one `{}` each."""
+    """A CLIP model with its prompts: every template (one `{}` each) with every class name, as they were rendered.
+
+    `logit_scale` is its own exp(log-scale); `weight` its share among all CLIPs, as for teachers.
+    """
 
     architecture: str
     config_digest: str
@@ -71,21 +78,28 @@ class ClipIdentity(Frozen):
     logit_scale: float
     preprocessing: Preprocessing
     templates: tuple[str, ...] = Field(min_length=1)
+    class_names: tuple[str, ...] = Field(min_length=1)
+    weight: Share = 1.0
 
 
 class FusionRecipe(Frozen):
-    """How teacher and CLIP become one target (RichKD, equations for z_F and f_F).
+    """How teachers and CLIPs become one target (RichKD, equations for z_F and f_F).
 
-    logits: teacher_weight · teacher + (1 − teacher_weight) · scale · cosine [α]
-    features: feature_weight · teacher + (1 − feature_weight) · CLIP, both projected to `feature_dim`, L2-normalised [λ]
-    clip_scale: `model` (CLIP's own logit scale), `match` (brought to the teacher's spread) or a number (official: 1.0).
+    logits: teacher_weight · teachers + (1 − teacher_weight) · CLIPs, the cosines of each CLIP times its scale [α]
+    features: feature_weight · teachers + (1 − feature_weight) · CLIPs, projected to `feature_dim`, L2-normalised [λ]
+    clip_scale: `model` (each CLIP's own logit scale), `match` (each brought to the spread of the teachers' mixed
+        logits) or a number (official: 1.0). Cosines are those of the embedding ensemble, whatever `prompt_ensemble` is.
+    prompt_ensemble: what is averaged over the prompt templates: `embedding` (the text embeddings, as in the paper's
+        code), `logits`, or `probabilities`.
+    projection_seed: teacher i, from 0, is projected with seed projection_seed + 2i, CLIP i with that seed + 1.
     """
 
-    teacher_weight: float = Field(0.7, ge=0.0, le=1.0)
-    feature_weight: float = Field(0.7, ge=0.0, le=1.0)
+    teacher_weight: Share = 0.7
+    feature_weight: Share = 0.7
     clip_scale: Literal["model", "match"] | float = "model"
+    prompt_ensemble: PromptEnsemble = "embedding"
     feature_dim: PositiveInt = 128
-    projection_seed: int = Field(0, ge=0)
+    projection_seed: int = Field(0, ge=0, lt=1 << 63)
 
 
 class CacheRecipe(Frozen):
@@ -93,12 +107,30 @@ class CacheRecipe(Frozen):
 
     dataset: DatasetIdentity
     views: ViewRecipe
-    teacher: TeacherIdentity
-    clip: ClipIdentity
+    teachers: tuple[TeacherIdentity, ...] = Field(min_length=1)
+    clips: tuple[ClipIdentity, ...] = Field(min_length=1)
     fusion: FusionRecipe
     store: Store = "fused"
     dtype: FloatType = "float16"
     precision: Precision = "float32"
+
+    @property
+    def teacher(self) -> TeacherIdentity:
+        """The first teacher; mostly there is no other."""
+        return self.teachers[0]
+
+    @property
+    def clip(self) -> ClipIdentity:
+        """The first CLIP."""
+        return self.clips[0]
+
+    @property
+    def teacher_weights(self) -> tuple[float, ...]:
+        return tuple(teacher.weight for teacher in self.teachers)
+
+    @property
+    def clip_weights(self) -> tuple[float, ...]:
+        return tuple(clip.weight for clip in self.clips)
 
     @property
     def fingerprint(self) -> str:
@@ -130,10 +162,21 @@ class Manifest(Frozen):
     dataset: DatasetRecipe
     num_views: PositiveInt
     block_rows: PositiveInt
-    clip_scale: float
+    clip_scales: tuple[float, ...]
     canaries: tuple[Canary, ...] = ()
     build_recipe: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_scale_per_clip(self) -> Manifest:
+        if len(self.clip_scales) != len(self.recipe.clips):
+            raise ValueError(f"{len(self.recipe.clips)} CLIPs have {len(self.clip_scales)} scales")
+        return self
+
+    @property
+    def clip_scale(self) -> float:
+        """What the cosines of the first CLIP are multiplied with."""
+        return self.clip_scales[0]
 
     @property
     def num_samples(self) -> int:
@@ -151,62 +194,6 @@ class Manifest(Frozen):
     def block(self, number: int) -> slice:
         """Rows of block `number`."""
         return slice(number * self.block_rows, min((number + 1) * self.block_rows, self.num_samples))
-
-
-class ArraySpec(Frozen):
-    """One target array [V, N, width] of the cache, chunked (1, chunk_rows, width)."""
-
-    name: str
-    width: PositiveInt
-    dtype: FloatType
-    chunk_rows: PositiveInt
-
-
-def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]:
-    """The per-(view, sample) arrays of a cache, in the order in which commits list their checksums."""
-    classes = len(recipe.dataset.class_names)
-    if recipe.store == "fused":
-        widths = {"fused_logits": classes, "fused_features": recipe.fusion.feature_dim}
-    else:
-        widths = {"teacher_features": recipe.teacher.feature_dim, "clip_features": recipe.clip.feature_dim}
-        if not recipe.teacher.linear_head:
-            widths["teacher_logits"] = classes
-    return tuple(
-        ArraySpec(
-            name=name, width=width, dtype=recipe.dtype, chunk_rows=_chunk_rows(width * DTYPES[recipe.dtype], block_rows)
-        )
-        for name, width in widths.items()
-    )
-
-
-def constant_shapes(recipe: CacheRecipe) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the float32 arrays that hold for all samples and views.
-
-    The projections and class embeddings are in every cache; `store: components` adds what turns features into logits.
-    """
-    classes = len(recipe.dataset.class_names)
-    teacher_dim, clip_dim = recipe.teacher.feature_dim, recipe.clip.feature_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "teacher_projection": (teacher_dim, recipe.fusion.feature_dim),
-        "clip_projection": (clip_dim, recipe.fusion.feature_dim),
-        "class_embeddings": (classes, clip_dim),
-    }
-    if recipe.store == "components":
-        shapes["text_features"] = (len(recipe.clip.templates), classes, clip_dim)
-        if recipe.teacher.linear_head:
-            shapes |= {"teacher_head_weight": (classes, teacher_dim), "teacher_head_bias": (classes,)}
-    return shapes
-
-
-def default_block_rows(recipe: CacheRecipe) -> int:
-    """Rows per block: a power of two whose widest array is one chunk of at most 8 MiB, between 64 and 16 384.
-
-    No more than the next power of two of the number of samples: chunks are stored and decoded at their full size.
-    """
-    widest = max(spec.width * DTYPES[spec.dtype] for spec in target_arrays(recipe, MAX_BLOCK_ROWS))
-    largest = max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, CHUNK_BYTES // widest))
-    enough = 1 << (recipe.dataset.num_samples - 1).bit_length()
-    return max(MIN_BLOCK_ROWS, min(1 << (largest.bit_length() - 1), enough))
 
 
 def manifest_attribute(manifest: Manifest) -> dict[str, Any]:
@@ -263,11 +250,3 @@ def _manifest_digest(fields: dict[str, Any]) -> str:
     """32 hex digits of blake2b over the canonical JSON; the fingerprint covers the recipe only."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _chunk_rows(row_bytes: int, block_rows: int) -> int:
-    """Largest divisor of the block, by halving, whose chunk stays within 8 MiB."""
-    rows = block_rows
-    while rows * row_bytes > CHUNK_BYTES and rows % 2 == 0:
-        rows //= 2
-    return rows

@@ -1,13 +1,16 @@
-"""Teacher and CLIP become one target: class embeddings, scale alignment, fused logits, fused features.
+"""Teachers and CLIPs become one target: prompt ensembles, scale alignment, fused logits, fused features.
 
 Notation of the RichKD paper: z_F = α z_T + (1−α) z_C for logits, f_F = λ f_T + (1−λ) f_C for features; α is
-`teacher_weight`, λ is `feature_weight`. Building, reading components back and online training all call
-`fuse_targets`, so that they give the same numbers. Everything is float32, also under autocast.
+`teacher_weight`, λ is `feature_weight`. With several networks z_T, z_C, f_T and f_C are weighted means of a group.
+Building, reading components back and online training all call `fused_logits` and `fused_features`, so that they give
+the same numbers. Everything is float32, also under autocast.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,6 +18,10 @@ import torch.nn.functional as F
 
 from cache_tools import philox
 from cache_tools.errors import PreflightError
+
+if TYPE_CHECKING:
+    from cache_tools.format import PromptEnsemble
+    from cache_tools.refusion import Fusion
 
 # Counter word of every projection draw: no view has an operation in that slot, so the two never share a number.
 _PROJECTION_SLOT = 0xFFFFFFFF
@@ -30,6 +37,42 @@ def class_embeddings(text_features_PCD: torch.Tensor) -> torch.Tensor:
         [C, D] float32, rows of unit length.
     """
     return _unit(_unit(text_features_PCD.float()).mean(dim=0))
+
+
+def prompt_embeddings(text_features_PCD: torch.Tensor, ensemble: PromptEnsemble) -> torch.Tensor:
+    """What image features are compared with, float32: the text side of `clip_logits`.
+
+    Returns:
+        `embedding`: [C, D], the class embeddings. `logits`: [C, D], the mean of the unit prompt embeddings, not
+        renormalised: a mean of logits over prompts is the logit of that mean. `probabilities`: [P, C, D], unit rows.
+    """
+    if ensemble == "embedding":
+        return class_embeddings(text_features_PCD)
+    unit_PCD = _unit(text_features_PCD.float())
+    return unit_PCD.mean(dim=0) if ensemble == "logits" else unit_PCD
+
+
+def clip_logits(image_features_ND: torch.Tensor, prompts: torch.Tensor, scale: float) -> torch.Tensor:
+    """One CLIP's scaled logits, [N, C] float32.
+
+    With prompts [C, D] (`embedding`, `logits`): scale · cosine, z_C = 1/P Σ_p scale · cos(f, t_pc) for the latter.
+    With prompts [P, C, D] (`probabilities`): z_C = log 1/P Σ_p softmax_c(scale · cos(f, t_pc)). The softmax makes these
+    depend on the scale in more than length. One prompt at a time: temporaries are [N, C], however many prompts; in
+    float64, because exponentials in float32 depend in the last bit on where in a batch a row stands.
+
+    Args:
+        image_features_ND: of any length.
+        prompts: see `prompt_embeddings`.
+        scale: a number, see `resolve_clip_scale`.
+    """
+    if prompts.ndim == 2:
+        return scale * cosine(image_features_ND, prompts)
+    with _full_precision(image_features_ND):
+        unit_ND = _unit(image_features_ND.float())
+        total = F.log_softmax(scale * (unit_ND @ prompts[0].T).double(), dim=1)
+        for prompt_CD in prompts[1:]:
+            total = torch.logaddexp(total, F.log_softmax(scale * (unit_ND @ prompt_CD.T).double(), dim=1))
+    return (total - math.log(len(prompts))).float()
 
 
 def cosine(image_features_ND: torch.Tensor, class_embeddings_CD: torch.Tensor) -> torch.Tensor:
@@ -71,37 +114,62 @@ def centre_rows(logits_NC: torch.Tensor) -> torch.Tensor:
     return logits_NC - logits_NC.mean(dim=1, keepdim=True)
 
 
-def fuse_targets(
-    teacher_logits_NC: torch.Tensor,
-    teacher_features_NE: torch.Tensor,
-    cosine_NC: torch.Tensor,
-    clip_features_NF: torch.Tensor,
-    *,
-    teacher_weight: float,
-    feature_weight: float,
-    clip_scale: float,
-    teacher_projection: torch.Tensor,
-    clip_projection: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two targets of a batch, exactly as they are cached.
+def mix(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Σ_i w_i x_i in float32. Parts of weight 0 are left out, and a part that is alone comes back unchanged."""
+    chosen = [(part.float(), weight) for part, weight in zip(parts, weights, strict=True) if weight > 0.0]
+    (total, first_weight), *others = chosen
+    if others:
+        total = first_weight * total
+    for part, weight in others:
+        total = total + weight * part
+    return total
+
+
+def mix_features(projected_ND: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """normalise(Σ_i w_i f_i) for unit rows of one width.
+
+    Renormalised, because features of different networks are nearly orthogonal once projected: their mean would be
+    short, and λ would weigh a group the less, the more networks it has.
+    """
+    mixed = mix(projected_ND, weights)
+    return mixed if sum(weight > 0.0 for weight in weights) == 1 else _unit(mixed)
+
+
+def fused_logits(teachers_NC: Sequence[torch.Tensor], clips_NC: Sequence[torch.Tensor], how: Fusion) -> torch.Tensor:
+    """z_F = α Σ_i w_i z_Ti + (1−α) Σ_j u_j z_Cj, rows mean-centred: exactly as cached, [N, C] float32.
 
     Args:
-        teacher_logits_NC, teacher_features_NE: what the teacher said.
-        cosine_NC, clip_features_NF: CLIP's raw cosines and its image features, of any length.
-        teacher_weight, feature_weight: α and λ.
-        clip_scale: a number, see `resolve_clip_scale`.
-        teacher_projection, clip_projection: [E, D] and [F, D] float32, see `projection_matrix`.
+        teachers_NC: logits of every teacher.
+        clips_NC: logits of every CLIP, scaled: see `clip_logits`.
+    """
+    teacher_NC, clip_NC = mix(teachers_NC, how.teacher_weights), mix(clips_NC, how.clip_weights)
+    return centre_rows(fuse_logits(teacher_NC, clip_NC, how.teacher_weight, 1.0))
+
+
+def fused_features(
+    teachers_NE: Sequence[torch.Tensor],
+    teacher_projections_ED: Sequence[torch.Tensor],
+    clips_NE: Sequence[torch.Tensor],
+    clip_projections_ED: Sequence[torch.Tensor],
+    how: Fusion,
+) -> torch.Tensor:
+    """f_F = λ f_T + (1−λ) f_C with f = normalise(Σ_i w_i normalise(f_i P_i)) for both groups: exactly as cached.
+
+    Args:
+        teachers_NE, clips_NE: features of every network, each of its own width and of any length.
+        teacher_projections_ED, clip_projections_ED: of every network, to the common width, see `projection_matrix`.
 
     Returns:
-        fused logits [N, C], rows mean-centred, and fused features [N, D]; float32 on the inputs' device.
+        [N, D] float32.
     """
-    logits_NC = centre_rows(fuse_logits(teacher_logits_NC, cosine_NC, teacher_weight, clip_scale))
-    features_ND = fuse_features(
-        project(teacher_features_NE, teacher_projection),
-        project(clip_features_NF, clip_projection),
-        feature_weight,
-    )
-    return logits_NC, features_ND
+    groups = []
+    for features, projections, weights in (
+        (teachers_NE, teacher_projections_ED, how.teacher_weights),
+        (clips_NE, clip_projections_ED, how.clip_weights),
+    ):
+        projected = [project(each, projection) for each, projection in zip(features, projections, strict=True)]
+        groups.append(mix_features(projected, weights))
+    return fuse_features(groups[0], groups[1], how.feature_weight)
 
 
 def resolve_clip_scale(
@@ -116,7 +184,8 @@ def resolve_clip_scale(
         choice: `model`: CLIP's own logit scale; `match`: mean over rows of the teacher logits' standard deviation
             over that of the cosines, so that both spread alike; a number: itself.
         model_scale: CLIP's exp(log-scale).
-        teacher_NC, cosine_NC: logits and cosines of the same sample of images; only `match` needs them.
+        teacher_NC, cosine_NC: logits (of several teachers: mixed) and cosines with the class embeddings, of the same
+            sample of images; only `match` needs them.
 
     Raises:
         PreflightError: `match`, and CLIP (or the teacher) says the same for every class.

@@ -19,11 +19,12 @@ import numpy as np
 import zarr
 
 from cache_tools import commits
+from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError, FormatError
-from cache_tools.format import ArraySpec, Manifest, constant_shapes, target_arrays
+from cache_tools.format import Manifest
 from cache_tools.layout import lay_out
 from cache_tools.store import open_group, read_manifest, translated
 

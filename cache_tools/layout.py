@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from cache_tools import commits
+from cache_tools.arrays import CHUNK_BYTES, constant_shapes, target_arrays
 from cache_tools.errors import FormatError
-from cache_tools.format import CHUNK_BYTES, MANIFEST_KEY, Manifest, constant_shapes, manifest_attribute, target_arrays
+from cache_tools.format import MANIFEST_KEY, Manifest, manifest_attribute
 
 # Level 1 takes the 8 % that half-precision rows have to give; higher levels, byte shuffles and blosc found no more.
 ZSTD_LEVEL = 1
@@ -34,6 +36,8 @@ _DIMENSIONS = {
     "teacher_head_weight": ("class", "teacher_feature"),
     "teacher_head_bias": ("class",),
 }
+# Of another length for every network, so each has its own: tools that align arrays by dimension rely on that.
+_OF_A_NETWORK = {"teacher_feature", "clip_feature", "prompt"}
 
 
 def lay_out(
@@ -94,10 +98,16 @@ def _add(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int
         serializer=BytesCodec(),
         compressors=[Crc32cCodec()] if name == commits.COMMITS else [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
         fill_value=float("nan") if floating else -1 if name == "labels" else 0,
-        dimension_names=_DIMENSIONS[name],
+        dimension_names=_dimensions(name),
         chunk_key_encoding={"name": "default", "separator": "."},  # one folder per array: one flush covers a name
         config={"write_empty_chunks": True},
     )
+
+
+def _dimensions(name: str) -> tuple[str, ...]:
+    """`clip_features_2` is along `clip_feature_2`; what all networks share keeps its name."""
+    plain, suffix = re.fullmatch(r"(.+?)((?:_\d+)?)", name).groups()  # type: ignore[union-attr]
+    return tuple(axis + suffix if axis in _OF_A_NETWORK else axis for axis in _DIMENSIONS[plain])
 
 
 def _chunk_shape(values: npt.NDArray[Any]) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 
 from cache_tools import commits
+from cache_tools.arrays import ArraySpec
 from cache_tools.errors import FormatError
-from cache_tools.format import ArraySpec, Manifest
+from cache_tools.format import Manifest
 from cache_tools.store import translated
 
 

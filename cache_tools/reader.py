@@ -11,10 +11,11 @@ import numpy.typing as npt
 import zarr
 
 from cache_tools import commits, registry
+from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
-from cache_tools.format import CacheRecipe, constant_shapes, target_arrays
-from cache_tools.refusion import Fusion, FusionChoice
+from cache_tools.format import CacheRecipe
+from cache_tools.refusion import Fusion
 from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
 from cache_tools.verify import check_canaries, check_dataset, make_canaries, pixel_digest
 
@@ -123,7 +124,7 @@ class TeacherCache:
         Copies to CUDA start from pinned memory on the current stream and are not waited for.
 
         Args:
-            logits, features: what to read of a fused cache; a component cache needs everything for either.
+            logits, features: which fused targets there are to be; the components of a component cache always are.
             verify: compare what was read with the commits' checksums.
             fusion: how a component cache is fused (`FusionChoice(…).resolve(cache)`), by default as it was built.
 
@@ -135,26 +136,25 @@ class TeacherCache:
         """
         import torch
 
-        from cache_tools.targets import ViewTargets, fused
+        from cache_tools.targets import ViewTargets, constants_for, fused
 
         target = resolve_device(str(device))
         self._require_blocks(view, range(self.manifest.num_blocks))
         wanted = {"fused_logits": logits, "fused_features": features}
         pin = target.type == "cuda"
-        arrays = {
-            name: self._load(name, view, pin, verify).to(target, non_blocking=True)
-            for name in self._specs
-            if wanted.get(name, True)
-        }
+        how = fusion or Fusion.stored(self.manifest)
+        clip_view = view if how.clip_view is None else how.clip_view
+        self._require_blocks(clip_view, range(self.manifest.num_blocks))
+        arrays = {}
+        for name in self._specs:
+            if wanted.get(name, True):
+                source = clip_view if name.startswith("clip_features") else view
+                arrays[name] = self._load(name, source, pin, verify).to(target, non_blocking=True)
         if self.recipe.store == "fused":
             return ViewTargets(view, arrays)
-        fusion = fusion or FusionChoice().resolve(self)
-        if fusion.clip_view not in {None, view}:
-            self._require_blocks(fusion.clip_view, range(self.manifest.num_blocks))
-            clip = self._load("clip_features", fusion.clip_view, pin, verify)
-            arrays["clip_features"] = clip.to(target, non_blocking=True)
-        constants = {name: torch.from_numpy(self.constant(name)).to(target) for name in constant_shapes(self.recipe)}
-        return fused(view, arrays, constants, fusion)
+        constants = constants_for(how, self.recipe, lambda name: torch.from_numpy(self.constant(name)))
+        moved = {name: tensor.to(target) for name, tensor in constants.items()}
+        return fused(ViewTargets(view, arrays, moved, how), logits=logits, features=features)
 
     def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.floating[Any]]:
         """Rows of one target array as stored, [rows, width]: one plain zarr read, the reference for `load_view`.
@@ -176,7 +176,7 @@ class TeacherCache:
         return values
 
     def constant(self, name: str) -> npt.NDArray[np.float32]:
-        """An array that holds for all samples and views, float32; see `format.constant_shapes`."""
+        """An array that holds for all samples and views, float32; see `arrays.constant_shapes`."""
         shapes = constant_shapes(self.recipe)
         if name not in shapes:
             raise NotFoundError("no such constant", where=self.path, expected=", ".join(shapes), found=name)

@@ -1,89 +1,181 @@
-"""Fuse the two halves of a component cache in another way than it was built, without a forward pass.
+"""Fuse the parts of a component cache in another way than it was built, without a forward pass.
 
-A cache with `store: components` holds what teacher and CLIP said, each for itself, so that weights, scale and the view
-that CLIP looks at are free to choose when it is read. Importable without torch.
+A cache with `store: components` holds what each teacher and each CLIP said, so that weights, scale, prompts and the
+view that CLIP looks at are free to choose when it is read. Importable without torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from cache_tools.config import Frozen
-from cache_tools.errors import NotFoundError
+from cache_tools.errors import NotFoundError, RecipeError
+from cache_tools.format import Manifest, PromptEnsemble, Share
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache
 
 MATCH_SAMPLES = 2048
+SHARE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """How teachers and CLIPs are fused, in plain numbers: a recipe or a `FusionChoice` with everything resolved.
+
+    Attributes:
+        teacher_weight, feature_weight: α and λ.
+        teacher_weights, clip_weights: share of each network in its group, summing to 1.
+        clip_scales: what the cosines of each CLIP are multiplied with.
+        prompt_ensemble: what is averaged over the prompt templates.
+        prompts: numbers of the templates that are used; None for all.
+        clip_view: the view that CLIP is taken from; None for the view that is loaded.
+    """
+
+    teacher_weight: float
+    feature_weight: float
+    teacher_weights: tuple[float, ...]
+    clip_weights: tuple[float, ...]
+    clip_scales: tuple[float, ...]
+    prompt_ensemble: PromptEnsemble = "embedding"
+    prompts: tuple[int, ...] | None = None
+    clip_view: int | None = None
+
+    @classmethod
+    def stored(cls, manifest: Manifest) -> Fusion:
+        """As the cache was built."""
+        recipe = manifest.recipe
+        return cls(
+            teacher_weight=recipe.fusion.teacher_weight,
+            feature_weight=recipe.fusion.feature_weight,
+            teacher_weights=recipe.teacher_weights,
+            clip_weights=recipe.clip_weights,
+            clip_scales=manifest.clip_scales,
+            prompt_ensemble=recipe.fusion.prompt_ensemble,
+        )
+
+    @property
+    def clip_scale(self) -> float:
+        """Of the first CLIP."""
+        return self.clip_scales[0]
 
 
 class FusionChoice(Frozen):
     """What is fused differently from the cache's recipe; None keeps what the recipe says.
 
     Attributes:
-        teacher_weight: α of the logits, 1 for the teacher alone, 0 for CLIP alone.
+        teacher_weight: α of the logits, 1 for the teachers alone, 0 for CLIP alone.
         feature_weight: λ of the features.
+        teacher_weights, clip_weights: share of each network in its group, in the order of the recipe, summing to 1.
         clip_scale: what CLIP's cosines are multiplied with: `model`, `match` or a number (see `FusionRecipe`).
+        prompt_ensemble: `embedding`, `logits` or `probabilities` (see `FusionRecipe`).
+        prompts: use only the prompt templates of these numbers, from 0, of every CLIP.
         clip_view: CLIP's targets of this view stand for all views, as in the paper's official code, whose CLIP never
             sees an augmented image; None takes them from the view that the student sees.
     """
 
-    teacher_weight: float | None = Field(None, ge=0.0, le=1.0)
-    feature_weight: float | None = Field(None, ge=0.0, le=1.0)
+    teacher_weight: Share | None = None
+    feature_weight: Share | None = None
+    teacher_weights: tuple[float, ...] | None = None
+    clip_weights: tuple[float, ...] | None = None
     clip_scale: Literal["model", "match"] | float | None = None
+    prompt_ensemble: PromptEnsemble | None = None
+    prompts: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
     clip_view: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _weights_and_prompts_make_sense(self) -> FusionChoice:
+        for key in ("teacher_weights", "clip_weights"):
+            weights = getattr(self, key)
+            if weights is not None:
+                check_shares(weights, where=f"fusion.{key}")
+        if self.prompts is not None and len(set(self.prompts)) < len(self.prompts):
+            raise RecipeError("a prompt template is named twice", where="fusion.prompts", found=list(self.prompts))
+        return self
 
     def resolve(self, cache: TeacherCache) -> Fusion:
         """The numbers that this choice means for a cache.
 
         Raises:
-            NotFoundError: a fused cache, which keeps no halves to fuse again; or no such `clip_view`.
+            NotFoundError: a fused cache, which keeps no parts to fuse again; or no such `clip_view` or prompt template.
+            RecipeError: not one weight for each of the cache's networks.
             PreflightError: `match` where CLIP or the teacher says the same for every class.
         """
-        recipe = cache.recipe.fusion
         if self != FusionChoice() and cache.recipe.store != "components":
-            asked = ", ".join(name for name, value in self if value is not None)
+            raise self._no_components(cache)
+        self._check(cache)
+        changes = {name: value for name, value in self if value is not None and name != "clip_scale"}
+        fusion = replace(Fusion.stored(cache.manifest), **changes)
+        if self.clip_scale is None:
+            return fusion
+        return replace(fusion, clip_scales=_scales(cache, self.clip_scale, fusion))
+
+    def _no_components(self, cache: TeacherCache) -> NotFoundError:
+        asked = ", ".join(name for name, value in self if value is not None)
+        scales = ", ".join(f"{scale:g}" for scale in cache.manifest.clip_scales)
+        return NotFoundError(
+            "this cache cannot be fused in another way",
+            where=cache.path,
+            expected=f"a cache with components, to change {asked}",
+            found=f"fused targets only, teacher weight {cache.recipe.fusion.teacher_weight:g}, CLIP scale {scales}",
+            next_step="build one with --set store=components, or leave the fusion as it is",
+        )
+
+    def _check(self, cache: TeacherCache) -> None:
+        recipe = cache.recipe
+        for key, weights, networks in (
+            ("teacher_weights", self.teacher_weights, [teacher.architecture for teacher in recipe.teachers]),
+            ("clip_weights", self.clip_weights, [clip.architecture for clip in recipe.clips]),
+        ):
+            if weights is not None and len(weights) != len(networks):
+                raise RecipeError(
+                    "not one weight for each network of the cache",
+                    where=f"fusion.{key}",
+                    expected=f"{len(networks)}, for {', '.join(networks)}",
+                    found=list(weights),
+                )
+        templates = min(len(clip.templates) for clip in recipe.clips)
+        if self.prompts is not None and max(self.prompts) >= templates:
             raise NotFoundError(
-                "this cache cannot be fused in another way",
+                "no such prompt template",
                 where=cache.path,
-                expected=f"a cache with components, to change {asked}",
-                found=f"fused targets only, teacher weight {recipe.teacher_weight:g}, CLIP scale "
-                f"{cache.manifest.clip_scale:g}",
-                next_step="build one with --set store=components, or leave the fusion as it is",
+                expected=f"0 to {templates - 1}",
+                found=max(self.prompts),
+                next_step="see the templates with `cache-tools info --json`",
             )
         if self.clip_view is not None and self.clip_view >= cache.num_views:
             raise NotFoundError(
                 "no such view", where=cache.path, expected=f"0 to {cache.num_views - 1}", found=self.clip_view
             )
-        return Fusion(
-            teacher_weight=recipe.teacher_weight if self.teacher_weight is None else self.teacher_weight,
-            feature_weight=recipe.feature_weight if self.feature_weight is None else self.feature_weight,
-            clip_scale=cache.manifest.clip_scale if self.clip_scale is None else _scale(cache, self.clip_scale),
-            clip_view=self.clip_view,
+
+
+def check_shares(weights: Sequence[float], *, where: object) -> None:
+    """Raise RecipeError unless these are weights from 0 to 1 that sum to 1 (within 1e-6)."""
+    if not (all(0.0 <= weight <= 1.0 for weight in weights) and abs(sum(weights) - 1.0) <= SHARE_TOLERANCE):
+        raise RecipeError(
+            "the weights of a group of networks do not sum to 1",
+            where=where,
+            expected="weights from 0 to 1 with the sum 1",
+            found=f"{', '.join(f'{weight:g}' for weight in weights)} with the sum {sum(weights):g}",
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """A resolved `FusionChoice`: plain numbers."""
-
-    teacher_weight: float
-    feature_weight: float
-    clip_scale: float
-    clip_view: int | None = None
-
-
-def _scale(cache: TeacherCache, choice: Literal["model", "match"] | float) -> float:
-    """`match` compares up to 2048 evenly spaced samples of view 0."""
+def _scales(cache: TeacherCache, choice: Literal["model", "match"] | float, how: Fusion) -> tuple[float, ...]:
+    """One number per CLIP; `match` compares up to 2048 evenly spaced samples of view 0, fused as `how` says."""
     from cache_tools import fusion
 
+    clips = cache.recipe.clips
     if choice != "match":
-        return fusion.resolve_clip_scale(choice, cache.recipe.clip.logit_scale)
-    targets, count = cache.load_view(0), min(MATCH_SAMPLES, cache.num_samples)
+        return tuple(fusion.resolve_clip_scale(choice, clip.logit_scale) for clip in clips)
+    targets = cache.load_view(0, logits=False, features=False, fusion=replace(how, clip_view=None))
+    count = min(MATCH_SAMPLES, cache.num_samples)
     rows = [number * cache.num_samples // count for number in range(count)]
-    return fusion.resolve_clip_scale(
-        choice, cache.recipe.clip.logit_scale, targets.teacher_logits(rows), targets.cosine(rows)
+    teacher_logits = targets.teacher_logits(rows)
+    return tuple(
+        fusion.resolve_clip_scale(choice, clip.logit_scale, teacher_logits, targets.cosine(rows, number))
+        for number, clip in enumerate(clips)
     )

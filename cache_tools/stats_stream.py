@@ -60,7 +60,7 @@ class ViewStream:
     def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
         labels, figures, p = self._labels[rows], {}, {}
         for name in self.sources:
-            logits = source_logits(targets, name, rows, self._fusion.clip_scale).double() / self._temperature
+            logits = source_logits(targets, name, rows).double() / self._temperature
             p[name] = logits.softmax(dim=1)
             figures[name] = sample_figures(logits, labels)
             consistency[name].add(logits, labels)
@@ -73,10 +73,10 @@ class ViewStream:
         return list(row_chunks(self._cache.num_samples, self._cache.num_classes))
 
 
-def source_logits(targets: ViewTargets, source: str, rows: slice, clip_scale: float) -> torch.Tensor:
-    """Logits [B, C] of `teacher`, `clip` (cosines times the scale) or `fusion`."""
+def source_logits(targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
+    """Logits [B, C] of `teacher`, `clip` (scaled) or `fusion`; of several networks the mix."""
     if source == "teacher":
         return targets.teacher_logits(rows)
     if source == "clip":
-        return clip_scale * targets.cosine(rows)
+        return targets.clip_logits(rows)
     return targets.logits(rows)

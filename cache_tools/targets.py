@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cache_tools import fusion
+from cache_tools.arrays import array_name, constant_shapes
 from cache_tools.errors import NotFoundError
+from cache_tools.format import CacheRecipe
 from cache_tools.refusion import Fusion
 
 # Rows fused at once when a component cache is loaded: keeps the float32 temporaries small.
@@ -24,17 +26,20 @@ class ViewTargets:
     """Everything the teachers said about one view. Made by `TeacherCache.load_view`.
 
     Every method takes an index of samples (a slice, or numbers in a tensor on any device, an array or a list), and
-    gives new float32 rows on `device`, in the order of the index.
+    gives new float32 rows on `device`, in the order of the index. `network` counts the networks of a group from 0;
+    None mixes them all.
 
     Attributes:
         view: the augmentation seed.
         arrays: [N, width] tensors in the dtype of the cache; the fused ones of a component cache are float32.
-        constants: float32 tensors of a component cache (see `format.constant_shapes`).
+        constants: float32 tensors of a component cache: what turns its features into targets (see `constants_for`).
+        fusion: how a component cache's parts are put together; None for a fused cache.
     """
 
     view: int
     arrays: Mapping[str, torch.Tensor]
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fusion: Fusion | None = None
 
     def logits(self, index: Index) -> torch.Tensor:
         """Fused logits [B, C], rows mean-centred."""
@@ -44,23 +49,47 @@ class ViewTargets:
         """Fused features [B, D]."""
         return take(self._array("fused_features"), index)
 
-    def teacher_features(self, index: Index) -> torch.Tensor:
-        """The teacher's features [B, Dt]; component caches only."""
-        return take(self._array("teacher_features"), index)
+    def teacher_features(self, index: Index, network: int = 0) -> torch.Tensor:
+        """A teacher's features [B, Dt]; component caches only."""
+        return take(self._array(array_name("teacher_features", network)), index)
 
-    def clip_features(self, index: Index) -> torch.Tensor:
-        """CLIP's image features [B, Dc], of any length; component caches only."""
-        return take(self._array("clip_features"), index)
+    def clip_features(self, index: Index, network: int = 0) -> torch.Tensor:
+        """A CLIP's image features [B, Dc], of any length; component caches only."""
+        return take(self._array(array_name("clip_features", network)), index)
 
-    def teacher_logits(self, index: Index) -> torch.Tensor:
-        """The teacher's own logits [B, C]: stored, or its linear head on its features; component caches only."""
-        if "teacher_logits" in self.arrays:
-            return take(self.arrays["teacher_logits"], index)
-        return _head(self.teacher_features(index), self.constants)
+    def component_features(self, index: Index) -> tuple[torch.Tensor, ...]:
+        """Features of every network by itself, teachers before CLIPs; component caches only."""
+        how = self._how("teacher_features")
+        teachers = [self.teacher_features(index, number) for number in range(len(how.teacher_weights))]
+        return (*teachers, *(self.clip_features(index, number) for number in range(len(how.clip_weights))))
 
-    def cosine(self, index: Index) -> torch.Tensor:
-        """Raw cosines [B, C] of CLIP's image features with the class embeddings; component caches only."""
-        return fusion.cosine(self.clip_features(index), self.constants["class_embeddings"])
+    def teacher_logits(self, index: Index, network: int | None = None) -> torch.Tensor:
+        """The teachers' logits [B, C], mixed or of one: stored, or a linear head on features; component caches only."""
+        if network is None:
+            weights = self._how("teacher_features").teacher_weights
+            return fusion.mix([self.teacher_logits(index, number) for number in range(len(weights))], weights)
+        stored = self.arrays.get(array_name("teacher_logits", network))
+        if stored is not None:
+            return take(stored, index)
+        features = self.teacher_features(index, network)
+        weight, bias = (self.constants[array_name(f"teacher_head_{part}", network)] for part in ("weight", "bias"))
+        return fusion.linear_logits(features, weight, bias)
+
+    def clip_logits(self, index: Index, network: int | None = None) -> torch.Tensor:
+        """The CLIPs' scaled logits [B, C], mixed or of one, over prompts as `fusion` says; component caches only."""
+        how = self._how("clip_features")
+        if network is None:
+            parts = [self.clip_logits(index, number) for number in range(len(how.clip_weights))]
+            return fusion.mix(parts, how.clip_weights)
+        features = self.clip_features(index, network)
+        embeddings = self.constants[array_name("class_embeddings", network)]
+        prompts = self.constants.get(array_name("prompts", network), embeddings)
+        return fusion.clip_logits(features, prompts, how.clip_scales[network])
+
+    def cosine(self, index: Index, network: int = 0) -> torch.Tensor:
+        """Raw cosines [B, C] of a CLIP's image features with the class embeddings; component caches only."""
+        features = self.clip_features(index, network)
+        return fusion.cosine(features, self.constants[array_name("class_embeddings", network)])
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +109,13 @@ class ViewTargets:
             self.view,
             {name: tensor.to(device, non_blocking=True) for name, tensor in self.arrays.items()},
             {name: tensor.to(device, non_blocking=True) for name, tensor in self.constants.items()},
+            self.fusion,
         )
+
+    def _how(self, needed: str) -> Fusion:
+        self._array(needed)
+        assert self.fusion is not None, "a view with components says how they are fused"
+        return self.fusion
 
     def _array(self, name: str) -> torch.Tensor:
         if name not in self.arrays:
@@ -93,31 +128,39 @@ class ViewTargets:
         return self.arrays[name]
 
 
-def fused(
-    view: int, arrays: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], choice: Fusion
-) -> ViewTargets:
-    """The targets of a component cache, with teacher and CLIP fused once for the whole view, in float32."""
-    logits, features = [], []
-    for start in range(0, len(arrays["clip_features"]), FUSE_ROWS):
-        rows = {name: tensor[start : start + FUSE_ROWS].float() for name, tensor in arrays.items()}
-        teacher_logits = (
-            rows["teacher_logits"] if "teacher_logits" in rows else _head(rows["teacher_features"], constants)
-        )
-        batch_logits, batch_features = fusion.fuse_targets(
-            teacher_logits,
-            rows["teacher_features"],
-            fusion.cosine(rows["clip_features"], constants["class_embeddings"]),
-            rows["clip_features"],
-            teacher_weight=choice.teacher_weight,
-            feature_weight=choice.feature_weight,
-            clip_scale=choice.clip_scale,
-            teacher_projection=constants["teacher_projection"],
-            clip_projection=constants["clip_projection"],
-        )
-        logits.append(batch_logits)
-        features.append(batch_features)
-    both = {"fused_logits": torch.cat(logits), "fused_features": torch.cat(features)}
-    return ViewTargets(view, {**both, **arrays}, constants)
+def fused(parts: ViewTargets, *, logits: bool = True, features: bool = True) -> ViewTargets:
+    """The targets of a component cache with its teachers and CLIPs fused once for the whole view, in float32."""
+    how = parts.fusion
+    assert how is not None, "only components can be fused"
+    pieces = [slice(start, start + FUSE_ROWS) for start in range(0, len(parts), FUSE_ROWS)]
+    arrays = {}
+    if logits:
+        arrays["fused_logits"] = torch.cat([_fused_logits(parts, rows, how) for rows in pieces])
+    if features:
+        arrays["fused_features"] = torch.cat([_fused_features(parts, rows, how) for rows in pieces])
+    return replace(parts, arrays={**arrays, **parts.arrays})
+
+
+def constants_for(how: Fusion, recipe: CacheRecipe, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What fusing a component cache takes beside its target arrays, float32, by name.
+
+    All of `arrays.constant_shapes` but the text features. Where `how` leaves prompts out, the class embeddings are
+    those of the rest; where it averages something else than embeddings, `prompts` is the text side of that
+    (`fusion.prompt_embeddings`).
+    """
+    names = constant_shapes(recipe)
+    constants = {name: read(name) for name in names if not name.startswith("text_features")}
+    if how.prompts is None and how.prompt_ensemble == "embedding":
+        return constants
+    for number in range(len(recipe.clips)):
+        text_features_PCD = read(array_name("text_features", number))
+        if how.prompts is not None:
+            text_features_PCD = text_features_PCD[list(how.prompts)]
+            constants[array_name("class_embeddings", number)] = fusion.class_embeddings(text_features_PCD)
+        if how.prompt_ensemble != "embedding":
+            prompts = fusion.prompt_embeddings(text_features_PCD, how.prompt_ensemble)
+            constants[array_name("prompts", number)] = prompts
+    return constants
 
 
 def take(rows: torch.Tensor, index: Index) -> torch.Tensor:
@@ -133,5 +176,18 @@ def take(rows: torch.Tensor, index: Index) -> torch.Tensor:
     return rows.index_select(0, index.long()).float()  # on the CPU a tenth of the time of rows[index]
 
 
-def _head(features_NE: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return fusion.linear_logits(features_NE, constants["teacher_head_weight"], constants["teacher_head_bias"])
+def _fused_logits(parts: ViewTargets, rows: slice, how: Fusion) -> torch.Tensor:
+    teachers = [parts.teacher_logits(rows, number) for number in range(len(how.teacher_weights))]
+    clips = [parts.clip_logits(rows, number) for number in range(len(how.clip_weights))]
+    return fusion.fused_logits(teachers, clips, how)
+
+
+def _fused_features(parts: ViewTargets, rows: slice, how: Fusion) -> torch.Tensor:
+    teachers, clips = range(len(how.teacher_weights)), range(len(how.clip_weights))
+    return fusion.fused_features(
+        [parts.teacher_features(rows, number) for number in teachers],
+        [parts.constants[array_name("teacher_projection", number)] for number in teachers],
+        [parts.clip_features(rows, number) for number in clips],
+        [parts.constants[array_name("clip_projection", number)] for number in clips],
+        how,
+    )

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from cache_tools import commits
+from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError, MismatchError, NotFoundError
-from cache_tools.format import MANIFEST_KEY, ArraySpec, Manifest, constant_shapes, parse_manifest, target_arrays
+from cache_tools.format import MANIFEST_KEY, Manifest, parse_manifest
 from cache_tools.place import Place
 
 GROUP = "zarr.json"

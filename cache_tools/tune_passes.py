@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
 
+from cache_tools import fusion
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.reader import TeacherCache
@@ -165,10 +166,18 @@ class Passes:
 
 
 def _clip_logits(targets: ViewTargets, index: Index, scaled: Sequence[Fusion]) -> Iterator[torch.Tensor]:
-    """CLIP's logits [B, C] at each scale, one after the other; the cosines are computed once."""
-    cosine = targets.cosine(index)
+    """The CLIPs' mixed logits [B, C] at each scale, one after the other.
+
+    They are proportional to the scale, so all but `probabilities` are computed once.
+    """
+    how = scaled[0]
+    if how.prompt_ensemble == "probabilities":
+        yield from (replace(targets, fusion=how).clip_logits(index) for how in scaled)
+        return
+    unscaled = replace(targets, fusion=replace(how, clip_scales=(1.0,) * len(how.clip_scales)))
+    parts = [unscaled.clip_logits(index, number) for number in range(len(how.clip_scales))]
     for how in scaled:
-        yield how.clip_scale * cosine
+        yield fusion.mix([scale * part for scale, part in zip(how.clip_scales, parts, strict=True)], how.clip_weights)
 
 
 def _standard_error(values: npt.NDArray[np.float64]) -> float:

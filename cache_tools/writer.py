@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools import commits
+from cache_tools.arrays import ArraySpec, target_arrays
 from cache_tools.durable import PARTIAL, remove_leftovers, sync_folder, sync_tree
 from cache_tools.errors import FormatError, MismatchError, StorageError
-from cache_tools.format import MANIFEST_KEY, ArraySpec, Manifest, manifest_attribute, target_arrays
+from cache_tools.format import MANIFEST_KEY, Manifest, manifest_attribute
 from cache_tools.layout import check_constants, check_samples, lay_out
 from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
 
@@ -61,7 +62,7 @@ class CacheWriter:
         Args:
             labels: int64 [N].
             sample_keys: uint8 [N, 16].
-            constants: float32 arrays, those of `format.constant_shapes`.
+            constants: float32 arrays, those of `arrays.constant_shapes`.
 
         Raises:
             FormatError: labels, keys or constants that are not what the manifest says.

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from cache_tools.config import Frozen
 from cache_tools.errors import MismatchError, NotFoundError
-from cache_tools.format import Manifest, Precision
+from cache_tools.format import ClipIdentity, Manifest, Precision, TeacherIdentity
 from cache_tools.images import ImageSet
-from cache_tools.refusion import FusionChoice
+from cache_tools.refusion import Fusion, FusionChoice
+from pipeline.clip import Clip
 from pipeline.recipe import BuildRecipe
 from pipeline.targets import TeacherPair, load_pair
+from pipeline.teachers import Teacher
 from train.stored_run import StoredRun
 
 
@@ -60,23 +62,21 @@ def load_teachers(
     if manifest is None:
         raise NotFoundError("a run on labels alone has no teachers", where=run.folder, next_step="leave --teachers out")
     recipe = _build_recipe(manifest, run)
-    fusion, scale = manifest.recipe.fusion, manifest.clip_scale
+    how = Fusion.stored(manifest)
     if run.recipe.fusion != FusionChoice():
         from cache_tools.reader import TeacherCache
 
         assert run.cache is not None, "a run with a manifest had a cache"
-        chosen = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
-        weights = {"teacher_weight": chosen.teacher_weight, "feature_weight": chosen.feature_weight}
-        fusion, scale = fusion.model_copy(update=weights), chosen.clip_scale
+        how = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
     pair = load_pair(
-        recipe.teacher,
-        recipe.clip,
-        fusion,
+        recipe.teachers,
+        recipe.clips,
+        manifest.recipe.fusion,
         images,
         recipe.dataset,
         device,
         precision or manifest.recipe.precision,
-        clip_scale=scale,
+        how=how,
     )
     _check_identity(pair, manifest)
     return pair
@@ -100,9 +100,9 @@ def agreement(
     for start in range(0, len(images), batch_size):
         rows = slice(start, min(start + batch_size, len(images)))
         pixels = torch.from_numpy(images.load(rows)).to(pair.device, non_blocking=True)
-        teacher, clip = pair.outputs(pixels)
-        fused, _ = pair.fuse(teacher, clip)
-        sources = (teacher.logits, pair.clip_scale * clip.cosine, fused)
+        teachers, clips = pair.outputs(pixels)
+        fused, _ = pair.fuse(teachers, clips)
+        sources = (pair.teacher_logits(teachers), pair.clip_logits(clips), fused)
         sums += torch.stack([_counts(student_NC[rows], source, labels[rows]) for source in sources])
         if advance is not None:
             advance(rows.stop - rows.start)
@@ -151,8 +151,10 @@ def _build_recipe(manifest: Manifest, run: StoredRun) -> BuildRecipe:
 
 
 def _check_identity(pair: TeacherPair, manifest: Manifest) -> None:
-    pairs = ((pair.teacher.identity, manifest.recipe.teacher), (pair.clip.identity, manifest.recipe.clip))
-    for found, built in pairs:
+    networks: list[Teacher | Clip] = [*pair.teachers, *pair.clips]
+    built_with: list[TeacherIdentity | ClipIdentity] = [*manifest.recipe.teachers, *manifest.recipe.clips]
+    for network, built in zip(networks, built_with, strict=True):
+        found = network.identity
         if found.weights_digest != built.weights_digest:
             raise MismatchError(
                 "these are not the weights that the cache was built with",

@@ -1,4 +1,4 @@
-"""The build loop: every missing block of every view through teacher and CLIP, once, into the cache.
+"""The build loop: every missing block of every view through the teachers and CLIPs, once, into the cache.
 
 Three things happen at the same time: a thread loads the next images, the device computes, and a thread encodes,
 writes and commits the block before. A block is always computed from its own first row in batches of the same size,
@@ -10,19 +10,20 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from cache_tools import registry
+from cache_tools.arrays import ArraySpec, default_block_rows, target_arrays
 from cache_tools.console import Progress, resolve_device
-from cache_tools.format import ArraySpec, CacheRecipe, FloatType, Manifest, default_block_rows, target_arrays
+from cache_tools.format import CacheRecipe, ClipIdentity, FloatType, Manifest, TeacherIdentity
 from cache_tools.images import ImageSet, open_images
 from cache_tools.reader import make_canaries
 from cache_tools.writer import CacheWriter, check_free
@@ -30,6 +31,8 @@ from pipeline.loader import BatchLoader
 from pipeline.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
 from pipeline.targets import TeacherPair, load_pair
+
+Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
 
 BLOCKS_IN_FLIGHT = 2
 TORCH_DTYPES: dict[FloatType, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
@@ -58,8 +61,8 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     device = resolve_device(recipe.device)
     images = open_images(recipe.dataset)
     pair = load_pair(
-        recipe.teacher,
-        recipe.clip,
+        recipe.teachers,
+        recipe.clips,
         recipe.fusion,
         images,
         recipe.dataset,
@@ -70,7 +73,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     identity = resolve(recipe, images, pair)
     path = recipe.out or registry.cache_path(recipe.name, identity.fingerprint)
     writer, preflight = _open_or_create(path, recipe, identity, images, pair, say)
-    pair.clip_scale = writer.manifest.clip_scale
+    pair.use_scales(writer.manifest.clip_scales)
     missing = writer.missing_blocks()
     if not missing:
         say(f"{path} is complete: nothing to do")
@@ -86,12 +89,18 @@ def resolve(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheRe
     return CacheRecipe(
         dataset=images.identity(),
         views=recipe.views,
-        teacher=pair.teacher.identity,
-        clip=pair.clip.identity,
+        teachers=_weighted([teacher.identity for teacher in pair.teachers], pair.fusion.teacher_weights),
+        clips=_weighted([clip.identity for clip in pair.clips], pair.fusion.clip_weights),
         fusion=recipe.fusion,
         store=recipe.store,
         dtype=recipe.dtype,
         precision=recipe.precision,
+    )
+
+
+def _weighted(identities: Sequence[Identity], weights: Sequence[float]) -> tuple[Identity, ...]:
+    return tuple(
+        identity.model_copy(update={"weight": weight}) for identity, weight in zip(identities, weights, strict=True)
     )
 
 
@@ -121,7 +130,7 @@ def _open_or_create(
         dataset=recipe.dataset.absolute(),  # so that it is found from any working directory
         num_views=recipe.num_views,
         block_rows=recipe.block_rows or default_block_rows(identity),
-        clip_scale=pair.clip_scale,
+        clip_scales=pair.fusion.clip_scales,
         canaries=make_canaries(recipe.views, images, recipe.num_views),
         build_recipe=recipe.model_dump(mode="json"),
         provenance={

@@ -18,7 +18,7 @@ from cache_tools.format import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.clip_source import ClipSource, load_network, needs_hub, resolve_source
 from pipeline.hub import hub_or_local_copies
-from pipeline.prompts import render_prompts, template_set
+from pipeline.prompts import prompt_class_name, render_prompts, template_set
 from pipeline.weights import as_network_input, first_line, freeze, mixed_precision, weights_digest
 
 if TYPE_CHECKING:
@@ -111,12 +111,13 @@ def load_clip(
     visual = network.visual
     identity = ClipIdentity(
         architecture=source.architecture,
-        config_digest=_config_digest(source, None if spec.class_names is None else words),
+        config_digest=_config_digest(source),
         weights_digest=digest,
         feature_dim=text_features.shape[2],
         logit_scale=float(network.logit_scale.exp()),
         preprocessing=_preprocessing(visual.preprocess_cfg),
         templates=templates,
+        class_names=words,
     )
     bias = getattr(network, "logit_bias", None)
     return Clip(
@@ -130,16 +131,16 @@ def load_clip(
 
 
 def _prompt_words(spec: ClipSpec, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    if spec.class_names is None:
-        return class_names
-    if len(spec.class_names) != len(class_names):
+    """What stands for `{}` in the prompts, class by class."""
+    names = class_names if spec.class_names is None else spec.class_names
+    if len(names) != len(class_names):
         raise RecipeError(
             "another number of class names for the prompts than the dataset has classes",
             where="clip.class_names",
             expected=len(class_names),
-            found=len(spec.class_names),
+            found=len(names),
         )
-    return spec.class_names
+    return tuple(prompt_class_name(name) for name in names)
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def _preprocessing(config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def _config_digest(source: ClipSource, words: tuple[str, ...] | None) -> str:
-    """sha256 over the model config as JSON, with the words for the prompts where they are not the dataset's names."""
-    told = {"model_cfg": source.config} | ({} if words is None else {"class_names": list(words)})
+def _config_digest(source: ClipSource) -> str:
+    """sha256 over the model config as JSON."""
+    told = {"model_cfg": source.config}
     return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

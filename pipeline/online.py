@@ -9,7 +9,7 @@ from train.feed import BatchTargets
 
 
 class LiveTeachers:
-    """A target source for `train.loop` that runs teacher and CLIP on every batch of view pixels.
+    """A target source for `train.loop` that runs teachers and CLIPs on every batch of view pixels.
 
     Interface of a cached source: `view(v).batch(index, pixels)`. Rows equal a float32 cache of the same recipe.
     """
@@ -22,11 +22,12 @@ class LiveTeachers:
         return self
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
-        """Fused logits [B, C] and features [B, D], and either network's own features, float32, of uint8 view pixels."""
-        teacher, clip = self._pair.outputs(pixels_NCHW_u8)
-        logits, features = self._pair.fuse(teacher, clip)
+        """Fused logits [B, C] and features [B, D], and each network's own features, float32, of uint8 view pixels."""
+        teachers, clips = self._pair.outputs(pixels_NCHW_u8)
+        logits, features = self._pair.fuse(teachers, clips)
+        own = [teacher.features for teacher in teachers] + [clip.features for clip in clips]
         # Cloned out of inference mode: the loss records gradients with them.
-        return BatchTargets(logits.clone(), features.clone(), (teacher.features.clone(), clip.features.clone()))
+        return BatchTargets(logits.clone(), features.clone(), tuple(each.clone() for each in own))
 
     def close(self) -> None:
         """Nothing to release."""

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from cache_tools.config import Frozen, load_recipe
-from cache_tools.format import FloatType, FusionRecipe, Precision, Store
+from cache_tools.config import ONE, SEVERAL, Frozen, load_recipe, one_or_several
+from cache_tools.errors import RecipeError
+from cache_tools.format import FloatType, FusionRecipe, Precision, Share, Store
 from cache_tools.images import DatasetRecipe
+from cache_tools.refusion import check_shares
 from cache_tools.views import ViewRecipe
 
 
 class TeacherSpec(Frozen):
-    """The conventional teacher and where its weights are.
+    """A conventional teacher and where its weights are.
 
     name: a CIFAR-zoo name (`resnet32x4`), `timm:NAME`, `torchvision:NAME`, or a run folder or `.safetensors` file
         that `train-student` wrote (it names its own architecture).
     weights: a `.safetensors` or `.pth` file, `package:FILE` (shipped), or a pretrained tag of timm or torchvision.
     size, interpolation, mean, std: its preprocessing, where the library's or the checkpoint's own is not wanted.
+    weight: its share among several teachers; equal shares by default.
     """
 
     name: str
@@ -31,26 +34,40 @@ class TeacherSpec(Frozen):
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    weight: Share | None = None
 
 
 class ClipSpec(Frozen):
-    """The open_clip model and its prompts.
+    """An open_clip model and its prompts.
 
     name: an open_clip model name, `hf-hub:ORG/MODEL` or `local-dir:FOLDER` (`local-dir:package:FOLDER` is shipped).
     weights: a pretrained tag of open_clip or a checkpoint file; only with a plain model name.
     templates: `richkd` (the 12 of the paper's code), `openai` (80), `siglip` (1), or a file with one per line.
     class_names: words for the prompts where the dataset's class names are not good ones; same order.
+    weight: its share among several CLIPs; equal shares by default.
     """
 
     name: str
     weights: str | None = None
     templates: str = "richkd"
     class_names: tuple[str, ...] | None = None
+    weight: Share | None = None
+
+
+Teachers = Annotated[
+    Annotated[TeacherSpec, Tag(ONE)] | Annotated[tuple[TeacherSpec, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(one_or_several),
+]
+Clips = Annotated[
+    Annotated[ClipSpec, Tag(ONE)] | Annotated[tuple[ClipSpec, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(one_or_several),
+]
 
 
 class BuildRecipe(Frozen):
     """One cache: whose images, which views of them, which teachers, how they are fused and how it is stored.
 
+    `teacher` and `clip` are one network or a list of them; `teachers` and `clips` give either as a tuple.
     `batch_size`, `block_rows`, `device` and `out` say how the work is done; the rest says what the values are.
     """
 
@@ -58,8 +75,8 @@ class BuildRecipe(Frozen):
     dataset: DatasetRecipe
     views: ViewRecipe = ViewRecipe()
     num_views: PositiveInt = 8
-    teacher: TeacherSpec
-    clip: ClipSpec
+    teacher: Teachers
+    clip: Clips
     fusion: FusionRecipe = FusionRecipe()
     store: Store = "fused"
     dtype: FloatType = "float16"
@@ -69,6 +86,40 @@ class BuildRecipe(Frozen):
     preflight_samples: int = Field(2000, ge=0)
     device: str = "auto"
     out: Path | None = None
+
+    @model_validator(mode="after")
+    def _weights_sum_to_one(self) -> BuildRecipe:
+        shares(self.teachers, where="teacher")
+        shares(self.clips, where="clip")
+        return self
+
+    @property
+    def teachers(self) -> tuple[TeacherSpec, ...]:
+        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+
+    @property
+    def clips(self) -> tuple[ClipSpec, ...]:
+        return self.clip if isinstance(self.clip, tuple) else (self.clip,)
+
+
+def shares(specs: Sequence[TeacherSpec] | Sequence[ClipSpec], *, where: str) -> tuple[float, ...]:
+    """The weight of each network in its group: as given, or equal.
+
+    Raises:
+        RecipeError: weights for some of them only, or weights that do not sum to 1.
+    """
+    weights = [spec.weight for spec in specs if spec.weight is not None]
+    if not weights:
+        return (1.0 / len(specs),) * len(specs)
+    if len(weights) < len(specs):
+        raise RecipeError(
+            "some networks of a group have a weight and some have none",
+            where=where,
+            expected="a weight for each of them, or for none (equal shares)",
+            found=", ".join(f"{spec.name}: {spec.weight}" for spec in specs),
+        )
+    check_shares(weights, where=f"{where} weights")
+    return tuple(weights)
 
 
 def builtin_recipes() -> Traversable:

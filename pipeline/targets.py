@@ -1,130 +1,186 @@
-"""Teacher and CLIP as one function from view pixels to targets: for the build, the preflight and online training."""
+"""Teachers and CLIPs as one function from view pixels to targets: for the build, the preflight and online training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cache_tools import fusion
+from cache_tools.arrays import array_name
 from cache_tools.format import FusionRecipe, Precision, Store
 from cache_tools.images import DatasetRecipe, ImageSet
+from cache_tools.refusion import MATCH_SAMPLES, Fusion
 from cache_tools.views import ViewRecipe
 from pipeline.clip import Clip, ClipOutput, load_clip
-from pipeline.recipe import ClipSpec, TeacherSpec
+from pipeline.recipe import ClipSpec, TeacherSpec, shares
 from pipeline.teachers import Teacher, TeacherOutput, load_teacher
 
 
-class TeacherPair:
-    """A conventional teacher and CLIP, frozen, on one device, with the fixed projections of the fused features.
+class PairOutput(NamedTuple):
+    """What every network says about a batch."""
 
-    `clip_scale` is what the cosines are multiplied with (resolved from the recipe's choice before the first target).
+    teachers: tuple[TeacherOutput, ...]
+    clips: tuple[ClipOutput, ...]
+
+
+class TeacherPair:
+    """Both groups of networks, conventional teachers and CLIPs (mostly one of each), frozen, on one device.
+
+    Attributes:
+        teachers, clips: the networks.
+        fusion: how they become one target; its CLIP scales are resolved before the first target is made.
     """
 
-    def __init__(self, teacher: Teacher, clip: Clip, recipe: FusionRecipe, clip_scale: float) -> None:
-        self.teacher, self.clip, self.recipe, self.clip_scale = teacher, clip, recipe, clip_scale
-        width = recipe.feature_dim
-        self._projections = {
-            "teacher_projection": fusion.projection_matrix(teacher.identity.feature_dim, width, recipe.projection_seed),
-            "clip_projection": fusion.projection_matrix(clip.identity.feature_dim, width, recipe.projection_seed + 1),
-        }
-        device = clip.class_embeddings.device
-        self._on_device = {name: torch.from_numpy(value).to(device) for name, value in self._projections.items()}
+    def __init__(self, teachers: Sequence[Teacher], clips: Sequence[Clip], recipe: FusionRecipe, how: Fusion) -> None:
+        self.teachers, self.clips, self.fusion = tuple(teachers), tuple(clips), how
+        seed, width = recipe.projection_seed, recipe.feature_dim
+        self._teacher_projections = [
+            self._projection(teacher, width, seed + 2 * number) for number, teacher in enumerate(self.teachers)
+        ]
+        self._clip_projections = [
+            self._projection(clip, width, seed + 2 * number + 1) for number, clip in enumerate(self.clips)
+        ]
+        self._prompts = None if _plain_prompts(how) else [_prompts(clip, how) for clip in self.clips]
         # Two streams let a small teacher fill the gaps that CLIP leaves on a GPU.
-        self._clip_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._clip_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def device(self) -> torch.device:
-        return self.clip.class_embeddings.device
+        return self.clips[0].class_embeddings.device
 
     def constants(self, store: Store) -> dict[str, np.ndarray]:
         """The arrays a cache holds once, all float32; with `components` also what turns features into logits."""
-        arrays = dict(self._projections)
-        arrays["class_embeddings"] = _numpy(self.clip.class_embeddings)
-        if store == "components":
-            arrays["text_features"] = _numpy(self.clip.text_features)
-            if self.teacher.head is not None:
-                weight, bias = self.teacher.head
-                arrays["teacher_head_weight"], arrays["teacher_head_bias"] = _numpy(weight), _numpy(bias)
-        return arrays
+        tensors: dict[str, torch.Tensor] = {}
+        for number, teacher in enumerate(self.teachers):
+            tensors[array_name("teacher_projection", number)] = self._teacher_projections[number]
+            if store == "components" and teacher.head is not None:
+                for part, tensor in zip(("weight", "bias"), teacher.head, strict=True):
+                    tensors[array_name(f"teacher_head_{part}", number)] = tensor
+        for number, clip in enumerate(self.clips):
+            tensors[array_name("clip_projection", number)] = self._clip_projections[number]
+            tensors[array_name("class_embeddings", number)] = clip.class_embeddings
+            if store == "components":
+                tensors[array_name("text_features", number)] = clip.text_features
+        return {name: tensor.detach().float().cpu().contiguous().numpy() for name, tensor in tensors.items()}
 
     @torch.inference_mode()
-    def outputs(self, pixels_NCHW_u8: torch.Tensor) -> tuple[TeacherOutput, ClipOutput]:
+    def outputs(self, pixels_NCHW_u8: torch.Tensor) -> PairOutput:
         """One forward pass of each network over uint8 view pixels on this pair's device."""
         stream = self._clip_stream
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            clip_output = self.clip(pixels_NCHW_u8)
-        teacher_output = self.teacher(pixels_NCHW_u8)
+            clips = tuple(clip(pixels_NCHW_u8) for clip in self.clips)
+        teachers = tuple(teacher(pixels_NCHW_u8) for teacher in self.teachers)
         if stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(stream)
-            for tensor in clip_output:  # made on the side stream, freed on the current one
+            for tensor in (tensor for clip in clips for tensor in clip):  # made on the side stream, freed on this one
                 tensor.record_stream(current)
             pixels_NCHW_u8.record_stream(stream)
-        return teacher_output, clip_output
+        return PairOutput(teachers, clips)
 
     @torch.inference_mode()
-    def fuse(self, teacher: TeacherOutput, clip: ClipOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    def teacher_logits(self, teachers: Sequence[TeacherOutput]) -> torch.Tensor:
+        """z_T [B, C], float32: the teachers' logits, mixed."""
+        return fusion.mix([teacher.logits for teacher in teachers], self.fusion.teacher_weights)
+
+    @torch.inference_mode()
+    def clip_logits(self, clips: Sequence[ClipOutput]) -> torch.Tensor:
+        """z_C [B, C], float32: the CLIPs' scaled logits, mixed."""
+        return fusion.mix(self.scaled_logits(clips), self.fusion.clip_weights)
+
+    @torch.inference_mode()
+    def scaled_logits(self, clips: Sequence[ClipOutput]) -> list[torch.Tensor]:
+        """Scaled logits [B, C] of each CLIP over its prompts, float32."""
+        scales = self.fusion.clip_scales
+        if self._prompts is None:  # the forward pass has the cosines already
+            return [scale * clip.cosine for clip, scale in zip(clips, scales, strict=True)]
+        return [
+            fusion.clip_logits(clip.features, prompts, scale)
+            for clip, prompts, scale in zip(clips, self._prompts, scales, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def fuse(self, teachers: Sequence[TeacherOutput], clips: Sequence[ClipOutput]) -> tuple[torch.Tensor, torch.Tensor]:
         """Fused logits [B, C], rows mean-centred, and fused features [B, D], float32."""
-        return fusion.fuse_targets(
-            teacher.logits,
-            teacher.features,
-            clip.cosine,
-            clip.features,
-            teacher_projection=self._on_device["teacher_projection"],
-            clip_projection=self._on_device["clip_projection"],
-            teacher_weight=self.recipe.teacher_weight,
-            feature_weight=self.recipe.feature_weight,
-            clip_scale=self.clip_scale,
+        logits = fusion.fused_logits([teacher.logits for teacher in teachers], self.scaled_logits(clips), self.fusion)
+        features = fusion.fused_features(
+            [teacher.features for teacher in teachers],
+            self._teacher_projections,
+            [clip.features for clip in clips],
+            self._clip_projections,
+            self.fusion,
         )
+        return logits, features
 
     def targets(self, pixels_NCHW_u8: torch.Tensor, store: Store) -> Mapping[str, torch.Tensor]:
-        """Rows for the target arrays of a cache, float32, by array name (`cache_tools.format.target_arrays`)."""
-        teacher, clip = self.outputs(pixels_NCHW_u8)
+        """Rows for the target arrays of a cache, float32, by array name (`cache_tools.arrays.target_arrays`)."""
+        teachers, clips = self.outputs(pixels_NCHW_u8)
         if store == "fused":
-            logits, features = self.fuse(teacher, clip)
+            logits, features = self.fuse(teachers, clips)
             return {"fused_logits": logits, "fused_features": features}
-        rows = {"teacher_features": teacher.features, "clip_features": clip.features}
-        if self.teacher.head is None:
-            rows["teacher_logits"] = fusion.centre_rows(teacher.logits)
+        rows = {array_name("clip_features", number): clip.features for number, clip in enumerate(clips)}
+        for number, (network, teacher) in enumerate(zip(self.teachers, teachers, strict=True)):
+            rows[array_name("teacher_features", number)] = teacher.features
+            if network.head is None:
+                rows[array_name("teacher_logits", number)] = fusion.centre_rows(teacher.logits)
         return rows
+
+    def use_scales(self, clip_scales: Sequence[float]) -> None:
+        """Take the scales of a manifest: a cache that grows keeps those that it began with."""
+        assert len(clip_scales) == len(self.clips), "one scale per CLIP"
+        self.fusion = replace(self.fusion, clip_scales=tuple(clip_scales))
+
+    def _projection(self, network: Teacher | Clip, width: int, seed: int) -> torch.Tensor:
+        return torch.from_numpy(fusion.projection_matrix(network.identity.feature_dim, width, seed)).to(self.device)
 
 
 def load_pair(
-    teacher: TeacherSpec,
-    clip: ClipSpec,
+    teachers: TeacherSpec | Sequence[TeacherSpec],
+    clips: ClipSpec | Sequence[ClipSpec],
     recipe: FusionRecipe,
     images: ImageSet,
     dataset: DatasetRecipe,
     device: torch.device,
     precision: Precision,
     *,
-    clip_scale: float | None = None,
+    how: Fusion | None = None,
     batch_size: int = 256,
 ) -> TeacherPair:
-    """Load both networks for a dataset and settle the CLIP scale.
+    """Load all networks for a dataset and settle how they are fused.
 
     Args:
-        clip_scale: an already resolved scale (from a manifest); None resolves the recipe's choice, for `match` on up to
-            2048 evenly spaced clean samples of `images`.
+        teachers, clips: one network or several, as in a build recipe.
+        how: an already resolved fusion (`Fusion.stored(manifest)`, `FusionChoice(…).resolve(cache)`), used in place of
+            `recipe`; its `clip_view` means nothing here. None resolves the recipe, for the scale `match` on up to 2048
+            evenly spaced clean samples of `images`.
 
     Raises:
         WeightsError: weights that are missing or do not fit the architecture, class count or class order.
+        RecipeError: weights of a group that do not sum to 1.
     """
-    pair = TeacherPair(
-        load_teacher(
-            teacher, images.class_names, device, images.image_size, dataset.normalisation, precision=precision
-        ),
-        load_clip(clip, images.class_names, device, precision=precision),
-        recipe,
-        clip_scale if clip_scale is not None else 1.0,
+    teacher_specs = (teachers,) if isinstance(teachers, TeacherSpec) else tuple(teachers)
+    clip_specs = (clips,) if isinstance(clips, ClipSpec) else tuple(clips)
+    unscaled = Fusion(
+        teacher_weight=recipe.teacher_weight,
+        feature_weight=recipe.feature_weight,
+        teacher_weights=shares(teacher_specs, where="teacher"),
+        clip_weights=shares(clip_specs, where="clip"),
+        clip_scales=(1.0,) * len(clip_specs),
+        prompt_ensemble=recipe.prompt_ensemble,
     )
-    if clip_scale is None:
-        pair.clip_scale = _resolve_scale(pair, images, batch_size)
+    names, size, colours = images.class_names, images.image_size, dataset.normalisation
+    loaded = [load_teacher(spec, names, device, size, colours, precision=precision) for spec in teacher_specs]
+    loaded_clips = [load_clip(spec, names, device, precision=precision) for spec in clip_specs]
+    pair = TeacherPair(loaded, loaded_clips, recipe, how or unscaled)
+    if how is None:
+        pair.use_scales(_resolve_scales(pair, recipe, images, batch_size))
     return pair
 
 
@@ -147,17 +203,25 @@ def view_pixels(
     return views.apply(torch.from_numpy(images.load(index)).to(device), index, view)
 
 
-def _resolve_scale(pair: TeacherPair, images: ImageSet, batch_size: int) -> float:
-    choice = pair.recipe.clip_scale
+def _plain_prompts(how: Fusion) -> bool:
+    """Whether all prompts count, averaged as embeddings: images are then compared with the class embeddings."""
+    return how.prompts is None and how.prompt_ensemble == "embedding"
+
+
+def _prompts(clip: Clip, how: Fusion) -> torch.Tensor:
+    text_features_PCD = clip.text_features if how.prompts is None else clip.text_features[list(how.prompts)]
+    return fusion.prompt_embeddings(text_features_PCD, how.prompt_ensemble)
+
+
+def _resolve_scales(pair: TeacherPair, recipe: FusionRecipe, images: ImageSet, batch_size: int) -> list[float]:
+    choice, scales = recipe.clip_scale, [clip.identity.logit_scale for clip in pair.clips]
     if choice != "match":
-        return fusion.resolve_clip_scale(choice, pair.clip.identity.logit_scale, None, None)
-    outputs = [
-        pair.outputs(pixels) for pixels in clean_batches(images, labelled_sample(images, 2048), batch_size, pair.device)
+        return [fusion.resolve_clip_scale(choice, scale) for scale in scales]
+    index = labelled_sample(images, MATCH_SAMPLES)
+    outputs = [pair.outputs(pixels) for pixels in clean_batches(images, index, batch_size, pair.device)]
+    teacher_logits = torch.cat([pair.teacher_logits(output.teachers) for output in outputs])
+    cosines = [torch.cat([output.clips[number].cosine for output in outputs]) for number in range(len(scales))]
+    return [
+        fusion.resolve_clip_scale(choice, scale, teacher_logits, cosine)
+        for scale, cosine in zip(scales, cosines, strict=True)
     ]
-    teacher_logits = torch.cat([teacher.logits for teacher, _ in outputs])
-    cosine = torch.cat([clip.cosine for _, clip in outputs])
-    return fusion.resolve_clip_scale(choice, pair.clip.identity.logit_scale, teacher_logits, cosine)
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().contiguous().numpy()

@@ -8,16 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cache_tools.format import (
-    CacheRecipe,
-    ClipIdentity,
-    FusionRecipe,
-    Manifest,
-    Preprocessing,
-    TeacherIdentity,
-    constant_shapes,
-    target_arrays,
-)
+from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.format import CacheRecipe, ClipIdentity, FusionRecipe, Manifest, Preprocessing, TeacherIdentity
 from cache_tools.image_arrays import ArrayImages
 from cache_tools.images import DatasetRecipe, sample_key
 from cache_tools.verify import make_canaries
@@ -55,32 +47,47 @@ def tiny_manifest(
     teacher_dim: int = 12,
     clip_dim: int = 10,
     feature_dim: int = 8,
+    teacher_weights: tuple[float, ...] = (1.0,),
+    clip_weights: tuple[float, ...] = (1.0,),
+    fusion: FusionRecipe | None = None,
     **recipe: Any,
 ) -> Manifest:
     """A manifest for `images`; `recipe` goes to CacheRecipe (store, dtype, precision).
 
-    Without `canaries` no torch is imported: for subprocesses that must start fast.
+    There is a network for each of `teacher_weights` and `clip_weights`: further ones are wider, the second teacher has
+    the other kind of head, further CLIPs have more prompts and a smaller scale. Without `canaries` no torch is
+    imported: for subprocesses that must start fast.
     """
+    words = tuple(name.replace("_", " ") for name in images.class_names)
     resolved = CacheRecipe(
         dataset=images.identity(),
         views=VIEWS,
-        teacher=TeacherIdentity(
-            architecture="tiny_teacher",
-            weights_digest="ab" * 32,
-            feature_dim=teacher_dim,
-            linear_head=linear_head,
-            preprocessing=PREPROCESSING,
+        teachers=tuple(
+            TeacherIdentity(
+                architecture="tiny_teacher",
+                weights_digest="ab" * 32,
+                feature_dim=teacher_dim + 3 * number,
+                linear_head=linear_head if number != 1 else not linear_head,
+                preprocessing=PREPROCESSING,
+                weight=weight,
+            )
+            for number, weight in enumerate(teacher_weights)
         ),
-        clip=ClipIdentity(
-            architecture="tiny_clip",
-            config_digest="cd" * 32,
-            weights_digest="ef" * 32,
-            feature_dim=clip_dim,
-            logit_scale=100.0,
-            preprocessing=PREPROCESSING,
-            templates=("a photo of a {}.", "a scan of a {}."),
+        clips=tuple(
+            ClipIdentity(
+                architecture="tiny_clip",
+                config_digest="cd" * 32,
+                weights_digest="ef" * 32,
+                feature_dim=clip_dim + 2 * number,
+                logit_scale=100.0 / (1 + number),
+                preprocessing=PREPROCESSING,
+                templates=("a photo of a {}.", "a scan of a {}.", "a {}.", "the {}.")[: 2 + number],
+                class_names=words,
+                weight=weight,
+            )
+            for number, weight in enumerate(clip_weights)
         ),
-        fusion=FusionRecipe(feature_dim=feature_dim),
+        fusion=fusion or FusionRecipe(feature_dim=feature_dim),
         **recipe,
     )
     return Manifest(
@@ -90,7 +97,7 @@ def tiny_manifest(
         dataset=DatasetRecipe(name="digits"),
         num_views=num_views,
         block_rows=block_rows,
-        clip_scale=resolved.clip.logit_scale,
+        clip_scales=tuple(clip.logit_scale for clip in resolved.clips),
         canaries=make_canaries(VIEWS, images, num_views) if canaries else (),
         provenance={"preflight": {"teacher_top1": 0.75, "clip_top1": 0.5, "n": 64}, "command": "build-cache tiny"},
     )
@@ -102,7 +109,9 @@ def tiny_constants(manifest: Manifest, seed: int = 1) -> dict[str, np.ndarray]:
     arrays = {
         name: rng.normal(size=shape).astype(np.float32) for name, shape in constant_shapes(manifest.recipe).items()
     }
-    arrays["class_embeddings"] /= np.linalg.norm(arrays["class_embeddings"], axis=1, keepdims=True)
+    for name, array in arrays.items():
+        if name.startswith("class_embeddings"):
+            array /= np.linalg.norm(array, axis=1, keepdims=True)
     return arrays
 
 

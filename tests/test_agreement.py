@@ -50,9 +50,10 @@ def test_figures_equal_counting(run: StoredRun, images: ImageSet):
     advanced: list[int] = []
     found = agreement(torch.from_numpy(student), pair, images, batch_size=8, advance=advanced.append)
     assert advanced == [8, 8, 5]
-    teacher, clip = pair.outputs(torch.from_numpy(images.load(slice(None))))
-    fused = 0.7 * teacher.logits + 0.3 * pair.clip_scale * clip.cosine
-    sources = {"teacher": teacher.logits, "CLIP": pair.clip_scale * clip.cosine, "fusion": fused}
+    (teacher,), (clip,) = pair.outputs(torch.from_numpy(images.load(slice(None))))
+    scaled = pair.fusion.clip_scale * clip.cosine
+    fused = 0.7 * teacher.logits + 0.3 * scaled
+    sources = {"teacher": teacher.logits, "CLIP": scaled, "fusion": fused}
     assert [row.source for row in found] == list(sources)
     for row, logits in zip(found, sources.values(), strict=True):
         same = right = follows = corrects = 0
@@ -76,7 +77,7 @@ def test_figures_equal_counting(run: StoredRun, images: ImageSet):
 
 def test_a_student_that_is_its_teacher_agrees_with_it(run: StoredRun, images: ImageSet):
     pair = load_teachers(run, images, CPU)
-    teacher, _ = pair.outputs(torch.from_numpy(images.load(slice(None))))
+    (teacher,), _ = pair.outputs(torch.from_numpy(images.load(slice(None))))
     same = agreement(teacher.logits, pair, images, batch_size=len(images))[0]
     assert (same.agreement, same.follows_when_wrong, same.right_when_wrong) == (1.0, 1.0, 0.0)
     assert same.kl == pytest.approx(0.0, abs=1e-9)
@@ -84,9 +85,9 @@ def test_a_student_that_is_its_teacher_agrees_with_it(run: StoredRun, images: Im
 
 def test_the_fusion_is_the_runs_own(run: StoredRun, images: ImageSet):
     pair = load_teachers(run, images, CPU)
-    assert pair.recipe.teacher_weight == 0.7
+    assert pair.fusion.teacher_weight == 0.7
     assert run.manifest is not None
-    assert pair.clip_scale == run.manifest.clip_scale
+    assert pair.fusion.clip_scales == run.manifest.clip_scales
     choice = FusionChoice(teacher_weight=0.2, clip_scale=5.0)
     other = StoredRun(
         folder=run.folder,
@@ -96,7 +97,7 @@ def test_the_fusion_is_the_runs_own(run: StoredRun, images: ImageSet):
         cache=run.cache,
     )
     changed = load_teachers(other, images, CPU)
-    assert (changed.recipe.teacher_weight, changed.clip_scale) == (0.2, 5.0)
+    assert (changed.fusion.teacher_weight, changed.fusion.clip_scales) == (0.2, (5.0,))
 
 
 def test_missing_and_changed_weights_are_errors(run: StoredRun, images: ImageSet, root: Path):

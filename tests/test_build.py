@@ -52,12 +52,12 @@ def test_rows_are_the_fused_targets_of_their_view(root: Path, built: TeacherCach
     index = torch.tensor([149, 3, 77])
     for view in range(3):
         pixels = built.recipe.views.apply(torch.from_numpy(images.load(index.numpy())), index, view)
-        teacher, clip = pair.outputs(pixels)
-        mixed = 0.7 * teacher.logits.double() + 0.3 * pair.clip.identity.logit_scale * clip.cosine.double()
+        (teacher,), (clip,) = pair.outputs(pixels)
+        mixed = 0.7 * teacher.logits.double() + 0.3 * pair.clips[0].identity.logit_scale * clip.cosine.double()
         expected = mixed - mixed.mean(1, keepdim=True)
         targets = built.load_view(view)
         torch.testing.assert_close(targets.logits(index).double(), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(targets.features(index), pair.fuse(teacher, clip)[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(targets.features(index), pair.fuse([teacher], [clip])[1], rtol=1e-4, atol=1e-5)
 
 
 def test_views_differ_and_the_manifest_tells_everything(root: Path, built: TeacherCache):
@@ -88,7 +88,7 @@ def test_match_brings_clip_to_the_teachers_spread(root: Path):
     recipe = tiny_build.recipe(root)
     images = open_images(recipe.dataset)
     pair = load_pair(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
-    teacher, clip = pair.outputs(torch.from_numpy(images.load(slice(None))))
+    (teacher,), (clip,) = pair.outputs(torch.from_numpy(images.load(slice(None))))
     spread = teacher.logits.double().std(1).mean() / clip.cosine.double().std(1).mean()
     assert TeacherCache.open(path).manifest.clip_scale == pytest.approx(float(spread), rel=1e-3)
 
@@ -270,3 +270,4 @@ def arrays_of(path: Path) -> dict[str, bytes]:
 def test_projections_are_those_of_the_recipe(built: TeacherCache):
     seed = built.recipe.fusion.projection_seed
     np.testing.assert_array_equal(built.constant("teacher_projection"), fusion.projection_matrix(64, 16, seed))
+    np.testing.assert_array_equal(built.constant("clip_projection"), fusion.projection_matrix(64, 16, seed + 1))

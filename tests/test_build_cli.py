@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from cache_tools.config import dump_yaml
 from pipeline.cli import app
+from pipeline.recipe import load_build_recipe
 from tests import tiny_build
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +64,24 @@ def test_another_clip_does_not_keep_the_recipes_tag():
     assert "weights: openai" not in shown.stdout
 
 
+def test_options_for_one_network_against_a_recipe_of_several(tmp_path: Path):
+    """--teacher replaces them all; what would change one of them says how to name it."""
+    several = load_build_recipe(
+        "digits",
+        ["teacher=[{name: resnet8, weights: a.pth}, {name: resnet20, weights: b.pth}]", "clip=[{name: c}, {name: d}]"],
+    )
+    file = tmp_path / "several.yaml"
+    file.write_text(dump_yaml(several))
+    shown = yaml.safe_load(build(file, "--show-recipe").stdout)
+    assert [teacher["weights"] for teacher in shown["teacher"]] == ["a.pth", "b.pth"]
+    alone = build(file, "--teacher", "resnet14", "--teacher-checkpoint", "c.pth", "--show-recipe")
+    assert yaml.safe_load(alone.stdout)["teacher"]["name"] == "resnet14"
+    for option, entry in (("--teacher-checkpoint", "teacher.0.weights"), ("--clip", "clip.0.name")):
+        refused = build(file, option, "x", "--show-recipe")
+        assert refused.exit_code == 2
+        assert f"--set {entry}=" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -75,6 +95,7 @@ def test_another_clip_does_not_keep_the_recipes_tag():
         (["--data-dir", "nowhere"], "nowhere"),
         (["--device", "tpu"], "tpu"),
         (["--store", "everything"], "components"),
+        (["--set", "teacher.weight=0.5"], "do not sum to 1 (teacher weights)"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(recipe_file: Path, tmp_path: Path, arguments: list[str], words: str):

@@ -88,6 +88,22 @@ def test_info_shows_recipe_geometry_progress_and_accuracies(home: Path) -> None:
     assert "teacher_head_weight" in half
 
 
+def test_info_and_ls_name_every_network(tmp_path: Path) -> None:
+    manifest = tiny_manifest(IMAGES, store="components", teacher_weights=(0.3, 0.7), clip_weights=(0.5, 0.5))
+    create(tmp_path / "several-0123456789ab.zarr", manifest, IMAGES)
+    text = run(tmp_path, "info", manifest.fingerprint[:12]).stdout
+    for words in (
+        "teacher:               tiny_teacher, share 0.3, weights abababababab",
+        "teacher 2:             tiny_teacher, share 0.7, weights abababababab, 15 features",
+        "CLIP 2:                tiny_clip, share 0.5",
+        "prompts 2:             3 templates",
+        "CLIP scale 100, 50 (model), prompt ensemble embedding",
+        "teacher_logits_2",
+    ):
+        assert words in text
+    assert "tiny_teacher + tiny_teacher" in run(tmp_path, "ls").stdout
+
+
 def test_info_json_holds_the_whole_manifest(home: Path) -> None:
     details = json.loads(run(home, "info", "half", "--json").stdout)
     manifest = tiny_manifest(IMAGES, name="half", store="components")

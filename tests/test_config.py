@@ -38,6 +38,42 @@ def test_list_items_are_set_by_number():
     assert recipe.views.ops[0].model_dump()["padding"] == 3
 
 
+TWO = ["teacher=[{name: a}, {name: b}]", "clip=[{name: c}, {name: d}]"]
+
+
+def test_entries_of_a_list_of_teachers_are_set_by_number():
+    recipe = load_build_recipe("digits", [*TWO, "teacher.0.name=x", "clip.1.templates=siglip"])
+    assert [teacher.name for teacher in recipe.teachers] == ["x", "b"]
+    assert [clip.templates for clip in recipe.clips] == ["richkd", "siglip"]
+
+
+def test_one_teacher_stays_one_in_what_is_shown():
+    recipe = load_build_recipe("digits", ["teacher.name=x", "clip=[{name: c, weight: 1.0}]"])
+    assert recipe.teacher == recipe.teachers[0]
+    shown = yaml.safe_load(dump_yaml(recipe))
+    assert shown["teacher"]["name"] == "x"
+    assert shown["clip"][0]["weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("teacher.name=x", r"whole list (teacher.name); expected the number of an entry, 0 to 1, where 'name' is"),
+        ("teacher.name=x", "Name the entry, as in --set teacher.0.name=…"),
+        ("clip.2.name=x", "0 to 1"),
+        ("clip.1.nme=x", "unknown recipe key 'clip.1.nme' (digits). Did you mean 'name'?"),
+        ("teacher.1.weight=2", "'teacher.1.weight'"),
+        ("teacher=7", "bad value for 'teacher'"),
+        ("teacher=[]", "bad value for 'teacher' (digits); expected Tuple should have at least 1 item"),
+        ("fusion.prompt_ensemble=mean", "'embedding', 'logits' or 'probabilities'"),
+    ],
+)
+def test_mistakes_in_lists_of_networks_name_the_entry(override: str, words: str):
+    with pytest.raises(RecipeError) as caught:
+        load_build_recipe("digits", [*TWO, override])
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "key", "near"),
     [

@@ -24,12 +24,14 @@ import pipeline.cli
 import pipeline.evaluate_cli
 import train.cli
 from cache_tools import TeacherCache
+from cache_tools.format import FusionRecipe
 from cache_tools.images import open_images
 from cache_tools.registry import HOME_VARIABLE
 from cache_tools.verify import pixel_digest
 from cache_tools.views import ViewRecipe
 from pipeline.build import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
+from tests import cache_factory
 from train.recipe import TrainRecipe, load_train_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -208,6 +210,39 @@ def test_arrays_are_those_of_the_format(cache: TeacherCache) -> None:
         assert array["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
         fill = array["fill_value"]
         assert fill == "NaN" if "float" in array["data_type"] else f"| {str(fill).replace('-', '−')} |" in row
+
+
+def test_fusing_as_the_format_says_gives_our_targets(format_code: SimpleNamespace, tmp_path: Path) -> None:
+    """Both kinds of heads, several networks, every prompt ensemble; and a single teacher and CLIP."""
+    images = cache_factory.tiny_images()
+    for ensemble in ("embedding", "logits", "probabilities"):
+        for number, shares in enumerate(({}, {"teacher_weights": (0.3, 0.7), "clip_weights": (0.2, 0.3, 0.5)})):
+            manifest = cache_factory.tiny_manifest(
+                images, store="components", fusion=FusionRecipe(prompt_ensemble=ensemble), **shares
+            )
+            path = tmp_path / f"{ensemble}-{number}"
+            cache_factory.build(path, manifest, images)
+            targets = TeacherCache.open(path).load_view(1)
+            logits, features = format_code.fuse(path, 1)
+            np.testing.assert_allclose(targets.logits(slice(None)), logits, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(targets.features(slice(None)), features, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_of_several_networks_are_those_of_the_format(format_code: SimpleNamespace, tmp_path: Path) -> None:
+    images, shares = cache_factory.tiny_images(), (0.3, 0.7)
+    manifest = cache_factory.tiny_manifest(images, store="components", teacher_weights=shares, clip_weights=shares)
+    stored = cache_factory.build(tmp_path / "c", manifest, images)
+    assert {"teacher_features_2", "clip_features_2", "teacher_logits_2"} < set(stored)
+    for name, values in stored.items():
+        for reader in (format_code.read_view, format_code.read_view_tensorstore):
+            np.testing.assert_array_equal(reader(tmp_path / "c", name, 2), values[2])
+    text = FORMAT.read_text()
+    for file in sorted((tmp_path / "c").glob("*/zarr.json")):
+        name = file.parent.name
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name.removesuffix('_2')}` "))
+        for dimension in json.loads(file.read_text())["dimension_names"]:
+            assert dimension.removesuffix("_2") in row
+            assert name.endswith("_2") or not dimension.endswith("_2")
 
 
 def test_small_digests_of_the_format() -> None:

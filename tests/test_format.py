@@ -5,20 +5,21 @@ from cache_factory import tiny_images, tiny_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache_tools.arrays import CHUNK_BYTES, array_name, constant_shapes, default_block_rows, target_arrays
+from cache_tools.config import Frozen
 from cache_tools.errors import FormatError
 from cache_tools.format import (
-    CHUNK_BYTES,
     CacheRecipe,
     FusionRecipe,
     Manifest,
-    constant_shapes,
-    default_block_rows,
     manifest_attribute,
     parse_manifest,
-    target_arrays,
 )
 
 MANIFEST = tiny_manifest(tiny_images())
+SEVERAL = tiny_manifest(
+    tiny_images(), store="components", teacher_weights=(0.5, 0.3, 0.2), clip_weights=(0.25, 0.75), linear_head=False
+)
 
 
 def stored(manifest: Manifest = MANIFEST) -> dict[str, object]:
@@ -33,8 +34,13 @@ def sized(num_samples: int, num_classes: int, **recipe: object) -> CacheRecipe:
     return MANIFEST.recipe.model_copy(update={"dataset": dataset, **recipe})
 
 
+def changed(model: Frozen, **fields: object) -> Frozen:
+    return model.model_copy(update=fields)
+
+
 def test_a_manifest_survives_json() -> None:
     assert parse_manifest(stored(), where="here") == MANIFEST
+    assert parse_manifest(stored(SEVERAL), where="here") == SEVERAL
 
 
 def test_the_fingerprint_covers_the_recipe_and_nothing_else() -> None:
@@ -43,7 +49,11 @@ def test_the_fingerprint_covers_the_recipe_and_nothing_else() -> None:
         recipe.model_copy(update={"dtype": "float32"}),
         recipe.model_copy(update={"fusion": FusionRecipe(feature_dim=8, teacher_weight=0.6)}),
         recipe.model_copy(update={"views": recipe.views.model_copy(update={"base_seed": 8})}),
-        recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights_digest": "ab" * 31 + "ac"})}),
+        recipe.model_copy(update={"teachers": (changed(recipe.teacher, weights_digest="ab" * 31 + "ac"),)}),
+        recipe.model_copy(update={"teachers": (changed(recipe.teacher, weight=0.5),) * 2}),
+        recipe.model_copy(update={"teachers": tuple(changed(recipe.teacher, weight=w) for w in (0.25, 0.75))}),
+        recipe.model_copy(update={"clips": (changed(recipe.clip, class_names=("one", "2", "3", "4", "5")),)}),
+        recipe.model_copy(update={"fusion": FusionRecipe(feature_dim=8, prompt_ensemble="logits")}),
         recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"content_digest": "0"})}),
     ]
     assert len({recipe.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
@@ -118,3 +128,38 @@ def test_array_names_follow_store_and_head() -> None:
     assert "teacher_head_weight" in constant_shapes(linear.recipe)
     assert "teacher_head_weight" not in constant_shapes(other.recipe)
     assert set(constant_shapes(MANIFEST.recipe)) == {"teacher_projection", "clip_projection", "class_embeddings"}
+
+
+def test_every_network_has_its_arrays() -> None:
+    """The first keeps the plain names, and a commit lists the columns array by array."""
+    assert [array_name("x", number) for number in range(3)] == ["x", "x_2", "x_3"]
+    assert [(spec.name, spec.width) for spec in target_arrays(SEVERAL.recipe, 16)] == [
+        ("teacher_features", 12), ("teacher_features_2", 15), ("teacher_features_3", 18),
+        ("clip_features", 10), ("clip_features_2", 12),
+        ("teacher_logits", 5), ("teacher_logits_3", 5),
+    ]  # fmt: skip
+    shapes = constant_shapes(SEVERAL.recipe)
+    assert shapes["teacher_projection_3"] == (18, 8)
+    assert shapes["teacher_head_weight_2"] == (5, 15)
+    assert not {"teacher_head_weight", "teacher_head_weight_3"} & set(shapes)
+    assert shapes["text_features_2"] == (3, 5, 12)
+    assert shapes["class_embeddings_2"] == (5, 12)
+    fused = SEVERAL.recipe.model_copy(update={"store": "fused"})
+    assert [spec.name for spec in target_arrays(fused, 16)] == ["fused_logits", "fused_features"]
+    assert set(constant_shapes(fused)) == {
+        "teacher_projection", "teacher_projection_2", "teacher_projection_3",
+        "clip_projection", "clip_projection_2", "class_embeddings", "class_embeddings_2",
+    }  # fmt: skip
+
+
+def test_the_first_network_is_at_hand() -> None:
+    assert (SEVERAL.recipe.teacher, SEVERAL.recipe.clip) == (SEVERAL.recipe.teachers[0], SEVERAL.recipe.clips[0])
+    assert (SEVERAL.clip_scale, SEVERAL.clip_scales) == (100.0, (100.0, 50.0))
+    assert SEVERAL.recipe.teacher_weights == (0.5, 0.3, 0.2)
+    assert SEVERAL.recipe.clip_weights == (0.25, 0.75)
+
+
+def test_a_manifest_without_a_scale_for_each_clip_is_refused() -> None:
+    attribute = stored(SEVERAL.model_copy(update={"clip_scales": (100.0,)}))
+    with pytest.raises(FormatError, match="2 CLIPs have 1 scales"):
+        parse_manifest(attribute, where="here")

@@ -8,6 +8,7 @@ import tensorstore
 import torch
 import zarr
 from cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
+from fusion_by_hand import fused_by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,9 @@ from cache_tools.errors import (
     NotFoundError,
     StorageError,
 )
+from cache_tools.format import FusionRecipe
 from cache_tools.reader import TeacherCache, ViewTargets
+from cache_tools.refusion import Fusion
 from cache_tools.targets import take
 from cache_tools.writer import CacheWriter
 
@@ -37,6 +40,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TeacherCache]:
         "float32": {"dtype": "float32"},
         "components": {"store": "components"},
         "logits": {"store": "components", "linear_head": False, "dtype": "float32"},
+        "several": {"store": "components", "teacher_weights": (0.25, 0.75), "clip_weights": (0.4, 0.6)},
+        "probabilities": {"store": "components", "fusion": FusionRecipe(prompt_ensemble="probabilities")},
     }
     for name, kind in kinds.items():
         build(folder / name, tiny_manifest(IMAGES, **kind), IMAGES)
@@ -46,7 +51,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TeacherCache]:
 # The format is open
 
 
-@pytest.mark.parametrize("kind", ["fused", "float32", "components", "logits"])
+@pytest.mark.parametrize("kind", ["fused", "float32", "components", "logits", "several", "probabilities"])
 def test_tensorstore_reads_what_the_reader_gives(caches: dict[str, TeacherCache], kind: str) -> None:
     cache = caches[kind]
 
@@ -71,6 +76,17 @@ def test_arrays_say_what_their_axes_and_codecs_are(caches: dict[str, TeacherCach
     assert array.metadata.dimension_names == ("view", "sample", "class")
     assert [codec.to_dict()["name"] for codec in array.metadata.codecs] == ["bytes", "zstd", "crc32c"]
     assert array.chunks == (1, 16, 5)
+
+
+def test_arrays_of_several_networks_have_axes_of_their_own(caches: dict[str, TeacherCache]) -> None:
+    """One length per dimension name in the whole group: tools that align by name rely on it."""
+    lengths: dict[str, set[int]] = {}
+    for file in caches["several"].path.glob("*/zarr.json"):
+        array = zarr.open_array(file.parent, mode="r")
+        for name, length in zip(array.metadata.dimension_names, array.shape, strict=True):
+            lengths.setdefault(name, set()).add(length)
+    assert all(len(found) == 1 for found in lengths.values()), lengths
+    assert {"teacher_feature", "teacher_feature_2", "clip_feature_2", "prompt_2", "class"} <= set(lengths)
 
 
 # Properties
@@ -104,37 +120,56 @@ def test_a_resident_view_equals_plain_reads(caches: dict[str, TeacherCache], kin
         np.testing.assert_array_equal(targets.features(order), cache.read_array("fused_features", view)[order])
 
 
-@pytest.mark.parametrize("kind", ["components", "logits"])
+@pytest.mark.parametrize("kind", ["components", "logits", "several", "probabilities"])
 def test_components_are_fused_as_the_equations_say(
     caches: dict[str, TeacherCache], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against plain float64 numpy; several pieces per view."""
     monkeypatch.setattr("cache_tools.targets.FUSE_ROWS", 32)
-    cache = caches[kind]
-    stored = {name: values.astype(np.float64) for name, values in tiny_targets(cache.manifest).items()}
-    constants = {name: values.astype(np.float64) for name, values in tiny_constants(cache.manifest).items()}
-
-    def unit(rows: np.ndarray) -> np.ndarray:
-        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
+    cache, rows = caches[kind], [4, 70, 4]
     for view in range(3):
-        features, clip = stored["teacher_features"][view], stored["clip_features"][view]
-        if kind == "components":
-            teacher = features @ constants["teacher_head_weight"].T + constants["teacher_head_bias"]
+        expected, targets = fused_by_hand(cache, view), cache.load_view(view)
+        np.testing.assert_allclose(targets.logits(rows), expected.logits[rows], rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(targets.features(rows), expected.features[rows], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(targets.teacher_logits(rows), expected.teacher[rows], rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(targets.clip_logits(rows), expected.clip[rows], rtol=1e-5, atol=1e-4)
+
+
+def test_every_network_can_be_asked_alone(caches: dict[str, TeacherCache]) -> None:
+    """Two teachers with either kind of head, two CLIPs with their own scales."""
+    cache, rows = caches["several"], [4, 70, 4]
+    targets = cache.load_view(1)
+    for number, suffix in enumerate(("", "_2")):
+        for name in ("teacher_features", "clip_features"):
+            stored = cache.read_array(name + suffix, 1)[rows].astype(np.float32)
+            np.testing.assert_array_equal(getattr(targets, name)(rows, number), stored)
+        alone = tuple(float(other == number) for other in range(2))
+        expected = fused_by_hand(cache, 1, teacher_weights=alone, clip_weights=alone)
+        np.testing.assert_allclose(targets.teacher_logits(rows, number), expected.teacher[rows], rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(targets.clip_logits(rows, number), expected.clip[rows], rtol=1e-5, atol=1e-4)
+        scaled = cache.manifest.clip_scales[number] * targets.cosine(rows, number)
+        assert torch.equal(scaled, targets.clip_logits(rows, number))
+    own = targets.component_features(rows)
+    assert [each.shape[1] for each in own] == [12, 15, 10, 12]
+    assert torch.equal(own[1], targets.teacher_features(rows, 1))
+    assert torch.equal(own[2], targets.clip_features(rows, 0))
+    with pytest.raises(NotFoundError, match="teacher features 3 are not loaded"):
+        targets.teacher_features(rows, 2)
+
+
+@pytest.mark.parametrize("kind", ["components", "several"])
+@pytest.mark.parametrize("wanted", [{"logits": False}, {"features": False}, {"logits": False, "features": False}])
+def test_components_are_fused_only_as_far_as_asked(
+    caches: dict[str, TeacherCache], kind: str, wanted: dict[str, bool]
+) -> None:
+    everything, some = caches[kind].load_view(0), caches[kind].load_view(0, **wanted)
+    for name in ("logits", "features"):
+        if wanted.get(name, True):
+            assert torch.equal(getattr(some, name)([3, 1]), getattr(everything, name)([3, 1]))
         else:
-            teacher = stored["teacher_logits"][view]
-        cosine = unit(clip) @ constants["class_embeddings"].T
-        logits = 0.7 * teacher + 0.3 * 100.0 * cosine
-        logits -= logits.mean(axis=1, keepdims=True)
-        mixed = 0.7 * unit(features @ constants["teacher_projection"])
-        mixed += 0.3 * unit(clip @ constants["clip_projection"])
-        targets, rows = cache.load_view(view), [4, 70, 4]
-        np.testing.assert_allclose(targets.logits(rows), logits[rows], rtol=1e-5, atol=1e-4)
-        np.testing.assert_allclose(targets.features(rows), mixed[rows], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(targets.teacher_logits(rows), teacher[rows], rtol=1e-5, atol=1e-4)
-        np.testing.assert_allclose(targets.cosine(rows), cosine[rows], rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(targets.teacher_features(rows), features[rows].astype(np.float32))
-        np.testing.assert_array_equal(targets.clip_features(rows), clip[rows].astype(np.float32))
+            with pytest.raises(NotFoundError, match=f"fused {name} are not loaded"):
+                getattr(some, name)([3, 1])
+    assert torch.equal(some.clip_logits([3, 1]), everything.clip_logits([3, 1]))
 
 
 def test_component_and_fused_caches_of_the_same_teachers_agree(tmp_path: Path) -> None:
@@ -145,16 +180,11 @@ def test_component_and_fused_caches_of_the_same_teachers_agree(tmp_path: Path) -
     targets: dict[str, list[np.ndarray]] = {"fused_logits": [], "fused_features": []}
     for view in range(3):
         features, clip = (torch.from_numpy(stored[name][view]) for name in ("teacher_features", "clip_features"))
-        logits, mixed = fusion.fuse_targets(
-            fusion.linear_logits(features, constants["teacher_head_weight"], constants["teacher_head_bias"]),
-            features,
-            fusion.cosine(clip, constants["class_embeddings"]),
-            clip,
-            teacher_weight=0.7,
-            feature_weight=0.7,
-            clip_scale=100.0,
-            teacher_projection=constants["teacher_projection"],
-            clip_projection=constants["clip_projection"],
+        teacher = fusion.linear_logits(features, constants["teacher_head_weight"], constants["teacher_head_bias"])
+        how = Fusion.stored(components)
+        logits = fusion.fused_logits([teacher], [fusion.clip_logits(clip, constants["class_embeddings"], 100.0)], how)
+        mixed = fusion.fused_features(
+            [features], [constants["teacher_projection"]], [clip], [constants["clip_projection"]], how
         )
         targets["fused_logits"].append(logits.numpy())
         targets["fused_features"].append(mixed.numpy())
@@ -218,7 +248,7 @@ def test_targets_move_between_devices(caches: dict[str, TeacherCache]) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["fused", "float32", "components", "logits"])
+@pytest.mark.parametrize("kind", ["fused", "float32", "components", "logits", "several", "probabilities"])
 def test_a_view_on_cuda_equals_the_one_on_the_cpu(caches: dict[str, TeacherCache], kind: str) -> None:
     rows = np.random.default_rng(0).permutation(75)
     for view in range(3):

@@ -20,6 +20,7 @@ from test_stats import labelled_images, reference_summary, softmax, write_cache
 
 from cache_tools import tune_grid
 from cache_tools.errors import IncompleteError, NotFoundError, RecipeError
+from cache_tools.format import FusionRecipe, PromptEnsemble
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.tune import Scale, TuneResult, to_json, tune_fusion
@@ -368,3 +369,25 @@ def test_one_weight_or_one_scale_is_a_curve(cache: TeacherCache, grid: dict[str,
     (axes,) = _draw(found).axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), np.ravel(found.nll))
     assert not found.at_edge or len(found.scales) > 1
+
+
+@pytest.mark.parametrize("ensemble", ["embedding", "logits", "probabilities"])
+def test_several_networks_are_tuned_as_they_are_fused(tmp_path: Path, ensemble: PromptEnsemble) -> None:
+    """Two teachers, two CLIPs: the surface is the likelihood of the targets that each choice reads from the cache."""
+    images, shares = tiny_images(), {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
+    recipe = FusionRecipe(feature_dim=8, prompt_ensemble=ensemble)
+    build(tmp_path / "c", tiny_manifest(images, store="components", num_views=2, fusion=recipe, **shares), images)
+    cache = TeacherCache.open(tmp_path / "c")
+    result = tune_fusion(cache, weights=[0.0, 0.4], scales=(["model", "match"], [2.0]), holdout=HOLDOUT, seed=SEED)
+    held = stratified_holdout(cache.labels, HOLDOUT, SEED)
+
+    def nll(rows: np.ndarray, **choice: object) -> float:
+        how = FusionChoice.model_validate(choice).resolve(cache)
+        views = [cache.load_view(view, fusion=how).logits(slice(None)).double().numpy() for view in range(2)]
+        return float(np.mean([reference_nll(view[rows], cache.labels[rows]) for view in views]))
+
+    for weight, row in zip(result.weights, result.nll, strict=True):
+        for scale, found in zip(result.scales, row, strict=True):
+            expected = nll(~held, teacher_weight=weight, clip_scale=scale.name or scale.value)
+            assert found == pytest.approx(expected, rel=1e-5)
+    assert by_name(result)["as the cache was built"].nll == pytest.approx(nll(held), rel=1e-5)

@@ -145,9 +145,11 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
 def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Components | None:
     """What the feature term embeds of the cache, None for the fused features."""
     if cache.recipe.store == "components":
-        widths = cache.recipe.teacher.feature_dim, cache.recipe.clip.feature_dim
-        weights = fusion.feature_weight, 1.0 - fusion.feature_weight
-        return Components(widths, weights) if loss.takes_components else None
+        widths = [teacher.feature_dim for teacher in cache.recipe.teachers]
+        widths += [clip.feature_dim for clip in cache.recipe.clips]
+        weights = [fusion.feature_weight * share for share in fusion.teacher_weights]
+        weights += [(1.0 - fusion.feature_weight) * share for share in fusion.clip_weights]
+        return Components(tuple(widths), tuple(weights)) if loss.takes_components else None
     if loss.needs_components:
         raise RecipeError(
             "the loss needs the teacher's and CLIP's own features, and this cache has only fused targets",

@@ -92,7 +92,7 @@ class CachedView:
         return BatchTargets(
             targets.logits(index) if self._logits else None,
             targets.features(index) if self._features else None,
-            (targets.teacher_features(index), targets.clip_features(index)) if self._components else None,
+            targets.component_features(index) if self._components else None,
         )
 
 

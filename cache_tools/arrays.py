@@ -1,0 +1,86 @@
+"""Which arrays a cache has: names, shapes, chunks and blocks, all a function of its recipe."""
+
+from __future__ import annotations
+
+from pydantic import PositiveInt
+
+from cache_tools.config import Frozen
+from cache_tools.format import DTYPES, CacheRecipe, FloatType
+
+CHUNK_BYTES = 8 << 20
+MAX_BLOCK_ROWS = 16_384
+MIN_BLOCK_ROWS = 64
+
+
+class ArraySpec(Frozen):
+    """One target array [V, N, width] of the cache, chunked (1, chunk_rows, width)."""
+
+    name: str
+    width: PositiveInt
+    dtype: FloatType
+    chunk_rows: PositiveInt
+
+
+def array_name(name: str, network: int) -> str:
+    """What an array of a group's network `network`, from 0, is called: `NAME`, `NAME_2`, `NAME_3`, …"""
+    return name if network == 0 else f"{name}_{network + 1}"
+
+
+def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]:
+    """The per-(view, sample) arrays of a cache, in the order in which commits list their checksums."""
+    classes = len(recipe.dataset.class_names)
+    if recipe.store == "fused":
+        widths = {"fused_logits": classes, "fused_features": recipe.fusion.feature_dim}
+    else:
+        teachers, clips = list(enumerate(recipe.teachers)), list(enumerate(recipe.clips))
+        widths = {array_name("teacher_features", number): teacher.feature_dim for number, teacher in teachers}
+        widths |= {array_name("clip_features", number): clip.feature_dim for number, clip in clips}
+        widths |= {
+            array_name("teacher_logits", number): classes for number, teacher in teachers if not teacher.linear_head
+        }
+    return tuple(
+        ArraySpec(
+            name=name, width=width, dtype=recipe.dtype, chunk_rows=_chunk_rows(width * DTYPES[recipe.dtype], block_rows)
+        )
+        for name, width in widths.items()
+    )
+
+
+def constant_shapes(recipe: CacheRecipe) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the float32 arrays that hold for all samples and views.
+
+    The projections and class embeddings are in every cache; `store: components` adds what turns features into logits.
+    """
+    classes, width = len(recipe.dataset.class_names), recipe.fusion.feature_dim
+    components = recipe.store == "components"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, teacher in enumerate(recipe.teachers):
+        shapes[array_name("teacher_projection", number)] = (teacher.feature_dim, width)
+        if components and teacher.linear_head:
+            shapes[array_name("teacher_head_weight", number)] = (classes, teacher.feature_dim)
+            shapes[array_name("teacher_head_bias", number)] = (classes,)
+    for number, clip in enumerate(recipe.clips):
+        shapes[array_name("clip_projection", number)] = (clip.feature_dim, width)
+        shapes[array_name("class_embeddings", number)] = (classes, clip.feature_dim)
+        if components:
+            shapes[array_name("text_features", number)] = (len(clip.templates), classes, clip.feature_dim)
+    return shapes
+
+
+def default_block_rows(recipe: CacheRecipe) -> int:
+    """Rows per block: a power of two whose widest array is one chunk of at most 8 MiB, between 64 and 16 384.
+
+    No more than the next power of two of the number of samples: chunks are stored and decoded at their full size.
+    """
+    widest = max(spec.width * DTYPES[spec.dtype] for spec in target_arrays(recipe, MAX_BLOCK_ROWS))
+    largest = max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, CHUNK_BYTES // widest))
+    enough = 1 << (recipe.dataset.num_samples - 1).bit_length()
+    return max(MIN_BLOCK_ROWS, min(1 << (largest.bit_length() - 1), enough))
+
+
+def _chunk_rows(row_bytes: int, block_rows: int) -> int:
+    """Largest divisor of the block, by halving, whose chunk stays within 8 MiB."""
+    rows = block_rows
+    while rows * row_bytes > CHUNK_BYTES and rows % 2 == 0:
+        rows //= 2
+    return rows
