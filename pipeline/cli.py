@@ -72,6 +72,14 @@ def build_cache(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated."),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Time a few batches, say what the cache would cost and when it pays, and stop."),
+    ] = False,
+    plan_student: Annotated[
+        str, typer.Option("--plan-student", help="With --plan: the student that is to be trained.")
+    ] = "resnet8x4",
+    plan_epochs: Annotated[int, typer.Option("--plan-epochs", min=1, help="With --plan: its epochs.")] = 240,
     show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -102,8 +110,13 @@ def build_cache(
     loaded = load_build_recipe(recipe, [*reset, *(overrides or [])], options)
     if show_recipe:
         print(dump_yaml(loaded), end="")
-        return
-    _build(loaded, as_json)
+    elif plan:
+        from pipeline.plan import make_plan
+
+        found = make_plan(loaded, plan_student, plan_epochs)
+        print(json.dumps(found.model_dump() | {"verdict": found.verdict}) if as_json else found)
+    else:
+        _build(loaded, as_json)
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:

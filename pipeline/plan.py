@@ -1,0 +1,185 @@
+"""What a cache will cost and when it has paid for itself, measured on a few batches before anything is built."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cache_tools import registry
+from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.config import Frozen
+from cache_tools.console import resolve_device
+from cache_tools.describe import human_bytes
+from cache_tools.format import DTYPES, Preprocessing
+from cache_tools.images import ImageSet, open_images
+from cache_tools.preprocess import prepare
+from pipeline.build import resolve
+from pipeline.recipe import BuildRecipe
+from pipeline.targets import load_pair
+from train.students import create_student
+
+MIN_S = 2.0
+MAX_BATCHES = 50
+STUDENT_BATCH = 64
+
+
+class Plan(Frozen):
+    """Figures of a planned cache.
+
+    Attributes:
+        bytes: of all arrays, uncompressed; float16 targets hardly compress. `bytes_free` where they would go.
+        targets_per_s: images per second through all teachers and CLIPs, pixels to targets, views made included.
+        student_per_s: images per second of training steps of `student`, forward, backward and update.
+        build_s: V · N / targets_per_s.
+        speedup: an epoch with live teachers over an epoch from the cache, 1 + student_per_s / targets_per_s.
+        epochs_to_break_even: epochs of training, over all students, after which building has cost no more than running
+            the teachers in each of them: as many as there are views.
+        students_to_break_even: the same in students of `epochs` epochs.
+    """
+
+    device: str
+    samples: int
+    views: int
+    bytes: int
+    bytes_free: int
+    targets_per_s: float
+    student: str
+    student_per_s: float
+    epochs: int
+    build_s: float
+    speedup: float
+    epochs_to_break_even: int
+    students_to_break_even: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.samples:,} images × {self.views} views on {self.device}: {self.targets_per_s:,.0f} images/s "
+            f"through teachers and CLIP, so building takes {_duration(self.build_s)}",
+            f"{human_bytes(self.bytes)} to store, {human_bytes(self.bytes_free)} free",
+            f"{self.student}: {self.student_per_s:,.0f} images/s of training; an epoch from the cache is "
+            f"{self.speedup:.2f} times as fast as with live teachers",
+        ]
+        return "\n".join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """Whether to build it, in a sentence or two."""
+        if self.bytes > self.bytes_free:
+            return "It does not fit where it would go: choose fewer --views, --set dtype=float16, or another --out."
+        paid = f"It has paid for itself after {self.epochs_to_break_even} epochs of training"
+        if self.students_to_break_even > 1.0:
+            students = f"{np.ceil(self.students_to_break_even):.0f} students of {self.epochs} epochs"
+            return (
+                f"{paid}, that is {students}. For a single one it will not: train with live teachers, or choose "
+                f"at most {self.epochs} --views."
+            )
+        saved = self.build_s * (self.epochs / self.epochs_to_break_even - 1.0)
+        first = f"{paid}, within the first student of {self.epochs} epochs"
+        if self.speedup < 1.05:
+            return f"{first}, but saves little: the student, not the teachers, is what costs time here."
+        return f"{first}; that one saves {_duration(saved)}, every further one {_duration(saved + self.build_s)}."
+
+
+def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
+    """Time a few batches of teachers and of a student on the recipe's own images and device.
+
+    Raises:
+        CacheError: whatever would stop the build: images, weights or device that are not there.
+    """
+    device = resolve_device(recipe.device)
+    images = open_images(recipe.dataset)
+    pair = load_pair(
+        recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, device, recipe.precision,
+        batch_size=recipe.batch_size,
+    )  # fmt: skip
+    identity = resolve(recipe, images, pair)
+    targets_per_s = _rate(
+        images,
+        recipe.batch_size,
+        device,
+        lambda pixels, index: pair.targets(recipe.views.apply(pixels, index, 1), recipe.store),
+    )
+    student_per_s = _rate(images, STUDENT_BATCH, device, _student_step(student, recipe, images, device))
+    specs = target_arrays(identity, recipe.block_rows or 1)
+    row_bytes = sum(spec.width * DTYPES[spec.dtype] for spec in specs)
+    constants = sum(4 * int(np.prod(shape)) for shape in constant_shapes(identity).values())
+    path = recipe.out or registry.cache_path(recipe.name, identity.fingerprint)
+    return Plan(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        samples=len(images),
+        views=recipe.num_views,
+        bytes=recipe.num_views * len(images) * row_bytes + constants + 24 * len(images),
+        bytes_free=_bytes_free(path),
+        targets_per_s=targets_per_s,
+        student=student,
+        student_per_s=student_per_s,
+        epochs=epochs,
+        build_s=recipe.num_views * len(images) / targets_per_s,
+        speedup=1.0 + student_per_s / targets_per_s,
+        epochs_to_break_even=recipe.num_views,
+        students_to_break_even=recipe.num_views / epochs,
+    )
+
+
+def _student_step(
+    name: str, recipe: BuildRecipe, images: ImageSet, device: torch.device
+) -> Callable[[torch.Tensor, np.ndarray], object]:
+    """A training step on labels: what a cached step costs, but for the loss on targets."""
+    student = create_student(name, len(images.class_names)).to(device).to(memory_format=torch.channels_last).train()
+    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
+    mean, std = recipe.dataset.normalisation
+    labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64)).to(device)
+
+    def step(pixels: torch.Tensor, index: np.ndarray) -> None:
+        inputs = prepare(pixels.contiguous(memory_format=torch.channels_last), Preprocessing(mean=mean, std=std))
+        loss = F.cross_entropy(student(inputs), labels[torch.from_numpy(index).to(device)])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def _rate(
+    images: ImageSet, batch_size: int, device: torch.device, work: Callable[[torch.Tensor, np.ndarray], object]
+) -> float:
+    """Images per second of `work(pixels, index)`, the median batch; loading is done before the clock starts."""
+    durations: list[float] = []
+    for index in _batches(len(images), batch_size):
+        pixels = torch.from_numpy(np.ascontiguousarray(images.load(index))).to(device)
+        _wait(device)
+        start = time.perf_counter()
+        work(pixels, index)
+        _wait(device)
+        durations.append(time.perf_counter() - start)
+        if len(durations) > 3 and sum(durations) > MIN_S:
+            break
+    settled = durations[2:] or durations
+    return min(batch_size, len(images)) / float(np.median(settled))
+
+
+def _batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
+    for number in range(MAX_BATCHES):
+        yield (np.arange(min(batch_size, count)) + number * batch_size) % count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _bytes_free(path: Path) -> int:
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(folder).free
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
