@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -10,12 +9,13 @@ import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cache_tools.claims import EXPIRE_S, FOLDER
+from cache_tools.claims import EXPIRE_S, claims_of
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.durable import PARTIAL, sync_folder
 from cache_tools.errors import RecipeError, StorageError
-from cache_tools.registry import CacheRecord, is_cache
+from cache_tools.place import LocalPlace
+from cache_tools.registry import CacheRecord, is_cache, used_file
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -80,6 +80,7 @@ def remove(path: Path) -> None:
         path.rename(hidden)
         sync_folder(path.parent)
         shutil.rmtree(hidden)
+        used_file(path).unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error) from error
 
@@ -121,7 +122,7 @@ def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
 def _busy(path: Path, now_s: float) -> str | None:
     """Whether a builder holds a fresh claim."""
     try:
-        newest = max((entry.stat().st_mtime for entry in os.scandir(path / FOLDER)), default=0.0)
+        newest = max((entry.modified_s for entry in claims_of(LocalPlace(path)).entries()), default=0.0)
     except OSError:
         return None
     return "being built right now" if now_s - newest < EXPIRE_S else None

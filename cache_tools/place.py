@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +22,7 @@ from cache_tools.errors import NotFoundError, RecipeError, StorageError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _RETRIES = 12
+_ATTEMPTS = 5
 _PATIENCE_S = 180
 
 
@@ -71,6 +71,14 @@ class Place(ABC):
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         """All files below `prefix` (a folder, or nothing for all), unordered; no leftovers of interrupted writes."""
 
+    def sibling(self, name: str) -> Place:
+        """A place beside this one."""
+        return open_place(f"{str(self).rstrip('/').rpartition('/')[0]}/{name}")
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """Leave nothing where no file is."""
+
     def child(self, name: str) -> Place:
         """A place inside this one."""
         return open_place(f"{str(self).rstrip('/')}/{name}")
@@ -92,20 +100,11 @@ class LocalPlace(Place):
     def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
         file = self.path / key
         with _local_trouble():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if not only_new:
-                put_durably(file, data)
-                return True
-            # Written in full beside its name first: a link appears whole or, if the name is taken, not at all.
-            temporary = file.with_name(f"{file.name}.{os.getpid()}.{os.urandom(8).hex()}{PARTIAL}")
-            try:
-                put_durably(temporary, data)
-                os.link(temporary, file)
-            except FileExistsError:
-                return False
-            finally:
-                temporary.unlink(missing_ok=True)
-            return True
+            for _ in range(_ATTEMPTS):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # another process has just removed the empty folder: make it again
+                    return _put_new(file, data) if only_new else _put(file, data)
+        raise StorageError("the folder vanishes again and again", where=file.parent)
 
     def delete(self, keys: Sequence[str]) -> None:
         with _local_trouble():
@@ -125,10 +124,12 @@ class LocalPlace(Place):
                     continue
                 yield Entry(file.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)
 
-    def remove(self) -> None:
-        """Remove the folder and everything in it."""
-        with _local_trouble():
-            shutil.rmtree(self.path)
+    def sibling(self, name: str) -> LocalPlace:
+        return LocalPlace(self.path.absolute().with_name(name))
+
+    def tidy(self) -> None:
+        with suppress(OSError):  # not empty, or not there
+            self.path.rmdir()
 
 
 class RemotePlace(Place):
@@ -178,6 +179,9 @@ class RemotePlace(Place):
                 for meta in batch:
                     yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
+    def tidy(self) -> None:
+        """Object stores have no empty folders."""
+
     @contextmanager
     def _trouble(self, key: str) -> Iterator[None]:
         """Turn what obstore raises into our errors; FileNotFoundError stays."""
@@ -202,6 +206,24 @@ class RemotePlace(Place):
                 found=_first_line(error),
                 next_step="check the URL, AWS_ENDPOINT_URL and the network; the same command goes on where it stopped",
             ) from error
+
+
+def _put(file: Path, data: bytes) -> bool:
+    put_durably(file, data)
+    return True
+
+
+def _put_new(file: Path, data: bytes) -> bool:
+    """Written in full under another name first: a link appears whole or, if the name is taken, not at all."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.{os.urandom(8).hex()}{PARTIAL}")
+    try:
+        put_durably(temporary, data)
+        os.link(temporary, file)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def open_place(reference: str | Path) -> Place:

@@ -19,7 +19,6 @@ from cache_tools.store import read_manifest
 HOME_VARIABLE = "TEACHER_CACHE_HOME"
 SUFFIX = ".zarr"
 MIN_PREFIX = 4
-USED = ".used"
 
 
 class CacheRecord(Frozen):
@@ -102,14 +101,19 @@ def record(path: Path) -> CacheRecord:
 def mark_used(path: Path) -> None:
     """Remember that a cache was used now, for `ls` and `prune`; nothing happens where that cannot be written."""
     try:
-        (path / USED).touch()
+        used_file(path).touch()
     except OSError:  # a read-only share: its owner decides what is pruned
         return
 
 
+def used_file(path: Path) -> Path:
+    """Its time says when a cache was used last. Beside the cache: other zarr readers warn of strange files in it."""
+    return path.absolute().with_name(f".{path.name}.used")
+
+
 def _used_s(path: Path) -> float:
     try:
-        return (path / USED).stat().st_mtime
+        return used_file(path).stat().st_mtime
     except OSError:
         return 0.0
 
@@ -211,8 +215,6 @@ def size_and_time(path: Path) -> tuple[int, float]:
     total, newest = 0, 0.0
     for folder, _, names in os.walk(path):
         for name in names:
-            if name == USED:
-                continue
             try:
                 status = os.stat(os.path.join(folder, name))
             except OSError:  # a builder has just renamed it

@@ -95,7 +95,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     device = resolve_device(recipe.device)
     images = open_images(recipe.dataset)
     pair = load_pair(
-        recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, device, recipe.precision,
+        recipe.teachers, recipe.clips, recipe.fusion, images, recipe.dataset, device, recipe.precision,
         batch_size=recipe.batch_size,
     )  # fmt: skip
     identity = resolve(recipe, images, pair)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from s3_server import new_bucket, s3_server
 
-from cache_tools.claims import FOLDER, Claims
+from cache_tools.claims import Claims, claims_of
 from cache_tools.place import LocalPlace, Place, open_place
 
 BLOCKS = [(view, block) for view in range(3) for block in range(4)]
@@ -38,12 +38,12 @@ def test_a_block_is_claimed_once(place: Place) -> None:
         assert second.claim((0, 2))
         first.release((0, 1))
         assert second.claim((0, 1))
-    assert list(place.entries(FOLDER)) == []
+    assert list(claims_of(place).entries()) == []
 
 
 def test_an_expired_claim_is_taken_over_by_exactly_one(place: Place) -> None:
     foreign = json.dumps({"owner": "x", "host": "another-host", "pid": 1}).encode()
-    place.put(f"{FOLDER}/0.0.0", foreign)
+    claims_of(place).put("0.0.0", foreign)
     with Claims(place, expire_s=3600) as patient:
         assert not patient.claim((0, 0))
     time.sleep(2.1)  # object stores tell time in seconds
@@ -61,13 +61,13 @@ def test_an_expired_claim_is_taken_over_by_exactly_one(place: Place) -> None:
         thread.join()
     assert len(winners) == 1
     builders[winners[0]].release((0, 0))
-    assert list(place.entries(FOLDER)) == []
+    assert list(claims_of(place).entries()) == []
 
 
 def test_a_claim_of_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     claim = {"owner": "x", "host": socket.gethostname(), "pid": int(gone.stdout)}
-    LocalPlace(tmp_path).put(f"{FOLDER}/0.0.0", json.dumps(claim).encode())
+    claims_of(LocalPlace(tmp_path)).put("0.0.0", json.dumps(claim).encode())
     with Claims(LocalPlace(tmp_path)) as claims:
         assert claims.claim((0, 0))
 
@@ -76,20 +76,20 @@ def test_a_claim_is_renewed_while_it_is_held(tmp_path: Path) -> None:
     place = LocalPlace(tmp_path)
     with Claims(place, heartbeat_s=0.05) as claims:
         assert claims.claim((0, 0))
-        first = next(place.entries(FOLDER)).modified_s
+        first = next(claims_of(place).entries()).modified_s
         deadline = time.monotonic() + 20
-        while next(place.entries(FOLDER)).modified_s == first:
+        while next(claims_of(place).entries()).modified_s == first:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
 def test_a_damaged_claim_expires_like_any_other(tmp_path: Path) -> None:
     place = LocalPlace(tmp_path)
-    place.put(f"{FOLDER}/0.0.0", b"\x00not json")
-    place.put(f"{FOLDER}/notes.txt", b"of somebody")
+    claims_of(place).put("0.0.0", b"\x00not json")
+    claims_of(place).put("notes.txt", b"of somebody")
     with Claims(place) as claims:
         assert not claims.claim((0, 0))
-    os.utime(tmp_path / FOLDER / "0.0.0", (0, 0))
+    os.utime(tmp_path.with_name(f".{tmp_path.name}.claims") / "0.0.0", (0, 0))
     with Claims(place) as claims:
         assert claims.claim((0, 0))
 
@@ -113,7 +113,7 @@ def test_builders_share_the_blocks_without_double_work(place: Place, builders: i
     for thread in threads:
         thread.join()
     assert done == dict.fromkeys(BLOCKS, 1)
-    assert list(place.entries(FOLDER)) == []
+    assert list(claims_of(place).entries()) == []
 
 
 def test_a_block_of_a_builder_that_dies_is_done_by_another(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_rules_choose_by_age_use_state_and_size(home: Path) -> None:
     assert chosen(home) == []
     assert chosen(home, older_than_s=15 * DAY) == ["a", "b"]
     registry.mark_used(home / "a.zarr")
-    os.utime(home / "a.zarr" / registry.USED, (NOW - DAY, NOW - DAY))
+    os.utime(registry.used_file(home / "a.zarr"), (NOW - DAY, NOW - DAY))
     assert chosen(home, unused_for_s=15 * DAY) == ["b"]
     assert chosen(home, older_than_s=15 * DAY) == ["b", "a"]  # least recently used first
     assert chosen(home, incomplete=True) == ["half"]
@@ -64,6 +64,7 @@ def test_using_a_cache_changes_neither_its_size_nor_its_age(home: Path) -> None:
 
 
 def test_a_removed_cache_is_gone_without_a_trace(home: Path) -> None:
+    registry.mark_used(home / "b.zarr")
     housekeeping.remove(home / "b.zarr")
     assert sorted(path.name for path in home.iterdir()) == ["a.zarr", "c.zarr", "half.zarr"]
 
