@@ -46,7 +46,7 @@ def subtitle(about: About) -> str:
     return (
         f"{about.dataset}, {about.num_samples:,} samples × {views}; confident: probability ≥ {about.confident:g} "
         f"at temperature {about.temperature:g}; teacher weight {about.teacher_weight:g}, "
-        f"CLIP scale {about.clip_scale:.4g}"
+        f"CLIP scale {' and '.join(f'{scale:.4g}' for scale in about.clip_scales)}"
     )
 
 

@@ -32,7 +32,8 @@ class About(Frozen):
         views: those that were looked at, of the cache's `num_views`.
         confident: a prediction is confident when its probability is at least this.
         temperature: what all logits were divided by before the softmax.
-        clip_scale: what CLIP's cosines were multiplied with, also for CLIP's own figures.
+        clip_scales: what the cosines of each CLIP were multiplied with, also for CLIP's own figures.
+        prompt_ensemble: what was averaged over the prompt templates.
     """
 
     path: str
@@ -48,7 +49,8 @@ class About(Frozen):
     confident: float
     temperature: float
     teacher_weight: float
-    clip_scale: float
+    clip_scales: tuple[float, ...]
+    prompt_ensemble: str
 
 
 @dataclass(frozen=True)
@@ -241,5 +243,6 @@ def _about(
         confident=confident,
         temperature=temperature,
         teacher_weight=fusion.teacher_weight,
-        clip_scale=fusion.clip_scale,
+        clip_scales=fusion.clip_scales,
+        prompt_ensemble=fusion.prompt_ensemble,
     )

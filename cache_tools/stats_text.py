@@ -42,7 +42,8 @@ def heading(about: About) -> str:
         f"{about.dataset}, cache {about.fingerprint[:12]}: {about.num_samples:,} samples × {views}, "
         f"{len(about.class_names)} classes",
         f"fusion: {about.teacher_weight:g} · teacher + {1 - about.teacher_weight:g} · CLIP, "
-        f"CLIP's logits: {about.clip_scale:g} · cosine",
+        f"CLIP's logits: {' and '.join(f'{scale:g}' for scale in about.clip_scales)} · cosine"
+        + ("" if about.prompt_ensemble == "embedding" else f", averaged over prompts as {about.prompt_ensemble}"),
         f"softmax at temperature {about.temperature:g}; confident: probability ≥ {about.confident:g}",
     ]
     if about.store == "fused":

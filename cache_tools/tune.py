@@ -24,7 +24,7 @@ OFFICIAL_SCALE = 1.0
 
 
 class Scale(Frozen):
-    """A CLIP scale; `name` is `model` or `match` where it is one of these."""
+    """A CLIP scale; `name` is `model` or `match` where it is one of these, `value` then that of the first CLIP."""
 
     value: float
     name: str | None = None

@@ -364,7 +364,7 @@ def test_fusing_anew_changes_the_fusion_and_nothing_else(cache: TeacherCache) ->
     assert (fusion.pop("source"), teacher.pop("source")) == ("fusion", "teacher")
     assert fusion == pytest.approx(teacher, rel=1e-5)
     plain = analyse(cache, [0], confident=CONFIDENT)
-    assert plain.about.clip_scale == 100.0
+    assert plain.about.clip_scales == (100.0,)
     assert row_of(plain.summary, source="teacher", view=0).items() >= teacher.items()
     assert row_of(plain.summary, source="fusion", view=0)["nll"] != pytest.approx(fusion["nll"], rel=0.01)
 
@@ -412,3 +412,20 @@ def test_folder_holds_every_table_and_replaces_an_earlier_run(cache: TeacherCach
         polars.testing.assert_frame_equal(pl.read_parquet(tmp_path / "out" / "classes.parquet"), got.classes)
         assert (tmp_path / "out" / "stability.parquet").exists() == (len(chosen) > 1)
         assert json.loads((tmp_path / "out" / "stats.json").read_text()) == got.to_dict()
+
+
+def test_several_networks_are_looked_at_as_they_are_mixed(tmp_path: Path) -> None:
+    images = tiny_images(60, CLASSES)
+    shares = {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
+    build(tmp_path / "c.zarr", tiny_manifest(images, num_views=1, store="components", **shares), images)
+    cache, everything = TeacherCache(tmp_path / "c.zarr"), slice(None)
+    targets, got = cache.load_view(0), analyse(TeacherCache(tmp_path / "c.zarr"), confident=CONFIDENT)
+    assert got.about.clip_scales == (100.0, 50.0)
+    teachers = [targets.teacher_logits(everything, number).double().numpy() for number in range(2)]
+    cosines = [targets.cosine(everything, number).double().numpy() for number in range(2)]
+    teacher = 0.3 * teachers[0] + 0.7 * teachers[1]
+    clip = 0.4 * 100 * cosines[0] + 0.6 * 50 * cosines[1]
+    for source, rows in {"teacher": teacher, "clip": clip, "fusion": 0.7 * teacher + 0.3 * clip}.items():
+        expected = reference_summary(list(rows), list(cache.labels))
+        row = row_of(got.summary, source=source, view=0)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6), source
