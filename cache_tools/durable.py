@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
@@ -11,27 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
-
 PARTIAL = ".partial"
 LEFTOVER_AGE_S = 3600.0
-
-
-class DurableStore(LocalStore):
-    """A zarr LocalStore whose `set` returns when the bytes and the name are on the disk.
-
-    zarr's own store replaces files atomically but leaves flushing to the operating system; a commit must never reach
-    the disk before the rows it vouches for, not even when the power fails.
-    """
-
-    async def set(self, key: str, value: Buffer) -> None:
-        self._check_writable()
-        await asyncio.to_thread(put_durably, self.root / key, value.as_buffer_like())
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        self._check_writable()
-        put_durably(self.root / key, value.as_buffer_like())
 
 
 def put_durably(path: Path, data: Any) -> None:

@@ -55,7 +55,7 @@ def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
     with translated(path):
         if not writable:
             return zarr.open_group(LocalStore(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
-        from cache_tools.durable import DurableStore
+        from cache_tools.durable_store import DurableStore
 
         return zarr.open_group(DurableStore(path), mode="r+", zarr_format=3, use_consolidated=False)
 
