@@ -99,7 +99,7 @@ class FeatureSteps(Codec):
     def encode(
         self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
     ) -> dict[str, npt.NDArray[Any]]:
-        """As `Codec.encode`; rounding knows the head if `head_feedback` is among the constants, else it is to nearest."""
+        """As `Codec.encode`; rounding knows the head if `head_feedback` is among the constants; else to nearest."""
         steps = _steps(constants, where)
         rows = checked(values, where, len(steps))
         limits = "within 32767 steps of its column"

@@ -20,8 +20,8 @@ _NOTHING = -1e30
 def kd_tail(student_NC: Tensor, classes_NK: Tensor, log_p_NK: Tensor, log_tail_N: Tensor, temperature: float) -> Tensor:
     """T² · mean_b [ Σ_{c stored} p (log p − log q) + p_tail (log p_tail − log q_tail) ].
 
-    The gradient with respect to a student logit is T · (q − p) / B at a stored class and T · (q − q · p_tail / q_tail) / B
-    at another: within the tail the student keeps its own proportions.
+    The gradient with respect to a student logit is T · (q − p) / B at a stored class and
+    T · (q − q · p_tail / q_tail) / B at another: within the tail the student keeps its own proportions.
 
     Args:
         student_NC: raw logits [B, C].
