@@ -103,7 +103,9 @@ def draw_reliability(stats: TeacherStats) -> Any:
         upper.set(xlim=(0, 1), ylim=(0, 1))
     panels[0, 0].set_ylabel("accuracy", fontsize=10)
     panels[1, 0].set_ylabel("share, %", fontsize=10)
-    panels[0, 0].legend(frameon=False, fontsize=9, loc="upper left")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
+    )
     return figure
 
 
