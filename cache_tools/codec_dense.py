@@ -142,9 +142,12 @@ class RowStep(Codec):
         return scale * (0.5 + 128 * FLOAT32_SLACK)
 
     def _scale(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """[B, 1]; of ordinary size where a row is all (but) zeros, so that nothing divides by a subnormal number."""
+        """[B, 1]; normal where a row is all (but) zeros, and 127 of it finite where a row has the largest float32."""
+        limits = np.finfo(np.float32)
         largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-        return np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny)
+        return np.clip(
+            largest / np.float32(127), limits.tiny, np.nextafter(limits.max / np.float32(127), np.float32(0))
+        )
 
 
 class Companded(Codec):
