@@ -17,7 +17,8 @@ def s3_server() -> Iterator[str]:
     pytest.importorskip("obstore")
     pytest.importorskip("moto")
     try:
-        socket.create_server(("127.0.0.1", 0)).close()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            socket.create_connection(listening.getsockname(), timeout=5).close()
     except OSError:
         pytest.skip("needs the loopback interface")
     from moto.server import ThreadedMotoServer
