@@ -120,7 +120,7 @@ def report(
         "median_s": _medians(costs.wall),
         "median_processor_s": _medians(costs.processor),
         "clock": clock,
-        **_environment(device),
+        **environment(device),
     }
     print(json.dumps(line), flush=True)
 
@@ -129,7 +129,7 @@ def _medians(times: Times) -> dict[str, float]:
     return {variant: round(float(np.median(values)), 6) for variant, values in times.items()}
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu: {_cpu_name()}",
         "threads": torch.get_num_threads(),

@@ -147,4 +147,4 @@ def _round_with_feedback(rows: Rows, steps: Rows, feedback: Rows) -> npt.NDArray
             error = errors[column - start] = pending[column] - codes[column] * steps[column]
             pending[column + 1 : stop] -= feedback[column, column + 1 : stop, None] * error
         pending[stop:] -= feedback[start:stop, stop:].T @ errors
-    return codes.T
+    return np.ascontiguousarray(codes.T)

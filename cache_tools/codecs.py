@@ -9,7 +9,7 @@
 | `feature-steps` | features whose linear head is in the cache: logits are made from them | 2 before packing |
 | `top-k` | logits at temperature 1, thousands of classes; opt-in | none for most |
 
-`benchmarks/codecs.py` measures bytes and gradient errors of all of them on real arrays. Those that do not say
+`benchmarks/codec_table.py` measures bytes and gradient errors of all of them on real arrays. Those that do not say
 `pack: pcodec` open in every zarr v3 reader.
 """
 
