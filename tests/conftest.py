@@ -4,6 +4,7 @@ wait for a busy core spin. Subprocesses inherit it. CUDA tests skip where there 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
@@ -12,6 +13,15 @@ import pytest  # noqa: E402  (the variables must be set before torch is imported
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The endpoint of a real S3 server on 127.0.0.1; the environment points to it."""
+    from s3_server import s3_server
+
+    with s3_server() as endpoint:
+        yield endpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,22 +5,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_server import new_bucket, s3_server
+from s3_server import new_bucket
 
 from cache_tools.claims import Claims, claims_of
 from cache_tools.place import LocalPlace, Place, open_place
 
 BLOCKS = [(view, block) for view in range(3) for block in range(4)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -32,14 +32,6 @@ FILES = {"evaluation.json", "confusion.parquet", "confusion.png"}
 PICTURES = {"robustness.parquet", "robustness.png"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A cache of three tinted classes, a run with an EMA and its twin, and corrupted copies of the test images."""

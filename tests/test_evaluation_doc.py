@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from cache_tools.images import DatasetRecipe
@@ -19,14 +18,6 @@ from train.run import train_student
 
 pytest.importorskip("imagecorruptions")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "evaluation.md"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

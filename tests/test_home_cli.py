@@ -5,24 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
-from s3_server import new_bucket, s3_server
+from s3_server import new_bucket
 
 from cache_tools.registry import SUFFIX
 
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES, name="digits")
 NAME = f"digits-{MANIFEST.fingerprint[:12]}{SUFFIX}"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture

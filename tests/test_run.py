@@ -42,15 +42,6 @@ CPU = torch.device("cpu")
 TIMINGS = ("train_s", "images_per_s")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are no quicker with more, and far slower beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))

@@ -7,21 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
 from tests import tiny_run
 from train.checkpoints import read_card
 from train.run import train_student
 from train.stored_run import open_run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

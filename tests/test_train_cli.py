@@ -22,15 +22,6 @@ from train.cli import app
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are no quicker with more, and far slower beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))

@@ -1,11 +1,10 @@
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
-from s3_server import new_bucket, s3_server
+from s3_server import new_bucket
 
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, RecipeError, StorageError
 from cache_tools.place import LocalPlace, Place, open_place
@@ -15,12 +14,6 @@ from cache_tools.writer import CacheWriter
 
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(params=["folder", "s3"])
