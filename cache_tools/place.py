@@ -7,23 +7,28 @@ this module knows obstore; nothing is imported from it until a URL is used.
 from __future__ import annotations
 
 import os
+import random
 import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cache_tools.console import storage_error
 from cache_tools.durable import PARTIAL, put_durably
 from cache_tools.errors import NotFoundError, RecipeError, StorageError
 
+_CLIENT_ERROR = re.compile(r"status:? 4[0-9][0-9]")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _RETRIES = 12
-_ATTEMPTS = 5
-_PATIENCE_S = 180
+_ATTEMPTS = 8
+_PATIENCE_S = 180.0
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Place(ABC):
     def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
         """Write a whole file, replacing what is there; with `only_new` leave that alone and give False.
 
+        What is put with `only_new` must be unlike what others put there: an object store whose answer got lost is asked
+        again, and then tells its own file by the contents.
+
         Raises:
             StorageError: full, read-only or unreachable storage.
         """
@@ -70,6 +78,10 @@ class Place(ABC):
     @abstractmethod
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         """All files below `prefix` (a folder, or nothing for all), unordered; no leftovers of interrupted writes."""
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Names of what is directly in it and holds files, sorted; hidden ones left out."""
 
     def sibling(self, name: str) -> Place:
         """A place beside this one."""
@@ -124,6 +136,10 @@ class LocalPlace(Place):
                     continue
                 yield Entry(file.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)
 
+    def folders(self) -> list[str]:
+        with _local_trouble(), os.scandir(self.path) as found:
+            return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+
     def sibling(self, name: str) -> LocalPlace:
         return LocalPlace(self.path.absolute().with_name(name))
 
@@ -135,11 +151,14 @@ class LocalPlace(Place):
 class RemotePlace(Place):
     """A prefix of an object store. Credentials, region and endpoint come from the environment, as for every S3 tool
     (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …); requests that fail in passing are tried again.
+
+    Args:
+        patience_s: for how long a request is tried again.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
-        self._store = _object_store(self._url)
+    def __init__(self, url: str, patience_s: float = _PATIENCE_S) -> None:
+        self._url, self._patience_s = url.rstrip("/"), patience_s
+        self._store = _object_store(self._url, patience_s)
 
     def __str__(self) -> str:
         return self._url
@@ -147,50 +166,68 @@ class RemotePlace(Place):
     def read(self, key: str) -> bytes:
         import obstore
 
-        with self._trouble(key):
-            return obstore.get(self._store, key).bytes().to_bytes()
+        return self._ask(key, lambda: obstore.get(self._store, key).bytes().to_bytes())
 
     def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
-        with self._trouble(key):
-            try:
-                obstore.put(self._store, key, data, mode="create" if only_new else "overwrite")
-            except AlreadyExistsError:
-                return False
-            return True
+        mode = "create" if only_new else "overwrite"
+        try:  # in one request, so that a cut leaves nothing half-uploaded behind
+            self._ask(key, lambda: obstore.put(self._store, key, data, mode=mode, use_multipart=False))
+        except AlreadyExistsError:
+            # Ours after all, if the answer was lost and the request repeated.
+            return bool(data) and self.read(key) == data
+        return True
 
     def delete(self, keys: Sequence[str]) -> None:
         import obstore
 
         for key in keys:
-            with self._trouble(key):
-                try:
-                    obstore.delete(self._store, key)
-                except FileNotFoundError:
-                    continue
+            with suppress(FileNotFoundError):
+                self._ask(key, lambda key=key: obstore.delete(self._store, key))  # type: ignore[misc]
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         import obstore
 
-        with self._trouble(prefix):
-            for batch in obstore.list(self._store, prefix or None):
-                for meta in batch:
-                    yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
+        batches = self._ask(prefix, lambda: list(obstore.list(self._store, prefix or None)))
+        for meta in (meta for batch in batches for meta in batch):
+            yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+    def folders(self) -> list[str]:
+        import obstore
+
+        paths = self._ask("", lambda: obstore.list_with_delimiter(self._store)["common_prefixes"])
+        names = (path.rstrip("/").rpartition("/")[2] for path in paths)
+        return sorted(name for name in names if not name.startswith("."))
 
     def tidy(self) -> None:
         """Object stores have no empty folders."""
 
+    def _ask(self, key: str, request: Callable[[], Answer]) -> Answer:
+        """Make a request, again if it failed in passing: obstore does not repeat one that broke off in its answer."""
+        from obstore.exceptions import GenericError
+
+        start = time.monotonic()
+        with self._trouble(key):
+            for attempt in range(1, _ATTEMPTS):
+                try:
+                    return request()
+                except GenericError as error:
+                    if _CLIENT_ERROR.search(str(error)) or time.monotonic() - start > self._patience_s:
+                        raise
+                    time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # many workers must not come back at once
+            return request()
+
     @contextmanager
     def _trouble(self, key: str) -> Iterator[None]:
-        """Turn what obstore raises into our errors; FileNotFoundError stays."""
-        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+        """Turn what obstore raises into our errors; FileNotFoundError and AlreadyExistsError stay."""
+        from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
         where = f"{self._url}/{key}" if key else self._url
         try:
             yield
-        except FileNotFoundError:
+        except (FileNotFoundError, AlreadyExistsError):
             raise
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StorageError(
@@ -226,8 +263,11 @@ def _put_new(file: Path, data: bytes) -> bool:
     return True
 
 
-def open_place(reference: str | Path) -> Place:
+def open_place(reference: str | Path, *, patience_s: float = _PATIENCE_S) -> Place:
     """The place of a path or URL, whether anything is there or not.
+
+    Args:
+        patience_s: for how long requests to an object store are tried again.
 
     Raises:
         RecipeError: a URL of an unknown scheme, or one that cannot be a place.
@@ -237,7 +277,7 @@ def open_place(reference: str | Path) -> Place:
         return LocalPlace(Path(reference).expanduser())
     if str(reference).startswith("file://"):
         return LocalPlace(Path(str(reference).removeprefix("file://")))
-    return RemotePlace(str(reference))
+    return RemotePlace(str(reference), patience_s)
 
 
 def is_url(reference: str | Path) -> bool:
@@ -245,7 +285,7 @@ def is_url(reference: str | Path) -> bool:
     return isinstance(reference, str) and _SCHEME.match(reference) is not None
 
 
-def _object_store(url: str) -> Any:
+def _object_store(url: str, patience_s: float) -> Any:
     try:
         import obstore
     except ImportError as error:
@@ -258,8 +298,8 @@ def _object_store(url: str) -> Any:
     try:
         return obstore.store.from_url(
             url,
-            client_options={"allow_http": plain, "timeout": timedelta(seconds=_PATIENCE_S)},
-            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_PATIENCE_S)},
+            client_options={"allow_http": plain, "timeout": timedelta(seconds=patience_s)},
+            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=patience_s)},
         )
     except Exception as error:  # obstore raises ValueError, BaseError and its own panics for malformed URLs
         raise RecipeError(

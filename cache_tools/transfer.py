@@ -9,8 +9,8 @@ that it promises.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from cache_tools.place import Place
 
 GROUP = "zarr.json"
 WORKERS = 8
+
+Pair = tuple[int, int]
 
 
 class Moved(Frozen):
@@ -58,21 +60,15 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
         StorageError: storage that is full, read-only or unreachable.
     """
     manifest = manifest_at(source)
-    written = _copy_metadata(source, target, manifest)
+    sizes = copy_metadata(source, target, manifest)
     done = committed(target)
     wanted = [pair for pair in _pairs(manifest) if views is None or pair[0] in set(views)]
     there = committed(source)
     todo = [pair for pair in wanted if pair in there and pair not in done]
-    sizes = written
-    with ThreadPoolExecutor(WORKERS) as pool, Progress(title, len(todo), "blocks") as progress:
-        jobs = [pool.submit(_copy_block, source, target, manifest, view, block) for view, block in todo]
-        try:
-            for job in as_completed(jobs):
-                sizes += job.result()
-                progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    with Progress(title, len(todo), "blocks") as progress:
+        for _, written in copy_blocks(source, target, manifest, todo):
+            sizes += written
+            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
     return Moved(
         source=str(source),
         target=str(target),
@@ -83,6 +79,42 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
         files=len(sizes),
         bytes=sum(sizes),
     )
+
+
+def copy_blocks(
+    source: Place, target: Place, manifest: Manifest, pairs: Iterable[Pair]
+) -> Iterator[tuple[Pair, list[int]]]:
+    """Copy committed blocks, several at a time, each checked against its commit on the way.
+
+    Args:
+        pairs: (view, block) of each; taken one by one as there is room, so it may wait for something.
+
+    Returns:
+        each block when it is committed at the target, with the sizes of the files written.
+
+    Raises:
+        FormatError: a block that is damaged at `source`; what was copied before it stays.
+        StorageError: storage that is full, read-only or unreachable.
+    """
+    running: dict[Future[list[int]], Pair] = {}
+    names = (commits.COMMITS, *(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)))
+    metadata = {name: _read(source, f"{name}/{GROUP}") for name in names}
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="copy")
+    try:
+        for pair in pairs:
+            running[pool.submit(_copy_block, source, target, manifest, metadata, *pair)] = pair
+            while len(running) >= WORKERS:
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(running: dict[Future[list[int]], Pair]) -> list[tuple[Pair, list[int]]]:
+    """Wait for some of the jobs, and take them out."""
+    done = wait(running, return_when=FIRST_COMPLETED).done
+    return [(running.pop(job), job.result()) for job in done]
 
 
 def manifest_at(place: Place) -> Manifest:
@@ -103,7 +135,7 @@ def manifest_at(place: Place) -> Manifest:
     return parse_manifest(attributes, where=str(place))
 
 
-def committed(place: Place) -> set[tuple[int, int]]:
+def committed(place: Place) -> set[Pair]:
     """(view, block) of every committed block, from the names of the commit files."""
     found = (commits.parse_file_name(entry.key.rpartition("/")[2]) for entry in place.entries(commits.COMMITS))
     return {pair for pair in found if pair is not None}
@@ -116,8 +148,15 @@ def block_files(spec: ArraySpec, manifest: Manifest, view: int, block: int) -> l
     return [f"{spec.name}/c.{view}.{chunk}.0" for chunk in chunks]
 
 
-def _copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]:
-    """Everything but blocks; the group's zarr.json last, and only if the target lacks it or promises fewer views."""
+def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]:
+    """Everything but blocks; the group's zarr.json last, and only if the target lacks it or promises fewer views.
+
+    Returns:
+        sizes of the files written.
+
+    Raises:
+        MismatchError: another cache at `target`, or the same one in blocks of another size.
+    """
     try:
         existing = manifest_at(target)
     except NotFoundError:
@@ -148,19 +187,21 @@ def _copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int
     return [*sizes, _copy_file(source, target, GROUP)]
 
 
-def _copy_block(source: Place, target: Place, manifest: Manifest, view: int, block: int) -> list[int]:
-    """Copy one block, its commit last; gives the sizes of the files written."""
+def _copy_block(
+    source: Place, target: Place, manifest: Manifest, metadata: dict[str, bytes], view: int, block: int
+) -> list[int]:
+    """Copy one block, its commit last; gives the sizes of the files written. `metadata`: zarr.json of each array."""
     commit_key = f"{commits.COMMITS}/{commits.file_name(view, block)}"
     sizes = []
     try:
         commit = source.read(commit_key)
         columns = len(target_arrays(manifest.recipe, manifest.block_rows)) + 1
-        digests = _decode(source, commits.COMMITS, {commit_key: commit}, (view, block))
+        digests = _decode(source, commits.COMMITS, metadata, {commit_key: commit}, (view, block))
         if digests.shape != (columns,):
             raise FormatError("damaged commit", where=f"{source}/{commit_key}")
         for column, spec in enumerate(target_arrays(manifest.recipe, manifest.block_rows), start=1):
             chunks = {key: source.read(key) for key in block_files(spec, manifest, view, block)}
-            rows = _decode(source, spec.name, chunks, (view, manifest.block(block)))
+            rows = _decode(source, spec.name, metadata, chunks, (view, manifest.block(block)))
             if commits.block_digest(rows) != int(digests[column]):
                 raise FormatError("stored rows are not those that were committed", where=f"{source}/{spec.name}")
             for key, data in chunks.items():
@@ -174,7 +215,9 @@ def _copy_block(source: Place, target: Place, manifest: Manifest, view: int, blo
     return [*sizes, len(commit)]
 
 
-def _decode(source: Place, name: str, chunks: dict[str, bytes], selection: Any) -> np.ndarray:
+def _decode(
+    source: Place, name: str, metadata: dict[str, bytes], chunks: dict[str, bytes], selection: Any
+) -> np.ndarray:
     """The rows in some chunk files of an array, through zarr and the array's own codecs."""
     import zarr
     from zarr.core.buffer import default_buffer_prototype
@@ -184,22 +227,26 @@ def _decode(source: Place, name: str, chunks: dict[str, bytes], selection: Any) 
 
     buffer = default_buffer_prototype().buffer
     files = {key: buffer.from_bytes(data) for key, data in chunks.items()}
-    files[f"{name}/{GROUP}"] = buffer.from_bytes(source.read(f"{name}/{GROUP}"))
+    files[f"{name}/{GROUP}"] = buffer.from_bytes(metadata[name])
     with translated(f"{source}/{name}"):
         array: Any = zarr.open_array(MemoryStore(files), path=name, mode="r", zarr_format=3)
         return np.asarray(array[selection])
 
 
 def _copy_file(source: Place, target: Place, key: str) -> int:
-    try:
-        data = source.read(key)
-    except FileNotFoundError as error:
-        raise FormatError("missing file", where=f"{source}/{key}", next_step="build the cache again") from error
+    data = _read(source, key)
     target.put(key, data)
     return len(data)
 
 
-def _pairs(manifest: Manifest) -> Iterable[tuple[int, int]]:
+def _read(source: Place, key: str) -> bytes:
+    try:
+        return source.read(key)
+    except FileNotFoundError as error:
+        raise FormatError("missing file", where=f"{source}/{key}", next_step="build the cache again") from error
+
+
+def _pairs(manifest: Manifest) -> Iterable[Pair]:
     return np.ndindex(manifest.num_views, manifest.num_blocks)
 
 
