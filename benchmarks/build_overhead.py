@@ -80,7 +80,7 @@ def main(
         "batch_size": batch_size,
         "views": views,
         "store": recipe.store,
-        "dtype": recipe.dtype,
+        "codec": recipe.codec if isinstance(recipe.codec, str) else str(recipe.codec),
     }
     report("build_overhead", _figures, costs, settings, CLOCK, device)
 

@@ -51,7 +51,6 @@ def main(
     """Bytes and gradient errors of all codecs."""
     device = prepared_device("cpu", threads)
     warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
-    warnings.filterwarnings("ignore", "top-k targets at temperature")
     photos = photo_targets(views, saved)
     shared = environment(device)
     for row in _rows(photos, cache):

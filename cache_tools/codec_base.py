@@ -74,8 +74,8 @@ class StoredArray(Frozen):
         Raises:
             FormatError: packed with pcodec, which is not installed.
         """
+        self.check_readable()
         if self.pack == "pcodec":
-            _require_pcodec()
             serializer, compressors = _PACKED["pcodec"], []
         else:
             # zarr writes little-endian by itself, and an endianness for single bytes is an error elsewhere.
@@ -92,6 +92,19 @@ class StoredArray(Frozen):
             "fill_value": self.fill_value,
             "attributes": dict(self.attributes),
         }
+
+    def check_readable(self) -> None:
+        """Raise FormatError if it is packed with pcodec, which is not installed."""
+        if self.pack == "pcodec" and importlib.util.find_spec("pcodec") is None:
+            raise FormatError(
+                "arrays packed with pcodec need a package that is not installed",
+                expected="pcodec",
+                next_step="pip install 'teacher-cache[codecs]', or choose another pack",
+            )
+
+    def is_fill(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Which of these numbers, the first ones of rows, mean that a chunk is not there."""
+        return np.isnan(values) if isinstance(self.fill_value, float) else values == self.fill_value
 
     @property
     def row_bytes(self) -> int:
@@ -220,12 +233,3 @@ def on(device: torch.device, constant: Any) -> torch.Tensor:
     import torch
 
     return torch.as_tensor(constant).to(device)
-
-
-def _require_pcodec() -> None:
-    if importlib.util.find_spec("pcodec") is None:
-        raise FormatError(
-            "arrays packed with pcodec need a package that is not installed",
-            expected="pcodec",
-            next_step="pip install 'teacher-cache[codecs]', or choose another pack",
-        )

@@ -43,7 +43,7 @@ class Float16(Codec):
         rows = checked(values, where)
         with np.errstate(over="ignore"):
             halves = rows.astype(np.float16)
-        refuse(~np.isfinite(halves), rows, where, "within ±65504", "store float32")
+        refuse(~np.isfinite(halves), rows, where, "within ±65504", "store float32 (--codec float32)")
         return {"": halves}
 
     def decode(

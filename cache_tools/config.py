@@ -24,12 +24,18 @@ Recipe = TypeVar("Recipe", bound=Frozen)
 
 # Tags of a union of one value and a list of them: pydantic reports them as a part of the key, and no user wrote them.
 ONE, SEVERAL = "(one)", "(several)"
-UNION_TAGS = (ONE, SEVERAL)
+NAME, FIELDS = "(name)", "(fields)"
+UNION_TAGS = (ONE, SEVERAL, NAME, FIELDS)
 
 
 def one_or_several(value: Any) -> str:
     """The tag of a value for such a union."""
     return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+def name_or_fields(value: Any) -> str:
+    """The tag of a value for a union of names and of something with fields."""
+    return NAME if isinstance(value, str) else FIELDS
 
 
 def load_recipe(

@@ -99,7 +99,7 @@ def print_details(details: CacheDetails) -> None:
     fusion, scales = recipe.fusion, ", ".join(f"{scale:g}" for scale in manifest.clip_scales)
     _line("fusion", f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}, "
           f"CLIP scale {scales} ({fusion.clip_scale}), prompt ensemble {fusion.prompt_ensemble}")  # fmt: skip
-    _line("stored", f"{recipe.store}, {recipe.dtype}, teachers ran in {recipe.precision}")
+    _line("stored", f"{recipe.store}, {recipe.codecs}, teachers ran in {recipe.precision}")
     _line("blocks", f"{manifest.num_blocks} per view, {manifest.block_rows:,} rows each")
     _line("size", f"{human_bytes(record.size_bytes)} on disk")
     for array in details.arrays:

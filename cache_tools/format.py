@@ -14,16 +14,16 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError
+from cache_tools.format_history import OLDER_VERSIONS, modernised
 from cache_tools.images import DatasetRecipe
+from cache_tools.target_codecs import TargetCodecs
 from cache_tools.views import ViewRecipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST_KEY = "teacher_cache"
-DTYPES = {"float16": 2, "float32": 4}
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Store = Literal["fused", "components"]
-FloatType = Literal["float16", "float32"]
 Precision = Literal["float32", "bfloat16", "float16"]
 PromptEnsemble = Literal["embedding", "logits", "probabilities"]
 
@@ -103,7 +103,11 @@ class FusionRecipe(Frozen):
 
 
 class CacheRecipe(Frozen):
-    """Everything that determines the cached values; its digest is the fingerprint."""
+    """Everything that determines the cached values; its digest is the fingerprint.
+
+    `derived_from` is the fingerprint of the cache that this one was converted or fused from, without a teacher pass;
+    None for one that teachers filled.
+    """
 
     dataset: DatasetIdentity
     views: ViewRecipe
@@ -111,8 +115,9 @@ class CacheRecipe(Frozen):
     clips: tuple[ClipIdentity, ...] = Field(min_length=1)
     fusion: FusionRecipe
     store: Store = "fused"
-    dtype: FloatType = "float16"
+    codecs: TargetCodecs = TargetCodecs()
     precision: Precision = "float32"
+    derived_from: str | None = None
 
     @property
     def teacher(self) -> TeacherIdentity:
@@ -135,13 +140,7 @@ class CacheRecipe(Frozen):
     @property
     def fingerprint(self) -> str:
         """64 hex digits of sha256 over the canonical JSON of this recipe and the format version."""
-        text = json.dumps(
-            {"format_version": FORMAT_VERSION, "recipe": self.model_dump(mode="json")},
-            sort_keys=True,
-            separators=(",", ":"),
-            ensure_ascii=True,
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        return recipe_fingerprint(FORMAT_VERSION, self.model_dump(mode="json"))
 
 
 class Canary(Frozen):
@@ -153,9 +152,13 @@ class Canary(Frozen):
 
 
 class Manifest(Frozen):
-    """Recipe, geometry and provenance; stored as the zarr group's attribute `teacher_cache`."""
+    """Recipe, geometry and provenance; stored as the zarr group's attribute `teacher_cache`.
 
-    format_version: Literal[1] = 1
+    `constants_digest` covers the arrays that hold for all samples and views. Computed on another machine they may
+    differ in their last bits: blocks of caches whose constants differ must not be mixed. Empty in older caches.
+    """
+
+    format_version: Literal[1, 2] = FORMAT_VERSION
     fingerprint: str
     name: str
     recipe: CacheRecipe
@@ -163,6 +166,7 @@ class Manifest(Frozen):
     num_views: PositiveInt
     block_rows: PositiveInt
     clip_scales: tuple[float, ...]
+    constants_digest: str = ""
     canaries: tuple[Canary, ...] = ()
     build_recipe: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -213,11 +217,11 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
             "not a teacher cache", where=where, expected=f"a group attribute '{MANIFEST_KEY}'", found="none"
         )
     version = attribute.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, *OLDER_VERSIONS):
         raise FormatError(
             "unknown cache format version",
             where=where,
-            expected=FORMAT_VERSION,
+            expected=f"{FORMAT_VERSION}, or {' or '.join(map(str, OLDER_VERSIONS))} (read-only)",
             found=version,
             next_step="open it with the teacher-cache version that wrote it, or build it again elsewhere (--out)",
         )
@@ -229,24 +233,30 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
             next_step="restore zarr.json from a copy, or remove the cache and build it again",
         )
     try:
-        manifest = Manifest.model_validate(fields)
+        expected = recipe_fingerprint(version, fields.get("recipe"))
+        manifest = Manifest.model_validate(modernised(fields) if version in OLDER_VERSIONS else fields)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise FormatError(
             f"damaged manifest, field '{key}'", where=where, expected=first["msg"], found=repr(first.get("input"))[:80]
         ) from error
-    if manifest.fingerprint != manifest.recipe.fingerprint:
+    if manifest.fingerprint != expected:
         raise FormatError(
-            "manifest and fingerprint disagree",
-            where=where,
-            expected=manifest.recipe.fingerprint[:12],
-            found=manifest.fingerprint[:12],
+            "manifest and fingerprint disagree", where=where, expected=expected[:12], found=manifest.fingerprint[:12]
         )
     return manifest
 
 
+def recipe_fingerprint(format_version: int, recipe: Any) -> str:
+    """`CacheRecipe.fingerprint` from a recipe as plain JSON: 64 hex digits of sha256."""
+    return hashlib.sha256(_canonical({"format_version": format_version, "recipe": recipe})).hexdigest()
+
+
 def _manifest_digest(fields: dict[str, Any]) -> str:
     """32 hex digits of blake2b over the canonical JSON; the fingerprint covers the recipe only."""
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_canonical(fields), digest_size=16).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

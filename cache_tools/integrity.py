@@ -24,12 +24,15 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError, FormatError
-from cache_tools.format import Manifest
-from cache_tools.layout import lay_out
+from cache_tools.format import FORMAT_VERSION, Manifest
+from cache_tools.layout import constants_digest, lay_out
 from cache_tools.store import open_group, read_manifest, translated
 
 WORKERS = 8
 METADATA = "zarr.json"
+
+
+Cure = Literal["block", "metadata", "copy"]
 
 
 class Problem(Frozen):
@@ -42,7 +45,7 @@ class Problem(Frozen):
 
     where: str
     what: str
-    cure: Literal["block", "metadata", "copy"]
+    cure: Cure
     view: int | None = None
     block: int | None = None
 
@@ -152,6 +155,11 @@ class _Reader:
                     raise FormatError("a number is not finite, or a chunk is missing")
             except CacheError as error:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
+        constants = {name: found[name] for name in constant_shapes(self.manifest.recipe) if name in found}
+        expected = self.manifest.constants_digest
+        if expected and not problems and constants_digest(constants) != expected:
+            what = "the arrays that hold for all samples are not those that the manifest was written for"
+            problems.append(Problem(where=str(self.path), what=what, cure="copy"))
         identity = self.manifest.recipe.dataset
         if {"labels", "sample_keys"} <= found.keys():
             digest = commits.content_digest(found["sample_keys"], found["labels"], identity.class_names)
@@ -220,9 +228,9 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             found = found | {"shape": expected["shape"]}
         if found != expected:
             keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-            yield Problem(
-                where=str(file), what=f"metadata is not what it should be: {', '.join(keys)}", cure="metadata"
-            )
+            old_manifest = name == METADATA and manifest.format_version != FORMAT_VERSION  # not ours to write anew
+            cure: Cure = "copy" if old_manifest else "metadata"
+            yield Problem(where=str(file), what=f"metadata is not what it should be: {', '.join(keys)}", cure=cure)
 
 
 def _longer(found: Any, expected: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from cache_tools import commits
-from cache_tools.arrays import CHUNK_BYTES, constant_shapes, target_arrays
+from cache_tools.arrays import CHUNK_BYTES, constant_shapes, targets
+from cache_tools.codec_features import STEPS
 from cache_tools.errors import FormatError
 from cache_tools.format import MANIFEST_KEY, Manifest, manifest_attribute
+from cache_tools.store import quiet_numcodecs
 
-# Level 1 takes the 8 % that half-precision rows have to give; higher levels, byte shuffles and blosc found no more.
-ZSTD_LEVEL = 1
 _DIMENSIONS = {
     "labels": ("sample",),
     "sample_keys": ("sample", "byte"),
@@ -49,15 +49,34 @@ def lay_out(
 ) -> None:
     """Make an empty cache at `path`: manifest, labels, keys and constants written, no block committed."""
     group = zarr.create_group(LocalStore(path), attributes={MANIFEST_KEY: manifest_attribute(manifest)})
+    quiet_numcodecs()
     for name, values in {"labels": labels, "sample_keys": sample_keys, **constants}.items():
-        _add(group, name, values.shape, _chunk_shape(values), values.dtype.name)[...] = values
+        _add(group, name, values.shape, _chunk_shape(values), _dimensions(name), _plain(name, values.dtype))[...] = (
+            values
+        )
     shape = (manifest.num_views, manifest.num_samples)
-    specs = target_arrays(manifest.recipe, manifest.block_rows)
-    for spec in specs:
-        _add(group, spec.name, (*shape, spec.width), (1, spec.chunk_rows, spec.width), spec.dtype)
-    width = 1 + len(specs)
-    table = _add(group, commits.COMMITS, (manifest.num_views, manifest.num_blocks, width), (1, 1, width), "uint64")
-    table.update_attributes({"columns": commits.columns(manifest.recipe, manifest.block_rows)})
+    for target in targets(manifest.recipe, manifest.block_rows):
+        for spec in target.arrays:
+            axes = _dimensions(target.name)
+            if spec.width != target.width:  # numbers per row, or fewer than there are classes
+                axes = (*axes[:-1], f"{spec.name}_column")
+            chunks = (1, spec.chunk_rows, spec.width)
+            _add(group, spec.name, (*shape, spec.width), chunks, axes, spec.stored.create_arguments())
+    columns = commits.columns(manifest.recipe, manifest.block_rows)
+    width = len(columns)
+    table = {
+        **_plain(commits.COMMITS, np.dtype("uint64")),
+        "compressors": [{"name": "crc32c"}],
+        "attributes": {"columns": columns},
+    }
+    _add(
+        group,
+        commits.COMMITS,
+        (manifest.num_views, manifest.num_blocks, width),
+        (1, 1, width),
+        _dimensions(commits.COMMITS),
+        table,
+    )
 
 
 def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt.NDArray[Any]) -> None:
@@ -71,6 +90,15 @@ def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt
     identity = manifest.recipe.dataset
     if commits.content_digest(sample_keys, labels, identity.class_names) != identity.content_digest:
         raise FormatError("labels and keys are not those of the dataset in the recipe", where=identity.name)
+
+
+def constants_digest(constants: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    """32 hex digits over names and numbers: `Manifest.constants_digest`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(constants):
+        digest.update(f"{name} {list(constants[name].shape)} ".encode())
+        digest.update(np.ascontiguousarray(constants[name], dtype="<f4").data)
+    return digest.hexdigest()
 
 
 def check_constants(manifest: Manifest, constants: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -87,25 +115,42 @@ def check_constants(manifest: Manifest, constants: Mapping[str, npt.NDArray[Any]
             )
 
 
-def _add(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
-    """An array whose absent chunks cannot be taken for data: NaN for floating numbers, −1 for labels."""
-    floating = dtype.startswith("float")
+def _add(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dimensions: tuple[str, ...],
+    arguments: dict[str, Any],
+) -> zarr.Array[Any]:
     return group.create_array(
         name,
         shape=shape,
         chunks=chunks,
-        dtype=dtype,
-        serializer=BytesCodec(),
-        compressors=[Crc32cCodec()] if name == commits.COMMITS else [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        fill_value=float("nan") if floating else -1 if name == "labels" else 0,
-        dimension_names=_dimensions(name),
+        dimension_names=dimensions,
         chunk_key_encoding={"name": "default", "separator": "."},  # one folder per array: one flush covers a name
         config={"write_empty_chunks": True},
+        **arguments,
     )
+
+
+def _plain(name: str, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """How whole numbers and constants are stored. What is absent cannot be taken for data: NaN, −1 for labels."""
+    fill = float("nan") if dtype.kind == "f" else -1 if name == "labels" else 0
+    endian = {} if dtype.itemsize == 1 else {"configuration": {"endian": "little"}}
+    zstd = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+    return {
+        "dtype": dtype.name,
+        "serializer": {"name": "bytes", **endian},
+        "compressors": [zstd, {"name": "crc32c"}],
+        "fill_value": fill,
+    }
 
 
 def _dimensions(name: str) -> tuple[str, ...]:
     """`clip_features_2` is along `clip_feature_2`; what all networks share keeps its name."""
+    if name.endswith(STEPS):
+        return _dimensions(name.removesuffix(STEPS))[-1:]
     plain, suffix = re.fullmatch(r"(.+?)((?:_\d+)?)", name).groups()  # type: ignore[union-attr]
     return tuple(axis + suffix if axis in _OF_A_NETWORK else axis for axis in _DIMENSIONS[plain])
 

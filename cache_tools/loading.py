@@ -30,7 +30,7 @@ def load_array(
     *,
     pin: bool = False,
 ) -> torch.Tensor:
-    """All rows of a committed view, [N, width] in the stored dtype, decoded straight into the tensor's memory.
+    """All rows of a committed view, [N, width] as stored, decompressed straight into the tensor's memory.
 
     Args:
         path: folder of the cache, for messages.
@@ -49,8 +49,8 @@ def load_array(
             array.get_basic_selection((view, slice(None), slice(None)), out=NDBuffer.from_numpy_array(values))
     except FormatError as error:
         raise _find_damage(array, spec, manifest, path, view, error) from error
-    # NaN is the fill value and never written: it means that the file of a chunk is gone.
-    for chunk in np.flatnonzero(np.isnan(values[:: spec.chunk_rows, 0])).tolist():
+    # The fill value never is the first number of a row that was written: the file of a chunk is gone.
+    for chunk in np.flatnonzero(spec.stored.is_fill(values[:: spec.chunk_rows, 0])).tolist():
         block = chunk * spec.chunk_rows // manifest.block_rows
         raise _damaged("a chunk is missing", path, spec.name, view, block)
     if digests is not None:

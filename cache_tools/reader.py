@@ -11,12 +11,12 @@ import numpy.typing as npt
 import zarr
 
 from cache_tools import commits, registry
-from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.arrays import constant_shapes, targets
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format import CacheRecipe
 from cache_tools.refusion import Fusion
-from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
+from cache_tools.store import RESTORE, open_array, open_group, read_commits, read_constant, read_manifest, translated
 from cache_tools.verify import check_canaries, check_dataset, make_canaries, pixel_digest
 
 if TYPE_CHECKING:
@@ -43,12 +43,16 @@ class TeacherCache:
     Attributes:
         path: folder of the cache.
         manifest: recipe, geometry and provenance.
+        targets: what is cached per (view, sample), by name, with its codec.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, read_manifest(path)
         self._group = open_group(path)
-        self._specs = {spec.name: spec for spec in target_arrays(self.recipe, self.manifest.block_rows)}
+        self.targets = {spec.name: spec for spec in targets(self.recipe, self.manifest.block_rows)}
+        self._specs = {array.name: array for spec in self.targets.values() for array in spec.arrays}
+        for spec in self._specs.values():
+            spec.stored.check_readable()
         self._arrays = {
             name: self._open(name, (self.num_views, self.num_samples, spec.width), spec.dtype, more_views=True)
             for name, spec in self._specs.items()
@@ -119,7 +123,7 @@ class TeacherCache:
         verify: bool = True,
         fusion: Fusion | None = None,
     ) -> ViewTargets:
-        """Read a whole view and put it on a device, in the dtype it is stored in.
+        """Read a whole view and put it on a device as it is stored; batches are decoded there.
 
         Copies to CUDA start from pinned memory on the current stream and are not waited for.
 
@@ -134,8 +138,6 @@ class TeacherCache:
             NotFoundError: no such view.
             DeviceError: no such device.
         """
-        import torch
-
         from cache_tools.targets import ViewTargets, constants_for, fused
 
         target = resolve_device(str(device))
@@ -145,25 +147,37 @@ class TeacherCache:
         how = fusion or Fusion.stored(self.manifest)
         clip_view = view if how.clip_view is None else how.clip_view
         self._require_blocks(clip_view, range(self.manifest.num_blocks))
+        specs = {name: spec for name, spec in self.targets.items() if wanted.get(name, True)}
         arrays = {}
-        for name in self._specs:
-            if wanted.get(name, True):
-                source = clip_view if name.startswith("clip_features") else view
-                arrays[name] = self._load(name, source, pin, verify).to(target, non_blocking=True)
+        for name, spec in specs.items():
+            source = clip_view if name.startswith("clip_features") else view
+            for array in spec.arrays:
+                arrays[array.name] = self._load(array.name, source, pin, verify).to(target, non_blocking=True)
         if self.recipe.store == "fused":
-            return ViewTargets(view, arrays)
-        constants = constants_for(how, self.recipe, lambda name: torch.from_numpy(self.constant(name)))
+            constants = {name: self._tensor(name) for spec in specs.values() for name in spec.constants}
+        else:
+            constants = constants_for(how, self.recipe, self._tensor)
         moved = {name: tensor.to(target) for name, tensor in constants.items()}
-        return fused(ViewTargets(view, arrays, moved, how), logits=logits, features=features)
+        found = ViewTargets(view, arrays, moved, how if self.recipe.store == "components" else None, specs)
+        return found if self.recipe.store == "fused" else fused(found, logits=logits, features=features)
 
-    def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.floating[Any]]:
-        """Rows of one target array as stored, [rows, width]: one plain zarr read, the reference for `load_view`.
+    def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
+        """Rows of one target, [rows, width] float32: plain zarr reads and the codec, the reference for `load_view`.
 
         Raises:
             IncompleteError: rows of a block that is not committed.
             FormatError: damaged or missing bytes.
-            NotFoundError: no such array or view.
+            NotFoundError: no such target or view.
         """
+        if name not in self.targets:
+            raise NotFoundError("no such target", where=self.path, expected=", ".join(self.targets), found=name)
+        spec = self.targets[name]
+        stored = {array.suffix: self.read_stored(array.name, view, rows) for array in spec.arrays}
+        constants = {key.removeprefix(name): self.constant(key) for key in spec.constants}
+        return spec.codec.decode(stored, constants).numpy()
+
+    def read_stored(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[Any]:
+        """Rows of one array as they are stored, [rows, width]: one plain zarr read; errors as for `read_array`."""
         if name not in self._specs:
             raise NotFoundError("no such array", where=self.path, expected=", ".join(self._specs), found=name)
         start, stop, _ = rows.indices(self.num_samples)
@@ -171,8 +185,8 @@ class TeacherCache:
         self._require_blocks(view, range(start // size, -(-stop // size)))
         with translated(f"{self.path / name}, view {view}"):
             values = np.asarray(self._arrays[name][view, rows])
-        if np.isnan(values).any():
-            raise FormatError("a chunk is missing", where=f"{self.path / name}, view {view}", next_step=_RESTORE)
+        if self._specs[name].stored.is_fill(values[:, 0]).any():
+            raise FormatError("a chunk is missing", where=f"{self.path / name}, view {view}", next_step=RESTORE)
         return values
 
     def constant(self, name: str) -> npt.NDArray[np.float32]:
@@ -180,12 +194,7 @@ class TeacherCache:
         shapes = constant_shapes(self.recipe)
         if name not in shapes:
             raise NotFoundError("no such constant", where=self.path, expected=", ".join(shapes), found=name)
-        array = self._open(name, shapes[name], "float32")
-        with translated(self.path / name):
-            values = np.asarray(array[...])
-        if np.isnan(values).any():
-            raise FormatError("a chunk is missing", where=self.path / name, next_step=_RESTORE)
-        return values
+        return read_constant(self._group, self.path, name, shapes[name])
 
     def require_complete(self) -> None:
         """Raise IncompleteError unless every view is built."""
@@ -223,11 +232,16 @@ class TeacherCache:
         with translated(self.path / "sample_keys"):
             key_values = np.asarray(keys[...])
         if commits.content_digest(key_values, label_values, self.class_names) != self.recipe.dataset.content_digest:
-            raise FormatError("labels or sample keys are damaged", where=self.path, next_step=_RESTORE)
+            raise FormatError("labels or sample keys are damaged", where=self.path, next_step=RESTORE)
         return label_values, key_values
 
     def _open(self, name: str, shape: tuple[int, ...], dtype: str, *, more_views: bool = False) -> zarr.Array[Any]:
         return open_array(self._group, self.path, name, shape, dtype, more_views=more_views)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.constant(name))
 
     def _load(self, name: str, view: int, pin: bool, verify: bool) -> torch.Tensor:
         from cache_tools.loading import load_array
@@ -256,6 +270,3 @@ class TeacherCache:
                 found=f"{commits.ranges(missing)} missing",
                 next_step="run the same build-cache command again: it goes on from what is stored",
             )
-
-
-_RESTORE = "restore it from a copy, or remove the cache and build it again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from cache_tools.format import MANIFEST_KEY, Manifest, parse_manifest
 
 if TYPE_CHECKING:
     import zarr
+
+RESTORE = "restore it from a copy, or remove the cache and build it again"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -52,6 +55,7 @@ def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
     import zarr
     from zarr.storage import LocalStore
 
+    quiet_numcodecs()
     with translated(path):
         if not writable:
             return zarr.open_group(LocalStore(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
@@ -76,9 +80,7 @@ def open_array(
     where = path / name
     with translated(where):
         if name not in group:
-            raise FormatError(
-                "missing array", where=where, next_step="restore it from a copy, or remove the cache and build it again"
-            )
+            raise FormatError("missing array", where=where, next_step=RESTORE)
         array = group[name]
     if not isinstance(array, zarr.Array):
         raise FormatError("wrong array", where=where, expected="a zarr array", found="a group")
@@ -91,6 +93,25 @@ def open_array(
             found=f"{array.dtype} {list(array.shape)}",
         )
     return array
+
+
+def read_constant(group: zarr.Group, path: Path, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """An array that holds for all samples and views, float32.
+
+    Raises:
+        FormatError: missing, damaged, or another shape.
+    """
+    array = open_array(group, path, name, shape, "float32")
+    with translated(path / name):
+        values = np.asarray(array[...])
+    if np.isnan(values).any():
+        raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
+    return values
+
+
+def quiet_numcodecs() -> None:
+    """No warning that a codec is not in the zarr specification: who chose pcodec was told, who reads cannot help it."""
+    warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
 
 
 def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
@@ -134,5 +155,5 @@ def translated(where: object) -> Iterator[None]:
             "damaged or unreadable",
             where=where,
             found=f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else 'no details'}",
-            next_step="restore it from a copy, or remove the cache and build it again",
+            next_step=RESTORE,
         ) from error

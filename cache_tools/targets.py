@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from cache_tools import fusion
-from cache_tools.arrays import array_name, constant_shapes
+from cache_tools.arrays import TargetSpec, array_name, constant_shapes
+from cache_tools.codecs import SparseTargets, TopK
 from cache_tools.errors import NotFoundError
 from cache_tools.format import CacheRecipe
 from cache_tools.refusion import Fusion
@@ -31,31 +32,45 @@ class ViewTargets:
 
     Attributes:
         view: the augmentation seed.
-        arrays: [N, width] tensors in the dtype of the cache; the fused ones of a component cache are float32.
-        constants: float32 tensors of a component cache: what turns its features into targets (see `constants_for`).
+        arrays: [N, width] tensors as the cache stores them; the fused ones of a component cache are float32.
+        constants: float32 tensors: what codecs take, and what turns features into targets (see `constants_for`).
         fusion: how a component cache's parts are put together; None for a fused cache.
+        stored: how the arrays of each target are decoded; a target that is not here is an array of plain numbers.
     """
 
     view: int
     arrays: Mapping[str, torch.Tensor]
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fusion: Fusion | None = None
+    stored: Mapping[str, TargetSpec] = field(default_factory=dict)
 
     def logits(self, index: Index) -> torch.Tensor:
         """Fused logits [B, C], rows mean-centred."""
-        return take(self._array("fused_logits"), index)
+        return self._rows("fused_logits", index)
+
+    def sparse_logits(self, index: Index, temperature: float) -> SparseTargets:
+        """What a top-k cache knows of the fused distribution, for `train.tail.kd_tail`.
+
+        Raises:
+            NotFoundError: fused logits that are not stored as top-k.
+            FormatError: top-k targets of another temperature.
+        """
+        codec = self.stored["fused_logits"].codec if "fused_logits" in self.stored else None
+        if not isinstance(codec, TopK):
+            raise NotFoundError("these targets are not sparse", where=f"view {self.view}", expected="a top-k codec")
+        return codec.sparse(self._parts("fused_logits"), index, temperature=temperature)
 
     def features(self, index: Index) -> torch.Tensor:
         """Fused features [B, D]."""
-        return take(self._array("fused_features"), index)
+        return self._rows("fused_features", index)
 
     def teacher_features(self, index: Index, network: int = 0) -> torch.Tensor:
         """A teacher's features [B, Dt]; component caches only."""
-        return take(self._array(array_name("teacher_features", network)), index)
+        return self._rows(array_name("teacher_features", network), index)
 
     def clip_features(self, index: Index, network: int = 0) -> torch.Tensor:
         """A CLIP's image features [B, Dc], of any length; component caches only."""
-        return take(self._array(array_name("clip_features", network)), index)
+        return self._rows(array_name("clip_features", network), index)
 
     def component_features(self, index: Index) -> tuple[torch.Tensor, ...]:
         """Features of every network by itself, teachers before CLIPs; component caches only."""
@@ -68,9 +83,9 @@ class ViewTargets:
         if network is None:
             weights = self._how("teacher_features").teacher_weights
             return fusion.mix([self.teacher_logits(index, number) for number in range(len(weights))], weights)
-        stored = self.arrays.get(array_name("teacher_logits", network))
-        if stored is not None:
-            return take(stored, index)
+        stored = array_name("teacher_logits", network)
+        if stored in self.arrays:
+            return self._rows(stored, index)
         features = self.teacher_features(index, network)
         weight, bias = (self.constants[array_name(f"teacher_head_{part}", network)] for part in ("weight", "bias"))
         return fusion.linear_logits(features, weight, bias)
@@ -110,12 +125,23 @@ class ViewTargets:
             {name: tensor.to(device, non_blocking=True) for name, tensor in self.arrays.items()},
             {name: tensor.to(device, non_blocking=True) for name, tensor in self.constants.items()},
             self.fusion,
+            self.stored,
         )
 
     def _how(self, needed: str) -> Fusion:
         self._array(needed)
         assert self.fusion is not None, "a view with components says how they are fused"
         return self.fusion
+
+    def _rows(self, target: str, index: Index) -> torch.Tensor:
+        spec = self.stored.get(target)
+        if spec is None:
+            return take(self._array(target), index)
+        constants = {name.removeprefix(target): self.constants[name] for name in spec.constants}
+        return spec.codec.decode(self._parts(target), constants, index)
+
+    def _parts(self, target: str) -> dict[str, torch.Tensor]:
+        return {array.suffix: self._array(array.name) for array in self.stored[target].arrays}
 
     def _array(self, name: str) -> torch.Tensor:
         if name not in self.arrays:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -111,9 +110,6 @@ class TopK(Codec):
         self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
     ) -> dict[str, npt.NDArray[Any]]:
         rows = checked(values, where, self._classes)
-        caution = self.caution(self.temperature)
-        if caution is not None:
-            warnings.warn(caution, stacklevel=2)
         log_p = _log_softmax(rows.astype(np.float64) / self.temperature)
         kept = self._kept(log_p)
         log_tail = _log_sum(np.where(kept, NOTHING, log_p))

@@ -177,6 +177,15 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
             found=existing.block_rows,
             next_step="choose another target, or remove that cache first",
         )
+    if existing is not None and existing.constants_digest != manifest.constants_digest:
+        raise MismatchError(
+            "the same cache is at the target, built beside this one: its head or class embeddings differ in their last "
+            "bits, and blocks of both must not be mixed",
+            where=target,
+            expected=f"constants {manifest.constants_digest[:12]}",
+            found=existing.constants_digest[:12],
+            next_step="take that cache (pull it), choose another target, or remove it first",
+        )
     if existing is not None and existing.num_views >= manifest.num_views:
         return []
     whole = ("labels", "sample_keys", *constant_shapes(manifest.recipe))
@@ -223,8 +232,9 @@ def _decode(
     from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import MemoryStore
 
-    from cache_tools.store import translated
+    from cache_tools.store import quiet_numcodecs, translated
 
+    quiet_numcodecs()
     buffer = default_buffer_prototype().buffer
     files = {key: buffer.from_bytes(data) for key, data in chunks.items()}
     files[f"{name}/{GROUP}"] = buffer.from_bytes(metadata[name])

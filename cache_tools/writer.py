@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools import commits
-from cache_tools.arrays import ArraySpec, target_arrays
+from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.durable import PARTIAL, remove_leftovers, sync_folder, sync_tree
+from cache_tools.encoding import Encoder
 from cache_tools.errors import FormatError, MismatchError, StorageError
-from cache_tools.format import MANIFEST_KEY, Manifest, manifest_attribute
-from cache_tools.layout import check_constants, check_samples, lay_out
-from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
+from cache_tools.format import FORMAT_VERSION, MANIFEST_KEY, Manifest, manifest_attribute
+from cache_tools.layout import check_constants, check_samples, constants_digest, lay_out
+from cache_tools.store import open_array, open_group, read_commits, read_constant, read_manifest, translated
 
 
 class CacheWriter:
@@ -34,6 +36,8 @@ class CacheWriter:
         self.path, self.manifest = path, manifest
         self._group = open_group(path, writable=True)
         self._specs = target_arrays(manifest.recipe, manifest.block_rows)
+        for spec in self._specs:
+            spec.stored.check_readable()
         views, samples = manifest.num_views, manifest.num_samples
         self._arrays = {
             spec.name: open_array(
@@ -43,6 +47,11 @@ class CacheWriter:
         }
         shape = (views, manifest.num_blocks, 1 + len(self._specs))
         self._commits = open_array(self._group, path, commits.COMMITS, shape, "uint64", more_views=True)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        shapes = constant_shapes(self.manifest.recipe)
+        return Encoder(self.manifest.recipe, lambda name: read_constant(self._group, self.path, name, shapes[name]))
 
     @classmethod
     def create(
@@ -72,6 +81,7 @@ class CacheWriter:
         check_samples(manifest, labels, sample_keys)
         check_constants(manifest, constants)
         check_free(path)
+        manifest = manifest.model_copy(update={"constants_digest": constants_digest(constants)})
         with translated(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
@@ -103,6 +113,14 @@ class CacheWriter:
                 found=manifest.fingerprint[:12],
                 next_step="choose another --out, leave --out away, or remove that cache",
             )
+        if manifest.format_version != FORMAT_VERSION:
+            raise FormatError(
+                "nothing can be added to a cache of an older format",
+                where=path,
+                expected=f"format version {FORMAT_VERSION}",
+                found=manifest.format_version,
+                next_step="`cache-tools recode` makes one of this format from it",
+            )
         with translated(path):
             remove_leftovers(path)
         return cls(path, manifest)
@@ -118,18 +136,20 @@ class CacheWriter:
         """Write one block of every target array, flush it, and commit it. Threads may write distinct blocks at once.
 
         Args:
-            arrays: floating [rows of the block, width] for each target array; stored as the cache's dtype.
+            arrays: floating [rows of the block, width] for each target; stored as the recipe's codecs say.
             parameter_digest: of the block's view parameters (`ViewRecipe.parameter_digest`).
 
         Raises:
-            FormatError: arrays, a view or a block that the cache does not have, wrong shapes, integers, numbers that
-                are not finite or too large for float16. Nothing is written then.
+            FormatError: targets, a view or a block that the cache does not have, wrong shapes, integers, numbers that
+                are not finite or beyond what the codec holds. Nothing is written then.
             StorageError: the disk is full or read-only. The block stays uncommitted.
         """
         rows = self._rows(view, block)
-        if set(arrays) != set(self._arrays):
-            raise FormatError("wrong arrays", where=self.path, expected=sorted(self._arrays), found=sorted(arrays))
-        encoded = {spec.name: _encode(arrays[spec.name], spec, view, rows) for spec in self._specs}
+        where = f"view {view}, samples {rows.start}–{rows.stop - 1}"
+        encoded = self._encoder.encode(arrays, where=where)
+        if any(len(values) != rows.stop - rows.start for values in encoded.values()):
+            found = {name: list(np.shape(values)) for name, values in arrays.items()}
+            raise FormatError("wrong block", where=where, expected=f"{rows.stop - rows.start} rows", found=found)
         commit = [parameter_digest or 1, *(commits.block_digest(encoded[spec.name]) for spec in self._specs)]
         with translated(self.path):
             # The store flushes each chunk before it returns (durable.py): the commit cannot overtake its rows.
@@ -169,31 +189,6 @@ def check_free(path: Path) -> None:
     with translated(path):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise StorageError("cannot make a cache here: the place is taken", where=path, next_step="choose another")
-
-
-def _encode(values: npt.NDArray[Any], spec: ArraySpec, view: int, rows: slice) -> npt.NDArray[Any]:
-    """Rows in the dtype of their array, C order, every number finite."""
-    values = np.asarray(values)
-    where = f"{spec.name}, view {view}, samples {rows.start}–{rows.stop - 1}"
-    shape = (rows.stop - rows.start, spec.width)
-    if values.shape != shape or values.dtype.kind != "f":
-        raise FormatError(
-            "wrong block", where=where, expected=f"floating {list(shape)}", found=f"{values.dtype} {list(values.shape)}"
-        )
-    with np.errstate(over="ignore"):  # found and named below
-        encoded = np.ascontiguousarray(values, dtype=spec.dtype)
-    finite = np.isfinite(encoded)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        overflow = np.isfinite(values[row, column])
-        raise FormatError(
-            "a number cannot be stored",
-            where=f"{spec.name}, view {view}, sample {rows.start + row}, column {column}",
-            expected=f"finite, within ±{np.finfo(spec.dtype).max:g}",
-            found=f"{values[row, column]:g}",
-            next_step="store float32 (--set dtype=float32)" if overflow else "check the weights and the precision",
-        )
-    return encoded
 
 
 def _rename_unless_taken(temporary: Path, path: Path) -> None:

@@ -21,21 +21,23 @@ import numpy as np
 import torch
 
 from cache_tools import registry
-from cache_tools.arrays import ArraySpec, default_block_rows, target_arrays
+from cache_tools.arrays import TargetSpec, default_block_rows, targets
+from cache_tools.codecs import Float16
 from cache_tools.console import Progress, resolve_device
-from cache_tools.format import CacheRecipe, ClipIdentity, FloatType, Manifest, TeacherIdentity
+from cache_tools.encoding import Encoder, fit_codecs, sample_rows
+from cache_tools.format import CacheRecipe, ClipIdentity, Manifest, TeacherIdentity
 from cache_tools.images import ImageSet, open_images
 from cache_tools.reader import make_canaries
+from cache_tools.target_codecs import resolve_codecs
 from cache_tools.writer import CacheWriter, check_free
 from pipeline.loader import BatchLoader
 from pipeline.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
-from pipeline.targets import TeacherPair, load_pair
+from pipeline.targets import TeacherPair, load_pair, view_pixels
 
 Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
 
 BLOCKS_IN_FLIGHT = 2
-TORCH_DTYPES: dict[FloatType, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 
 
 class BuildResult(NamedTuple):
@@ -71,6 +73,8 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         batch_size=recipe.batch_size,
     )
     identity = resolve(recipe, images, pair)
+    if identity.codecs.caution:
+        say(f"note: {identity.codecs.caution}")
     path = recipe.out or registry.cache_path(recipe.name, identity.fingerprint)
     writer, preflight = _open_or_create(path, recipe, identity, images, pair, say)
     pair.use_scales(writer.manifest.clip_scales)
@@ -93,7 +97,7 @@ def resolve(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheRe
         clips=_weighted([clip.identity for clip in pair.clips], pair.fusion.clip_weights),
         fusion=recipe.fusion,
         store=recipe.store,
-        dtype=recipe.dtype,
+        codecs=resolve_codecs(recipe.codec, len(images.class_names)),
         precision=recipe.precision,
     )
 
@@ -143,9 +147,34 @@ def _open_or_create(
         },
     )
     writer = CacheWriter.create(
-        path, manifest, labels=images.labels, sample_keys=images.keys, constants=pair.constants(recipe.store)
+        path,
+        manifest,
+        labels=images.labels,
+        sample_keys=images.keys,
+        constants=_constants(recipe, identity, images, pair),
     )
     return writer, preflight
+
+
+def _constants(
+    recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet, pair: TeacherPair
+) -> dict[str, np.ndarray]:
+    """What holds for all samples and views, codecs fitted. What a codec cannot hold shows here, not hours later."""
+    constants = pair.constants(recipe.store)
+    if identity.codecs.floating:
+        return constants
+    index = sample_rows(len(images))
+    rows: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(index), recipe.batch_size):
+        piece = index[start : start + recipe.batch_size]
+        for name, values in pair.targets(
+            view_pixels(images, recipe.views, piece, 0, pair.device), recipe.store
+        ).items():
+            rows.setdefault(name, []).append(values.float().cpu().numpy())
+    sample = {name: np.concatenate(parts) for name, parts in rows.items()}
+    constants |= fit_codecs(identity, sample)
+    Encoder(identity, constants.__getitem__).encode(sample, where="a sample of view 0")
+    return constants
 
 
 def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
@@ -157,7 +186,7 @@ def _build_blocks(
     writer: CacheWriter, missing: list[tuple[int, int]], images: ImageSet, pair: TeacherPair, batch_size: int
 ) -> int:
     manifest = writer.manifest
-    specs = target_arrays(manifest.recipe, manifest.block_rows)
+    specs = targets(manifest.recipe, manifest.block_rows)
     sizes = [_rows(manifest, block) for _, block in missing]
     done_before = manifest.num_views * manifest.num_samples - sum(sizes)
     pending: list[Future[None]] = []
@@ -210,11 +239,10 @@ def _copied(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def _host_buffers(specs: tuple[ArraySpec, ...], rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _host_buffers(specs: tuple[TargetSpec, ...], rows: int, device: torch.device) -> dict[str, torch.Tensor]:
     pin = device.type == "cuda"
-    return {
-        spec.name: torch.empty((rows, spec.width), dtype=TORCH_DTYPES[spec.dtype], pin_memory=pin) for spec in specs
-    }
+    dtypes = {spec.name: torch.float16 if isinstance(spec.codec, Float16) else torch.float32 for spec in specs}
+    return {spec.name: torch.empty((rows, spec.width), dtype=dtypes[spec.name], pin_memory=pin) for spec in specs}
 
 
 def _rows(manifest: Manifest, block: int) -> int:

@@ -53,6 +53,10 @@ def build_cache(
     store: Annotated[
         str | None, typer.Option("--store", help="fused, or components (teacher and CLIP kept apart).")
     ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option("--codec", help="How targets are stored: float16, float32, compact, dense, coarse or top-k."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -99,6 +103,7 @@ def build_cache(
         "clip.templates": prompts,
         "fusion.teacher_weight": teacher_weight,
         "store": store,
+        "codec": codec,
         "out": str(out) if out else None,
         "device": device,
         "batch_size": batch_size,

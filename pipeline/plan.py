@@ -16,7 +16,7 @@ from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.config import Frozen
 from cache_tools.console import resolve_device
 from cache_tools.describe import human_bytes
-from cache_tools.format import DTYPES, Preprocessing
+from cache_tools.format import Preprocessing
 from cache_tools.images import ImageSet, open_images
 from cache_tools.preprocess import prepare
 from pipeline.build import resolve
@@ -71,7 +71,7 @@ class Plan(Frozen):
     def verdict(self) -> str:
         """Whether to build it, in a sentence or two."""
         if self.bytes > self.bytes_free:
-            return "It does not fit where it would go: choose fewer --views, --set dtype=float16, or another --out."
+            return "It does not fit where it would go: choose fewer --views, --codec float16, or another --out."
         paid = f"It has paid for itself after {self.epochs_to_break_even} epochs of training"
         if self.students_to_break_even > 1.0:
             students = f"{np.ceil(self.students_to_break_even):.0f} students of {self.epochs} epochs"
@@ -107,7 +107,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     )
     student_per_s = _rate(images, STUDENT_BATCH, device, _student_step(student, recipe, images, device))
     specs = target_arrays(identity, recipe.block_rows or 1)
-    row_bytes = sum(spec.width * DTYPES[spec.dtype] for spec in specs)
+    row_bytes = sum(spec.stored.row_bytes for spec in specs)
     constants = sum(4 * int(np.prod(shape)) for shape in constant_shapes(identity).values())
     path = recipe.out or registry.cache_path(recipe.name, identity.fingerprint)
     return Plan(

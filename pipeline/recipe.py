@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from cache_tools.config import ONE, SEVERAL, Frozen, load_recipe, one_or_several
+from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Frozen, load_recipe, name_or_fields, one_or_several
 from cache_tools.errors import RecipeError
-from cache_tools.format import FloatType, FusionRecipe, Precision, Share, Store
+from cache_tools.format import FusionRecipe, Precision, Share, Store
 from cache_tools.images import DatasetRecipe
 from cache_tools.refusion import check_shares
+from cache_tools.target_codecs import PresetName, TargetCodecs
 from cache_tools.views import ViewRecipe
 
 
@@ -64,10 +65,16 @@ Clips = Annotated[
 ]
 
 
+CodecChoice = Annotated[
+    Annotated[PresetName, Tag(NAME)] | Annotated[TargetCodecs, Tag(FIELDS)], Discriminator(name_or_fields)
+]
+
+
 class BuildRecipe(Frozen):
     """One cache: whose images, which views of them, which teachers, how they are fused and how it is stored.
 
     `teacher` and `clip` are one network or a list of them; `teachers` and `clips` give either as a tuple.
+    `codec` is a preset (`target_codecs.resolve_codecs`) or a codec for the logits and one for the features.
     `batch_size`, `block_rows`, `device` and `out` say how the work is done; the rest says what the values are.
     """
 
@@ -79,7 +86,7 @@ class BuildRecipe(Frozen):
     clip: Clips
     fusion: FusionRecipe = FusionRecipe()
     store: Store = "fused"
-    dtype: FloatType = "float16"
+    codec: CodecChoice = "float16"
     precision: Precision = "float32"
     batch_size: PositiveInt = 256
     block_rows: PositiveInt | None = None

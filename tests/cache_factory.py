@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.arrays import constant_shapes, targets
+from cache_tools.codecs import Float16
 from cache_tools.format import CacheRecipe, ClipIdentity, FusionRecipe, Manifest, Preprocessing, TeacherIdentity
 from cache_tools.image_arrays import ArrayImages
 from cache_tools.images import DatasetRecipe, sample_key
+from cache_tools.layout import constants_digest
+from cache_tools.target_codecs import PresetName, TargetCodecs, resolve_codecs
 from cache_tools.verify import make_canaries
 from cache_tools.views import Flip, PadCrop, ViewRecipe
 from cache_tools.writer import CacheWriter
@@ -50,9 +53,10 @@ def tiny_manifest(
     teacher_weights: tuple[float, ...] = (1.0,),
     clip_weights: tuple[float, ...] = (1.0,),
     fusion: FusionRecipe | None = None,
+    codec: PresetName | TargetCodecs = "float16",
     **recipe: Any,
 ) -> Manifest:
-    """A manifest for `images`; `recipe` goes to CacheRecipe (store, dtype, precision).
+    """A manifest for `images`; `recipe` goes to CacheRecipe (store, precision).
 
     There is a network for each of `teacher_weights` and `clip_weights`: further ones are wider, the second teacher has
     the other kind of head, further CLIPs have more prompts and a smaller scale. Without `canaries` no torch is
@@ -88,9 +92,10 @@ def tiny_manifest(
             for number, weight in enumerate(clip_weights)
         ),
         fusion=fusion or FusionRecipe(feature_dim=feature_dim),
+        codecs=resolve_codecs(codec, len(images.class_names)),
         **recipe,
     )
-    return Manifest(
+    manifest = Manifest(
         fingerprint=resolved.fingerprint,
         name=name,
         recipe=resolved,
@@ -101,6 +106,7 @@ def tiny_manifest(
         canaries=make_canaries(VIEWS, images, num_views) if canaries else (),
         provenance={"preflight": {"teacher_top1": 0.75, "clip_top1": 0.5, "n": 64}, "command": "build-cache tiny"},
     )
+    return manifest.model_copy(update={"constants_digest": constants_digest(tiny_constants(manifest))})
 
 
 def tiny_constants(manifest: Manifest, seed: int = 1) -> dict[str, np.ndarray]:
@@ -112,16 +118,20 @@ def tiny_constants(manifest: Manifest, seed: int = 1) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if name.startswith("class_embeddings"):
             array /= np.linalg.norm(array, axis=1, keepdims=True)
+        if name.endswith("_steps"):
+            array[...] = 0.2
     return arrays
 
 
 def tiny_targets(manifest: Manifest, seed: int = 2) -> dict[str, np.ndarray]:
-    """Random target arrays [V, N, width] in the dtype of the cache."""
+    """Random targets [V, N, width], such as float16 holds where the cache stores that."""
     rng = np.random.default_rng(seed)
     shape = (manifest.num_views, manifest.num_samples)
     return {
-        spec.name: rng.normal(0, 4, (*shape, spec.width)).astype(spec.dtype)
-        for spec in target_arrays(manifest.recipe, manifest.block_rows)
+        spec.name: rng.normal(0, 4, (*shape, spec.width)).astype(
+            np.float16 if isinstance(spec.codec, Float16) else np.float32
+        )
+        for spec in targets(manifest.recipe, manifest.block_rows)
     }
 
 

@@ -26,7 +26,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_targets(half),
         [(0, block) for block in range(5)],
     )
-    broken = tiny_manifest(IMAGES, name="broken", dtype="float32")
+    broken = tiny_manifest(IMAGES, name="broken", codec="float32")
     build(home / "broken-0123456789ab.zarr", broken, IMAGES)
     (home / "broken-0123456789ab.zarr" / "zarr.json").write_text(
         '{"attributes": {"teacher_cache": {"format_version": 1}}'

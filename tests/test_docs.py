@@ -228,6 +228,24 @@ def test_fusing_as_the_format_says_gives_our_targets(format_code: SimpleNamespac
             np.testing.assert_allclose(targets.features(slice(None)), features, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("codec", ["compact", "dense", "fixed-step", "row-step"])
+def test_decoding_as_the_format_says_gives_our_targets(
+    format_code: SimpleNamespace, tmp_path: Path, codec: str
+) -> None:
+    from cache_tools.target_codecs import TargetCodecs
+
+    choice = (
+        codec if codec in {"compact", "dense"} else TargetCodecs.model_validate({"logits": codec, "features": codec})
+    )
+    for classes in (5, 40):
+        images, path = cache_factory.tiny_images(num_classes=classes), tmp_path / str(classes)
+        cache_factory.build(path, cache_factory.tiny_manifest(images, codec=choice, linear_head=False), images)
+        cache = TeacherCache.open(path)
+        for target in cache.targets:
+            ours = cache.read_array(target, 1)
+            np.testing.assert_allclose(format_code.decode(path, target, 1), ours, rtol=1e-5, atol=1e-5)
+
+
 def test_arrays_of_several_networks_are_those_of_the_format(format_code: SimpleNamespace, tmp_path: Path) -> None:
     images, shares = cache_factory.tiny_images(), (0.3, 0.7)
     manifest = cache_factory.tiny_manifest(images, store="components", teacher_weights=shares, clip_weights=shares)

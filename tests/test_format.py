@@ -15,6 +15,7 @@ from cache_tools.format import (
     manifest_attribute,
     parse_manifest,
 )
+from cache_tools.target_codecs import PRESETS, PresetName, resolve_codecs
 
 MANIFEST = tiny_manifest(tiny_images())
 SEVERAL = tiny_manifest(
@@ -46,7 +47,8 @@ def test_a_manifest_survives_json() -> None:
 def test_the_fingerprint_covers_the_recipe_and_nothing_else() -> None:
     recipe = MANIFEST.recipe
     others = [
-        recipe.model_copy(update={"dtype": "float32"}),
+        recipe.model_copy(update={"codecs": resolve_codecs("float32", 5)}),
+        recipe.model_copy(update={"derived_from": "ab" * 32}),
         recipe.model_copy(update={"fusion": FusionRecipe(feature_dim=8, teacher_weight=0.6)}),
         recipe.model_copy(update={"views": recipe.views.model_copy(update={"base_seed": 8})}),
         recipe.model_copy(update={"teachers": (changed(recipe.teacher, weights_digest="ab" * 31 + "ac"),)}),
@@ -70,7 +72,7 @@ def test_a_changed_or_missing_field_is_found(key: str) -> None:
         parse_manifest({**stored(), key: {"not": "this"}}, where="here")
 
 
-@pytest.mark.parametrize("attribute", [None, [], 3, {}, {"format_version": "1"}, {"format_version": 2}])
+@pytest.mark.parametrize("attribute", [None, [], 3, {}, {"format_version": "1"}, {"format_version": 3}])
 def test_what_is_no_manifest_is_said_to_be_none(attribute: object) -> None:
     with pytest.raises(FormatError, match=r"not a teacher cache|format version"):
         parse_manifest(attribute, where="here")
@@ -104,18 +106,18 @@ def test_blocks_cover_every_sample_once() -> None:
     st.integers(1, 3_000_000),
     st.integers(2, 22_000),
     st.sampled_from(["fused", "components"]),
-    st.sampled_from(["float16", "float32"]),
+    st.sampled_from(sorted(PRESETS)),
 )
 def test_a_block_is_a_whole_number_of_chunks_of_at_most_8_mib(
-    num_samples: int, num_classes: int, store: str, dtype: str
+    num_samples: int, num_classes: int, store: str, codec: PresetName
 ) -> None:
-    recipe = sized(num_samples, num_classes, store=store, dtype=dtype)
+    recipe = sized(num_samples, num_classes, store=store, codecs=resolve_codecs(codec, num_classes))
     rows = default_block_rows(recipe)
     assert 64 <= rows <= 16_384
     assert rows <= max(64, 2 * num_samples)
     for spec in target_arrays(recipe, rows):
         assert rows % spec.chunk_rows == 0
-        assert spec.chunk_rows * spec.width * {"float16": 2, "float32": 4}[spec.dtype] <= CHUNK_BYTES
+        assert spec.chunk_rows * spec.stored.row_bytes <= CHUNK_BYTES
 
 
 def test_array_names_follow_store_and_head() -> None:

@@ -107,7 +107,7 @@ def test_a_damaged_block_is_found_dropped_and_built_again(home: Path) -> None:
 
 
 def test_a_half_built_cache_is_copied_as_far_as_it_goes(home: Path, tmp_path: Path) -> None:
-    half = tiny_manifest(IMAGES, name="half", dtype="float32")
+    half = tiny_manifest(IMAGES, name="half", codec="float32")
     writer = create(home / "half.zarr", half, IMAGES)
     write(writer, tiny_targets(half), writer.missing_blocks()[:2])
     assert "13 blocks are not built yet" in run(home, "push", "half", str(tmp_path / "share")).stdout

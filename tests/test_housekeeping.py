@@ -21,7 +21,7 @@ def home(tmp_path: Path) -> Path:
     """Three complete caches, written and used 30, 20 and 10 days ago, and a half-built one of today."""
     for age, (name, dtype) in zip((30, 20, 10), (("a", "float16"), ("b", "float32"), ("c", "float16")), strict=True):
         path = tmp_path / f"{name}.zarr"
-        build(path, tiny_manifest(IMAGES, name=name, dtype=dtype, teacher_dim=10 + age), IMAGES)
+        build(path, tiny_manifest(IMAGES, name=name, codec=dtype, teacher_dim=10 + age), IMAGES)
         for file in path.rglob("*"):
             os.utime(file, (NOW - age * DAY, NOW - age * DAY))
     half = tmp_path / "half.zarr"

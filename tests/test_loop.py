@@ -31,7 +31,7 @@ SAMPLES, CLASSES = 70, 5
 def cache(tmp_path_factory) -> TeacherCache:
     path = tmp_path_factory.mktemp("loop") / "cache.zarr"
     images = cache_factory.tiny_images(SAMPLES, CLASSES)
-    cache_factory.build(path, cache_factory.tiny_manifest(images, dtype="float32"), images)
+    cache_factory.build(path, cache_factory.tiny_manifest(images, codec="float32"), images)
     return TeacherCache.open(path)
 
 

@@ -28,7 +28,7 @@ def root(tmp_path_factory) -> Path:
     """Caches of the embedded digits with the shipped, trained teachers: two views, float32 and float16."""
     root = tmp_path_factory.mktemp("online")
     for dtype in ("float32", "float16"):
-        options = {"num_views": 2, "preflight_samples": 0, "dtype": dtype, "out": str(root / dtype), "device": "cpu"}
+        options = {"num_views": 2, "preflight_samples": 0, "codec": dtype, "out": str(root / dtype), "device": "cpu"}
         build_cache(load_build_recipe("digits", (), options))
     return root
 

@@ -37,9 +37,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TeacherCache]:
     folder = tmp_path_factory.mktemp("caches")
     kinds = {
         "fused": {},
-        "float32": {"dtype": "float32"},
+        "float32": {"codec": "float32"},
         "components": {"store": "components"},
-        "logits": {"store": "components", "linear_head": False, "dtype": "float32"},
+        "logits": {"store": "components", "linear_head": False, "codec": "float32"},
         "several": {"store": "components", "teacher_weights": (0.25, 0.75), "clip_weights": (0.4, 0.6)},
         "probabilities": {"store": "components", "fusion": FusionRecipe(prompt_ensemble="probabilities")},
     }
@@ -113,7 +113,7 @@ def test_a_resident_view_equals_plain_reads(caches: dict[str, TeacherCache], kin
     cache, order = caches[kind], np.random.default_rng(0).permutation(75)
     for view in range(3):
         targets = cache.load_view(view, "cpu", verify=verify)
-        assert targets.arrays["fused_logits"].dtype == getattr(torch, cache.recipe.dtype)
+        assert targets.arrays["fused_logits"].dtype == getattr(torch, cache.recipe.codecs.logits.codec)
         for rows in (order[:20], order[20:21], order):
             plain = np.stack([cache.read_array("fused_logits", view, slice(row, row + 1))[0] for row in rows])
             np.testing.assert_array_equal(targets.logits(rows).numpy(), plain.astype(np.float32))
@@ -173,10 +173,10 @@ def test_components_are_fused_only_as_far_as_asked(
 
 
 def test_component_and_fused_caches_of_the_same_teachers_agree(tmp_path: Path) -> None:
-    components = tiny_manifest(IMAGES, store="components", dtype="float32")
+    components = tiny_manifest(IMAGES, store="components", codec="float32")
     stored = build(tmp_path / "components", components, IMAGES)
     constants = {name: torch.from_numpy(values) for name, values in tiny_constants(components).items()}
-    fused = tiny_manifest(IMAGES, dtype="float32")
+    fused = tiny_manifest(IMAGES, codec="float32")
     targets: dict[str, list[np.ndarray]] = {"fused_logits": [], "fused_features": []}
     for view in range(3):
         features, clip = (torch.from_numpy(stored[name][view]) for name in ("teacher_features", "clip_features"))
@@ -405,7 +405,7 @@ def test_what_the_message_says_repairs_a_damaged_block(tmp_path: Path) -> None:
 
 def test_an_array_of_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
     build(tmp_path / "c", MANIFEST, IMAGES)
-    build(tmp_path / "d", tiny_manifest(IMAGES, dtype="float32"), IMAGES)
+    build(tmp_path / "d", tiny_manifest(IMAGES, codec="float32"), IMAGES)
     file = tmp_path / "c" / "fused_logits" / "zarr.json"
     file.write_bytes((tmp_path / "d" / "fused_logits" / "zarr.json").read_bytes())
     with pytest.raises(FormatError, match=r"expected float16 \[3, 75, 5\]; found float32"):
@@ -432,6 +432,6 @@ def test_looking_at_a_cache_does_not_import_torch(caches: dict[str, TeacherCache
     code = (
         "import sys; from cache_tools import TeacherCache; "
         "cache = TeacherCache.open(sys.argv[1]); assert cache.is_complete and len(cache.labels); "
-        "cache.read_array('fused_logits', 0); assert 'torch' not in sys.modules"
+        "cache.read_stored('fused_logits', 0); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(caches["fused"].path)], check=True)

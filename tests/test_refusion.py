@@ -20,7 +20,7 @@ IMAGES = tiny_images()
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     path = tmp_path_factory.mktemp("refusion") / "components"
-    build(path, tiny_manifest(IMAGES, store="components", dtype="float32"), IMAGES)
+    build(path, tiny_manifest(IMAGES, store="components", codec="float32"), IMAGES)
     return TeacherCache.open(path)
 
 
@@ -29,7 +29,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     """Two teachers, three CLIPs with two, three and four prompts."""
     path = tmp_path_factory.mktemp("refusion") / "several"
     shares = {"teacher_weights": (0.5, 0.5), "clip_weights": (0.2, 0.3, 0.5)}
-    build(path, tiny_manifest(IMAGES, store="components", dtype="float32", **shares), IMAGES)
+    build(path, tiny_manifest(IMAGES, store="components", codec="float32", **shares), IMAGES)
     return TeacherCache.open(path)
 
 
@@ -144,7 +144,7 @@ def test_match_brings_each_clip_to_the_spread_of_the_mixed_teachers(several: Tea
 
 def test_weights_of_one_and_zero_leave_a_network_out(several: TeacherCache, tmp_path: Path) -> None:
     """What remains is, bit for bit, the cache of the first teacher and the first CLIP alone."""
-    single = tiny_manifest(IMAGES, store="components", dtype="float32")
+    single = tiny_manifest(IMAGES, store="components", codec="float32")
     constants, stored = tiny_constants(several.manifest), tiny_targets(several.manifest)
     writer = CacheWriter.create(
         tmp_path / "single",

@@ -60,7 +60,7 @@ def test_a_home_that_does_not_exist_has_no_caches(home: Path) -> None:
 
 def test_the_list_says_what_there_is(home: Path) -> None:
     complete = add("two")
-    half = add("one", dtype="float32", blocks=[(1, block) for block in range(5)] + [(2, 0)])
+    half = add("one", codec="float32", blocks=[(1, block) for block in range(5)] + [(2, 0)])
     (home / "three-000000000000.zarr").mkdir()
     (home / ".four-1.zarr.1.partial").mkdir()
     (home / "datasets").mkdir()
@@ -111,12 +111,12 @@ def test_a_name_wins_over_a_folder_that_is_no_cache(home: Path) -> None:
 
 def test_a_name_wins_over_a_fingerprint(home: Path) -> None:
     one = add("one")
-    two = add(one.fingerprint[:4], dtype="float32")
+    two = add(one.fingerprint[:4], codec="float32")
     assert registry.find(one.fingerprint[:4]).fingerprint == two.fingerprint
 
 
 def test_of_several_caches_the_complete_one_is_meant(home: Path) -> None:
-    half = add("digits", dtype="float32", blocks=[(0, 0)])
+    half = add("digits", codec="float32", blocks=[(0, 0)])
     complete = add("digits")
     assert registry.find("digits").fingerprint == complete.fingerprint
     assert registry.find(half.fingerprint[:6]).fingerprint == half.fingerprint

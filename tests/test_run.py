@@ -266,7 +266,7 @@ def test_another_cache_is_another_run(cache: Path, pictures: Path, tmp_path):
     moved = tmp_path / "moved.zarr"
     shutil.copytree(cache, moved)
     assert train_student(tiny_run.recipe(moved, tmp_path / "run")).fingerprint, "the same cache elsewhere is the same"
-    rebuilt = tiny_run.write_cache(tmp_path / "rebuilt.zarr", pictures, dtype="float32")
+    rebuilt = tiny_run.write_cache(tmp_path / "rebuilt.zarr", pictures, codec="float32")
     with pytest.raises(RecipeError, match=r"data\.fingerprint"):
         train_student(tiny_run.recipe(rebuilt, tmp_path / "run"))
 

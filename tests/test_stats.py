@@ -41,7 +41,7 @@ def labelled_images(num_classes: int = CLASSES) -> ArrayImages:
 
 def write_cache(path: Path, images: ArrayImages, **recipe: Any) -> TeacherCache:
     """Targets that lean towards the labels, so that there are right, wrong, confident and unsure answers."""
-    manifest = tiny_manifest(images, num_views=VIEWS, linear_head=False, clip_dim=24, dtype="float32", **recipe)
+    manifest = tiny_manifest(images, num_views=VIEWS, linear_head=False, clip_dim=24, codec="float32", **recipe)
     targets = tiny_targets(manifest)
     for name in ("teacher_logits", "fused_logits"):
         if name in targets:

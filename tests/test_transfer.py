@@ -169,7 +169,7 @@ def test_rows_of_another_commit_do_not_travel(cache: Path, place: Place) -> None
 
 
 def test_another_cache_at_the_target_is_left_alone(cache: Path, place: Place, tmp_path: Path) -> None:
-    build(tmp_path / "other", tiny_manifest(IMAGES, dtype="float32"), IMAGES)
+    build(tmp_path / "other", tiny_manifest(IMAGES, codec="float32"), IMAGES)
     copy_cache(LocalPlace(tmp_path / "other"), place)
     before = files(place)
     with pytest.raises(MismatchError, match="another cache is at the target"):

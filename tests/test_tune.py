@@ -172,7 +172,7 @@ def test_temperature_divides_both_halves(
 def planted(path: Path, weight: float, scale: float, *, count: int = 3000) -> TeacherCache:
     """Labels drawn from the softmax of the fusion with this weight and scale, which is then the most likely one."""
     shape: dict[str, Any] = {"num_views": 1, "block_rows": 1024, "linear_head": False, "clip_dim": 24}
-    recipe: dict[str, Any] = {"dtype": "float32", "store": "components"}
+    recipe: dict[str, Any] = {"codec": "float32", "store": "components"}
     images = tiny_images(count, 6)
     manifest = tiny_manifest(images, **shape, **recipe)
     targets, embeddings = tiny_targets(manifest), tiny_constants(manifest)["class_embeddings"]
@@ -201,7 +201,7 @@ def test_held_out_samples_have_no_part_in_the_choice(tmp_path: Path) -> None:
     images, results = labelled_images(), []
     held = stratified_holdout(images.labels, HOLDOUT, SEED)
     for number in range(2):
-        manifest = tiny_manifest(images, linear_head=False, dtype="float32", store="components")
+        manifest = tiny_manifest(images, linear_head=False, codec="float32", store="components")
         targets = tiny_targets(manifest)
         targets["teacher_logits"][:, held] *= 1 - 2 * number  # the second cache's teacher says the opposite there
         write(create(tmp_path / f"{number}.zarr", manifest, images), targets)

@@ -40,12 +40,12 @@ def files(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("store", "linear_head"), [("fused", True), ("components", True), ("components", False)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_array_comes_back_as_written(tmp_path: Path, store: str, linear_head: bool, dtype: str) -> None:
-    manifest = tiny_manifest(IMAGES, store=store, linear_head=linear_head, dtype=dtype)
+    manifest = tiny_manifest(IMAGES, store=store, linear_head=linear_head, codec=dtype)
     targets = build(tmp_path / "c", manifest, IMAGES)
     cache = TeacherCache.open(tmp_path / "c")
     for name, values in targets.items():
         for view in range(manifest.num_views):
-            assert cache.read_array(name, view).dtype == dtype
+            assert cache.read_stored(name, view).dtype == dtype
             np.testing.assert_array_equal(cache.read_array(name, view), values[view])
     for name, values in tiny_constants(manifest).items():
         np.testing.assert_array_equal(cache.constant(name), values)
@@ -57,7 +57,7 @@ def test_every_array_comes_back_as_written(tmp_path: Path, store: str, linear_he
 def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CacheWriter]:
     folder = tmp_path_factory.mktemp("round-trip")
     return {
-        dtype: create(folder / dtype, tiny_manifest(IMAGES, dtype=dtype), IMAGES) for dtype in ("float16", "float32")
+        dtype: create(folder / dtype, tiny_manifest(IMAGES, codec=dtype), IMAGES) for dtype in ("float16", "float32")
     }
 
 
@@ -123,16 +123,16 @@ def test_threads_write_distinct_blocks_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
-        (65520.0, "float16", "sample 35, column 2.*expected finite, within ±65504; found 65520.*float32"),
-        (np.nan, "float16", "sample 35, column 2.*found nan.*weights"),
-        (-np.inf, "float32", "sample 35, column 2.*found -inf"),
-        (1e39, "float32", "sample 35, column 2.*found 1e\\+39"),
+        (65520.0, "float16", "samples 32–47, row 3, column 2.*expected within ±65504; found 65520.*float32"),
+        (np.nan, "float16", "samples 32–47, row 3, column 2.*found nan.*weights"),
+        (-np.inf, "float32", "samples 32–47, row 3, column 2.*found -inf"),
+        (1e39, "float32", "samples 32–47, row 3, column 2.*found 1e\\+39"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named_and_nothing_is_written(
     tmp_path: Path, value: float, dtype: str, message: str
 ) -> None:
-    manifest = tiny_manifest(IMAGES, dtype=dtype)
+    manifest = tiny_manifest(IMAGES, codec=dtype)
     writer = create(tmp_path / "c", manifest, IMAGES)
     before = files(tmp_path / "c")
     logits = np.zeros((16, 5))
@@ -204,7 +204,7 @@ def test_another_process_may_create_the_same_cache_first(tmp_path: Path, monkeyp
 
 def test_resume_refuses_another_recipe_and_what_is_no_cache(tmp_path: Path) -> None:
     build(tmp_path / "c", MANIFEST, IMAGES)
-    other = tiny_manifest(IMAGES, dtype="float32")
+    other = tiny_manifest(IMAGES, codec="float32")
     with pytest.raises(MismatchError, match=f"expected fingerprint {other.fingerprint[:12]}"):
         CacheWriter.resume(tmp_path / "c", other.fingerprint)
     with pytest.raises(NotFoundError):
@@ -310,7 +310,7 @@ _BUILDER = """
 
     path = Path(sys.argv[1])
     images = tiny_images(800)
-    manifest = tiny_manifest(images, num_views=4, dtype="float32", canaries=False)
+    manifest = tiny_manifest(images, num_views=4, codec="float32", canaries=False)
     targets = tiny_targets(manifest)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -319,7 +319,7 @@ _BUILDER = """
     print("done", flush=True)
 """
 LONG_IMAGES = tiny_images(800)
-LONG_MANIFEST = tiny_manifest(LONG_IMAGES, num_views=4, dtype="float32", canaries=False)
+LONG_MANIFEST = tiny_manifest(LONG_IMAGES, num_views=4, codec="float32", canaries=False)
 LONG_BLOCKS = 200
 
 
@@ -417,7 +417,7 @@ _ON_TMPFS = """
 
     path = Path(sys.argv[1])
     images = tiny_images(800)
-    manifest = tiny_manifest(images, num_views=4, dtype="float32", canaries=False)
+    manifest = tiny_manifest(images, num_views=4, codec="float32", canaries=False)
     targets = tiny_targets(manifest)
     {body}
 """

@@ -41,7 +41,7 @@ def recipe(root: Path, **changes: Any) -> BuildRecipe:
         "teacher": {"name": str(root / "teacher.safetensors")},
         "clip": {"name": "local-dir:package:digits-clip", "class_names": ("zero", "one", "two")},
         "fusion": {"feature_dim": 16},
-        "dtype": "float32",
+        "codec": "float32",
         "batch_size": 32,
         "block_rows": 64,
         "preflight_samples": 0,

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from cache_tools import registry
+from cache_tools.codecs import TopK
 from cache_tools.errors import DataError, NotFoundError, RecipeError
 from cache_tools.format import Preprocessing
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
@@ -134,6 +135,7 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
             features=loss.needs_features and components is None,
             components=components is not None,
             fusion=fusion,
+            sparse_at=_sparse_at(cache, loss),
         ),
         target_dim=cache.recipe.fusion.feature_dim,
         components=components,
@@ -159,6 +161,23 @@ def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Compon
             next_step="set loss.feature_source=fused, or build the cache with --store components",
         )
     return None
+
+
+def _sparse_at(cache: TeacherCache, loss: LossRecipe) -> float | None:
+    """The temperature at which the loss takes top-k targets; None for a cache of dense ones."""
+    spec = cache.targets.get("fused_logits")
+    if spec is None or not isinstance(spec.codec, TopK) or not loss.needs_logits:
+        return None
+    stored = spec.codec.temperature
+    if loss.kind == "kd" and loss.temperature == stored:
+        return stored
+    raise RecipeError(
+        "top-k targets know the largest classes and the mass of all others, at one temperature",
+        where=cache.path,
+        expected=f"loss.kind=kd, loss.temperature={stored:g}",
+        found=f"loss.kind={loss.kind}, loss.temperature={loss.temperature:g}",
+        next_step=f"train with --set loss.kind=kd --set loss.temperature={stored:g}, or take a cache of dense targets",
+    )
 
 
 def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
 from cache_tools.images import ImageSet
 from cache_tools.reader import TeacherCache
@@ -34,10 +35,11 @@ RESIDENT_SHARE = 0.6
 class BatchTargets(NamedTuple):
     """What the teachers said about a batch, float32; None for what the loss does not use.
 
+    `logits` are what a top-k cache knows of them where the targets are read as such (`CachedTargets.sparse_at`);
     `components` are the features of each network by itself [B, ·], teachers before CLIPs.
     """
 
-    logits: torch.Tensor | None = None
+    logits: torch.Tensor | SparseTargets | None = None
     features: torch.Tensor | None = None
     components: tuple[torch.Tensor, ...] | None = None
 
@@ -84,20 +86,37 @@ class NoTargets:
 class CachedView:
     """One view of a cache, in memory on the training device."""
 
-    def __init__(self, targets: ViewTargets, logits: bool, features: bool, components: bool = False) -> None:
+    def __init__(
+        self,
+        targets: ViewTargets,
+        logits: bool,
+        features: bool,
+        components: bool = False,
+        sparse_at: float | None = None,
+    ) -> None:
         self._targets, self._logits, self._features, self._components = targets, logits, features, components
+        self._sparse_at = sparse_at
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
         targets = self._targets
         return BatchTargets(
-            targets.logits(index) if self._logits else None,
+            self._batch_logits(index) if self._logits else None,
             targets.features(index) if self._features else None,
             targets.component_features(index) if self._components else None,
         )
 
+    def _batch_logits(self, index: torch.Tensor) -> torch.Tensor | SparseTargets:
+        if self._sparse_at is None:
+            return self._targets.logits(index)
+        return self._targets.sparse_logits(index, self._sparse_at)
+
 
 class CachedTargets:
-    """The target source of a cache: reads a whole view at once, and only the arrays the loss uses."""
+    """The target source of a cache: reads a whole view at once, and only the arrays the loss uses.
+
+    Args:
+        sparse_at: the loss's temperature where it takes top-k targets as they are; None for dense logits.
+    """
 
     def __init__(
         self,
@@ -108,15 +127,16 @@ class CachedTargets:
         features: bool,
         components: bool = False,
         fusion: Fusion | None = None,
+        sparse_at: float | None = None,
     ) -> None:
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
-        self._components, self._fusion = components, fusion
+        self._components, self._fusion, self._sparse_at = components, fusion, sparse_at
 
     def view(self, view: int) -> CachedView:
         targets = self._cache.load_view(
             view, self._device, logits=self._logits, features=self._features, fusion=self._fusion
         )
-        return CachedView(targets, self._logits, self._features, self._components)
+        return CachedView(targets, self._logits, self._features, self._components, self._sparse_at)
 
     def close(self) -> None:
         pass

@@ -9,21 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
 from train import losses
 from train.contrastive import Components, ContrastiveTerm
 from train.loss_recipe import LossRecipe
 from train.numerics import full_precision
+from train.tail import kd_tail
 
 
 class BatchTargets(Protocol):
     """Targets of a batch, float32, None for what was not loaded.
 
-    Fused logits [B, C], fused features [B, D], and the features of each network [B, ·], teachers before CLIPs.
+    Fused logits [B, C] (or what a top-k cache knows of them), fused features [B, D], and the features of each network
+    [B, ·], teachers before CLIPs.
     """
 
     @property
-    def logits(self) -> Tensor | None: ...
+    def logits(self) -> Tensor | SparseTargets | None: ...
     @property
     def features(self) -> Tensor | None: ...
     @property
@@ -154,15 +157,21 @@ class Objective(nn.Module):
         if recipe.ce_weight > 0.0:
             terms["loss_ce"] = recipe.ce_weight * losses.cross_entropy(student_logits, batch.labels, batch.labelled)
         if recipe.needs_logits:
-            assert batch.targets.logits is not None, "the feed left out target logits"
-            logit_term = LOGIT_TERMS[recipe.kind](recipe, student_logits, batch.targets.logits, batch.labels)
-            terms["loss_logit"] = self.logit_weight * logit_term
+            terms["loss_logit"] = self.logit_weight * self._logit_term(student_logits, batch)
         if recipe.needs_features:
             terms["loss_feature"] = recipe.feature_weight * self._feature_term(student_features, batch)
         return {
             "loss": torch.stack(list(terms.values())).sum(),
             **{name: term.detach() for name, term in terms.items()},
         }
+
+    def _logit_term(self, student_logits: Tensor, batch: Batch) -> Tensor:
+        target, recipe = batch.targets.logits, self.recipe
+        assert target is not None, "the feed left out target logits"
+        if isinstance(target, SparseTargets):
+            assert recipe.kind == "kd", "open_data refuses other losses on top-k targets"
+            return kd_tail(student_logits, target.classes, target.log_p, target.log_tail, recipe.temperature)
+        return LOGIT_TERMS[recipe.kind](recipe, student_logits, target, batch.labels)
 
     def _feature_term(self, student_features: Tensor | None, batch: Batch) -> Tensor:
         assert student_features is not None, "the loop left out student features"

@@ -1,0 +1,109 @@
+"""Which codec stores which targets of a cache, and pairs of codecs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from cache_tools.codecs import AnyCodec, Codec, Companded, FeatureSteps, Float16, Float32, Pack, TopK
+from cache_tools.config import Frozen
+from cache_tools.errors import RecipeError
+
+FEW_CLASSES = 32
+
+PresetName = Literal["float16", "float32", "compact", "dense", "coarse", "top-k"]
+
+
+class TargetCodecs(Frozen):
+    """How the logits and the features of a cache are stored.
+
+    A codec is given by its fields or by its name alone. Where features of a component cache have a linear head or class
+    embeddings, their logits are not stored: the codec of the features is that of both.
+    """
+
+    logits: AnyCodec = Float16()
+    features: AnyCodec = Float16()
+
+    @field_validator("logits", "features", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"codec": value} if isinstance(value, str) else value
+
+    @field_validator("logits")
+    @classmethod
+    def _for_logits(cls, codec: Codec) -> Codec:
+        if isinstance(codec, FeatureSteps):
+            raise ValueError("feature-steps are for features; for logits there are fixed-step and companded")
+        return codec
+
+    @field_validator("features")
+    @classmethod
+    def _for_features(cls, codec: Codec) -> Codec:
+        if isinstance(codec, Companded | TopK):
+            raise ValueError(f"{codec.codec} is for logits; for features there are feature-steps and row-step")
+        return codec
+
+    @property
+    def caution(self) -> str | None:
+        """What who stores targets so should know, one sentence."""
+        return self.logits.caution(self.logits.temperature) if isinstance(self.logits, TopK) else None
+
+    def of(self, target: str) -> AnyCodec:
+        """The codec of a target array, by its name."""
+        return self.logits if target.startswith(("fused_logits", "teacher_logits")) else self.features
+
+    @property
+    def floating(self) -> bool:
+        """Whether targets are stored as floating numbers, whatever their range."""
+        return all(isinstance(codec, Float16 | Float32) for codec in (self.logits, self.features))
+
+    def __str__(self) -> str:
+        """`float16`, or `companded logits, feature-steps features`."""
+        if self.logits == self.features:
+            return self.logits.codec
+        return f"{self.logits.codec} logits, {self.features.codec} features"
+
+
+def companded_for(num_classes: int, pack: Pack) -> Companded:
+    """Bytes relative to the largest logit for few classes; 16 bits relative to the mean, well packed, for many."""
+    if num_classes <= FEW_CLASSES:
+        return Companded()
+    return Companded(step=1 / 48, spread=12.0, reference="mean", pack="pcodec" if pack == "pcodec" else "blosc")
+
+
+PRESETS: dict[PresetName, Callable[[int], TargetCodecs]] = {
+    "float16": lambda classes: TargetCodecs(),
+    "float32": lambda classes: TargetCodecs(logits=Float32(), features=Float32()),
+    "compact": lambda classes: TargetCodecs(logits=companded_for(classes, "blosc"), features=FeatureSteps()),
+    "dense": lambda classes: TargetCodecs(
+        logits=companded_for(classes, "pcodec"), features=FeatureSteps(pack="pcodec")
+    ),
+    "coarse": lambda classes: TargetCodecs(
+        logits=companded_for(classes, "pcodec"), features=FeatureSteps(resolution=3.8, pack="pcodec")
+    ),
+    "top-k": lambda classes: TargetCodecs(logits=TopK(), features=FeatureSteps()),
+}
+
+
+def resolve_codecs(choice: PresetName | TargetCodecs, num_classes: int) -> TargetCodecs:
+    """The codecs that a preset means for a number of classes; codecs that are spelt out stay as they are.
+
+    | preset | logits | features | opens in |
+    |---|---|---|---|
+    | `float16` | half precision | half precision | any zarr reader |
+    | `float32` | as computed | as computed | any zarr reader |
+    | `compact` | companded | steps of 1/19 deviation | any zarr reader |
+    | `dense` | companded | the same | readers that have pcodec |
+    | `coarse` | companded | steps of 1/3.8 deviation | readers that have pcodec |
+    | `top-k` | classes of probability ≥ 0.0005 | steps of 1/19 deviation | any zarr reader |
+
+    Raises:
+        RecipeError: no such preset.
+    """
+    if isinstance(choice, TargetCodecs):
+        return choice
+    if choice not in PRESETS:
+        raise RecipeError("no such codec", where="codec", expected=", ".join(PRESETS), found=choice)
+    return PRESETS[choice](num_classes)
