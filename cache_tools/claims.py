@@ -8,25 +8,25 @@ leaves no lock behind, only claims that expire. Claims save work; they are not w
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
+from cache_tools.claim_files import ClaimFile, Clock, all_claims, claim_text, claims_of, is_dead, newest_claims
 from cache_tools.errors import StorageError
-from cache_tools.place import Entry, Place
+from cache_tools.place import Place
+
+__all__ = ["EXPIRE_S", "Claims", "claims_of"]
 
 EXPIRE_S = 60.0
 HEARTBEAT_S = 15.0
-POLL_S = 1.0
+LOOK_EVERY_S = 10.0  # how often a builder with enough to do looks at what the others have finished
+FIRST_POLL_S, POLL_S = 0.05, 1.0
 
 Pair = tuple[int, int]
-_NAME = re.compile(r"([0-9]+)\.([0-9]+)\.([0-9]+)")
 
 
 class Claims:
@@ -36,13 +36,18 @@ class Claims:
         place: of the cache; the claims are beside it.
         expire_s: age from which a claim that is not renewed counts for nothing, by the clock of the place.
         heartbeat_s: how often a background thread renews this builder's claims.
+
+    Attributes:
+        elsewhere: blocks that `share` passed over because another builder committed them, in the order it noticed.
     """
 
     def __init__(self, place: Place, *, expire_s: float = EXPIRE_S, heartbeat_s: float = HEARTBEAT_S) -> None:
         self._place, self._expire_s, self._heartbeat_s = claims_of(place), expire_s, heartbeat_s
         self.owner = uuid.uuid4().hex
-        self._text = json.dumps({"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid()}).encode()
-        self._held: dict[Pair, str] = {}
+        self.elsewhere: list[Pair] = []
+        self._text, self._clock = claim_text(self.owner), Clock(self._place, self.owner)
+        self._done: set[Pair] = set()
+        self._held: dict[Pair, ClaimFile] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._heartbeat = threading.Thread(target=self._renew, name="claims", daemon=True)
@@ -56,106 +61,117 @@ class Claims:
     ) -> None:
         self._stop.set()
         self._heartbeat.join()
-        for pair in list(self._held):
-            self.release(pair)
-        self._place.tidy()
+        with suppress(StorageError):  # what cannot be removed expires
+            for pair in list(self._held):
+                self.release(pair)
+            self._sweep()
+            self._place.tidy()
 
-    def share(self, missing: Iterable[Pair], committed: Callable[[], set[Pair]]) -> Iterator[Pair]:
+    def share(
+        self, missing: Iterable[Pair], committed: Callable[[], set[Pair]], is_committed: Callable[[Pair], bool]
+    ) -> Iterator[Pair]:
         """Blocks of `missing` to compute here, in order, each claimed as it is handed out; ends when all are done.
 
-        Blocks that others work on are waited for in the end, and taken over should their claims expire.
+        Blocks that others work on are waited for in the end, and taken over should their builders be gone. Asks the
+        place for its claims once per block, and for its commits every ten seconds.
 
         Args:
             committed: says which blocks are committed by now.
+            is_committed: the same of one block, without a look at the others.
         """
-        left = list(missing)
-        while left and not self._stop.is_set():
-            done, others = committed(), []
-            for pair in left:
-                if self._stop.is_set():
-                    return
-                if pair in done:
-                    continue
-                if not self.claim(pair):
-                    others.append(pair)
-                elif pair in committed():  # by another, between our look and our claim
-                    self.release(pair)
-                else:
-                    yield pair
-            left = others
-            if left:
-                self._stop.wait(POLL_S)
+        left, looked_s, poll_s = list(missing), float("-inf"), FIRST_POLL_S
+        while not self._stop.is_set():
+            if time.monotonic() - looked_s > LOOK_EVERY_S:
+                self._done, looked_s = committed(), time.monotonic()
+                self.elsewhere += [pair for pair in left if pair in self._done]
+                left = [pair for pair in left if pair not in self._done]
+            if not left:
+                return
+            taken = newest_claims(self._place)
+            pair = next((pair for pair in left if pair not in taken), None)
+            if pair is not None and not self._take(pair, 0):
+                continue  # another builder was faster
+            if pair is None:
+                pair = next((pair for pair in left if self._take_over(taken[pair])), None)
+            if pair is None:
+                self._stop.wait(poll_s)
+                looked_s, poll_s = float("-inf"), min(2 * poll_s, POLL_S)
+            elif self._stop.is_set():  # between our last look and our claim
+                self.release(pair)
+                self._place.tidy()
+            elif is_committed(pair):  # another builder finished it in that time
+                self.release(pair)
+                looked_s = float("-inf")
+            else:
+                left.remove(pair)
+                poll_s = FIRST_POLL_S
+                yield pair
+
+    @contextmanager
+    def alone(self, pair: Pair) -> Iterator[None]:
+        """Hold one claim for the time of a `with` block, after waiting for whoever has it."""
+        poll_s = FIRST_POLL_S
+        while not self.claim(pair):
+            time.sleep(poll_s)
+            poll_s = min(2 * poll_s, POLL_S)
+        try:
+            yield
+        finally:
+            self.release(pair)
 
     def claim(self, pair: Pair) -> bool:
         """Claim a block, or take over an expired claim. False if another builder works on it."""
-        found = self._of(pair)
-        newest = max(found, key=lambda entry: _generation(entry.key), default=None)
-        if newest is not None and not self._expired(newest):
-            return False
-        generation = 0 if newest is None else _generation(newest.key) + 1
-        key = f"{pair[0]}.{pair[1]}.{generation}"
-        if not self._place.put(key, self._text, only_new=True):
-            return False
+        newest = newest_claims(self._place).get(pair)
+        return self._take(pair, 0) if newest is None else self._take_over(newest)
+
+    def holds(self, pair: Pair) -> bool:
+        """Whether a block is still ours: a builder that stood still for a minute may have lost it to another."""
         with self._lock:
-            self._held[pair] = key
-        return True
+            mine = self._held.get(pair)
+        newest = newest_claims(self._place).get(pair)
+        return mine is not None and newest is not None and newest.key == mine.key
 
     def release(self, pair: Pair) -> None:
         """Give a block up, after its commit or for another builder to do."""
         with self._lock:
-            if self._held.pop(pair, None) is None:
-                return
-        self._place.delete([entry.key for entry in self._of(pair)])
+            mine = self._held.pop(pair, None)
+        if mine is not None:
+            self._delete(
+                claim for claim in all_claims(self._place) if claim.pair == pair and claim.generation <= mine.generation
+            )
 
-    def _of(self, pair: Pair) -> list[Entry]:
-        return [entry for entry in self._place.entries() if _pair(entry.key) == pair]
-
-    def _expired(self, entry: Entry) -> bool:
-        return self._dead(entry.key) or self._now() - entry.modified_s > self._expire_s
-
-    def _dead(self, key: str) -> bool:
-        """Whether the claim is of a process of this host that is gone: no need to wait then."""
-        try:
-            claim = json.loads(self._place.read(key))
-            if claim["host"] != socket.gethostname():
-                return False
-            os.kill(int(claim["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, ValueError, KeyError, TypeError):  # gone, half a file of a foreign tool, or another user's
+    def _take(self, pair: Pair, generation: int) -> bool:
+        claim = ClaimFile(pair, generation)
+        if not self._place.put(claim.key, self._text, only_new=True):
             return False
-        return False
+        with self._lock:
+            self._held[pair] = claim
+        return True
 
-    def _now(self) -> float:
-        """The place's own time: clocks of hosts differ."""
-        key = f"now.{self.owner}"
-        self._place.put(key, b"")
-        times = [entry.modified_s for entry in self._place.entries() if entry.key == key]
-        self._place.delete([key])
-        return times[0] if times else time.time()
+    def _take_over(self, claim: ClaimFile) -> bool:
+        return self._is_void(claim) and self._take(claim.pair, claim.generation + 1)
+
+    def _is_void(self, claim: ClaimFile) -> bool:
+        return is_dead(self._place, claim) or self._clock.now_s() - claim.modified_s > self._expire_s
+
+    def _sweep(self) -> None:
+        """Remove what killed builders left behind."""
+        self._delete(claim for claim in all_claims(self._place) if claim.pair in self._done or self._is_void(claim))
+        self._clock.sweep(self._expire_s)
+
+    def _delete(self, claims: Iterable[ClaimFile]) -> None:
+        self._place.delete([claim.key for claim in claims])
 
     def _renew(self) -> None:
         while not self._stop.wait(self._heartbeat_s):
             with self._lock:
-                keys = list(self._held.values())
-            for key in keys:
+                held = dict(self._held)
+            for pair, claim in held.items():
                 try:
-                    self._place.put(key, self._text)
+                    self._place.put(claim.key, self._text)
+                    with self._lock:
+                        released = self._held.get(pair) != claim
+                    if released:  # while we wrote: it is back now
+                        self._delete([claim])
                 except StorageError:  # the next beat tries again; the writer meets the same trouble and reports it
                     continue
-
-
-def claims_of(place: Place) -> Place:
-    """Where the claims on a cache's blocks are: beside it, since other zarr readers warn of strange files in it."""
-    return place.sibling(f".{place.name}.claims")
-
-
-def _pair(key: str) -> Pair | None:
-    match = _NAME.fullmatch(key)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _generation(key: str) -> int:
-    match = _NAME.fullmatch(key)
-    assert match is not None, "only names of claims are asked"
-    return int(match[3])

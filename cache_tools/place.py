@@ -6,6 +6,7 @@ this module knows obstore; nothing is imported from it until a URL is used.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -27,6 +28,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _RETRIES = 12
 _ATTEMPTS = 8
 _PATIENCE_S = 180.0
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 Answer = TypeVar("Answer")
 
@@ -83,6 +85,18 @@ class Place(ABC):
     def folders(self) -> list[str]:
         """Names of what is directly in it and holds files, sorted; hidden ones left out."""
 
+    @abstractmethod
+    def has(self, key: str) -> bool:
+        """Whether a file is there.
+
+        Raises:
+            StorageError: unreachable storage.
+        """
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The keys of `entries`; a folder gives them faster, as it need not look at each file."""
+        return (entry.key for entry in self.entries(prefix))
+
     def sibling(self, name: str) -> Place:
         """A place beside this one."""
         return open_place(f"{str(self).rstrip('/').rpartition('/')[0]}/{name}")
@@ -124,17 +138,21 @@ class LocalPlace(Place):
                 (self.path / key).unlink(missing_ok=True)
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        root = self.path / prefix
-        for folder, _, names in os.walk(root):
-            for name in names:
-                if name.endswith(PARTIAL):
-                    continue
-                file = Path(folder) / name
-                try:
-                    status = file.stat()
-                except FileNotFoundError:  # replaced or removed meanwhile
-                    continue
-                yield Entry(file.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)
+        for key in self.keys(prefix):
+            try:
+                status = (self.path / key).stat()
+            except FileNotFoundError:  # replaced or removed meanwhile
+                continue
+            yield Entry(key, status.st_size, status.st_mtime)
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        for folder, _, names in os.walk(self.path / prefix):
+            inside = Path(folder).relative_to(self.path)
+            yield from ((inside / name).as_posix() for name in names if not name.endswith(PARTIAL))
+
+    def has(self, key: str) -> bool:
+        with _local_trouble():
+            return (self.path / key).is_file()
 
     def folders(self) -> list[str]:
         with _local_trouble(), os.scandir(self.path) as found:
@@ -177,7 +195,9 @@ class RemotePlace(Place):
             self._ask(key, lambda: obstore.put(self._store, key, data, mode=mode, use_multipart=False))
         except AlreadyExistsError:
             # Ours after all, if the answer was lost and the request repeated.
-            return bool(data) and self.read(key) == data
+            with suppress(FileNotFoundError):  # another's, and gone again
+                return bool(data) and self.read(key) == data
+            return False
         return True
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -200,6 +220,15 @@ class RemotePlace(Place):
         paths = self._ask("", lambda: obstore.list_with_delimiter(self._store)["common_prefixes"])
         names = (path.rstrip("/").rpartition("/")[2] for path in paths)
         return sorted(name for name in names if not name.startswith("."))
+
+    def has(self, key: str) -> bool:
+        import obstore
+
+        try:
+            self._ask(key, lambda: obstore.head(self._store, key))
+        except FileNotFoundError:
+            return False
+        return True
 
     def tidy(self) -> None:
         """Object stores have no empty folders."""
@@ -258,8 +287,22 @@ def _put_new(file: Path, data: bytes) -> bool:
         os.link(temporary, file)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create_new(file, data)
     finally:
         temporary.unlink(missing_ok=True)
+    return True
+
+
+def _create_new(file: Path, data: bytes) -> bool:
+    """Where there are no hard links (exFAT, some network shares): for a moment the file is there without its bytes."""
+    try:
+        with file.open("xb") as stream:
+            stream.write(data)
+    except FileExistsError:
+        return False
     return True
 
 

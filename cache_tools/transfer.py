@@ -137,7 +137,7 @@ def manifest_at(place: Place) -> Manifest:
 
 def committed(place: Place) -> set[Pair]:
     """(view, block) of every committed block, from the names of the commit files."""
-    found = (commits.parse_file_name(entry.key.rpartition("/")[2]) for entry in place.entries(commits.COMMITS))
+    found = (commits.parse_file_name(key.rpartition("/")[2]) for key in place.keys(commits.COMMITS))
     return {pair for pair in found if pair is not None}
 
 

@@ -55,6 +55,8 @@ def test_a_file_is_what_was_put_last(place: Place) -> None:
     assert place.put("c", b"", only_new=True)
     assert {entry.key: entry.size for entry in place.entries()} == {"a/b.bin": 5, "c": 0}
     assert [entry.key for entry in place.entries("a")] == ["a/b.bin"]
+    assert set(place.keys()) == {"a/b.bin", "c"}
+    assert (place.has("c"), place.has("a/b.bin"), place.has("a"), place.has("d")) == (True, True, False, False)
     place.delete(["c", "never there"])
     assert [entry.key for entry in place.entries()] == ["a/b.bin"]
     with pytest.raises(FileNotFoundError):
