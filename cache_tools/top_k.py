@@ -113,7 +113,7 @@ class TopK(Codec):
         log_p = _log_softmax(rows.astype(np.float64) / self.temperature)
         kept = self._kept(log_p)
         log_tail = _log_sum(np.where(kept, NOTHING, log_p))
-        codes = np.minimum(np.rint(-self._levels * np.expm1(log_p / self.spread)), PAD - 1)
+        codes = np.minimum(np.rint(-self._levels * np.expm1(log_p / self.spread)), self._largest)
         width = min(self.max_classes, self._classes)
         gaps = np.zeros((len(rows), width), np.int16)
         stored = np.full((len(rows), width), PAD, np.uint8)
@@ -166,7 +166,7 @@ class TopK(Codec):
         log_p = _log_softmax(np.asarray(values, dtype=np.float64) / self.temperature)
         root = np.exp(log_p / self.spread)
         half_cell = (root + 0.5 / self._levels) ** self.spread - root**self.spread
-        clamped = ((self._levels - PAD + 1.5) / self._levels) ** self.spread if self._levels > PAD - 1 else 0.0
+        clamped = ((self._levels - self._largest + 0.5) / self._levels) ** self.spread
         return np.where(self._kept(log_p), np.maximum(half_cell * 1.001, clamped) + 1e-5, np.exp(log_p))
 
     @property
@@ -177,6 +177,11 @@ class TopK(Codec):
     @property
     def _levels(self) -> float:
         return self.spread / self.step
+
+    @property
+    def _largest(self) -> int:
+        """The largest code of a class: below `levels`, which would be a probability of 0 and a logarithm of −inf."""
+        return min(int(np.ceil(self._levels)) - 1, PAD - 1)
 
     def _kept(self, log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """bool [B, C]: above the threshold, among the largest `max_classes`, always the largest one."""
