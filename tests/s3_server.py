@@ -16,10 +16,7 @@ def s3_server() -> Iterator[str]:
     """Start a server; gives its endpoint, which the environment of this process then points to."""
     pytest.importorskip("obstore")
     pytest.importorskip("moto")
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            socket.create_connection(listening.getsockname(), timeout=5).close()
-    except OSError:
+    if not loopback():
         pytest.skip("needs the loopback interface")
     from moto.server import ThreadedMotoServer
 
@@ -43,6 +40,16 @@ def s3_server() -> Iterator[str]:
             else:
                 os.environ[name] = value
         server.stop()
+
+
+def loopback() -> bool:
+    """Whether a server on 127.0.0.1 can be reached."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            socket.create_connection(listening.getsockname(), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def new_bucket() -> str:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +26,6 @@ from tests import tiny_build, tiny_run
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[1]
-KILLS = 6
 
 
 @pytest.fixture(scope="module")
@@ -112,43 +106,6 @@ def test_batch_and_block_sizes_do_not_change_the_targets(root: Path, built: Teac
     np.testing.assert_allclose(
         other.read_array("fused_logits", 2), built.read_array("fused_logits", 2), rtol=1e-4, atol=1e-4
     )
-
-
-CHILD = """
-import sys
-from pathlib import Path
-from pipeline.build import build_cache
-from tests import tiny_build
-build_cache(tiny_build.recipe(Path(sys.argv[1]), num_views=24, block_rows=16, out=Path(sys.argv[2])),
-            say=lambda text: print(text, flush=True))
-print("done", flush=True)
-"""
-
-
-def test_a_killed_build_resumes_to_the_same_bytes(root: Path):
-    """SIGKILL at random instants of the build loop, again and again, against one uninterrupted build."""
-    build_cache(tiny_build.recipe(root, num_views=24, block_rows=16, out=root / "whole.zarr"))
-    killed, progress = root / "killed.zarr", []
-    random_delay = random.Random(0)
-    for attempt in range(40):
-        process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(root), str(killed)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert "blocks to build" in line or "complete" in line, line
-        if attempt >= KILLS:
-            assert "done" in process.stdout.read()
-            assert process.wait() == 0
-            break
-        time.sleep(random_delay.uniform(0.0, 0.35))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        progress.append(sum(1 for name in files_of(killed) if name.startswith("commits/c")))
-    assert len(progress) == KILLS
-    assert progress == sorted(progress), "a committed block was lost"
-    assert progress[-1] > 0, "no kill came after a commit: the test shows nothing"
-    assert arrays_of(killed) == arrays_of(root / "whole.zarr")
 
 
 def test_a_view_is_built_anew_if_its_commit_is_gone(root: Path):

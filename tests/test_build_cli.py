@@ -136,22 +136,13 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a small disk needs user namespaces")
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [("size=64k", "No space left"), ("size=1m,ro", "Read-only file system")],
-    ids=["full", "read-only"],
-)
-def test_a_full_or_read_only_disk_is_one_line_and_the_build_goes_on_elsewhere(
-    recipe_file: Path, tmp_path: Path, option: str, words: str
-):
+def test_a_read_only_disk_is_one_line(recipe_file: Path, tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = (
-        f"mount -t tmpfs -o {option} none {disk} && exec {sys.executable} -m pipeline.cli {recipe_file} --out {disk}/c"
-    )
+    command = f"mount -t tmpfs -o ro none {disk} && exec {sys.executable} -m pipeline.cli {recipe_file} --out {disk}/c"
     done = subprocess.run([*UNPRIVILEGED, "sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+    assert "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr
 
 

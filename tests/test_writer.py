@@ -1,14 +1,10 @@
 import errno
 import os
-import random
-import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cache_tools import commits, durable
-from cache_tools.errors import CacheError, FormatError, IncompleteError, MismatchError, NotFoundError, StorageError
+from cache_tools.errors import CacheError, FormatError, MismatchError, NotFoundError, StorageError
 from cache_tools.reader import TeacherCache
 from cache_tools.writer import CacheWriter
 
@@ -298,111 +294,7 @@ def test_growing_cut_off_half_way_still_opens_and_can_be_repeated(
     assert len(writer.grow(5).missing_blocks()) == 10
 
 
-# Kills
-
-_BUILDER = """
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    from cache_factory import create, tiny_images, tiny_manifest, tiny_targets, write
-    from cache_tools.registry import is_cache
-    from cache_tools.writer import CacheWriter
-
-    path = Path(sys.argv[1])
-    images = tiny_images(800)
-    manifest = tiny_manifest(images, num_views=4, codec="float32", canaries=False)
-    targets = tiny_targets(manifest)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    writer = CacheWriter.resume(path, manifest.fingerprint) if is_cache(path) else create(path, manifest, images)
-    write(writer, targets)
-    print("done", flush=True)
-"""
-LONG_IMAGES = tiny_images(800)
-LONG_MANIFEST = tiny_manifest(LONG_IMAGES, num_views=4, codec="float32", canaries=False)
-LONG_BLOCKS = 200
-
-
-def start_builder(path: Path) -> subprocess.Popen[str]:
-    """A process that builds LONG_MANIFEST at `path`, or goes on with it, as soon as it reads a line."""
-    code = textwrap.dedent(_BUILDER.format(tests=str(Path(__file__).parent)))
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], delay_s: float) -> None:
-    while not condition():
-        assert process.poll() is None, "the builder ended before it could be killed"
-        time.sleep(0.0005)
-    time.sleep(delay_s)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def test_builds_killed_at_random_instants_end_in_the_same_bytes(tmp_path: Path) -> None:
-    targets = build(tmp_path / "plain", LONG_MANIFEST, LONG_IMAGES)
-    path, chance, seen = tmp_path / "c", random.Random(5), 0
-    waiting = [start_builder(path) for _ in range(8)]
-    for process in waiting[:-1]:
-        go(process)
-        goal = seen + chance.randint(1, 20)
-        kill_when(process, partial(has_commits, path, goal), chance.uniform(0.0, 0.01))
-        seen = check_half_built(path, targets, seen)
-    assert 0 < seen < LONG_BLOCKS, "the last kills came too late"
-    go(waiting[-1])
-    assert waiting[-1].communicate()[0] == "done\n"
-    assert files(path) == files(tmp_path / "plain")
-
-
-def has_commits(path: Path, count: int) -> bool:
-    return len(list((path / "commits").glob("c.*.0"))) >= count
-
-
-def begun(path: Path) -> bool:
-    return path.exists() or any(path.parent.glob(f".{path.name}.*"))
-
-
-def check_half_built(path: Path, targets: dict[str, np.ndarray], seen: int) -> int:
-    """What is committed is right and stays; what is not cannot be read. Gives the number of committed blocks."""
-    cache = TeacherCache.open(path)
-    missing = CacheWriter.resume(path, cache.manifest.fingerprint).missing_blocks()
-    committed = np.ones((cache.num_views, cache.manifest.num_blocks), dtype=bool)
-    committed[tuple(np.array(missing).T)] = False
-    rows = np.repeat(committed, cache.manifest.block_rows, axis=1)[:, : cache.num_samples]
-    for name, values in targets.items():
-        stored = zarr.open_array(path / name, mode="r")[...]
-        np.testing.assert_array_equal(stored[rows], values[rows])
-    for view, block in missing[:2]:
-        with pytest.raises(IncompleteError):
-            cache.read_array("fused_logits", view, cache.manifest.block(block))
-    assert committed.sum() >= seen
-    return int(committed.sum())
-
-
-def test_a_killed_create_leaves_nothing_and_does_not_stand_in_the_way(tmp_path: Path) -> None:
-    chance, early = random.Random(3), 0
-    paths = [tmp_path / f"c{attempt}" for attempt in range(5)]
-    for path, process in [(path, start_builder(path)) for path in paths]:
-        go(process)
-        kill_when(process, partial(begun, path), chance.uniform(0.0, 0.004))
-        if path.exists():
-            assert TeacherCache.open(path).num_samples == 800
-        else:
-            early += 1
-            assert len(create(path, LONG_MANIFEST, LONG_IMAGES).missing_blocks()) == LONG_BLOCKS
-    assert early, "no kill hit `create`"
-
-
-# Full and read-only disks
+# Read-only disks; full ones are in test_faults.py
 
 _ON_TMPFS = """
     import os
@@ -420,30 +312,6 @@ _ON_TMPFS = """
     manifest = tiny_manifest(images, num_views=4, codec="float32", canaries=False)
     targets = tiny_targets(manifest)
     {body}
-"""
-_FULL = """
-    for view in range(4):
-        try:
-            if view == 0:
-                writer = create(path / "c", manifest, images)
-            else:
-                writer = CacheWriter.resume(path / "c", manifest.fingerprint)
-            ballast = path / "ballast"
-            free = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
-            ballast.write_bytes(bytes(free - 8192 * (view + 5)))
-            write(writer, targets)
-            sys.exit("the disk is not full")
-        except StorageError as error:
-            assert "No space left on device" in str(error), error
-            print(len(writer.missing_blocks()))
-        left = [file for file in path.rglob("*.partial")]
-        assert not left, left
-        ballast.unlink()
-    write(CacheWriter.resume(path / "c", manifest.fingerprint), targets)
-    assert TeacherCache.open(path / "c").is_complete
-    for view in range(4):
-        assert (TeacherCache.open(path / "c").read_array("fused_logits", view) == targets["fused_logits"][view]).all()
-    print("complete")
 """
 _READ_ONLY = """
     writer = create(path / "c", manifest, images)
@@ -479,16 +347,6 @@ def run_on_tmpfs(folder: Path, body: str, size: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux mount namespaces")
-def test_a_full_disk_is_a_storage_error_and_the_build_goes_on_later(tmp_path: Path) -> None:
-    lines = run_on_tmpfs(tmp_path, _FULL, "4m").splitlines()
-    missing = [int(line) for line in lines[:-1]]
-    assert lines[-1] == "complete"
-    assert len(missing) == 4
-    assert missing == sorted(missing, reverse=True)
-    assert 0 < missing[0] < 200, "the disk filled up at the first write or not at all"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux mount namespaces")
