@@ -17,7 +17,7 @@ from cache_tools.reader import TeacherCache
 from tests import full_disk
 from tests.s3_server import loopback
 
-KILLS = 14
+KILLS = 13
 KILLED = ("build", "grow", "push", "push-s3")
 
 
