@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, ClassVar, ParamSpec
 
 from cache_tools.errors import CacheError, DeviceError, StorageError
 
@@ -54,6 +55,11 @@ def leave(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
 def storage_error(error: OSError) -> StorageError:
     """An operating-system error about storage in our words."""
     return StorageError(
@@ -95,18 +101,26 @@ def resolve_device(name: str) -> torch.device:
 class Progress:
     """A bar with rate and ETA on a terminal; elsewhere a plain line every ten seconds.
 
-    Use as a context manager; `advance(n)` after each piece of work. Only the main thread may call it.
+    Use as a context manager; `advance(n)` after each piece of work, always from the same thread. Outside of the main
+    thread, and while another bar is on the screen, there are lines instead of a bar.
+
+    Args:
+        summary: where there is no bar, print a line in the end even of what took less than two seconds.
     """
 
-    def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
-        self.title, self.total, self.unit, self.done = title, total, unit, done
+    _shown: ClassVar[bool] = False
+
+    def __init__(self, title: str, total: int, unit: str, *, done: int = 0, summary: bool = False) -> None:
+        self.title, self.total, self.unit, self.done, self.summary = title, total, unit, done, summary
         self._note = ""
         self._first, self._start = done, time.monotonic()
         self._last_line = self._start
-        self._bar = self._rich_bar() if sys.stderr.isatty() else None
+        alone = threading.current_thread() is threading.main_thread() and not Progress._shown
+        self._bar = self._rich_bar() if alone and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
+            Progress._shown = True
             self._bar.start()
         return self
 
@@ -115,7 +129,8 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and time.monotonic() - self._start > 2.0:
+            Progress._shown = False
+        elif kind is None and (self.summary or time.monotonic() - self._start > 2.0):
             self._print_line()
 
     def advance(self, count: int, note: str = "") -> None:

@@ -25,10 +25,11 @@ from cache_tools.errors import NotFoundError, RecipeError, StorageError
 
 _CLIENT_ERROR = re.compile(r"status:? 4[0-9][0-9]")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_FILE = "file://"
 _RETRIES = 12
 _ATTEMPTS = 8
-_PATIENCE_S = 180.0
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+PATIENCE_S = 180.0
 
 Answer = TypeVar("Answer")
 
@@ -171,12 +172,12 @@ class RemotePlace(Place):
     (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …); requests that fail in passing are tried again.
 
     Args:
-        patience_s: for how long a request is tried again.
+        patience_s: for how long a request is tried again; PATIENCE_S by default.
     """
 
-    def __init__(self, url: str, patience_s: float = _PATIENCE_S) -> None:
-        self._url, self._patience_s = url.rstrip("/"), patience_s
-        self._store = _object_store(self._url, patience_s)
+    def __init__(self, url: str, patience_s: float | None = None) -> None:
+        self._url, self._patience_s = url.rstrip("/"), patience_s or PATIENCE_S
+        self._store = _object_store(self._url, self._patience_s)
 
     def __str__(self) -> str:
         return self._url
@@ -306,26 +307,29 @@ def _create_new(file: Path, data: bytes) -> bool:
     return True
 
 
-def open_place(reference: str | Path, *, patience_s: float = _PATIENCE_S) -> Place:
+def open_place(reference: str | Path, *, patience_s: float | None = None) -> Place:
     """The place of a path or URL, whether anything is there or not.
 
     Args:
-        patience_s: for how long requests to an object store are tried again.
+        patience_s: for how long requests to an object store are tried again; PATIENCE_S by default.
 
     Raises:
         RecipeError: a URL of an unknown scheme, or one that cannot be a place.
         NotFoundError: a URL, and obstore is not installed.
     """
-    if not is_url(reference):
-        return LocalPlace(Path(reference).expanduser())
-    if str(reference).startswith("file://"):
-        return LocalPlace(Path(str(reference).removeprefix("file://")))
-    return RemotePlace(str(reference), patience_s)
+    if is_remote(reference):
+        return RemotePlace(str(reference), patience_s)
+    return LocalPlace(Path(str(reference).removeprefix(_FILE)).expanduser())
 
 
 def is_url(reference: str | Path) -> bool:
     """Whether a reference is a URL rather than a path or a name."""
     return isinstance(reference, str) and _SCHEME.match(reference) is not None
+
+
+def is_remote(reference: str | Path) -> bool:
+    """Whether a reference is the URL of something in an object store; `file://…` is a folder."""
+    return is_url(reference) and not str(reference).startswith(_FILE)
 
 
 def _object_store(url: str, patience_s: float) -> Any:

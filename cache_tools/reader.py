@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from cache_tools import commits, registry
+from cache_tools import commits, registry, staging
 from cache_tools.arrays import constant_shapes, targets
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format import CacheRecipe
+from cache_tools.place import is_remote
 from cache_tools.refusion import Fusion
 from cache_tools.store import RESTORE, open_array, open_group, read_commits, read_constant, read_manifest, translated
 from cache_tools.verify import check_canaries, check_dataset, make_canaries, pixel_digest
@@ -41,13 +42,14 @@ class TeacherCache:
     """A cache, opened for reading. Cheap to open: arrays are read when a view is loaded.
 
     Attributes:
-        path: folder of the cache.
+        path: folder of the cache; of a remote one, its mirror in the cache home.
         manifest: recipe, geometry and provenance.
         targets: what is cached per (view, sample), by name, with its codec.
+        origin: what the mirror is staged from, view by view as they are needed; None for a local cache.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.manifest = path, read_manifest(path)
+    def __init__(self, path: Path, origin: staging.Origin | None = None) -> None:
+        self.path, self.manifest, self.origin = path, read_manifest(path), origin
         self._group = open_group(path)
         self.targets = {spec.name: spec for spec in targets(self.recipe, self.manifest.block_rows)}
         self._specs = {array.name: array for spec in self.targets.values() for array in spec.arrays}
@@ -66,13 +68,19 @@ class TeacherCache:
         """Open a cache.
 
         Args:
-            reference: a path, or the name or fingerprint prefix (four hex digits or more) of a cache in the cache home.
+            reference: a path, the name or fingerprint prefix (four hex digits or more) of a cache in the cache home, or
+                the URL of a remote one (`s3://…`, `gs://…`, `az://…`), of which a mirror is made in the cache home.
 
         Raises:
-            NotFoundError: nothing of that path, name or fingerprint, or several.
+            NotFoundError: nothing of that path, URL, name or fingerprint, or several.
             FormatError: something that is not a cache, a damaged one, or one of an unknown format version.
+            StorageError: a store that does not answer, and of which nothing is staged.
         """
-        return cls(registry.resolve(reference))
+        if is_remote(reference):
+            origin = staging.connect(str(reference))
+            return cls(origin.mirror, origin)
+        path = registry.resolve(reference)
+        return cls(path, staging.origin_of(path))
 
     @property
     def recipe(self) -> CacheRecipe:
@@ -106,7 +114,7 @@ class TeacherCache:
 
     @property
     def complete_views(self) -> tuple[int, ...]:
-        """Views whose every block is committed, ascending; read anew while a build is under way."""
+        """Views whose every block is committed (of a remote cache: there), ascending; read anew during a build."""
         return tuple(int(view) for view in np.flatnonzero(self._committed().all(axis=1)))
 
     @property
@@ -203,7 +211,7 @@ class TeacherCache:
             done = int(committed.all(axis=1).sum())
             raise IncompleteError(
                 "the cache is not completely built",
-                where=self.path,
+                where=self._where,
                 expected=f"{self.num_views} views",
                 found=f"{done} complete, {int((~committed).sum())} of {committed.size} blocks missing",
                 next_step="run the same build-cache command again: it goes on from what is stored",
@@ -251,7 +259,16 @@ class TeacherCache:
         digests = self._commits_read[view, :, column].tolist() if verify else None
         return load_array(self._arrays[name], self._specs[name], self.manifest, self.path, view, digests, pin=pin)
 
+    @property
+    def _where(self) -> str:
+        return str(self.path) if self.origin is None else self.origin.url
+
     def _committed(self) -> npt.NDArray[np.bool_]:
+        """bool [V, blocks]: what can be read, of a remote cache once it is staged."""
+        here = self._here()
+        return here if self.origin is None or here.all() else here | self.origin.committed(self.manifest)
+
+    def _here(self) -> npt.NDArray[np.bool_]:
         """bool [V, blocks]. A commit is never taken back, so a complete cache is looked at once."""
         if self._commits_read is None or not (self._commits_read != 0).all():
             self._commits_read = read_commits(self._commit_table, self.path, self.manifest)
@@ -260,13 +277,24 @@ class TeacherCache:
     def _require_blocks(self, view: int, blocks: range) -> None:
         if not 0 <= view < self.num_views:
             raise NotFoundError("no such view", where=self.path, expected=f"0 to {self.num_views - 1}", found=view)
-        committed = self._committed()[view]
-        missing = [block for block in blocks if not committed[block]]
+        rows = slice(blocks.start, blocks.stop)
+        if self._known(view, rows) or self._here()[view, rows].all():
+            return
+        committed = self._committed()[view, rows]
+        if self.origin is not None and committed.all():
+            self.origin.stage(self.manifest, view)
+            committed = self._here()[view, rows]
+        missing = [blocks[number] for number in np.flatnonzero(~committed)]
         if missing:
             raise IncompleteError(
                 f"view {view} is not completely built",
-                where=self.path,
+                where=self._where,
                 expected=f"{self.manifest.num_blocks} blocks",
                 found=f"{commits.ranges(missing)} missing",
                 next_step="run the same build-cache command again: it goes on from what is stored",
             )
+
+    def _known(self, view: int, rows: slice) -> bool:
+        """Whether an earlier look found these blocks here: a commit is never taken back."""
+        read = self._commits_read
+        return read is not None and bool(commits.committed_blocks(read, self.manifest)[view, rows].all())

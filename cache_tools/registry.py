@@ -14,6 +14,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, NotFoundError, RecipeError
 from cache_tools.format import Manifest
+from cache_tools.place import is_remote
 from cache_tools.store import read_manifest
 
 HOME_VARIABLE = "TEACHER_CACHE_HOME"
@@ -134,13 +135,13 @@ def resolve(reference: str | Path) -> Path:
     Raises:
         NotFoundError: nothing, or several caches; a URL.
     """
-    if "://" in str(reference):
+    if is_remote(reference):
         raise NotFoundError(
-            "remote caches cannot be opened yet",
+            "this needs a cache on a local disk",
             where=reference,
-            next_step="copy it to a local folder and give its path",
+            next_step=f"`cache-tools pull {reference}` brings it into the cache home",
         )
-    path = Path(reference).expanduser()
+    path = Path(str(reference).removeprefix("file://")).expanduser()
     looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
     if looks_like_path or is_cache(path):
         if not path.exists():

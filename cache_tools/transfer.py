@@ -192,7 +192,11 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
     arrays = (*(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)), commits.COMMITS)
     keys = [entry.key for name in whole for entry in source.entries(name)] if existing is None else []
     keys += [f"{name}/{GROUP}" for name in arrays]
-    sizes = [_copy_file(source, target, key) for key in keys]
+    sizes = []
+    with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:
+        for size in pool.map(lambda key: _copy_file(source, target, key), keys):
+            sizes.append(size)
+            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
     return [*sizes, _copy_file(source, target, GROUP)]
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,7 +46,8 @@ class FlakyProxy:
     def __init__(self, upstream: str, seed: int) -> None:
         self.rate, self.seen, self.full = 0.0, list[Seen](), threading.Event()
         self.upstream = urlsplit(upstream)
-        self._random, self._lock = random.Random(seed), threading.Lock()
+        self._random, self._lock = random.Random(seed), threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._left: int | None = None
         self._open = threading.Event()
         self._open.set()
@@ -67,6 +68,11 @@ class FlakyProxy:
         with self._lock:
             self._left = None
             self._open.set()
+
+    def reached(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until a condition on what was seen holds."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout_s)
 
     def forget(self) -> None:
         """Count from nothing."""
@@ -94,8 +100,9 @@ class FlakyProxy:
             return self._random.choice(FAILURES) if self._random.random() < self.rate else None
 
     def note(self, seen: Seen) -> None:
-        with self._lock:
+        with self._changed:
             self.seen.append(seen)
+            self._changed.notify_all()
 
 
 @contextmanager

@@ -140,6 +140,11 @@ def test_what_is_not_found_comes_with_advice(home: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/digits.zarr", "https://host/digits.zarr", "gs://bucket/c"])
-def test_remote_caches_are_refused_clearly(home: Path, url: str) -> None:
-    with pytest.raises(NotFoundError, match=r"remote caches cannot be opened yet.*Copy it to a local folder"):
-        TeacherCache.open(url)
+def test_remote_caches_have_no_folder(home: Path, url: str) -> None:
+    with pytest.raises(NotFoundError, match=rf"needs a cache on a local disk.*`cache-tools pull {url}`"):
+        registry.resolve(url)
+
+
+def test_a_file_url_is_a_path(home: Path) -> None:
+    path = registry.cache_path("digits", add("digits").fingerprint)
+    assert TeacherCache.open(f"file://{path}").path == path

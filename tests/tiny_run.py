@@ -49,7 +49,7 @@ def write_cache(
     return path
 
 
-def recipe(cache: Path, out: Path, **changes: Any) -> TrainRecipe:
+def recipe(cache: Path | str, out: Path, **changes: Any) -> TrainRecipe:
     """Three epochs of resnet8 in batches of 16, on the CPU."""
     data: dict[str, Any] = {
         "name": "tiny",

@@ -21,7 +21,9 @@ def train_student(
     recipe: Annotated[
         str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
     ] = "digits",
-    cache: Annotated[str | None, typer.Option("--cache", help="The cache: a path, a name or a fingerprint.")] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="The cache: a path, a URL, a name or a fingerprint.")
+    ] = None,
     student: Annotated[
         str | None, typer.Option("--student", help="resnet8, wrn_16_2, …, timm:NAME or torchvision:NAME.")
     ] = None,

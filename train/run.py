@@ -18,6 +18,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, resolve_device
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
+from cache_tools.reader import TeacherCache
 from train import checkpoints, folder
 from train.checkpoints import StudentCard
 from train.curves import plot_curves
@@ -71,8 +72,7 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
             return finished
         put_durably(path / folder.RECIPE, dump_yaml(recipe).encode())
         if data.cache is not None:
-            where = {"path": str(data.cache.path.absolute()), "manifest": data.cache.manifest.model_dump(mode="json")}
-            put_durably(path / folder.CACHE, json.dumps(where, indent=2, ensure_ascii=False).encode())
+            put_durably(path / folder.CACHE, json.dumps(_where(data.cache), indent=2, ensure_ascii=False).encode())
         return _Run(data, recipe, device, path, digest).result()
 
 
@@ -168,6 +168,12 @@ class _Run:
             checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
         state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
         checkpoints.save_state(self.path / folder.STATE, state)
+
+
+def _where(cache: TeacherCache) -> dict[str, Any]:
+    """Where a run's targets came from; `url` is that of a remote cache, whose mirror `path` then is."""
+    url = None if cache.origin is None else cache.origin.url
+    return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
 
 
 def _learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, steps_per_epoch: int) -> Learner:

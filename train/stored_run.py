@@ -27,14 +27,14 @@ class StoredRun:
     Attributes:
         dataset: where training and test images came from.
         manifest: of the cache it learned from, None for a run on labels alone.
-        cache: where that cache was.
+        cache: where that cache was: a path, or the URL of a remote one whose mirror is gone.
     """
 
     folder: Path
     recipe: TrainRecipe
     dataset: DatasetRecipe
     manifest: Manifest | None
-    cache: Path | None
+    cache: Path | str | None
 
     def checkpoint(self, which: str) -> Path:
         """The file of the `last`, `best` or `ema` weights.
@@ -119,11 +119,12 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
     return StoredRun(folder=root, recipe=recipe, dataset=dataset, manifest=manifest, cache=cache), which
 
 
-def _read_cache(path: Path) -> tuple[Manifest, Path]:
+def _read_cache(path: Path) -> tuple[Manifest, Path | str]:
     """The manifest that the run kept of its cache: the cache itself may be gone."""
     try:
         stored = json.loads(path.read_bytes())
-        return Manifest.model_validate(stored["manifest"]), Path(stored["path"])
+        cache, url = Path(stored["path"]), stored.get("url")
+        return Manifest.model_validate(stored["manifest"]), cache if url is None or cache.exists() else str(url)
     except FileNotFoundError as error:
         raise NotFoundError("this run does not say what it learned from", where=path) from error
     except (ValueError, KeyError, TypeError, ValidationError) as error:

@@ -1,0 +1,60 @@
+"""Which store the mirror of a remote cache was staged from: a small file beside it. Imports neither torch nor zarr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import NonNegativeInt, ValidationError
+
+from cache_tools.config import Frozen
+from cache_tools.durable import put_durably
+
+
+class OriginRecord(Frozen):
+    """What was known of the remote cache when it was last looked at.
+
+    Attributes:
+        url: of the cache.
+        fingerprint: of the cache that was there.
+        views: that its manifest promised.
+        complete: whether all of these were committed; a commit is never taken back.
+    """
+
+    url: str
+    fingerprint: str
+    views: NonNegativeInt
+    complete: bool = False
+
+
+def origin_file(path: Path) -> Path:
+    """Where the record is: beside the cache, since other zarr readers warn of strange files in it."""
+    return path.absolute().with_name(f".{path.name}.origin")
+
+
+def read_origin(path: Path) -> OriginRecord | None:
+    """The record of a mirror; None for a cache that was built here, or where it cannot be read."""
+    try:
+        return OriginRecord.model_validate_json(origin_file(path).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def write_origin(path: Path, record: OriginRecord) -> None:
+    """Keep the record of a mirror.
+
+    Raises:
+        OSError: a full or read-only disk.
+    """
+    put_durably(origin_file(path), json.dumps(record.model_dump(mode="json"), indent=2).encode())
+
+
+def mirrors_of(url: str, home: Path) -> list[tuple[Path, OriginRecord]]:
+    """The mirrors of a URL in a cache home, the one that was staged last first."""
+    found = []
+    for file in home.glob(".*.origin"):
+        path = home / file.name.removeprefix(".").removesuffix(".origin")
+        record = read_origin(path)
+        if record is not None and record.url == url and (path / "zarr.json").is_file():
+            found.append((file.stat().st_mtime, path, record))
+    return [(path, record) for _, path, record in sorted(found, key=lambda each: each[0], reverse=True)]

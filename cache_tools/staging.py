@@ -1,0 +1,244 @@
+"""Read a cache straight from an object store: what is needed of it is staged in a mirror in the cache home.
+
+Opening brings metadata, labels, keys and constants; a view's blocks come when the view is first needed, each checked
+against its commit. The mirror is an ordinary half-built cache at every instant, where the same recipe would be built.
+Any number of processes may stage into it at once: each block is claimed, as builders do it, and comes once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools import commits, registry
+from cache_tools.claims import Claims
+from cache_tools.console import Progress, storage_error, warn
+from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
+from cache_tools.format import Manifest
+from cache_tools.origin import OriginRecord, mirrors_of, read_origin, write_origin
+from cache_tools.place import LocalPlace, Place, open_place
+from cache_tools.store import read_manifest
+from cache_tools.transfer import Pair, committed, copy_blocks, copy_metadata, manifest_at
+
+OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
+PATIENCE_S = 10.0
+
+
+class Origin:
+    """The remote cache behind a mirror. Made by `connect` and `origin_of`.
+
+    Attributes:
+        mirror: folder of the mirror.
+        bytes: staged by this process so far, metadata included.
+    """
+
+    def __init__(self, mirror: Path, record: OriginRecord, *, checked: bool = False, silent: bool = False) -> None:
+        self.mirror, self.bytes = mirror, 0
+        self._record, self._checked = record, checked
+        self._silent = silent or offline()
+        self._opened: Place | None = None
+        self._there: set[Pair] = set()
+
+    @property
+    def url(self) -> str:
+        return self._record.url
+
+    def committed(self, manifest: Manifest) -> npt.NDArray[np.bool_]:
+        """Which blocks the store has, bool [V, blocks]; asked anew until it has all.
+
+        Where the store does not answer, a warning, and what was known before.
+        """
+        if not self._record.complete and not self._silent:
+            try:
+                self._look(manifest)
+            except CacheError as error:
+                self._silent = True
+                warn(f"{error} Going on with what is staged in {self.mirror}")
+        table = np.zeros((manifest.num_views, manifest.num_blocks), bool)
+        table[: self._record.views if self._record.complete else 0] = True
+        for view, block in self._there:
+            if view < manifest.num_views and block < manifest.num_blocks:
+                table[view, block] = True
+        return table
+
+    def stage(self, manifest: Manifest, view: int) -> None:
+        """Bring the blocks of a view that the mirror lacks and the store has. Others who stage it now are waited for.
+
+        Raises:
+            StorageError: the store does not answer, the disk is full, or TEACHER_CACHE_OFFLINE is set.
+            MismatchError, NotFoundError: another cache, or none, is at the URL by now.
+            FormatError: a damaged block in the store.
+        """
+        if offline():
+            raise StorageError(
+                f"view {view} is not staged, and {OFFLINE_VARIABLE} is set",
+                where=self.mirror,
+                next_step=f"unset {OFFLINE_VARIABLE}, or `cache-tools pull` the cache while there is a network",
+            )
+        source, target = self._place(), LocalPlace(self.mirror)
+        there = self.committed(manifest)[view]
+        wanted = [(view, block) for block in range(manifest.num_blocks) if there[block]]
+
+        def is_here(pair: Pair) -> bool:
+            return (self.mirror / commits.COMMITS / commits.file_name(*pair)).exists()
+
+        def here() -> set[Pair]:
+            return {pair for pair in wanted if is_here(pair)}
+
+        done = here()
+        todo = [pair for pair in wanted if pair not in done]
+        title = f"stage {manifest.name}, view {view}"
+        with (
+            Claims(target) as claims,
+            Progress(title, len(wanted), "blocks", done=len(done), summary=True) as progress,
+        ):
+            moved = 0
+            for pair, sizes in copy_blocks(source, target, manifest, claims.share(todo, here, is_here)):
+                claims.release(pair)
+                moved += sum(sizes)
+                progress.advance(1, f"{moved / 1e6:,.1f} MB")
+            progress.advance(len(wanted) - progress.done)  # what others staged meanwhile
+        self.bytes += moved
+
+    def _place(self) -> Place:
+        """The store, once it is known that the cache there is the mirror's."""
+        place = self._opened = self._opened or open_place(self.url)
+        if not self._checked:
+            found = manifest_at(place).fingerprint
+            if found != self._record.fingerprint:
+                raise MismatchError(
+                    "another cache is at the origin of this mirror by now",
+                    where=self.url,
+                    expected=f"fingerprint {self._record.fingerprint[:12]}",
+                    found=found[:12],
+                    next_step="open the new one by its URL",
+                )
+            self._checked = True
+        return place
+
+    def _look(self, manifest: Manifest) -> None:
+        self._there = committed(self._place())
+        promised = {(view, block) for view in range(self._record.views) for block in range(manifest.num_blocks)}
+        if promised <= self._there:
+            self._record = self._record.model_copy(update={"complete": True})
+            _keep(self.mirror, self._record)
+
+
+def connect(url: str) -> Origin:
+    """Open the cache at a URL: bring what every reader needs of it into its mirror.
+
+    Where the store does not answer, or TEACHER_CACHE_OFFLINE is set, the mirror alone, if there is one.
+
+    Raises:
+        NotFoundError: no cache there, or a folder of caches.
+        FormatError: something else is there, or a damaged cache.
+        MismatchError: the same cache is in the home already, half-built and in blocks of another size.
+        StorageError: the store does not answer and nothing is staged, or the disk is full.
+    """
+    url = url.rstrip("/")
+    known = next(iter(mirrors_of(url, registry.cache_home())), None)
+    if offline():
+        if known is None:
+            raise NotFoundError(
+                f"nothing of this cache is staged here, and {OFFLINE_VARIABLE} is set",
+                where=url,
+                next_step=f"unset {OFFLINE_VARIABLE}",
+            )
+        return Origin(*known)
+    try:
+        place = open_place(url, patience_s=PATIENCE_S if known else None)
+        manifest = manifest_at(place)
+    except NotFoundError as error:
+        raise _not_a_cache(open_place(url), error, known and known[0]) from error
+    except StorageError as error:
+        if known is None:
+            raise
+        warn(f"{error} Going on with what is staged in {known[0]}")
+        return Origin(*known, silent=True)
+    mirror = registry.cache_path(manifest.name, manifest.fingerprint)
+    record = OriginRecord(url=url, fingerprint=manifest.fingerprint, views=manifest.num_views)
+    if _built_here(mirror, manifest):
+        return Origin(mirror, record.model_copy(update={"views": 0, "complete": True}))
+    with _alone(mirror):
+        sizes = copy_metadata(place, LocalPlace(mirror), manifest)
+    before = read_origin(mirror)
+    if before is None or before.model_copy(update={"complete": False}) != record:
+        _keep(mirror, record)
+    origin = Origin(mirror, read_origin(mirror) or record, checked=True)
+    origin.bytes = sum(sizes)
+    return origin
+
+
+def origin_of(path: Path) -> Origin | None:
+    """What the mirror at `path` was staged from; None for any other cache. Asks no store."""
+    record = read_origin(path)
+    return None if record is None else Origin(path, record)
+
+
+def offline() -> bool:
+    """Whether TEACHER_CACHE_OFFLINE forbids to ask object stores."""
+    return os.environ.get(OFFLINE_VARIABLE, "").lower() not in {"", "0", "false", "no"}
+
+
+def _built_here(mirror: Path, manifest: Manifest) -> bool:
+    """Whether the home has all of this cache as it was built here: nothing can be staged into that, nor need it."""
+    if not registry.is_cache(mirror):
+        return False
+    found = read_manifest(mirror)
+    if found.fingerprint != manifest.fingerprint:
+        return False
+    if (found.block_rows, found.constants_digest) == (manifest.block_rows, manifest.constants_digest):
+        return False
+    return set(range(manifest.num_views)) <= set(registry.views_done(mirror, found))
+
+
+def _not_a_cache(place: Place, error: NotFoundError, mirror: Path | None) -> NotFoundError:
+    """Nothing, or a folder of caches."""
+    names = place.folders()
+    if names:
+        listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        return NotFoundError(
+            "this is a folder, not a cache",
+            where=place,
+            expected="the URL of one cache",
+            found=listed,
+            next_step=f"give one of them ({place}/{names[0]}); `cache-tools ls {place}` lists them",
+        )
+    if mirror is not None:
+        return NotFoundError(
+            error.what, where=error.where, next_step=f"what was staged of it is in {mirror}: give that path"
+        )
+    return error
+
+
+def _keep(mirror: Path, record: OriginRecord) -> None:
+    try:
+        write_origin(mirror, record)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+@contextmanager
+def _alone(mirror: Path) -> Iterator[None]:
+    """Keep other processes from bringing the same metadata. The system gives the lock up with the process."""
+    try:
+        import fcntl
+
+        mirror.mkdir(parents=True, exist_ok=True)
+        folder = os.open(mirror, os.O_RDONLY)
+    except ImportError:  # not on Windows: it comes twice
+        yield
+        return
+    except OSError as error:
+        raise storage_error(error) from error
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
