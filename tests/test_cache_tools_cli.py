@@ -123,7 +123,7 @@ def test_info_json_holds_the_whole_manifest(home: Path) -> None:
         ("nothing", "no such cache (nothing)"),
         ("digts", "Did you mean digits"),
         ("./nowhere", "no cache here (nowhere)"),
-        ("s3://bucket/c", "remote caches cannot be opened yet"),
+        ("s3://bucket/c", "needs a cache on a local disk"),
         ("broken", "zarr.json"),
     ],
 )
