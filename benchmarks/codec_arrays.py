@@ -5,9 +5,10 @@
 * 100 classes: every tenth of these logits, and (a harder case) the hundred that carry most of the probability.
 * 10 classes: the fused logits of a cache of Fashion-MNIST; of one with components, made from its features in float32.
 
-The student is a ReLU network of one hidden layer on the view's pixels, averaged to 16 × 16 (photos) or 8 × 8, trained
-by Adam (1e-3, batches of 128) on KD at temperature 1 plus KD at temperature 4. Gradient errors are taken with it at two
-stages, on the rows it learns from; they grow as it approaches its targets, because what they are relative to shrinks.
+The student (`cache_tools.fidelity_student`) is a ReLU network of one hidden layer on the view's pixels, averaged to
+16 × 16 (photos) or 8 × 8, that learns KD at temperature 1 plus KD at temperature 4. Gradient errors are taken with it
+at two stages, on the rows it learns from; they grow as it approaches its targets, because what they are relative to
+shrinks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from train import losses
+from cache_tools.fidelity_student import fit_student
 
 Rows = npt.NDArray[np.float32]
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")
@@ -72,26 +73,8 @@ def with_students(name: str, logits: Rows, pixels: Rows) -> Targets:
     targets = torch.from_numpy(np.ascontiguousarray(logits))
     targets = targets - targets.mean(dim=1, keepdim=True)
     inputs = torch.from_numpy(np.ascontiguousarray(pixels))
-    inputs = (inputs - inputs.mean(dim=0)) / (inputs.std(dim=0) + 1e-6)
     classes = targets.shape[1]
-    torch.manual_seed(0)
-    student = torch.nn.Sequential(
-        torch.nn.Linear(inputs.shape[1], HIDDEN[classes]),
-        torch.nn.ReLU(),
-        torch.nn.Linear(HIDDEN[classes], classes),
-    )
-    optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
-    students = {}
-    for step in range(1, max(STAGES[classes]) + 1):
-        batch = torch.randint(len(inputs), (128,))
-        said = student(inputs[batch])
-        loss = losses.kd(said, targets[batch], 1.0) + losses.kd(said, targets[batch], 4.0)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        if step in STAGES[classes]:
-            with torch.no_grad():
-                students[step] = student(inputs)
+    students = fit_student(inputs, targets, STAGES[classes], hidden=HIDDEN[classes])
     return Targets(name, targets, students)
 
 
