@@ -55,19 +55,23 @@ class Encoder:
         if set(rows) != set(self.targets):
             raise FormatError("wrong targets", where=where, expected=sorted(self.targets), found=sorted(rows))
         stored: dict[str, npt.NDArray[Any]] = {}
-        for name, spec in self.targets.items():
-            values = np.asarray(rows[name])
-            place = f"{name}, {where}" if where else name
-            if values.ndim != 2 or values.shape[1] != spec.width or values.dtype.kind != "f":
-                raise FormatError(
-                    "wrong rows",
-                    where=place,
-                    expected=f"floating [rows, {spec.width}]",
-                    found=f"{values.dtype} {list(values.shape)}",
-                )
-            parts = spec.codec.encode(values, self.constants[name], where=place)
-            stored |= {name + suffix: part for suffix, part in parts.items()}
+        for name in self.targets:
+            stored |= self.encode_target(name, rows[name], where=where)
         return stored
+
+    def encode_target(self, name: str, rows: Rows, *, where: str = "") -> dict[str, npt.NDArray[Any]]:
+        """What is stored of one target, by array name; arguments and errors as for `encode`."""
+        spec, values = self.targets[name], np.asarray(rows)
+        place = f"{name}, {where}" if where else name
+        if values.ndim != 2 or values.shape[1] != spec.width or values.dtype.kind != "f":
+            raise FormatError(
+                "wrong rows",
+                where=place,
+                expected=f"floating [rows, {spec.width}]",
+                found=f"{values.dtype} {list(values.shape)}",
+            )
+        parts = spec.codec.encode(values, self.constants[name], where=place)
+        return {name + suffix: part for suffix, part in parts.items()}
 
 
 def fitted(recipe: CacheRecipe) -> tuple[TargetSpec, ...]:

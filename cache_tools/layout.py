@@ -14,7 +14,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from cache_tools import commits
-from cache_tools.arrays import CHUNK_BYTES, constant_shapes, targets
+from cache_tools.arrays import CHUNK_BYTES, ArraySpec, TargetSpec, constant_shapes, targets
 from cache_tools.codec_features import STEPS
 from cache_tools.errors import FormatError
 from cache_tools.format import MANIFEST_KEY, Manifest, manifest_attribute
@@ -57,11 +57,7 @@ def lay_out(
     shape = (manifest.num_views, manifest.num_samples)
     for target in targets(manifest.recipe, manifest.block_rows):
         for spec in target.arrays:
-            axes = _dimensions(target.name)
-            if spec.width != target.width:  # numbers per row, or fewer than there are classes
-                axes = (*axes[:-1], f"{spec.name}_column")
-            chunks = (1, spec.chunk_rows, spec.width)
-            _add(group, spec.name, (*shape, spec.width), chunks, axes, spec.stored.create_arguments())
+            add_target_array(group, target, spec, shape)
     columns = commits.columns(manifest.recipe, manifest.block_rows)
     width = len(columns)
     table = {
@@ -77,6 +73,15 @@ def lay_out(
         _dimensions(commits.COMMITS),
         table,
     )
+
+
+def add_target_array(group: zarr.Group, target: TargetSpec, spec: ArraySpec, shape: tuple[int, int]) -> zarr.Array[Any]:
+    """One stored array of a target, empty, for `shape` = (views, samples)."""
+    axes = _dimensions(target.name)
+    if spec.width != target.width:  # numbers per row, or fewer than there are classes
+        axes = (*axes[:-1], f"{spec.name}_column")
+    chunks = (1, spec.chunk_rows, spec.width)
+    return _add(group, spec.name, (*shape, spec.width), chunks, axes, spec.stored.create_arguments())
 
 
 def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt.NDArray[Any]) -> None:

@@ -197,6 +197,21 @@ class TeacherCache:
             raise FormatError("a chunk is missing", where=f"{self.path / name}, view {view}", next_step=RESTORE)
         return values
 
+    def commit(self, view: int, block: int) -> dict[str, int]:
+        """The digests of a committed block by column: `view_parameters`, then each stored array (see `commits`).
+
+        Raises:
+            IncompleteError: not committed.
+            NotFoundError: no such view.
+        """
+        self._require_blocks(view, range(block, block + 1))
+        assert self._commits_read is not None
+        return dict(zip([commits.PARAMETERS, *self._specs], self._commits_read[view, block].tolist(), strict=True))
+
+    def committed_blocks(self) -> npt.NDArray[np.bool_]:
+        """Which blocks are committed, bool [V, blocks]; read anew while a build is under way."""
+        return self._committed()
+
     def constant(self, name: str) -> npt.NDArray[np.float32]:
         """An array that holds for all samples and views, float32; see `arrays.constant_shapes`."""
         shapes = constant_shapes(self.recipe)

@@ -51,8 +51,8 @@ class TargetCodecs(Frozen):
         return self.logits.caution(self.logits.temperature) if isinstance(self.logits, TopK) else None
 
     def of(self, target: str) -> AnyCodec:
-        """The codec of a target array, by its name."""
-        return self.logits if target.startswith(("fused_logits", "teacher_logits")) else self.features
+        """The codec of a target, by its name."""
+        return self.logits if kind_of(target) == "logits" else self.features
 
     @property
     def floating(self) -> bool:
@@ -64,6 +64,11 @@ class TargetCodecs(Frozen):
         if self.logits == self.features:
             return self.logits.codec
         return f"{self.logits.codec} logits, {self.features.codec} features"
+
+
+def kind_of(target: str) -> Literal["logits", "features"]:
+    """What a target is, by its name."""
+    return "logits" if target.startswith(("fused_logits", "teacher_logits")) else "features"
 
 
 def companded_for(num_classes: int, pack: Pack) -> Companded:

@@ -146,14 +146,32 @@ class CacheWriter:
         """
         rows = self._rows(view, block)
         where = f"view {view}, samples {rows.start}–{rows.stop - 1}"
-        encoded = self._encoder.encode(arrays, where=where)
-        if any(len(values) != rows.stop - rows.start for values in encoded.values()):
-            found = {name: list(np.shape(values)) for name, values in arrays.items()}
-            raise FormatError("wrong block", where=where, expected=f"{rows.stop - rows.start} rows", found=found)
-        commit = [parameter_digest or 1, *(commits.block_digest(encoded[spec.name]) for spec in self._specs)]
+        self.write_stored(view, block, self._encoder.encode(arrays, where=where), parameter_digest)
+
+    def write_stored(
+        self, view: int, block: int, arrays: Mapping[str, npt.NDArray[Any]], parameter_digest: int
+    ) -> None:
+        """As `write_block`, for rows that are encoded already.
+
+        Args:
+            arrays: [rows of the block, width] for each stored array, in its dtype.
+        """
+        rows = self._rows(view, block)
+        if set(arrays) != set(self._arrays):
+            raise FormatError("wrong arrays", where=self.path, expected=sorted(self._arrays), found=sorted(arrays))
+        for spec in self._specs:
+            values, shape = arrays[spec.name], (rows.stop - rows.start, spec.width)
+            if values.shape != shape or values.dtype.name != spec.dtype:
+                raise FormatError(
+                    "wrong block",
+                    where=f"{spec.name}, view {view}, samples {rows.start}–{rows.stop - 1}",
+                    expected=f"{spec.dtype} {list(shape)}",
+                    found=f"{values.dtype} {list(values.shape)}",
+                )
+        commit = [parameter_digest or 1, *(commits.block_digest(arrays[spec.name]) for spec in self._specs)]
         with translated(self.path):
             # The store flushes each chunk before it returns (durable.py): the commit cannot overtake its rows.
-            for name, values in encoded.items():
+            for name, values in arrays.items():
                 self._arrays[name][view, rows] = values
             self._commits[view, block] = np.array(commit, dtype=np.uint64)
 

@@ -1,0 +1,153 @@
+"""A cache made from another one, block by block, without a teacher pass: what converting and fusing have in common.
+
+It goes on where it stopped, as a build does, and it grows when its source has grown. A block is written when the source
+holds its rows, and after these have been compared with their commits.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools import registry
+from cache_tools.blocks import BlockReader
+from cache_tools.config import Frozen
+from cache_tools.console import Progress
+from cache_tools.format import FORMAT_VERSION, CacheRecipe, Manifest
+from cache_tools.writer import CacheWriter, check_free
+
+MAX_WORKERS = 4
+
+Constants = Mapping[str, npt.NDArray[np.float32]]
+Convert = Callable[[int, slice], Mapping[str, npt.NDArray[Any]]]
+
+
+class Derived(Frozen):
+    """What making a cache from another one did.
+
+    Attributes:
+        blocks: made now; `blocks_there` were there already, `blocks_missing` are not in the source yet.
+    """
+
+    path: Path
+    name: str
+    fingerprint: str
+    source: Path
+    source_fingerprint: str
+    blocks: int
+    blocks_there: int
+    blocks_missing: int
+
+
+def derived_manifest(
+    source: Manifest, recipe: CacheRecipe, name: str, *, block_rows: int | None = None, **changes: Any
+) -> Manifest:
+    """The manifest of a cache that is made from another one: its images, views and canaries, and how it came about.
+
+    Args:
+        recipe: of the new cache; `derived_from` is set here.
+        changes: other fields of the manifest.
+    """
+    recipe = recipe.model_copy(update={"derived_from": source.fingerprint})
+    now = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "versions": {package: version(package) for package in ("teacher-cache", "torch", "zarr")},
+        "source": {"name": source.name, "fingerprint": source.fingerprint, "stored": str(source.recipe.codecs)},
+    }
+    update = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": recipe.fingerprint,
+        "name": name,
+        "recipe": recipe,
+        "block_rows": block_rows or source.block_rows,
+        "constants_digest": "",
+        "provenance": {**source.provenance, **now},
+    }
+    return source.model_copy(update=update | changes)
+
+
+def derive(
+    source: BlockReader,
+    path: Path,
+    manifest: Manifest,
+    constants: Callable[[], Constants],
+    convert: Callable[[CacheWriter], Convert],
+    *,
+    title: str,
+) -> Derived:
+    """Make the cache of `manifest` at `path`, or go on with it.
+
+    Args:
+        manifest: of a new cache; one that is there already keeps its own, and grows to as many views.
+        constants: those of a new cache (`arrays.constant_shapes`); not asked for where one is there.
+        convert: given the opened cache, gives what turns (view, rows) of the source into stored arrays by name.
+        title: of the progress bar.
+
+    Raises:
+        MismatchError: another cache is at `path`.
+        FormatError: a damaged block in the source; what was written before it stays.
+        StorageError: storage that is full or read-only.
+    """
+    writer = _open_or_create(source, path, manifest, constants)
+    manifest = writer.manifest
+    missing = writer.missing_blocks()
+    ready = [(view, block) for view, block in missing if source.holds(view, manifest.block(block))]
+    total = manifest.num_views * manifest.num_blocks
+    if ready:
+        with Progress(title, total, "blocks", done=total - len(missing)) as progress:
+            _write_all(source, writer, ready, convert(writer), progress)
+    return Derived(
+        path=path,
+        name=manifest.name,
+        fingerprint=manifest.fingerprint,
+        source=source.cache.path,
+        source_fingerprint=source.cache.manifest.fingerprint,
+        blocks=len(ready),
+        blocks_there=total - len(missing),
+        blocks_missing=len(missing) - len(ready),
+    )
+
+
+def _open_or_create(
+    source: BlockReader, path: Path, manifest: Manifest, constants: Callable[[], Constants]
+) -> CacheWriter:
+    if registry.is_cache(path):
+        return CacheWriter.resume(path, manifest.fingerprint).grow(manifest.num_views)
+    check_free(path)  # before the constants are worked out, not after it
+    cache = source.cache
+    return CacheWriter.create(path, manifest, labels=cache.labels, sample_keys=cache.sample_keys, constants=constants())
+
+
+def _write_all(
+    source: BlockReader, writer: CacheWriter, pairs: list[tuple[int, int]], convert: Convert, progress: Progress
+) -> None:
+    """A few blocks at a time: checking, encoding and packing leave the interpreter lock alone."""
+
+    def write(view: int, block: int) -> None:
+        rows = writer.manifest.block(block)
+        writer.write_stored(view, block, convert(view, rows), source.parameter_digest(view, rows))
+
+    workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(workers, thread_name_prefix="derive") as pool:
+        try:
+            for pair in pairs:
+                pending.append(pool.submit(write, *pair))
+                if len(pending) > workers:
+                    pending.pop(0).result()
+                    progress.advance(1)
+            for future in pending:
+                future.result()
+                progress.advance(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
