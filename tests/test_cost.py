@@ -1,0 +1,135 @@
+"""Parameters and FLOPs against sums by hand, latency against orderings that hold on any machine."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from cache_tools.errors import RecipeError
+from train.cost import LEAST_RUNS, MOST_RUNS, count_flops, measure
+from train.students import create_student
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """Strided convolution, grouped convolution, batch norm, pool, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.linear = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(self.grouped(self.wide(x))).relu().mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One head of scaled dot products over pixels as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.linear(x.flatten(2).transpose(1, 2)).unsqueeze(1).chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(query, key, value).mean((1, 2))
+
+
+class Slow(nn.Module):
+    """Takes at least 3 ms per image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.003 * len(x))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_parameters_and_flops_by_hand():
+    cost = measure(Small(), (10, 14), CPU, batch_sizes=(1,), budget_s=0)
+    assert cost.parameters == (3 * 8 * 9 + 8) + (8 // 4 * 12 * 9) + 2 * 12 + (12 * 5 + 5)
+    wide = 5 * 7 * 8 * (3 * 9)  # output positions × channels × multiply-accumulates of each
+    grouped = 5 * 7 * 12 * (8 // 4 * 9)
+    assert cost.flops == 2 * (wide + grouped + 12 * 5)
+
+
+def test_attention_is_counted():
+    tokens, width = 6 * 4, 8
+    projections, scores_and_mixing = tokens * 3 * 24, 2 * tokens * tokens * width
+    assert count_flops(Attention().eval(), (6, 4)) == 2 * (projections + scores_and_mixing)
+
+
+def test_known_networks():
+    """Multiply-accumulates as others count them, in billions: timm's table at 224 × 224, resnet56 on CIFAR."""
+    expected = {("timm:resnet18", 224): 1.82, ("timm:vit_tiny_patch16_224", 224): 1.26, ("resnet56", 32): 0.126}
+    for (name, size), giga in expected.items():
+        with torch.device("meta"):  # shapes are enough
+            student = create_student(name, 1000 if size == 224 else 10).eval()
+        assert count_flops(student, (size, size)) / 2e9 == pytest.approx(giga, rel=0.02)
+
+
+def test_flops_grow_with_images_depth_and_width():
+    def flops(name: str, size: int = 32) -> int:
+        return count_flops(create_student(name, 10).eval(), (size, size))
+
+    assert flops("resnet8") < flops("resnet20") < flops("resnet56")
+    assert flops("resnet8") < flops("resnet8x4")
+    assert flops("resnet8", 64) == pytest.approx(4 * flops("resnet8", 32), rel=0.001)
+
+
+def test_latency_is_per_batch_of_each_size():
+    cost = measure(Slow(), (4, 4), CPU, batch_sizes=(1, 8), budget_s=0)
+    one, eight = cost.latency
+    assert (one.batch_size, eight.batch_size) == (1, 8)
+    assert 3 <= one.low_ms <= one.median_ms <= one.high_ms
+    assert eight.median_ms >= 24
+    assert one.runs == eight.runs == LEAST_RUNS
+    assert eight.images_per_s == pytest.approx(8000 / eight.median_ms)
+    assert cost.latency_ms(8) == eight.median_ms
+    assert (cost.device, cost.threads) == ("cpu", torch.get_num_threads())
+
+
+def test_a_budget_buys_more_runs():
+    more = measure(Slow(), (4, 4), CPU, batch_sizes=(1,), budget_s=0.2).latency[0].runs
+    assert LEAST_RUNS < more <= 0.2 / 0.003 + 1 <= MOST_RUNS
+
+
+def test_more_arithmetic_takes_longer():
+    """resnet110 against resnet8, more than 20 times: far more than the noise of a busy machine."""
+    small, large = (measure(create_student(name, 10), (32, 32), CPU, batch_sizes=(1,), budget_s=0.2)
+                    for name in ("resnet8", "resnet110"))  # fmt: skip
+    assert large.flops > 20 * small.flops
+    assert large.latency[0].median_ms > small.latency[0].median_ms
+
+
+def test_the_student_and_random_numbers_are_left_alone():
+    student = create_student("resnet8", 3).train()
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    random_state = torch.get_rng_state()
+    measure(student, (16, 16), CPU, batch_sizes=(2,), budget_s=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert student.training
+    assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+    assert student.conv1.weight.is_contiguous()
+
+
+def test_images_that_the_network_cannot_take():
+    with pytest.raises(RecipeError, match=r"cannot take such images.*\(30, 30\)"):
+        measure(create_student("timm:test_vit", 3), (30, 30), CPU)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    cost = measure(create_student("resnet8", 10), (32, 32), "cuda", budget_s=0.1)
+    on_cpu = measure(create_student("resnet8", 10), (32, 32), CPU, batch_sizes=(1,), budget_s=0)
+    assert (cost.flops, cost.parameters) == (on_cpu.flops, on_cpu.parameters)
+    assert cost.device == torch.cuda.get_device_name()
+    assert [entry.batch_size for entry in cost.latency] == [1, 128]

@@ -1,0 +1,161 @@
+"""What a student costs where it is used: parameters, arithmetic, latency."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cache_tools.config import Frozen
+from cache_tools.errors import RecipeError
+
+BATCH_SIZES = (1, 128)
+WARM_UP, LEAST_RUNS, MOST_RUNS = 3, 5, 200
+
+
+class Latency(Frozen):
+    """Milliseconds of one forward pass of a batch: the median, and the 10th and 90th percentile, of `runs` passes."""
+
+    batch_size: PositiveInt
+    median_ms: PositiveFloat
+    low_ms: PositiveFloat
+    high_ms: PositiveFloat
+    runs: PositiveInt
+
+    @property
+    def images_per_s(self) -> float:
+        """At the median."""
+        return 1e3 * self.batch_size / self.median_ms
+
+
+class Cost(Frozen):
+    """What a forward pass of a student costs.
+
+    Attributes:
+        parameters: trainable numbers; buffers (running means) are not among them.
+        flops: of one image, by torch's counter: multiplications and additions of convolutions, matrix products and
+            attention, so 2 per multiply-accumulate (twice the "MACs" or "FLOPs" of many papers). Batch norms,
+            activations and pooling are not counted.
+        latency: one entry per batch size, network alone: pixels are on the device and normalised.
+        image_size: (height, width) of the images.
+        device: the GPU's name, or "cpu".
+        threads: of torch; what a latency on the CPU depends on, and on a GPU the launching of small networks hardly.
+    """
+
+    parameters: int
+    flops: int
+    latency: tuple[Latency, ...]
+    image_size: tuple[PositiveInt, PositiveInt]
+    device: str
+    threads: PositiveInt
+
+    def latency_ms(self, batch_size: int) -> float:
+        """The median of a batch size that was measured."""
+        return next(entry.median_ms for entry in self.latency if entry.batch_size == batch_size)
+
+
+def measure(
+    student: nn.Module,
+    image_size: tuple[int, int],
+    device: torch.device | str,
+    *,
+    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    budget_s: float = 1.0,
+) -> Cost:
+    """Measure a student as it is used: eval mode, float32, channels-last, no gradients; `student` stays as it is.
+
+    Clocks: CUDA events on a GPU, the wall clock on the CPU. Each batch size is warmed up, then run at least five
+    times, and more often until `budget_s` seconds are spent. What else runs on the machine is in the figures.
+
+    Args:
+        image_size: (height, width).
+        device: where it is measured.
+
+    Raises:
+        RecipeError: images that the network cannot take.
+    """
+    device = torch.device(device)
+    model = copy.deepcopy(student).to(device).to(memory_format=torch.channels_last).eval()
+    with torch.inference_mode():
+        flops = count_flops(model, image_size)
+        latency = tuple(_latency(model, _images(size, image_size, device), budget_s) for size in batch_sizes)
+    return Cost(
+        parameters=count_parameters(model),
+        flops=flops,
+        latency=latency,
+        image_size=image_size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
+    """Floating-point operations of the forward pass of one image, 2 per multiply-accumulate; see `Cost.flops`.
+
+    Args:
+        model: in eval mode, on any device.
+
+    Raises:
+        RecipeError: images that the network cannot take.
+    """
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(_images(1, image_size, device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # too small for its strides, or not the size of a ViT
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecipeError("the student cannot take such images", where=f"{image_size}", found=reason) from error
+    return counter.get_total_flops()
+
+
+def _images(count: int, image_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Noise, drawn without touching torch's own random state. Zeros would do, were it not for denormals."""
+    noise = torch.randn(count, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    return noise.to(device, memory_format=torch.channels_last)
+
+
+def _latency(model: nn.Module, images: Tensor, budget_s: float) -> Latency:
+    run = _timed_on_gpu if images.is_cuda else _timed
+    for _ in range(WARM_UP):
+        run(model, images)
+    times_ms: list[float] = []
+    start = time.perf_counter()
+    while len(times_ms) < LEAST_RUNS or (time.perf_counter() - start < budget_s and len(times_ms) < MOST_RUNS):
+        times_ms.append(run(model, images))
+    deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
+    return Latency(
+        batch_size=len(images),
+        median_ms=statistics.median(times_ms),
+        low_ms=deciles[0],
+        high_ms=deciles[-1],
+        runs=len(times_ms),
+    )
+
+
+def _timed(model: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    start = time.perf_counter()
+    model(images)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _timed_on_gpu(model: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(images.device)
+    start.record(stream)
+    model(images)
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end)
