@@ -29,6 +29,7 @@ from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from tests import tiny_run
 from train import folder as run_files
+from train import group, one_run
 from train import run as runs
 from train.checkpoints import BEST, EMA, LAST, load_student, read_card
 from train.data import open_data
@@ -134,10 +135,10 @@ def test_an_interrupted_run_goes_on(monkeypatch, cache: Path, tmp_path, moment: 
 
     train_student(settings("through"))
     place, calls = {
-        "before the first state": (runs.checkpoints, ("save_state", 1)),
-        "between best and state": (runs.checkpoints, ("save_state", 3)),
-        "after a state": (runs.RunLog, ("write", 2)),
-        "at the end": (runs, ("_draw", 1)),
+        "before the first state": (one_run.checkpoints, ("save_state", 1)),
+        "between best and state": (one_run.checkpoints, ("save_state", 3)),
+        "after a state": (group.RunLog, ("write", 2)),
+        "at the end": (one_run, ("draw", 1)),
     }[moment]
     name, count = calls
     with monkeypatch.context() as patch:
@@ -208,7 +209,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(cache: Path, tmp_path, 
 def test_a_finished_run_is_shown_not_trained_again(monkeypatch, cache: Path, tmp_path):
     recipe = tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True)
     result = train_student(recipe)
-    monkeypatch.setattr(runs, "create_student", None)
+    monkeypatch.setattr(one_run, "create_student", None)
     assert train_student(recipe) == result
     assert train_student(recipe.model_copy(update={"device": "auto", "compare_with_labels": False})) == result
     with pytest.raises(TypeError):
@@ -242,11 +243,11 @@ def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures:
 def test_a_comparison_that_was_interrupted_is_made_up_for(monkeypatch, cache: Path, tmp_path):
     recipe = tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True)
     with monkeypatch.context() as patch:
-        interrupt(patch, runs.checkpoints, "save_state", 5)  # three epochs, then the second of the comparison
+        interrupt(patch, one_run.checkpoints, "save_state", 5)  # three epochs, then the second of the comparison
         with pytest.raises(KeyboardInterrupt):
             train_student(recipe)
     assert load_result(tmp_path / "run") is not None
-    monkeypatch.setattr(runs, "_command", lambda: "the same command")
+    monkeypatch.setattr(runs, "command_line", lambda: "the same command")
     result = train_student(recipe)
     assert result.labels_only is not None
     assert len(pl.read_parquet(tmp_path / "run" / "labels-only" / "metrics.parquet")) == 3

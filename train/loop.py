@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cache_tools.errors import RecipeError
 from cache_tools.format import Preprocessing
 from cache_tools.preprocess import prepare
-from train.feed import Feed, mixed_seed
+from train.feed import Batch, Feed, mixed_seed
 from train.objective import Objective
 from train.optim import create_optimiser, create_schedule
 from train.recipe import TrainRecipe
@@ -50,6 +50,7 @@ class Learner:
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
+        self._means = _Means(device)
 
     def train_epoch(self, feed: Feed, epoch: int, advance: Callable[[int], None]) -> dict[str, float]:
         """One pass over the feed.
@@ -63,26 +64,38 @@ class Learner:
         Raises:
             RecipeError: the loss is not a finite number any more.
         """
+        self.begin_epoch(epoch)
+        for batch in feed.epoch(epoch):
+            self.step(batch, model_inputs(batch, self.preprocessing))
+            advance(len(batch.labels))
+        return self.end_epoch(epoch)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Get ready for the steps of an epoch; seeds the global generators."""
         torch.manual_seed(mixed_seed(self.recipe.seed, epoch, 1))  # dropout and the like: a function of the epoch
         self.student.train()
         self.objective.train()
         self.objective.set_epoch(epoch)
-        means = _Means(self.device)
-        for batch in feed.epoch(epoch):
-            self.schedule.step_update(self.updates)
-            with self._autocast():
-                logits, features = self._forward(batch.pixels)
-            terms = self.objective(logits, features, batch)
-            self.optimiser.zero_grad(set_to_none=True)
-            self.scaler.scale(terms["loss"]).backward()
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
-            self.updates += 1
-            if self.average is not None:
-                self.average.update(self.student, self.updates)
-            means.add(terms, logits, batch.labels)
-            advance(len(batch.labels))
-        return _finite(means.compute(), epoch)
+        self._means = _Means(self.device)
+
+    def step(self, batch: Batch, inputs_NCHW: Tensor) -> None:
+        """Forward, loss, backward, update; `inputs_NCHW` are `model_inputs` of the batch."""
+        self.schedule.step_update(self.updates)
+        with self._autocast():
+            logits, features = self._forward(inputs_NCHW)
+        terms = self.objective(logits, features, batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(terms["loss"]).backward()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.updates += 1
+        if self.average is not None:
+            self.average.update(self.student, self.updates)
+        self._means.add(terms, logits, batch.labels)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Means of the epoch's steps, see `train_epoch`."""
+        return _finite(self._means.compute(), epoch)
 
     @property
     def learning_rate(self) -> float:
@@ -109,9 +122,8 @@ class Learner:
             self.average.module.load_state_dict(state["average"])
         self.updates = state["updates"]
 
-    def _forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, C], and the features [B, D] in front of the classifier if the loss has a term for them."""
-        inputs = prepare(pixels.contiguous(memory_format=torch.channels_last), self.preprocessing)
         if not self.recipe.loss.needs_features:
             return self.student(inputs), None
         student: Any = self.student  # timm's interface, which nn.Module does not declare
@@ -121,6 +133,11 @@ class Learner:
     def _autocast(self) -> torch.autocast:
         precision = _PRECISIONS[self.recipe.precision]
         return torch.autocast(self.device.type, precision, enabled=precision is not torch.float32)
+
+
+def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
+    """What a student sees of a batch: float32 [B, 3, H, W] in channels_last."""
+    return prepare(batch.pixels.contiguous(memory_format=torch.channels_last), preprocessing)
 
 
 @contextmanager
