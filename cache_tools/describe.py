@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,14 @@ import numpy as np
 from cache_tools import commits, registry
 from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.config import Frozen
+from cache_tools.errors import NotFoundError
 from cache_tools.format import ClipIdentity, Manifest, TeacherIdentity
-from cache_tools.registry import CacheRecord
+from cache_tools.listing import RemoteRecord, commit_names, remote_record
+from cache_tools.place import Place
+from cache_tools.registry import CacheRecord, complete_views
+from cache_tools.sizes import size_and_time
 from cache_tools.store import read_manifest
+from cache_tools.transfer import manifest_at
 
 
 class ArrayDetails(Frozen):
@@ -33,7 +41,7 @@ class ArrayDetails(Frozen):
 class CacheDetails(Frozen):
     """Everything `cache-tools info` shows."""
 
-    record: CacheRecord
+    record: CacheRecord | RemoteRecord
     complete_views: tuple[int, ...]
     arrays: tuple[ArrayDetails, ...]
     manifest: Manifest
@@ -49,12 +57,34 @@ def describe(path: Path) -> CacheDetails:
     return CacheDetails(
         record=registry.record(path),
         complete_views=tuple(registry.views_done(path, manifest)),
-        arrays=tuple(_arrays(path, manifest)),
+        arrays=_arrays(manifest, lambda name: size_and_time(path / name)[0]),
         manifest=manifest,
     )
 
 
-def print_table(records: list[CacheRecord]) -> None:
+def describe_remote(place: Place) -> CacheDetails:
+    """Look at a cache in an object store: its manifest and the list of its files; nothing is staged.
+
+    Raises:
+        NotFoundError, FormatError: no cache there, or one whose manifest is damaged.
+        StorageError: a store that does not answer.
+    """
+    manifest, entries = manifest_at(place), list(place.entries())
+    record = remote_record(place, entries)
+    if record is None:
+        raise NotFoundError("the cache has just been removed", where=place)
+    sizes = Counter[str]()
+    for entry in entries:
+        sizes[entry.key.partition("/")[0]] += entry.size
+    return CacheDetails(
+        record=record,
+        complete_views=tuple(complete_views(commit_names(entries), manifest)),
+        arrays=_arrays(manifest, lambda name: sizes[name]),
+        manifest=manifest,
+    )
+
+
+def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None:
     """One line per cache, then what is wrong with the damaged ones."""
     from rich.console import Console
     from rich.table import Table
@@ -62,13 +92,14 @@ def print_table(records: list[CacheRecord]) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("name", "fingerprint", "dataset", "teacher", "CLIP"):
         table.add_column(title, no_wrap=True)
-    for title in ("views", "size", "modified"):
+    local = not any(isinstance(record, RemoteRecord) for record in records)
+    for title in ("views", "size", "modified", *(("used",) if local else ())):
         table.add_column(title, no_wrap=True, justify="right")
     for record in records:
-        views = "damaged" if record.problem else f"{record.views_done}/{record.views_total}"
         modified = datetime.fromtimestamp(record.modified_s).strftime("%Y-%m-%d %H:%M")
         identity = (record.name, record.fingerprint[:12], record.dataset, record.teacher, record.clip)
-        table.add_row(*identity, views, human_bytes(record.size_bytes), modified)
+        used = (human_age(time.time() - record.used_s),) if local else ()
+        table.add_row(*identity, _views(record), human_bytes(record.size_bytes), modified, *used)
     # Piped output is for grep and awk: whole lines, however wide.
     Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
     for record in records:
@@ -81,14 +112,16 @@ def print_details(details: CacheDetails) -> None:
     manifest, recipe, record = details.manifest, details.manifest.recipe, details.record
     dataset = recipe.dataset
     height, width = dataset.image_size
-    _line("cache", str(record.path))
+    _line("cache", str(record.path) if isinstance(record, CacheRecord) else record.url)
+    if isinstance(record, CacheRecord) and record.origin is not None:
+        _line("mirror of", record.origin)
     _line("name", manifest.name)
     _line("fingerprint", manifest.fingerprint)
     _line(
         "dataset",
         f"{record.dataset}, {dataset.num_samples:,} samples, {manifest.num_classes} classes, {height}×{width}",
     )
-    state = "complete" if record.complete else "half-built: run the same build-cache command to go on"
+    state = "complete" if record.complete else _unfinished(record)
     _line("views", f"{record.views_done} of {record.views_total} done, {state}")
     _line("view recipe", f"version {recipe.views.version}, base seed {recipe.views.base_seed}, {_ops(recipe.views)}")
     for number, teacher in enumerate(recipe.teachers):
@@ -101,7 +134,9 @@ def print_details(details: CacheDetails) -> None:
           f"CLIP scale {scales} ({fusion.clip_scale}), prompt ensemble {fusion.prompt_ensemble}")  # fmt: skip
     _line("stored", f"{recipe.store}, {recipe.codecs}, teachers ran in {recipe.precision}")
     _line("blocks", f"{manifest.num_blocks} per view, {manifest.block_rows:,} rows each")
-    _line("size", f"{human_bytes(record.size_bytes)} on disk")
+    _line(
+        "size", f"{human_bytes(record.size_bytes)} {'on disk' if isinstance(record, CacheRecord) else 'in the store'}"
+    )
     for array in details.arrays:
         stored, dense = human_bytes(array.stored_bytes), human_bytes(array.dense_bytes)
         _line(f"  {array.name}", f"{'×'.join(map(str, array.shape))} {array.dtype}, {stored} stored of {dense}")
@@ -119,7 +154,34 @@ def human_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
 
 
-def _arrays(path: Path, manifest: Manifest) -> list[ArrayDetails]:
+def human_age(seconds: float) -> str:
+    """`40 min`, `3 h`, `12 d` ago; `now` within a minute."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return "now"
+    return (
+        f"{minutes:.0f} min"
+        if minutes < 99.5
+        else f"{minutes / 60:.0f} h"
+        if minutes < 2880
+        else f"{minutes / 1440:.0f} d"
+    )
+
+
+def _views(record: CacheRecord | RemoteRecord) -> str:
+    if record.problem:
+        return "damaged"
+    staged = " staged" if isinstance(record, CacheRecord) and record.origin is not None and not record.complete else ""
+    return f"{record.views_done}/{record.views_total}{staged}"
+
+
+def _unfinished(record: CacheRecord | RemoteRecord) -> str:
+    if isinstance(record, CacheRecord) and record.origin is not None:
+        return "the others are staged when they are needed"
+    return "half-built: run the same build-cache command to go on"
+
+
+def _arrays(manifest: Manifest, stored_bytes: Callable[[str], int]) -> tuple[ArrayDetails, ...]:
     views, samples = manifest.num_views, manifest.num_samples
     specs = target_arrays(manifest.recipe, manifest.block_rows)
     listed: list[tuple[str, tuple[int, ...], str, tuple[int, ...] | None]] = [
@@ -129,17 +191,17 @@ def _arrays(path: Path, manifest: Manifest) -> list[ArrayDetails]:
     listed.append((commits.COMMITS, (views, manifest.num_blocks, columns), "uint64", (1, 1, columns)))
     listed += [("labels", (samples,), "int64", None), ("sample_keys", (samples, 16), "uint8", None)]
     listed += [(name, shape, "float32", None) for name, shape in constant_shapes(manifest.recipe).items()]
-    return [
+    return tuple(
         ArrayDetails(
             name=name,
             shape=shape,
             dtype=dtype,
             chunks=chunks,
             dense_bytes=math.prod(shape) * np.dtype(dtype).itemsize,
-            stored_bytes=registry.size_and_time(path / name)[0],
+            stored_bytes=stored_bytes(name),
         )
         for name, shape, dtype, chunks in listed
-    ]
+    )
 
 
 def _ops(views: Any) -> str:

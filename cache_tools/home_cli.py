@@ -12,7 +12,8 @@ import typer
 from cache_tools import housekeeping, registry
 from cache_tools.console import command
 from cache_tools.describe import human_bytes
-from cache_tools.place import LocalPlace, Place, is_url, open_place
+from cache_tools.errors import StorageError
+from cache_tools.place import LocalPlace, Place, is_remote, open_place
 
 Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -43,6 +44,13 @@ def rm_command(
     yes: Yes = False,
 ) -> None:
     """Remove caches. Shows what would go; --yes removes it."""
+    for reference in references:
+        if is_remote(reference):
+            raise StorageError(
+                "only caches on a local disk are removed",
+                where=reference,
+                next_step="remove it with the tools of the object store, such as `aws s3 rm --recursive`",
+            )
     records = [registry.record(registry.resolve(reference)) for reference in references]
     for record in records:
         print(f"{'removing' if yes else 'would remove'} {record.path} ({human_bytes(record.size_bytes)})")
@@ -62,7 +70,7 @@ def prune_command(
     keep_size: Annotated[
         str | None, typer.Option("--keep-size", help="Least recently used ones, until the rest is no larger: 100GB.")
     ] = None,
-    incomplete: Annotated[bool, typer.Option("--incomplete", help="Half-built and damaged ones.")] = False,
+    incomplete: Annotated[bool, typer.Option("--incomplete", help="Half-built, damaged and partly staged ones.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -129,7 +137,7 @@ def copy_command(
     as_json: AsJson = False,
 ) -> None:
     """Copy a cache between any two places: only what is missing, checked."""
-    place = open_place(source) if is_url(source) else LocalPlace(registry.resolve(source))
+    place = open_place(source) if is_remote(source) else LocalPlace(registry.resolve(source))
     _copy(place, _target(target, place.name), "copy", as_json)
 
 

@@ -14,6 +14,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.durable import PARTIAL, sync_folder
 from cache_tools.errors import RecipeError, StorageError
+from cache_tools.origin import origin_file
 from cache_tools.place import LocalPlace
 from cache_tools.registry import CacheRecord, is_cache, used_file
 
@@ -27,7 +28,7 @@ class PruneRules(Frozen):
     Attributes:
         older_than_s: written last longer ago than this.
         unused_for_s: trained from (or built) last longer ago than this.
-        incomplete: half-built and damaged ones.
+        incomplete: half-built and damaged ones, and mirrors that are staged in part.
         keep_bytes: of what is left, the least recently used until the home is no larger than this.
     """
 
@@ -74,13 +75,14 @@ def remove(path: Path) -> None:
     if not is_cache(path):
         raise StorageError("not a cache: nothing was removed", where=path, expected="a folder with zarr.json")
     if busy := _busy(path, time.time()):
-        raise StorageError(f"{busy}: nothing was removed", where=path, next_step="try again when the build is done")
+        raise StorageError(f"{busy}: nothing was removed", where=path, next_step="try again when that is done")
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         path.rename(hidden)
         sync_folder(path.parent)
         shutil.rmtree(hidden)
-        used_file(path).unlink(missing_ok=True)
+        for beside in (used_file(path), origin_file(path)):
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error) from error
 
@@ -106,7 +108,7 @@ def num_bytes(text: str) -> int:
 def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
     reasons: Iterable[tuple[bool, str]] = (
         (rules.incomplete and record.problem is not None, "damaged"),
-        (rules.incomplete and not record.complete, "half-built"),
+        (rules.incomplete and not record.complete, "staged in part" if record.origin else "half-built"),
         (
             rules.older_than_s is not None and now_s - record.modified_s > rules.older_than_s,
             f"written {_days(now_s - record.modified_s)} ago",
@@ -125,7 +127,7 @@ def _busy(path: Path, now_s: float) -> str | None:
         newest = max((entry.modified_s for entry in claims_of(LocalPlace(path)).entries()), default=0.0)
     except OSError:
         return None
-    return "being built right now" if now_s - newest < EXPIRE_S else None
+    return "being built or staged right now" if now_s - newest < EXPIRE_S else None
 
 
 def _days(age_s: float) -> str:

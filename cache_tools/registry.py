@@ -7,14 +7,18 @@ import os
 import re
 import string
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from cache_tools import commits
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, NotFoundError, RecipeError
 from cache_tools.format import Manifest
+from cache_tools.origin import read_origin
 from cache_tools.place import is_remote
+from cache_tools.sizes import Sizes, size_and_time
 from cache_tools.store import read_manifest
 
 HOME_VARIABLE = "TEACHER_CACHE_HOME"
@@ -22,10 +26,9 @@ SUFFIX = ".zarr"
 MIN_PREFIX = 4
 
 
-class CacheRecord(Frozen):
-    """One cache of the home, as `cache-tools ls` shows it. A damaged one has a `problem` and little else."""
+class Summary(Frozen):
+    """What `cache-tools ls` says of a cache. A damaged one has a `problem` and little else."""
 
-    path: Path
     name: str
     fingerprint: str = ""
     dataset: str = ""
@@ -41,6 +44,13 @@ class CacheRecord(Frozen):
     @property
     def complete(self) -> bool:
         return self.problem is None and self.views_done == self.views_total
+
+
+class CacheRecord(Summary):
+    """A cache in a folder. `origin` is the URL that it is a mirror of: it has the views that were needed so far."""
+
+    path: Path
+    origin: str | None = None
 
 
 def cache_home() -> Path:
@@ -65,38 +75,58 @@ def is_cache(path: Path) -> bool:
 
 
 def list_caches(home: Path | None = None) -> list[CacheRecord]:
-    """Every cache of the home, by name, then path; also half-built and damaged ones."""
+    """Every cache of the home or another folder, by name, then path; also half-built and damaged ones.
+
+    A folder that is a cache itself is the only one.
+    """
     home = home or cache_home()
+    if is_cache(home):
+        return [record(home)]
     try:
         folders = sorted(path for path in home.glob(f"*{SUFFIX}") if not path.name.startswith("."))
     except OSError as error:
         raise storage_error(error) from error
-    return sorted((record(path) for path in folders), key=lambda found: (found.name, str(found.path)))
+    with Sizes(home) as sizes:
+        records = [record(path, sizes.of(path)) for path in folders]
+    return sorted(records, key=lambda found: (found.name, str(found.path)))
 
 
-def record(path: Path) -> CacheRecord:
-    """What there is to know about one cache without reading its arrays."""
-    size_bytes, modified_s = size_and_time(path)
+def record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
+    """What there is to know about one cache without reading its arrays.
+
+    Args:
+        size: its `size_and_time`, if that is known.
+    """
+    size_bytes, modified_s = size_and_time(path) if size is None else size
+    origin = read_origin(path)
     try:
         manifest = read_manifest(path)
     except CacheError as error:
         name = re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX))
         times = {"modified_s": modified_s, "used_s": modified_s}
         return CacheRecord(path=path, name=name, size_bytes=size_bytes, problem=str(error), **times)
-    recipe = manifest.recipe
     return CacheRecord(
         path=path,
-        name=manifest.name,
-        fingerprint=manifest.fingerprint,
-        dataset=f"{recipe.dataset.name}/{recipe.dataset.split}",
-        teacher=" + ".join(teacher.architecture for teacher in recipe.teachers),
-        clip=" + ".join(clip.architecture for clip in recipe.clips),
+        origin=None if origin is None else origin.url,
+        **summary(manifest),
         views_done=len(views_done(path, manifest)),
-        views_total=manifest.num_views,
         size_bytes=size_bytes,
         modified_s=modified_s,
         used_s=max(modified_s, _used_s(path)),
     )
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """The fields of `Summary` that the manifest determines."""
+    recipe = manifest.recipe
+    return {
+        "name": manifest.name,
+        "fingerprint": manifest.fingerprint,
+        "dataset": f"{recipe.dataset.name}/{recipe.dataset.split}",
+        "teacher": " + ".join(teacher.architecture for teacher in recipe.teachers),
+        "clip": " + ".join(clip.architecture for clip in recipe.clips),
+        "views_total": manifest.num_views,
+    }
 
 
 def mark_used(path: Path) -> None:
@@ -125,6 +155,11 @@ def views_done(path: Path, manifest: Manifest) -> list[int]:
         names = os.listdir(path / commits.COMMITS)
     except OSError:
         return []
+    return complete_views(names, manifest)
+
+
+def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
+    """The views of which every block has one of these commit files."""
     counts = Counter(pair[0] for name in names if (pair := commits.parse_file_name(name)) is not None)
     return [view for view in range(manifest.num_views) if counts[view] >= manifest.num_blocks]
 
@@ -209,17 +244,3 @@ def _known(caches: list[CacheRecord]) -> str:
         if names
         else "give another path, or run `build-cache` first"
     )
-
-
-def size_and_time(path: Path) -> tuple[int, float]:
-    """Bytes of all files, and when the newest was written; 0 where nothing can be read."""
-    total, newest = 0, 0.0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                status = os.stat(os.path.join(folder, name))
-            except OSError:  # a builder has just renamed it
-                continue
-            total += status.st_size
-            newest = max(newest, status.st_mtime)
-    return total, newest

@@ -23,6 +23,7 @@ import typer
 from cache_tools import registry
 from cache_tools.console import command, resolve_device
 from cache_tools.memory import keep_freed_memory
+from cache_tools.sizes import size_and_time
 from train.data import open_data
 from train.recipe import load_train_recipe
 from train.result import load_result
@@ -138,7 +139,7 @@ def _bytes(name: str) -> float:
     path = registry.find(name).path
     folders = [folder for folder in path.iterdir() if (folder / "c.0.0.0").is_file() and folder.name != "commits"]
     whole = [folder for folder in folders if any(folder.glob("c.1.*"))]  # constants have no second view
-    return sum(registry.size_and_time(folder)[0] for folder in whole) / (SAMPLES * VIEWS)
+    return sum(size_and_time(folder)[0] for folder in whole) / (SAMPLES * VIEWS)
 
 
 def _mean_std(values: list[float]) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def run(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProce
 
 def test_ls_lists_complete_half_built_and_damaged_caches(home: Path) -> None:
     header, broken, digits, half, problem = run(home, "ls").stdout.splitlines()
-    assert header.split() == ["name", "fingerprint", "dataset", "teacher", "CLIP", "views", "size", "modified"]
+    assert header.split() == ["name", "fingerprint", "dataset", "teacher", "CLIP", "views", "size", "modified", "used"]
     assert broken.split()[:2] == ["broken", "damaged"]
     fingerprint = tiny_manifest(IMAGES).fingerprint[:12]
     assert digits.split()[:6] == ["digits", fingerprint, "digits/train", "tiny_teacher", "tiny_clip", "3/3"]
@@ -60,6 +61,38 @@ def test_ls_json_has_everything(home: Path) -> None:
     assert [record["complete"] for record in records] == [False, True, False]
     assert "zarr.json" in records[0]["problem"]
     assert records[1]["path"] == str(registry.resolve(Path(records[1]["path"])))
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--complete"], ["digits"]),
+        (["--incomplete"], ["broken", "half"]),
+        (["--name", "DIG"], ["digits"]),
+        (["--dataset", "digits/", "--teacher", "tiny_t*r", "--incomplete"], ["half"]),
+        (["--larger-than", "1B", "--unused-for", "0s"], ["broken", "digits", "half"]),
+        (["--larger-than", "1GB"], []),
+        (["--unused-for", "1d"], []),
+    ],
+)
+def test_ls_filters(home: Path, options: list[str], names: list[str]) -> None:
+    assert [record["name"] for record in json.loads(run(home, "ls", "--json", *options).stdout)] == names
+    table = run(home, "ls", *options).stdout
+    assert [name for name in ("broken", "digits", "half") if f"{name} " in table] == names
+    assert names or table == f"No cache in {home} is like that.\n"
+
+
+def test_ls_of_a_bad_filter_is_one_clear_error(home: Path) -> None:
+    assert "expected a size such as 100GB" in run(home, "ls", "--larger-than", "big", code=2).stderr
+    assert "expected a time such as 30d" in run(home, "ls", "--unused-for", "1 year", code=2).stderr
+
+
+def test_ls_of_another_folder_and_of_one_cache(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "share").mkdir()
+    shutil.copytree(home, tmp_path / "share", dirs_exist_ok=True)
+    assert len(json.loads(run(tmp_path / "none", "ls", str(tmp_path / "share"), "--json").stdout)) == 3
+    one = next((tmp_path / "share").glob("half-*"))
+    assert [record["path"] for record in json.loads(run(home, "ls", str(one), "--json").stdout)] == [str(one)]
 
 
 def test_ls_of_an_empty_home_says_what_to_do(tmp_path: Path) -> None:
@@ -123,7 +156,7 @@ def test_info_json_holds_the_whole_manifest(home: Path) -> None:
         ("nothing", "no such cache (nothing)"),
         ("digts", "Did you mean digits"),
         ("./nowhere", "no cache here (nowhere)"),
-        ("s3://bucket/c", "needs a cache on a local disk"),
+        ("nosuch://bucket/c", "not a URL of an object store"),
         ("broken", "zarr.json"),
     ],
 )

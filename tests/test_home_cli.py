@@ -50,6 +50,38 @@ def test_pushed_to_a_bucket_and_pulled_into_another_home(home: Path, server: str
     )
 
 
+def test_caches_of_a_bucket_are_listed_and_described(home: Path, server: str, tmp_path: Path) -> None:
+    bucket, other = f"s3://{new_bucket()}/caches", tmp_path / "other"
+    assert run(other, "ls", bucket).stdout == f"No caches in {bucket}. Run `build-cache` to make one.\n"
+    run(home, "push", "digits", bucket)
+    (record,) = json.loads(run(other, "ls", bucket, "--json").stdout)
+    assert (record["url"], record["views_done"], record["complete"]) == (f"{bucket}/{NAME}", 3, True)
+    header, line = run(other, "ls", bucket, "--complete", "--name", "dig").stdout.splitlines()
+    assert header.split()[-1] == "modified"
+    assert line.split()[:2] == ["digits", MANIFEST.fingerprint[:12]]
+    assert "is like that" in run(other, "ls", bucket, "--incomplete").stdout
+    there, here = run(other, "info", f"{bucket}/{NAME}").stdout, run(home, "info", "digits").stdout
+    assert there.splitlines()[0].endswith(f"{bucket}/{NAME}")
+    assert there.splitlines()[1:] == here.replace(" on disk", " in the store").splitlines()[1:]
+    assert not other.exists(), "nothing was staged"
+
+
+def test_a_mirror_says_what_it_is(home: Path, server: str, tmp_path: Path) -> None:
+    url, other = f"s3://{new_bucket()}/caches/{NAME}", tmp_path / "other"
+    run(home, "push", "digits", url)
+    run(other, "stats", url, "--view", "1")
+    assert "1/3 staged" in run(other, "ls").stdout
+    assert json.loads(run(other, "ls", "--json").stdout)[0]["origin"] == url
+    text = run(other, "info", "digits").stdout
+    assert f"mirror of:             {url}" in text
+    assert "1 of 3 done, the others are staged when they are needed" in text
+    run(other, "stats", "digits")
+    assert "3/3" in run(other, "ls").stdout
+    assert "staged" not in run(other, "ls").stdout
+    run(other, "rm", "digits", "--yes")
+    assert {path.name for path in other.iterdir()} <= {".sizes.json"}
+
+
 def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
     run(home, "copy", str(home / NAME), str(tmp_path / "share"))
     assert "sound" in run(home, "verify", str(tmp_path / "share" / NAME)).stdout
@@ -67,6 +99,9 @@ def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
         (("prune", "--keep-size", "lots"), "expected a size such as 100GB"),
         (("verify", "nosuch"), "no such cache (nosuch)"),
         (("rm", "nosuch", "--yes"), "no such cache (nosuch)"),
+        (("rm", "s3://bucket/c.zarr"), "only caches on a local disk are removed (s3://bucket/c.zarr)"),
+        (("path", "s3://bucket/c.zarr"), "`cache-tools pull s3://bucket/c.zarr` brings it"),
+        (("push", "s3://bucket/c.zarr", "/nowhere"), "`cache-tools pull s3://bucket/c.zarr` brings it"),
     ],
 )
 def test_bad_input_is_one_clear_error(home: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -85,7 +120,7 @@ def test_nothing_is_removed_without_yes(home: Path) -> None:
     found = json.loads(run(home, "prune", "--keep-size", "0B", "--yes", "--json").stdout)
     assert found["removed"]
     assert [each["record"]["name"] for each in found["caches"]] == ["digits"]
-    assert list(home.iterdir()) == []
+    assert {path.name for path in home.iterdir()} <= {".sizes.json"}
 
 
 def test_a_damaged_block_is_found_dropped_and_built_again(home: Path) -> None:
