@@ -70,7 +70,9 @@ def prune_command(
     keep_size: Annotated[
         str | None, typer.Option("--keep-size", help="Least recently used ones, until the rest is no larger: 100GB.")
     ] = None,
-    incomplete: Annotated[bool, typer.Option("--incomplete", help="Half-built, damaged and partly staged ones.")] = False,
+    incomplete: Annotated[
+        bool, typer.Option("--incomplete", help="Half-built, damaged and partly staged ones.")
+    ] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
