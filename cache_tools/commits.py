@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,12 @@ def parse_file_name(name: str) -> tuple[int, int] | None:
     """(view, block) of a commit file; None for another file."""
     match = _FILE_NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def committed_pairs(names: Iterable[str], manifest: Manifest) -> list[tuple[int, int]]:
+    """(view, block) of every commit file that the manifest promises, ascending."""
+    pairs = (pair for name in names if (pair := parse_file_name(name)) is not None)
+    return sorted(pair for pair in pairs if pair[0] < manifest.num_views and pair[1] < manifest.num_blocks)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
 
 from cache_tools.durable import put_durably
+from cache_tools.read_store import ReadStore
 
 
-class DurableStore(LocalStore):
-    """A zarr LocalStore whose `set` returns when the bytes and the name are on the disk.
+class DurableStore(ReadStore):
+    """A ReadStore whose `set` returns when the bytes and the name are on the disk.
 
     zarr's own store replaces files atomically but leaves flushing to the operating system; a commit must never reach
     the disk before the rows it vouches for, not even when the power fails.

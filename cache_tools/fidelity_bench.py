@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from cache_tools import fidelity
+from cache_tools.array_layout import target_layout
 from cache_tools.arrays import ArraySpec, TargetSpec, targets
 from cache_tools.blocks import BlockReader, Rows, Stored
 from cache_tools.codecs import SparseTargets, TopK
@@ -26,7 +27,7 @@ from cache_tools.errors import FormatError
 from cache_tools.fidelity_student import fit_student
 from cache_tools.format import CacheRecipe
 from cache_tools.fusion import centre_rows
-from cache_tools.layout import add_target_array
+from cache_tools.layout import add_array
 from cache_tools.recode import Recoder, fit_sample, recoded_constants
 from cache_tools.refusion import Fusion
 from cache_tools.target_codecs import TargetCodecs, kind_of
@@ -202,7 +203,7 @@ def stored_bytes(target: TargetSpec, array: ArraySpec, values: npt.NDArray[Any],
     files: dict[str, Any] = {}
     if len(values) < num_samples:
         array = array.model_copy(update={"chunk_rows": min(array.chunk_rows, len(values))})
-    made = add_target_array(create_group(MemoryStore(files)), target, array, (1, len(values)))
+    made = add_array(create_group(MemoryStore(files)), array.name, target_layout(target, array, (1, len(values))))
     made[0] = values
     return sum(len(data) for key, data in files.items() if key.startswith(f"{array.name}/c"))
 

@@ -8,7 +8,7 @@ included.
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,16 @@ import numpy as np
 import zarr
 
 from cache_tools import commits
+from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError, FormatError
+from cache_tools.files import MAX_METADATA_BYTES, check_file
 from cache_tools.format import FORMAT_VERSION, Manifest
-from cache_tools.layout import constants_digest, lay_out
-from cache_tools.store import open_group, read_manifest, translated
+from cache_tools.layout import constants_digest, metadata_files
+from cache_tools.store import check_chunks, open_array, open_group, read_manifest, read_whole, translated
 
 WORKERS = 8
 METADATA = "zarr.json"
@@ -109,14 +111,15 @@ def repair(path: Path, verification: Verification) -> Repair:
     dropped, rewritten = set(), []
     expected: dict[str, Any] = {}
     for problem in verification.problems:
-        if problem.cure == "block" and problem.view is not None and problem.block is not None:
-            (path / commits.COMMITS / commits.file_name(problem.view, problem.block)).unlink(missing_ok=True)
-            dropped.add((problem.view, problem.block))
-        elif problem.cure == "metadata":
-            expected = expected or _expected_metadata(manifest)
-            name = str(Path(problem.where).relative_to(path))
-            put_durably(path / name, json.dumps(expected[name], indent=2).encode())
-            rewritten.append(name)
+        with translated(problem.where):
+            if problem.cure == "block" and problem.view is not None and problem.block is not None:
+                (path / commits.COMMITS / commits.file_name(problem.view, problem.block)).unlink(missing_ok=True)
+                dropped.add((problem.view, problem.block))
+            elif problem.cure == "metadata":
+                expected = expected or metadata_files(manifest)
+                name = str(Path(problem.where).relative_to(path))
+                put_durably(path / name, json.dumps(expected[name], indent=2).encode())
+                rewritten.append(name)
     left = tuple(problem for problem in verification.problems if problem.cure == "copy")
     return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
 
@@ -126,21 +129,19 @@ class _Reader:
 
     def __init__(self, path: Path, manifest: Manifest, damaged: set[str]) -> None:
         self.path, self.manifest, self.bytes = path, manifest, 0
-        self._group, self._damaged = open_group(path), damaged
         self._lock = threading.Lock()
+        self._layouts, self._damaged = array_layouts(manifest), damaged
+        self._group = open_group(path, self._layouts)
         self._specs = target_arrays(manifest.recipe, manifest.block_rows)
         names = [*(spec.name for spec in self._specs), commits.COMMITS]
         self._arrays: dict[str, zarr.Array[Any]] = {
-            name: self._group[name]  # type: ignore[misc]
-            for name in names
-            if name not in damaged
+            name: open_array(self._group, path, name, self._layouts) for name in names if name not in damaged
         }
 
     def committed(self) -> list[tuple[int, int]]:
         """Blocks with a commit file."""
-        there = (commits.parse_file_name(file.name) for file in (self.path / commits.COMMITS).iterdir())
-        views, blocks = self.manifest.num_views, self.manifest.num_blocks
-        return sorted(pair for pair in there if pair is not None and pair[0] < views and pair[1] < blocks)
+        with translated(self.path / commits.COMMITS):
+            return commits.committed_pairs(os.listdir(self.path / commits.COMMITS), self.manifest)
 
     def constant_problems(self) -> list[Problem]:
         """Labels, keys and constants: readable, finite, and those of the recipe."""
@@ -150,9 +151,8 @@ class _Reader:
             if name in self._damaged:
                 continue
             try:
-                found[name] = self._read(self._group[name], ...)
-                if found[name].dtype.kind == "f" and not np.isfinite(found[name]).all():
-                    raise FormatError("a number is not finite, or a chunk is missing")
+                found[name] = read_whole(self._group, self.path, name, self._layouts)
+                self.bytes += found[name].nbytes
             except CacheError as error:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
         constants = {name: found[name] for name in constant_shapes(self.manifest.recipe) if name in found}
@@ -190,8 +190,10 @@ class _Reader:
         return problems
 
     def _rows_trouble(self, spec: ArraySpec, view: int, block: int, digest: int) -> str | None:
+        selected = self.manifest.block(block)
         try:
-            rows = self._read(self._arrays[spec.name], (view, self.manifest.block(block)))
+            check_chunks(spec, self.manifest, self.path, view, selected.start, selected.stop)
+            rows = self._read(self._arrays[spec.name], (view, selected))
         except CacheError as error:
             return error.what
         if not np.isfinite(rows).all():
@@ -212,14 +214,17 @@ class _Reader:
 
 def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     """zarr.json of the group and of every array, field by field."""
-    for name, expected in _expected_metadata(manifest).items():
+    for name, expected in metadata_files(manifest).items():
         file = path / name
         try:
+            check_file(file, MAX_METADATA_BYTES)
             found = json.loads(file.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("not an object")
         except FileNotFoundError:
             yield Problem(where=str(file), what="missing metadata", cure="metadata")
             continue
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError, FormatError):
             yield Problem(where=str(file), what="metadata that cannot be read", cure="metadata")
             continue
         if name == METADATA:  # the manifest in it has a digest of its own
@@ -233,19 +238,9 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem(where=str(file), what=f"metadata is not what it should be: {', '.join(keys)}", cure=cure)
 
 
-def _longer(found: Any, expected: dict[str, Any]) -> bool:
+def _longer(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     """Whether an array has the promised shape with more views."""
-    if not isinstance(found, dict) or not isinstance(found.get("shape"), list) or not found["shape"]:
+    if not isinstance(found.get("shape"), list) or not found["shape"]:
         return False
     first, wanted = found["shape"][0], expected["shape"]
     return found["shape"][1:] == wanted[1:] and isinstance(first, int) and first > wanted[0]
-
-
-def _expected_metadata(manifest: Manifest) -> dict[str, Any]:
-    """What this version would write for the manifest: contents of every zarr.json, by file name."""
-    samples = manifest.num_samples
-    constants = {name: np.zeros(shape, np.float32) for name, shape in constant_shapes(manifest.recipe).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "cache"
-        lay_out(root, manifest, np.zeros(samples, np.int64), np.zeros((samples, 16), np.uint8), constants)
-        return {str(file.relative_to(root)): json.loads(file.read_bytes()) for file in root.rglob(METADATA)}

@@ -15,9 +15,9 @@ from zarr.buffer.cpu import NDBuffer
 
 from cache_tools import commits
 from cache_tools.arrays import ArraySpec
-from cache_tools.errors import FormatError
+from cache_tools.errors import FormatError, StorageError
 from cache_tools.format import Manifest
-from cache_tools.store import translated
+from cache_tools.store import check_chunks, damaged_block, translated
 
 
 def load_array(
@@ -40,9 +40,10 @@ def load_array(
 
     Raises:
         FormatError: damaged, missing or uncommitted rows; names the block and how to have it computed again.
-        StorageError: unreadable storage.
+        StorageError: unreadable storage, or less memory than a view takes.
     """
-    tensor = torch.empty((manifest.num_samples, spec.width), dtype=getattr(torch, spec.dtype), pin_memory=pin)
+    check_chunks(spec, manifest, path, view, 0, manifest.num_samples)
+    tensor = _memory((manifest.num_samples, spec.width), getattr(torch, spec.dtype), pin, path / spec.name)
     values = tensor.numpy()
     try:
         with translated(f"{path / spec.name}, view {view}"):
@@ -51,15 +52,27 @@ def load_array(
         raise _find_damage(array, spec, manifest, path, view, error) from error
     # The fill value never is the first number of a row that was written: the file of a chunk is gone.
     for chunk in np.flatnonzero(spec.stored.is_fill(values[:: spec.chunk_rows, 0])).tolist():
-        block = chunk * spec.chunk_rows // manifest.block_rows
-        raise _damaged("a chunk is missing", path, spec.name, view, block)
+        raise damaged_block("a chunk is missing", path, spec, manifest, view, chunk * spec.chunk_rows)
     if digests is not None:
         rows = [values[manifest.block(block)] for block in range(manifest.num_blocks)]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
             for block, digest in enumerate(pool.map(commits.block_digest, rows)):
                 if digest != digests[block]:
-                    raise _damaged("stored rows are not those that were committed", path, spec.name, view, block)
+                    what, row = "stored rows are not those that were committed", block * manifest.block_rows
+                    raise damaged_block(what, path, spec, manifest, view, row)
     return tensor
+
+
+def _memory(shape: tuple[int, int], dtype: torch.dtype, pin: bool, where: Path) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=pin)
+    except (RuntimeError, MemoryError) as error:
+        raise StorageError(
+            "a view does not fit into memory",
+            where=where,
+            expected=f"{shape[0] * shape[1] * dtype.itemsize / 1e9:,.1f} GB",
+            next_step="use a machine with more memory, or a cache of fewer samples",
+        ) from error
 
 
 def _find_damage(
@@ -69,15 +82,6 @@ def _find_damage(
         try:
             array[view, manifest.block(block)]
         except Exception:  # whatever the codecs raise
-            return _damaged("damaged or unreadable", path, spec.name, view, block, error.found)
+            row = block * manifest.block_rows
+            return damaged_block("damaged or unreadable", path, spec, manifest, view, row, error.found)
     return error
-
-
-def _damaged(what: str, path: Path, name: str, view: int, block: int, found: object = None) -> FormatError:
-    commit = path / commits.COMMITS / commits.file_name(view, block)
-    return FormatError(
-        what,
-        where=f"{path / name}, view {view}, block {block}",
-        found=found,
-        next_step=f"remove {commit} and run the same build-cache command: it computes the block again",
-    )

@@ -8,16 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from cache_tools import commits, registry, staging
+from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import constant_shapes, targets
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format import CacheRecipe
 from cache_tools.place import is_remote
 from cache_tools.refusion import Fusion
-from cache_tools.store import RESTORE, open_array, open_group, read_commits, read_constant, read_manifest, translated
+from cache_tools.store import (
+    RESTORE,
+    check_chunks,
+    open_array,
+    open_group,
+    read_commits,
+    read_manifest,
+    read_whole,
+    translated,
+)
 from cache_tools.verify import check_canaries, check_dataset, make_canaries, pixel_digest
 
 if TYPE_CHECKING:
@@ -50,17 +59,14 @@ class TeacherCache:
 
     def __init__(self, path: Path, origin: staging.Origin | None = None) -> None:
         self.path, self.manifest, self.origin = path, read_manifest(path), origin
-        self._group = open_group(path)
         self.targets = {spec.name: spec for spec in targets(self.recipe, self.manifest.block_rows)}
         self._specs = {array.name: array for spec in self.targets.values() for array in spec.arrays}
         for spec in self._specs.values():
             spec.stored.check_readable()
-        self._arrays = {
-            name: self._open(name, (self.num_views, self.num_samples, spec.width), spec.dtype, more_views=True)
-            for name, spec in self._specs.items()
-        }
-        shape = (self.num_views, self.manifest.num_blocks, 1 + len(self._specs))
-        self._commit_table = self._open(commits.COMMITS, shape, "uint64", more_views=True)
+        self._layouts = array_layouts(self.manifest)
+        self._group = open_group(path, self._layouts)
+        self._arrays = {name: open_array(self._group, path, name, self._layouts) for name in self._specs}
+        self._commit_table = open_array(self._group, path, commits.COMMITS, self._layouts)
         self._commits_read: npt.NDArray[np.uint64] | None = None
 
     @classmethod
@@ -191,6 +197,7 @@ class TeacherCache:
         start, stop, _ = rows.indices(self.num_samples)
         size = self.manifest.block_rows
         self._require_blocks(view, range(start // size, -(-stop // size)))
+        check_chunks(self._specs[name], self.manifest, self.path, view, start, stop)
         with translated(f"{self.path / name}, view {view}"):
             values = np.asarray(self._arrays[name][view, rows])
         if self._specs[name].stored.is_fill(values[:, 0]).any():
@@ -217,7 +224,7 @@ class TeacherCache:
         shapes = constant_shapes(self.recipe)
         if name not in shapes:
             raise NotFoundError("no such constant", where=self.path, expected=", ".join(shapes), found=name)
-        return read_constant(self._group, self.path, name, shapes[name])
+        return read_whole(self._group, self.path, name, self._layouts)
 
     def require_complete(self) -> None:
         """Raise IncompleteError unless every view is built."""
@@ -248,18 +255,10 @@ class TeacherCache:
 
     @cached_property
     def _samples(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        labels = self._open("labels", (self.num_samples,), "int64")
-        keys = self._open("sample_keys", (self.num_samples, 16), "uint8")
-        with translated(self.path / "labels"):
-            label_values = np.asarray(labels[...])
-        with translated(self.path / "sample_keys"):
-            key_values = np.asarray(keys[...])
-        if commits.content_digest(key_values, label_values, self.class_names) != self.recipe.dataset.content_digest:
+        labels, keys = (read_whole(self._group, self.path, name, self._layouts) for name in ("labels", "sample_keys"))
+        if commits.content_digest(keys, labels, self.class_names) != self.recipe.dataset.content_digest:
             raise FormatError("labels or sample keys are damaged", where=self.path, next_step=RESTORE)
-        return label_values, key_values
-
-    def _open(self, name: str, shape: tuple[int, ...], dtype: str, *, more_views: bool = False) -> zarr.Array[Any]:
-        return open_array(self._group, self.path, name, shape, dtype, more_views=more_views)
+        return labels, keys
 
     def _tensor(self, name: str) -> torch.Tensor:
         import torch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools import commits
+from cache_tools.array_layout import ArrayLayout
+from cache_tools.arrays import ArraySpec
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, FormatError, NotFoundError
+from cache_tools.files import MAX_METADATA_BYTES, check_file
 from cache_tools.format import MANIFEST_KEY, Manifest, parse_manifest
 
 if TYPE_CHECKING:
     import zarr
 
+Layouts = Mapping[str, ArrayLayout]
 RESTORE = "restore it from a copy, or remove the cache and build it again"
 
 
@@ -32,6 +37,7 @@ def read_manifest(path: Path) -> Manifest:
         StorageError: not readable.
     """
     file = path / "zarr.json"
+    check_file(file, MAX_METADATA_BYTES)
     try:
         group = json.loads(file.read_bytes())
         attributes = group["attributes"]
@@ -50,62 +56,49 @@ def read_manifest(path: Path) -> Manifest:
     return parse_manifest(attributes.get(MANIFEST_KEY), where=str(path))
 
 
-def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
+def open_group(path: Path, layouts: Layouts, *, writable: bool = False) -> zarr.Group:
     """The zarr group of the cache at `path`; a writable one flushes every write to the disk."""
     import zarr
-    from zarr.storage import LocalStore
+
+    from cache_tools.durable_store import DurableStore
+    from cache_tools.read_store import ReadStore
 
     quiet_numcodecs()
+    limits = {name: layout.max_file_bytes for name, layout in layouts.items()}
+    store = (DurableStore if writable else ReadStore)(path, read_only=not writable, limits=limits)
     with translated(path):
-        if not writable:
-            return zarr.open_group(LocalStore(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
-        from cache_tools.durable_store import DurableStore
-
-        return zarr.open_group(DurableStore(path), mode="r+", zarr_format=3, use_consolidated=False)
+        return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3, use_consolidated=False)
 
 
-def open_array(
-    group: zarr.Group, path: Path, name: str, shape: tuple[int, ...], dtype: str, *, more_views: bool = False
-) -> zarr.Array[Any]:
+def open_array(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> zarr.Array[Any]:
     """One array of a cache, checked against what the manifest promises.
 
-    Args:
-        more_views: axis 0 may be longer: growing a cache resizes its arrays before it changes the manifest.
-
     Raises:
-        FormatError: missing, or another shape or dtype.
+        FormatError: missing, or stored otherwise (`bounded.checked`).
     """
-    import zarr
+    from cache_tools.bounded import checked
 
     where = path / name
     with translated(where):
         if name not in group:
             raise FormatError("missing array", where=where, next_step=RESTORE)
-        array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise FormatError("wrong array", where=where, expected="a zarr array", found="a group")
-    fits = array.shape == shape or (more_views and array.shape[1:] == shape[1:] and array.shape[0] >= shape[0])
-    if not fits or array.dtype.name != dtype:
-        raise FormatError(
-            "wrong array",
-            where=where,
-            expected=f"{dtype} {list(shape)}",
-            found=f"{array.dtype} {list(array.shape)}",
-        )
-    return array
+        return checked(group[name], layouts[name], where)
 
 
-def read_constant(group: zarr.Group, path: Path, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """An array that holds for all samples and views, float32.
+def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> npt.NDArray[Any]:
+    """All of an array that holds for all samples and views, or for all views: labels, keys, constants.
 
     Raises:
-        FormatError: missing, damaged, or another shape.
+        FormatError: missing, damaged, stored otherwise, or a number that is not finite.
     """
-    array = open_array(group, path, name, shape, "float32")
+    array, layout = open_array(group, path, name, layouts), layouts[name]
+    for index in np.ndindex(*(-(-length // chunk) for length, chunk in zip(layout.shape, layout.chunks, strict=True))):
+        if not (path / name / ".".join(["c", *map(str, index)])).exists():  # before there is memory for all of them
+            raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
     with translated(path / name):
         values = np.asarray(array[...])
-    if np.isnan(values).any():
-        raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise FormatError("a number is not finite", where=path / name, next_step=RESTORE)
     return values
 
 
@@ -117,15 +110,27 @@ def quiet_numcodecs() -> None:
 def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
     """All of `commits` that the manifest promises, uint64 [V, blocks, columns]; 0 where nothing is committed.
 
+    Only files that are there are read: a manifest may promise any number of blocks.
+
     Raises:
         FormatError: a damaged commit; names the file.
     """
     folder = path / commits.COMMITS
+    columns = table.shape[2]
+    found = np.zeros((manifest.num_views, manifest.num_blocks, columns), dtype=np.uint64)
+    with translated(folder):
+        pairs = commits.committed_pairs(os.listdir(folder), manifest)
+    if not pairs:
+        return found
+    views, blocks = np.array(pairs).T
     try:
         with translated(folder):
-            return np.asarray(table[: manifest.num_views])
+            if len(pairs) == manifest.num_views * manifest.num_blocks:
+                return np.asarray(table[: manifest.num_views])
+            coordinates = (views[:, None], blocks[:, None], np.arange(columns)[None, :])
+            found[views, blocks] = np.asarray(table.get_coordinate_selection(coordinates)).reshape(-1, columns)
     except FormatError as error:
-        for view, block in np.ndindex(manifest.num_views, manifest.num_blocks):
+        for view, block in pairs:
             try:
                 table[view, block]
             except Exception as cause:
@@ -135,6 +140,28 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
                     next_step="remove this file: the same build-cache command then computes the block again",
                 ) from cause
         raise error
+    return found
+
+
+def check_chunks(spec: ArraySpec, manifest: Manifest, path: Path, view: int, start: int, stop: int) -> None:
+    """Raise FormatError unless the files of samples `start` to `stop` are there: before there is memory for them."""
+    for chunk in range(start // spec.chunk_rows, -(-stop // spec.chunk_rows)):
+        if not (path / spec.name / f"c.{view}.{chunk}.0").exists():
+            raise damaged_block("a chunk is missing", path, spec, manifest, view, chunk * spec.chunk_rows)
+
+
+def damaged_block(
+    what: str, path: Path, spec: ArraySpec, manifest: Manifest, view: int, row: int, found: object = None
+) -> FormatError:
+    """An error about the block that sample `row` is in, with how to have it computed again."""
+    block = row // manifest.block_rows
+    commit = path / commits.COMMITS / commits.file_name(view, block)
+    return FormatError(
+        what,
+        where=f"{path / spec.name}, view {view}, block {block}",
+        found=found,
+        next_step=f"remove {commit} and run the same build-cache command: it computes the block again",
+    )
 
 
 @contextmanager

@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools import commits
-from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.array_layout import array_layouts
+from cache_tools.arrays import target_arrays
 from cache_tools.durable import PARTIAL, remove_leftovers, sync_folder, sync_tree
 from cache_tools.encoding import Encoder
 from cache_tools.errors import FormatError, MismatchError, StorageError
 from cache_tools.format import FORMAT_VERSION, MANIFEST_KEY, Manifest, manifest_attribute
 from cache_tools.layout import check_constants, check_samples, constants_digest, lay_out
-from cache_tools.store import open_array, open_group, read_commits, read_constant, read_manifest, translated
+from cache_tools.store import open_array, open_group, read_commits, read_manifest, read_whole, translated
 
 
 class CacheWriter:
@@ -34,24 +35,17 @@ class CacheWriter:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self._group = open_group(path, writable=True)
         self._specs = target_arrays(manifest.recipe, manifest.block_rows)
         for spec in self._specs:
             spec.stored.check_readable()
-        views, samples = manifest.num_views, manifest.num_samples
-        self._arrays = {
-            spec.name: open_array(
-                self._group, path, spec.name, (views, samples, spec.width), spec.dtype, more_views=True
-            )
-            for spec in self._specs
-        }
-        shape = (views, manifest.num_blocks, 1 + len(self._specs))
-        self._commits = open_array(self._group, path, commits.COMMITS, shape, "uint64", more_views=True)
+        self._layouts = array_layouts(manifest)
+        self._group = open_group(path, self._layouts, writable=True)
+        self._arrays = {spec.name: open_array(self._group, path, spec.name, self._layouts) for spec in self._specs}
+        self._commits = open_array(self._group, path, commits.COMMITS, self._layouts)
 
     @cached_property
     def _encoder(self) -> Encoder:
-        shapes = constant_shapes(self.manifest.recipe)
-        return Encoder(self.manifest.recipe, lambda name: read_constant(self._group, self.path, name, shapes[name]))
+        return Encoder(self.manifest.recipe, lambda name: read_whole(self._group, self.path, name, self._layouts))
 
     @classmethod
     def create(
