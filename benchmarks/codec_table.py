@@ -95,6 +95,8 @@ def _thousand(targets: Targets, photos: Photos) -> Iterator[dict[str, Any]]:
         FixedStep(pack="pcodec"),
         Companded(),
         Companded(step=1 / 32, spread=12.0, reference="mean", pack="pcodec"),
+        Companded(step=1 / 48, spread=12.0, reference="mean"),
+        Companded(step=1 / 48, spread=12.0, reference="mean", pack="pcodec"),
     ):
         yield dense(targets, codec)
     yield through_head(targets, photos, Float16(), aware=False)

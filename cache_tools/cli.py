@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_tools import analysis_cli, describe, home_cli, housekeeping, integrity_cli, listing, registry
+from cache_tools import analysis_cli, codec_cli, describe, home_cli, housekeeping, integrity_cli, listing, registry
 from cache_tools.console import command
 from cache_tools.place import LocalPlace, is_remote, open_place
 
@@ -86,6 +86,7 @@ def info_command(
 home_cli.add_commands(app)
 integrity_cli.add_commands(app)
 analysis_cli.add_commands(app)
+codec_cli.add_commands(app)
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def print_details(details: CacheDetails) -> None:
         "dataset",
         f"{record.dataset}, {dataset.num_samples:,} samples, {manifest.num_classes} classes, {height}×{width}",
     )
-    state = "complete" if record.complete else _unfinished(record)
+    state = "complete" if record.complete else _unfinished(record, manifest)
     _line("views", f"{record.views_done} of {record.views_total} done, {state}")
     _line("view recipe", f"version {recipe.views.version}, base seed {recipe.views.base_seed}, {_ops(recipe.views)}")
     for number, teacher in enumerate(recipe.teachers):
@@ -175,10 +175,10 @@ def _views(record: CacheRecord | RemoteRecord) -> str:
     return f"{record.views_done}/{record.views_total}{staged}"
 
 
-def _unfinished(record: CacheRecord | RemoteRecord) -> str:
+def _unfinished(record: CacheRecord | RemoteRecord, manifest: Manifest) -> str:
     if isinstance(record, CacheRecord) and record.origin is not None:
         return "the others are staged when they are needed"
-    return "half-built: run the same build-cache command to go on"
+    return f"half-built: run the same {manifest.recipe.made_by} command to go on"
 
 
 def _arrays(manifest: Manifest, stored_bytes: Callable[[str], int]) -> tuple[ArrayDetails, ...]:

@@ -138,6 +138,11 @@ class CacheRecipe(Frozen):
         return tuple(clip.weight for clip in self.clips)
 
     @property
+    def made_by(self) -> str:
+        """The command that makes such a cache and goes on with it, for messages."""
+        return "build-cache" if self.derived_from is None else "recode or fuse"
+
+    @property
     def fingerprint(self) -> str:
         """64 hex digits of sha256 over the canonical JSON of this recipe and the format version."""
         return recipe_fingerprint(FORMAT_VERSION, self.model_dump(mode="json"))

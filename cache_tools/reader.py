@@ -236,7 +236,7 @@ class TeacherCache:
                 where=self._where,
                 expected=f"{self.num_views} views",
                 found=f"{done} complete, {int((~committed).sum())} of {committed.size} blocks missing",
-                next_step="run the same build-cache command again: it goes on from what is stored",
+                next_step=f"run the same {self.recipe.made_by} command again: it goes on from what is stored",
             )
 
     def check_dataset(self, images: ImageSet) -> None:
@@ -305,7 +305,7 @@ class TeacherCache:
                 where=self._where,
                 expected=f"{self.manifest.num_blocks} blocks",
                 found=f"{commits.ranges(missing)} missing",
-                next_step="run the same build-cache command again: it goes on from what is stored",
+                next_step=f"run the same {self.recipe.made_by} command again: it goes on from what is stored",
             )
 
     def _known(self, view: int, rows: slice) -> bool:
