@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,8 @@ from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
 from train.labelled import PartialLabels, labelled_rows, partial_labels
 from train.loss_recipe import LossRecipe
 from train.recipe import TrainRecipe
+
+Opener = Callable[[DatasetRecipe, str | None], ImageSet]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,11 @@ class TrainingData:
         )
 
 
-def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
+def open_data(recipe: TrainRecipe, device: torch.device, images_of: Opener = open_images) -> TrainingData:
     """Open and check what a recipe learns from.
+
+    Args:
+        images_of: opens a split; by default anew every time.
 
     Raises:
         NotFoundError, FormatError: no such cache, or a damaged one.
@@ -101,8 +107,8 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
     if not recipe.loss.needs_targets:
         assert recipe.dataset is not None, "a recipe without targets has a dataset"
         dataset = _located(recipe.dataset, recipe)
-        images = open_images(dataset)
-        test = _open_test(dataset, images)
+        images = images_of(dataset, None)
+        test = _open_test(dataset, images, images_of)
         if recipe.label_fraction < 1.0:
             images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
         return TrainingData(
@@ -118,13 +124,13 @@ def open_data(recipe: TrainRecipe, device: torch.device) -> TrainingData:
     cache.require_complete()
     registry.mark_used(cache.path)
     dataset = _located(cache.manifest.dataset, recipe)
-    images = aligned(cache, open_images(dataset))
+    images = aligned(cache, images_of(dataset, None))
     cache.check_canaries(images)
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     components = _components(cache, fusion, loss)
     return TrainingData(
         images=images,
-        test=_open_test(dataset, images),
+        test=_open_test(dataset, images, images_of),
         dataset=dataset,
         views=cache.recipe.views,
         num_views=_num_views(cache, recipe),
@@ -198,10 +204,10 @@ def _located(dataset: DatasetRecipe, recipe: TrainRecipe) -> DatasetRecipe:
     return dataset.model_copy(update=changes).absolute()
 
 
-def _open_test(dataset: DatasetRecipe, images: ImageSet) -> ImageSet | None:
+def _open_test(dataset: DatasetRecipe, images: ImageSet, images_of: Opener) -> ImageSet | None:
     if dataset.test_split is None:
         return None
-    test = open_images(dataset, dataset.test_split)
+    test = images_of(dataset, dataset.test_split)
     if test.class_names != images.class_names:
         raise DataError(
             "the test split has other classes than the training split",

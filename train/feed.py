@@ -130,13 +130,13 @@ class CachedTargets:
         sparse_at: float | None = None,
     ) -> None:
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
-        self._components, self._fusion, self._sparse_at = components, fusion, sparse_at
+        self._components, self._fusion, self.sparse_at = components, fusion, sparse_at
 
     def view(self, view: int) -> CachedView:
         targets = self._cache.load_view(
             view, self._device, logits=self._logits, features=self._features, fusion=self._fusion
         )
-        return CachedView(targets, self._logits, self._features, self._components, self._sparse_at)
+        return CachedView(targets, self._logits, self._features, self._components, self.sparse_at)
 
     def close(self) -> None:
         pass

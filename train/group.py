@@ -15,18 +15,21 @@ from train.result import RunResult
 from train.together import train_epoch_together
 
 
-def train_group(runs: Sequence[Run], feed: Feed, title: str) -> list[RunResult | Exception]:
+def train_group(
+    runs: Sequence[Run], feed: Feed, title: str, *, until: int | None = None
+) -> list[RunResult | Exception | None]:
     """Train what is left of every run; runs that are ahead wait for the others.
 
     Args:
         runs: of one batch stream (`together.train_epoch_together`) and with the same number of epochs.
         title: of the progress bar.
+        until: stop after so many epochs; None goes to the end.
 
     Returns:
-        For each run its result, or what stopped it: the others are not affected.
+        For each run its result, None if it is not finished yet, or what stopped it: the others are not affected.
     """
     stopped: dict[int, Exception] = {}
-    samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
+    samples, epochs = feed.samples_per_epoch, min(until or runs[0].recipe.epochs, runs[0].recipe.epochs)
     first = min(len(run.history) for run in runs)
     with ExitStack() as stack:
         logs = [stack.enter_context(RunLog(run.path, len(run.history))) for run in runs]
@@ -45,7 +48,10 @@ def train_group(runs: Sequence[Run], feed: Feed, title: str) -> list[RunResult |
                 row = runs[number].finish_epoch(means, train_s, samples)
                 logs[number].write(runs[number].history)
                 progress.advance(0, _note(row, epochs))
-    return [stopped[number] if number in stopped else run.result() for number, run in enumerate(runs)]
+    return [
+        stopped[number] if number in stopped else run.result() if run.finished else None
+        for number, run in enumerate(runs)
+    ]
 
 
 def _note(row: dict[str, Any], epochs: int) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
     Raises:
         CacheError: the subclass says what is wrong: recipe, device, cache, images, or storage.
     """
-    device = _device(recipe)
+    device = run_device(recipe)
     data = open_data(recipe, device)
     try:
         result = train_on(data, recipe, device, overwrite=overwrite)
@@ -51,15 +54,9 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
 
 def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, overwrite: bool = False) -> RunResult:
     """`train_student` on data that are open already (from a cache, from live teachers), without the comparison."""
-    identity = {"recipe": recipe.values(), "data": data.identity()}
-    digest = recipe_digest(identity)
-    path = run_folder(recipe, digest)
-    with folder.claimed(path, identity, overwrite=overwrite), repeatable(device, recipe.deterministic):
+    with claimed_run(data, recipe, overwrite=overwrite) as (path, digest), repeatable(device, recipe.deterministic):
         if (finished := load_result(path)) is not None:
             return finished
-        put_durably(path / folder.RECIPE, dump_yaml(recipe).encode())
-        if data.cache is not None:
-            put_durably(path / folder.CACHE, json.dumps(_where(data.cache), indent=2, ensure_ascii=False).encode())
         feed = data.feed(recipe, device)
         try:
             run = Run(data, recipe, device, path, digest, feed.steps_per_epoch)
@@ -68,16 +65,34 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
             feed.close()
         if isinstance(outcome, Exception):
             raise outcome
+        assert outcome is not None, "a run without `until` goes to its end"
         return outcome
 
 
-def _where(cache: TeacherCache) -> dict[str, Any]:
-    """Where a run's targets came from; `url` is that of a remote cache, whose mirror `path` then is."""
-    url = None if cache.origin is None else cache.origin.url
-    return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
+@contextmanager
+def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = False) -> Iterator[tuple[Path, str]]:
+    """Make or enter the folder of a run and keep others out of it; gives the folder and the digest of the run.
+
+    Raises:
+        RecipeError, StorageError: see `folder.claimed`.
+    """
+    identity = {"recipe": recipe.values(), "data": data.identity()}
+    digest = recipe_digest(identity)
+    path = run_folder(recipe, digest)
+    with folder.claimed(path, identity, overwrite=overwrite):
+        if load_result(path) is None:
+            put_durably(path / folder.RECIPE, dump_yaml(recipe).encode())
+            if data.cache is not None:
+                put_durably(path / folder.CACHE, json.dumps(_where(data.cache), indent=2, ensure_ascii=False).encode())
+        yield path, digest
 
 
-def _device(recipe: TrainRecipe) -> torch.device:
+def run_device(recipe: TrainRecipe) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        DeviceError, RecipeError: no such device, or one that cannot train in this precision.
+    """
     device = resolve_device(recipe.device)
     if recipe.precision == "float16" and device.type != "cuda":
         raise RecipeError(
@@ -86,3 +101,9 @@ def _device(recipe: TrainRecipe) -> torch.device:
             next_step="use --precision bfloat16 or float32 on the CPU",
         )
     return device
+
+
+def _where(cache: TeacherCache) -> dict[str, Any]:
+    """Where a run's targets came from; `url` is that of a remote cache, whose mirror `path` then is."""
+    url = None if cache.origin is None else cache.origin.url
+    return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}

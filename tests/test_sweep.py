@@ -1,0 +1,253 @@
+"""Sweeps: which trials there are, that they share batches, and that each is a run of its own to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache_tools.errors import RecipeError, WeightsError
+from tests import tiny_run
+from train.recipe import load_train_recipe
+from train.run import train_student
+from train.sweep_group import batch_streams
+from train.sweep_recipe import Halving, SweepRecipe, make_trials
+from train.sweep_run import run_sweep
+from train.sweep_table import over_seeds
+from train.sweep_workers import Processes, shares
+
+STUDENTS = ("resnet8", "ShuffleV2", "timm:resnet10t")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
+
+
+def sweep(cache: Path, **changes: Any) -> SweepRecipe:
+    base = tiny_run.recipe(cache, Path("unused"), epochs=2).model_dump(mode="json")
+    data: dict[str, Any] = {"name": "tiny", "base": {**base, **changes.pop("base", {})}, "students": ("resnet8",)}
+    return SweepRecipe.model_validate(data | changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "last.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_trials_are_the_product_in_order(cache: Path, tmp_path: Path) -> None:
+    recipe = sweep(cache, students=("resnet8", "wrn_16_1"), losses=("kd", "ce"), grid={"lr": (0.1, 0.2)}, seeds=2)
+    trials = make_trials(recipe, tmp_path)
+    names = [trial.name for trial in trials]
+    assert names[:3] == ["resnet8-kd-lr=0.1-s0", "resnet8-kd-lr=0.1-s1", "resnet8-kd-lr=0.2-s0"]
+    assert len(set(names)) == len(names) == 16
+    assert {trial.recipe.optimiser.learning_rate for trial in trials} == {0.1, 0.2}
+    labels = [trial.recipe for trial in trials if trial.loss == "ce"]
+    assert all(each.cache is None and each.dataset is not None and each.num_views == 3 for each in labels)
+    assert len(batch_streams(trials)) == 2  # one per seed
+
+
+def test_a_grid_over_a_loss_does_not_repeat_the_labels(cache: Path, tmp_path: Path) -> None:
+    recipe = sweep(cache, losses=("kd", "ce"), grid={"temperature": (2.0, 4.0)})
+    assert [trial.name for trial in make_trials(recipe, tmp_path)] == [
+        "resnet8-kd-temperature=2.0-s0", "resnet8-kd-temperature=4.0-s0", "resnet8-ce-temperature=2.0-s0",
+    ]  # fmt: skip
+
+
+def test_what_differs_in_batches_is_apart(cache: Path, tmp_path: Path) -> None:
+    listed = [{"batch_size": 8}, {"batch_size": 16}, {"epochs": 3}, {"num_views": 2}, {"lr": 0.3}]
+    trials = make_trials(sweep(cache, students=(), trials=listed), tmp_path)
+    assert [[trial.number for trial in stream] for stream in batch_streams(trials)] == [[0], [1, 4], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"optimiser.lr": (0.1,)}}, "unknown recipe key"),
+        ({"grid": {"lr": ()}}, "without values"),
+        ({"losses": ("nosuch",)}, "no such loss"),
+        ({"trials": ({"lr": 0.1},)}, "not both"),
+        ({"students": (), "trials": ({"lr": 0.1}, {"lr": 0.1})}, "are the same"),
+    ],
+)
+def test_bad_sweeps_are_refused(cache: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_trials(sweep(cache, **changes), tmp_path)
+
+
+def test_a_trial_is_the_run_of_its_own_to_the_last_bit(cache: Path, tmp_path: Path) -> None:
+    """Dropout, CRD's negatives, labels alone and another network side by side; then each by its recorded recipe."""
+    recipe = sweep(
+        cache,
+        students=(),
+        trials=(
+            {"student": "resnet8", "loss": "kd"},
+            {"student": "resnet8", "loss": "richkd", "loss.crd_negatives": 16},
+            {"student": "timm:mobilenetv3_small_050", "loss": "kd", "ema_decay": 0.9},  # has dropout
+            {"student": "resnet8", "loss": "ce"},
+        ),
+    )
+    result = run_sweep(recipe, tmp_path / "sweep")
+    assert result.trials["status"].to_list() == ["finished"] * 4
+    assert len(batch_streams(make_trials(recipe, tmp_path / "sweep"))) == 1
+    for number, row in enumerate(result.trials.iter_rows(named=True)):
+        _, file, _, _ = row["command"].split()
+        alone = load_train_recipe(file, (), {"out": str(tmp_path / f"alone-{number}")})
+        train_student(alone)
+        same_weights(Path(row["folder"]), tmp_path / f"alone-{number}")
+
+
+def test_one_that_diverges_and_one_without_memory_fail_alone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = sweep(
+        cache, students=(), trials=({"lr": 0.05}, {"lr": 1e30}, {"student": "wrn_16_1"}, {"student": "resnet14"})
+    )
+    import train.zoo.wrn as zoo
+
+    forward = zoo.WideResNet.forward
+
+    def greedy(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            torch.empty(1 << 50)  # a real allocation that the system refuses
+        return forward(self, pixels)
+
+    monkeypatch.setattr(zoo.WideResNet, "forward", greedy)
+    result = run_sweep(recipe, tmp_path / "sweep")
+    assert result.trials["status"].to_list() == ["finished", "failed", "failed", "finished"]
+    assert "diverged" in result.trials["error"][1]
+    assert "memory" in result.trials["error"][2]
+    monkeypatch.undo()
+    alone = train_student(tiny_run.recipe(cache, tmp_path / "alone", epochs=2, student="resnet14"))
+    same_weights(alone.folder, tmp_path / "sweep/trials/resnet14-s0")
+    again = run_sweep(recipe, tmp_path / "sweep")
+    assert again.trials["status"].to_list() == ["finished", "failed", "failed", "finished"]
+    retried = run_sweep(recipe, tmp_path / "sweep", retry_failed=True)
+    assert retried.trials["status"].to_list() == ["finished", "failed", "finished", "finished"]
+
+
+def test_a_sweep_that_grows_trains_what_is_new(cache: Path, tmp_path: Path) -> None:
+    first = run_sweep(sweep(cache, seeds=1), tmp_path)
+    stamp = (Path(first.trials["folder"][0]) / "last.safetensors").stat().st_mtime_ns
+    grown = run_sweep(sweep(cache, seeds=2), tmp_path)
+    assert grown.trials["status"].to_list() == ["finished"] * 2
+    assert (Path(first.trials["folder"][0]) / "last.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_processes_give_the_same_table(cache: Path, tmp_path: Path) -> None:
+    recipe = sweep(cache, students=("resnet8", "wrn_16_1"), seeds=2)
+    figures = ["trial", "top1", "nll", "ece", "best_epoch"]
+    one = run_sweep(recipe, tmp_path / "one").trials.select(figures)
+    two = run_sweep(recipe, tmp_path / "two", engine=Processes(2, tmp_path / "two")).trials.select(figures)
+    assert one.equals(two)
+
+
+def test_shares_fill_the_processes() -> None:
+    trials = [[SweepTrial(number) for number in range(8)]]
+    assert [len(share) for share in shares(trials, 3)] == [3, 3, 2]  # type: ignore[arg-type]
+    assert [len(share) for share in shares(trials * 4, 2)] == [8, 8, 8, 8]  # type: ignore[arg-type]
+
+
+class SweepTrial:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def test_halving_stops_the_worse_and_leaves_the_others_alone(cache: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"grid": {"lr": (1e-5, 0.02, 0.05, 0.1)}, "base": {"epochs": 4}}
+    halving = Halving(metric="loss", keep_one_in=2, first_epochs=1)
+    assert halving.rungs(4) == [1, 2]
+    assert not halving.larger_is_better
+    recipe = sweep(cache, **changes)
+    result = run_sweep(recipe.model_copy(update={"halving": halving}), tmp_path / "halved")
+    assert sorted(result.trials["status"].to_list()) == ["finished", "stopped", "stopped", "stopped"]
+    assert sorted(result.trials.filter(pl.col("status") == "stopped")["epochs_done"].to_list()) == [1, 1, 2]
+    whole = run_sweep(recipe, tmp_path / "whole").trials
+    finished = result.trials.filter(pl.col("status") == "finished")
+    row = whole.filter(pl.col("trial") == finished["trial"][0])
+    assert row["top1"][0] == finished["top1"][0]
+    same_weights(Path(row["folder"][0]), Path(finished["folder"][0]))
+
+
+def test_means_intervals_and_fronts() -> None:
+    rows = []
+    for student, top1, parameters in (("a", 0.9, 100), ("b", 0.8, 50), ("c", 0.7, 70)):
+        for seed, shift in enumerate((-0.01, 0.0, 0.01)):
+            rows.append({
+                "trial": f"{student}{seed}", "student": student, "loss": "kd", "seed": seed, "status": "finished",
+                "top1": top1 + shift, "top5": None, "nll": 1.0, "ece": 0.1, "train_s": 1.0, "parameters": parameters,
+                "flops": parameters, "latency_1_ms": None, "latency_128_ms": 1.0,
+            })  # fmt: skip
+    table = over_seeds(pl.DataFrame(rows, infer_schema_length=None))
+    assert table["student"].to_list() == ["a", "b", "c"]
+    np.testing.assert_allclose(table["top1_std"].to_list(), [0.01] * 3)
+    np.testing.assert_allclose(table["top1_ci95"].to_list(), [4.303 * 0.01 / 3**0.5] * 3, rtol=1e-3)
+    assert table["pareto_parameters"].to_list() == [True, True, False]
+    assert table["pareto_latency_1_ms"].to_list() == [None] * 3
+    assert table["pareto_latency_128_ms"].to_list() == [True, False, False]
+
+
+def test_a_misspelt_student_is_told_before_anything_is_trained(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises((RecipeError, WeightsError), match="resnet9"):
+        run_sweep(sweep(cache, students=("resnet8", "resnet9")), tmp_path)
+    assert not (tmp_path / "trials").exists()
+
+
+def test_the_command_from_a_file_resumes_after_sigkill(cache: Path, tmp_path: Path) -> None:
+    """Killed as soon as something is there; the same command then comes to the table of an undisturbed sweep."""
+    file = tmp_path / "sweep.yaml"
+    base = tiny_run.recipe(cache, Path("unused"), epochs=3).model_dump(mode="json", exclude={"out"})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(base))
+    file.write_text(
+        json.dumps({"name": "told", "recipe": str(tmp_path / "recipe.yaml"), "seeds": 2, "students": ["resnet8"]})
+    )
+
+    def start(out: str) -> subprocess.Popen[str]:
+        arguments = [
+            sys.executable,
+            "-m",
+            "train.sweep_cli",
+            "--sweep",
+            str(file),
+            "--out",
+            str(tmp_path / out),
+            "--json",
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        return subprocess.Popen(
+            [*arguments, "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    victim = start("killed")
+    while victim.poll() is None and not list((tmp_path / "killed").glob("trials/*/state.pt")):
+        pass
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    tables = []
+    for out in ("killed", "through"):
+        printed, errors = start(out).communicate(timeout=300)
+        rows = json.loads(printed)["trials"] if printed else pytest.fail(errors[-2000:])
+        tables.append([{key: row[key] for key in ("trial", "status", "top1", "nll", "ece")} for row in rows])
+    assert tables[0] == tables[1]
+    assert [row["status"] for row in tables[0]] == ["finished"] * 2

@@ -1,0 +1,147 @@
+"""`sweep-students`: many students from one cache, in one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from cache_tools.config import validate
+from cache_tools.console import command
+from cache_tools.errors import RecipeError
+from cache_tools.memory import keep_freed_memory
+from train.recipe import load_train_recipe
+from train.sweep_recipe import SweepRecipe, load_sweep
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+@command
+def sweep_students(
+    recipe: Annotated[
+        str, typer.Argument(help="What trials have in common: a recipe of train-student, built-in or a YAML file.")
+    ] = "digits",
+    cache: Annotated[str | None, typer.Option("--cache", help="The cache: path, URL, name or fingerprint.")] = None,
+    students: Annotated[
+        str | None, typer.Option("--students", help="Separated by commas: resnet8x4,wrn_16_2,timm:NAME.")
+    ] = None,
+    losses: Annotated[
+        str | None, typer.Option("--losses", help="Separated by commas, as for train-student --loss: richkd,kd,ce.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many, from the recipe's seed on.")] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", metavar="KEY=V1,V2", help="Values of a recipe key; may be repeated.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
+    sweep_file: Annotated[
+        Path | None,
+        typer.Option("--sweep", help="A YAML file with students, losses, grid, seeds, or trials; options win."),
+    ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Stop the worse trials early (successive halving). For search only.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes. Default: what fills the CPU; one on a GPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the sweep. Default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep. Default: runs/sweep-NAME.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted, for all trials.")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
+    show_trials: Annotated[bool, typer.Option("--show-trials", help="List the trials and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all results as one JSON object.")] = False,
+) -> None:
+    """Train many students from one cache; those that see the same batches share them.
+
+    A trial is a run of train-student and gives the same numbers. Interrupt it at any time: the same command goes on,
+    and with more students, losses or seeds it trains those that are new.
+    """
+    options = {
+        "cache": cache,
+        "epochs": epochs,
+        "device": device,
+        "data_dir": str(data_dir) if data_dir else None,
+    }
+    stored = load_sweep(sweep_file) if sweep_file else {}
+    source = stored.pop("recipe", None) or recipe
+    base = load_train_recipe(source, [*_settings(stored.pop("set", {})), *(overrides or ())], options)
+    data: dict[str, Any] = {"name": base.name, **stored, "base": base.model_dump(mode="json")}
+    data |= {"students": _words(students)} if students else {}
+    data |= {"losses": _words(losses)} if losses else {}
+    data |= {"seeds": seeds} if seeds else {}
+    data |= {"grid": dict(_axis(text) for text in grid)} if grid else {}
+    data |= {"halving": {}} if halving and not data.get("halving") else {}
+    data |= {"name": name} if name else {}
+    sweep = validate(SweepRecipe, data, where=str(sweep_file or "options"))
+    folder = out or Path("runs") / f"sweep-{sweep.name}"
+    if show_trials:
+        from train.sweep_recipe import make_trials
+
+        for trial in make_trials(sweep, folder):
+            print(trial.name)
+        return
+    _run(sweep, folder, workers, retry_failed, as_json)
+
+
+def _run(sweep: SweepRecipe, folder: Path, workers: int | None, retry_failed: bool, as_json: bool) -> None:
+    import sys
+
+    from cache_tools.console import resolve_device
+    from train.sweep_run import default_workers, run_sweep
+    from train.sweep_text import sweep_text
+    from train.sweep_workers import Processes
+
+    keep_freed_memory()
+    count = workers or default_workers(resolve_device(sweep.base.get("device", "auto")))
+    engine = Processes(count, folder) if count > 1 else None
+    say = lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)  # noqa: E731
+    result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, say=say)
+    if as_json:
+        print(
+            json.dumps(
+                {"folder": str(folder), "trials": result.trials.to_dicts(), "settings": result.settings.to_dicts()}
+            )
+        )
+    else:
+        print(sweep_text(result, sweep))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    key, separator, values = text.partition("=")
+    if not separator or not key.strip() or not values.strip():
+        raise RecipeError("not KEY=VALUE,VALUE", where=f"--grid {text}", expected="such as lr=0.05,0.1")
+    try:
+        parsed = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            "values that cannot be read", where=f"--grid {text}", expected="such as lr=0.05,0.1"
+        ) from error
+    return key.strip(), parsed
+
+
+def _settings(data: dict[str, Any]) -> list[str]:
+    """The `set` of a sweep file as overrides."""
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
+        for key, value in data.items()
+    ]
+
+
+def main() -> None:
+    """Entry point of `sweep-students`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What a user asks `sweep-students` for: a frozen recipe, and the trials that it stands for. No torch is needed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from cache_tools.config import Frozen, set_dotted, validate
+from cache_tools.errors import NotFoundError, RecipeError
+from train.recipe import TrainRecipe, named_loss
+
+# Short names in `--grid`, as in the options of `train-student`.
+ALIASES = {"lr": "optimiser.learning_rate", "temperature": "loss.temperature", "weight_decay": "optimiser.weight_decay"}
+
+
+class Halving(Frozen):
+    """Successive halving (Jamieson & Talwalkar 2016): of the trials that reach a rung, the best go on.
+
+    Rungs are after `first_epochs`, `first_epochs · keep_one_in`, … epochs. Only for search: what is stopped early has
+    no final figures, so means over seeds are not reported.
+
+    Attributes:
+        metric: a column of a run's metrics, such as `test_top1` or `test_nll`.
+        keep_one_in: of how many trials one goes on [η].
+    """
+
+    metric: str = "test_top1"
+    keep_one_in: PositiveInt = Field(3, ge=2)
+    first_epochs: PositiveInt = 1
+
+    @property
+    def larger_is_better(self) -> bool:
+        return not any(word in self.metric for word in ("loss", "nll", "ece", "brier"))
+
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs after which trials are compared, without the last epoch."""
+        found = [self.first_epochs]
+        while found[-1] * self.keep_one_in < epochs:
+            found.append(found[-1] * self.keep_one_in)
+        return [rung for rung in found if rung < epochs]
+
+
+class SweepRecipe(Frozen):
+    """Many runs of `train-student`: the product of students, losses, grid and seeds, or a list of trials.
+
+    Attributes:
+        base: what all trials have in common: a train recipe as plain data.
+        students: names as for `train-student --student`; the base's own by default.
+        losses: names as for `train-student --loss`; the base's own by default.
+        grid: dotted recipe keys (or `lr`, `temperature`, `weight_decay`) and their values.
+        seeds: how many, from the base's seed on, or which.
+        trials: settings of each trial, in place of the product; keys as in `grid`, and `student`, `loss`, `seed`.
+        halving: stop the worse trials early; None trains all to the end.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: dict[str, Any]
+    students: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    seeds: PositiveInt | tuple[NonNegativeInt, ...] = 1
+    trials: tuple[dict[str, Any], ...] = ()
+    halving: Halving | None = None
+
+    @model_validator(mode="after")
+    def _a_product_or_a_list(self) -> SweepRecipe:
+        if self.trials and (self.students or self.losses or self.grid):
+            raise RecipeError(
+                "a sweep is a product or a list of trials, not both",
+                where=self.name,
+                expected="students, losses, grid; or trials",
+            )
+        empty = [key for key, values in self.grid.items() if not values]
+        if empty:
+            raise RecipeError("a grid key without values", where=f"grid.{empty[0]}")
+        return self
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """What each trial has of its own, by dotted key, in the order in which trials are numbered."""
+        first = int(self.base.get("seed", 0))
+        seeds = tuple(range(first, first + self.seeds)) if isinstance(self.seeds, int) else self.seeds
+        if self.trials:
+            for trial in self.trials:
+                chosen = {ALIASES.get(key, key): value for key, value in trial.items()}
+                yield from ([chosen] if "seed" in chosen else ({**chosen, "seed": seed} for seed in seeds))
+            return
+        axes: dict[str, tuple[Any, ...]] = {}
+        if self.students:
+            axes["student"] = self.students
+        if self.losses:
+            axes["loss"] = self.losses
+        axes |= {ALIASES.get(key, key): values for key, values in self.grid.items()}
+        for values in itertools.product(*axes.values()):
+            for seed in seeds:
+                yield {**dict(zip(axes, values, strict=True)), "seed": seed}
+
+
+class Trial(Frozen):
+    """One run of a sweep.
+
+    Attributes:
+        number: from 0.
+        settings: what tells it from the others, by dotted key; a loss by its name.
+        recipe: of its run; on its own `train-student` gives the same numbers with it.
+    """
+
+    number: NonNegativeInt
+    settings: dict[str, Any]
+    recipe: TrainRecipe
+
+    @property
+    def name(self) -> str:
+        """Short, and a file name. The number is not in it: a sweep that has grown finds what is finished."""
+        words = [
+            str(value) if key in {"student", "loss"} else _short(key, value) for key, value in self.settings.items()
+        ]
+        return re.sub(r"[^A-Za-z0-9._+=-]+", "_", "-".join(words))
+
+    @property
+    def loss(self) -> str:
+        return str(self.settings.get("loss", self.recipe.loss_name))
+
+
+def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
+    """The trials of a sweep, each with a run folder below `folder`.
+
+    A trial on labels alone (`ce`) sees the images and views of the base's cache, as `--compare-with-labels` does.
+
+    Raises:
+        RecipeError: a bad key or value, two trials that are the same.
+        NotFoundError, FormatError: no such cache.
+    """
+    trials: list[Trial] = []
+    seen: dict[str, str] = {}
+    for settings in sweep.settings():
+        recipe = _recipe(sweep, settings)
+        trial = Trial(number=len(trials), settings=settings, recipe=recipe)
+        out = folder / "trials" / trial.name
+        trial = trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
+        values = str(trial.recipe.values())
+        if values in seen:
+            if settings.get("loss") == "ce":  # a grid over settings of other losses
+                continue
+            raise RecipeError("two trials of the sweep are the same", where=f"{seen[values]} and {trial.name}")
+        if trial.name in seen.values():
+            raise RecipeError("two trials of the sweep have the same name", where=trial.name)
+        seen[values] = trial.name
+        trials.append(trial)
+    return trials
+
+
+def load_sweep(file: Path) -> dict[str, Any]:
+    """A sweep file (YAML) as plain data.
+
+    Raises:
+        NotFoundError, RecipeError: no such file, or no YAML mapping in it.
+    """
+    try:
+        data = yaml.safe_load(file.read_text())
+    except FileNotFoundError as error:
+        raise NotFoundError("no such sweep file", where=file) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
+    if not isinstance(data, dict):
+        raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
+    return data
+
+
+def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
+    data: dict[str, Any] = {**copy.deepcopy(sweep.base), "name": sweep.name, "compare_with_labels": False}
+    on_labels = settings.get("loss") == "ce" and data.get("cache") is not None
+    if "loss" in settings and not on_labels:
+        data["loss"] = named_loss(str(settings["loss"]))
+    for key, value in settings.items():
+        if key != "loss":
+            set_dotted(data, key, list(value) if isinstance(value, tuple) else value)
+    recipe = validate(TrainRecipe, data, where=f"sweep {sweep.name}")
+    if not on_labels:
+        return recipe
+    from cache_tools.reader import TeacherCache
+
+    assert recipe.cache is not None, "looked at above"
+    manifest = TeacherCache.open(recipe.cache).manifest
+    located = {"data_dir": recipe.data_dir or manifest.dataset.data_dir, "download": recipe.download}
+    dataset = manifest.dataset.model_copy(update=located).absolute()
+    return recipe.on_labels(dataset, manifest.recipe.views, recipe.num_views or manifest.num_views)
+
+
+def _short(key: str, value: Any) -> str:
+    last = {full: short for short, full in ALIASES.items()}.get(key, key.rpartition(".")[2])
+    return f"s{value}" if key == "seed" else f"{last}={value}"

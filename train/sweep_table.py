@@ -1,0 +1,121 @@
+"""The results of a sweep as tables: a row per trial, and means over seeds with their Pareto fronts."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from cache_tools.durable import put_durably
+from train.cost import Cost
+from train.result import load_result
+from train.sweep_group import load_failure
+from train.sweep_recipe import Trial
+
+TRIALS = "trials.parquet"
+STOPPED = "stopped.json"
+FIGURES = ("top1", "top5", "nll", "ece")
+COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
+# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, the normal's is within 2 %.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_SCHEMA = {
+    "trial": pl.String, "student": pl.String, "loss": pl.String, "seed": pl.Int64, "status": pl.String,
+    "error": pl.String, "folder": pl.String, "parameters": pl.Int64, "flops": pl.Int64, "latency_1_ms": pl.Float64,
+    "latency_128_ms": pl.Float64, "top1": pl.Float64, "top5": pl.Float64, "nll": pl.Float64, "ece": pl.Float64,
+    "best_epoch": pl.Int64, "best_top1": pl.Float64, "epochs_done": pl.Int64, "train_s": pl.Float64,
+    "command": pl.String,
+}  # fmt: skip
+
+
+def trials_table(trials: Sequence[Trial], costs: dict[str, Cost]) -> pl.DataFrame:
+    """A row per trial from what is in their folders.
+
+    Columns: `trial`, `student`, `loss`, `seed`, one per other setting; `status` (`finished`, `failed`, `stopped`,
+    `waiting`), `error`; figures of the last epoch on the test split (null unless finished), costs, the exact `command`.
+
+    Args:
+        costs: by student.
+    """
+    rows = [_row(trial, costs.get(trial.recipe.student)) for trial in trials]
+    table = pl.DataFrame(rows, infer_schema_length=None)
+    typed = table.with_columns(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
+    return typed.select(*_SCHEMA, *(name for name in typed.columns if name not in _SCHEMA))
+
+
+def save_table(table: pl.DataFrame, folder: Path) -> None:
+    """Write `trials.parquet`: in full or not at all."""
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    put_durably(folder / TRIALS, buffer.getbuffer())
+
+
+def setting_columns(table: pl.DataFrame) -> list[str]:
+    """Columns that tell trials apart, but for the seed."""
+    return ["student", "loss", *(name for name in table.columns if name not in _SCHEMA)]
+
+
+def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
+    """Finished trials, one row per setting: n, mean, standard deviation and half the 95 % interval of each figure.
+
+    The interval is Student's t over seeds; null for a single one. `pareto_COST` tells whether no other setting is at
+    least as good in top-1 and cheaper. Best top-1 first.
+    """
+    done = table.filter(pl.col("status") == "finished")
+    keys = setting_columns(table)
+    means = [pl.col(name).mean().alias(name) for name in FIGURES]
+    spread = [pl.col(name).std().alias(f"{name}_std") for name in FIGURES]
+    costs = [pl.col(name).first() for name in COSTS]
+    groups = done.group_by(keys, maintain_order=True).agg(
+        pl.len().alias("n"), *means, *spread, *costs, pl.col("train_s").mean()
+    )
+    factors = [_t95(n) / math.sqrt(n) if n > 1 else None for n in groups["n"].to_list()]
+    groups = groups.with_columns(pl.Series("_factor", factors, dtype=pl.Float64))
+    groups = groups.with_columns((pl.col(f"{name}_std") * pl.col("_factor")).alias(f"{name}_ci95") for name in FIGURES)
+    fronts = [pl.Series(f"pareto_{cost}", _front(groups, cost), dtype=pl.Boolean) for cost in COSTS]
+    return groups.drop("_factor").with_columns(fronts).sort("top1", descending=True, nulls_last=True)
+
+
+def _front(groups: pl.DataFrame, cost: str) -> list[bool | None]:
+    """Whether each setting is on the front of top-1 against a cost; null where one of them is not known."""
+    points = list(zip(groups["top1"].to_list(), groups[cost].to_list(), strict=True))
+
+    def beaten(top1: float, price: float) -> bool:
+        others = [(a, b) for a, b in points if a is not None and b is not None]
+        return any(a >= top1 and b <= price and (a > top1 or b < price) for a, b in others)
+
+    return [None if top1 is None or price is None else not beaten(top1, price) for top1, price in points]
+
+
+def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
+    folder = trial.recipe.out
+    assert folder is not None, "a trial has its folder"
+    result, failure = load_result(folder), load_failure(folder)
+    status = "finished" if result else "failed" if failure else "stopped" if (folder / STOPPED).exists() else "waiting"
+    row: dict[str, Any] = dict.fromkeys(_SCHEMA)
+    row |= {"trial": trial.name, "student": trial.recipe.student, "loss": trial.loss, "seed": trial.recipe.seed}
+    row |= {"status": status, "error": failure.message if failure else None, "folder": str(folder)}
+    row |= {"command": shlex.join(["train-student", str(folder / "recipe.yaml"), "--out", f"{folder}-alone"])}
+    if cost is not None:
+        row |= {"parameters": cost.parameters, "flops": cost.flops}
+        row |= {f"latency_{size}_ms": cost.latency_ms(size) for size in (1, 128)}
+    if result is not None:
+        row |= {"epochs_done": result.epochs, "train_s": result.train_s, "parameters": result.parameters}
+        row |= {name: getattr(result.last, name) if result.last else None for name in FIGURES}
+        row |= {"best_epoch": None if result.best_epoch is None else result.best_epoch + 1}
+        row |= {"best_top1": result.best.top1 if result.best else None}
+    elif (folder / "metrics.parquet").exists():
+        row |= {"epochs_done": len(pl.read_parquet(folder / "metrics.parquet"))}
+    for key, value in trial.settings.items():
+        if key not in {"student", "loss", "seed"}:
+            row[key] = value if isinstance(value, int | float | str | bool) else json.dumps(value)
+    return row
+
+
+def _t95(n: int) -> float:
+    return _T95[n - 2] if n - 2 < len(_T95) else 1.96

@@ -1,0 +1,125 @@
+"""Share a sweep's trials among processes on this machine, and see to it that one that dies takes nothing with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache_tools.console import Progress
+from cache_tools.durable import put_durably
+from cache_tools.errors import CacheError, StorageError
+from train.result import load_result
+from train.sweep_group import FAILED, Failure, load_failure, opener, train_stream
+from train.sweep_recipe import Trial
+
+POLL_S = 0.2
+
+
+class Processes:
+    """An engine (`sweep_run.Engine`) of several processes, each with a share of the trials.
+
+    A process that dies (the system takes the memory back, a crash in native code) leaves checkpoints: its trials are
+    started again, each in a process of its own, and the one that dies again is the one that failed.
+
+    Args:
+        count: of processes at a time.
+        logs: folder for what they print.
+    """
+
+    def __init__(self, count: int, logs: Path) -> None:
+        self._count, self._logs = count, logs
+
+    def __call__(self, streams: Sequence[Sequence[Trial]], until: int | None) -> None:
+        waiting = deque((share, False) for share in shares(streams, self._count))
+        running: dict[subprocess.Popen[bytes], tuple[list[Trial], bool]] = {}
+        total = sum(len(stream) for stream in streams)
+        done = 0
+        with Progress(f"sweep, {self._count} processes", total, "trials") as progress:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self._count:
+                        share, alone = waiting.popleft()
+                        running[self._start(share, until)] = (share, alone)
+                    for process in [process for process in running if process.poll() is not None]:
+                        share, alone = running.pop(process)
+                        waiting.extend(self._after(process, share, alone, until))
+                        left = sum(len(each) for each, _ in [*waiting, *running.values()])
+                        progress.advance(total - left - done)
+                        done = total - left
+                    time.sleep(POLL_S)
+            finally:
+                for process in running:
+                    process.terminate()
+                for process in running:
+                    process.wait()
+
+    def _start(self, share: Sequence[Trial], until: int | None) -> subprocess.Popen[bytes]:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        job = json.dumps({"until": until, "trials": [trial.model_dump(mode="json") for trial in share]})
+        with open(self._logs / "workers.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "train.sweep_workers"], stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+        assert process.stdin is not None, "asked for a pipe"
+        process.stdin.write(job.encode())
+        process.stdin.close()
+        return process
+
+    def _after(
+        self, process: subprocess.Popen[bytes], share: list[Trial], alone: bool, until: int | None
+    ) -> list[tuple[list[Trial], bool]]:
+        """What is to be started again after a process has ended."""
+        if process.returncode == 2:  # an error that concerns all of them, told by the worker
+            text = (self._logs / "workers.log").read_text(errors="replace").strip().splitlines()
+            raise StorageError(
+                "a process of the sweep gave up",
+                where=self._logs / "workers.log",
+                found=text[-1] if text else "nothing",
+            )
+        left = [trial for trial in share if not _settled(trial)] if process.returncode != 0 else []
+        if alone and left:
+            how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
+            reason = ", probably for lack of memory" if process.returncode == -9 else ""
+            failure = Failure(kind="died", message=f"its process ended with {how}{reason}, twice")
+            assert left[0].recipe.out is not None, "make_trials gives every trial its folder"
+            put_durably(left[0].recipe.out / FAILED, failure.model_dump_json(indent=2).encode())
+            return []
+        return [([trial], True) for trial in left]
+
+
+def shares(streams: Sequence[Sequence[Trial]], count: int) -> list[list[Trial]]:
+    """Streams as they are if they keep `count` processes busy, else each cut into as many pieces as that takes."""
+    pieces = -(-count // max(1, len(streams)))
+    found = []
+    for stream in streams:
+        size = -(-len(stream) // min(pieces, len(stream)))
+        found += [list(stream[start : start + size]) for start in range(0, len(stream), size)]
+    return found
+
+
+def main() -> None:
+    """A worker: trains the trials that standard input names."""
+    from cache_tools.memory import keep_freed_memory
+
+    keep_freed_memory()
+    job = json.load(sys.stdin)
+    trials = [Trial.model_validate(trial) for trial in job["trials"]]
+    try:
+        train_stream(trials, until=job["until"], images_of=opener())
+    except CacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _settled(trial: Trial) -> bool:
+    assert trial.recipe.out is not None, "make_trials gives every trial its folder"
+    return load_result(trial.recipe.out) is not None or load_failure(trial.recipe.out) is not None
+
+
+if __name__ == "__main__":
+    main()
