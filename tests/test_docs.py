@@ -23,6 +23,7 @@ import cache_tools.cli
 import pipeline.cli
 import pipeline.evaluate_cli
 import train.cli
+import train.sweep_cli
 from cache_tools import TeacherCache
 from cache_tools.format import FusionRecipe
 from cache_tools.images import open_images
@@ -33,6 +34,7 @@ from pipeline.build import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from tests import cache_factory
 from train.recipe import TrainRecipe, load_train_recipe
+from train.sweep_recipe import SweepRecipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path for folder in (".", "docs", "examples", "benchmarks") for path in (ROOT / folder).glob("*.md"))
@@ -41,6 +43,7 @@ APPS = {
     "build-cache": pipeline.cli.app,
     "train-student": train.cli.app,
     "evaluate-student": pipeline.evaluate_cli.app,
+    "sweep-students": train.sweep_cli.app,
     "cache-tools": cache_tools.cli.app,
 }
 OTHER_COMMANDS = {"venv/bin/pip", "python3", "make", "python"}
@@ -475,7 +478,12 @@ def test_yaml_recipes_in_the_documents_are_valid(tmp_path: Path) -> None:
     for block in blocks:
         file = tmp_path / "recipe.yaml"
         file.write_text(block)
-        assert load_build_recipe(str(file)).name == yaml.safe_load(block)["name"]
+        data = yaml.safe_load(block)
+        if "students" in data:
+            base = load_train_recipe(data.pop("recipe"), [f"{key}={value}" for key, value in data.pop("set").items()])
+            assert list(SweepRecipe.model_validate({**data, "base": base.model_dump(mode="json")}).settings())
+        else:
+            assert load_build_recipe(str(file)).name == data["name"]
 
 
 def test_dockerfile_takes_the_steps_of_the_readme() -> None:
