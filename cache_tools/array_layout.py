@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,9 @@ class ArrayLayout(NamedTuple):
     def max_file_bytes(self) -> int:
         """What the file of a chunk cannot exceed: codecs hardly lengthen what they cannot compress."""
         return self.chunk_bytes + self.chunk_bytes // 8 + (1 << 16)
+
+
+Layouts = Mapping[str, ArrayLayout]
 
 
 def array_layouts(manifest: Manifest) -> dict[str, ArrayLayout]:

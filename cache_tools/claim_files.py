@@ -96,8 +96,8 @@ def is_dead(place: Place, claim: ClaimFile) -> bool:
         return bool(_started(int(found["pid"])) != found["started"])
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, KeyError, TypeError):  # gone, half a file of a foreign tool, or another user's
-        return False
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return False  # gone, half a file of a foreign tool, or another user's
 
 
 @cache

@@ -20,7 +20,8 @@ from cache_tools.format import CacheRecipe, Manifest
 
 COMMITS = "commits"
 PARAMETERS = "view_parameters"
-_FILE_NAME = re.compile(r"c\.([0-9]+)\.([0-9]+)\.0")
+_NUMBER = r"(0|[1-9][0-9]{0,9})"
+_FILE_NAME = re.compile(rf"c\.{_NUMBER}\.{_NUMBER}\.0")
 
 
 def columns(recipe: CacheRecipe, block_rows: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import sys
 import threading
 import time
@@ -25,8 +26,16 @@ _STORAGE_ERRNOS = {
     errno.EPERM,
     errno.EDQUOT,
     errno.EIO,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EBUSY,
 }
 
 
@@ -35,6 +44,9 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             function(*args, **kwargs)
         except CacheError as error:

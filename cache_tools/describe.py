@@ -17,7 +17,7 @@ import numpy as np
 from cache_tools import commits, registry
 from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.config import Frozen
-from cache_tools.errors import NotFoundError
+from cache_tools.errors import NotFoundError, printable
 from cache_tools.format import ClipIdentity, Manifest, TeacherIdentity
 from cache_tools.listing import RemoteRecord, commit_names, remote_record
 from cache_tools.place import Place
@@ -96,7 +96,7 @@ def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None
     for title in ("views", "size", "modified", *(("used",) if local else ())):
         table.add_column(title, no_wrap=True, justify="right")
     for record in records:
-        modified = datetime.fromtimestamp(record.modified_s).strftime("%Y-%m-%d %H:%M")
+        modified = _date(record.modified_s)
         identity = (record.name, record.fingerprint[:12], record.dataset, record.teacher, record.clip)
         used = (human_age(time.time() - record.used_s),) if local else ()
         table.add_row(*identity, _views(record), human_bytes(record.size_bytes), modified, *used)
@@ -142,6 +142,14 @@ def print_details(details: CacheDetails) -> None:
         _line(f"  {array.name}", f"{'×'.join(map(str, array.shape))} {array.dtype}, {stored} stored of {dense}")
     for key, value in manifest.provenance.items():
         _line(key, _flat(value))
+
+
+def _date(time_s: float) -> str:
+    """Local time; nothing for a file of a year that there is no calendar for."""
+    try:
+        return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, OSError, ValueError):
+        return ""
 
 
 def human_bytes(count: int) -> str:
@@ -233,4 +241,4 @@ def _flat(value: Any) -> str:
 
 
 def _line(key: str, value: str) -> None:
-    print(f"{key + ':':<22} {value}")
+    print(f"{printable(key) + ':':<22} {printable(value)}")

@@ -40,7 +40,12 @@ class CacheError(Exception):
             message += f" {self.next_step[:1].upper()}{self.next_step[1:]}" + (
                 "" if self.next_step.endswith("?") else "."
             )
-        return " ".join(message.split())
+        return printable(" ".join(message.split()))
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: control characters and halves of characters as escapes."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class RecipeError(CacheError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from cache_tools.errors import FormatError
 
 MAX_METADATA_BYTES = 64 << 20
+MAX_FILE_BYTES = (1 << 30) + (1 << 28)  # the largest chunk (limits.MAX_CHUNK_BYTES) and what packing may add
 
 
 def check_file(path: Path, limit: int | None = None) -> None:

@@ -10,12 +10,13 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError
 from cache_tools.format_history import OLDER_VERSIONS, modernised
 from cache_tools.images import DatasetRecipe
+from cache_tools.limits import check_json, check_limits
 from cache_tools.target_codecs import TargetCodecs
 from cache_tools.views import ViewRecipe
 
@@ -26,6 +27,12 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Store = Literal["fused", "components"]
 Precision = Literal["float32", "bfloat16", "float16"]
 PromptEnsemble = Literal["embedding", "logits", "probabilities"]
+
+
+class Finite(Frozen):
+    """A value whose numbers are numbers: JSON as Python reads it knows NaN and Infinity."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class DatasetIdentity(Frozen):
@@ -39,7 +46,7 @@ class DatasetIdentity(Frozen):
     content_digest: str
 
 
-class Preprocessing(Frozen):
+class Preprocessing(Finite):
     """What a network does to the uint8 view canvas: resize (or not), scale to [0, 1], normalise.
 
     `size` is (height, width) in pixels, None for the canvas as it is. Mean and std are per RGB channel on [0, 1].
@@ -51,7 +58,7 @@ class Preprocessing(Frozen):
     std: tuple[float, float, float]
 
 
-class TeacherIdentity(Frozen):
+class TeacherIdentity(Finite):
     """A conventional teacher. With `linear_head` logits are features · weightᵀ + bias, both stored.
 
     `weight` is its share of the teachers' logits and features; the shares of all teachers sum to 1.
@@ -65,7 +72,7 @@ class TeacherIdentity(Frozen):
     weight: Share = 1.0
 
 
-class ClipIdentity(Frozen):
+class ClipIdentity(Finite):
     """A CLIP model with its prompts: every template (one `{}` each) with every class name, as they were rendered.
 
     `logit_scale` is its own exp(log-scale); `weight` its share among all CLIPs, as for teachers.
@@ -82,7 +89,7 @@ class ClipIdentity(Frozen):
     weight: Share = 1.0
 
 
-class FusionRecipe(Frozen):
+class FusionRecipe(Finite):
     """How teachers and CLIPs become one target (RichKD, equations for z_F and f_F).
 
     logits: teacher_weight · teachers + (1 − teacher_weight) · CLIPs, the cosines of each CLIP times its scale [α]
@@ -156,7 +163,7 @@ class Canary(Frozen):
     pixel_digest: str
 
 
-class Manifest(Frozen):
+class Manifest(Finite):
     """Recipe, geometry and provenance; stored as the zarr group's attribute `teacher_cache`.
 
     `constants_digest` covers the arrays that hold for all samples and views. Computed on another machine they may
@@ -186,6 +193,12 @@ class Manifest(Frozen):
     def clip_scale(self) -> float:
         """What the cosines of the first CLIP are multiplied with."""
         return self.clip_scales[0]
+
+    @property
+    def preflight(self) -> dict[str, Any] | None:
+        """Accuracies that the build measured first, if it did."""
+        found = self.provenance.get("preflight")
+        return found if isinstance(found, dict) else None
 
     @property
     def num_samples(self) -> int:
@@ -221,13 +234,14 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
         raise FormatError(
             "not a teacher cache", where=where, expected=f"a group attribute '{MANIFEST_KEY}'", found="none"
         )
+    check_json(attribute, where=where)
     version = attribute.get("format_version")
     if version not in (FORMAT_VERSION, *OLDER_VERSIONS):
         raise FormatError(
             "unknown cache format version",
             where=where,
             expected=f"{FORMAT_VERSION}, or {' or '.join(map(str, OLDER_VERSIONS))} (read-only)",
-            found=version,
+            found=repr(version)[:40],
             next_step="open it with the teacher-cache version that wrote it, or build it again elsewhere (--out)",
         )
     fields = {key: value for key, value in attribute.items() if key != "digest"}
@@ -250,6 +264,7 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
         raise FormatError(
             "manifest and fingerprint disagree", where=where, expected=expected[:12], found=manifest.fingerprint[:12]
         )
+    check_limits(manifest, where=where)
     return manifest
 
 

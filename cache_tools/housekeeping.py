@@ -60,7 +60,7 @@ def candidates(records: Sequence[CacheRecord], rules: PruneRules, *, now_s: floa
                 chosen[record.path] = "least recently used, the home is too large"
                 left -= record.size_bytes
     return [
-        Candidate(record=record, reason=chosen[record.path], kept_because=_busy(record.path, now_s))
+        Candidate(record=record, reason=chosen[record.path], kept_because=_kept_because(record.path, now_s))
         for record in by_use
         if record.path in chosen
     ]
@@ -119,6 +119,12 @@ def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
         ),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+def _kept_because(path: Path, now_s: float) -> str | None:
+    if not is_cache(path):
+        return "not a cache: without zarr.json it may be anything, such as a copy that was cut off"
+    return _busy(path, now_s)
 
 
 def _busy(path: Path, now_s: float) -> str | None:

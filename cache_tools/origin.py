@@ -9,6 +9,8 @@ from pydantic import NonNegativeInt, ValidationError
 
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
+from cache_tools.errors import FormatError
+from cache_tools.files import MAX_METADATA_BYTES, check_file
 
 
 class OriginRecord(Frozen):
@@ -35,8 +37,9 @@ def origin_file(path: Path) -> Path:
 def read_origin(path: Path) -> OriginRecord | None:
     """The record of a mirror; None for a cache that was built here, or where it cannot be read."""
     try:
+        check_file(origin_file(path), MAX_METADATA_BYTES)
         return OriginRecord.model_validate_json(origin_file(path).read_bytes())
-    except (OSError, ValidationError):
+    except (OSError, ValidationError, FormatError):
         return None
 
 

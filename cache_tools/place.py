@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from cache_tools.console import storage_error
 from cache_tools.durable import PARTIAL, put_durably
 from cache_tools.errors import NotFoundError, RecipeError, StorageError
+from cache_tools.files import MAX_FILE_BYTES, check_file
 
 _CLIENT_ERROR = re.compile(r"status:? 4[0-9][0-9]")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -121,6 +122,7 @@ class LocalPlace(Place):
         return str(self.path)
 
     def read(self, key: str) -> bytes:
+        check_file(self.path / key, MAX_FILE_BYTES)
         with _local_trouble():
             return (self.path / key).read_bytes()
 
@@ -319,7 +321,7 @@ def open_place(reference: str | Path, *, patience_s: float | None = None) -> Pla
     """
     if is_remote(reference):
         return RemotePlace(str(reference), patience_s)
-    return LocalPlace(Path(str(reference).removeprefix(_FILE)).expanduser())
+    return LocalPlace(Path(os.path.expanduser(str(reference).removeprefix(_FILE))))
 
 
 def is_url(reference: str | Path) -> bool:

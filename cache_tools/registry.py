@@ -14,7 +14,7 @@ from typing import Any
 from cache_tools import commits
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
-from cache_tools.errors import CacheError, NotFoundError, RecipeError
+from cache_tools.errors import CacheError, NotFoundError, RecipeError, printable
 from cache_tools.format import Manifest
 from cache_tools.origin import read_origin
 from cache_tools.place import is_remote
@@ -71,7 +71,7 @@ def cache_path(name: str, fingerprint: str) -> Path:
 
 def is_cache(path: Path) -> bool:
     """Whether something that calls itself a zarr group is at `path`; an empty folder is nothing."""
-    return (path / "zarr.json").is_file()
+    return os.path.isfile(path / "zarr.json")
 
 
 def list_caches(home: Path | None = None) -> list[CacheRecord]:
@@ -102,7 +102,7 @@ def record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
     try:
         manifest = read_manifest(path)
     except CacheError as error:
-        name = re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX))
+        name = printable(re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX)))
         times = {"modified_s": modified_s, "used_s": modified_s}
         return CacheRecord(path=path, name=name, size_bytes=size_bytes, problem=str(error), **times)
     return CacheRecord(
@@ -160,8 +160,8 @@ def views_done(path: Path, manifest: Manifest) -> list[int]:
 
 def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
     """The views of which every block has one of these commit files."""
-    counts = Counter(pair[0] for name in names if (pair := commits.parse_file_name(name)) is not None)
-    return [view for view in range(manifest.num_views) if counts[view] >= manifest.num_blocks]
+    counts = Counter(view for view, _ in commits.committed_pairs(names, manifest))
+    return sorted(view for view, count in counts.items() if count == manifest.num_blocks)
 
 
 def resolve(reference: str | Path) -> Path:
@@ -176,10 +176,10 @@ def resolve(reference: str | Path) -> Path:
             where=reference,
             next_step=f"`cache-tools pull {reference}` brings it into the cache home",
         )
-    path = Path(str(reference).removeprefix("file://")).expanduser()
+    path = Path(os.path.expanduser(str(reference).removeprefix("file://")))
     looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
     if looks_like_path or is_cache(path):
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path.exists it has no exception for names that cannot be
             raise NotFoundError("no cache here", where=path, next_step=_known(list_caches()))
         return path
     return find(str(reference)).path

@@ -17,6 +17,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from cache_tools.durable import PARTIAL
+from cache_tools.errors import FormatError
+from cache_tools.files import MAX_METADATA_BYTES, check_file
 
 INDEX = ".sizes.json"
 SETTLED_S = 2.0  # a folder that changed this recently may change again without another time
@@ -30,8 +32,9 @@ class Sizes:
     def __init__(self, home: Path) -> None:
         self._index, self._asked, self._changed = home / INDEX, _Known(), False
         try:
+            check_file(self._index, MAX_METADATA_BYTES)
             self._known = TypeAdapter(_Known).validate_json(self._index.read_bytes())
-        except (OSError, ValidationError):
+        except (OSError, ValidationError, FormatError):
             self._known = _Known()
 
     def __enter__(self) -> Sizes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools import commits
-from cache_tools.array_layout import ArrayLayout
+from cache_tools.array_layout import Layouts
 from cache_tools.arrays import ArraySpec
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, FormatError, NotFoundError
@@ -24,7 +24,6 @@ from cache_tools.format import MANIFEST_KEY, Manifest, parse_manifest
 if TYPE_CHECKING:
     import zarr
 
-Layouts = Mapping[str, ArrayLayout]
 RESTORE = "restore it from a copy, or remove the cache and build it again"
 
 

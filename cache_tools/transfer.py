@@ -9,6 +9,7 @@ that it promises.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cache_tools import commits
+from cache_tools.array_layout import Layouts, array_layouts
 from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
@@ -61,10 +63,12 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
     """
     manifest = manifest_at(source)
     sizes = copy_metadata(source, target, manifest)
-    done = committed(target)
-    wanted = [pair for pair in _pairs(manifest) if views is None or pair[0] in set(views)]
-    there = committed(source)
-    todo = [pair for pair in wanted if pair in there and pair not in done]
+    chosen = set(range(manifest.num_views)) & set(range(manifest.num_views) if views is None else views)
+    done, there = (
+        {pair for pair in committed(place) if pair[0] in chosen and pair[1] < manifest.num_blocks}
+        for place in (target, source)
+    )
+    todo = sorted(there - done)
     with Progress(title, len(todo), "blocks") as progress:
         for _, written in copy_blocks(source, target, manifest, todo):
             sizes += written
@@ -74,8 +78,8 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
         target=str(target),
         fingerprint=manifest.fingerprint,
         blocks=len(todo),
-        blocks_there=sum(pair in done for pair in wanted),
-        blocks_missing=sum(pair not in there for pair in wanted),
+        blocks_there=len(done),
+        blocks_missing=len(chosen) * manifest.num_blocks - len(there),
         files=len(sizes),
         bytes=sum(sizes),
     )
@@ -99,10 +103,11 @@ def copy_blocks(
     running: dict[Future[list[int]], Pair] = {}
     names = (commits.COMMITS, *(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)))
     metadata = {name: _read(source, f"{name}/{GROUP}") for name in names}
+    layouts = array_layouts(manifest)
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="copy")
     try:
         for pair in pairs:
-            running[pool.submit(_copy_block, source, target, manifest, metadata, *pair)] = pair
+            running[pool.submit(_copy_block, source, target, manifest, layouts, metadata, *pair)] = pair
             while len(running) >= WORKERS:
                 yield from _finished(running)
         while running:
@@ -190,7 +195,7 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
         return []
     whole = ("labels", "sample_keys", *constant_shapes(manifest.recipe))
     arrays = (*(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)), commits.COMMITS)
-    keys = [entry.key for name in whole for entry in source.entries(name)] if existing is None else []
+    keys = [key for name in whole for key in _files_of(source, name)] if existing is None else []
     keys += [f"{name}/{GROUP}" for name in arrays]
     sizes = []
     with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:
@@ -201,20 +206,23 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
 
 
 def _copy_block(
-    source: Place, target: Place, manifest: Manifest, metadata: dict[str, bytes], view: int, block: int
+    source: Place,
+    target: Place,
+    manifest: Manifest,
+    layouts: Layouts,
+    metadata: dict[str, bytes],
+    view: int,
+    block: int,
 ) -> list[int]:
     """Copy one block, its commit last; gives the sizes of the files written. `metadata`: zarr.json of each array."""
     commit_key = f"{commits.COMMITS}/{commits.file_name(view, block)}"
     sizes = []
     try:
         commit = source.read(commit_key)
-        columns = len(target_arrays(manifest.recipe, manifest.block_rows)) + 1
-        digests = _decode(source, commits.COMMITS, metadata, {commit_key: commit}, (view, block))
-        if digests.shape != (columns,):
-            raise FormatError("damaged commit", where=f"{source}/{commit_key}")
+        digests = _decode(source, commits.COMMITS, layouts, metadata, {commit_key: commit}, (view, block))
         for column, spec in enumerate(target_arrays(manifest.recipe, manifest.block_rows), start=1):
             chunks = {key: source.read(key) for key in block_files(spec, manifest, view, block)}
-            rows = _decode(source, spec.name, metadata, chunks, (view, manifest.block(block)))
+            rows = _decode(source, spec.name, layouts, metadata, chunks, (view, manifest.block(block)))
             if commits.block_digest(rows) != int(digests[column]):
                 raise FormatError("stored rows are not those that were committed", where=f"{source}/{spec.name}")
             for key, data in chunks.items():
@@ -229,13 +237,14 @@ def _copy_block(
 
 
 def _decode(
-    source: Place, name: str, metadata: dict[str, bytes], chunks: dict[str, bytes], selection: Any
+    source: Place, name: str, layouts: Layouts, metadata: dict[str, bytes], chunks: dict[str, bytes], selection: Any
 ) -> np.ndarray:
-    """The rows in some chunk files of an array, through zarr and the array's own codecs."""
+    """The rows in some chunk files of an array, through zarr and the array's own codecs, which are those promised."""
     import zarr
     from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import MemoryStore
 
+    from cache_tools.bounded import checked
     from cache_tools.store import quiet_numcodecs, translated
 
     quiet_numcodecs()
@@ -244,7 +253,13 @@ def _decode(
     files[f"{name}/{GROUP}"] = buffer.from_bytes(metadata[name])
     with translated(f"{source}/{name}"):
         array: Any = zarr.open_array(MemoryStore(files), path=name, mode="r", zarr_format=3)
-        return np.asarray(array[selection])
+        return np.asarray(checked(array, layouts[name], f"{source}/{name}")[selection])
+
+
+def _files_of(source: Place, name: str) -> list[str]:
+    """Keys of the metadata and the chunks of an array. Whatever else is in its folder does not travel."""
+    own = re.compile(rf"{re.escape(name)}/(zarr[.]json|c([.][0-9]+)+)")
+    return [entry.key for entry in source.entries(name) if own.fullmatch(entry.key)]
 
 
 def _copy_file(source: Place, target: Place, key: str) -> int:
@@ -258,10 +273,6 @@ def _read(source: Place, key: str) -> bytes:
         return source.read(key)
     except FileNotFoundError as error:
         raise FormatError("missing file", where=f"{source}/{key}", next_step="build the cache again") from error
-
-
-def _pairs(manifest: Manifest) -> Iterable[Pair]:
-    return np.ndindex(manifest.num_views, manifest.num_blocks)
 
 
 def _damaged(source: Place, view: int, block: int, what: str, commit_key: str) -> FormatError:

@@ -22,6 +22,7 @@ from cache_tools.encoding import Encoder
 from cache_tools.errors import FormatError, MismatchError, StorageError
 from cache_tools.format import FORMAT_VERSION, MANIFEST_KEY, Manifest, manifest_attribute
 from cache_tools.layout import check_constants, check_samples, constants_digest, lay_out
+from cache_tools.limits import check_limits
 from cache_tools.store import open_array, open_group, read_commits, read_manifest, read_whole, translated
 
 
@@ -72,6 +73,7 @@ class CacheWriter:
             StorageError: something is at `path` already, or the disk is full or read-only.
         """
         path = Path(path)
+        check_limits(manifest, where=path)
         check_samples(manifest, labels, sample_keys)
         check_constants(manifest, constants)
         check_free(path)
@@ -177,6 +179,7 @@ class CacheWriter:
         if num_views <= self.manifest.num_views:
             return self
         manifest = self.manifest.model_copy(update={"num_views": num_views})
+        check_limits(manifest, where=self.path)
         with translated(self.path):
             for array in (*self._arrays.values(), self._commits):
                 if array.shape[0] < num_views:

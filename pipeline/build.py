@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from cache_tools import registry
 from cache_tools.arrays import TargetSpec, default_block_rows, targets
@@ -120,8 +121,7 @@ def _open_or_create(
         writer = CacheWriter.resume(path, identity.fingerprint)
         if writer.manifest.num_views < recipe.num_views:
             writer = writer.grow(recipe.num_views)
-        stored = writer.manifest.provenance.get("preflight")
-        return writer, Preflight.model_validate(stored) if stored else None
+        return writer, _stored_preflight(writer.manifest)
     check_free(path)  # before the preflight, not after it
     preflight = None
     if recipe.preflight_samples:
@@ -175,6 +175,14 @@ def _constants(
     constants |= fit_codecs(identity, sample)
     Encoder(identity, constants.__getitem__).encode(sample, where="a sample of view 0")
     return constants
+
+
+def _stored_preflight(manifest: Manifest) -> Preflight | None:
+    """What the first build measured; None where a tool wrote something else there."""
+    try:
+        return Preflight.model_validate(manifest.provenance.get("preflight"))
+    except ValidationError:
+        return None
 
 
 def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:

@@ -86,7 +86,7 @@ class Run:
             best=None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], "test"),
             best_epoch=self.best_epoch,
             ema=_evaluation(self.history[-1], "ema"),
-            teachers=None if cache is None else cache.manifest.provenance.get("preflight"),
+            teachers=None if cache is None else cache.manifest.preflight,
             train_s=sum(row["train_s"] for row in self.history),
             environment=_environment(self.device),
             command=command_line(),
