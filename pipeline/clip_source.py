@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+import torch
+from safetensors.torch import save_file
 
 from cache_tools.errors import WeightsError
 from pipeline.hub import hub_or_local_copies
 from pipeline.weights import first_line, is_file_reference, nearest, resolve_path
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
+_NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # three numbers beside OpenAI's weights
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
 
 
@@ -69,13 +73,12 @@ def load_network(source: ClipSource) -> Any:
     """
     where = source.architecture if source.pretrained is None else f"{source.architecture}, {source.pretrained}"
     try:
-        with _quiet(), hub_or_local_copies() if needs_hub(source) else nullcontext():
-            return open_clip.create_model(
-                source.model_name,
-                source.pretrained,
-                require_pretrained=True,
-                weights_only=not _is_torchscript(source.pretrained),
-            )
+        with (
+            _quiet(),
+            hub_or_local_copies() if needs_hub(source) else nullcontext(),
+            _plain_weights(source.pretrained) as pretrained,
+        ):
+            return open_clip.create_model(source.model_name, pretrained, require_pretrained=True, weights_only=True)
     except Exception as error:  # open_clip, huggingface_hub, safetensors and torch have no common error
         expected, found = _mismatch(error)
         if found is not None:
@@ -175,9 +178,26 @@ def _is_openai(path: Path) -> bool:
     return _is_torchscript(path) or any("openai" in part.lower() for part in (path.name, path.parent.name))
 
 
-def _is_torchscript(reference: str | Path | None) -> bool:
-    path = Path(reference) if reference is not None else None
-    if path is None or not path.is_file() or not zipfile.is_zipfile(path):
+@contextmanager
+def _plain_weights(pretrained: str | None) -> Iterator[str | None]:
+    """The same weights in a file that open_clip reads without unpickling anything: OpenAI publishes TorchScript.
+
+    `torch.jit.load` knows no Python objects. `torch.load` would, for a file that only looks like TorchScript.
+    """
+    if pretrained is None or not _is_torchscript(pretrained):
+        yield pretrained
+        return
+    weights = torch.jit.load(pretrained, map_location="cpu").state_dict()
+    with tempfile.TemporaryDirectory(prefix="clip-") as folder:
+        plain = Path(folder) / "weights.safetensors"
+        kept = {name: tensor.detach() for name, tensor in weights.items() if name not in _NOT_WEIGHTS}
+        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in kept.items()}, plain)
+        yield str(plain)
+
+
+def _is_torchscript(reference: str | Path) -> bool:
+    path = Path(reference)
+    if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return any(entry.endswith("/constants.pkl") for entry in archive.namelist())

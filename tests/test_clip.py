@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,24 @@ class TestBuiltinConfig:
         with torch.no_grad():
             expected = network.encode_image(prepare(pixels, ours.identity.preprocessing))
         torch.testing.assert_close(ours(pixels).features, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("disguise", ["a folder deeper", "behind a pickle"])
+    def test_what_only_looks_like_torchscript_runs_no_code(self, tmp_path: Path, disguise: str) -> None:
+        path, planted = tmp_path / "evil.pt", tmp_path / "planted"
+
+        class Evil:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return Path.touch, (planted,)
+
+        if disguise == "a folder deeper":
+            torch.save({"weight": Evil()}, path)
+        else:
+            path.write_bytes(pickle.dumps(Evil()))
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("evil/x/constants.pkl" if disguise == "a folder deeper" else "evil/constants.pkl", b"x")
+        with pytest.raises(WeightsError), warnings.catch_warnings(action="ignore"):
+            load_clip(ClipSpec(name="ViT-B-32-quickgelu", weights=str(path)), CLASSES, CPU)
+        assert not planted.exists()
 
     def test_plain_copy_of_openai_weights_is_known_by_its_name(self, tmp_path: Path) -> None:
         path = tmp_path / "vit_base_patch32_clip_224.openai.safetensors"
