@@ -76,6 +76,12 @@ class ArrayLayout(NamedTuple):
         return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
 
     @property
+    def chunk_names(self) -> list[str]:
+        """The files of all its chunks, by name: every one is there once the array is filled."""
+        counts = (-(-length // chunk) for length, chunk in zip(self.shape, self.chunks, strict=True))
+        return [".".join(("c", *map(str, index))) for index in np.ndindex(*counts)]
+
+    @property
     def max_file_bytes(self) -> int:
         """What the file of a chunk cannot exceed: codecs hardly lengthen what they cannot compress."""
         return self.chunk_bytes + self.chunk_bytes // 8 + (1 << 16)

@@ -30,6 +30,9 @@ def check_file(path: Path, limit: int | None = None) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise FormatError("not a file", where=path, found="a pipe, device or socket", next_step="remove it")
     if limit is not None and status.st_size > limit:
-        raise FormatError(
-            "a file is larger than it can be", where=path, expected=f"at most {limit:,} bytes", found=status.st_size
-        )
+        raise too_large(path, limit, status.st_size)
+
+
+def too_large(where: object, limit: int, size: int) -> FormatError:
+    """What to raise of a file that has more bytes than it can have."""
+    return FormatError("a file is larger than it can be", where=where, expected=f"at most {limit:,} bytes", found=size)

@@ -12,8 +12,9 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import zarr
@@ -53,9 +54,9 @@ class Problem(Frozen):
 
 
 class Verification(Frozen):
-    """What `verify` found. `bytes` counts decoded bytes that were read and compared."""
+    """What `verify` found. `path` is a folder or a URL; `bytes` counts decoded bytes that were read and compared."""
 
-    path: Path
+    path: Path | str
     fingerprint: str
     blocks: int
     blocks_total: int
@@ -76,8 +77,21 @@ class Repair(Frozen):
     left: tuple[Problem, ...]
 
 
-def verify(path: Path) -> Verification:
+class Blocks(Protocol):
+    """Blocks that are not in the folder of a cache until they are checked."""
+
+    def committed(self) -> list[tuple[int, int]]:
+        """(view, block) of those there are, ascending."""
+
+    def at_hand(self, view: int, block: int) -> AbstractContextManager[None]:
+        """Have the files of one in the folder for the time of a `with` block. Several threads ask at once."""
+
+
+def verify(path: Path, blocks: Blocks | None = None) -> Verification:
     """Check every stored byte of a cache, complete or half-built.
+
+    Args:
+        blocks: where the blocks are, if not in the folder.
 
     Raises:
         NotFoundError, FormatError: no cache, or a manifest so damaged that nothing else can be checked.
@@ -87,9 +101,14 @@ def verify(path: Path) -> Verification:
     damaged = {Path(problem.where).parent.name for problem in problems}
     reader = _Reader(path, manifest, damaged)
     problems += reader.constant_problems()
-    pairs = [] if commits.COMMITS in damaged else reader.committed()
+    pairs = [] if commits.COMMITS in damaged else reader.committed() if blocks is None else blocks.committed()
+
+    def check(pair: tuple[int, int]) -> list[Problem]:
+        with nullcontext() if blocks is None else blocks.at_hand(*pair):
+            return reader.block_problems(*pair)
+
     with ThreadPoolExecutor(WORKERS) as pool, Progress("verify", len(pairs), "blocks") as progress:
-        for found in pool.map(reader.block_problems, *zip(*pairs, strict=True)) if pairs else ():
+        for found in pool.map(check, pairs):
             problems += found
             progress.advance(1, f"{len(problems)} problems" if problems else "")
     return Verification(

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cache_tools import registry
 from cache_tools.console import command
 from cache_tools.describe import human_bytes
+from cache_tools.origin import read_origin
+from cache_tools.place import is_remote, open_place
+
+if TYPE_CHECKING:
+    from cache_tools.integrity import Repair, Verification
 
 SHOWN = 20
 DAMAGED = 1
 
-Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
+Reference = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A path, a URL, a name, or 4+ digits of a fingerprint.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -29,10 +37,9 @@ def verify_command(reference: Reference, as_json: AsJson = False) -> None:
     """Compare every stored byte of a cache with its commit; exit code 1 if something is damaged.
 
     Reads everything: manifest, metadata, labels, keys, constants, and every committed block with its view parameters.
+    A remote cache is read through where it is.
     """
-    from cache_tools.integrity import verify
-
-    found = verify(registry.resolve(reference))
+    found = _verify(reference)
     if as_json:
         print(json.dumps(found.model_dump(mode="json") | {"sound": found.sound}, indent=2, ensure_ascii=False))
     else:
@@ -56,10 +63,7 @@ def repair_command(
 
     Damaged array metadata is written anew from the manifest. Sound blocks are never touched.
     """
-    from cache_tools.integrity import repair, verify
-
-    path = registry.resolve(reference)
-    found = verify(path)
+    found = _verify(reference)
     if not yes:
         cures = {
             cure: sum(problem.cure == cure for problem in found.problems) for cure in ("block", "metadata", "copy")
@@ -73,7 +77,7 @@ def repair_command(
             )
             print("Nothing was changed: add --yes." if found.problems else "There is nothing to repair.")
         return
-    done = repair(path, found)
+    done = _repair(found)
     if as_json:
         print(json.dumps(done.model_dump(mode="json"), indent=2, ensure_ascii=False))
         return
@@ -84,7 +88,31 @@ def repair_command(
     for problem in done.left:
         print(f"left: {problem.where}: {problem.what}; restore it from a copy (cache-tools pull), or build it again")
     if done.dropped:
-        print("Run the same build-cache command: it computes the dropped blocks again.")
+        print(_how_to_mend(found))
+
+
+def _verify(reference: str) -> Verification:
+    from cache_tools import integrity, remote_integrity
+
+    if is_remote(reference):
+        return remote_integrity.verify(open_place(reference))
+    return integrity.verify(registry.resolve(reference))
+
+
+def _repair(found: Verification) -> Repair:
+    from cache_tools import integrity, remote_integrity
+
+    if isinstance(found.path, Path):
+        return integrity.repair(found.path, found)
+    return remote_integrity.repair(open_place(found.path), found)
+
+
+def _how_to_mend(found: Verification) -> str:
+    if not isinstance(found.path, Path):
+        return "Push a sound copy of the cache: it brings the dropped blocks again."
+    if read_origin(found.path) is not None:
+        return "This is a mirror: the dropped blocks are staged again when they are needed."
+    return "Run the same build-cache command: it computes the dropped blocks again."
 
 
 def _count(problems: int) -> str:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from cache_tools.console import storage_error
 from cache_tools.durable import PARTIAL, put_durably
 from cache_tools.errors import NotFoundError, RecipeError, StorageError
-from cache_tools.files import MAX_FILE_BYTES, check_file
+from cache_tools.files import MAX_FILE_BYTES, check_file, too_large
 
 _CLIENT_ERROR = re.compile(r"status:? 4[0-9][0-9]")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -56,11 +56,15 @@ class Place(ABC):
         return str(self).rstrip("/").rpartition("/")[2]
 
     @abstractmethod
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
         """A whole file.
+
+        Args:
+            limit: the most bytes that it can have.
 
         Raises:
             FileNotFoundError: not there.
+            FormatError: a file that is larger, or no file; nothing of it is read.
             StorageError: unreadable storage.
         """
 
@@ -121,8 +125,8 @@ class LocalPlace(Place):
     def __str__(self) -> str:
         return str(self.path)
 
-    def read(self, key: str) -> bytes:
-        check_file(self.path / key, MAX_FILE_BYTES)
+    def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
+        check_file(self.path / key, limit)
         with _local_trouble():
             return (self.path / key).read_bytes()
 
@@ -184,10 +188,16 @@ class RemotePlace(Place):
     def __str__(self) -> str:
         return self._url
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
         import obstore
 
-        return self._ask(key, lambda: obstore.get(self._store, key).bytes().to_bytes())
+        def get() -> bytes:
+            answer = obstore.get(self._store, key)
+            if answer.meta["size"] > limit:
+                raise too_large(f"{self._url}/{key}", limit, answer.meta["size"])
+            return answer.bytes().to_bytes()
+
+        return self._ask(key, get)
 
     def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
         import obstore

@@ -123,8 +123,8 @@ class Origin:
 
     def _look(self, manifest: Manifest) -> None:
         self._there = committed(self._place())
-        promised = {(view, block) for view in range(self._record.views) for block in range(manifest.num_blocks)}
-        if promised <= self._there:
+        promised = [pair for pair in self._there if pair[0] < self._record.views and pair[1] < manifest.num_blocks]
+        if len(promised) == self._record.views * manifest.num_blocks:
             self._record = self._record.model_copy(update={"complete": True})
             _keep(self.mirror, self._record)
 

@@ -90,9 +90,9 @@ def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> np
     Raises:
         FormatError: missing, damaged, stored otherwise, or a number that is not finite.
     """
-    array, layout = open_array(group, path, name, layouts), layouts[name]
-    for index in np.ndindex(*(-(-length // chunk) for length, chunk in zip(layout.shape, layout.chunks, strict=True))):
-        if not (path / name / ".".join(["c", *map(str, index)])).exists():  # before there is memory for all of them
+    array = open_array(group, path, name, layouts)
+    for chunk in layouts[name].chunk_names:
+        if not (path / name / chunk).exists():  # before there is memory for all of them
             raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
     with translated(path / name):
         values = np.asarray(array[...])

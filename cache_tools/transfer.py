@@ -9,19 +9,17 @@ that it promises.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
-
-import numpy as np
 
 from cache_tools import commits
-from cache_tools.array_layout import Layouts, array_layouts
+from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
+from cache_tools.chunk_files import ChunkFiles, read_file
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError, MismatchError, NotFoundError
+from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format import MANIFEST_KEY, Manifest, parse_manifest
 from cache_tools.place import Place
 
@@ -102,12 +100,13 @@ def copy_blocks(
     """
     running: dict[Future[list[int]], Pair] = {}
     names = (commits.COMMITS, *(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)))
-    metadata = {name: _read(source, f"{name}/{GROUP}") for name in names}
-    layouts = array_layouts(manifest)
+    arrays = {
+        name: ChunkFiles(source, name, layout) for name, layout in array_layouts(manifest).items() if name in names
+    }
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="copy")
     try:
         for pair in pairs:
-            running[pool.submit(_copy_block, source, target, manifest, layouts, metadata, *pair)] = pair
+            running[pool.submit(_copy_block, source, target, manifest, arrays, *pair)] = pair
             while len(running) >= WORKERS:
                 yield from _finished(running)
         while running:
@@ -130,7 +129,7 @@ def manifest_at(place: Place) -> Manifest:
         FormatError: a damaged or foreign one.
     """
     try:
-        text = place.read(GROUP)
+        text = place.read(GROUP, MAX_METADATA_BYTES)
     except FileNotFoundError as error:
         raise NotFoundError("no cache here", where=place, next_step="check the path or URL") from error
     try:
@@ -166,7 +165,27 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
         existing = manifest_at(target)
     except NotFoundError:
         existing = None
-    if existing is not None and existing.fingerprint != manifest.fingerprint:
+    if existing is not None:
+        _check_same(existing, manifest, target)
+    if existing is not None and existing.num_views >= manifest.num_views:
+        return []
+    layouts, whole = array_layouts(manifest), ("labels", "sample_keys", *constant_shapes(manifest.recipe))
+    keys = {f"{name}/{GROUP}": MAX_METADATA_BYTES for name in layouts if existing is None or name not in whole}
+    if existing is None:
+        keys |= {
+            f"{name}/{chunk}": layouts[name].max_file_bytes for name in whole for chunk in layouts[name].chunk_names
+        }
+    sizes = []
+    with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:
+        for size in pool.map(lambda key: _copy_file(source, target, key, keys[key]), keys):
+            sizes.append(size)
+            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
+    return [*sizes, _copy_file(source, target, GROUP, MAX_METADATA_BYTES)]
+
+
+def _check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
+    """Raise MismatchError unless blocks of one may be put into the other."""
+    if existing.fingerprint != manifest.fingerprint:
         raise MismatchError(
             "another cache is at the target",
             where=target,
@@ -174,7 +193,7 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
             found=existing.fingerprint[:12],
             next_step="choose another target",
         )
-    if existing is not None and existing.block_rows != manifest.block_rows:
+    if existing.block_rows != manifest.block_rows:
         raise MismatchError(
             "the same cache is at the target, in blocks of another size",
             where=target,
@@ -182,7 +201,7 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
             found=existing.block_rows,
             next_step="choose another target, or remove that cache first",
         )
-    if existing is not None and existing.constants_digest != manifest.constants_digest:
+    if existing.constants_digest != manifest.constants_digest:
         raise MismatchError(
             "the same cache is at the target, built beside this one: its head or class embeddings differ in their last "
             "bits, and blocks of both must not be mixed",
@@ -191,39 +210,21 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
             found=existing.constants_digest[:12],
             next_step="take that cache (pull it), choose another target, or remove it first",
         )
-    if existing is not None and existing.num_views >= manifest.num_views:
-        return []
-    whole = ("labels", "sample_keys", *constant_shapes(manifest.recipe))
-    arrays = (*(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)), commits.COMMITS)
-    keys = [key for name in whole for key in _files_of(source, name)] if existing is None else []
-    keys += [f"{name}/{GROUP}" for name in arrays]
-    sizes = []
-    with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:
-        for size in pool.map(lambda key: _copy_file(source, target, key), keys):
-            sizes.append(size)
-            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
-    return [*sizes, _copy_file(source, target, GROUP)]
 
 
 def _copy_block(
-    source: Place,
-    target: Place,
-    manifest: Manifest,
-    layouts: Layouts,
-    metadata: dict[str, bytes],
-    view: int,
-    block: int,
+    source: Place, target: Place, manifest: Manifest, arrays: dict[str, ChunkFiles], view: int, block: int
 ) -> list[int]:
-    """Copy one block, its commit last; gives the sizes of the files written. `metadata`: zarr.json of each array."""
+    """Copy one block, its commit last; gives the sizes of the files written."""
     commit_key = f"{commits.COMMITS}/{commits.file_name(view, block)}"
-    sizes = []
+    specs, sizes = target_arrays(manifest.recipe, manifest.block_rows), []
     try:
-        commit = source.read(commit_key)
-        digests = _decode(source, commits.COMMITS, layouts, metadata, {commit_key: commit}, (view, block))
-        for column, spec in enumerate(target_arrays(manifest.recipe, manifest.block_rows), start=1):
-            chunks = {key: source.read(key) for key in block_files(spec, manifest, view, block)}
-            rows = _decode(source, spec.name, layouts, metadata, chunks, (view, manifest.block(block)))
-            if commits.block_digest(rows) != int(digests[column]):
+        commit = source.read(commit_key, arrays[commits.COMMITS].max_file_bytes)
+        digests = arrays[commits.COMMITS].decode({commit_key: commit}, (view, block))
+        for column, spec in enumerate(specs, start=1):
+            array = arrays[spec.name]
+            chunks = {key: source.read(key, array.max_file_bytes) for key in block_files(spec, manifest, view, block)}
+            if commits.block_digest(array.decode(chunks, (view, manifest.block(block)))) != int(digests[column]):
                 raise FormatError("stored rows are not those that were committed", where=f"{source}/{spec.name}")
             for key, data in chunks.items():
                 target.put(key, data)
@@ -236,43 +237,10 @@ def _copy_block(
     return [*sizes, len(commit)]
 
 
-def _decode(
-    source: Place, name: str, layouts: Layouts, metadata: dict[str, bytes], chunks: dict[str, bytes], selection: Any
-) -> np.ndarray:
-    """The rows in some chunk files of an array, through zarr and the array's own codecs, which are those promised."""
-    import zarr
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.storage import MemoryStore
-
-    from cache_tools.bounded import checked
-    from cache_tools.store import quiet_numcodecs, translated
-
-    quiet_numcodecs()
-    buffer = default_buffer_prototype().buffer
-    files = {key: buffer.from_bytes(data) for key, data in chunks.items()}
-    files[f"{name}/{GROUP}"] = buffer.from_bytes(metadata[name])
-    with translated(f"{source}/{name}"):
-        array: Any = zarr.open_array(MemoryStore(files), path=name, mode="r", zarr_format=3)
-        return np.asarray(checked(array, layouts[name], f"{source}/{name}")[selection])
-
-
-def _files_of(source: Place, name: str) -> list[str]:
-    """Keys of the metadata and the chunks of an array. Whatever else is in its folder does not travel."""
-    own = re.compile(rf"{re.escape(name)}/(zarr[.]json|c([.][0-9]+)+)")
-    return [entry.key for entry in source.entries(name) if own.fullmatch(entry.key)]
-
-
-def _copy_file(source: Place, target: Place, key: str) -> int:
-    data = _read(source, key)
+def _copy_file(source: Place, target: Place, key: str, limit: int) -> int:
+    data = read_file(source, key, limit)
     target.put(key, data)
     return len(data)
-
-
-def _read(source: Place, key: str) -> bytes:
-    try:
-        return source.read(key)
-    except FileNotFoundError as error:
-        raise FormatError("missing file", where=f"{source}/{key}", next_step="build the cache again") from error
 
 
 def _damaged(source: Place, view: int, block: int, what: str, commit_key: str) -> FormatError:
