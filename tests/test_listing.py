@@ -82,6 +82,8 @@ def test_nothing_is_read_of_arrays(place: Place, tmp_path: Path, monkeypatch: py
     copy_cache(LocalPlace(tmp_path / "whole.zarr"), place.child("whole.zarr"))
     read: list[str] = []
     original = type(place).read
-    monkeypatch.setattr(type(place), "read", lambda self, key: (read.append(key), original(self, key))[1])
+    monkeypatch.setattr(
+        type(place), "read", lambda self, key, *limit: (read.append(key), original(self, key, *limit))[1]
+    )
     assert len(list_remote(place)) == 1
     assert read == ["zarr.json", "zarr.json"]
