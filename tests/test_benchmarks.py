@@ -19,6 +19,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SAMPLES = 359  # the test split of the digits
 SMALLEST = ("--set", "dataset.split=test", "--rounds", "1", "--views", "2", "--threads", "1", "--device", "cpu")
+MORE = {"sweep_cost": ("--students", "resnet8,vgg8")}
 # script → variants timed, and each figure as a function of their seconds
 SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]]]] = {
     "target_overhead": (
@@ -36,6 +37,10 @@ SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]
             "ideal": lambda s: (s["teachers"] + s["student"]) / s["student"],
             "achieved": lambda s: s["online"] / s["cached"] / ((s["teachers"] + s["student"]) / s["student"]),
         },
+    ),
+    "sweep_cost": (
+        {"together", "separate", "bare"},
+        {"ratio": lambda s: s["together"] / s["bare"], "separate": lambda s: s["separate"] / s["bare"]},
     ),
     "build_overhead": ({"build", "bare"}, {"throughput": lambda s: s["bare"] / s["build"]}),
 }
@@ -56,7 +61,7 @@ def start(script: str, *options: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def lines() -> dict[str, dict[str, Any]]:
     """What each script printed. All run at once: most of their time goes into imports."""
-    running = {script: start(script, *SMALLEST) for script in SCRIPTS}
+    running = {script: start(script, *SMALLEST, *MORE.get(script, ())) for script in SCRIPTS}
     printed = {}
     for script, process in running.items():
         out, errors = process.communicate(timeout=300)

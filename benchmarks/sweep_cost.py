@@ -1,0 +1,162 @@
+"""What students cost side by side on one stream of batches, over what their arithmetic alone costs.
+
+`ratio` is an epoch of all students together, views, pixels, targets and normalisation included, over the sum of their
+bare steps (forward, loss, backward, update) on batches that are in memory already. `separate` is the same for epochs of
+their own. With `--processes`, `commands` is one `sweep-students` over as many `train-student` one after the other,
+start-up included.
+
+    python benchmarks/sweep_cost.py --threads 1
+    python benchmarks/sweep_cost.py --threads 1 --processes --rounds 3
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from side_by_side import (
+    Cost,
+    Dataset,
+    Device,
+    Overrides,
+    Rounds,
+    Threads,
+    Times,
+    Views,
+    cost,
+    interleaved,
+    prepared_device,
+    ratios,
+    report,
+)
+from students import build, opened, train_recipe
+
+from cache_tools.console import command
+from train.data import TrainingData
+from train.feed import Batch
+from train.loop import Learner, model_inputs, repeatable
+from train.objective import Objective
+from train.recipe import TrainRecipe
+from train.students import create_student
+from train.together import train_epoch_together
+
+CLOCK = (
+    "together, separate: whole epochs, from reading the next view to the last update; bare: updates on normalised "
+    "batches in memory; sweep, runs: the commands from their start to their end"
+)
+STUDENTS = "resnet8,resnet14,resnet20,wrn_16_1,ShuffleV2,MobileNetV2,vgg8,resnet8x4"
+
+
+@command
+def main(
+    dataset: Dataset = "digits",
+    students: Annotated[str, typer.Option("--students", help="Separated by commas.")] = STUDENTS,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    views: Views = 4,
+    rounds: Rounds = 7,
+    processes: Annotated[bool, typer.Option("--processes", help="Compare the commands, too.")] = False,
+    device_name: Device = "auto",
+    threads: Threads = None,
+    overrides: Overrides = None,
+) -> None:
+    """Students trained together over their bare arithmetic."""
+    device = prepared_device(device_name, threads)
+    names = students.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        build(dataset, overrides, views, device, cache)
+        recipe = train_recipe(cache, names[0], batch_size, rounds, device)
+        data = opened(recipe, device)
+        feed = data.feed(recipe, device)
+        learners = {
+            way: [_learner(data, recipe, name, feed.steps_per_epoch, device) for name in names] for way in _WAYS
+        }
+        feeds = [data.feed(recipe, device) for _ in names]
+        kept: list[tuple[Batch, torch.Tensor]] = [(b, model_inputs(b, data.preprocessing)) for b in feed.epoch(0)]
+
+        def together(epoch: int) -> None:
+            for outcome in train_epoch_together(learners["together"], feed, epoch, lambda count: None):
+                assert not isinstance(outcome, Exception), outcome
+
+        def separate(epoch: int) -> None:
+            for learner, own in zip(learners["separate"], feeds, strict=True):
+                learner.train_epoch(own, epoch, lambda count: None)
+
+        def bare(epoch: int) -> None:
+            for learner in learners["bare"]:
+                learner.begin_epoch(epoch)
+                for batch, inputs in kept:
+                    learner.step(batch, inputs)
+                learner.end_epoch(epoch)
+
+        variants = {
+            work.__name__: lambda number, work=work: cost(lambda: work(number), device)
+            for work in (together, separate, bare)
+        }
+        if processes:
+            variants |= {
+                "sweep": lambda number: _command(cache, names, Path(folder) / f"sweep-{number}", together=True),
+                "runs": lambda number: _command(cache, names, Path(folder) / f"runs-{number}", together=False),
+            }
+        with repeatable(device, deterministic=False):
+            costs = interleaved(variants, rounds)
+        for each in (feed, *feeds):
+            each.close()
+    settings = {
+        "dataset": dataset,
+        "students": names,
+        "n": feed.samples_per_epoch,
+        "batch_size": batch_size,
+        "views": views,
+    }
+    report("sweep_cost", _figures, costs, settings, CLOCK, device)
+
+
+_WAYS = ("together", "separate", "bare")
+
+
+def _learner(data: TrainingData, recipe: TrainRecipe, student: str, steps: int, device: torch.device) -> Learner:
+    torch.manual_seed(recipe.seed)
+    network = create_student(student, len(data.images.class_names))
+    classes = len(data.images.class_names)
+    objective = Objective(recipe.loss, network.num_features, data.target_dim, classes, len(data.images), data.labels)  # type: ignore[arg-type]
+    return Learner(recipe, network, objective, data.preprocessing, steps, device)
+
+
+def _command(cache: Path, names: list[str], out: Path, *, together: bool) -> Cost:
+    """Two epochs of every student by the commands."""
+    shared = ["digits", "--cache", str(cache), "--epochs", "2", "--set", "compare_with_labels=false", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if together:
+        commands = [["train.sweep_cli", *shared, "--students", ",".join(names), "--workers", "1", "--out", str(out)]]
+    else:
+        commands = [["train.cli", *shared, "--student", name, "--out", str(out / name)] for name in names]
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    for words in commands:
+        subprocess.run(
+            [sys.executable, "-m", *words],
+            check=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(time.perf_counter() - start, processor_s)
+
+
+def _figures(times: Times) -> dict[str, dict[str, float]]:
+    figures = {"ratio": ratios(times["together"], times["bare"]), "separate": ratios(times["separate"], times["bare"])}
+    return figures | ({"commands": ratios(times["sweep"], times["runs"])} if "sweep" in times else {})
+
+
+if __name__ == "__main__":
+    typer.run(main)
