@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests import tiny_run
-from train import run
+from train import group
 from train.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, recipe_file: str, tmp_path):
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_note", stop)
+    monkeypatch.setattr(group, "_note", stop)
     interrupted = invoke(recipe_file, "--out", str(tmp_path / "run"))
     assert interrupted.exit_code == 130
     assert "same command" in interrupted.stderr

@@ -67,6 +67,12 @@ def train_student(
         bool | None,
         typer.Option(help="Also train the same student on labels alone, and compare."),
     ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            "--log", help="tensorboard, mlflow, wandb (several: a,b) or none. Default: tensorboard where installed."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated.")
     ] = None,
@@ -98,6 +104,7 @@ def train_student(
         "data_dir": str(data_dir) if data_dir else None,
         "download": True if download else None,
         "compare_with_labels": compare_with_labels,
+        "loggers": None if log is None else [name.strip() for name in log.split(",") if name.strip() != "none"],
     }
     loaded = load_train_recipe(recipe, overrides or (), options)
     if show_recipe:

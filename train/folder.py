@@ -16,10 +16,10 @@ from train.checkpoints import BEST, EMA, LAST
 
 RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
 STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "result.json"
-BOARD, LABELS_ONLY = "tb", "labels-only"
+BOARD, TRACKERS, LABELS_ONLY = "tb", "trackers.json", "labels-only"
 
 # What a new start must not find goes first, so that an interrupted clearing leaves nothing to resume from.
-_FILES = (RESULT, STATE, IDENTITY, RECIPE, CACHE, METRICS, CURVES, LAST, BEST, EMA)
+_FILES = (RESULT, STATE, IDENTITY, RECIPE, CACHE, METRICS, TRACKERS, CURVES, LAST, BEST, EMA)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def train_group(
     samples, epochs = feed.samples_per_epoch, min(until or runs[0].recipe.epochs, runs[0].recipe.epochs)
     first = min(len(run.history) for run in runs)
     with ExitStack() as stack:
-        logs = [stack.enter_context(RunLog(run.path, len(run.history))) for run in runs]
+        logs = [stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs]
         progress = stack.enter_context(Progress(title, epochs * samples, "images", done=first * samples))
         for epoch in range(first, epochs):
             due = [number for number, run in enumerate(runs) if len(run.history) == epoch and number not in stopped]
@@ -48,10 +48,10 @@ def train_group(
                 row = runs[number].finish_epoch(means, train_s, samples)
                 logs[number].write(runs[number].history)
                 progress.advance(0, _note(row, epochs))
-    return [
-        stopped[number] if number in stopped else run.result() if run.finished else None
-        for number, run in enumerate(runs)
-    ]
+        return [
+            stopped[number] if number in stopped else log.finish(run.result()) if run.finished else None
+            for number, (run, log) in enumerate(zip(runs, logs, strict=True))
+        ]
 
 
 def _note(row: dict[str, Any], epochs: int) -> str:

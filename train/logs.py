@@ -1,54 +1,116 @@
-"""What is recorded while a run goes on: a row per epoch in `metrics.parquet`, and TensorBoard events if installed."""
+"""What is recorded while a run goes on: a row per epoch in `metrics.parquet`, and whatever trackers follow it."""
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from cache_tools.console import warn
 from cache_tools.durable import put_durably
-from train.folder import BOARD, METRICS
+from train.folder import METRICS, TRACKERS
+from train.loggers import LOGGERS, Row, chosen
+from train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-Row = Mapping[str, float | int | None]
+    from train.result import RunResult
 
 
 class RunLog:
-    """Writes rows of metrics into a run folder; `finished` epochs are recorded there already."""
+    """Writes rows of metrics into a run folder and passes them on to trackers.
 
-    def __init__(self, folder: Path, finished: int) -> None:
-        self._path = folder / METRICS
-        self._board = _summary_writer(folder / BOARD, finished)
+    A tracker that fails is left out from then on, with one warning. `trackers.json` says how each is found again, and
+    how many epochs it has been told if it does not follow any more: a resumed run tells it the others.
+
+    Args:
+        history: the epochs that are finished already.
+    """
+
+    def __init__(self, folder: Path, recipe: TrainRecipe, history: Sequence[Row]) -> None:
+        names = chosen(recipe)
+        self._folder, self._loggers = folder, {name: LOGGERS[name]() for name in names}
+        self._saved = _read(folder / TRACKERS)
+        told = _rows(folder / METRICS)
+        self._known = {
+            name: entry if entry["epochs"] is not None else {**entry, "epochs": told}
+            for name, entry in self._saved.items()
+        }
+        for name in names:
+            self._start(name, recipe, history)
+        self._save()
 
     def write(self, history: Sequence[Row]) -> None:
         """Record all finished epochs; the last row is new."""
+        for name in list(self._loggers):
+            self._tell(name, history, len(history) - 1)
         table = pl.DataFrame(list(history), infer_schema_length=None)
         buffer = io.BytesIO()
         table.write_parquet(buffer)
-        put_durably(self._path, buffer.getbuffer())
-        if self._board is not None:
-            row = history[-1]
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    self._board.add_scalar(name, value, row["epoch"])
-            self._board.flush()
+        put_durably(self._folder / METRICS, buffer.getbuffer())  # last: what stands here has been told
+
+    def finish(self, result: RunResult) -> RunResult:
+        """The end of the run; gives the result back."""
+        self._end(result)
+        return result
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._end(None)
+
+    def _start(self, name: str, recipe: TrainRecipe, history: Sequence[Row]) -> None:
+        entry = self._known.get(name, {"run": None, "epochs": 0})
+        run = self._try(name, "start", recipe, self._folder, entry["run"])
+        if name not in self._loggers:
+            return
+        self._known[name] = {"run": run, "epochs": entry["epochs"] if run == entry["run"] else 0}
+        self._save()
+        if self._tell(name, history, self._known[name]["epochs"]):
+            self._known[name]["epochs"] = None
+
+    def _tell(self, name: str, history: Sequence[Row], first: int) -> bool:
+        for number in range(first, len(history)):
+            self._try(name, "epoch", history[number])
+            if name not in self._loggers:
+                self._known[name]["epochs"] = number
+                self._save()
+                return False
+        return True
+
+    def _end(self, result: RunResult | None) -> None:
+        for name in list(self._loggers):
+            self._try(name, "finish", result)
+        self._loggers.clear()
+
+    def _try(self, name: str, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._loggers[name], method)(*arguments)
+        except Exception as error:  # whatever a third party's client raises: a run is worth more than its tracker
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
+            warn(f"{name} stopped logging, the run goes on ({self._folder}): {reason}")
+            del self._loggers[name]
+            return None
+
+    def _save(self) -> None:
+        if self._known != self._saved:
+            self._saved = copy.deepcopy(self._known)
+            put_durably(self._folder / TRACKERS, json.dumps(self._known, indent=2).encode())
 
 
-def _summary_writer(folder: Path, finished: int) -> SummaryWriter | None:
+def _rows(path: Path) -> int:
+    """Epochs in the metrics of an earlier process."""
+    return int(pl.scan_parquet(path).select(pl.len()).collect().item()) if path.exists() else 0
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """What trackers said about their runs; nothing if that is lost, and they start anew."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an optional dependency
-        return None
-    return SummaryWriter(str(folder), purge_step=finished)
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}

@@ -33,8 +33,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "richkd": {"kind": "kd", "feature": "crd"},
 }
 
-
-_NOT_VALUES = {"name", "data_dir", "download", "compare_with_labels", "device", "out"}
+LoggerName = Literal["tensorboard", "mlflow", "wandb"]
+_NOT_VALUES = {"name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"}
 
 
 class OptimiserRecipe(Frozen):
@@ -93,6 +93,7 @@ class TrainRecipe(Frozen):
         deterministic: deterministic kernels on CUDA too, which costs some speed. A run on the CPU always repeats
             bit for bit on the same machine with the same number of threads.
         compare_with_labels: afterwards train the same student in the same way on labels alone.
+        loggers: what follows the run; None for TensorBoard where it is installed.
         device, out: say where the work is done; everything else says what it is.
     """
 
@@ -118,6 +119,7 @@ class TrainRecipe(Frozen):
     evaluate_every: PositiveInt = 1
     deterministic: bool = False
     compare_with_labels: bool = False
+    loggers: tuple[LoggerName, ...] | None = None
     device: str = "auto"
     out: Path | None = None
 

@@ -15,7 +15,7 @@ from cache_tools.console import resolve_device
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
 from cache_tools.reader import TeacherCache
-from train import folder
+from train import folder, loggers
 from train.data import TrainingData, open_data
 from train.group import train_group
 from train.loop import repeatable
@@ -36,6 +36,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         CacheError: the subclass says what is wrong: recipe, device, cache, images, or storage.
     """
     device = run_device(recipe)
+    loggers.chosen(recipe)  # a missing package is better known before the data are opened
     data = open_data(recipe, device)
     try:
         result = train_on(data, recipe, device, overwrite=overwrite)

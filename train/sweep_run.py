@@ -14,6 +14,7 @@ import torch
 from cache_tools.config import Frozen, dump_yaml
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
+from train import loggers
 from train.checkpoints import load_student
 from train.cost import Cost, measure
 from train.result import load_result
@@ -64,6 +65,8 @@ def run_sweep(
     for student in dict.fromkeys(trial.recipe.student for trial in trials):
         with torch.device("meta"):  # a misspelt name shows now, not after the others are trained
             create_student(student, 10)
+    for trial in trials:
+        loggers.chosen(trial.recipe)  # and a missing package too
     folder.mkdir(parents=True, exist_ok=True)
     put_durably(folder / SWEEP, dump_yaml(sweep).encode())
     if retry_failed:
