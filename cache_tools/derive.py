@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools import registry
+from cache_tools import commits, registry
 from cache_tools.blocks import BlockReader
+from cache_tools.claims import Claims
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
+from cache_tools.errors import StorageError
 from cache_tools.format import FORMAT_VERSION, CacheRecipe, Manifest
+from cache_tools.place import LocalPlace
 from cache_tools.writer import CacheWriter, check_free
 
 MAX_WORKERS = 4
 
+Pair = tuple[int, int]
 Constants = Mapping[str, npt.NDArray[np.float32]]
 Convert = Callable[[int, slice], Mapping[str, npt.NDArray[Any]]]
 
@@ -102,18 +106,19 @@ def derive(
     manifest = writer.manifest
     missing = writer.missing_blocks()
     ready = [(view, block) for view, block in missing if source.holds(view, manifest.block(block))]
-    total = manifest.num_views * manifest.num_blocks
+    total, made = manifest.num_views * manifest.num_blocks, 0
     if ready:
         with Progress(title, total, "blocks", done=total - len(missing)) as progress:
-            _write_all(source, writer, ready, convert(writer), progress)
+            made = _write_all(source, writer, ready, convert(writer), progress)
+            progress.advance(len(ready) - made)  # what others made meanwhile
     return Derived(
         path=path,
         name=manifest.name,
         fingerprint=manifest.fingerprint,
         source=source.cache.path,
         source_fingerprint=source.cache.manifest.fingerprint,
-        blocks=len(ready),
-        blocks_there=total - len(missing),
+        blocks=made,
+        blocks_there=total - len(missing) + len(ready) - made,
         blocks_missing=len(missing) - len(ready),
     )
 
@@ -121,33 +126,49 @@ def derive(
 def _open_or_create(
     source: BlockReader, path: Path, manifest: Manifest, constants: Callable[[], Constants]
 ) -> CacheWriter:
-    if registry.is_cache(path):
-        return CacheWriter.resume(path, manifest.fingerprint).grow(manifest.num_views)
-    check_free(path)  # before the constants are worked out, not after it
-    cache = source.cache
-    return CacheWriter.create(path, manifest, labels=cache.labels, sample_keys=cache.sample_keys, constants=constants())
+    if not registry.is_cache(path):
+        check_free(path)  # before the constants are worked out, not after it
+        cache, found = source.cache, constants()
+        try:
+            return CacheWriter.create(
+                path, manifest, labels=cache.labels, sample_keys=cache.sample_keys, constants=found
+            )
+        except StorageError:
+            if not registry.is_cache(path):  # else another process was faster
+                raise
+    return CacheWriter.resume(path, manifest.fingerprint).grow(manifest.num_views)
 
 
 def _write_all(
-    source: BlockReader, writer: CacheWriter, pairs: list[tuple[int, int]], convert: Convert, progress: Progress
-) -> None:
-    """A few blocks at a time: checking, encoding and packing leave the interpreter lock alone."""
+    source: BlockReader, writer: CacheWriter, pairs: list[Pair], convert: Convert, progress: Progress
+) -> int:
+    """Write blocks, a few at a time: checking, encoding and packing leave the interpreter lock alone.
 
-    def write(view: int, block: int) -> None:
-        rows = writer.manifest.block(block)
-        writer.write_stored(view, block, convert(view, rows), source.parameter_digest(view, rows))
+    Processes that make the same cache at once share them. Gives how many were written here.
+    """
 
-    workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    def is_there(pair: Pair) -> bool:
+        return (writer.path / commits.COMMITS / commits.file_name(*pair)).exists()
+
+    def write(pair: Pair) -> None:
+        view, rows = pair[0], writer.manifest.block(pair[1])
+        writer.write_stored(*pair, convert(view, rows), source.parameter_digest(view, rows))
+        claims.release(pair)
+
+    def finish(count: int) -> None:
+        while len(pending) > count:
+            pending.pop(0).result()
+            progress.advance(1)
+
+    workers, made = min(MAX_WORKERS, os.cpu_count() or 1), 0
     pending: list[Future[None]] = []
-    with ThreadPoolExecutor(workers, thread_name_prefix="derive") as pool:
+    with Claims(LocalPlace(writer.path)) as claims, ThreadPoolExecutor(workers, thread_name_prefix="derive") as pool:
         try:
-            for pair in pairs:
-                pending.append(pool.submit(write, *pair))
-                if len(pending) > workers:
-                    pending.pop(0).result()
-                    progress.advance(1)
-            for future in pending:
-                future.result()
-                progress.advance(1)
+            for pair in claims.share(pairs, lambda: set(filter(is_there, pairs)), is_there):
+                pending.append(pool.submit(write, pair))
+                made += 1
+                finish(workers)
+            finish(0)
         finally:
             pool.shutdown(cancel_futures=True)
+    return made

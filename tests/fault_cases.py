@@ -230,11 +230,19 @@ def _push_to_s3(root: Path, in_child: InChild) -> Iterator[Case]:
         yield Case("push-s3", root, lambda target: ["cache-tools", "push", source, target], places)
 
 
+@contextmanager
+def _recode(root: Path, in_child: InChild) -> Iterator[Case]:
+    source = in_child(lambda: _source(root))
+    options = ("--codec", "compact", "--out")
+    yield Case("recode", root, lambda target: ["cache-tools", "recode", source, *options, target], str(root))
+
+
 CASES: dict[str, Callable[[Path, InChild], Any]] = {
     "build": _build,
     "grow": _grow,
     "push": _push,
     "push-s3": _push_to_s3,
+    "recode": _recode,
 }
 
 
@@ -255,7 +263,7 @@ def import_everything() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from cache_tools import cli, integrity, transfer  # noqa: F401
+    from cache_tools import cli, integrity, recode, transfer  # noqa: F401
     from pipeline import build, cli  # noqa: F401, F811
     from tests import cache_factory, tiny_build  # noqa: F401
 

@@ -18,7 +18,7 @@ from tests import full_disk
 from tests.s3_server import loopback
 
 KILLS = 13
-KILLED = ("build", "grow", "push", "push-s3")
+KILLED = ("build", "grow", "push", "recode", "push-s3")
 
 
 def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
