@@ -6,18 +6,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor
 
 from cache_tools.config import Frozen
-from cache_tools.errors import MismatchError, NotFoundError
-from cache_tools.format import ClipIdentity, Manifest, Precision, TeacherIdentity
+from cache_tools.errors import NotFoundError
+from cache_tools.format import Precision
 from cache_tools.images import ImageSet
-from cache_tools.refusion import Fusion, FusionChoice
-from pipeline.clip import Clip
-from pipeline.recipe import BuildRecipe
-from pipeline.targets import TeacherPair, load_pair
-from pipeline.teachers import Teacher
+from cache_tools.refusion import FusionChoice
+from pipeline.stored_networks import load_stored_pair
+from pipeline.targets import TeacherPair
 from train.stored_run import StoredRun
 
 
@@ -55,31 +52,20 @@ def load_teachers(
 
     Raises:
         NotFoundError: a run on labels alone, or a cache that does not say how its teachers were made.
-        WeightsError: weights that are missing.
-        MismatchError: weights that are not those the cache was built with.
+        WeightsError: weights that are missing, or not those the cache was built with.
     """
     manifest = run.manifest
     if manifest is None:
         raise NotFoundError("a run on labels alone has no teachers", where=run.folder, next_step="leave --teachers out")
-    recipe = _build_recipe(manifest, run)
-    how = Fusion.stored(manifest)
+    how = None
     if run.recipe.fusion != FusionChoice():
         from cache_tools.reader import TeacherCache
 
         assert run.cache is not None, "a run with a manifest had a cache"
         how = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
-    pair = load_pair(
-        recipe.teachers,
-        recipe.clips,
-        manifest.recipe.fusion,
-        images,
-        recipe.dataset,
-        device,
-        precision or manifest.recipe.precision,
-        how=how,
+    return load_stored_pair(
+        manifest, images, device, where=run.folder, how=how, precision=precision, otherwise="leave --teachers out"
     )
-    _check_identity(pair, manifest)
-    return pair
 
 
 def agreement(
@@ -135,31 +121,3 @@ def _figures(source: str, n: float, right: float, same: float, kl: float, follow
         follows_when_wrong=follows / wrong if wrong else None,
         right_when_wrong=corrects / wrong if wrong else None,
     )
-
-
-def _build_recipe(manifest: Manifest, run: StoredRun) -> BuildRecipe:
-    try:
-        return BuildRecipe.model_validate(manifest.build_recipe)
-    except ValidationError as error:
-        raise NotFoundError(
-            "the run's cache does not say how its teachers were loaded",
-            where=run.folder,
-            expected="the recipe of build-cache",
-            found=f"{error.error_count()} missing or unknown keys",
-            next_step="leave --teachers out",
-        ) from error
-
-
-def _check_identity(pair: TeacherPair, manifest: Manifest) -> None:
-    networks: list[Teacher | Clip] = [*pair.teachers, *pair.clips]
-    built_with: list[TeacherIdentity | ClipIdentity] = [*manifest.recipe.teachers, *manifest.recipe.clips]
-    for network, built in zip(networks, built_with, strict=True):
-        found = network.identity
-        if found.weights_digest != built.weights_digest:
-            raise MismatchError(
-                "these are not the weights that the cache was built with",
-                where=built.architecture,
-                expected=built.weights_digest[:12],
-                found=found.weights_digest[:12],
-                next_step="put the weights of that time back, or leave --teachers out",
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cache_tools.errors import RecipeError
@@ -25,25 +26,27 @@ SIGLIP_TEMPLATES = ("a photo of a {}.",)
 BUILTIN_SETS = ("richkd", "openai", "siglip")
 
 
-def template_set(name_or_path: str) -> tuple[str, ...]:
-    """The templates of a built-in set or of a text file.
+def template_set(choice: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates of a built-in set, of a text file, or the ones that are given.
 
     Args:
-        name_or_path: `richkd` (the 12 of the paper's code), `openai` (the 80 for ImageNet), `siglip` (one), or a UTF-8
-            file with one template per line; empty lines and lines that start with `#` are left out.
+        choice: `richkd` (the 12 of the paper's code), `openai` (the 80 for ImageNet), `siglip` (one), a UTF-8 file with
+            one template per line (empty lines and lines that start with `#` are left out), or templates.
 
     Raises:
-        RecipeError: neither a set nor a file, an unreadable or empty file, a line without exactly one `{}`.
+        RecipeError: neither a set nor a file, an unreadable or empty file, no template, one without exactly one `{}`.
     """
-    if name_or_path == "richkd":
+    if not isinstance(choice, str):
+        return _checked([(f"template {number}", text) for number, text in enumerate(choice)], "clip.templates")
+    if choice == "richkd":
         return RICHKD_TEMPLATES
-    if name_or_path == "siglip":
+    if choice == "siglip":
         return SIGLIP_TEMPLATES
-    if name_or_path == "openai":
+    if choice == "openai":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
         return tuple(render("{}") for render in OPENAI_IMAGENET_TEMPLATES)
-    return _read_file(Path(name_or_path))
+    return _read_file(Path(choice))
 
 
 def prompt_class_name(name: str) -> str:
@@ -67,19 +70,20 @@ def _read_file(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("cannot read the prompt templates", where=path, expected="a UTF-8 text file") from error
-    templates = []
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
+    texts = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    return _checked([(f"{path}, line {n}", text) for n, text in texts if text and not text.startswith("#")], path)
+
+
+def _checked(templates: Sequence[tuple[str, str]], where: object) -> tuple[str, ...]:
+    """(place, template) pairs as templates."""
+    for place, text in templates:
         if text.count("{}") != 1:
             raise RecipeError(
                 "a prompt template needs exactly one {}",
-                where=f"{path}, line {number}",
+                where=place,
                 expected="like 'a photo of a {}'",
                 found=f"{text!r} with {text.count('{}')}",
             )
-        templates.append(text)
     if not templates:
-        raise RecipeError("no prompt template in the file", where=path, expected="one per line, like 'a photo of a {}'")
-    return tuple(templates)
+        raise RecipeError("no prompt template here", where=where, expected="one per line, like 'a photo of a {}'")
+    return tuple(text for _, text in templates)

@@ -38,19 +38,25 @@ class TeacherSpec(Frozen):
     weight: Share | None = None
 
 
+Templates = Annotated[
+    Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(one_or_several),
+]
+
+
 class ClipSpec(Frozen):
     """An open_clip model and its prompts.
 
     name: an open_clip model name, `hf-hub:ORG/MODEL` or `local-dir:FOLDER` (`local-dir:package:FOLDER` is shipped).
     weights: a pretrained tag of open_clip or a checkpoint file; only with a plain model name.
-    templates: `richkd` (the 12 of the paper's code), `openai` (80), `siglip` (1), or a file with one per line.
+    templates: `richkd` (the 12 of the paper's code), `openai` (80), `siglip` (1), a file with one per line, or a list.
     class_names: words for the prompts where the dataset's class names are not good ones; same order.
     weight: its share among several CLIPs; equal shares by default.
     """
 
     name: str
     weights: str | None = None
-    templates: str = "richkd"
+    templates: Templates = "richkd"
     class_names: tuple[str, ...] | None = None
     weight: Share | None = None
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache_tools.errors import MismatchError, NotFoundError, WeightsError
+from cache_tools.errors import NotFoundError, WeightsError
 from cache_tools.images import ImageSet, open_images
 from cache_tools.refusion import FusionChoice
 from pipeline.agreement import agreement, load_teachers
@@ -107,7 +107,7 @@ def test_missing_and_changed_weights_are_errors(run: StoredRun, images: ImageSet
         with pytest.raises(WeightsError, match=r"teacher\.safetensors"):
             load_teachers(run, images, CPU)
         (root / "teacher.safetensors").write_bytes((run.folder / "last.safetensors").read_bytes())
-        with pytest.raises(MismatchError, match="not the weights that the cache was built with"):
+        with pytest.raises(WeightsError, match="not the weights that the cache was built with"):
             load_teachers(run, images, CPU)
     finally:
         (root / "teacher.safetensors").write_bytes(weights)

@@ -50,12 +50,20 @@ def test_empty_unreadable_and_missing_files(tmp_path: Path) -> None:
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text("# nothing\n")
     binary.write_bytes(b"\xff\xfe\x00{}")
-    with pytest.raises(RecipeError, match="no prompt template in the file"):
+    with pytest.raises(RecipeError, match="no prompt template here"):
         template_set(str(empty))
     with pytest.raises(RecipeError, match="UTF-8"):
         template_set(str(binary))
     with pytest.raises(RecipeError, match="richkd, openai, siglip or a file"):
         template_set("richdk")
+
+
+def test_templates_that_are_given_are_kept_and_checked() -> None:
+    assert template_set(("the {}", "a {}")) == ("the {}", "a {}")
+    with pytest.raises(RecipeError, match=r"exactly one \{\} \(template 1\)"):
+        template_set(["the {}", "a cat"])
+    with pytest.raises(RecipeError, match="no prompt template here"):
+        template_set([])
 
 
 def test_class_names_become_words_and_prompts_go_template_by_template() -> None:
