@@ -55,6 +55,15 @@ def sync_tree(root: Path) -> None:
         sync_folder(Path(folder))
 
 
+def rename_unless_taken(temporary: Path, path: Path) -> None:
+    """Rename a folder into place; leave it where it is if another process was faster."""
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+
+
 def remove_leftovers(cache: Path) -> None:
     """Remove what killed processes left behind: half-written files and half-made caches, when an hour old.
 

@@ -8,8 +8,6 @@ Any number of processes may stage into it at once: each block is claimed, as bui
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,11 @@ from cache_tools.claims import Claims
 from cache_tools.console import Progress, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
 from cache_tools.format import Manifest
+from cache_tools.mirror import bring_metadata
 from cache_tools.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.place import LocalPlace, Place, open_place
 from cache_tools.store import read_manifest
-from cache_tools.transfer import Pair, committed, copy_blocks, copy_metadata, manifest_at
+from cache_tools.transfer import Pair, committed, copy_blocks, manifest_at
 
 OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
 PATIENCE_S = 10.0
@@ -164,8 +163,7 @@ def connect(url: str) -> Origin:
     record = OriginRecord(url=url, fingerprint=manifest.fingerprint, views=manifest.num_views)
     if _built_here(mirror, manifest):
         return Origin(mirror, record.model_copy(update={"views": 0, "complete": True}))
-    with _alone(mirror):
-        sizes = copy_metadata(place, LocalPlace(mirror), manifest)
+    sizes = bring_metadata(place, mirror, manifest)
     before = read_origin(mirror)
     if before is None or before.model_copy(update={"complete": False}) != record:
         _keep(mirror, record)
@@ -221,24 +219,3 @@ def _keep(mirror: Path, record: OriginRecord) -> None:
         write_origin(mirror, record)
     except OSError as error:
         raise storage_error(error) from error
-
-
-@contextmanager
-def _alone(mirror: Path) -> Iterator[None]:
-    """Keep other processes from bringing the same metadata. The system gives the lock up with the process."""
-    try:
-        import fcntl
-
-        mirror.mkdir(parents=True, exist_ok=True)
-        folder = os.open(mirror, os.O_RDONLY)
-    except ImportError:  # not on Windows: it comes twice
-        yield
-        return
-    except OSError as error:
-        raise storage_error(error) from error
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)

@@ -99,14 +99,11 @@ def copy_blocks(
         StorageError: storage that is full, read-only or unreachable.
     """
     running: dict[Future[list[int]], Pair] = {}
-    names = (commits.COMMITS, *(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)))
-    arrays = {
-        name: ChunkFiles(source, name, layout) for name, layout in array_layouts(manifest).items() if name in names
-    }
+    arrays = block_arrays(source, manifest)
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="copy")
     try:
         for pair in pairs:
-            running[pool.submit(_copy_block, source, target, manifest, arrays, *pair)] = pair
+            running[pool.submit(copy_block, source, target, manifest, arrays, *pair)] = pair
             while len(running) >= WORKERS:
                 yield from _finished(running)
         while running:
@@ -180,7 +177,10 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
         for size in pool.map(lambda key: _copy_file(source, target, key, keys[key]), keys):
             sizes.append(size)
             progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
-    return [*sizes, _copy_file(source, target, GROUP, MAX_METADATA_BYTES)]
+    group = read_file(source, GROUP, MAX_METADATA_BYTES)
+    if not target.put(GROUP, group, only_new=existing is None):  # another was faster: is it the same cache?
+        return sizes + copy_metadata(source, target, manifest)
+    return [*sizes, len(group)]
 
 
 def _check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
@@ -201,21 +201,37 @@ def _check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
             found=existing.block_rows,
             next_step="choose another target, or remove that cache first",
         )
-    if existing.constants_digest != manifest.constants_digest:
+    if _constants(existing) != _constants(manifest):
         raise MismatchError(
-            "the same cache is at the target, built beside this one: its head or class embeddings differ in their last "
+            "the same cache is at the target, built beside this one: its constants or CLIP scales differ in their last "
             "bits, and blocks of both must not be mixed",
             where=target,
-            expected=f"constants {manifest.constants_digest[:12]}",
-            found=existing.constants_digest[:12],
+            expected=f"constants {_constants(manifest)}",
+            found=_constants(existing),
             next_step="take that cache (pull it), choose another target, or remove it first",
         )
 
 
-def _copy_block(
+def block_arrays(source: Place, manifest: Manifest) -> dict[str, ChunkFiles]:
+    """The arrays that blocks consist of, commits included, by name."""
+    names = (commits.COMMITS, *(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows)))
+    return {name: ChunkFiles(source, name, layout) for name, layout in array_layouts(manifest).items() if name in names}
+
+
+def copy_block(
     source: Place, target: Place, manifest: Manifest, arrays: dict[str, ChunkFiles], view: int, block: int
 ) -> list[int]:
-    """Copy one block, its commit last; gives the sizes of the files written."""
+    """Copy one block, checked against its commit, which goes last.
+
+    Args:
+        arrays: `block_arrays(source, manifest)`.
+
+    Returns:
+        sizes of the files written.
+
+    Raises:
+        FormatError: a damaged or missing file at `source`; nothing is committed at `target` then.
+    """
     commit_key = f"{commits.COMMITS}/{commits.file_name(view, block)}"
     specs, sizes = target_arrays(manifest.recipe, manifest.block_rows), []
     try:
@@ -241,6 +257,11 @@ def _copy_file(source: Place, target: Place, key: str, limit: int) -> int:
     data = read_file(source, key, limit)
     target.put(key, data)
     return len(data)
+
+
+def _constants(manifest: Manifest) -> str:
+    scales = ", ".join(f"{scale:.17g}" for scale in manifest.clip_scales)
+    return f"{manifest.constants_digest[:12]}, CLIP scales {scales}"
 
 
 def _damaged(source: Place, view: int, block: int, what: str, commit_key: str) -> FormatError:

@@ -78,11 +78,11 @@ def check_canaries(cache: TeacherCache, images: ImageSet) -> None:
             )
 
 
-def make_canaries(views: ViewRecipe, images: ImageSet, num_views: int) -> tuple[Canary, ...]:
-    """Up to 16 canaries, spread evenly over the samples and over the views."""
-    count = min(MAX_CANARIES, len(images) * num_views)
-    steps = max(1, count - 1)
-    chosen = {(step * (num_views - 1) // steps, step * (len(images) - 1) // steps) for step in range(count)}
+def make_canaries(views: ViewRecipe, images: ImageSet, num_views: int, *, first: int = 0) -> tuple[Canary, ...]:
+    """Up to 16 canaries, spread evenly over the samples and over the views `first` … `num_views` − 1."""
+    count = min(MAX_CANARIES, len(images) * (num_views - first))
+    steps, last = max(1, count - 1), num_views - 1 - first
+    chosen = {(first + step * last // steps, step * (len(images) - 1) // steps) for step in range(count)}
     return tuple(_canary(views, images, view, index) for view, index in sorted(chosen))
 
 

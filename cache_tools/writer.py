@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ import numpy.typing as npt
 from cache_tools import commits
 from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import target_arrays
-from cache_tools.durable import PARTIAL, remove_leftovers, sync_folder, sync_tree
+from cache_tools.durable import PARTIAL, remove_leftovers, rename_unless_taken, sync_folder, sync_tree
 from cache_tools.encoding import Encoder
 from cache_tools.errors import FormatError, MismatchError, StorageError
-from cache_tools.format import FORMAT_VERSION, MANIFEST_KEY, Manifest, manifest_attribute
+from cache_tools.format import FORMAT_VERSION, MANIFEST_KEY, Canary, Manifest, manifest_attribute
 from cache_tools.layout import check_constants, check_samples, constants_digest, lay_out
 from cache_tools.limits import check_limits
 from cache_tools.store import open_array, open_group, read_commits, read_manifest, read_whole, translated
@@ -85,7 +83,7 @@ class CacheWriter:
             try:
                 lay_out(temporary, manifest, labels, sample_keys, constants)
                 sync_tree(temporary)
-                _rename_unless_taken(temporary, path)
+                rename_unless_taken(temporary, path)
                 sync_folder(path.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -171,14 +169,25 @@ class CacheWriter:
                 self._arrays[name][view, rows] = values
             self._commits[view, block] = np.array(commit, dtype=np.uint64)
 
-    def grow(self, num_views: int) -> CacheWriter:
+    def grow(
+        self, num_views: int, *, canaries: Sequence[Canary] = (), note: Mapping[str, Any] | None = None
+    ) -> CacheWriter:
         """The same cache with room for more views; with as many or fewer, itself.
 
         Arrays are resized before the manifest promises the views, so a reader never sees a promise without arrays.
+
+        Args:
+            canaries: of the new views, added to those that are there.
+            note: what the list `grown` of the provenance is to say of this, plain JSON.
         """
         if num_views <= self.manifest.num_views:
             return self
-        manifest = self.manifest.model_copy(update={"num_views": num_views})
+        update: dict[str, Any] = {"num_views": num_views, "canaries": (*self.manifest.canaries, *canaries)}
+        if note is not None:
+            before = self.manifest.provenance.get("grown")
+            grown = [*(before if isinstance(before, list) else []), dict(note)]
+            update["provenance"] = {**self.manifest.provenance, "grown": grown}
+        manifest = self.manifest.model_copy(update=update)
         check_limits(manifest, where=self.path)
         with translated(self.path):
             for array in (*self._arrays.values(), self._commits):
@@ -204,12 +213,3 @@ def check_free(path: Path) -> None:
     with translated(path):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise StorageError("cannot make a cache here: the place is taken", where=path, next_step="choose another")
-
-
-def _rename_unless_taken(temporary: Path, path: Path) -> None:
-    """Rename a folder into place; leave it where it is if another process was faster."""
-    try:
-        os.rename(temporary, path)
-    except OSError as error:
-        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-            raise

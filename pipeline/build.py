@@ -1,8 +1,6 @@
-"""The build loop: every missing block of every view through the teachers and CLIPs, once, into the cache.
+"""Build the cache of a recipe: find it or make it, then have its missing blocks computed (`build_blocks.py`).
 
-Three things happen at the same time: a thread loads the next images, the device computes, and a thread encodes,
-writes and commits the block before. A block is always computed from its own first row in batches of the same size,
-so a resumed build gives the same bytes as an uninterrupted one.
+torch is imported where a network is needed: that a cache is complete already is said without.
 """
 
 from __future__ import annotations
@@ -11,48 +9,55 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
-from cache_tools import registry
-from cache_tools.arrays import TargetSpec, default_block_rows, targets
-from cache_tools.codecs import Float16
-from cache_tools.console import Progress, resolve_device
-from cache_tools.encoding import Encoder, fit_codecs, sample_rows
+from cache_tools.arrays import default_block_rows
+from cache_tools.console import resolve_device
 from cache_tools.format import CacheRecipe, ClipIdentity, Manifest, TeacherIdentity
 from cache_tools.images import ImageSet, open_images
-from cache_tools.reader import make_canaries
+from cache_tools.place import open_place
 from cache_tools.target_codecs import resolve_codecs
-from cache_tools.writer import CacheWriter, check_free
-from pipeline.loader import BatchLoader
+from cache_tools.verify import make_canaries
+from pipeline.destination import destination
+from pipeline.known import INPUTS, find_finished, inputs_digest
 from pipeline.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
-from pipeline.targets import TeacherPair, load_pair, view_pixels
+
+if TYPE_CHECKING:
+    import torch
+
+    from cache_tools.writer import CacheWriter
+    from pipeline.targets import TeacherPair
 
 Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
 
-BLOCKS_IN_FLIGHT = 2
-
 
 class BuildResult(NamedTuple):
-    """What a build did; `images` counts (sample, view) pairs computed in this run, `elapsed_s` the build loop alone."""
+    """What a build did.
+
+    Attributes:
+        path: folder of the cache; for one in an object store, at `url`, its mirror, with the blocks computed here.
+        images: (sample, view) pairs computed in this run. `elapsed_s` is the build loop alone.
+        bytes_moved: to and from the object store.
+    """
 
     path: Path
+    url: str | None
     manifest: Manifest
     preflight: Preflight | None
-    images: int
-    elapsed_s: float
+    images: int = 0
+    elapsed_s: float = 0.0
+    bytes_moved: int = 0
 
 
 def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: None) -> BuildResult:
-    """Build the cache of a recipe, or go on with it where an earlier run stopped.
+    """Build the cache of a recipe, or go on with it where an earlier run stopped, or together with others.
 
     Args:
         recipe: what to build; `recipe.out` or the cache home says where.
@@ -61,8 +66,19 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     Raises:
         CacheError: anything wrong with data, weights, device, storage, or another recipe's cache in the same place.
     """
-    device = resolve_device(recipe.device)
+    if recipe.out is not None:
+        open_place(recipe.out)  # a URL that cannot be one is said at once
     images = open_images(recipe.dataset)
+    finished = find_finished(recipe, images)
+    if finished is not None:
+        say(f"{finished.where} is complete: nothing to do")
+        return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest))
+
+    from pipeline.build_blocks import build_blocks
+    from pipeline.open_output import open_output
+    from pipeline.targets import load_pair
+
+    device = resolve_device(recipe.device)
     pair = load_pair(
         recipe.teachers,
         recipe.clips,
@@ -76,17 +92,25 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     identity = resolve(recipe, images, pair)
     if identity.codecs.caution:
         say(f"note: {identity.codecs.caution}")
-    path = recipe.out or registry.cache_path(recipe.name, identity.fingerprint)
-    writer, preflight = _open_or_create(path, recipe, identity, images, pair, say)
-    pair.use_scales(writer.manifest.clip_scales)
-    missing = writer.missing_blocks()
+    where = destination(recipe, identity.fingerprint)
+    output = open_output(
+        where,
+        identity,
+        recipe.num_views,
+        create=lambda path: _create(path, recipe, identity, images, pair, say),
+        grow=lambda writer: _grow(writer, recipe, images, pair),
+    )
+    manifest = output.manifest
+    result = BuildResult(*where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved)
+    pair.use_scales(manifest.clip_scales)
+    missing = output.missing()
     if not missing:
-        say(f"{path} is complete: nothing to do")
-        return BuildResult(path, writer.manifest, preflight, 0, 0.0)
-    say(f"{len(missing)} of {writer.manifest.num_views * writer.manifest.num_blocks} blocks to build in {path}")
+        say(f"{where} is complete: nothing to do")
+        return result
+    say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     start = time.monotonic()
-    count = _build_blocks(writer, missing, images, pair, recipe.batch_size)
-    return BuildResult(path, writer.manifest, preflight, count, time.monotonic() - start)
+    count = build_blocks(output, images, pair, recipe.batch_size)
+    return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
 
 
 def resolve(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheRecipe:
@@ -109,20 +133,17 @@ def _weighted(identities: Sequence[Identity], weights: Sequence[float]) -> tuple
     )
 
 
-def _open_or_create(
+def _create(
     path: Path,
     recipe: BuildRecipe,
     identity: CacheRecipe,
     images: ImageSet,
     pair: TeacherPair,
     say: Callable[[str], None],
-) -> tuple[CacheWriter, Preflight | None]:
-    if registry.is_cache(path):
-        writer = CacheWriter.resume(path, identity.fingerprint)
-        if writer.manifest.num_views < recipe.num_views:
-            writer = writer.grow(recipe.num_views)
-        return writer, _stored_preflight(writer.manifest)
-    check_free(path)  # before the preflight, not after it
+) -> CacheWriter:
+    """Make an empty cache, once its teachers have shown what they can."""
+    from cache_tools.writer import CacheWriter
+
     preflight = None
     if recipe.preflight_samples:
         preflight = run_preflight(pair, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size)
@@ -137,29 +158,46 @@ def _open_or_create(
         clip_scales=pair.fusion.clip_scales,
         canaries=make_canaries(recipe.views, images, recipe.num_views),
         build_recipe=recipe.model_dump(mode="json"),
-        provenance={
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(sys.argv),
-            "device": device_name(pair.device),
-            "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
-            "python": platform.python_version(),
-            "preflight": preflight.model_dump() if preflight else None,
-        },
+        provenance=_circumstances("created", pair)
+        | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs_digest(recipe)},
     )
-    writer = CacheWriter.create(
+    return CacheWriter.create(
         path,
         manifest,
         labels=images.labels,
         sample_keys=images.keys,
         constants=_constants(recipe, identity, images, pair),
     )
-    return writer, preflight
+
+
+def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheWriter:
+    """Room for more views, with canaries of their own and a note of when and by what they were added."""
+    before = writer.manifest.num_views
+    return writer.grow(
+        recipe.num_views,
+        canaries=make_canaries(recipe.views, images, recipe.num_views, first=before),
+        note=_circumstances("date", pair) | {"views": [before, recipe.num_views]},
+    )
+
+
+def _circumstances(date: str, pair: TeacherPair) -> dict[str, Any]:
+    """What provenance says of a run; `date` is the name of its date."""
+    return {
+        date: datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "device": device_name(pair.device),
+        "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
+        "python": platform.python_version(),
+    }
 
 
 def _constants(
     recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet, pair: TeacherPair
 ) -> dict[str, np.ndarray]:
     """What holds for all samples and views, codecs fitted. What a codec cannot hold shows here, not hours later."""
+    from cache_tools.encoding import Encoder, fit_codecs, sample_rows
+    from pipeline.targets import view_pixels
+
     constants = pair.constants(recipe.store)
     if identity.codecs.floating:
         return constants
@@ -190,74 +228,8 @@ def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
     return open_images(recipe.dataset, recipe.dataset.test_split) if recipe.dataset.test_split else images
 
 
-def _build_blocks(
-    writer: CacheWriter, missing: list[tuple[int, int]], images: ImageSet, pair: TeacherPair, batch_size: int
-) -> int:
-    manifest = writer.manifest
-    specs = targets(manifest.recipe, manifest.block_rows)
-    sizes = [_rows(manifest, block) for _, block in missing]
-    done_before = manifest.num_views * manifest.num_samples - sum(sizes)
-    pending: list[Future[None]] = []
-    with (
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as pool,
-        BatchLoader(images, manifest, missing, batch_size, pin=pair.device.type == "cuda") as batches,
-        Progress("build", manifest.num_views * manifest.num_samples, "images", done=done_before) as progress,
-    ):
-        for (view, block), rows in zip(missing, sizes, strict=True):
-            buffers = _host_buffers(specs, rows, pair.device)
-            for start in range(0, rows, batch_size):
-                index, loaded = next(batches)
-                pixels = manifest.recipe.views.apply(loaded.to(pair.device, non_blocking=True), index, view)
-                for name, values in pair.targets(pixels, manifest.recipe.store).items():
-                    # Converted on the device, so that half-precision rows cross the bus at half the bytes.
-                    target = buffers[name][start : start + len(index)]
-                    target.copy_(values.to(target.dtype), non_blocking=True)
-                progress.advance(len(index))
-            pending.append(pool.submit(_write, writer, view, block, buffers, _copied(pair.device)))
-            while len(pending) > BLOCKS_IN_FLIGHT:
-                pending.pop(0).result()
-        for future in pending:
-            future.result()
-    return sum(sizes)
-
-
-def _write(
-    writer: CacheWriter,
-    view: int,
-    block: int,
-    buffers: dict[str, torch.Tensor],
-    copied: torch.cuda.Event | None,
-) -> None:
-    if copied is not None:
-        copied.synchronize()
-    manifest = writer.manifest
-    rows = manifest.block(block)
-    digest = manifest.recipe.views.parameter_digest(
-        np.arange(rows.start, rows.stop), view, manifest.recipe.dataset.image_size
-    )
-    writer.write_block(view, block, {name: buffer.numpy() for name, buffer in buffers.items()}, digest)
-
-
-def _copied(device: torch.device) -> torch.cuda.Event | None:
-    """An event behind the block's last copy to the host; None where copies are immediate."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _host_buffers(specs: tuple[TargetSpec, ...], rows: int, device: torch.device) -> dict[str, torch.Tensor]:
-    pin = device.type == "cuda"
-    dtypes = {spec.name: torch.float16 if isinstance(spec.codec, Float16) else torch.float32 for spec in specs}
-    return {spec.name: torch.empty((rows, spec.width), dtype=dtypes[spec.name], pin_memory=pin) for spec in specs}
-
-
-def _rows(manifest: Manifest, block: int) -> int:
-    rows = manifest.block(block)
-    return rows.stop - rows.start
-
-
 def device_name(device: torch.device) -> str:
     """`cpu`, or the name of the GPU: goes into provenance."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

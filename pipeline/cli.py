@@ -58,10 +58,11 @@ def build_cache(
         typer.Option("--codec", help="How targets are stored: float16, float32, compact, dense, coarse or top-k."),
     ] = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--out",
-            help="Folder of the cache. Default: one per fingerprint in $TEACHER_CACHE_HOME (~/.cache/teacher-cache).",
+            help="Folder of the cache; or s3://…, gs://…, az://…: a place of caches, or the cache itself if it ends in "
+            ".zarr. Default: one per fingerprint in $TEACHER_CACHE_HOME (~/.cache/teacher-cache).",
         ),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
@@ -104,7 +105,7 @@ def build_cache(
         "fusion.teacher_weight": teacher_weight,
         "store": store,
         "codec": codec,
-        "out": str(out) if out else None,
+        "out": out,
         "device": device,
         "batch_size": batch_size,
         "dataset.data_dir": str(data_dir) if data_dir else None,
@@ -125,9 +126,10 @@ def build_cache(
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:
-    # torch, open_clip and torchvision take seconds to import: --help and --show-recipe do not wait for them.
+    # zarr and what it needs take a while to import: --help and --show-recipe do not wait for them.
     import sys
 
+    from cache_tools.describe import human_bytes
     from pipeline.build import build_cache as build
 
     keep_freed_memory()
@@ -137,21 +139,26 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
     if as_json:
         summary = {
             "path": str(result.path),
+            "url": result.url,
             "fingerprint": manifest.fingerprint,
             "num_views": manifest.num_views,
             "num_samples": manifest.num_samples,
             "images_computed": result.images,
             "elapsed_s": round(result.elapsed_s, 3),
             "images_per_s": round(rate, 1),
+            "bytes_moved": result.bytes_moved,
             "preflight": result.preflight.model_dump() if result.preflight else None,
         }
         print(json.dumps(summary))
         return
     if result.images:
         print(f"computed {result.images:,} images in {result.elapsed_s:.1f} s ({rate:,.0f} images/s)")
+    if result.url:
+        print(f"{human_bytes(result.bytes_moved)} moved; a mirror is in {result.path}")
     plural = "" if manifest.num_views == 1 else "s"
     print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples")
-    print(f"next: train-student --cache {result.path}" if recipe.out else f"next: train-student {recipe.name}")
+    where = result.url or result.path
+    print(f"next: train-student --cache {where}" if recipe.out else f"next: train-student {recipe.name}")
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from cache_tools.errors import WeightsError
 from pipeline.hub import hub_or_local_copies
-from pipeline.weights import first_line, is_file_reference, nearest, resolve_path
+from pipeline.references import FOLDER_PREFIX, HUB_PREFIX, is_file_reference, resolve_path
+from pipeline.weights import first_line, nearest
 
-HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
 _NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # three numbers beside OpenAI's weights
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
 

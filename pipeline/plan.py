@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cache_tools import registry
 from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.config import Frozen
 from cache_tools.console import resolve_device
@@ -20,6 +19,7 @@ from cache_tools.format import Preprocessing
 from cache_tools.images import ImageSet, open_images
 from cache_tools.preprocess import prepare
 from pipeline.build import resolve
+from pipeline.destination import destination
 from pipeline.recipe import BuildRecipe
 from pipeline.targets import load_pair
 from train.students import create_student
@@ -109,13 +109,12 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     specs = target_arrays(identity, recipe.block_rows or 1)
     row_bytes = sum(spec.stored.row_bytes for spec in specs)
     constants = sum(4 * int(np.prod(shape)) for shape in constant_shapes(identity).values())
-    path = recipe.out or registry.cache_path(recipe.name, identity.fingerprint)
     return Plan(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
         samples=len(images),
         views=recipe.num_views,
         bytes=recipe.num_views * len(images) * row_bytes + constants + 24 * len(images),
-        bytes_free=_bytes_free(path),
+        bytes_free=_bytes_free(destination(recipe, identity.fingerprint).path),
         targets_per_s=targets_per_s,
         student=student,
         student_per_s=student_per_s,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from pydantic import Field
 
 from cache_tools.arrays import array_name
@@ -13,7 +12,11 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import PreflightError
 from cache_tools.images import ImageSet
-from pipeline.targets import PairOutput, TeacherPair, clean_batches, labelled_sample
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.targets import PairOutput, TeacherPair
 
 
 class Preflight(Frozen):
@@ -49,6 +52,11 @@ def run_preflight(pair: TeacherPair, images: ImageSet, limit: int, batch_size: i
     Raises:
         PreflightError: a teacher is no better than chance (wrong weights, wrong class order or wrong normalisation).
     """
+    import numpy as np
+    import torch
+
+    from pipeline.targets import clean_batches, labelled_sample
+
     index = labelled_sample(images, limit)
     correct: list[torch.Tensor] = []
     with Progress("preflight", len(index), "images") as progress:
@@ -77,6 +85,8 @@ def run_preflight(pair: TeacherPair, images: ImageSet, limit: int, batch_size: i
 
 def _guesses(pair: TeacherPair, output: PairOutput) -> torch.Tensor:
     """int64 [3 + networks, B]: the classes that teachers, CLIPs, their fusion, and then each network favour."""
+    import torch
+
     fused, _ = pair.fuse(*output)
     logits = [pair.teacher_logits(output.teachers), pair.clip_logits(output.clips), fused]
     logits += [teacher.logits for teacher in output.teachers] + pair.scaled_logits(output.clips)

@@ -8,12 +8,13 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Frozen, load_recipe, name_or_fields, one_or_several
 from cache_tools.errors import RecipeError
 from cache_tools.format import FusionRecipe, Precision, Share, Store
 from cache_tools.images import DatasetRecipe
+from cache_tools.place import is_url
 from cache_tools.refusion import check_shares
 from cache_tools.target_codecs import PresetName, TargetCodecs
 from cache_tools.views import ViewRecipe
@@ -71,6 +72,13 @@ Clips = Annotated[
 ]
 
 
+def _folder_or_url(value: Any) -> Any:
+    """A string that is not a URL is a path."""
+    if not isinstance(value, str):
+        return value
+    return value if is_url(value) and not value.startswith("file://") else Path(value.removeprefix("file://"))
+
+
 CodecChoice = Annotated[
     Annotated[PresetName, Tag(NAME)] | Annotated[TargetCodecs, Tag(FIELDS)], Discriminator(name_or_fields)
 ]
@@ -81,7 +89,8 @@ class BuildRecipe(Frozen):
 
     `teacher` and `clip` are one network or a list of them; `teachers` and `clips` give either as a tuple.
     `codec` is a preset (`target_codecs.resolve_codecs`) or a codec for the logits and one for the features.
-    `batch_size`, `block_rows`, `device` and `out` say how the work is done; the rest says what the values are.
+    `batch_size`, `block_rows`, `device` and `out` (a folder, or the URL of an object store) say how and where the work
+    is done; the rest says what the values are.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -98,7 +107,7 @@ class BuildRecipe(Frozen):
     block_rows: PositiveInt | None = None
     preflight_samples: int = Field(2000, ge=0)
     device: str = "auto"
-    out: Path | None = None
+    out: Annotated[Path | str | None, BeforeValidator(_folder_or_url)] = None
 
     @model_validator(mode="after")
     def _weights_sum_to_one(self) -> BuildRecipe:

@@ -13,17 +13,16 @@ from cache_tools.errors import WeightsError
 from cache_tools.format import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
 from pipeline.pretrained import library_preprocessing, load_pretrained
+from pipeline.references import is_file_reference, resolve_path
 from pipeline.teacher_files import read_teacher
 from pipeline.weights import (
     WeightsFile,
     as_network_input,
     check_class_names,
     freeze,
-    is_file_reference,
     load_into,
     mixed_precision,
     read_weights,
-    resolve_path,
     weights_digest,
 )
 from train.checkpoints import StudentCard, student_file

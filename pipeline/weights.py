@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,8 +19,6 @@ from cache_tools.errors import WeightsError
 from cache_tools.format import Precision
 from pipeline.layouts import efficientnet_pytorch_to_timm
 
-PACKAGE_PREFIX = "package:"
-FILE_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".tgz"})
 LINE_LIMIT = 160
 _WRAPPERS = ("state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
@@ -48,19 +45,6 @@ class WeightsFile(NamedTuple):
     path: Path
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
-
-
-def is_file_reference(reference: str) -> bool:
-    """Whether `reference` means a file (`package:FILE`, a path) rather than a library's tag."""
-    path = Path(reference)
-    return reference.startswith(PACKAGE_PREFIX) or path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
-
-
-def resolve_path(reference: str) -> Path:
-    """A path; `package:NAME` is a file or folder shipped in pipeline/assets."""
-    if reference.startswith(PACKAGE_PREFIX):
-        return Path(str(files("pipeline") / "assets" / reference.removeprefix(PACKAGE_PREFIX)))
-    return Path(reference).expanduser()
 
 
 def read_weights(path: Path, content: IO[bytes] | None = None) -> WeightsFile:

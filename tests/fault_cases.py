@@ -58,6 +58,7 @@ class Case:
         from cache_tools.cli import app as cache_tools
         from pipeline.cli import app as build_cache
 
+        os.environ["TEACHER_CACHE_HOME"] = str(self.root / "homes" / target.rpartition("/")[2])  # its mirror is there
         program, *arguments = self.command(target)
         {"build-cache": build_cache, "cache-tools": cache_tools}[program](arguments, standalone_mode=False)
 
@@ -237,12 +238,20 @@ def _recode(root: Path, in_child: InChild) -> Iterator[Case]:
     yield Case("recode", root, lambda target: ["cache-tools", "recode", source, *options, target], str(root))
 
 
+@contextmanager
+def _build_to_s3(root: Path, in_child: InChild) -> Iterator[Case]:
+    with _server_beside() as places:
+        recipe = _build_recipe(root, in_child)
+        yield Case("build-s3", root, lambda target: ["build-cache", recipe, "--out", target], places)
+
+
 CASES: dict[str, Callable[[Path, InChild], Any]] = {
     "build": _build,
     "grow": _grow,
     "push": _push,
     "push-s3": _push_to_s3,
     "recode": _recode,
+    "build-s3": _build_to_s3,
 }
 
 

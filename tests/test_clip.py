@@ -23,7 +23,8 @@ from pipeline.clip import Clip, load_clip
 from pipeline.clip_source import resolve_source
 from pipeline.prompts import template_set
 from pipeline.recipe import ClipSpec
-from pipeline.weights import resolve_path, weights_digest
+from pipeline.references import resolve_path
+from pipeline.weights import weights_digest
 from tests.tiny_clip import CONFIG, make_folder
 
 CPU = torch.device("cpu")

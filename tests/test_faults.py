@@ -17,8 +17,8 @@ from cache_tools.reader import TeacherCache
 from tests import full_disk
 from tests.s3_server import loopback
 
-KILLS = 13
-KILLED = ("build", "grow", "push", "recode", "push-s3")
+KILLS = 10
+KILLED = ("build", "grow", "push", "recode", "push-s3", "build-s3")
 
 
 def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
@@ -32,7 +32,8 @@ def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def killed() -> list[dict[str, Any]]:
     """What became of all the commands that were killed."""
-    return lines_of("faults.py", "--kills", str(KILLS), "--of", *(KILLED if loopback() else KILLED[:-1]))
+    of = [name for name in KILLED if loopback() or not name.endswith("s3")]
+    return lines_of("faults.py", "--kills", str(KILLS), "--of", *of)
 
 
 @pytest.mark.parametrize("name", KILLED)
@@ -52,7 +53,7 @@ def test_nothing_is_lost_or_made_up_by_kills(killed: list[dict[str, Any]], name:
 
 def test_there_are_fifty_kills(killed: list[dict[str, Any]]) -> None:
     assert killed[-1]["kills"] == sum(killed[-1]["of"].values())
-    assert killed[-1]["kills"] >= (50 if loopback() else 40)
+    assert killed[-1]["kills"] >= (50 if loopback() else 30)
     assert killed[-1]["rows_compared"] > 5000
 
 
