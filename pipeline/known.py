@@ -100,7 +100,8 @@ def _files(recipe: BuildRecipe) -> list[Path] | None:
         if path is None or not path.exists():
             return None
         found += [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    found += [Path(clip.templates) for clip in recipe.clips if clip.templates not in BUILTIN_SETS]
+    named = [clip.templates for clip in recipe.clips if isinstance(clip.templates, str)]
+    found += [Path(templates) for templates in named if templates not in BUILTIN_SETS]
     return found if all(path.is_file() for path in found) else None
 
 
