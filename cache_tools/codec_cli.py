@@ -97,8 +97,12 @@ def recode_command(
         print(json.dumps(done.model_dump(mode="json") | sizes, indent=2, ensure_ascii=False))
         return
     there = f", {done.blocks_there} were there" if done.blocks_there else ""
-    print(f"{done.blocks} blocks converted{there}: {done.path}")
+    print(f"{_blocks(done.blocks)} converted{there}: {done.path}")
     if done.blocks_missing:
-        print(f"{done.blocks_missing} blocks are not in {done.source} yet: run this again when they are")
+        print(f"{_blocks(done.blocks_missing)} not in {done.source} yet: run this again when there is more")
     else:
         print(f"{human_bytes(sizes['bytes'])}, from {human_bytes(sizes['source_bytes'])}")
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"

@@ -89,6 +89,8 @@ def _notes(found: CostTable) -> list[str]:
         notes.append(
             "Samples are evenly spaced; where neighbours are alike (folders by class) files are a little smaller."
         )
+    if "top-k logits" in found.reference:
+        notes.append("The cache holds top-k logits: what everything is compared with has an even tail itself.")
     for cost in found.codecs:
         if cost.captured_mass is not None and cost.classes_kept is not None:
             kept = (

@@ -210,6 +210,17 @@ def test_top_k_warns_above_temperature_1_only(caches: dict[str, TeacherCache], t
     assert cost_of(measure(caches["components"], ["top-k"]), "top-k").caution is None
 
 
+def test_a_cache_of_top_k_is_its_own_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(tmp_path / "a", tiny_manifest(IMAGES, codec="top-k"), IMAGES)
+    table = measure(TeacherCache.open(tmp_path / "a"), ["float16+"])
+    as_it_is, half = cost_of(table, AS_IT_IS), cost_of(table, "float16+")
+    assert set(as_it_is.g_even_tail.values()) == {0.0}
+    assert as_it_is.g == {}, "its own loss has nothing exact to be compared with"
+    assert max(half.g.values()) < 0.05
+    print_costs(table)
+    assert "even tail itself" in capsys.readouterr().out
+
+
 # Which codecs, which rows
 
 
