@@ -53,7 +53,7 @@ def stats_command(
     from cache_tools.reader import TeacherCache
     from cache_tools.refusion import FusionChoice
 
-    asked = {"teacher_weight": teacher_weight, "clip_scale": _scale(clip_scale)}
+    asked = {"teacher_weight": teacher_weight, "clip_scale": clip_scale_option(clip_scale)}
     choice = validate(FusionChoice, asked, where="options")
     views, cache = _views(view), TeacherCache.open(reference)
     folder = None if out is None else stats.Folder(out)
@@ -138,16 +138,7 @@ def tune_command(
         print(f"The surface is in {plot}")
 
 
-def _views(text: str) -> list[int] | None:
-    """None for all."""
-    if text == "all":
-        return None
-    if not text.isdecimal():
-        raise RecipeError("bad --view", expected="the number of a view, or all", found=text)
-    return [int(text)]
-
-
-def _scale(text: str | None) -> str | float | None:
+def clip_scale_option(text: str | None) -> str | float | None:
     """`model`, `match`, or a number above 0."""
     if text in {None, "model", "match"}:
         return text
@@ -158,3 +149,12 @@ def _scale(text: str | None) -> str | float | None:
     if not 0.0 < number < math.inf:
         raise RecipeError("bad --clip-scale", expected="model, match or a number above 0", found=text)
     return number
+
+
+def _views(text: str) -> list[int] | None:
+    """None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise RecipeError("bad --view", expected="the number of a view, or all", found=text)
+    return [int(text)]

@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_tools import analysis_cli, codec_cli, describe, home_cli, housekeeping, integrity_cli, listing, registry
+from cache_tools import (
+    analysis_cli,
+    codec_cli,
+    describe,
+    fuse_cli,
+    home_cli,
+    housekeeping,
+    integrity_cli,
+    listing,
+    registry,
+)
 from cache_tools.console import command
 from cache_tools.place import LocalPlace, is_remote, open_place
 
@@ -20,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="See what caches there are and what is in them, copy, check and prune them, analyse what the teachers said.",
+    help="See what caches there are and what is in them; copy, check, prune and fuse them; analyse what teachers said.",
 )
 
 
@@ -87,6 +97,7 @@ home_cli.add_commands(app)
 integrity_cli.add_commands(app)
 analysis_cli.add_commands(app)
 codec_cli.add_commands(app)
+fuse_cli.add_commands(app)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,9 +23,11 @@ from cache_tools.blocks import BlockReader
 from cache_tools.claims import Claims
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
-from cache_tools.errors import StorageError
+from cache_tools.errors import MismatchError, StorageError
 from cache_tools.format import FORMAT_VERSION, CacheRecipe, Manifest
+from cache_tools.lineage import Source
 from cache_tools.place import LocalPlace
+from cache_tools.reader import TeacherCache
 from cache_tools.writer import CacheWriter, check_free
 
 MAX_WORKERS = 4
@@ -53,20 +55,22 @@ class Derived(Frozen):
 
 
 def derived_manifest(
-    source: Manifest, recipe: CacheRecipe, name: str, *, block_rows: int | None = None, **changes: Any
+    cache: TeacherCache, recipe: CacheRecipe, name: str, *, block_rows: int | None = None, **changes: Any
 ) -> Manifest:
     """The manifest of a cache that is made from another one: its images, views and canaries, and how it came about.
 
     Args:
+        cache: the source.
         recipe: of the new cache; `derived_from` is set here.
         changes: other fields of the manifest.
     """
+    source = cache.manifest
     recipe = recipe.model_copy(update={"derived_from": source.fingerprint})
     now = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "versions": {package: version(package) for package in ("teacher-cache", "torch", "zarr")},
-        "source": {"name": source.name, "fingerprint": source.fingerprint, "stored": str(source.recipe.codecs)},
+        "source": Source.of(cache).model_dump(mode="json"),
     }
     update = {
         "format_version": FORMAT_VERSION,
@@ -121,6 +125,20 @@ def derive(
         blocks_there=total - len(missing) + len(ready) - made,
         blocks_missing=len(missing) - len(ready),
     )
+
+
+def require_same_constants(source: BlockReader, made: Constants, names: Iterable[str], path: Path) -> None:
+    """Raise MismatchError unless a cache at `path` has these constants of the source bit by bit.
+
+    The same cache built on two machines may have heads or embeddings that differ in their last bits.
+    """
+    for name in sorted(names):
+        if not np.array_equal(made[name], source.constants[name]):
+            raise MismatchError(
+                "this cache was begun from another copy of the source, and blocks of both must not be mixed",
+                where=path / name,
+                next_step="go on from that copy, or choose another --out",
+            )
 
 
 def _open_or_create(

@@ -19,6 +19,7 @@ from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError, printable
 from cache_tools.format import ClipIdentity, Manifest, TeacherIdentity
+from cache_tools.lineage import Source, lineage
 from cache_tools.listing import RemoteRecord, commit_names, remote_record
 from cache_tools.place import Place
 from cache_tools.registry import CacheRecord, complete_views
@@ -140,8 +141,11 @@ def print_details(details: CacheDetails) -> None:
     for array in details.arrays:
         stored, dense = human_bytes(array.stored_bytes), human_bytes(array.dense_bytes)
         _line(f"  {array.name}", f"{'×'.join(map(str, array.shape))} {array.dtype}, {stored} stored of {dense}")
+    for source in _sources(manifest):
+        _line("made from", str(source))
     for key, value in manifest.provenance.items():
-        _line(key, _flat(value))
+        if key != "source":
+            _line(key, _flat(value))
 
 
 def _date(time_s: float) -> str:
@@ -210,6 +214,13 @@ def _arrays(manifest: Manifest, stored_bytes: Callable[[str], int]) -> tuple[Arr
         )
         for name, shape, dtype, chunks in listed
     )
+
+
+def _sources(manifest: Manifest) -> tuple[Source, ...]:
+    try:
+        return lineage(manifest)
+    except NotFoundError:  # a stranger's cache that does not say
+        return ()
 
 
 def _ops(views: Any) -> str:

@@ -13,9 +13,8 @@ from cache_tools import registry
 from cache_tools.arrays import constant_shapes, targets
 from cache_tools.blocks import BlockReader, Rows, Stored
 from cache_tools.codecs import Codec, TopK
-from cache_tools.derive import Convert, Derived, derive, derived_manifest
+from cache_tools.derive import Convert, Derived, derive, derived_manifest, require_same_constants
 from cache_tools.encoding import Encoder, fit_codecs, sample_rows
-from cache_tools.errors import MismatchError
 from cache_tools.format import CacheRecipe
 from cache_tools.reader import TeacherCache
 from cache_tools.target_codecs import TargetCodecs
@@ -53,7 +52,7 @@ def recode(
     """
     source = BlockReader(cache)
     recipe = cache.recipe.model_copy(update={"codecs": codecs})
-    manifest = derived_manifest(cache.manifest, recipe, name, block_rows=block_rows)
+    manifest = derived_manifest(cache, recipe, name, block_rows=block_rows)
     path = path or registry.cache_path(name, manifest.fingerprint)
     cautions: list[str | None] = [None]
 
@@ -66,7 +65,8 @@ def recode(
 
     def convert(writer: CacheWriter) -> Convert:
         made = BlockReader(TeacherCache(writer.path)).constants
-        _check_constants(source, manifest.recipe, made, writer.path)
+        shared = made.keys() - _new_constants(source, manifest.recipe)
+        require_same_constants(source, made, shared, writer.path)
         recoder = Recoder(source, manifest.recipe, made)
         return lambda view, rows: recoder.stored(
             source.read(view, rows), where=f"view {view}, samples {rows.start}–{rows.stop - 1}"
@@ -161,18 +161,6 @@ def recoded_constants(source: BlockReader, recipe: CacheRecipe, sample: Callable
 def _new_constants(source: BlockReader, recipe: CacheRecipe) -> set[str]:
     changed = changed_targets(source, recipe)
     return {key for spec in targets(recipe, 1) if spec.name in changed for key in spec.constants}
-
-
-def _check_constants(source: BlockReader, recipe: CacheRecipe, made: Rows, path: Path) -> None:
-    """The same cache built on two machines may have heads or embeddings that differ in their last bits."""
-    new = _new_constants(source, recipe)
-    for key, values in made.items():
-        if key not in new and not np.array_equal(values, source.constants[key]):
-            raise MismatchError(
-                "this cache was begun from another copy of the source, and blocks of both must not be mixed",
-                where=path / key,
-                next_step="go on from that copy, or choose another --out",
-            )
 
 
 def _numbers(codec: Codec) -> dict[str, Any]:

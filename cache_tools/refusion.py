@@ -14,10 +14,11 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError, RecipeError
-from cache_tools.format import Manifest, PromptEnsemble, Share
+from cache_tools.format import ClipIdentity, Manifest, PromptEnsemble, Share
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache
+    from cache_tools.targets import ViewTargets
 
 MATCH_SAMPLES = 2048
 SHARE_TOLERANCE = 1e-6
@@ -164,18 +165,29 @@ def check_shares(weights: Sequence[float], *, where: object) -> None:
         )
 
 
+def matched_scales(targets: ViewTargets, clips: Sequence[ClipIdentity]) -> tuple[float, ...]:
+    """The scale `match` of every CLIP, on up to 2048 evenly spaced rows of a component cache's targets.
+
+    Raises:
+        PreflightError: CLIP or the teacher says the same for every class.
+    """
+    from cache_tools import fusion
+
+    count = min(MATCH_SAMPLES, len(targets))
+    rows = [number * len(targets) // count for number in range(count)]
+    teacher_logits = targets.teacher_logits(rows)
+    return tuple(
+        fusion.resolve_clip_scale("match", clip.logit_scale, teacher_logits, targets.cosine(rows, number))
+        for number, clip in enumerate(clips)
+    )
+
+
 def _scales(cache: TeacherCache, choice: Literal["model", "match"] | float, how: Fusion) -> tuple[float, ...]:
-    """One number per CLIP; `match` compares up to 2048 evenly spaced samples of view 0, fused as `how` says."""
+    """One number per CLIP; `match` looks at view 0, fused as `how` says."""
     from cache_tools import fusion
 
     clips = cache.recipe.clips
     if choice != "match":
         return tuple(fusion.resolve_clip_scale(choice, clip.logit_scale) for clip in clips)
     targets = cache.load_view(0, logits=False, features=False, fusion=replace(how, clip_view=None))
-    count = min(MATCH_SAMPLES, cache.num_samples)
-    rows = [number * cache.num_samples // count for number in range(count)]
-    teacher_logits = targets.teacher_logits(rows)
-    return tuple(
-        fusion.resolve_clip_scale(choice, clip.logit_scale, teacher_logits, targets.cosine(rows, number))
-        for number, clip in enumerate(clips)
-    )
+    return matched_scales(targets, clips)

@@ -167,7 +167,7 @@ def view_numbers(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int,
         raise IncompleteError(
             "no view of this cache is completely built",
             where=cache.path,
-            next_step="run the same build-cache command again: it goes on from what is stored",
+            next_step=f"run the same {cache.manifest.recipe.made_by} command again: it goes on from what is stored",
         )
     return chosen
 

@@ -136,7 +136,7 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
                 raise FormatError(
                     "damaged commit",
                     where=folder / commits.file_name(view, block),
-                    next_step="remove this file: the same build-cache command then computes the block again",
+                    next_step=f"remove this file: the same {manifest.recipe.made_by} command then computes the block again",
                 ) from cause
         raise error
     return found
@@ -159,7 +159,7 @@ def damaged_block(
         what,
         where=f"{path / spec.name}, view {view}, block {block}",
         found=found,
-        next_step=f"remove {commit} and run the same build-cache command: it computes the block again",
+        next_step=f"remove {commit} and run the same {manifest.recipe.made_by} command: it computes the block again",
     )
 
 

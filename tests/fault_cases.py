@@ -245,6 +245,13 @@ def _build_to_s3(root: Path, in_child: InChild) -> Iterator[Case]:
         yield Case("build-s3", root, lambda target: ["build-cache", recipe, "--out", target], places)
 
 
+@contextmanager
+def _fuse(root: Path, in_child: InChild) -> Iterator[Case]:
+    source = in_child(lambda: _source(root, store="components"))
+    options = ["--teacher-weight", "0.4", "--prompts", "1"]
+    yield Case("fuse", root, lambda target: ["cache-tools", "fuse", source, *options, "--out", target], str(root))
+
+
 CASES: dict[str, Callable[[Path, InChild], Any]] = {
     "build": _build,
     "grow": _grow,
@@ -252,6 +259,7 @@ CASES: dict[str, Callable[[Path, InChild], Any]] = {
     "push-s3": _push_to_s3,
     "recode": _recode,
     "build-s3": _build_to_s3,
+    "fuse": _fuse,
 }
 
 
@@ -272,7 +280,7 @@ def import_everything() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from cache_tools import cli, integrity, recode, transfer  # noqa: F401
+    from cache_tools import cli, fuse, integrity, recode, transfer  # noqa: F401
     from pipeline import build, cli  # noqa: F401, F811
     from tests import cache_factory, tiny_build  # noqa: F401
 
@@ -287,12 +295,13 @@ def _build_recipe(root: Path, in_child: InChild) -> str:
     return str(root / "tiny.yaml")
 
 
-def _source(root: Path) -> str:
+def _source(root: Path, **recipe: Any) -> str:
     """A small complete cache with made-up targets."""
     from tests.cache_factory import build, tiny_images, tiny_manifest
 
     images = tiny_images()
-    build(root / "source.zarr", tiny_manifest(images, num_views=VIEWS, block_rows=BLOCK_ROWS, canaries=False), images)
+    manifest = tiny_manifest(images, num_views=VIEWS, block_rows=BLOCK_ROWS, canaries=False, **recipe)
+    build(root / "source.zarr", manifest, images)
     return str(root / "source.zarr")
 
 

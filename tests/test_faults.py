@@ -17,8 +17,8 @@ from cache_tools.reader import TeacherCache
 from tests import full_disk
 from tests.s3_server import loopback
 
-KILLS = 10
-KILLED = ("build", "grow", "push", "recode", "push-s3", "build-s3")
+KILLS = 9
+KILLED = ("build", "grow", "fuse", "push", "recode", "push-s3", "build-s3")
 
 
 def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:

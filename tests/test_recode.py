@@ -20,6 +20,7 @@ from cache_tools.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, StorageError
 from cache_tools.format import FORMAT_VERSION
 from cache_tools.integrity import verify
+from cache_tools.lineage import lineage
 from cache_tools.reader import TeacherCache
 from cache_tools.recode import Recoded, recode
 from cache_tools.writer import CacheWriter
@@ -168,7 +169,9 @@ def test_the_manifest_says_where_it_comes_from(source: TeacherCache, tmp_path: P
     assert new.recipe.model_copy(update=same) == old.recipe
     for field in ("dataset", "num_views", "block_rows", "clip_scales", "canaries", "build_recipe"):
         assert getattr(new, field) == getattr(old, field)
-    assert new.provenance["source"] == {"name": "tiny", "fingerprint": old.fingerprint, "stored": "float32"}
+    (told,) = lineage(new)
+    assert (told.name, told.fingerprint, told.path) == ("tiny", old.fingerprint, str(source.path))
+    assert (told.store, told.codecs, told.source) == (old.recipe.store, old.recipe.codecs, None)
     assert new.provenance["preflight"] == old.provenance["preflight"]
     assert BlockReader(TeacherCache.open(tmp_path / "c")).constants.keys() >= set(tiny_constants(old))
 
