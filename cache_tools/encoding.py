@@ -73,6 +73,21 @@ class Encoder:
         parts = spec.codec.encode(values, self.constants[name], where=place)
         return {name + suffix: part for suffix, part in parts.items()}
 
+    def decode(self, stored: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
+        """What a reader makes of what is stored: rows [B, width] of each target."""
+        rows = {}
+        for name, spec in self.targets.items():
+            parts = {array.suffix: stored[array.name] for array in spec.arrays}
+            rows[name] = spec.codec.decode(parts, self.constants[name]).numpy()
+        return rows
+
+    def error_bound(self, rows: Mapping[str, Rows]) -> dict[str, npt.NDArray[np.float64]]:
+        """How far decoded numbers can be from `rows` (`Codec.error_bound`), for each target [B, width]."""
+        return {
+            name: np.broadcast_to(spec.codec.error_bound(rows[name], self.constants[name]), rows[name].shape)
+            for name, spec in self.targets.items()
+        }
+
 
 def fitted(recipe: CacheRecipe) -> tuple[TargetSpec, ...]:
     """The targets whose codecs are fitted to a sample of rows before anything is stored."""

@@ -6,6 +6,7 @@ Entry points of the group `teacher_cache.plugins`; this package declares those o
 |---|---|
 | `templates` | `(name_or_file) -> tuple of prompt templates` |
 | `text-features` | `(manifest, templates, device) -> float32 [P, C, D] of each CLIP`, checked against its identity |
+| `replay` | `(cache, images, …) -> Replay`: rows computed again with the teachers, compared with the stored ones |
 """
 
 from __future__ import annotations

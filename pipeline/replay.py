@@ -1,0 +1,149 @@
+"""Rows of a cache computed again with its teachers and CLIPs, and compared with what is stored.
+
+Checksums say that the bytes are those that were committed; this says that they are what the networks of the manifest
+make of its images. Recomputed rows go through the same codec as the stored ones; those of a cache that was
+fused or recoded through every cache between it and the networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cache_tools.blocks import BlockReader, Rows
+from cache_tools.console import Progress, resolve_device
+from cache_tools.encoding import Encoder, fitted
+from cache_tools.errors import IncompleteError
+from cache_tools.format import CacheRecipe, Store
+from cache_tools.images import ImageSet
+from cache_tools.lineage import Source, lineage, open_source
+from cache_tools.reader import TeacherCache
+from cache_tools.refusion import Fusion
+from cache_tools.replay_report import Replay
+from cache_tools.target_codecs import TargetCodecs
+from cache_tools.targets import ViewTargets, constants_for, fused
+from pipeline.build import device_name
+from pipeline.comparison import Comparison, Wide, tolerance_of
+from pipeline.stored_networks import load_stored_pair
+from pipeline.targets import TeacherPair, view_pixels
+
+BATCH = 64
+
+
+def replay(cache: TeacherCache, images: ImageSet, count: int, *, seed: int = 0, device: str = "auto") -> Replay:
+    """Compute up to `count` random rows of the complete views again.
+
+    Args:
+        images: the samples of the cache, in its order (`verify.aligned`).
+        seed: draws the rows.
+        device: where the networks run.
+
+    Raises:
+        IncompleteError: no complete view.
+        NotFoundError: a cache that does not say how its networks were loaded; a derived one whose source has fitted
+            codecs and is not here.
+        WeightsError: networks that are missing, or have other weights than the cache's.
+    """
+    chosen = resolve_device(device)
+    drawn = _draw(cache, count, seed)
+    sources = lineage(cache.manifest)
+    pair = load_stored_pair(cache.manifest, images, chosen, where=cache.path)
+    recompute = _Recompute(cache, sources, pair, images)
+    compared = {name: Comparison(name, spec.codec) for name, spec in cache.targets.items()}
+    reader, total = BlockReader(cache), sum(len(index) for index in drawn.values())
+    with Progress("replay", total, "rows") as progress:
+        for view, index in drawn.items():
+            stored = reader.decode(reader.sample(view, index))
+            for start in range(0, len(index), BATCH):
+                part = slice(start, start + BATCH)
+                again = recompute.rows(view, index[part])
+                for name, comparison in compared.items():
+                    comparison.add(view, index[part], stored[name][part], *again.of(name))
+                progress.advance(len(index[part]))
+    built_on = cache.manifest.provenance.get("device")
+    tolerance = tolerance_of(cache.recipe.precision, chosen, built_on)
+    return Replay(
+        rows=total,
+        seed=seed,
+        device=device_name(chosen),
+        built_on=built_on,
+        precision=cache.recipe.precision,
+        targets=tuple(comparison.verdict(tolerance) for comparison in compared.values()),
+    )
+
+
+def _draw(cache: TeacherCache, count: int, seed: int) -> dict[int, npt.NDArray[np.int64]]:
+    """View → sample indices, ascending: different (sample, view) pairs, each as likely as any other."""
+    views, samples = cache.complete_views, cache.num_samples
+    if not views:
+        raise IncompleteError("no view of the cache is complete", where=cache.path, next_step="build one, then replay")
+    total = len(views) * samples
+    drawn = np.sort(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
+    numbers = drawn // samples
+    return {views[number]: drawn[numbers == number] % samples for number in np.unique(numbers)}
+
+
+class _Again(NamedTuple):
+    """Rows [B, width] of every target, computed again.
+
+    Attributes:
+        decoded: as a reader would read them.
+        values: as they go into the cache's own codec.
+        plain: as they would be if the caches on the way kept every bit.
+        bound: how far `decoded` may be from `values`.
+    """
+
+    decoded: Rows
+    values: Rows
+    plain: Rows
+    bound: Mapping[str, Wide]
+
+    def of(self, name: str) -> tuple[npt.NDArray[Any], ...]:
+        return self.decoded[name], self.values[name], self.plain[name], self.bound[name]
+
+
+class _Recompute:
+    """From (view, samples) to the rows of a cache, through every cache that it was made from."""
+
+    def __init__(self, cache: TeacherCache, sources: Sequence[Source], pair: TeacherPair, images: ImageSet) -> None:
+        self._recipe, self._pair, self._images = cache.recipe, pair, images
+        self._constants: Rows = pair.constants("components")
+        ways = [(source.store, self._encoder_of(source)) for source in reversed(sources)]
+        self._ways = [*ways, (cache.recipe.store, Encoder(cache.recipe, cache.constant))]
+        self._how, parts = Fusion.stored(cache.manifest), self._like("components", TargetCodecs())
+        self._tensors = constants_for(self._how, parts, lambda name: torch.from_numpy(self._constants[name]))
+
+    def rows(self, view: int, index: npt.NDArray[np.int64]) -> _Again:
+        pixels = view_pixels(self._images, self._recipe.views, index, view, self._pair.device)
+        store = self._ways[0][0]
+        values = {name: rows.cpu().numpy() for name, rows in self._pair.targets(pixels, store).items()}
+        plain = values
+        for (_, encoder), (following, _) in pairwise(self._ways):
+            values = encoder.decode(encoder.encode(values))
+            if following != store:
+                values, plain, store = self._fuse(view, values), self._fuse(view, plain), following
+        encoder = self._ways[-1][1]
+        return _Again(encoder.decode(encoder.encode(values)), values, plain, encoder.error_bound(values))
+
+    def _fuse(self, view: int, rows: Rows) -> Rows:
+        parts = ViewTargets(
+            view, {name: torch.from_numpy(values) for name, values in rows.items()}, self._tensors, self._how
+        )
+        arrays = fused(parts).arrays
+        return {name: arrays[name].numpy() for name in ("fused_logits", "fused_features")}
+
+    def _like(self, store: Store, codecs: TargetCodecs) -> CacheRecipe:
+        return self._recipe.model_copy(update={"store": store, "codecs": codecs})
+
+    def _encoder_of(self, source: Source) -> Encoder:
+        """What codecs were fitted to, only the source itself knows."""
+        recipe = self._like(source.store, source.codecs)
+        if not fitted(recipe):
+            return Encoder(recipe, self._constants.__getitem__)
+        cache = open_source(source)
+        return Encoder(cache.recipe, cache.constant)
