@@ -31,6 +31,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.writer import CacheWriter, check_free
 
 MAX_WORKERS = 4
+_OF_A_BUILD = {"inputs", "grown"}  # by `inputs` a build recognises its own cache
 
 Pair = tuple[int, int]
 Constants = Mapping[str, npt.NDArray[np.float32]]
@@ -65,6 +66,7 @@ def derived_manifest(
         changes: other fields of the manifest.
     """
     source = cache.manifest
+    kept = {key: value for key, value in source.provenance.items() if key not in _OF_A_BUILD}
     recipe = recipe.model_copy(update={"derived_from": source.fingerprint})
     now = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,7 +81,7 @@ def derived_manifest(
         "recipe": recipe,
         "block_rows": block_rows or source.block_rows,
         "constants_digest": "",
-        "provenance": {**source.provenance, **now},
+        "provenance": {**kept, **now},
     }
     return source.model_copy(update=update | changes)
 

@@ -52,6 +52,7 @@ def find_finished(recipe: BuildRecipe, images: ImageSet) -> Finished | None:
         manifest = found.manifest
         if (
             manifest.provenance.get(INPUTS) == inputs
+            and manifest.recipe.derived_from is None
             and manifest.recipe.dataset == images.identity()
             and manifest.num_views >= recipe.num_views
             and committed(found.where.place) >= set(np.ndindex(manifest.num_views, manifest.num_blocks))

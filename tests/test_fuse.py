@@ -180,6 +180,19 @@ def test_everything_else_is_the_source_s(built: TeacherCache, root: Path, tmp_pa
     assert manifest.provenance["preflight"] == built.manifest.provenance["preflight"]
 
 
+def test_a_build_does_not_take_it_for_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    plan = recipe(root, store="components", num_views=1, out=None)
+    first = build_cache(plan)
+    made = fuse(TeacherCache(first.path), FusionChoice())
+    assert made.path.parent == first.path.parent
+    shutil.rmtree(first.path)
+    again = build_cache(plan)
+    assert (again.path, again.images) == (first.path, 150)
+    assert "inputs" in TeacherCache(again.path).manifest.provenance
+    assert "inputs" not in made.manifest.provenance
+
+
 def test_a_dense_codec_keeps_its_promise(built: TeacherCache, tmp_path: Path) -> None:
     exact = fused(built, tmp_path / "exact")
     coded = TeacherCache(fuse(built, FusionChoice(), codec="compact", out=tmp_path / "coded", device="cpu").path)
