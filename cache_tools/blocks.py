@@ -14,9 +14,7 @@ from cache_tools import commits
 from cache_tools.arrays import constant_shapes
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError
-from cache_tools.layout import constants_digest
 from cache_tools.reader import TeacherCache
-from cache_tools.store import RESTORE
 
 Stored = dict[str, npt.NDArray[Any]]
 Rows = dict[str, npt.NDArray[np.float32]]
@@ -36,16 +34,8 @@ class BlockReader:
 
     @cached_property
     def constants(self) -> Rows:
-        """All arrays that hold for all samples and views.
-
-        Raises:
-            FormatError: they are not those that the manifest was written for.
-        """
-        found = {name: self.cache.constant(name) for name in constant_shapes(self.cache.recipe)}
-        expected = self.cache.manifest.constants_digest
-        if expected and constants_digest(found) != expected:
-            raise FormatError("heads, embeddings or steps are damaged", where=self.cache.path, next_step=RESTORE)
-        return found
+        """All arrays that hold for all samples and views."""
+        return {name: self.cache.constant(name) for name in constant_shapes(self.cache.recipe)}
 
     def holds(self, view: int, rows: slice) -> bool:
         """Whether all of these rows are committed."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore
 
 from cache_tools import commits
-from cache_tools.array_layout import ArrayLayout, array_layouts
+from cache_tools.array_layout import ArrayLayout, Layouts, array_layouts
 from cache_tools.arrays import constant_shapes
 from cache_tools.errors import FormatError
 from cache_tools.format import MANIFEST_KEY, Manifest, manifest_attribute
-from cache_tools.store import quiet_numcodecs
+from cache_tools.store import RESTORE, quiet_numcodecs, read_whole
 
 
 def lay_out(
@@ -78,11 +79,59 @@ def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt
 
 def constants_digest(constants: Mapping[str, npt.NDArray[np.float32]]) -> str:
     """32 hex digits over names and numbers: `Manifest.constants_digest`."""
+    return _digest((name, constants[name]) for name in sorted(constants))
+
+
+def _digest(constants: Iterable[tuple[str, npt.NDArray[np.float32]]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(constants):
-        digest.update(f"{name} {list(constants[name].shape)} ".encode())
-        digest.update(np.ascontiguousarray(constants[name], dtype="<f4").data)
+    for name, values in constants:
+        digest.update(f"{name} {list(values.shape)} ".encode())
+        digest.update(np.ascontiguousarray(values, dtype="<f4").data)
     return digest.hexdigest()
+
+
+class StoredConstants(Mapping[str, npt.NDArray[np.float32]]):
+    """The arrays of a cache that hold for all samples and views, by name, each read when it is asked for.
+
+    The first read compares them all with the manifest's digest: no commit covers them. Threads may read at once.
+
+    Raises:
+        FormatError: missing or damaged ones, or others than the manifest was written for.
+    """
+
+    def __init__(self, group: zarr.Group, path: Path, manifest: Manifest, layouts: Layouts) -> None:
+        self._group, self._path, self._manifest, self._layouts = group, path, manifest, layouts
+        self._names = tuple(sorted(constant_shapes(manifest.recipe)))
+        self._checked, self._checking = not manifest.constants_digest, threading.Lock()
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        if name not in self._names:
+            raise KeyError(name)
+        with self._checking:
+            if not self._checked:
+                self._check()
+                self._checked = True
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _read(self, name: str) -> npt.NDArray[np.float32]:
+        return read_whole(self._group, self._path, name, self._layouts)
+
+    def _check(self) -> None:
+        if _digest((name, self._read(name)) for name in self._names) != self._manifest.constants_digest:
+            raise FormatError(
+                "heads, embeddings or steps are damaged",
+                where=self._path,
+                next_step=RESTORE,
+            )
 
 
 def check_constants(manifest: Manifest, constants: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from cache_tools import commits, registry, staging
 from cache_tools.array_layout import array_layouts
-from cache_tools.arrays import constant_shapes, targets
+from cache_tools.arrays import targets
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format import CacheRecipe
+from cache_tools.layout import StoredConstants
 from cache_tools.place import is_remote
 from cache_tools.refusion import Fusion
 from cache_tools.store import (
@@ -66,6 +67,7 @@ class TeacherCache:
         self._layouts = array_layouts(self.manifest)
         self._group = open_group(path, self._layouts)
         self._arrays = {name: open_array(self._group, path, name, self._layouts) for name in self._specs}
+        self._constants = StoredConstants(self._group, path, self.manifest, self._layouts)
         self._commit_table = open_array(self._group, path, commits.COMMITS, self._layouts)
         self._commits_read: npt.NDArray[np.uint64] | None = None
 
@@ -221,10 +223,9 @@ class TeacherCache:
 
     def constant(self, name: str) -> npt.NDArray[np.float32]:
         """An array that holds for all samples and views, float32; see `arrays.constant_shapes`."""
-        shapes = constant_shapes(self.recipe)
-        if name not in shapes:
-            raise NotFoundError("no such constant", where=self.path, expected=", ".join(shapes), found=name)
-        return read_whole(self._group, self.path, name, self._layouts)
+        if name not in self._constants:
+            raise NotFoundError("no such constant", where=self.path, expected=", ".join(self._constants), found=name)
+        return self._constants[name]
 
     def require_complete(self) -> None:
         """Raise IncompleteError unless every view is built."""

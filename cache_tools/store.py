@@ -79,9 +79,11 @@ def open_array(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> za
 
     where = path / name
     with translated(where):
-        if name not in group:
-            raise FormatError("missing array", where=where, next_step=RESTORE)
-        return checked(group[name], layouts[name], where)
+        try:
+            array = group[name]
+        except KeyError as error:
+            raise FormatError("missing array", where=where, next_step=RESTORE) from error
+        return checked(array, layouts[name], where)
 
 
 def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> npt.NDArray[Any]:

@@ -19,9 +19,9 @@ from cache_tools.durable import PARTIAL, remove_leftovers, rename_unless_taken, 
 from cache_tools.encoding import Encoder
 from cache_tools.errors import FormatError, MismatchError, StorageError
 from cache_tools.format import FORMAT_VERSION, MANIFEST_KEY, Canary, Manifest, manifest_attribute
-from cache_tools.layout import check_constants, check_samples, constants_digest, lay_out
+from cache_tools.layout import StoredConstants, check_constants, check_samples, constants_digest, lay_out
 from cache_tools.limits import check_limits
-from cache_tools.store import open_array, open_group, read_commits, read_manifest, read_whole, translated
+from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
 
 
 class CacheWriter:
@@ -44,7 +44,8 @@ class CacheWriter:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self.manifest.recipe, lambda name: read_whole(self._group, self.path, name, self._layouts))
+        constants = StoredConstants(self._group, self.path, self.manifest, self._layouts)
+        return Encoder(self.manifest.recipe, constants.__getitem__)
 
     @classmethod
     def create(
