@@ -42,7 +42,7 @@ from cache_tools.transfer import copy_cache
 from cache_tools.writer import CacheWriter
 
 TIMES = int(os.environ.get("TEACHER_CACHE_FUZZ", "1"))
-CASES = {"json": 500, "digested": 700, "text": 500, "metadata": 160, "chunks": 120, "files": 60, "commands": 40}
+CASES = {"json": 600, "digested": 600, "text": 600, "metadata": 110, "chunks": 90, "files": 50, "commands": 40}
 IMAGES = tiny_images(12, 3)
 MANIFESTS = {
     "fused": tiny_manifest(IMAGES, num_views=2, block_rows=5, canaries=False),
