@@ -16,10 +16,11 @@ from train.checkpoints import BEST, EMA, LAST
 
 RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
 STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "result.json"
+PREDICTIONS, REPORT = "test.parquet", "report.html"
 BOARD, TRACKERS, LABELS_ONLY = "tb", "trackers.json", "labels-only"
 
 # What a new start must not find goes first, so that an interrupted clearing leaves nothing to resume from.
-_FILES = (RESULT, STATE, IDENTITY, RECIPE, CACHE, METRICS, TRACKERS, CURVES, LAST, BEST, EMA)
+_FILES = (RESULT, STATE, IDENTITY, RECIPE, CACHE, METRICS, TRACKERS, CURVES, PREDICTIONS, REPORT, LAST, BEST, EMA)
 
 
 @contextmanager
@@ -54,6 +55,14 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
         if not (folder / IDENTITY).exists():
             put_durably(folder / IDENTITY, json.dumps(identity, indent=2, ensure_ascii=False).encode())
         yield
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    plain: dict[str, Any] = {}
+    for key, value in data.items():
+        plain |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return plain
 
 
 @contextmanager
@@ -105,19 +114,12 @@ def _clear(folder: Path) -> None:
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    before, now = _flat(stored), _flat(wanted)
+    before, now = flat(stored), flat(wanted)
     return [
         f"{key} {_short(before.get(key))} there, {_short(now.get(key))} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _short(value: Any) -> str:

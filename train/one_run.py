@@ -19,6 +19,7 @@ from train.data import TrainingData
 from train.evaluate import Evaluation, evaluate
 from train.loop import Learner
 from train.objective import Objective
+from train.predictions import store_predictions
 from train.recipe import TrainRecipe
 from train.result import RunResult
 from train.students import create_student
@@ -69,6 +70,7 @@ class Run:
         checkpoints.save_student(self.path / checkpoints.LAST, self.learner.student, card)
         if self.learner.average is not None:
             checkpoints.save_student(self.path / checkpoints.EMA, self.learner.average.module, card)
+        store_predictions(self.path, self.learner.student, self.data.test, self.data.preprocessing, self.device)
         cache = self.data.cache
         result = RunResult(
             name=self.recipe.name,
