@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError
 from cache_tools.format import Manifest
@@ -18,6 +17,7 @@ from cache_tools.images import DatasetRecipe, ImageSet, open_images
 from cache_tools.reader import TeacherCache
 from cache_tools.views import ViewRecipe
 from train.data import Opener, TrainingData, open_data
+from train.failure import FAILED, Failure, load_failure
 from train.feed import CachedTargets, open_feed
 from train.group import train_group
 from train.loop import repeatable
@@ -25,23 +25,6 @@ from train.one_run import Run
 from train.result import load_result
 from train.run import claimed_run, run_device
 from train.sweep_recipe import Trial
-
-FAILED = "failed.json"
-
-
-class Failure(Frozen):
-    """Why a trial has no result; `failed.json` in its folder. Remove that file to have it tried again."""
-
-    kind: str
-    message: str
-
-
-def load_failure(folder: Path) -> Failure | None:
-    """What stopped a trial, None if nothing did."""
-    try:
-        return Failure.model_validate_json((folder / FAILED).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def batch_streams(trials: Sequence[Trial]) -> list[list[Trial]]:

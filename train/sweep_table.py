@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +13,15 @@ import polars as pl
 
 from cache_tools.durable import put_durably
 from train.cost import Cost
+from train.failure import load_failure
 from train.result import load_result
-from train.sweep_group import load_failure
+from train.spread import interval_factor, pareto_front
 from train.sweep_recipe import Trial
 
 TRIALS = "trials.parquet"
 STOPPED = "stopped.json"
 FIGURES = ("top1", "top5", "nll", "ece")
 COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, the normal's is within 2 %.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _SCHEMA = {
     "trial": pl.String, "student": pl.String, "loss": pl.String, "seed": pl.Int64, "status": pl.String,
     "error": pl.String, "folder": pl.String, "parameters": pl.Int64, "flops": pl.Int64, "latency_1_ms": pl.Float64,
@@ -74,22 +72,14 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
     groups = done.group_by(keys, maintain_order=True).agg(
         pl.len().alias("n"), *means, *spread, *costs, pl.col("train_s").mean()
     )
-    factors = [_t95(n) / math.sqrt(n) if n > 1 else None for n in groups["n"].to_list()]
+    factors = [interval_factor(n) if n > 1 else None for n in groups["n"].to_list()]
     groups = groups.with_columns(pl.Series("_factor", factors, dtype=pl.Float64))
     groups = groups.with_columns((pl.col(f"{name}_std") * pl.col("_factor")).alias(f"{name}_ci95") for name in FIGURES)
-    fronts = [pl.Series(f"pareto_{cost}", _front(groups, cost), dtype=pl.Boolean) for cost in COSTS]
+    top1 = groups["top1"].to_list()
+    fronts = [
+        pl.Series(f"pareto_{cost}", pareto_front(groups[cost].to_list(), top1), dtype=pl.Boolean) for cost in COSTS
+    ]
     return groups.drop("_factor").with_columns(fronts).sort("top1", descending=True, nulls_last=True)
-
-
-def _front(groups: pl.DataFrame, cost: str) -> list[bool | None]:
-    """Whether each setting is on the front of top-1 against a cost; null where one of them is not known."""
-    points = list(zip(groups["top1"].to_list(), groups[cost].to_list(), strict=True))
-
-    def beaten(top1: float, price: float) -> bool:
-        others = [(a, b) for a, b in points if a is not None and b is not None]
-        return any(a >= top1 and b <= price and (a > top1 or b < price) for a, b in others)
-
-    return [None if top1 is None or price is None else not beaten(top1, price) for top1, price in points]
 
 
 def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
@@ -115,7 +105,3 @@ def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
         if key not in {"student", "loss", "seed"}:
             row[key] = value if isinstance(value, int | float | str | bool) else json.dumps(value)
     return row
-
-
-def _t95(n: int) -> float:
-    return _T95[n - 2] if n - 2 < len(_T95) else 1.96

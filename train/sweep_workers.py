@@ -13,8 +13,9 @@ from pathlib import Path
 from cache_tools.console import Progress
 from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError, StorageError
+from train.failure import FAILED, Failure, load_failure
 from train.result import load_result
-from train.sweep_group import FAILED, Failure, load_failure, opener, train_stream
+from train.sweep_group import opener, train_stream
 from train.sweep_recipe import Trial
 
 POLL_S = 0.2
