@@ -1,0 +1,117 @@
+"""A sweep's table of trials, and how it goes together with the folders of their runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from cache_tools.errors import DataError
+from train.records import TrialRecord, is_run, known, read_run
+from train.sweep_table import TRIALS, setting_columns
+
+_NEEDED = ("student", "loss", "seed", "status", "folder")
+_MEASURED = ("flops", "latency_1_ms", "latency_128_ms")
+_FIGURES = ("top1", "top5", "nll", "ece", "best_top1", "best_epoch", "parameters", "train_s", *_MEASURED)
+
+
+def read_tables(paths: Sequence[Path]) -> tuple[list[Path], pl.DataFrame | None]:
+    """Sort run folders from folders of sweeps: the former, and the tables of the latter as one.
+
+    Raises:
+        DataError: a damaged table.
+    """
+    sweeps = [path for path in paths if (path / TRIALS).is_file()]
+    tables = [read_table(sweep) for sweep in sweeps]
+    table = pl.concat(tables, how="diagonal_relaxed") if tables else None
+    return [path for path in paths if path not in sweeps], table
+
+
+def read_table(sweep: Path) -> pl.DataFrame:
+    """The table in a sweep's folder, with its runs' folders as they are found now.
+
+    Raises:
+        DataError: a damaged table, or one of something else.
+    """
+    path = sweep / TRIALS
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError("damaged table of trials", where=path, found=str(error).partition("\n")[0]) from error
+    if missing := [name for name in _NEEDED if name not in table.columns]:
+        raise DataError(
+            "not a table of trials",
+            where=path,
+            expected=f"columns {', '.join(_NEEDED)}",
+            found=f"no {', '.join(missing)}",
+        )
+
+    def located(stored: str | None) -> str | None:
+        """A sweep may have moved with its runs, or have been started elsewhere by a relative path."""
+        if stored is None:
+            return None
+        places = (Path(stored), sweep / stored, sweep / Path(stored).name)
+        return str(next((place for place in places if is_run(place)), places[0]))
+
+    return table.with_columns(pl.Series("folder", [located(stored) for stored in table["folder"]], dtype=pl.String))
+
+
+def read_trials(runs: Iterable[Path], table: pl.DataFrame | None = None) -> list[TrialRecord]:
+    """The trials in run folders, each with its twin on labels alone, and those of a table that have no folder.
+
+    What the table says of a run (what became of it, FLOPs, latency, its command) is added to what its folder says.
+
+    Raises:
+        NotFoundError: a path that is no run folder.
+        DataError, RecipeError, WeightsError: a damaged file in one.
+    """
+    stored = [] if table is None else table.iter_rows(named=True)
+    rows = {_key(row, number): row for number, row in enumerate(stored)}
+    settings = [] if table is None else setting_columns(table)[2:]  # without student and loss
+    folders = {Path(path).resolve(): Path(path) for path in runs}
+    folders |= {key: key for key in rows if isinstance(key, Path) and key not in folders and is_run(key)}
+    trials: dict[Any, TrialRecord] = {}
+    for path in folders.values():
+        for trial in read_run(path):
+            assert trial.folder is not None, "it was read from one"
+            trials.setdefault(trial.folder.resolve(), trial)
+    found = [_completed(trial, rows[key], settings) if key in rows else trial for key, trial in trials.items()]
+    return found + [_from_row(row, settings) for key, row in rows.items() if key not in trials]
+
+
+def _key(row: Mapping[str, Any], number: int) -> Path | int:
+    """The run's folder, or the row's number for a trial without one."""
+    return Path(row["folder"]).resolve() if row["folder"] else number
+
+
+def _completed(trial: TrialRecord, row: Mapping[str, Any], settings: Sequence[str]) -> TrialRecord:
+    """A run with what only the sweep knows about it."""
+    return replace(
+        trial,
+        loss=row["loss"],
+        status=row["status"],
+        error=row.get("error") or trial.error,
+        command=row.get("command") or trial.command,
+        figures={**trial.figures, **known({name: row.get(name) for name in _MEASURED})},
+        settings={**{name: row[name] for name in settings}, **trial.settings},
+    )
+
+
+def _from_row(row: Mapping[str, Any], settings: Sequence[str]) -> TrialRecord:
+    """A trial of which there is no folder: it failed before its first epoch, or the folder is gone."""
+    figures = {name: row.get(name) for name in _FIGURES}
+    return TrialRecord(
+        name="",
+        student=row["student"],
+        loss=row["loss"],
+        seed=row["seed"],
+        status=row["status"],
+        error=row.get("error") or "",
+        command=row.get("command") or "",
+        figures=known(figures),
+        settings={name: row[name] for name in settings},
+        folder=Path(row["folder"]) if row["folder"] else None,
+    )
