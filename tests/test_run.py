@@ -58,8 +58,8 @@ def test_a_run_leaves_everything(cache: Path, pictures: Path, tmp_path):
     result = train_student(recipe)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     assert names - {"tb", "trackers.json"} == {
-        "recipe.yaml", "run.json", "cache.json", LAST, BEST, EMA, "state.pt", "metrics.parquet", "curves.png",
-        "result.json",
+        "recipe.yaml", "run.json", "cache.json", LAST, BEST, EMA, "state.pt", "metrics.parquet", "test.parquet",
+        "curves.png", "result.json", "report.html",
     }  # fmt: skip
     assert load_result(tmp_path / "run") == result
     manifest = TeacherCache.open(cache).manifest

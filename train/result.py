@@ -9,7 +9,7 @@ from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
 from cache_tools.errors import WeightsError
 from train.evaluate import Evaluation
-from train.folder import RESULT
+from train.folder import REPORT, RESULT
 
 
 class RunResult(Frozen):
@@ -109,5 +109,5 @@ def _notes(result: RunResult) -> list[str]:
         f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
         f"{result.train_s:.1f} s of training on {result.environment.get('device', '?')}."
     )
-    notes.append(f"Everything is in {result.folder}")
+    notes.append(f"Everything is in {result.folder}, and to be looked at in {result.folder / REPORT}")
     return notes

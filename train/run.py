@@ -21,6 +21,7 @@ from train.group import train_group
 from train.loop import repeatable
 from train.one_run import Run, command_line, draw
 from train.recipe import TrainRecipe, recipe_digest, run_folder
+from train.report import write_report
 from train.result import RunResult, load_result
 
 
@@ -50,6 +51,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         result = result.model_copy(update={"labels_only": baseline, "command": command_line()})
         draw(result)
         result.save()
+    write_report([result.folder], result.folder / folder.REPORT)
     return result
 
 

@@ -17,10 +17,13 @@ from cache_tools.errors import RecipeError
 from train import loggers
 from train.checkpoints import load_student
 from train.cost import Cost, measure
+from train.failure import FAILED, load_failure
+from train.folder import REPORT
+from train.report import write_report
 from train.result import load_result
 from train.run import run_device
 from train.students import create_student
-from train.sweep_group import FAILED, batch_streams, load_failure, opener, train_stream
+from train.sweep_group import batch_streams, opener, train_stream
 from train.sweep_recipe import Halving, SweepRecipe, Trial, make_trials
 from train.sweep_table import STOPPED, over_seeds, save_table, trials_table
 
@@ -83,6 +86,7 @@ def run_sweep(
         train(batch_streams(left), None)
     table = trials_table(trials, _costs(trials, folder))
     save_table(table, folder)
+    write_report([], folder / REPORT, trials=table, title=sweep.name)
     return SweepResult(folder, table, over_seeds(table))
 
 

@@ -1,0 +1,128 @@
+// What is shown and what is in colour: the leaderboard sorts, filters and picks; the plots follow it.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const table = document.getElementById("board");
+const bodies = new Map([...table.tBodies].map((body) => [Number(body.dataset.setting), body]));
+const slots = Array(SHAPES.length).fill(null); // which setting has which colour
+const listeners = [];
+
+/** Numbers of the settings that pass the filters, in the order of the table. */
+const shown = () => [...table.tBodies].filter((body) => !body.hidden).map((body) => Number(body.dataset.setting));
+const slotOf = (setting) => (slots.includes(setting) ? slots.indexOf(setting) : null);
+const coloured = () => shown().filter((setting) => slotOf(setting) !== null);
+
+let pending = 0;
+function changed() {
+  cancelAnimationFrame(pending);
+  pending = requestAnimationFrame(() => listeners.forEach((listener) => listener()));
+}
+
+function startBoard() {
+  data.settings.forEach((_, setting) => setting < slots.length && (slots[setting] = setting));
+  for (const [setting, body] of bodies) {
+    drawKey(setting);
+    body.addEventListener("pointerenter", () => point(setting));
+    body.addEventListener("pointerleave", () => point(null));
+    body.querySelector(".unfold")?.addEventListener("click", (event) => unfold(body, event.currentTarget));
+  }
+  const headers = [...table.tHead.rows[0].cells].filter((header) => header.dataset.key);
+  headers.forEach((header) => header.querySelector("button").addEventListener("click", () => press(header)));
+  const first = headers.find((header) => header.dataset.key === "top1");
+  if (first && bodies.size > 1) first.setAttribute("aria-sort", "descending"); // it comes in this order
+  for (const name of ["text", "student", "loss"]) document.getElementById(`filter-${name}`)?.addEventListener("input", filter);
+  const form = document.querySelector(".filters");
+  form?.addEventListener("submit", (event) => event.preventDefault());
+  form?.addEventListener("reset", () => setTimeout(filter));
+  if (form) tell();
+}
+
+function unfold(body, button) {
+  const open = button.getAttribute("aria-expanded") !== "true";
+  button.setAttribute("aria-expanded", open);
+  body.querySelectorAll("tr.seed").forEach((row) => (row.hidden = !open));
+}
+
+/** Sort by a column; pressed again, the other way round. */
+function press(header) {
+  const now = header.getAttribute("aria-sort");
+  const direction = now ? (now === "ascending" ? "descending" : "ascending") : header.dataset.first;
+  table.querySelectorAll("[aria-sort]").forEach((other) => other.removeAttribute("aria-sort"));
+  header.setAttribute("aria-sort", direction);
+  const number = header.classList.contains("number");
+  const value = (body) => {
+    const text = body.rows[0].cells[header.cellIndex].dataset.value;
+    return text === undefined || text === "–" ? null : number ? Number(text) : text;
+  };
+  const compare = (one, other) => (number ? one - other : one.localeCompare(other, "en", { numeric: true }));
+  const sorted = [...table.tBodies].sort((one, other) => {
+    const [a, b] = [value(one), value(other)];
+    if (a === null || b === null) return (a === null) - (b === null); // unknown comes last, either way
+    return direction === "ascending" ? compare(a, b) : compare(b, a);
+  });
+  table.append(...sorted);
+  tell(`sorted by ${header.textContent.trim()}, ${direction}`);
+  changed();
+}
+
+function filter() {
+  const [text, student, loss] = ["text", "student", "loss"].map((name) => document.getElementById(`filter-${name}`).value);
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const [setting, body] of bodies) {
+    const cells = [...body.rows[0].cells].filter((cell) => !cell.classList.contains("number"));
+    const own = [data.settings[setting].label, ...cells.map((cell) => cell.textContent)].join(" ").toLowerCase();
+    const wanted = (!student || body.dataset.student === student) && (!loss || body.dataset.loss === loss);
+    body.hidden = !(wanted && words.every((word) => own.includes(word)));
+    document.querySelectorAll(`.run[data-setting="${setting}"]`).forEach((run) => (run.hidden = body.hidden));
+  }
+  document.getElementById("filter-clear").disabled = !(text || student || loss);
+  tell();
+  changed();
+}
+
+function tell(more = "") {
+  const [count, all] = [shown().length, bodies.size];
+  const settings = count === all ? `${all} settings` : `${count} of ${all} settings`;
+  const grey = count - coloured().length;
+  const parts = [settings, more, grey && count > 1 ? `${grey} in grey: their marks put them in colour` : ""];
+  document.getElementById("shown").textContent = `${parts.filter(Boolean).join("; ")}.`;
+}
+
+/** Put a setting in colour or take its colour away; at most eight have one. */
+function pick(setting, wanted) {
+  if (wanted && !slots.includes(null)) {
+    const last = coloured().at(-1) ?? slots[0];
+    slots[slots.indexOf(last)] = null;
+    drawKey(last);
+  }
+  slots[wanted ? slots.indexOf(null) : slots.indexOf(setting)] = wanted ? setting : null;
+  drawKey(setting);
+  tell();
+  changed();
+}
+
+/** Its mark in the table, which is also the switch for its colour, and in the list of runs. */
+function drawKey(setting) {
+  const slot = slotOf(setting);
+  const place = bodies.get(setting).querySelector(".key");
+  const old = place.querySelector("input");
+  if (bodies.size > 1 && !old) {
+    const box = html("input", { type: "checkbox", "aria-label": `${data.settings[setting].label} in colour` });
+    box.addEventListener("change", () => pick(setting, box.checked));
+    place.append(html("label", { class: "pick" }, box));
+  }
+  const box = place.querySelector("input");
+  if (box) box.checked = slot !== null;
+  const holder = place.querySelector("label") ?? place;
+  holder.querySelector("svg")?.remove();
+  holder.append(key(slot));
+  document.querySelectorAll(`.run[data-setting="${setting}"] .key`).forEach((other) => other.replaceChildren(key(slot)));
+}
+
+/** Bring one setting out everywhere; null for none. */
+function point(setting) {
+  document.querySelectorAll(".near").forEach((element) => element.classList.remove("near"));
+  document.getElementById("content").classList.toggle("pointing", setting !== null);
+  if (setting === null) return;
+  bodies.get(setting).classList.add("near");
+  document.querySelectorAll(`.plot [data-setting="${setting}"]`).forEach((element) => element.classList.add("near"));
+}

@@ -1,0 +1,123 @@
+"""The head of the page: what was compared, what came out of it, what to know before believing it; and the filters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from html import escape
+
+from train.comparison import Comparison, Reference, Setting
+from train.records import FINISHED
+
+_FEW = 4  # settings that need no filter
+
+
+def headline(comparison: Comparison) -> str:
+    """A title from what the settings have in common."""
+    names = list(dict.fromkeys(trial.name for trial in comparison.trials if trial.name))
+    students = list(dict.fromkeys(setting.student for setting in comparison.settings))
+    what = students[0] if len(students) == 1 else f"{len(students)} students"
+    return f"{what} on {names[0]}" if len(names) == 1 else what
+
+
+def summary(comparison: Comparison) -> str:
+    """One line under the title: how much there is."""
+    trials, settings = len(comparison.trials), len(comparison.settings)
+    parts = [f"{trials} run{'s' * (trials > 1)}" + (f" of {settings} settings" if trials > settings > 1 else "")]
+    epochs = sorted({trial.epochs for trial in comparison.trials if trial.epochs})
+    if epochs:
+        count = f"{epochs[0]:,}" if len(epochs) == 1 else f"{epochs[0]:,} to {epochs[-1]:,}"
+        parts.append(f"{count} epoch{'s' * (epochs[-1] > 1)}")
+    if len(tested := {trial.tested for trial in comparison.trials if trial.tested}) == 1:
+        parts.append(f"{tested.pop():,} test images")
+    return escape(" · ".join(parts))
+
+
+def facts(comparison: Comparison) -> str:
+    """The figures to take away, each with what it is: a description list."""
+    items = "\n".join(
+        f'<div class="{kind}"><dt>{escape(what)}</dt><dd>{escape(figure)} <small>{escape(note)}</small></dd></div>'
+        for kind, what, figure, note in _facts(comparison)
+    )
+    return f'<dl class="facts">\n{items}\n</dl>' if items else ""
+
+
+def notices(comparison: Comparison) -> str:
+    """What a reader has to know before comparing figures."""
+    lines = "\n".join(f"<li>{escape(line)}</li>" for line in _notices(comparison))
+    return f'<ul class="notices">\n{lines}\n</ul>' if lines else ""
+
+
+def filters(comparison: Comparison) -> str:
+    """Search and choices above the leaderboard, where there is enough to choose from."""
+    if len(comparison.settings) < _FEW:
+        return ""
+    students = list(dict.fromkeys(setting.student for setting in comparison.settings))
+    losses = list(dict.fromkeys(setting.loss for setting in comparison.settings))
+    return "\n".join(
+        [
+            '<form class="filters" role="search" aria-label="Filter the runs">',
+            '<label>Search <input type="search" id="filter-text" autocomplete="off" spellcheck="false"></label>',
+            _choice("student", "Student", sorted(students)),
+            _choice("loss", "Loss", sorted(losses)),
+            '<button type="reset" id="filter-clear" disabled>Clear</button>',
+            "</form>",
+        ]
+    )
+
+
+def _choice(name: str, title: str, values: list[str]) -> str:
+    options = "".join(f"<option>{escape(value)}</option>" for value in values)
+    disabled = " disabled" if len(values) < 2 else ""
+    return (
+        f'<label>{title} <select id="filter-{name}"{disabled}><option value="">all</option>{options}</select></label>'
+    )
+
+
+def _facts(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
+    """(kind, what, figure, note)"""
+    best = comparison.best
+    if best is not None:
+        top1 = best.figures["top1"]
+        seeds = "" if top1.n == 1 else f", mean of {top1.n} seeds"
+        what = "Best student" if len(comparison.settings) > 2 else "Student"
+        yield "first", f"{what}, top-1", _percent(top1.mean), best.label + seeds
+        twins = [setting for setting in comparison.settings if setting.loss != best.loss]
+        if len(comparison.settings) == 2 and twins and "top1" in twins[0].figures:
+            yield from _difference(best, twins[0])
+    for reference in _same(comparison.references):
+        note = "" if reference.n is None else f"{reference.n:,} {reference.split or 'labelled'} images"
+        label = reference.label[0].upper() + reference.label[1:]
+        yield "reference", label, _percent(reference.top1), note
+
+
+def _difference(best: Setting, other: Setting) -> Iterator[tuple[str, str, str, str]]:
+    top1 = other.figures["top1"].mean
+    yield "second", f"{other.label[0].upper()}{other.label[1:]}", _percent(top1), "in comparison"
+    yield "second", "Difference", f"{100 * (best.figures['top1'].mean - top1):+.2f}", "points of top-1"
+
+
+def _same(references: tuple[Reference, ...]) -> tuple[Reference, ...]:
+    """All of them, as long as they can be read at a glance."""
+    return references if len(references) <= 6 else ()
+
+
+def _notices(comparison: Comparison) -> Iterator[str]:
+    trials = comparison.trials
+    tests = {(trial.tested, trial.class_names) for trial in trials if trial.tested and trial.class_names}
+    if len(tests) > 1:
+        yield "These runs were tested on different images or classes: their figures do not compare."
+    others = Counter(trial.status for trial in trials if trial.status != FINISHED)
+    if others:
+        counts = ", ".join(f"{count} {status}" for status, count in others.items())
+        yield f"Of {len(trials)} runs {counts}: left out of means, intervals and Pareto fronts."
+    for setting in comparison.settings:
+        if seeds := setting.repeated:
+            yield f"{setting.label}: seed {', '.join(map(str, seeds))} was run more than once and counts once."
+    compared = [setting for setting in comparison.settings if setting.finished]
+    if len(compared) > 1 and all(len(setting.trials) == 1 for setting in compared):
+        yield "One seed each: small differences may be chance. Several seeds of the same settings give intervals."
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
