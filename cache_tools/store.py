@@ -138,7 +138,7 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
                 raise FormatError(
                     "damaged commit",
                     where=folder / commits.file_name(view, block),
-                    next_step=f"remove this file: the same {manifest.recipe.made_by} command then computes the block again",
+                    next_step=f"remove this file: the same {manifest.recipe.made_by} command makes the block again",
                 ) from cause
         raise error
     return found
