@@ -10,6 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from cache_tools.errors import StorageError
+
 PARTIAL = ".partial"
 LEFTOVER_AGE_S = 3600.0
 
@@ -27,6 +29,18 @@ def put_durably(path: Path, data: Any) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def output_folder(folder: Path, what: str) -> Path:
+    """A folder for something to be written, made now: a place that cannot be written is better known before the work.
+
+    Raises:
+        StorageError: a file is there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"a file is where the {what} should be", where=folder, next_step="choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def sync_folder(folder: Path) -> None:

@@ -28,13 +28,23 @@ def prepare(
     Returns:
         [B, 3, h, w] on the same device: (pixels / 255 − mean) / std.
     """
-    scale, shift = _affine(preprocessing.mean, preprocessing.std, pixels_NCHW.device)
+    scale, shift = affine(preprocessing.mean, preprocessing.std, pixels_NCHW.device)
     if preprocessing.size not in (None, tuple(pixels_NCHW.shape[2:])):
         pixels_NCHW = _resize(pixels_NCHW, preprocessing.size, preprocessing.interpolation)
     if pixels_NCHW.is_cuda:  # one kernel that reads the bytes and writes the floats
         return torch.addcmul(shift, pixels_NCHW, scale).to(dtype)
     # On the CPU two in-place passes are faster than addcmul, and give the same bits with and without FMA units.
     return pixels_NCHW.float().mul_(scale).add_(shift).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def affine(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (scale, shift) [1, 3, 1, 1]: pixels · scale + shift = (pixels / 255 − mean) / std, kept on the device."""
+    with torch.inference_mode(False):  # made under inference mode they could not be used in training later
+        mean64, std64 = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (mean, std))
+        return (1 / (255 * std64)).float().to(device), (-mean64 / std64).float().to(device)
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
@@ -62,13 +72,3 @@ def _resample_in_passes(pixels: torch.Tensor, size: tuple[int, int], interpolati
         values = F.interpolate(values, whole, mode=interpolation, align_corners=False, antialias=True)
         values = values.clamp_(0, 255).round_()
     return values
-
-
-@lru_cache(maxsize=64)
-def _affine(
-    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift) [1, 3, 1, 1] with pixels · scale + shift = (pixels / 255 − mean) / std, kept on the device."""
-    with torch.inference_mode(False):  # made under inference mode they could not be used in training later
-        mean64, std64 = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (mean, std))
-        return (1 / (255 * std64)).float().to(device), (-mean64 / std64).float().to(device)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from cache_tools.console import Progress, resolve_device
-from cache_tools.errors import DataError, StorageError
+from cache_tools.durable import output_folder
+from cache_tools.errors import DataError
 from pipeline.agreement import Agreement, agreement, load_teachers
 from pipeline.evaluated_student import EvaluatedStudent, evaluated_student, measure_robustness, parquet
 from pipeline.evaluation_report import (
@@ -57,7 +58,7 @@ class _Evaluator:
         self.run, given = open_run(path)
         self.checkpoint = options.checkpoint or given or "last"
         card = read_card(self.run.checkpoint(self.checkpoint))
-        self.folder = _writable(options.out or self.run.folder / FOLDER)
+        self.folder = output_folder(options.out or self.run.folder / FOLDER, "evaluation")
         self.images = self.run.open_test(card, options.split, options.data_dir, options.download)
         self.labels = torch.from_numpy(np.ascontiguousarray(self.images.labels, np.int64)).to(self.device)
         self.baseline = self._open_baseline(card)
@@ -178,14 +179,6 @@ class _Evaluator:
         title = f"{student.title}, {figures.checkpoint} weights: {figures.evaluation.top1:.2%} of "
         title += f"{figures.evaluation.n:,} images right, {self.images.name} {self.images.split}"
         return plot_confusion(matrix, self.images.class_names, title)
-
-
-def _writable(folder: Path) -> Path:
-    """The folder of the report, made now: a place that cannot be written is better known before the work."""
-    if folder.exists() and not folder.is_dir():
-        raise StorageError("a file is where the evaluation should be", where=folder, next_step="choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _device_name(device: torch.device) -> str:

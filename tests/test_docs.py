@@ -23,6 +23,7 @@ import cache_tools.cli
 import pipeline.cli
 import pipeline.evaluate_cli
 import train.cli
+import train.export_cli
 import train.report_cli
 import train.sweep_cli
 from cache_tools import TeacherCache
@@ -46,6 +47,7 @@ APPS = {
     "evaluate-student": pipeline.evaluate_cli.app,
     "sweep-students": train.sweep_cli.app,
     "report-students": train.report_cli.app,
+    "export-student": train.export_cli.app,
     "cache-tools": cache_tools.cli.app,
 }
 OTHER_COMMANDS = {"venv/bin/pip", "python3", "make", "python"}

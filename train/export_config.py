@@ -1,0 +1,107 @@
+"""`config.json` of an exported student: timm's keys, so that other tools read it, and what we know beyond them."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cache_tools.config import Frozen
+from train.checkpoints import StudentCard
+from train.cost import count_flops, count_parameters
+
+CONFIG = "config.json"
+_FROM_TIMM = ("first_conv", "classifier", "pool_size", "fixed_input_size")
+
+
+class ExportedFile(Frozen):
+    """A file and how it compared with the student.
+
+    Attributes:
+        max_difference: largest absolute difference of a logit, over all test images that were compared.
+        allowed_difference: what it could have been.
+        top1_agreement: share of images on which both give the same answer, in [0, 1].
+    """
+
+    format: str
+    file: str
+    file_bytes: int
+    max_difference: float
+    allowed_difference: float
+    top1_agreement: float
+
+
+class ExportReport(Frozen):
+    """What an export made.
+
+    Attributes:
+        checkpoint: last, best or ema; `epoch`: finished ones.
+        input: pixels (uint8, normalised inside) or normalised (float32); safetensors are weights alone.
+        batch_size: None for any.
+        dataset, split, samples: what files were compared on.
+    """
+
+    folder: Path
+    student: str
+    checkpoint: str
+    epoch: int
+    recipe_digest: str
+    input: str
+    image_size: tuple[int, int]
+    batch_size: int | None
+    dataset: str
+    split: str
+    samples: int
+    tolerance: float
+    files: tuple[ExportedFile, ...]
+
+
+def config(model: nn.Module, card: StudentCard, report: ExportReport) -> dict[str, Any]:
+    """The contents of `config.json`.
+
+    `architecture`, `num_classes`, `num_features`, `label_names` and `pretrained_cfg` are timm's: with a student from
+    timm, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the folder. `library` says whose architecture
+    it is.
+    """
+    library, architecture, of_timm = _origin(model, card)
+    height, width = report.image_size
+    student: Any = model
+    return {
+        "architecture": architecture,
+        "library": library,
+        "num_classes": card.num_classes,
+        "num_features": student.num_features,
+        "label_names": list(card.class_names),
+        "pretrained_cfg": {
+            **of_timm,
+            "num_classes": card.num_classes,
+            "input_size": [3, height, width],
+            "mean": list(card.mean),
+            "std": list(card.std),
+            "interpolation": "bicubic",  # how the package reads folders of pictures: resize, then crop the centre
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+        },
+        "teacher_cache": {
+            "student": card.architecture,
+            "dataset": card.dataset,
+            "parameters": count_parameters(model),
+            "flops": count_flops(model, report.image_size),
+            "versions": {package: version(package) for package in ("teacher-cache", "torch", "timm")},
+            "export": report.model_dump(mode="json", exclude={"folder", "student", "image_size"}),
+        },
+    }
+
+
+def _origin(model: nn.Module, card: StudentCard) -> tuple[str, str, dict[str, Any]]:
+    """(library, its name of the architecture, what timm has to know of it)."""
+    source, separator, name = card.architecture.partition(":")
+    if not separator:
+        return "teacher-cache", card.architecture, {}
+    if source.lower() != "timm":
+        return source.lower(), name, {}
+    known: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    architecture = known.get("architecture") or name.partition(".")[0]
+    return "timm", architecture, {key: known[key] for key in _FROM_TIMM if known.get(key) is not None}
