@@ -45,7 +45,7 @@ class Clock:
     def now_s(self) -> float:
         """Seconds since 1970."""
         if time.monotonic() - self._asked_s > LOOK_AT_CLOCK_EVERY_S:
-            self._place.put(self._key, b"")
+            self._place.put(self._key, b"", durable=False)
             times = [entry.modified_s for entry in self._place.entries() if entry.key == self._key]
             self._place.delete([self._key])
             self._asked_s = time.monotonic()

@@ -142,7 +142,7 @@ class Claims:
 
     def _take(self, pair: Pair, generation: int) -> bool:
         claim = ClaimFile(pair, generation)
-        if not self._place.put(claim.key, self._text, only_new=True):
+        if not self._place.put(claim.key, self._text, only_new=True, durable=False):
             return False
         with self._lock:
             self._held[pair] = claim
@@ -168,7 +168,7 @@ class Claims:
                 held = dict(self._held)
             for pair, claim in held.items():
                 try:
-                    self._place.put(claim.key, self._text)
+                    self._place.put(claim.key, self._text, durable=False)
                     with self._lock:
                         released = self._held.get(pair) != claim
                     if released:  # while we wrote: it is back now

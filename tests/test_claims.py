@@ -191,6 +191,15 @@ def test_claims_that_killed_builders_left_on_committed_blocks_are_removed(place:
     assert [entry.key for entry in claims_of(place).entries()] == ["0.1.0"]
 
 
+def test_what_a_builder_was_writing_when_it_was_killed_does_not_keep_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path.with_name(f".{tmp_path.name}.claims")
+    with Claims(LocalPlace(tmp_path)) as claims:
+        assert claims.claim((0, 0))
+        (folder / "0.1.0.1.abc.partial").write_text("")
+        os.utime(folder / "0.1.0.1.abc.partial", (0, 0))
+    assert not folder.exists()
+
+
 def test_a_builder_that_gives_up_while_it_waits_leaves_nothing(tmp_path: Path) -> None:
     claims_of(LocalPlace(tmp_path)).put("0.0.0", b"of another host")
     handed_out: list[tuple[int, int]] = []

@@ -186,8 +186,8 @@ class Cut(LocalPlace):
         super().__init__(path)
         self._left = limit
 
-    def put(self, key: str, data: bytes, *, only_new: bool = False) -> bool:
+    def put(self, key: str, data: bytes, *, only_new: bool = False, durable: bool = True) -> bool:
         self._left -= 1
         if self._left < 0:
             raise StorageError("cut", where=self)
-        return super().put(key, data, only_new=only_new)
+        return super().put(key, data, only_new=only_new, durable=durable)
