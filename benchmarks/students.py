@@ -10,7 +10,7 @@ import torch
 from side_by_side import Cost, cost
 
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from pipeline.build import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from train.data import TrainingData, open_data

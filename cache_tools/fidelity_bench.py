@@ -29,7 +29,7 @@ from cache_tools.format import CacheRecipe
 from cache_tools.fusion import centre_rows
 from cache_tools.layout import add_array
 from cache_tools.recode import Recoder, fit_sample, recoded_constants
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.target_codecs import TargetCodecs, kind_of
 from cache_tools.targets import ViewTargets, constants_for, fused
 

@@ -26,7 +26,8 @@ from cache_tools.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.format import CacheRecipe, Manifest
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion, FusionChoice, matched_scales
+from cache_tools.refusion import FusionChoice, matched_scales
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.targets import ViewTargets, constants_for, fused
 from cache_tools.writer import CacheWriter
 

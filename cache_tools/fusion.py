@@ -21,7 +21,7 @@ from cache_tools.errors import PreflightError
 
 if TYPE_CHECKING:
     from cache_tools.format import PromptEnsemble
-    from cache_tools.refusion import Fusion
+    from cache_tools.resolved_fusion import Fusion
 
 # Counter word of every projection draw: no view has an operation in that slot, so the two never share a number.
 _PROJECTION_SLOT = 0xFFFFFFFF

@@ -17,7 +17,7 @@ from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format import CacheRecipe
 from cache_tools.layout import StoredConstants
 from cache_tools.place import is_remote
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.store import (
     RESTORE,
     check_chunks,

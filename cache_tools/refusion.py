@@ -7,14 +7,15 @@ view that CLIP looks at are free to choose when it is read. Importable without t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError, RecipeError
-from cache_tools.format import ClipIdentity, Manifest, PromptEnsemble, Share
+from cache_tools.format import ClipIdentity, PromptEnsemble, Share
+from cache_tools.resolved_fusion import Fusion
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache
@@ -22,47 +23,6 @@ if TYPE_CHECKING:
 
 MATCH_SAMPLES = 2048
 SHARE_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """How teachers and CLIPs are fused, in plain numbers: a recipe or a `FusionChoice` with everything resolved.
-
-    Attributes:
-        teacher_weight, feature_weight: α and λ.
-        teacher_weights, clip_weights: share of each network in its group, summing to 1.
-        clip_scales: what the cosines of each CLIP are multiplied with.
-        prompt_ensemble: what is averaged over the prompt templates.
-        prompts: numbers of the templates that are used; None for all.
-        clip_view: the view that CLIP is taken from; None for the view that is loaded.
-    """
-
-    teacher_weight: float
-    feature_weight: float
-    teacher_weights: tuple[float, ...]
-    clip_weights: tuple[float, ...]
-    clip_scales: tuple[float, ...]
-    prompt_ensemble: PromptEnsemble = "embedding"
-    prompts: tuple[int, ...] | None = None
-    clip_view: int | None = None
-
-    @classmethod
-    def stored(cls, manifest: Manifest) -> Fusion:
-        """As the cache was built."""
-        recipe = manifest.recipe
-        return cls(
-            teacher_weight=recipe.fusion.teacher_weight,
-            feature_weight=recipe.fusion.feature_weight,
-            teacher_weights=recipe.teacher_weights,
-            clip_weights=recipe.clip_weights,
-            clip_scales=manifest.clip_scales,
-            prompt_ensemble=recipe.fusion.prompt_ensemble,
-        )
-
-    @property
-    def clip_scale(self) -> float:
-        """Of the first CLIP."""
-        return self.clip_scales[0]
 
 
 class FusionChoice(Frozen):

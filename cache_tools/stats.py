@@ -18,7 +18,8 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device, storage_error
 from cache_tools.errors import IncompleteError, RecipeError
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion, FusionChoice
+from cache_tools.refusion import FusionChoice
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.stats_stream import ViewStream
 
 Keep = Callable[[int, pl.DataFrame], None]

@@ -13,7 +13,7 @@ from cache_tools import view_tables
 from cache_tools.consistency import NonTargetConsistency, Stability
 from cache_tools.console import Progress
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.sample_figures import js_divergence, row_chunks, sample_figures
 from cache_tools.targets import ViewTargets
 

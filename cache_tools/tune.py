@@ -15,7 +15,8 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device
 from cache_tools.errors import NotFoundError
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion, FusionChoice
+from cache_tools.refusion import FusionChoice
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.stats import check_temperature, view_numbers
 from cache_tools.tune_grid import factors, log_grid, stratified_holdout
 from cache_tools.tune_passes import PASSES, Candidate, Passes, Setting

@@ -14,7 +14,7 @@ from cache_tools import fusion
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.sample_figures import row_chunks, sample_figures
 from cache_tools.targets import Index, ViewTargets
 from cache_tools.tune_grid import Factors, log_grid, nll_sums

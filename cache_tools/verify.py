@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,35 @@ from cache_tools.views import ViewRecipe
 if TYPE_CHECKING:
     import torch
 
+    from cache_tools.format import CacheRecipe, Manifest
     from cache_tools.images import ImageSet
-    from cache_tools.reader import TeacherCache
 
 MAX_CANARIES = 16
 
 
-def check_dataset(cache: TeacherCache, images: ImageSet) -> None:
+class CachedSamples(Protocol):
+    """What the checks ask of a cache; a `TeacherCache` is one."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def recipe(self) -> CacheRecipe: ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...
+
+    @property
+    def sample_keys(self) -> npt.NDArray[np.uint8]: ...
+
+
+def check_dataset(cache: CachedSamples, images: ImageSet) -> None:
     """Compare a split with the one the cache was built from: canvas, class names, samples, contents, order, labels.
 
     Raises:
@@ -41,7 +63,7 @@ def check_dataset(cache: TeacherCache, images: ImageSet) -> None:
     )
 
 
-def aligned(cache: TeacherCache, images: ImageSet) -> ImageSet:
+def aligned(cache: CachedSamples, images: ImageSet) -> ImageSet:
     """The samples of a split in the order of the cache, found by content key: files may be renamed or shuffled.
 
     Labels go with the images. Where the same image is there several times, each takes one that has its label.
@@ -59,7 +81,7 @@ def aligned(cache: TeacherCache, images: ImageSet) -> ImageSet:
     return images
 
 
-def check_canaries(cache: TeacherCache, images: ImageSet) -> None:
+def check_canaries(cache: CachedSamples, images: ImageSet) -> None:
     """Make the views of a few samples again and compare their pixels with those the teachers saw.
 
     Raises:
@@ -102,7 +124,7 @@ def _canary(views: ViewRecipe, images: ImageSet, view: int, index: int) -> Canar
     return Canary(view=view, index=index, pixel_digest=pixel_digest(pixels[0]))
 
 
-def _difference(cache: TeacherCache, images: ImageSet) -> tuple[str, object, object] | None:
+def _difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
     """What differs first: (what, expected, found)."""
     return (
         _class_difference(cache.class_names, images.class_names)
@@ -122,7 +144,7 @@ def _class_difference(expected: tuple[str, ...], found: tuple[str, ...]) -> tupl
     return f"{what}, first at class {first}", repr(expected[first]), repr(found[first])
 
 
-def _size_difference(cache: TeacherCache, images: ImageSet) -> tuple[str, object, object] | None:
+def _size_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
     if cache.num_samples != len(images):
         return "another number of samples", cache.num_samples, len(images)
     expected = cache.recipe.dataset.image_size
@@ -155,7 +177,7 @@ def _label_difference(
     return what, class_names[expected[first]], class_names[found[first]]
 
 
-def _matching_rows(cache: TeacherCache, images: ImageSet) -> npt.NDArray[np.int64] | None:
+def _matching_rows(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int64] | None:
     """For each sample of the cache the one of `images` with its content and label; None if they do not pair up."""
     if cache.num_samples != len(images):
         return None

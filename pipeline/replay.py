@@ -23,8 +23,8 @@ from cache_tools.format import CacheRecipe, Store
 from cache_tools.images import ImageSet
 from cache_tools.lineage import Source, lineage, open_source
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
 from cache_tools.replay_report import Replay
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.target_codecs import TargetCodecs
 from cache_tools.targets import ViewTargets, constants_for, fused
 from pipeline.build import device_name

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from cache_tools.errors import NotFoundError, WeightsError
 from cache_tools.format import ClipIdentity, Manifest, Precision, TeacherIdentity
 from cache_tools.images import ImageSet
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from pipeline.clip import Clip, load_clip
 from pipeline.recipe import BuildRecipe, ClipSpec
 from pipeline.targets import TeacherPair, load_pair

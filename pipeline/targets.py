@@ -14,7 +14,8 @@ from cache_tools import fusion
 from cache_tools.arrays import array_name
 from cache_tools.format import FusionRecipe, Precision, Store
 from cache_tools.images import DatasetRecipe, ImageSet
-from cache_tools.refusion import MATCH_SAMPLES, Fusion
+from cache_tools.refusion import MATCH_SAMPLES
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.views import ViewRecipe
 from pipeline.clip import Clip, ClipOutput, load_clip
 from pipeline.recipe import ClipSpec, TeacherSpec, shares

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from cache_tools import fusion
 from cache_tools.errors import PreflightError
 from cache_tools.format import PromptEnsemble
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 
 GOLDEN = Path(__file__).parent / "golden"
 FUSED_WEIGHTS, FUSED_SCALES = (0, 0.3, 0.7, 1), (1, 100)

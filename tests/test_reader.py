@@ -23,7 +23,7 @@ from cache_tools.errors import (
 )
 from cache_tools.format import FusionRecipe
 from cache_tools.reader import TeacherCache, ViewTargets
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.targets import take
 from cache_tools.writer import CacheWriter
 

@@ -20,7 +20,7 @@ from cache_tools.errors import FormatError, IncompleteError, MismatchError, NotF
 from cache_tools.origin import read_origin
 from cache_tools.place import LocalPlace, open_place
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.transfer import copy_cache, manifest_at
 from cache_tools.writer import CacheWriter
 

@@ -15,7 +15,7 @@ from cache_tools.errors import DataError, NotFoundError, RecipeError
 from cache_tools.format import Preprocessing
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.verify import aligned
 from cache_tools.views import ViewRecipe
 from train.contrastive import Components

@@ -22,7 +22,7 @@ from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
 from cache_tools.images import ImageSet
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 from cache_tools.targets import ViewTargets
 from cache_tools.views import ViewRecipe
 from train.labelled import PartialLabels

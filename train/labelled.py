@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cache_tools import philox
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import Fusion
+from cache_tools.resolved_fusion import Fusion
 
 # Counter word of the draw that orders samples: no view has an operation in that slot.
 _SLOT = 0xFFFFFFFE
