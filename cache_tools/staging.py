@@ -40,7 +40,6 @@ class Origin:
         self.mirror, self.bytes = mirror, 0
         self._record, self._checked = record, checked
         self._silent = silent or offline()
-        self._opened: Place | None = None
         self._there: set[Pair] = set()
 
     @property
@@ -51,11 +50,16 @@ class Origin:
         """Which blocks the store has, bool [V, blocks]; asked anew until it has all.
 
         Where the store does not answer, a warning, and what was known before.
+
+        Raises:
+            CacheError: the store does not answer, or another cache is there by now, and no view is staged.
         """
         if not self._record.complete and not self._silent:
             try:
                 self._look(manifest)
             except CacheError as error:
+                if not registry.views_done(self.mirror, manifest):
+                    raise
                 self._silent = True
                 warn(f"{error} Going on with what is staged in {self.mirror}")
         table = np.zeros((manifest.num_views, manifest.num_blocks), bool)
@@ -79,7 +83,7 @@ class Origin:
                 where=self.mirror,
                 next_step=f"unset {OFFLINE_VARIABLE}, or `cache-tools pull` the cache while there is a network",
             )
-        source, target = self._place(), LocalPlace(self.mirror)
+        source, target = self._place(None), LocalPlace(self.mirror)
         there = self.committed(manifest)[view]
         wanted = [(view, block) for block in range(manifest.num_blocks) if there[block]]
 
@@ -104,9 +108,9 @@ class Origin:
             progress.advance(len(wanted) - progress.done)  # what others staged meanwhile
         self.bytes += moved
 
-    def _place(self) -> Place:
+    def _place(self, patience_s: float | None) -> Place:
         """The store, once it is known that the cache there is the mirror's."""
-        place = self._opened = self._opened or open_place(self.url)
+        place = open_place(self.url, patience_s=patience_s)
         if not self._checked:
             found = manifest_at(place).fingerprint
             if found != self._record.fingerprint:
@@ -121,7 +125,7 @@ class Origin:
         return place
 
     def _look(self, manifest: Manifest) -> None:
-        self._there = committed(self._place())
+        self._there = committed(self._place(PATIENCE_S))
         promised = [pair for pair in self._there if pair[0] < self._record.views and pair[1] < manifest.num_blocks]
         if len(promised) == self._record.views * manifest.num_blocks:
             self._record = self._record.model_copy(update={"complete": True})

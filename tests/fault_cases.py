@@ -88,7 +88,7 @@ class Case:
         while not select.select([stop], [], [], POLL_S)[0]:
             new = committed(place) - seen if _is_there(target) else set()
             if new and not _is_url(target):
-                found = _compare(TeacherCache.open(Path(target)), clean, sorted(new))
+                found = _compare(TeacherCache(Path(target)), clean, sorted(new))
                 assert not found.problems, found.problems
                 assert not found.refused, "a reader saw a commit and could not read its rows"
             seen |= new
@@ -104,7 +104,7 @@ class Case:
                 lost = [f"there is no cache, and {len(seen)} blocks were seen"] if seen or finished else []
                 return Found(committed=0, blocks=0, rows=0, refused=0, problems=lost)
             path = _copy(target, Path(folder) / "pulled") if _is_url(target) else Path(target)
-            cache = TeacherCache.open(path)
+            cache = TeacherCache(path)  # what is there, not what could be staged
             clean = TeacherCache.open(self._clean)
             pairs = list(np.ndindex(cache.num_views, cache.manifest.num_blocks))
             found = _compare(cache, clean, pairs)
@@ -118,6 +118,27 @@ class Case:
     @property
     def _clean(self) -> Path:
         return self.root / "clean.zarr"
+
+
+class Staging(Case):
+    """Reading every view of a remote cache: the target is its mirror, each time in a cache home of its own."""
+
+    def run(self, target: str) -> None:
+        from cache_tools.reader import TeacherCache
+
+        (url,) = self.command(target)
+        os.environ["TEACHER_CACHE_HOME"] = str(Path(target).parent)
+        cache = TeacherCache.open(url)
+        assert str(cache.path) == target
+        for view in range(cache.num_views):
+            cache.load_view(view)
+
+    def new_target(self, number: int | None) -> str:
+        from cache_tools.store import read_manifest
+
+        manifest = read_manifest(self.root / "source.zarr")
+        home = f"{self.places}/home-{'clean' if number is None else number}"
+        return f"{home}/{manifest.name}-{manifest.fingerprint[:12]}.zarr"
 
 
 def _compare(cache: Any, clean: Any, pairs: Sequence[tuple[int, int]]) -> Found:
@@ -252,6 +273,30 @@ def _fuse(root: Path, in_child: InChild) -> Iterator[Case]:
     yield Case("fuse", root, lambda target: ["cache-tools", "fuse", source, *options, "--out", target], str(root))
 
 
+@contextmanager
+def _pull_from_s3(root: Path, in_child: InChild) -> Iterator[Case]:
+    with _pushed(root, in_child) as url:
+        yield Case("pull-s3", root, lambda target: ["cache-tools", "pull", url, "--out", target], str(root))
+
+
+@contextmanager
+def _stage(root: Path, in_child: InChild) -> Iterator[Case]:
+    with _pushed(root, in_child) as url:
+        yield Staging("stage", root, lambda target: [url], str(root))
+
+
+@contextmanager
+def _pushed(root: Path, in_child: InChild) -> Iterator[str]:
+    """The URL of a small complete cache."""
+    from cache_tools.place import LocalPlace, open_place
+    from cache_tools.transfer import copy_cache
+
+    with _server_beside() as places:
+        source = in_child(lambda: _source(root))
+        in_child(lambda: copy_cache(LocalPlace(Path(source)), open_place(f"{places}/source.zarr")).bytes)
+        yield f"{places}/source.zarr"
+
+
 CASES: dict[str, Callable[[Path, InChild], Any]] = {
     "build": _build,
     "grow": _grow,
@@ -260,6 +305,8 @@ CASES: dict[str, Callable[[Path, InChild], Any]] = {
     "recode": _recode,
     "build-s3": _build_to_s3,
     "fuse": _fuse,
+    "pull-s3": _pull_from_s3,
+    "stage": _stage,
 }
 
 

@@ -235,6 +235,29 @@ def test_a_store_that_is_gone_before_anything_is_staged_is_one_error(proxy: Flak
         TeacherCache.open(url)
 
 
+def test_a_half_built_remote_cache_whose_store_is_gone(
+    proxy: FlakyProxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By name: what is staged, with a warning; where nothing is staged, one error."""
+    writer = create(tmp_path / "half.zarr", MANIFEST, IMAGES)
+    write(writer, tiny_targets(MANIFEST), [(view, block) for view in (0, 1) for block in range(BLOCKS)])
+    cache = TeacherCache.open(publish(tmp_path / "half.zarr", proxy))
+    proxy.fail(1.0)
+    with pytest.raises(StorageError, match="does not answer as it should"):
+        cache.complete_views  # noqa: B018
+    proxy.fail(0.0)
+    assert cache.complete_views == (0, 1)
+    cache.load_view(1)
+    proxy.fail(1.0)
+    capfd.readouterr()
+    again = TeacherCache.open("tiny")
+    assert again.complete_views == (1,)
+    assert again.complete_views == (1,)
+    again.load_view(1)
+    warning = capfd.readouterr().err
+    assert warning.count("warning: the object store does not answer") == 1
+
+
 def test_offline_no_store_is_asked(
     proxy: FlakyProxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
