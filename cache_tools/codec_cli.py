@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from cache_tools import registry
 from cache_tools.console import command
 from cache_tools.describe import human_bytes
 from cache_tools.errors import RecipeError
+from cache_tools.place import local_folder
 
 Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -70,7 +70,7 @@ def recode_command(
     ] = None,
     features: Annotated[str | None, typer.Option("--features", metavar="CODEC", help="Of the features.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the new cache. [default: NAME-CODEC]")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Its folder. [default: in the cache home]")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Its folder. [default: in the cache home]")] = None,
     block_rows: Annotated[
         int | None, typer.Option("--block-rows", min=1, help="Rows per block. [default: those of the cache]")
     ] = None,
@@ -89,7 +89,7 @@ def recode_command(
     codecs, label = codec_spec.choose(cache.recipe, codec, logits, features)
     with warnings.catch_warnings():  # said below, once
         warnings.filterwarnings("ignore", "top-k targets at temperature")
-        done = recode(cache, codecs, name or f"{cache.manifest.name}-{label}", out, block_rows=block_rows)
+        done = recode(cache, codecs, name or f"{cache.manifest.name}-{label}", local_folder(out), block_rows=block_rows)
     for caution in filter(None, (done.caution, codecs.caution)):
         print(f"warning: {caution}", file=sys.stderr)
     sizes = {"bytes": registry.size_and_time(done.path)[0], "source_bytes": registry.size_and_time(done.source)[0]}

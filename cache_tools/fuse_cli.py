@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+import sys
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from cache_tools.analysis_cli import clip_scale_option
 from cache_tools.config import validate
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
+from cache_tools.place import local_folder
 
 if TYPE_CHECKING:
     from cache_tools.fuse import Fused
@@ -60,7 +62,7 @@ def fuse_command(
         str | None, typer.Option("--name", help="Of the new cache. Default: the source's, and -fused.")
     ] = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--out", help="Folder of the new cache. Default: one per fingerprint in the cache home."),
     ] = None,
     block_rows: Annotated[
@@ -88,16 +90,20 @@ def fuse_command(
         "prompts": numbers,
     }
     choice = validate(FusionChoice, asked, where="options")
-    done = fuse(
-        TeacherCache.open(reference),
-        choice,
-        templates=templates,
-        codec=codec,
-        name=name,
-        out=out,
-        block_rows=block_rows,
-        device=device,
-    )
+    with warnings.catch_warnings():  # said below, once
+        warnings.filterwarnings("ignore", "top-k targets at temperature")
+        done = fuse(
+            TeacherCache.open(reference),
+            choice,
+            templates=templates,
+            codec=codec,
+            name=name,
+            out=local_folder(out),
+            block_rows=block_rows,
+            device=device,
+        )
+    if caution := done.manifest.recipe.codecs.caution:
+        print(f"warning: {caution}", file=sys.stderr)
     if as_json:
         print(json.dumps(_summary(done), indent=2, ensure_ascii=False))
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from cache_tools import housekeeping, registry
 from cache_tools.console import command
 from cache_tools.describe import human_bytes
 from cache_tools.errors import StorageError
-from cache_tools.place import LocalPlace, Place, is_remote, open_place
+from cache_tools.place import LocalPlace, Place, is_remote, local_folder, open_place
 
 Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -122,7 +121,7 @@ def push_command(
 
 def pull_command(
     source: Annotated[str, typer.Argument(help="URL or folder of the cache.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to put it in. Default: the cache home.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder to put it in. Default: the cache home.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy a cache from another place into the cache home: only what is missing, checked."""
@@ -130,7 +129,12 @@ def pull_command(
 
     place = open_place(source)
     manifest = manifest_at(place)
-    _copy(place, LocalPlace(out or registry.cache_path(manifest.name, manifest.fingerprint)), "pull", as_json)
+    _copy(
+        place,
+        LocalPlace(local_folder(out) or registry.cache_path(manifest.name, manifest.fingerprint)),
+        "pull",
+        as_json,
+    )
 
 
 def copy_command(

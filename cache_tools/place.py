@@ -361,6 +361,24 @@ def is_remote(reference: str | Path) -> bool:
     return is_url(reference) and not str(reference).startswith(_FILE)
 
 
+def local_folder(out: str | None) -> Path | None:
+    """What a user gave to `--out` of a command that writes to disks only, as a path; None as it is.
+
+    Raises:
+        RecipeError: an object store.
+    """
+    if out is None:
+        return None
+    place = None if is_remote(out) else open_place(out)
+    if not isinstance(place, LocalPlace):
+        raise RecipeError(
+            "this command writes to a folder, not to an object store",
+            where=out,
+            next_step="leave --out away and copy the cache there with `cache-tools push`",
+        )
+    return place.path
+
+
 def _object_store(url: str, patience_s: float) -> Any:
     try:
         import obstore

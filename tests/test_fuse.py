@@ -449,12 +449,19 @@ def test_the_command_takes_shares_and_numbers(several: TeacherCache, tmp_path: P
         (("--codec", "zip"), "no such codec"),
         (("--device", "tpu"), "no such device"),
         (("--name", "a/b"), "bad cache name"),
+        (("--out", "s3://bucket/caches"), "writes to a folder, not to an object store (s3://bucket/caches)"),
     ],
 )
 def test_bad_options_are_one_clear_error(several: TeacherCache, options: tuple[str, ...], words: str) -> None:
     error = run(several.path, *options, code=2).stderr
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_codec_for_another_temperature_is_said_once(several: TeacherCache, tmp_path: Path) -> None:
+    done = run(several.path, "--codec", "top-k:temperature=2+float16", "--out", tmp_path / "made")
+    assert done.stderr.count("warning: top-k targets at temperature 2") == 1
+    assert TeacherCache(tmp_path / "made").recipe.codecs.logits.temperature == 2.0
 
 
 def test_half_a_source_is_said(tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
         (("push", "digits", "nosuch://bucket/x"), "not a URL of an object store"),
         (("push", "nosuch", "/nowhere"), "no such cache (nosuch)"),
         (("pull", "/nowhere/at/all"), "no cache here (/nowhere/at/all)"),
+        (
+            ("recode", "digits", "--codec", "compact", "--out", "s3://b/c"),
+            "to a folder, not to an object store (s3://b/c)",
+        ),
         (("prune", "--older-than", "soon"), "expected a time such as 30d"),
         (("prune", "--keep-size", "lots"), "expected a size such as 100GB"),
         (("verify", "nosuch"), "no such cache (nosuch)"),
