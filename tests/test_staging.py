@@ -35,7 +35,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TEACHER_CACHE_OFFLINE", raising=False)
     for module in (staging, place):
-        monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+        monkeypatch.setattr(module, "PATIENCE_S", 4.0)
     return tmp_path / "home"
 
 
