@@ -105,6 +105,14 @@ def test_runs_and_sweeps_together(tmp_path: Path) -> None:
     assert read_tables([run]) == ([run], None)
 
 
+def test_a_sweep_that_has_no_table_yet(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / "sweep" / "trials" / f"resnet8-s{seed}", seed=seed, finished=seed == 0)
+    folders, table = read_tables([tmp_path / "sweep"])
+    assert table is None
+    assert [trial.status for trial in read_trials(folders)] == ["finished", "unfinished"]
+
+
 def damages() -> dict[str, tuple[type[Exception], str]]:
     return {
         "nothing": (NotFoundError, "no run of train-student here.*found nothing"),

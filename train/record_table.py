@@ -21,13 +21,17 @@ _FIGURES = ("top1", "top5", "nll", "ece", "best_top1", "best_epoch", "parameters
 def read_tables(paths: Sequence[Path]) -> tuple[list[Path], pl.DataFrame | None]:
     """Sort run folders from folders of sweeps: the former, and the tables of the latter as one.
 
+    A sweep that goes on for the first time has no table yet: the runs that it has begun stand for it.
+
     Raises:
         DataError: a damaged table.
     """
-    sweeps = [path for path in paths if (path / TRIALS).is_file()]
-    tables = [read_table(sweep) for sweep in sweeps]
-    table = pl.concat(tables, how="diagonal_relaxed") if tables else None
-    return [path for path in paths if path not in sweeps], table
+    tables = [read_table(path) for path in paths if (path / TRIALS).is_file()]
+    runs: list[Path] = []
+    for path in paths:
+        begun = [] if is_run(path) else sorted(trial for trial in path.glob("trials/*") if is_run(trial))
+        runs += [] if (path / TRIALS).is_file() else begun or [path]
+    return runs, pl.concat(tables, how="diagonal_relaxed") if tables else None
 
 
 def read_table(sweep: Path) -> pl.DataFrame:

@@ -25,7 +25,17 @@ from train.report_summary import facts, filters, headline, notices, summary
 from train.report_table import leaderboard
 
 # In this order they are one script; each is a part of it that reads for itself.
-_SCRIPTS = ("svg.js", "board.js", "figure.js", "accuracy.js", "curves.js", "classes.js", "page.js")
+_SCRIPTS = (
+    "svg.js",
+    "labels.js",
+    "board.js",
+    "figure.js",
+    "accuracy.js",
+    "cost.js",
+    "curves.js",
+    "classes.js",
+    "page.js",
+)
 
 
 def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None = None, title: str = "") -> Path:

@@ -69,6 +69,7 @@ function startLinks() {
 startTheme();
 startBoard();
 startAccuracy();
+startCosts();
 startCurves();
 startPredictions();
 startContents();

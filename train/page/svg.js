@@ -95,12 +95,6 @@ function axes(x, y) {
   return group;
 }
 
-/** A text that fits into so many pixels, about. */
-function cut(text, room) {
-  const most = Math.floor(room / 6.7);
-  return text.length > most ? `${text.slice(0, Math.max(most - 1, 1))}…` : text;
-}
-
 /** Accuracies that matter: a student that did not learn, or a far-off reference, does not squeeze the others. */
 function accuracyRange(values, references = [], share = 1.5) {
   const sorted = known(values).sort((one, other) => one - other);
@@ -147,18 +141,3 @@ function key(slot) {
 }
 
 const slotClass = (slot) => (slot === null ? "other" : `slot-${slot}`);
-
-/** Heights moved as little as needed to be `gap` apart within [low, high]; in the order they come in, which is sorted. */
-function spreadOut(heights, gap, low, high) {
-  const placed = [];
-  const bottom = (group) => {
-    const span = gap * (group.length - 1);
-    return Math.max(Math.min(group.reduce((sum, one) => sum + one, 0) / group.length - span / 2, high - span), low);
-  };
-  for (const height of heights) {
-    let group = [height];
-    while (placed.length && bottom(group) < bottom(placed.at(-1)) + gap * placed.at(-1).length) group = [...placed.pop(), ...group];
-    placed.push(group);
-  }
-  return placed.flatMap((group) => group.map((_, place) => bottom(group) + gap * place));
-}
