@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -129,8 +130,9 @@ def _difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, ob
     return (
         _class_difference(cache.class_names, images.class_names)
         or _size_difference(cache, images)
-        or _content_difference(cache.sample_keys, images.keys)
-        or _label_difference(cache.labels, images.labels, cache.class_names)
+        or _content_difference(cache, images)
+        or _label_difference(cache, images)
+        or _order_difference(cache, images)
     )
 
 
@@ -153,28 +155,50 @@ def _size_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, objec
     return None
 
 
-def _content_difference(
-    expected: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8]
-) -> tuple[str, object, object] | None:
-    differing = np.flatnonzero((expected != found).any(axis=1))
+def _content_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
+    """Images that are not there, whatever their order is."""
+    if np.array_equal(cache.sample_keys, images.keys):
+        return None
+    lost, new = _not_among(cache.sample_keys, images.keys), _not_among(images.keys, cache.sample_keys)
+    if not lost:
+        return None
+    files = getattr(images, "files", None)
+    strange = images.keys[new[0]].tobytes().hex() if files is None else f"{files[new[0]]}, which it does not know"
+    what = f"other contents of {len(lost):,} samples, first at sample {lost[0]}"
+    return what, f"key {cache.sample_keys[lost[0]].tobytes().hex()}", strange
+
+
+def _label_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
+    """Labels that are not those of the same images, whatever their order is."""
+    here, there = _sort_by_content(images.keys, images.labels), _sort_by_content(cache.sample_keys, cache.labels)
+    differing = np.flatnonzero(images.labels[here] != cache.labels[there])
+    if not len(differing):
+        return None
+    first = differing[np.argmin(there[differing])]
+    what = f"other labels of {len(differing):,} samples, first at sample {there[first]}"
+    names = cache.class_names
+    return what, names[cache.labels[there[first]]], names[images.labels[here[first]]]
+
+
+def _order_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
+    differing = np.flatnonzero((cache.sample_keys != images.keys).any(axis=1))
     if not len(differing):
         return None
     first = differing[0]
-    # 16 bytes as one value each, so that whole keys sort.
-    same = np.array_equal(np.sort(_whole(expected)), np.sort(_whole(found)))
-    what = "same images in another order" if same else f"other contents of {len(differing):,} samples"
-    return f"{what}, first at sample {first}", f"key {expected[first].tobytes().hex()}", found[first].tobytes().hex()
+    keys = (keys[first].tobytes().hex() for keys in (cache.sample_keys, images.keys))
+    return f"same images in another order, first at sample {first}", *keys
 
 
-def _label_difference(
-    expected: npt.NDArray[np.int64], found: npt.NDArray[np.int64], class_names: tuple[str, ...]
-) -> tuple[str, object, object] | None:
-    differing = np.flatnonzero(expected != found)
-    if not len(differing):
-        return None
-    first = differing[0]
-    what = f"other labels of {len(differing):,} samples, first at sample {first}"
-    return what, class_names[expected[first]], class_names[found[first]]
+def _not_among(keys: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> list[int]:
+    """Rows of keys that `others` has not, or not as often."""
+    left = Counter(key.tobytes() for key in others)
+    lost = []
+    for row, key in enumerate(keys):
+        if left[key.tobytes()] > 0:
+            left[key.tobytes()] -= 1
+        else:
+            lost.append(row)
+    return lost
 
 
 def _matching_rows(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int64] | None:
@@ -194,7 +218,3 @@ def _sort_by_content(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64])
     """Samples by content key, then label; those that are alike in both in their own order."""
     words = np.ascontiguousarray(keys).view(">u8")
     return np.lexsort((labels, words[:, 1], words[:, 0])).astype(np.int64)
-
-
-def _whole(keys: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(keys).view("V16").ravel()

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_run
 import torch
 from cache_factory import VIEWS, build, tiny_images, tiny_manifest
-from safetensors.torch import load_file
 
 from cache_tools import commits
 from cache_tools.errors import MismatchError
@@ -15,8 +13,6 @@ from cache_tools.image_arrays import ArrayImages
 from cache_tools.reader import TeacherCache
 from cache_tools.verify import MAX_CANARIES, aligned, make_canaries, pixel_digest
 from cache_tools.views import ViewRecipe
-from train.checkpoints import LAST
-from train.run import train_student
 
 IMAGES = tiny_images()
 
@@ -182,16 +178,3 @@ def test_copies_of_an_image_keep_their_labels(tmp_path: Path) -> None:
 def test_a_change_besides_the_order_is_still_refused(cache: TeacherCache, change: Callable[..., ArrayImages]) -> None:
     with pytest.raises(MismatchError, match="not the one the cache was built from"):
         aligned(cache, shuffled(change(IMAGES)))
-
-
-def test_renamed_files_train_the_same_student(tmp_path: Path) -> None:
-    """In reversed order of files: the same weights, bit for bit."""
-    pictures = tiny_run.write_pictures(tmp_path / "pictures")
-    cache = tiny_run.write_cache(tmp_path / "cache", pictures)
-    first = train_student(tiny_run.recipe(cache, tmp_path / "first", epochs=1))
-    for file in sorted((pictures / "train").glob("*/*.png")):
-        file.rename(file.with_name(f"{999 - int(file.stem):03}_.png"))
-    second = train_student(tiny_run.recipe(cache, tmp_path / "second", epochs=1))
-    weights = [load_file(result.folder / LAST) for result in (first, second)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
