@@ -54,7 +54,7 @@ def test_only_what_differs_is_told(tmp_path: Path) -> None:
     )
     assert found.varied == ("optimiser.learning_rate", "epochs")
     assert labels(found) == [
-        "resnet8 · kd · learning rate 0.1", "resnet8 · kd · learning rate 0.05", "resnet8 · labels alone",
+        "resnet8 · kd · lr 0.1", "resnet8 · kd · lr 0.05", "resnet8 · labels alone",
         "resnet20 · kd",
     ]  # fmt: skip
     assert found.settings[3].varied == {"epochs": "6", "optimiser.learning_rate": "0.05"}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,9 @@ def test_one_that_diverges_and_one_without_memory_fail_alone(
     assert result.trials["status"].to_list() == ["finished", "failed", "failed", "finished"]
     assert "diverged" in result.trials["error"][1]
     assert "memory" in result.trials["error"][2]
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert all(escape(error) in page for error in result.trials["error"].drop_nulls())
+    assert all(f"{100 * top1:.2f}" in page for top1 in result.trials["top1"].drop_nulls())
     monkeypatch.undo()
     alone = train_student(tiny_run.recipe(cache, tmp_path / "alone", epochs=2, student="resnet14"))
     same_weights(alone.folder, tmp_path / "sweep/trials/resnet14-s0")

@@ -11,6 +11,7 @@ from typing import Any
 
 from train.records import FINISHED, TrialRecord
 from train.spread import Spread, spread
+from train.sweep_recipe import ALIASES
 
 LABELS_ALONE = "labels alone"
 # They follow from the loss, or are another matter without a cache: only runs of the same loss compare in them.
@@ -177,7 +178,8 @@ def _labels(groups: Sequence[Sequence[TrialRecord]], texts: Sequence[Mapping[str
         )
         for group in groups
     ]
-    names = short_names(list(texts[0])) if texts else {}
+    aliases = {full: short for short, full in ALIASES.items() if len(short) < 4}
+    names = short_names(list(texts[0])) | aliases if texts else {}
     labels: list[str] = []
     for head, text in zip(heads, texts, strict=True):
         same = [other for other, of in zip(texts, heads, strict=True) if of == head]

@@ -24,18 +24,9 @@ from train.report_runs import run_details
 from train.report_summary import facts, filters, headline, notices, summary
 from train.report_table import leaderboard
 
-# In this order they are one script; each is a part of it that reads for itself.
-_SCRIPTS = (
-    "svg.js",
-    "labels.js",
-    "board.js",
-    "figure.js",
-    "accuracy.js",
-    "cost.js",
-    "curves.js",
-    "classes.js",
-    "page.js",
-)
+# The template says of which files, in which order, its script is made: the page is of one version, even where the
+# package was updated while a run was going on.
+_SCRIPT = re.compile(r"\{\{script: ([\w. ]+)\}\}")
 
 
 def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None = None, title: str = "") -> Path:
@@ -71,7 +62,10 @@ def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None
 def render(comparison: Comparison, title: str = "") -> str:
     """The page as text."""
     page = files("train") / "page"
-    script = "\n".join((page / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    template = (page / "page.html").read_text(encoding="utf-8")
+    names = _SCRIPT.search(template)
+    assert names is not None, "the template has a script"
+    script = "\n".join((page / name).read_text(encoding="utf-8") for name in names[1].split())
     script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
     anchors = {trial: f"run-{number}" for number, trial in enumerate(comparison.trials)}
     heading = title or headline(comparison)
@@ -91,7 +85,7 @@ def render(comparison: Comparison, title: str = "") -> str:
         "data": json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "script": script,
     }
-    return _filled((page / "page.html").read_text(encoding="utf-8"), parts)
+    return _filled(_SCRIPT.sub("{{script}}", template), parts)
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:

@@ -30,7 +30,7 @@ def _percent(value: float) -> str:
 
 
 def _four(value: float) -> str:
-    return f"{value:.4f}"
+    return f"{value:.4f}" if value < 100 else f"{value:,.1f}"  # the NLL of a student that diverged
 
 
 COLUMNS = (

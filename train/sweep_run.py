@@ -86,7 +86,7 @@ def run_sweep(
         train(batch_streams(left), None)
     table = trials_table(trials, _costs(trials, folder))
     save_table(table, folder)
-    write_report([], folder / REPORT, trials=table, title=sweep.name)
+    write_report([], folder / REPORT, trials=table, title=f"Sweep {sweep.name}")
     return SweepResult(folder, table, over_seeds(table))
 
 

@@ -108,7 +108,7 @@ function plotClasses(width) {
   const narrow = width < 560;
   const name = (label) => {
     const text = data.classes.names[label];
-    return `${text.length > 32 ? `${text.slice(0, 31)}…` : text} (${data.classes.counts[label].toLocaleString("en")})`;
+    return `${cut(text, 210)} (${data.classes.counts[label].toLocaleString("en")})`;
   };
   const left = narrow ? 10 : clamp(6.9 * Math.max(...rows.map((label) => name(label).length)) + 26, 80, 280);
   const step = narrow ? 40 : 25;

@@ -57,7 +57,8 @@ function plotCost(name, width) {
   const levelBoxes = named.flatMap((one) => [one.y, one.last]).map((at) => [46, at - 1, width - 10, at + 1]);
   const stair = front(name).map((setting) => [x(data.settings[setting].costs[name]), y(top1(setting).mean)]);
   picture.append(svg("path", { class: "front", d: steps(stair, width - 10) }));
-  const points = settings.map((setting) => plotPoint(picture, name, setting, x, y));
+  const below = picture.appendChild(svg("g"));
+  const points = settings.map((setting) => plotPoint(picture, below, name, setting, x, y));
   const important = [...front(name), ...coloured()].filter((setting, place, all) => settings.includes(setting) && all.indexOf(setting) === place);
   labels.push(...important.map((setting) => ({
     x: x(data.settings[setting].costs[name]), y: clamp(y(top1(setting).mean), 32, height - 40), text: cut(data.settings[setting].label, width / 2), class: "halo strong",
@@ -82,14 +83,18 @@ function stairBoxes(stair, right) {
   ]);
 }
 
-function plotPoint(picture, name, setting, x, y) {
+function plotPoint(picture, below, name, setting, x, y) {
   const { mean, low, high } = top1(setting);
   const cost = data.settings[setting].costs[name];
   const [at, bottom, upper] = [x(cost), y.range[0], y.range[1]];
   const slot = slotOf(setting);
-  const group = svg("g", { class: `series ${slotClass(slot)}`, "data-setting": setting });
+  const own = { class: `series ${slotClass(slot)}`, "data-setting": setting };
+  const group = svg("g", own);
   const within = (value) => clamp(y(value), upper, bottom);
-  if (low !== null && slot !== null) group.append(svg("path", { class: "whisker", d: `M${at},${within(low)}V${within(high)}` }));
+  // An interval as high as the plot says nothing in it.
+  if (low !== null && slot !== null && high - low < y.domain[1] - y.domain[0]) {
+    below.append(svg("g", own, svg("path", { class: "whisker", d: `M${at},${within(low)}V${within(high)}` })));
+  }
   if (y(mean) > bottom) group.append(svg("path", { class: "mark", d: `M${at},${bottom}l-5,-9h10Z` }));
   else group.append(mark(slot, at, y(mean), slot === null ? 4 : 5.5));
   picture.append(group);

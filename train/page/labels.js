@@ -1,9 +1,11 @@
 // Labels: cut to their room, moved apart, placed where they hide nothing.
 
-/** A text that fits into so many pixels, about. */
+/** A text that fits into so many pixels, about: without its middle, for labels often differ at their ends. */
 function cut(text, room) {
-  const most = Math.floor(room / 6.7);
-  return text.length > most ? `${text.slice(0, Math.max(most - 1, 1))}…` : text;
+  const most = Math.max(Math.floor(room / 6.7), 3);
+  if (text.length <= most) return text;
+  const tail = Math.floor((most - 1) / 2);
+  return `${text.slice(0, most - 1 - tail).trimEnd()}…${text.slice(text.length - tail).trimStart()}`;
 }
 
 /** Heights moved as little as needed to be `gap` apart within [low, high]; in the order they come in, which is sorted. */
