@@ -126,6 +126,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: name.replace("_", " ") for key, name in names.items()}
 
 
+def label_names(keys: Sequence[str]) -> dict[str, str]:
+    """`short_names`, or shorter where everybody knows what is meant."""
+    return short_names(keys) | {full: short for short, full in ALIASES.items() if len(short) < 4}
+
+
 def _groups(trials: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
     groups: dict[str, list[TrialRecord]] = {}
     for trial in sorted(trials, key=lambda trial: not trial.data):  # those without a folder join the others
@@ -178,8 +183,7 @@ def _labels(groups: Sequence[Sequence[TrialRecord]], texts: Sequence[Mapping[str
         )
         for group in groups
     ]
-    aliases = {full: short for short, full in ALIASES.items() if len(short) < 4}
-    names = short_names(list(texts[0])) | aliases if texts else {}
+    names = label_names(list(texts[0])) if texts else {}
     labels: list[str] = []
     for head, text in zip(heads, texts, strict=True):
         same = [other for other, of in zip(texts, heads, strict=True) if of == head]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 
-from train.comparison import Comparison, Setting, short_names
+from train.comparison import Comparison, Setting, label_names, short_names
 from train.records import FINISHED, TrialRecord
 from train.spread import Spread
 
@@ -86,12 +86,12 @@ class _Table:
         return text
 
     def head(self) -> str:
-        cells = [_header("student", "Student", "ascending"), _header("loss", "Loss", "ascending")]
-        cells += [_header(f"setting-{key}", escape(name), "ascending") for key, name in self.names.items()]
+        cells = [_header("student", "Student", "ascending"), _header("loss", "Loss", "ascending", "own")]
+        cells += [_header(f"setting-{key}", escape(name), "ascending", "own") for key, name in self.names.items()]
         cells += [self._head(column) for column in self.columns[:1]]
         if self.intervals:
             cells.append('<th scope="col" class="number">95 % interval</th>')
-        cells.append(_header("seed", "Seeds" if self.several else "Seed", "ascending", number=True))
+        cells.append(_header("seed", "Seeds" if self.several else "Seed", "ascending", "number"))
         if self.statuses:
             cells.append(_header("status", "Status", "ascending"))
         cells += [self._head(column) for column in self.columns[1:]]
@@ -99,8 +99,8 @@ class _Table:
 
     def _head(self, column: Column) -> str:
         first = "descending" if column.rising else "ascending"
-        wide = self.intervals and column.deviation
-        return _header(column.name, column.header, first, number=True, hint=column.hint, wide=wide)
+        kind = "number wide" if self.intervals and column.deviation else "number"
+        return _header(column.name, column.header, first, kind, column.hint)
 
     def body(self, number: int, setting: Setting) -> Iterator[str]:
         """A row of the setting; below it, if it has several, a row per seed."""
@@ -117,9 +117,13 @@ class _Table:
         first = setting.trials[0]
         name = _e(setting.student)
         link = name if seeds else f'<a href="#{self.anchors[first]}">{name}</a>'
-        yield f'<th scope="row" data-value="{name}"><span class="key"></span>{link}</th>'
-        yield _text_cell(setting.loss)
-        yield from (_text_cell(setting.varied[key]) for key in self.comparison.varied)
+        names = label_names(self.comparison.varied)
+        parts = [setting.loss, *(f"{names[key]} {text}" for key, text in setting.varied.items())]
+        rest = " · ".join(part.replace(" ", "\u00a0") for part in parts)
+        place = f'<span class="key"></span>{link}<span class="rest">{_e(rest)}</span>'
+        yield f'<th scope="row" data-value="{name}">{place}</th>'
+        yield _own_cell(setting.loss)
+        yield from (_own_cell(setting.varied[key]) for key in self.comparison.varied)
         count = len(setting.seeds)
         button = f'<button type="button" class="unfold" aria-expanded="false" aria-controls="{" ".join(seeds)}">'
         text = (
@@ -130,7 +134,7 @@ class _Table:
 
     def _seed(self, trial: TrialRecord) -> Iterator[str]:
         yield f'<th scope="row"><a href="#{self.anchors[trial]}">{_e(trial.student)}, seed {trial.seed}</a></th>'
-        yield f"<td></td>{'<td></td>' * len(self.comparison.varied)}"
+        yield '<td class="own"></td>' * (1 + len(self.comparison.varied))
         middle = [f'<td class="number">{trial.seed}</td>']
         status = f"<td>{_marked(trial.status)}{_why(trial.error)}</td>"
         figures = {name: Spread(n=1, mean=value) for name, value in trial.figures.items()}
@@ -156,18 +160,18 @@ class _Table:
         return f'<td class="number{wide}" data-value="{found.mean!r}">{column.text(found.mean)}{deviation}</td>'
 
 
-def _header(name: str, text: str, first: str, *, number: bool = False, hint: str = "", wide: bool = False) -> str:
+def _header(name: str, text: str, first: str, kind: str = "", hint: str = "") -> str:
     """A header that sorts; `first` is the direction that it sorts in when it is pressed first."""
-    classes = " ".join(["number"] * number + ["wide"] * wide)
     title = f' title="{_e(hint)}"' if hint else ""
     return (
-        f'<th scope="col" class="{classes}" data-key="{_e(name)}" data-first="{first}">'
+        f'<th scope="col" class="{kind}" data-key="{_e(name)}" data-first="{first}">'
         f'<button type="button"{title}>{text.replace("|", " <br>")}</button></th>'
     )
 
 
-def _text_cell(text: str) -> str:
-    return f'<td data-value="{_e(text)}">{_e(text)}</td>'
+def _own_cell(text: str) -> str:
+    """One of the cells that tell a setting from the others; on a phone they stand below its student."""
+    return f'<td class="own" data-value="{_e(text)}">{_e(text)}</td>'
 
 
 def _interval(column: Column, found: Spread | None) -> str:
