@@ -5,6 +5,8 @@ Commands print the message as it is and leave with exit code 2; a traceback mean
 
 from __future__ import annotations
 
+MAX_PART, MAX_PATH = 1200, 4200
+
 
 class CacheError(Exception):
     """Base of everything teacher-cache raises on bad input.
@@ -30,17 +32,23 @@ class CacheError(Exception):
         super().__init__(self._message())
 
     def _message(self) -> str:
-        parts = [self.what if self.where is None else f"{self.what} ({self.where})"]
+        where = "" if self.where is None else f" ({_abridged(str(self.where), MAX_PATH)})"
+        parts = [f"{_abridged(self.what)}{where}"]
         if self.expected is not None:
-            parts.append(f"expected {self.expected}")
+            parts.append(_abridged(f"expected {self.expected}"))
         if self.found is not None:
-            parts.append(f"found {self.found}")
+            parts.append(_abridged(f"found {self.found}"))
         message = "; ".join(parts) + "."
         if self.next_step is not None:
             message += f" {self.next_step[:1].upper()}{self.next_step[1:]}" + (
                 "" if self.next_step.endswith("?") else "."
             )
         return printable(" ".join(message.split()))
+
+
+def _abridged(text: str, most: int = MAX_PART) -> str:
+    """What came out of a file may be of any length."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def printable(text: str) -> str:

@@ -136,7 +136,7 @@ def ask(path: Path, *questions: Callable[[Path], Any]) -> list[Any]:
             except CacheError as error:
                 answers.append(None)
                 errors.append(str(error))
-    assert all(len(error) < 3000 and error.isprintable() for error in errors)
+    assert all(len(error) < 5000 and error.isprintable() for error in errors)
     return answers
 
 
