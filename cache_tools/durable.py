@@ -7,6 +7,8 @@ import os
 import shutil
 import time
 import uuid
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +85,30 @@ def remove_leftovers(cache: Path) -> None:
 
     The age keeps what another builder is writing right now.
     """
-    candidates = [
-        *cache.glob(f"*/*{PARTIAL}"),
-        *cache.glob(f"*{PARTIAL}"),
-        *cache.parent.glob(f".{cache.name}.*{PARTIAL}"),
-    ]
-    for path in candidates:
-        try:
-            if time.time() - path.stat().st_mtime < LEFTOVER_AGE_S:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        except FileNotFoundError:
-            continue
+    own = f".{escape(cache.name)}.*{PARTIAL}"
+    for path in (*cache.glob(f"*/*{PARTIAL}"), *cache.glob(f"*{PARTIAL}"), *leftovers(cache.parent, own)):
+        with suppress(FileNotFoundError):  # another process removes it
+            if _age_s(path) > LEFTOVER_AGE_S:
+                remove_leftover(path)
+
+
+def leftovers(home: Path, pattern: str = f".*{PARTIAL}") -> list[Path]:
+    """What killed commands left behind in a folder of caches: half-made and half-removed ones, an hour old."""
+    found = []
+    for path in home.glob(pattern):
+        with suppress(FileNotFoundError):
+            if _age_s(path) > LEFTOVER_AGE_S:
+                found.append(path)
+    return sorted(found)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a file, a link or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.lstat().st_mtime

@@ -11,8 +11,10 @@ import typer
 from cache_tools import housekeeping, registry
 from cache_tools.console import command
 from cache_tools.describe import human_bytes
+from cache_tools.durable import leftovers
 from cache_tools.errors import StorageError
 from cache_tools.place import LocalPlace, Place, is_remote, local_folder, open_place
+from cache_tools.sizes import size_and_time
 
 Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -84,25 +86,29 @@ def prune_command(
     )
     found = housekeeping.candidates(registry.list_caches(), rules)
     going = [candidate for candidate in found if candidate.kept_because is None]
+    left = {path: size_and_time(path)[0] for path in leftovers(registry.cache_home())} if incomplete else {}
     if yes:
         for candidate in going:
             housekeeping.remove(candidate.record.path)
-    freed = sum(candidate.record.size_bytes for candidate in going)
+        housekeeping.remove_leftovers(left)
+    freed = sum(candidate.record.size_bytes for candidate in going) + sum(left.values())
     if as_json:
-        _print_json(
-            {"removed": yes, "bytes": freed, "caches": [candidate.model_dump(mode="json") for candidate in found]}
-        )
+        caches = [candidate.model_dump(mode="json") for candidate in found]
+        _print_json({"removed": yes, "bytes": freed, "caches": caches, "leftovers": [str(path) for path in left]})
         return
     for candidate in found:
         kept = candidate.kept_because
         verb = f"keeping ({kept})" if kept else "removed" if yes else "would remove"
         size = human_bytes(candidate.record.size_bytes)
         print(f"{verb} {candidate.record.path} ({size}; {candidate.reason})")
+    for path, size_bytes in left.items():
+        print(f"{'removed' if yes else 'would remove'} {path} ({human_bytes(size_bytes)}; left by a killed command)")
     if rules == housekeeping.PruneRules():
         print("No rule given, so nothing goes: --older-than, --unused-for, --keep-size, --incomplete.")
     else:
         print(
-            f"{len(going)} caches, {human_bytes(freed)}" + ("" if yes or not going else ". Add --yes to remove them.")
+            f"{len(going)} caches, {human_bytes(freed)}"
+            + ("" if yes or not (going or left) else ". Add --yes to remove them.")
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from cache_tools.claims import EXPIRE_S, claims_of
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
-from cache_tools.durable import PARTIAL, sync_folder
+from cache_tools.durable import PARTIAL, remove_leftover, sync_folder
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.origin import origin_file
 from cache_tools.place import LocalPlace
@@ -85,6 +85,21 @@ def remove(path: Path) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error) from error
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove what `durable.leftovers` found.
+
+    Raises:
+        StorageError: no permission.
+    """
+    for path in paths:
+        try:
+            remove_leftover(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise storage_error(error) from error
 
 
 def seconds(text: str) -> float:

@@ -66,6 +66,28 @@ def test_caches_of_a_bucket_are_listed_and_described(home: Path, server: str, tm
     assert not other.exists(), "nothing was staged"
 
 
+def test_what_killed_commands_left_is_pruned(home: Path) -> None:
+    old, young = (home / f".digits.zarr.{name}.partial" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "labels").write_bytes(bytes(1000))
+    os.utime(old, (0, 0))
+    assert f"would remove {old} (1 kB; left by a killed command)" in run(home, "prune", "--incomplete").stdout
+    assert old.name not in run(home, "prune", "--older-than", "9999d", "--yes").stdout
+    assert json.loads(run(home, "prune", "--incomplete", "--yes", "--json").stdout)["leftovers"] == [str(old)]
+    assert not old.exists()
+    assert (young / "labels").exists()
+
+
+def test_a_copy_that_was_cut_off_is_left_to_its_owner(home: Path) -> None:
+    """Without zarr.json nobody knows what it is, and the other caches are pruned all the same."""
+    (home / "cut.zarr" / "labels").mkdir(parents=True)
+    shown = run(home, "prune", "--incomplete", "--keep-size", "0B", "--yes").stdout
+    assert "keeping (not a cache: without zarr.json" in shown
+    assert (home / "cut.zarr" / "labels").exists()
+    assert not (home / NAME).exists()
+
+
 def test_a_mirror_says_what_it_is(home: Path, server: str, tmp_path: Path) -> None:
     url, other = f"s3://{new_bucket()}/caches/{NAME}", tmp_path / "other"
     run(home, "push", "digits", url)
