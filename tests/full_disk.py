@@ -49,6 +49,11 @@ MOMENTS: dict[str, list[tuple[str, str, int]]] = {
         ("copying a block", r"fused_features/c\.", 4),
         ("the commit of a copied block", r"commits/c\.", 7),
     ],
+    "recode": [
+        ("making the cache", r"fused_features_steps/c\.", 1),
+        ("a block", r"fused_logits/c\.1\.", 2),
+        ("the commit of a block", r"commits/c\.", 9),
+    ],
 }
 
 
