@@ -69,9 +69,15 @@ def _build(output: Output, missing: list[Pair], images: ImageSet, pair: TeacherP
                     pending.append(pool.submit(_store, output, claims, block, buffers, _copied(pair.device)))
             while pending and (len(pending) > output.writers + 1 or pending[0].done()):
                 count += pending.popleft().result()
-            elsewhere, noticed = claims.elsewhere[noticed:], len(claims.elsewhere)
-            progress.advance(sum(_rows(manifest, block) for _, block in elsewhere))
+            noticed += _count_elsewhere(claims.elsewhere[noticed:], manifest, progress)
+        _count_elsewhere(claims.elsewhere[noticed:], manifest, progress)
         return count + sum(future.result() for future in pending)
+
+
+def _count_elsewhere(pairs: list[Pair], manifest: Manifest, progress: Progress) -> int:
+    """Add what others have finished to the progress; gives how many blocks that is."""
+    progress.advance(sum(_rows(manifest, block) for _, block in pairs))
+    return len(pairs)
 
 
 def _compute(batch: LoadedBatch, manifest: Manifest, pair: TeacherPair, buffers: dict[str, torch.Tensor]) -> None:

@@ -82,12 +82,12 @@ class MirroredOutput(Output):
     """A cache in an object store, being built through a folder."""
 
     writers = 4
+    _here: Claims
 
     def __init__(self, writer: CacheWriter, place: Place, manifest: Manifest, moved: int) -> None:
         super().__init__(writer)
         self._mirror, self.place, self.manifest, self.bytes_moved = LocalPlace(self.path), place, manifest, moved
         self._arrays = block_arrays(self._mirror, manifest)
-        self._here = Claims(self._mirror)
         self._lock = threading.Lock()
         self._remember(complete=False)
 
@@ -106,7 +106,7 @@ class MirroredOutput(Output):
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep the mirror from being tidied away, and first push what an earlier run left there."""
-        with self._here:
+        with Claims(self._mirror) as self._here:
             self._here.claim(KEEP)
             with Claims(self.place) as claims:
                 self._push_the_rest(claims)

@@ -14,7 +14,7 @@ from flaky_proxy import flaky_proxy
 from s3_server import new_bucket
 from typer.testing import CliRunner
 
-from cache_tools import registry
+from cache_tools import housekeeping, registry
 from cache_tools.config import dump_yaml
 from cache_tools.errors import MismatchError, NotFoundError, RecipeError, StorageError
 from cache_tools.integrity import verify
@@ -23,6 +23,7 @@ from cache_tools.place import LocalPlace, open_place
 from cache_tools.reader import TeacherCache
 from cache_tools.transfer import committed, copy_cache, manifest_at
 from pipeline.build import build_cache
+from pipeline.build_blocks import build_blocks
 from pipeline.cli import app
 from pipeline.destination import destination
 from pipeline.plan import make_plan
@@ -157,6 +158,33 @@ def test_a_builder_killed_at_random_requests_goes_on(root, clean, url, tmp_path,
         Builder(recipe(root, url)).result()
     same_as(clean, url, tmp_path)
     assert leftovers(home) == []
+
+
+def test_builders_through_a_store_that_fails_a_fifth_of_its_requests(root, clean, url, tmp_path):
+    with flaky_proxy(seed=5) as proxy:
+        proxy.fail(0.2)
+        running = [Builder(recipe(root, url), TEACHER_CACHE_HOME=tmp_path / f"home-{number}") for number in range(2)]
+        images = sum(builder.result().images for builder in running)
+        failed = sum(seen.failure is not None for seen in proxy.seen)
+    assert images == VIEWS * SAMPLES
+    assert failed > 20
+    same_as(clean, url, tmp_path)
+
+
+def test_a_mirror_in_use_is_not_tidied_away(root, url, monkeypatch):
+    from pipeline import build
+
+    refused = []
+
+    def tidy_up_meanwhile(output, *arguments):
+        with output.working(), pytest.raises(StorageError, match="right now"):
+            housekeeping.remove(output.path)
+        refused.append(output.path)
+        return build_blocks(output, *arguments)
+
+    monkeypatch.setattr("pipeline.build_blocks.build_blocks", tidy_up_meanwhile)
+    assert build.build_cache(recipe(root, url, num_views=1)).images == SAMPLES
+    assert refused
 
 
 def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, monkeypatch):

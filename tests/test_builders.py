@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from builders import Builder, wait_for_blocks
 from s3_server import new_bucket
 
 from cache_tools.claims import Claims, claims_of
+from cache_tools.console import Progress
 from cache_tools.durable import PARTIAL
 from cache_tools.errors import DataError, StorageError
 from cache_tools.images import open_images
@@ -107,6 +109,24 @@ def test_growing_tells_who_and_when_and_watches_the_new_views(root: Path, tmp_pa
     added = manifest.canaries[len(first.canaries) :]
     assert {canary.view for canary in added} == {1, 2}
     assert {name: manifest.provenance[name] for name in first.provenance} == first.provenance
+
+
+def test_progress_counts_what_others_finish(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bars: list[Progress] = []
+
+    class Seen(Progress):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            bars.append(self)
+
+    monkeypatch.setattr("pipeline.build_blocks.Progress", Seen)
+    other = start(root, tmp_path, tmp_path / "c", 1)
+    wait_for_blocks(LocalPlace(tmp_path / "c"), 1)
+    result = build_cache(tiny_build.recipe(root, num_views=VIEWS, block_rows=ROWS, out=tmp_path / "c"))
+    (bar,) = bars
+    assert 0 < result.images < VIEWS * SAMPLES
+    assert result.images + other.result().images == VIEWS * SAMPLES
+    assert bar.done == bar.total == VIEWS * SAMPLES
 
 
 def test_a_builder_that_fails_gives_its_blocks_up(tmp_path: Path):
