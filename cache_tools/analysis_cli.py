@@ -13,7 +13,9 @@ from cache_tools.config import validate
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
 
-Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
+Reference = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A path, a URL, a name, or 4+ digits of a fingerprint.")
+]
 View = Annotated[str, typer.Option("--view", help="The number of one view, or all complete ones.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="All logits are divided by it.")]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: auto, cpu, cuda or cuda:N.")]

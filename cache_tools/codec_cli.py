@@ -15,7 +15,9 @@ from cache_tools.describe import human_bytes
 from cache_tools.errors import RecipeError
 from cache_tools.place import local_folder
 
-Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
+Reference = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A path, a URL, a name, or 4+ digits of a fingerprint.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 SPEC = "a preset (float16, float32, compact, dense, coarse, top-k), a codec (fixed-step:step=1/48) or LOGITS+FEATURES"

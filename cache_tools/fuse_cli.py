@@ -19,7 +19,9 @@ from cache_tools.place import local_folder
 if TYPE_CHECKING:
     from cache_tools.fuse import Fused
 
-Reference = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
+Reference = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A path, a URL, a name, or 4+ digits of a fingerprint.")
+]
 
 _NUMBERS = re.compile(r"\d+(\s*,\s*\d+)*")
 

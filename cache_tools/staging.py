@@ -165,8 +165,11 @@ def connect(url: str) -> Origin:
         return Origin(*known, silent=True)
     mirror = registry.cache_path(manifest.name, manifest.fingerprint)
     record = OriginRecord(url=url, fingerprint=manifest.fingerprint, views=manifest.num_views)
-    if _built_here(mirror, manifest):
-        return Origin(mirror, record.model_copy(update={"views": 0, "complete": True}))
+    if _is_here(mirror, manifest):
+        nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
+        if read_origin(mirror) is None:
+            _keep(mirror, nothing_to_stage)
+        return Origin(mirror, nothing_to_stage)
     sizes = bring_metadata(place, mirror, manifest)
     before = read_origin(mirror)
     if before is None or before.model_copy(update={"complete": False}) != record:
@@ -187,16 +190,13 @@ def offline() -> bool:
     return os.environ.get(OFFLINE_VARIABLE, "").lower() not in {"", "0", "false", "no"}
 
 
-def _built_here(mirror: Path, manifest: Manifest) -> bool:
-    """Whether the home has all of this cache as it was built here: nothing can be staged into that, nor need it."""
+def _is_here(mirror: Path, manifest: Manifest) -> bool:
+    """Whether every view of a remote cache is here: staged, or built here in blocks or with constants of its own."""
     if not registry.is_cache(mirror):
         return False
     found = read_manifest(mirror)
-    if found.fingerprint != manifest.fingerprint:
-        return False
-    if (found.block_rows, found.constants_digest) == (manifest.block_rows, manifest.constants_digest):
-        return False
-    return set(range(manifest.num_views)) <= set(registry.views_done(mirror, found))
+    done = set(registry.views_done(mirror, found))
+    return found.fingerprint == manifest.fingerprint and set(range(manifest.num_views)) <= done
 
 
 def _not_a_cache(place: Place, error: NotFoundError, mirror: Path | None) -> NotFoundError:

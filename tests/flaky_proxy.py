@@ -56,6 +56,18 @@ class FlakyProxy:
         """From now on this part of the requests fails."""
         self.rate = rate
 
+    @contextmanager
+    def gone(self) -> Iterator[None]:
+        """Fail everything for the time of a `with` block, in which nobody waits long for an answer."""
+        from cache_tools import place, staging
+
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (place, staging):
+                patch.setattr(module, "PATIENCE_S", 1.0)
+            before, self.rate = self.rate, 1.0
+            yield
+            self.rate = before
+
     def stop_after(self, requests: int) -> None:
         """Answer so many more requests, then none until `go_on`; `full` says when the first one waits."""
         with self._lock:

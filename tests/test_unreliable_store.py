@@ -112,7 +112,7 @@ def test_a_killed_copy_goes_on(
     source, target = (cache, place) if direction == "push" else (place, back)
     proxy.stop_after(requests)
     process = subprocess.Popen([sys.executable, "-m", "cache_tools.cli", "copy", str(source), str(target)])
-    assert proxy.full.wait(60)
+    assert proxy.full.wait(300)
     process.kill()
     process.wait()
     proxy.go_on()
