@@ -22,7 +22,7 @@ from tests import tiny_run
 from train.recipe import load_train_recipe
 from train.run import train_student
 from train.sweep_group import batch_streams
-from train.sweep_recipe import Halving, SweepRecipe, make_trials
+from train.sweep_recipe import SweepRecipe, make_trials
 from train.sweep_run import run_sweep
 from train.sweep_table import over_seeds
 from train.sweep_workers import Processes, shares
@@ -176,22 +176,6 @@ def test_shares_fill_the_processes() -> None:
 class SweepTrial:
     def __init__(self, number: int) -> None:
         self.number = number
-
-
-def test_halving_stops_the_worse_and_leaves_the_others_alone(cache: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"grid": {"lr": (1e-5, 0.02, 0.05, 0.1)}, "base": {"epochs": 4}}
-    halving = Halving(metric="loss", keep_one_in=2, first_epochs=1)
-    assert halving.rungs(4) == [1, 2]
-    assert not halving.larger_is_better
-    recipe = sweep(cache, **changes)
-    result = run_sweep(recipe.model_copy(update={"halving": halving}), tmp_path / "halved")
-    assert sorted(result.trials["status"].to_list()) == ["finished", "stopped", "stopped", "stopped"]
-    assert sorted(result.trials.filter(pl.col("status") == "stopped")["epochs_done"].to_list()) == [1, 1, 2]
-    whole = run_sweep(recipe, tmp_path / "whole").trials
-    finished = result.trials.filter(pl.col("status") == "finished")
-    row = whole.filter(pl.col("trial") == finished["trial"][0])
-    assert row["top1"][0] == finished["top1"][0]
-    same_weights(Path(row["folder"][0]), Path(finished["folder"][0]))
 
 
 def test_means_intervals_and_fronts() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from cache_tools.console import Progress
@@ -14,42 +15,53 @@ from train.one_run import Run
 from train.result import RunResult
 from train.together import train_epoch_together
 
+Referee = Callable[[int, Sequence[Path]], set[Path]]
+"""Told how many epochs the runs in some folders have finished; says which of them stop there."""
+
 
 def train_group(
-    runs: Sequence[Run], feed: Feed, title: str, *, until: int | None = None
+    runs: Sequence[Run], feed: Feed, title: str, *, referee: Referee = lambda epochs, folders: set()
 ) -> list[RunResult | Exception | None]:
     """Train what is left of every run; runs that are ahead wait for the others.
 
     Args:
         runs: of one batch stream (`together.train_epoch_together`) and with the same number of epochs.
         title: of the progress bar.
-        until: stop after so many epochs; None goes to the end.
+        referee: asked before every epoch about the runs that would train in it.
 
     Returns:
-        For each run its result, None if it is not finished yet, or what stopped it: the others are not affected.
+        For each run its result, None if the referee stopped it, or the error that did: the others are not affected.
     """
-    stopped: dict[int, Exception] = {}
-    samples, epochs = feed.samples_per_epoch, min(until or runs[0].recipe.epochs, runs[0].recipe.epochs)
+    outcomes: dict[int, Exception | None] = {}  # of those that do not come to the end
+    samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
     first = min(len(run.history) for run in runs)
     with ExitStack() as stack:
         logs = [stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs]
         progress = stack.enter_context(Progress(title, epochs * samples, "images", done=first * samples))
+
+        def judge(epoch: int) -> None:
+            """Drop the runs that stop after so many finished epochs."""
+            standing = {run.path: number for number, run in enumerate(runs) if len(run.history) == epoch < epochs}
+            standing = {path: number for path, number in standing.items() if number not in outcomes}
+            outcomes.update({standing[path]: None for path in (referee(epoch, list(standing)) if standing else ())})
+
         for epoch in range(first, epochs):
-            due = [number for number, run in enumerate(runs) if len(run.history) == epoch and number not in stopped]
+            judge(epoch)
+            due = [number for number, run in enumerate(runs) if len(run.history) == epoch and number not in outcomes]
             if not due:
-                break
+                continue
             start = time.perf_counter()
-            outcomes = train_epoch_together([runs[number].learner for number in due], feed, epoch, progress.advance)
+            means = train_epoch_together([runs[number].learner for number in due], feed, epoch, progress.advance)
             train_s = (time.perf_counter() - start) / len(due)
-            for number, means in zip(due, outcomes, strict=True):
-                if isinstance(means, Exception):
-                    stopped[number] = means
+            for number, mean in zip(due, means, strict=True):
+                if isinstance(mean, Exception):
+                    outcomes[number] = mean
                     continue
-                row = runs[number].finish_epoch(means, train_s, samples)
+                row = runs[number].finish_epoch(mean, train_s, samples)
                 logs[number].write(runs[number].history)
                 progress.advance(0, _note(row, epochs))
         return [
-            stopped[number] if number in stopped else log.finish(run.result()) if run.finished else None
+            outcomes[number] if number in outcomes else log.finish(run.result())
             for number, (run, log) in enumerate(zip(runs, logs, strict=True))
         ]
 

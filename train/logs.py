@@ -43,15 +43,20 @@ class RunLog:
         for name in names:
             self._start(name, recipe, history)
         self._save()
+        if told < len(history):  # killed after the state of an epoch, before its row
+            self._store(history)
 
     def write(self, history: Sequence[Row]) -> None:
         """Record all finished epochs; the last row is new."""
         for name in list(self._loggers):
             self._tell(name, history, len(history) - 1)
+        self._store(history)  # last: what stands here has been told
+
+    def _store(self, history: Sequence[Row]) -> None:
         table = pl.DataFrame(list(history), infer_schema_length=None)
         buffer = io.BytesIO()
         table.write_parquet(buffer)
-        put_durably(self._folder / METRICS, buffer.getbuffer())  # last: what stands here has been told
+        put_durably(self._folder / METRICS, buffer.getbuffer())
 
     def finish(self, result: RunResult) -> RunResult:
         """The end of the run; gives the result back."""

@@ -15,7 +15,7 @@ import yaml
 from cache_tools.config import validate
 from cache_tools.errors import DataError, NotFoundError, RecipeError
 from train import checkpoints, folder
-from train.failure import load_failure
+from train.outcome import load_failure
 from train.predictions import read_predictions
 from train.recipe import TrainRecipe
 from train.result import RunResult, load_result

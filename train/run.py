@@ -68,7 +68,7 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
             feed.close()
         if isinstance(outcome, Exception):
             raise outcome
-        assert outcome is not None, "a run without `until` goes to its end"
+        assert outcome is not None, "a run without a referee goes to its end"
         return outcome
 
 

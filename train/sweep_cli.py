@@ -41,8 +41,9 @@ def sweep_students(
         Path | None,
         typer.Option("--sweep", help="A YAML file with students, losses, grid, seeds, or trials; options win."),
     ] = None,
-    halving: Annotated[
-        bool, typer.Option("--halving", help="Stop the worse trials early (successive halving). For search only.")
+    asha: Annotated[
+        bool,
+        typer.Option("--asha", help="Stop the worse trials early (asynchronous successive halving). Only for search."),
     ] = False,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes. Default: what fills the CPU; one on a GPU.")
@@ -77,7 +78,7 @@ def sweep_students(
     data |= {"losses": _words(losses)} if losses else {}
     data |= {"seeds": seeds} if seeds else {}
     data |= {"grid": dict(_axis(text) for text in grid)} if grid else {}
-    data |= {"halving": {}} if halving and not data.get("halving") else {}
+    data |= {"asha": {}} if asha and not data.get("asha") else {}
     data |= {"name": name} if name else {}
     sweep = validate(SweepRecipe, data, where=str(sweep_file or "options"))
     folder = out or Path("runs") / f"sweep-{sweep.name}"

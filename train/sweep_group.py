@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 
-from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError
 from cache_tools.format import Manifest
 from cache_tools.images import DatasetRecipe, ImageSet, open_images
 from cache_tools.reader import TeacherCache
 from cache_tools.views import ViewRecipe
 from train.data import Opener, TrainingData, open_data
-from train.failure import FAILED, Failure, load_failure
 from train.feed import CachedTargets, open_feed
 from train.group import train_group
+from train.halving import Contest
 from train.loop import repeatable
 from train.one_run import Run
-from train.result import load_result
+from train.outcome import Failure, settled
 from train.run import claimed_run, run_device
 from train.sweep_recipe import Trial
 
@@ -40,12 +39,12 @@ def batch_streams(trials: Sequence[Trial]) -> list[list[Trial]]:
     return [group for stream in streams.values() for group in _by_targets(stream)]
 
 
-def train_stream(trials: Sequence[Trial], *, until: int | None = None, images_of: Opener = open_images) -> None:
+def train_stream(trials: Sequence[Trial], *, contest: Contest | None = None, images_of: Opener = open_images) -> None:
     """Train trials of one batch stream, each in its folder; one that fails leaves `failed.json` there.
 
     Args:
         trials: of one element of `batch_streams`.
-        until: stop after so many epochs; None goes to the end.
+        contest: who competes for going on; None trains all to the end.
 
     Raises:
         CacheError: what concerns all of them: no such cache, other images than the cache's, a full disk.
@@ -55,9 +54,9 @@ def train_stream(trials: Sequence[Trial], *, until: int | None = None, images_of
     lead = next((data for _, data in opened if data.cache is not None), opened[0][1])
     together = [each for each in opened if _same_images(each[1], lead)]
     apart = [each for each in opened if not _same_images(each[1], lead)]
-    _train(together, lead, device, until)
+    _train(together, lead, device, contest)
     for trial, data in apart:  # labels alone, and a dataset whose order is not the cache's
-        _train([(trial, data)], data, device, until)
+        _train([(trial, data)], data, device, contest)
 
 
 def opener() -> Opener:
@@ -74,7 +73,7 @@ def opener() -> Opener:
 
 
 def _train(
-    opened: Sequence[tuple[Trial, TrainingData]], lead: TrainingData, device: torch.device, until: int | None
+    opened: Sequence[tuple[Trial, TrainingData]], lead: TrainingData, device: torch.device, contest: Contest | None
 ) -> None:
     first = opened[0][0].recipe
     targets = _targets_for_all(opened, lead, device)
@@ -95,7 +94,7 @@ def _train(
         runs: list[Run] = []
         for trial, data in opened:
             path, digest = stack.enter_context(claimed_run(data, trial.recipe))
-            if load_result(path) is not None or load_failure(path) is not None:
+            if settled(path):
                 continue
             made = _guarded(path, lambda: Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch))  # noqa: B023
             if made is not None:
@@ -103,7 +102,8 @@ def _train(
         if not runs:
             return
         names = ", ".join(dict.fromkeys(run.recipe.student for run in runs))
-        outcomes = train_group(runs, feed, f"{len(runs)} trials, seed {first.seed}: {names}"[:72], until=until)
+        title = f"{len(runs)} trials, seed {first.seed}: {names}"[:72]
+        outcomes = train_group(runs, feed, title, **({} if contest is None else {"referee": contest.stop}))
     for run, outcome in zip(runs, outcomes, strict=True):
         if isinstance(outcome, Exception):
             _fail(run.path, outcome)
@@ -145,7 +145,7 @@ def _fail(path: Path, error: Exception) -> None:
     kind = "memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in text else "error"
     if "diverged" in message:
         kind = "diverged"
-    put_durably(path / FAILED, Failure(kind=kind, message=message).model_dump_json(indent=2).encode())
+    Failure(kind=kind, message=message).save(path)
 
 
 def _stream(trial: Trial, manifests: dict[str, Manifest]) -> str:

@@ -20,11 +20,12 @@ from train.recipe import TrainRecipe, named_loss
 ALIASES = {"lr": "optimiser.learning_rate", "temperature": "loss.temperature", "weight_decay": "optimiser.weight_decay"}
 
 
-class Halving(Frozen):
-    """Successive halving (Jamieson & Talwalkar 2016): of the trials that reach a rung, the best go on.
+class Asha(Frozen):
+    """Asynchronous successive halving (Li et al. 2020): a trial that is not among the best at a rung stops there.
 
-    Rungs are after `first_epochs`, `first_epochs · keep_one_in`, … epochs. Only for search: what is stopped early has
-    no final figures, so means over seeds are not reported.
+    Rungs are after `first_epochs`, `first_epochs · keep_one_in`, … epochs. A trial is compared with all that have come
+    as far by then; those of one batch stream come to a rung together. Only for search: what is stopped early has no
+    final figures, so means over seeds are not reported.
 
     Attributes:
         metric: a column of a run's metrics, such as `test_top1` or `test_nll`.
@@ -57,7 +58,7 @@ class SweepRecipe(Frozen):
         grid: dotted recipe keys (or `lr`, `temperature`, `weight_decay`) and their values.
         seeds: how many, from the base's seed on, or which.
         trials: settings of each trial, in place of the product; keys as in `grid`, and `student`, `loss`, `seed`.
-        halving: stop the worse trials early; None trains all to the end.
+        asha: stop the worse trials early; None trains all to the end.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -67,7 +68,7 @@ class SweepRecipe(Frozen):
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     seeds: PositiveInt | tuple[NonNegativeInt, ...] = 1
     trials: tuple[dict[str, Any], ...] = ()
-    halving: Halving | None = None
+    asha: Asha | None = None
 
     @model_validator(mode="after")
     def _a_product_or_a_list(self) -> SweepRecipe:
@@ -122,6 +123,12 @@ class Trial(Frozen):
             str(value) if key in {"student", "loss"} else _short(key, value) for key, value in self.settings.items()
         ]
         return re.sub(r"[^A-Za-z0-9._+=-]+", "_", "-".join(words))
+
+    @property
+    def folder(self) -> Path:
+        """Of its run."""
+        assert self.recipe.out is not None, "make_trials gives every trial its folder"
+        return self.recipe.out
 
     @property
     def loss(self) -> str:

@@ -13,13 +13,12 @@ import polars as pl
 
 from cache_tools.durable import put_durably
 from train.cost import Cost
-from train.failure import load_failure
+from train.outcome import STOPPED, load_failure
 from train.result import load_result
 from train.spread import interval_factor, pareto_front
 from train.sweep_recipe import Trial
 
 TRIALS = "trials.parquet"
-STOPPED = "stopped.json"
 FIGURES = ("top1", "top5", "nll", "ece")
 COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
 _SCHEMA = {
@@ -83,8 +82,7 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
-    folder = trial.recipe.out
-    assert folder is not None, "a trial has its folder"
+    folder = trial.folder
     result, failure = load_result(folder), load_failure(folder)
     status = "finished" if result else "failed" if failure else "stopped" if (folder / STOPPED).exists() else "waiting"
     row: dict[str, Any] = dict.fromkeys(_SCHEMA)

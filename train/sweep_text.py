@@ -21,7 +21,7 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
         ):  # fmt: skip
             parts.append(str(_table(result.settings)))
         seeds = int(result.settings["n"].max())  # type: ignore[arg-type]
-        if sweep.halving is not None:
+        if sweep.asha is not None:
             parts.append("Successive halving stopped trials early: these figures are for choosing, not for reporting.")
         elif seeds > 1:
             parts.append(

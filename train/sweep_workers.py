@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache_tools.console import Progress
-from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError, StorageError
-from train.failure import FAILED, Failure, load_failure
-from train.result import load_result
+from train.halving import Contest
+from train.outcome import Failure, settled
 from train.sweep_group import opener, train_stream
 from train.sweep_recipe import Trial
 
@@ -35,7 +34,7 @@ class Processes:
     def __init__(self, count: int, logs: Path) -> None:
         self._count, self._logs = count, logs
 
-    def __call__(self, streams: Sequence[Sequence[Trial]], until: int | None) -> None:
+    def __call__(self, streams: Sequence[Sequence[Trial]], contest: Contest | None) -> None:
         waiting = deque((share, False) for share in shares(streams, self._count))
         running: dict[subprocess.Popen[bytes], tuple[list[Trial], bool]] = {}
         total = sum(len(stream) for stream in streams)
@@ -45,10 +44,10 @@ class Processes:
                 while waiting or running:
                     while waiting and len(running) < self._count:
                         share, alone = waiting.popleft()
-                        running[self._start(share, until)] = (share, alone)
+                        running[self._start(share, contest)] = (share, alone)
                     for process in [process for process in running if process.poll() is not None]:
                         share, alone = running.pop(process)
-                        waiting.extend(self._after(process, share, alone, until))
+                        waiting.extend(self._after(process, share, alone))
                         left = sum(len(each) for each, _ in [*waiting, *running.values()])
                         progress.advance(total - left - done)
                         done = total - left
@@ -59,9 +58,10 @@ class Processes:
                 for process in running:
                     process.wait()
 
-    def _start(self, share: Sequence[Trial], until: int | None) -> subprocess.Popen[bytes]:
+    def _start(self, share: Sequence[Trial], contest: Contest | None) -> subprocess.Popen[bytes]:
         self._logs.mkdir(parents=True, exist_ok=True)
-        job = json.dumps({"until": until, "trials": [trial.model_dump(mode="json") for trial in share]})
+        rules = None if contest is None else contest.model_dump(mode="json")
+        job = json.dumps({"contest": rules, "trials": [trial.model_dump(mode="json") for trial in share]})
         with open(self._logs / "workers.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "train.sweep_workers"], stdin=subprocess.PIPE, stdout=log, stderr=log
@@ -72,7 +72,7 @@ class Processes:
         return process
 
     def _after(
-        self, process: subprocess.Popen[bytes], share: list[Trial], alone: bool, until: int | None
+        self, process: subprocess.Popen[bytes], share: list[Trial], alone: bool
     ) -> list[tuple[list[Trial], bool]]:
         """What is to be started again after a process has ended."""
         if process.returncode == 2:  # an error that concerns all of them, told by the worker
@@ -82,13 +82,11 @@ class Processes:
                 where=self._logs / "workers.log",
                 found=text[-1] if text else "nothing",
             )
-        left = [trial for trial in share if not _settled(trial)] if process.returncode != 0 else []
+        left = [trial for trial in share if not settled(trial.folder)] if process.returncode != 0 else []
         if alone and left:
             how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
             reason = ", probably for lack of memory" if process.returncode == -9 else ""
-            failure = Failure(kind="died", message=f"its process ended with {how}{reason}, twice")
-            assert left[0].recipe.out is not None, "make_trials gives every trial its folder"
-            put_durably(left[0].recipe.out / FAILED, failure.model_dump_json(indent=2).encode())
+            Failure(kind="died", message=f"its process ended with {how}{reason}, twice").save(left[0].folder)
             return []
         return [([trial], True) for trial in left]
 
@@ -110,16 +108,12 @@ def main() -> None:
     keep_freed_memory()
     job = json.load(sys.stdin)
     trials = [Trial.model_validate(trial) for trial in job["trials"]]
+    contest = None if job["contest"] is None else Contest.model_validate(job["contest"])
     try:
-        train_stream(trials, until=job["until"], images_of=opener())
+        train_stream(trials, contest=contest, images_of=opener())
     except CacheError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def _settled(trial: Trial) -> bool:
-    assert trial.recipe.out is not None, "make_trials gives every trial its folder"
-    return load_result(trial.recipe.out) is not None or load_failure(trial.recipe.out) is not None
 
 
 if __name__ == "__main__":

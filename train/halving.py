@@ -1,0 +1,112 @@
+"""Asynchronous successive halving: which trials of a sweep stop at a rung, from what is in the folders of all.
+
+Nothing is kept but the runs' own metrics and a `stopped.json` in the folders of those that were stopped, so processes
+and machines need not talk to each other, and a sweep that was killed judges again what it had not judged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from cache_tools.config import Frozen
+from cache_tools.durable import put_durably
+from cache_tools.errors import RecipeError
+from train.folder import METRICS
+from train.outcome import STOPPED
+from train.sweep_recipe import Asha, Trial
+
+
+class Contest(Frozen):
+    """The trials that compete, wherever they are trained.
+
+    Attributes:
+        folders: of all of them.
+        epochs: of the longest.
+    """
+
+    asha: Asha
+    folders: tuple[Path, ...]
+    epochs: int
+
+    @classmethod
+    def among(cls, trials: Sequence[Trial], asha: Asha) -> Contest:
+        """The contest of a sweep's trials.
+
+        Raises:
+            RecipeError: a trial has no test figures at the first rung.
+        """
+        for trial in trials:
+            measured = asha.metric.startswith(("test_", "ema_"))
+            if measured and asha.first_epochs < trial.recipe.evaluate_every and trial.recipe.epochs > asha.first_epochs:
+                raise RecipeError(
+                    f"no {asha.metric} by epoch {asha.first_epochs}",
+                    where=f"{trial.name}: evaluate_every={trial.recipe.evaluate_every}",
+                    next_step="evaluate more often (--set evaluate_every=1), or begin later (asha: {first_epochs: …})",
+                )
+        return cls(
+            asha=asha,
+            folders=tuple(trial.folder for trial in trials),
+            epochs=max(trial.recipe.epochs for trial in trials),
+        )
+
+    def stop(self, rung: int, standing: Sequence[Path]) -> set[Path]:
+        """Stop those that are not among the best 1/η of all that have reached a rung so far.
+
+        Args:
+            rung: finished epochs; anything that is no rung stops nobody.
+            standing: folders of the trials that have just finished this epoch.
+
+        Raises:
+            RecipeError: the metric is none of the runs' figures.
+        """
+        if rung not in self.asha.rungs(self.epochs):
+            return set()
+        scores = {folder: score for folder in self.folders if (score := self._score(folder, rung)) is not None}
+        ranked = sorted(scores, key=lambda folder: scores[folder], reverse=True)
+        worse = set(ranked[math.ceil(len(ranked) / self.asha.keep_one_in) :]) & set(standing)
+        for folder in worse:
+            told = {**self.asha.model_dump(), "epochs": rung, "value": self._sign * scores[folder], "of": len(ranked)}
+            put_durably(folder / STOPPED, json.dumps(told, indent=2).encode())
+        return worse
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.asha.larger_is_better else -1.0
+
+    def _score(self, folder: Path, rung: int) -> float | None:
+        """The metric at the last evaluated epoch up to the rung, larger is better; None before the rung."""
+        file = folder / METRICS
+        if not file.exists():
+            return None
+        metrics = pl.read_parquet(file)
+        if len(metrics) < rung:
+            return None
+        if self.asha.metric not in metrics.columns:
+            numbers = [name for name, dtype in metrics.schema.items() if dtype.is_numeric()]
+            raise RecipeError(
+                "no such metric", where="asha.metric", expected=", ".join(numbers), found=self.asha.metric
+            )
+        values = metrics[self.asha.metric].head(rung).drop_nulls()
+        value = self._sign * float(values[-1]) if len(values) else -math.inf
+        return -math.inf if math.isnan(value) else value
+
+
+def forget_other_contests(trials: Sequence[Trial], asha: Asha | None) -> None:
+    """Let trials go on that were stopped in a contest with other rules, or in one where there is none any more."""
+    rules = None if asha is None else asha.model_dump()
+    for trial in trials:
+        file = trial.folder / STOPPED
+        try:
+            told = json.loads(file.read_bytes())
+            same = rules is not None and all(told.get(key) == value for key, value in rules.items())
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError):
+            same = False
+        if not same:
+            file.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""How a trial of a sweep ended where it has no result: it failed, or was stopped for being worse than others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cache_tools.config import Frozen
+from cache_tools.durable import put_durably
+from train.result import load_result
+
+FAILED, STOPPED = "failed.json", "stopped.json"
+
+
+class Failure(Frozen):
+    """Why a trial has no result; `failed.json` in its folder. Remove that file to have it tried again."""
+
+    kind: str
+    message: str
+
+    def save(self, folder: Path) -> None:
+        put_durably(folder / FAILED, self.model_dump_json(indent=2).encode())
+
+
+def load_failure(folder: Path) -> Failure | None:
+    """What stopped a trial, None if nothing did."""
+    try:
+        return Failure.model_validate_json((folder / FAILED).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def settled(folder: Path) -> bool:
+    """Whether nothing is left to do for the trial of a folder: it finished, failed or was stopped."""
+    return load_result(folder) is not None or load_failure(folder) is not None or (folder / STOPPED).exists()
