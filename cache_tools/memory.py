@@ -1,9 +1,14 @@
-"""Memory that a network frees and asks for again in the next layer stays in the process."""
+"""Memory of the process and of the device: what a network frees and asks for again stays, what it has left goes."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -26,3 +31,12 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more: tracebacks and optimisers are in cycles, CUDA keeps blocks for later."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()

@@ -21,9 +21,9 @@ from cache_tools.errors import RecipeError, WeightsError
 from tests import tiny_run
 from train.recipe import load_train_recipe
 from train.run import train_student
-from train.sweep_group import batch_streams
 from train.sweep_recipe import SweepRecipe, make_trials
 from train.sweep_run import run_sweep
+from train.sweep_streams import batch_streams
 from train.sweep_table import over_seeds
 from train.sweep_workers import Processes, shares
 
@@ -149,6 +149,34 @@ def test_one_that_diverges_and_one_without_memory_fail_alone(
     assert again.trials["status"].to_list() == ["finished", "failed", "failed", "finished"]
     retried = run_sweep(recipe, tmp_path / "sweep", retry_failed=True)
     assert retried.trials["status"].to_list() == ["finished", "failed", "finished", "finished"]
+
+
+def test_one_that_only_lacks_memory_beside_others_is_trained_on_its_own(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train.together as together
+    import train.zoo.wrn as zoo
+
+    forward = zoo.WideResNet.forward
+    lanes = []
+    begin = together._Lane.__init__
+
+    def counted(self: Any, learner: Any, epoch: int, *, alone: bool) -> None:
+        lanes.append(alone)
+        begin(self, learner, epoch, alone=alone)
+
+    def greedy(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        if self.training and not lanes[-1]:
+            torch.empty(1 << 50)  # a real allocation that the system refuses
+        return forward(self, pixels)
+
+    monkeypatch.setattr(together._Lane, "__init__", counted)
+    monkeypatch.setattr(zoo.WideResNet, "forward", greedy)
+    result = run_sweep(sweep(cache, students=("wrn_16_1", "resnet8")), tmp_path / "sweep")
+    assert result.trials["status"].to_list() == ["finished", "finished"]
+    assert "wrn_16_1-s0: out of memory beside 1 others" in capsys.readouterr().err
+    alone = train_student(tiny_run.recipe(cache, tmp_path / "alone", epochs=2, student="wrn_16_1"))
+    same_weights(alone.folder, tmp_path / "sweep/trials/wrn_16_1-s0")
 
 
 def test_a_sweep_that_grows_trains_what_is_new(cache: Path, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from train.report import write_report
 from train.result import load_result
 from train.run import run_device
 from train.students import create_student
-from train.sweep_group import batch_streams, opener, train_stream
+from train.sweep_group import opener, train_stream
 from train.sweep_recipe import SweepRecipe, Trial, make_trials
+from train.sweep_streams import batch_streams
 from train.sweep_table import over_seeds, save_table, trials_table
 
 SWEEP, COSTS = "sweep.yaml", "costs.json"
