@@ -59,8 +59,6 @@ class _Lane:
             with self._own_random(), self._own_stream(batch, inputs):
                 self._learner.step(batch, inputs)
         except Exception as error:
-            if self._alone:
-                raise
             self._fail(error)
 
     def finish(self) -> Outcome:
@@ -74,8 +72,8 @@ class _Lane:
             return error
 
     def _fail(self, error: Exception) -> None:
-        """Keep the message and let go of the memory: the traceback holds every tensor of the step."""
-        self._error = error.with_traceback(None)
+        """Keep the message and let go of the memory that others need: the traceback holds every tensor of the step."""
+        self._error = error if self._alone else error.with_traceback(None)
         self._learner.optimiser.zero_grad(set_to_none=True)
         if self._learner.device.type == "cuda":
             torch.cuda.empty_cache()
