@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, ParamSpec
+from typing import TYPE_CHECKING, ClassVar, ParamSpec, Self
 
 from cache_tools.errors import CacheError, DeviceError, StorageError
 
@@ -130,7 +130,7 @@ class Progress:
         alone = threading.current_thread() is threading.main_thread() and not Progress._shown
         self._bar = self._rich_bar() if alone and sys.stderr.isatty() else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._bar is not None:
             Progress._shown = True
             self._bar.start()
@@ -150,7 +150,7 @@ class Progress:
         self.done += count
         self._note = note or self._note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{self.rate:,.0f} {self.unit}/s {self._note}")
+            self._bar.update(self._task, completed=self.done, rate=f"{self._rate_text()} {self._note}")
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._print_line()
 
@@ -159,12 +159,15 @@ class Progress:
         """Units per second since the start of this run, work done before a resume left out."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
+    def _rate_text(self) -> str:
+        return f"{self.rate:,.0f} {self.unit}/s" if self.rate >= 10 else f"{self.rate:.2g} {self.unit}/s"
+
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         eta_s = (self.total - self.done) / max(self.rate, 1e-9)
         eta = f", ETA {eta_s:.0f} s" if self.done < self.total else ""
         note = f", {self._note}" if self._note else ""
-        line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f} {self.unit}/s{eta}{note}"
+        line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self._rate_text()}{eta}{note}"
         print(line, file=sys.stderr, flush=True)
 
     def _rich_bar(self):  # type: ignore[no-untyped-def]  # rich is imported late and left untyped

@@ -187,12 +187,19 @@ def test_a_sweep_that_grows_trains_what_is_new(cache: Path, tmp_path: Path) -> N
     assert (Path(first.trials["folder"][0]) / "last.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_processes_give_the_same_table(cache: Path, tmp_path: Path) -> None:
+def test_processes_give_the_same_table(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cache_tools.console.LINE_EVERY_S", 0.0)
     recipe = sweep(cache, students=("resnet8", "wrn_16_1"), seeds=2)
     figures = ["trial", "top1", "nll", "ece", "best_epoch"]
     one = run_sweep(recipe, tmp_path / "one").trials.select(figures)
     two = run_sweep(recipe, tmp_path / "two", engine=Processes(2, tmp_path / "two")).trials.select(figures)
     assert one.equals(two)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sweep, 2 processes: ")]
+    epochs = [int(line.split(": ")[1].split("/")[0]) for line in lines]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == 2 * 2 * 2
 
 
 def test_shares_fill_the_processes() -> None:

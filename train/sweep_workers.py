@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache_tools.console import Progress
 from cache_tools.errors import CacheError, StorageError
 from train.halving import Contest
 from train.outcome import Failure, settled
 from train.sweep_group import opener, train_stream
+from train.sweep_progress import SweepProgress
 from train.sweep_recipe import Trial
 
 POLL_S = 0.2
@@ -37,9 +37,8 @@ class Processes:
     def __call__(self, streams: Sequence[Sequence[Trial]], contest: Contest | None) -> None:
         waiting = deque((share, False) for share in shares(streams, self._count))
         running: dict[subprocess.Popen[bytes], tuple[list[Trial], bool]] = {}
-        total = sum(len(stream) for stream in streams)
-        done = 0
-        with Progress(f"sweep, {self._count} processes", total, "trials") as progress:
+        trials = [trial for stream in streams for trial in stream]
+        with SweepProgress(f"sweep, {self._count} processes", trials) as progress:
             try:
                 while waiting or running:
                     while waiting and len(running) < self._count:
@@ -48,9 +47,7 @@ class Processes:
                     for process in [process for process in running if process.poll() is not None]:
                         share, alone = running.pop(process)
                         waiting.extend(self._after(process, share, alone))
-                        left = sum(len(each) for each, _ in [*waiting, *running.values()])
-                        progress.advance(total - left - done)
-                        done = total - left
+                    progress.look()
                     time.sleep(POLL_S)
             finally:
                 for process in running:

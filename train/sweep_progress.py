@@ -1,0 +1,48 @@
+"""How far a sweep is whose trials are trained elsewhere: read from their folders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+
+from cache_tools.console import Progress
+from train.folder import METRICS
+from train.outcome import settled
+from train.sweep_recipe import Trial
+
+LOOK_EVERY_S = 2.0
+
+
+class SweepProgress(Progress):
+    """A progress bar in epochs over all trials, with how many of them are settled; `look` as often as you like."""
+
+    def __init__(self, title: str, trials: Sequence[Trial]) -> None:
+        self._open, self._trials, self._looked = list(trials), len(trials), time.monotonic()
+        done = self._epochs_done(trials)
+        self._closed = 0
+        super().__init__(title, sum(trial.recipe.epochs for trial in trials), "epochs", done=done)
+
+    def look(self) -> None:
+        """Show what has been done since; reads files no more often than every two seconds."""
+        if time.monotonic() - self._looked >= LOOK_EVERY_S:
+            self._look()
+
+    def __exit__(self, *error: Any) -> None:
+        self._look()
+        super().__exit__(*error)
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        for trial in [trial for trial in self._open if settled(trial.folder)]:
+            self._open.remove(trial)
+            self._closed += trial.recipe.epochs  # one that failed or was stopped has nothing left to do
+        done = self._closed + self._epochs_done(self._open)
+        self.advance(max(0, done - self.done), f"{self._trials - len(self._open)} of {self._trials} trials done")
+
+    @staticmethod
+    def _epochs_done(trials: Sequence[Trial]) -> int:
+        files = [trial.folder / METRICS for trial in trials]
+        return sum(int(pl.scan_parquet(file).select(pl.len()).collect().item()) for file in files if file.exists())
