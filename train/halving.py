@@ -17,7 +17,7 @@ from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
 from train.folder import METRICS
-from train.outcome import STOPPED
+from train.outcome import STOPPED, last_value
 from train.sweep_recipe import Asha, Trial
 
 
@@ -86,14 +86,8 @@ class Contest(Frozen):
         metrics = pl.read_parquet(file)
         if len(metrics) < rung:
             return None
-        if self.asha.metric not in metrics.columns:
-            numbers = [name for name, dtype in metrics.schema.items() if dtype.is_numeric()]
-            raise RecipeError(
-                "no such metric", where="asha.metric", expected=", ".join(numbers), found=self.asha.metric
-            )
-        values = metrics[self.asha.metric].head(rung).drop_nulls()
-        value = self._sign * float(values[-1]) if len(values) else -math.inf
-        return -math.inf if math.isnan(value) else value
+        value = last_value(metrics.head(rung), self.asha.metric, "asha.metric")
+        return -math.inf if value is None else self._sign * value
 
 
 def forget_other_contests(trials: Sequence[Trial], asha: Asha | None) -> None:

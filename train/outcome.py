@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+
+import polars as pl
 
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
+from cache_tools.errors import RecipeError
 from train.result import load_result
 
 FAILED, STOPPED = "failed.json", "stopped.json"
@@ -32,3 +36,17 @@ def load_failure(folder: Path) -> Failure | None:
 def settled(folder: Path) -> bool:
     """Whether nothing is left to do for the trial of a folder: it finished, failed or was stopped."""
     return load_result(folder) is not None or load_failure(folder) is not None or (folder / STOPPED).exists()
+
+
+def last_value(history: pl.DataFrame, metric: str, where: str) -> float | None:
+    """A metric as it was measured last in a run's epochs; None if it was not yet, or if it is no number.
+
+    Raises:
+        RecipeError: the metric, which `where` names, is none of the run's figures.
+    """
+    if metric not in history.columns:
+        numbers = [name for name, dtype in history.schema.items() if dtype.is_numeric()]
+        raise RecipeError("no such metric", where=where, expected=", ".join(numbers), found=metric)
+    values = history[metric].drop_nulls()
+    value = float(values[-1]) if len(values) else math.nan
+    return None if math.isnan(value) else value

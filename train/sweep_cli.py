@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from cache_tools.console import command
 from cache_tools.errors import RecipeError
 from cache_tools.memory import keep_freed_memory
 from train.recipe import load_train_recipe
+from train.search_recipe import parse_range
 from train.sweep_recipe import SweepRecipe, load_sweep
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -34,7 +36,14 @@ def sweep_students(
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many, from the recipe's seed on.")] = None,
     grid: Annotated[
-        list[str] | None, typer.Option("--grid", metavar="KEY=V1,V2", help="Values of a recipe key; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--grid", metavar="KEY=V1,V2", help="Values of a recipe key, or a range LOW..HIGH; may be repeated."
+        ),
+    ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option("--search", min=1, help="Try so many promising settings, not all: Optuna chooses them."),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
     sweep_file: Annotated[
@@ -77,12 +86,16 @@ def sweep_students(
     data |= {"students": _words(students)} if students else {}
     data |= {"losses": _words(losses)} if losses else {}
     data |= {"seeds": seeds} if seeds else {}
-    data |= {"grid": dict(_axis(text) for text in grid)} if grid else {}
+    if search is not None:
+        data["search"] = {**(data.get("search") or {}), "trials": search}
+    data |= _axes(grid or (), data.get("search"))
     data |= {"asha": {}} if asha and not data.get("asha") else {}
     data |= {"name": name} if name else {}
     sweep = validate(SweepRecipe, data, where=str(sweep_file or "options"))
     folder = out or Path("runs") / f"sweep-{sweep.name}"
     if show_trials:
+        if sweep.search is not None:
+            raise RecipeError("a search does not know its trials in advance", where="--show-trials")
         from train.sweep_recipe import make_trials
 
         for trial in make_trials(sweep, folder):
@@ -107,7 +120,12 @@ def _run(sweep: SweepRecipe, folder: Path, workers: int | None, retry_failed: bo
     if as_json:
         print(
             json.dumps(
-                {"folder": str(folder), "trials": result.trials.to_dicts(), "settings": result.settings.to_dicts()}
+                {
+                    "folder": str(folder),
+                    "trials": result.trials.to_dicts(),
+                    "settings": result.settings.to_dicts(),
+                    "best": result.best and result.best._asdict(),
+                }
             )
         )
     else:
@@ -116,6 +134,25 @@ def _run(sweep: SweepRecipe, folder: Path, workers: int | None, retry_failed: bo
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _axes(grid: Sequence[str], search: dict[str, Any] | None) -> dict[str, Any]:
+    """`grid` and `search` of the options: ranges are for the search."""
+    lists: dict[str, Any] = {}
+    ranges: dict[str, Any] = {}
+    for text in grid:
+        key, _, values = text.partition("=")
+        found = parse_range(values)
+        if found is None:
+            lists |= [_axis(text)]
+        elif search is None:
+            raise RecipeError("a range is for a search", where=f"--grid {text}", next_step="give --search N, or values")
+        else:
+            ranges[key.strip()] = found
+    told = {"grid": lists} if lists else {}
+    if search is not None and ranges:
+        told["search"] = {**search, "space": {**search.get("space", {}), **ranges}}
+    return told
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from cache_tools.config import Frozen, set_dotted, validate
 from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import TrainRecipe, named_loss
+from train.search_recipe import Axis, Search, larger_is_better
 
 # Short names in `--grid`, as in the options of `train-student`.
 ALIASES = {"lr": "optimiser.learning_rate", "temperature": "loss.temperature", "weight_decay": "optimiser.weight_decay"}
@@ -38,7 +39,7 @@ class Asha(Frozen):
 
     @property
     def larger_is_better(self) -> bool:
-        return not any(word in self.metric for word in ("loss", "nll", "ece", "brier"))
+        return larger_is_better(self.metric)
 
     def rungs(self, epochs: int) -> list[int]:
         """Epochs after which trials are compared, without the last epoch."""
@@ -59,6 +60,7 @@ class SweepRecipe(Frozen):
         seeds: how many, from the base's seed on, or which.
         trials: settings of each trial, in place of the product; keys as in `grid`, and `student`, `loss`, `seed`.
         asha: stop the worse trials early; None trains all to the end.
+        search: try promising settings in place of the whole product; students, losses and grid are choices then.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -69,6 +71,7 @@ class SweepRecipe(Frozen):
     seeds: PositiveInt | tuple[NonNegativeInt, ...] = 1
     trials: tuple[dict[str, Any], ...] = ()
     asha: Asha | None = None
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _a_product_or_a_list(self) -> SweepRecipe:
@@ -83,24 +86,58 @@ class SweepRecipe(Frozen):
             raise RecipeError("a grid key without values", where=f"grid.{empty[0]}")
         return self
 
+    @model_validator(mode="after")
+    def _a_search_of_one_seed(self) -> SweepRecipe:
+        if self.search is None:
+            return self
+        if self.trials:
+            raise RecipeError("a search makes its own trials", where=self.name, expected="search or trials")
+        if len(self.seed_numbers) > 1 or "seed" in self.space():
+            raise RecipeError(
+                "a search trains every trial with one seed",
+                where=self.name,
+                next_step="search without --seeds, then train the best settings with several: the search says how",
+            )
+        if twice := [key for key in self._axes() if key in self._searched()]:
+            raise RecipeError("searched twice", where=f"search.space.{twice[0]}", expected="one range or list")
+        if empty := [key for key, axis in self.space().items() if axis == ()]:
+            raise RecipeError("a searched key without values", where=f"search.space.{empty[0]}")
+        if not any(not isinstance(axis, tuple) or len(axis) > 1 for axis in self.space().values()):
+            raise RecipeError("nothing to search", where=self.name, next_step="give ranges, as in --grid lr=0.01..0.5")
+        return self
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        first = int(self.base.get("seed", 0))
+        return tuple(range(first, first + self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    def space(self) -> dict[str, Axis]:
+        """What a search chooses from, by dotted key."""
+        return {**self._axes(), **self._searched()}
+
     def settings(self) -> Iterator[dict[str, Any]]:
         """What each trial has of its own, by dotted key, in the order in which trials are numbered."""
-        first = int(self.base.get("seed", 0))
-        seeds = tuple(range(first, first + self.seeds)) if isinstance(self.seeds, int) else self.seeds
+        seeds = self.seed_numbers
         if self.trials:
             for trial in self.trials:
                 chosen = {ALIASES.get(key, key): value for key, value in trial.items()}
                 yield from ([chosen] if "seed" in chosen else ({**chosen, "seed": seed} for seed in seeds))
             return
+        axes = self._axes()
+        for values in itertools.product(*axes.values()):
+            for seed in seeds:
+                yield {**dict(zip(axes, values, strict=True)), "seed": seed}
+
+    def _axes(self) -> dict[str, tuple[Any, ...]]:
         axes: dict[str, tuple[Any, ...]] = {}
         if self.students:
             axes["student"] = self.students
         if self.losses:
             axes["loss"] = self.losses
-        axes |= {ALIASES.get(key, key): values for key, values in self.grid.items()}
-        for values in itertools.product(*axes.values()):
-            for seed in seeds:
-                yield {**dict(zip(axes, values, strict=True)), "seed": seed}
+        return axes | {ALIASES.get(key, key): values for key, values in self.grid.items()}
+
+    def _searched(self) -> dict[str, Axis]:
+        return {} if self.search is None else {ALIASES.get(key, key): axis for key, axis in self.search.space.items()}
 
 
 class Trial(Frozen):
@@ -147,10 +184,7 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
     trials: list[Trial] = []
     seen: dict[str, str] = {}
     for settings in sweep.settings():
-        recipe = _recipe(sweep, settings)
-        trial = Trial(number=len(trials), settings=settings, recipe=recipe)
-        out = folder / "trials" / trial.name
-        trial = trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
+        trial = make_trial(sweep, settings, folder, len(trials))
         values = str(trial.recipe.values())
         if values in seen:
             if settings.get("loss") == "ce":  # a grid over settings of other losses
@@ -161,6 +195,14 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
         seen[values] = trial.name
         trials.append(trial)
     return trials
+
+
+def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, number: int = 0) -> Trial:
+    """One trial of a sweep; raises as `make_trials`."""
+    recipe = _recipe(sweep, settings)
+    trial = Trial(number=number, settings=dict(settings), recipe=recipe)
+    out = folder / "trials" / trial.name
+    return trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
 
 
 def load_sweep(file: Path) -> dict[str, Any]:

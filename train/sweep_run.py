@@ -21,9 +21,11 @@ from train.outcome import FAILED, settled
 from train.report import write_report
 from train.result import load_result
 from train.run import run_device
+from train.search import Best, check_installed, run_search
+from train.search_recipe import edges
 from train.students import create_student
 from train.sweep_group import opener, train_stream
-from train.sweep_recipe import SweepRecipe, Trial, make_trials
+from train.sweep_recipe import SweepRecipe, Trial, make_trial, make_trials
 from train.sweep_streams import batch_streams
 from train.sweep_table import over_seeds, save_table, trials_table
 
@@ -38,11 +40,12 @@ class _CostsFile(Frozen):
 
 
 class SweepResult(NamedTuple):
-    """What a sweep came to: `trials_table` and `over_seeds` of it."""
+    """What a sweep came to: `trials_table` and `over_seeds` of it; the best trial of a search."""
 
     folder: Path
     trials: pl.DataFrame
     settings: pl.DataFrame
+    best: Best | None = None
 
 
 def run_sweep(
@@ -64,28 +67,26 @@ def run_sweep(
     Raises:
         CacheError: what concerns all trials: recipes, cache, images, storage.
     """
-    trials = make_trials(sweep, folder)
-    for student in dict.fromkeys(trial.recipe.student for trial in trials):
-        with torch.device("meta"):  # a misspelt name shows now, not after the others are trained
-            create_student(student, 10)
-    for trial in trials:
-        loggers.chosen(trial.recipe)  # and a missing package too
-    contest = None if sweep.asha is None else Contest.among(trials, sweep.asha)
+    trials = _planned(sweep, folder)
     folder.mkdir(parents=True, exist_ok=True)
     put_durably(folder / SWEEP, dump_yaml(sweep).encode())
-    forget_other_contests(trials, sweep.asha)
-    if retry_failed:
-        for trial in trials:
-            (trial.folder / FAILED).unlink(missing_ok=True)
-    say(f"{len(trials)} trials, {sum(settled(trial.folder) for trial in trials)} of them done, in {folder}")
-    train = engine or in_process
-    left = [trial for trial in trials if not settled(trial.folder)]
-    if left:
-        train(batch_streams(left), contest)
+    train, best = engine or in_process, None
+    if sweep.search is None:
+        _reopen(trials, sweep, retry_failed)
+        say(f"{len(trials)} trials, {sum(settled(trial.folder) for trial in trials)} of them done, in {folder}")
+        _train(trials, trials, sweep, train)
+    else:
+        say(f"a search of {sweep.search.trials} trials in {folder}")
+
+        def train_new(new: Sequence[Trial], before: Sequence[Trial]) -> None:
+            _reopen(new, sweep, retry_failed)
+            _train(new, [*before, *new], sweep, train)
+
+        trials, best = run_search(sweep, folder, train_new, say)
     table = trials_table(trials, _costs(trials, folder))
     save_table(table, folder)
     write_report([], folder / REPORT, trials=table, title=f"Sweep {sweep.name}")
-    return SweepResult(folder, table, over_seeds(table))
+    return SweepResult(folder, table, over_seeds(table), best)
 
 
 def in_process(streams: Sequence[Sequence[Trial]], contest: Contest | None) -> None:
@@ -98,6 +99,38 @@ def in_process(streams: Sequence[Sequence[Trial]], contest: Contest | None) -> N
 def default_workers(device: torch.device) -> int:
     """Processes that fill the CPU, each with as many threads as this one has; one on a GPU."""
     return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // torch.get_num_threads())
+
+
+def _planned(sweep: SweepRecipe, folder: Path) -> list[Trial]:
+    """The trials, of a search those at the edges of what it may come to, with all that is wrong in them told now."""
+    if sweep.search is None:
+        trials = make_trials(sweep, folder)
+    else:
+        check_installed()
+        trials = [make_trial(sweep, settings, folder) for settings in edges(sweep.space())]
+    for student in dict.fromkeys(trial.recipe.student for trial in trials):
+        with torch.device("meta"):  # a misspelt name shows now, not after the others are trained
+            create_student(student, 10)
+    for trial in trials:
+        loggers.chosen(trial.recipe)  # and a missing package too
+    if sweep.asha is not None:
+        Contest.among(trials, sweep.asha)  # and a rung without figures
+    return trials
+
+
+def _reopen(trials: Sequence[Trial], sweep: SweepRecipe, retry_failed: bool) -> None:
+    """Let those go on that are to be tried again."""
+    forget_other_contests(trials, sweep.asha)
+    if retry_failed:
+        for trial in trials:
+            (trial.folder / FAILED).unlink(missing_ok=True)
+
+
+def _train(trials: Sequence[Trial], competing: Sequence[Trial], sweep: SweepRecipe, train: Engine) -> None:
+    """Train what is left of trials; those that compete have their say in who is stopped."""
+    left = [trial for trial in trials if not settled(trial.folder)]
+    if left:
+        train(batch_streams(left), None if sweep.asha is None else Contest.among(competing, sweep.asha))
 
 
 def _costs(trials: Sequence[Trial], folder: Path) -> dict[str, Cost]:

@@ -21,16 +21,16 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
         ):  # fmt: skip
             parts.append(str(_table(result.settings)))
         seeds = int(result.settings["n"].max())  # type: ignore[arg-type]
-        if sweep.asha is not None:
-            parts.append("Successive halving stopped trials early: these figures are for choosing, not for reporting.")
-        elif seeds > 1:
-            parts.append(
-                "Mean ± standard deviation over seeds; 95 % is half of the interval of the mean (Student's t)."
-            )
-        else:
-            parts.append("One seed: differences of this size may be chance. --seeds 3 tells.")
+        if (note := _about_seeds(sweep, seeds)) is not None:
+            parts.append(note)
         parts.append(
             "front: no other is at least as good and smaller (p parameters, f FLOPs, 1 and b latency of 1 and 128)."
+        )
+    if result.best is not None:
+        found = result.best
+        parts.append(
+            f"Best {found.metric} of the search: {found.value:.4f}, {found.trial}. It was chosen for this figure; "
+            f"to report it, train it with other seeds:\n  {found.command}"
         )
     for status in ("failed", "stopped"):
         reasons: dict[str, list[str]] = {}
@@ -39,6 +39,17 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
         parts += [f"{status}: {', '.join(names)}: {why}" for why, names in reasons.items()]
     parts.append(f"Everything is in {result.folder}")
     return "\n".join(parts)
+
+
+def _about_seeds(sweep: SweepRecipe, seeds: int) -> str | None:
+    """What the figures are good for."""
+    if sweep.asha is not None:
+        return "Successive halving stopped trials early: these figures are for choosing, not for reporting."
+    if sweep.search is not None:
+        return None  # told with the best
+    if seeds > 1:
+        return "Mean ± standard deviation over seeds; 95 % is half of the interval of the mean (Student's t)."
+    return "One seed: differences of this size may be chance. --seeds 3 tells."
 
 
 def _table(settings: pl.DataFrame) -> pl.DataFrame:
