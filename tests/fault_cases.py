@@ -286,6 +286,14 @@ def _stage(root: Path, in_child: InChild) -> Iterator[Case]:
 
 
 @contextmanager
+def _sweep(root: Path, in_child: InChild) -> Iterator[Case]:
+    from tests.sweep_case import sweep
+
+    with sweep(root, in_child) as case:
+        yield case
+
+
+@contextmanager
 def _pushed(root: Path, in_child: InChild) -> Iterator[str]:
     """The URL of a small complete cache."""
     from cache_tools.place import LocalPlace, open_place
@@ -307,6 +315,7 @@ CASES: dict[str, Callable[[Path, InChild], Any]] = {
     "fuse": _fuse,
     "pull-s3": _pull_from_s3,
     "stage": _stage,
+    "sweep": _sweep,
 }
 
 
@@ -329,7 +338,8 @@ def import_everything() -> None:
     torch.set_num_threads(1)
     from cache_tools import cli, fuse, integrity, recode, transfer  # noqa: F401
     from pipeline import build, cli  # noqa: F401, F811
-    from tests import cache_factory, tiny_build  # noqa: F401
+    from tests import cache_factory, tiny_build, tiny_run  # noqa: F401
+    from train import report, sweep_cli, sweep_run  # noqa: F401
 
 
 def _build_recipe(root: Path, in_child: InChild) -> str:

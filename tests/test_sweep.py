@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -235,42 +230,3 @@ def test_a_misspelt_student_is_told_before_anything_is_trained(cache: Path, tmp_
     with pytest.raises((RecipeError, WeightsError), match="resnet9"):
         run_sweep(sweep(cache, students=("resnet8", "resnet9")), tmp_path)
     assert not (tmp_path / "trials").exists()
-
-
-def test_the_command_from_a_file_resumes_after_sigkill(cache: Path, tmp_path: Path) -> None:
-    """Killed as soon as something is there; the same command then comes to the table of an undisturbed sweep."""
-    file = tmp_path / "sweep.yaml"
-    base = tiny_run.recipe(cache, Path("unused"), epochs=3).model_dump(mode="json", exclude={"out"})
-    (tmp_path / "recipe.yaml").write_text(json.dumps(base))
-    file.write_text(
-        json.dumps({"name": "told", "recipe": str(tmp_path / "recipe.yaml"), "seeds": 2, "students": ["resnet8"]})
-    )
-
-    def start(out: str) -> subprocess.Popen[str]:
-        arguments = [
-            sys.executable,
-            "-m",
-            "train.sweep_cli",
-            "--sweep",
-            str(file),
-            "--out",
-            str(tmp_path / out),
-            "--json",
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        return subprocess.Popen(
-            [*arguments, "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-
-    victim = start("killed")
-    while victim.poll() is None and not list((tmp_path / "killed").glob("trials/*/state.pt")):
-        pass
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    tables = []
-    for out in ("killed", "through"):
-        printed, errors = start(out).communicate(timeout=300)
-        rows = json.loads(printed)["trials"] if printed else pytest.fail(errors[-2000:])
-        tables.append([{key: row[key] for key in ("trial", "status", "top1", "nll", "ece")} for row in rows])
-    assert tables[0] == tables[1]
-    assert [row["status"] for row in tables[0]] == ["finished"] * 2
