@@ -164,8 +164,8 @@ class Progress:
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
-        eta_s = (self.total - self.done) / max(self.rate, 1e-9)
-        eta = f", ETA {eta_s:.0f} s" if self.done < self.total else ""
+        rate = self.rate
+        eta = f", ETA {(self.total - self.done) / rate:.0f} s" if self.done < self.total and rate > 0 else ""
         note = f", {self._note}" if self._note else ""
         line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self._rate_text()}{eta}{note}"
         print(line, file=sys.stderr, flush=True)

@@ -40,7 +40,8 @@ class SweepProgress(Progress):
             self._open.remove(trial)
             self._closed += trial.recipe.epochs  # one that failed or was stopped has nothing left to do
         done = self._closed + self._epochs_done(self._open)
-        self.advance(max(0, done - self.done), f"{self._trials - len(self._open)} of {self._trials} trials done")
+        if done > self.done:  # an epoch may take minutes, and a line that says nothing new is noise
+            self.advance(done - self.done, f"{self._trials - len(self._open)} of {self._trials} trials done")
 
     @staticmethod
     def _epochs_done(trials: Sequence[Trial]) -> int:
