@@ -150,3 +150,12 @@ def test_bad_contests_are_refused(cache: Path, tmp_path: Path, asha: Asha, base:
     recipe = sweep(cache, asha)
     with pytest.raises(RecipeError, match=message):
         run_sweep(recipe.model_copy(update={"base": {**recipe.base, **base}}), tmp_path)
+
+
+def test_the_first_rung_comes_after_the_warm_up(cache: Path) -> None:
+    recipe = sweep(cache, None)
+    base = {**recipe.base, "schedule": {"name": "cosine", "warmup_epochs": 2}}
+    for told, expected in (({}, 3), ({"metric": "loss"}, 3), ({"first_epochs": 1}, 1)):
+        asha = SweepRecipe.model_validate({**recipe.model_dump(), "base": base, "asha": told}).asha
+        assert asha is not None
+        assert asha.first_epochs == expected

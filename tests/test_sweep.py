@@ -201,6 +201,8 @@ def test_shares_fill_the_processes() -> None:
     trials = [[SweepTrial(number) for number in range(8)]]
     assert [len(share) for share in shares(trials, 3)] == [3, 3, 2]  # type: ignore[arg-type]
     assert [len(share) for share in shares(trials * 4, 2)] == [8, 8, 8, 8]  # type: ignore[arg-type]
+    assert [len(share) for share in shares(trials * 3, 2)] == [8, 8, 4, 4]  # type: ignore[arg-type]
+    assert [len(share) for share in shares([trials[0][:1]], 3)] == [1]  # type: ignore[arg-type]
 
 
 class SweepTrial:

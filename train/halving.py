@@ -42,7 +42,7 @@ class Contest(Frozen):
         """
         for trial in trials:
             measured = asha.metric.startswith(("test_", "ema_"))
-            if measured and asha.first_epochs < trial.recipe.evaluate_every and trial.recipe.epochs > asha.first_epochs:
+            if measured and asha.first_epochs < min(trial.recipe.evaluate_every, trial.recipe.epochs):
                 raise RecipeError(
                     f"no {asha.metric} by epoch {asha.first_epochs}",
                     where=f"{trial.name}: evaluate_every={trial.recipe.evaluate_every}",

@@ -31,6 +31,7 @@ class Asha(Frozen):
     Attributes:
         metric: a column of a run's metrics, such as `test_top1` or `test_nll`.
         keep_one_in: of how many trials one goes on [η].
+        first_epochs: the first rung [r]; in a sweep by default one epoch after the base's warm-up, which tells little.
     """
 
     metric: str = "test_top1"
@@ -72,6 +73,15 @@ class SweepRecipe(Frozen):
     trials: tuple[dict[str, Any], ...] = ()
     asha: Asha | None = None
     search: Search | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_rung_in_the_warm_up(cls, data: Any) -> Any:
+        asha = data.get("asha") if isinstance(data, dict) else None
+        if isinstance(asha, dict) and "first_epochs" not in asha:
+            schedule = data.get("base", {}).get("schedule") or {}
+            return {**data, "asha": {**asha, "first_epochs": 1 + schedule.get("warmup_epochs", 0)}}
+        return data
 
     @model_validator(mode="after")
     def _a_product_or_a_list(self) -> SweepRecipe:

@@ -89,11 +89,12 @@ class Processes:
 
 
 def shares(streams: Sequence[Sequence[Trial]], count: int) -> list[list[Trial]]:
-    """Streams as they are if they keep `count` processes busy, else each cut into as many pieces as that takes."""
-    pieces = -(-count // max(1, len(streams)))
-    found = []
-    for stream in streams:
-        size = -(-len(stream) // min(pieces, len(stream)))
+    """Streams as they are while each process has one; what is left over is cut so that it, too, fills `count`."""
+    whole = len(streams) - len(streams) % count
+    found = [list(stream) for stream in streams[:whole]]
+    for stream in streams[whole:]:
+        pieces = min(-(-count // (len(streams) - whole)), len(stream))
+        size = -(-len(stream) // pieces)
         found += [list(stream[start : start + size]) for start in range(0, len(stream), size)]
     return found
 
