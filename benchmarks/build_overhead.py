@@ -36,7 +36,8 @@ from students import build_recipe
 
 from cache_tools.arrays import default_block_rows
 from cache_tools.console import command
-from cache_tools.images import ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from pipeline.build import build_cache, resolve
 from pipeline.recipe import BuildRecipe
 from pipeline.targets import TeacherPair, load_pair

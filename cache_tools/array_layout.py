@@ -12,7 +12,7 @@ import numpy as np
 from cache_tools import commits
 from cache_tools.arrays import CHUNK_BYTES, ArraySpec, TargetSpec, constant_shapes, targets
 from cache_tools.codec_features import STEPS
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 
 _DIMENSIONS = {
     "labels": ("sample",),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import PositiveInt
 
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import AnyCodec, StoredArray
 from cache_tools.config import Frozen
-from cache_tools.format import CacheRecipe
 
 CHUNK_BYTES = 8 << 20
 MAX_BLOCK_ROWS = 16_384

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from cache_tools.arrays import targets
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import CODECS, Codec, Companded, FeatureSteps, TopK, parse_codec
 from cache_tools.config import validate
 from cache_tools.errors import RecipeError
-from cache_tools.format import CacheRecipe
 from cache_tools.target_codecs import PRESETS, TargetCodecs, kind_of, resolve_codecs
 
 _FRACTION = re.compile(r"([0-9.eE]+)/([0-9.eE]+)")

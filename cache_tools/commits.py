@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.arrays import target_arrays
-from cache_tools.format import CacheRecipe, Manifest
+from cache_tools.cache_recipe import CacheRecipe
+from cache_tools.manifest import Manifest
 
 COMMITS = "commits"
 PARAMETERS = "view_parameters"

@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from cache_tools import commits, registry
 from cache_tools.blocks import BlockReader
+from cache_tools.cache_recipe import FORMAT_VERSION, CacheRecipe
 from cache_tools.claims import Claims
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import MismatchError, StorageError
-from cache_tools.format import FORMAT_VERSION, CacheRecipe, Manifest
 from cache_tools.lineage import Source
+from cache_tools.manifest import Manifest
 from cache_tools.place import LocalPlace
 from cache_tools.reader import TeacherCache
 from cache_tools.writer import CacheWriter, check_free

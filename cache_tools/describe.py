@@ -16,11 +16,12 @@ import numpy as np
 
 from cache_tools import commits, registry
 from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.cache_recipe import ClipIdentity, TeacherIdentity
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError, printable
-from cache_tools.format import ClipIdentity, Manifest, TeacherIdentity
 from cache_tools.lineage import Source, lineage
 from cache_tools.listing import RemoteRecord, commit_names, remote_record
+from cache_tools.manifest import Manifest
 from cache_tools.place import Place
 from cache_tools.registry import CacheRecord, complete_views
 from cache_tools.sizes import size_and_time

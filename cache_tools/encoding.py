@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.arrays import TargetSpec, array_name, targets
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import FeatureSteps
 from cache_tools.errors import FormatError
-from cache_tools.format import CacheRecipe
 
 Rows = npt.NDArray[np.floating[Any]]
 Constants = Mapping[str, npt.NDArray[np.float32]]

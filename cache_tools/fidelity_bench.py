@@ -20,12 +20,12 @@ from cache_tools import fidelity
 from cache_tools.array_layout import target_layout
 from cache_tools.arrays import ArraySpec, TargetSpec, targets
 from cache_tools.blocks import BlockReader, Rows, Stored
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import SparseTargets, TopK
 from cache_tools.config import Frozen
 from cache_tools.encoding import sample_rows
 from cache_tools.errors import FormatError
 from cache_tools.fidelity_student import fit_student
-from cache_tools.format import CacheRecipe
 from cache_tools.fusion import centre_rows
 from cache_tools.layout import add_array
 from cache_tools.recode import Recoder, fit_sample, recoded_constants

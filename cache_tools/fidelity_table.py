@@ -9,11 +9,11 @@ import numpy as np
 from cache_tools import codec_spec, fidelity
 from cache_tools.arrays import target_arrays
 from cache_tools.blocks import BlockReader
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError, IncompleteError
 from cache_tools.fidelity_bench import Bench, CodecCost
-from cache_tools.format import CacheRecipe
 from cache_tools.reader import TeacherCache
 from cache_tools.target_codecs import TargetCodecs
 

@@ -19,12 +19,13 @@ import torch
 from cache_tools import fusion, plugins, registry
 from cache_tools.arrays import array_name, constant_shapes
 from cache_tools.blocks import BlockReader, Rows, Stored
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codec_spec import codecs_for
 from cache_tools.console import resolve_device
 from cache_tools.derive import Convert, Derived, derive, derived_manifest, require_same_constants
 from cache_tools.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.errors import NotFoundError, RecipeError
-from cache_tools.format import CacheRecipe, Manifest
+from cache_tools.manifest import Manifest
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice, matched_scales
 from cache_tools.resolved_fusion import Fusion

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from cache_tools.dataset import DatasetRecipe, default_data_dir
 from cache_tools.errors import DataError
-from cache_tools.images import DatasetRecipe, ImageSet, check_split, default_data_dir, sample_key
+from cache_tools.image_set import ImageSet, sample_key
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FASHION_NAMES = (
@@ -57,7 +58,7 @@ def open_digits(recipe: DatasetRecipe, split: str) -> ArrayImages:
 
     The 8 × 8 scans are brought to 32 × 32 by exact integer bilinear interpolation, their 0…16 to 0…255.
     """
-    train = check_split(recipe, split)
+    train = _check_split(recipe, split)
     table = _digits_table()
     chosen = (np.arange(len(table)) % 5 != 4) == train
     scans, labels = table[chosen, :-1].reshape(-1, 8, 8).astype(np.uint8), table[chosen, -1].astype(np.int64)
@@ -66,7 +67,7 @@ def open_digits(recipe: DatasetRecipe, split: str) -> ArrayImages:
 
 def open_fashion_mnist(recipe: DatasetRecipe, split: str) -> ArrayImages:
     """Fashion-MNIST from its IDX files, plain or gzipped; 28 × 28 scans, zero-padded by two pixels."""
-    prefix = "train" if check_split(recipe, split) else "t10k"
+    prefix = "train" if _check_split(recipe, split) else "t10k"
     root = _data_dir(recipe)
     folders = [root, root / "FashionMNIST" / "raw", SYSTEM_FASHION_DIR]
     names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
@@ -86,7 +87,7 @@ def open_fashion_mnist(recipe: DatasetRecipe, split: str) -> ArrayImages:
 
 def open_cifar(recipe: DatasetRecipe, split: str) -> ArrayImages:
     """CIFAR-10 or CIFAR-100 (fine labels) from torchvision's files, whose MD5 sums torchvision checks."""
-    train = check_split(recipe, split)
+    train = _check_split(recipe, split)
     from torchvision import datasets
 
     cls: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[recipe.name]
@@ -225,3 +226,16 @@ def _download(class_name: str, root: Path) -> None:
             found=str(error) or type(error).__name__,
             next_step="check the network, or fetch the files elsewhere and give their folder as --data-dir",
         ) from error
+
+
+def _check_split(recipe: DatasetRecipe, split: str) -> bool:
+    """True for `train`, False for `test`.
+
+    Raises:
+        DataError: anything else; the array sources have these two.
+    """
+    if split not in {"train", "test"}:
+        raise DataError(
+            f"{recipe.name} has no such split", where=split, expected="train or test, or a part such as train[:1000]"
+        )
+    return split == "train"

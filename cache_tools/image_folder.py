@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cache_tools.console import Progress
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError
-from cache_tools.images import FOLDER_IMAGE_SIZE, KEY_BYTES, DatasetRecipe, ImageSet, sample_key
+from cache_tools.image_set import KEY_BYTES, ImageSet, sample_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FOLDER_IMAGE_SIZE = 224
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs, kept even where a program lifted that
 PROGRESS_FROM_FILES = 5000

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from cache_tools.config import Frozen
 from cache_tools.errors import MismatchError
-from cache_tools.images import ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from cache_tools.verify import aligned, check_canaries
 
 if TYPE_CHECKING:

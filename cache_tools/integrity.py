@@ -22,13 +22,14 @@ import zarr
 from cache_tools import commits
 from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
+from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.durable import put_durably
 from cache_tools.errors import CacheError, FormatError
 from cache_tools.files import MAX_METADATA_BYTES, check_file
-from cache_tools.format import FORMAT_VERSION, Manifest
 from cache_tools.layout import constants_digest, metadata_files
+from cache_tools.manifest import Manifest
 from cache_tools.store import check_chunks, open_array, open_group, read_manifest, read_whole, translated
 
 WORKERS = 8

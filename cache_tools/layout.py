@@ -20,7 +20,8 @@ from cache_tools import commits
 from cache_tools.array_layout import ArrayLayout, Layouts, array_layouts
 from cache_tools.arrays import constant_shapes
 from cache_tools.errors import FormatError
-from cache_tools.format import MANIFEST_KEY, Manifest, manifest_attribute
+from cache_tools.format import MANIFEST_KEY, manifest_attribute
+from cache_tools.manifest import Manifest
 from cache_tools.store import RESTORE, quiet_numcodecs, read_whole
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cache_tools.errors import FormatError
 
 if TYPE_CHECKING:
-    from cache_tools.format import Manifest
+    from cache_tools.manifest import Manifest
 
 MAX_DEPTH = 64
 MAX_SAMPLES = 1 << 32

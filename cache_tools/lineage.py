@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from cache_tools import registry
+from cache_tools.cache_recipe import Store
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError
-from cache_tools.format import Manifest, Store
+from cache_tools.manifest import Manifest
 from cache_tools.store import read_manifest
 from cache_tools.target_codecs import TargetCodecs
 

@@ -16,7 +16,7 @@ from zarr.buffer.cpu import NDBuffer
 from cache_tools import commits
 from cache_tools.arrays import ArraySpec
 from cache_tools.errors import FormatError, StorageError
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 from cache_tools.store import check_chunks, damaged_block, translated
 
 

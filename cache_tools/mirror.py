@@ -12,7 +12,7 @@ from pathlib import Path
 from cache_tools.console import storage_error
 from cache_tools.durable import PARTIAL, rename_unless_taken, sync_folder
 from cache_tools.errors import StorageError
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 from cache_tools.place import LocalPlace, Place
 from cache_tools.registry import is_cache
 from cache_tools.transfer import copy_metadata

@@ -33,21 +33,25 @@ from cache_tools.view_ops import (
 
 if TYPE_CHECKING:
     from cache_tools.view_ops import Op
-    from cache_tools.views import ViewRecipe
 
 Parameters = Mapping[str, Tensor]  # name → int64 [N], on the pixels' device
 
 BATCH_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # per temporary: a core's L2 cache in int32; 128 MiB
 
 
-def apply(recipe: ViewRecipe, images_NCHW: Tensor, index: Integers, view: int) -> Tensor:
-    """See `ViewRecipe.apply`. Works through the samples in sub-batches, so memory stays bounded."""
-    _check(images_NCHW, len(index))
+def apply(
+    ops: tuple[Op, ...], drawn: Mapping[str, Integers], output_size: tuple[int, int], images_NCHW: Tensor
+) -> Tensor:
+    """See `ViewRecipe.apply`. Works through the samples in sub-batches, so memory stays bounded.
+
+    Args:
+        drawn: `ViewRecipe.parameters` of the images' samples, of which there are as many as images.
+    """
     device, size = images_NCHW.device, (images_NCHW.shape[2], images_NCHW.shape[3])
-    parameters = _on_device(recipe.parameters(index, view, size), len(recipe.ops), device)
-    runs = _runs(recipe.ops)
-    views = torch.empty(len(index), 3, *recipe.output_size(size), dtype=torch.uint8, device=device)
-    rows = max(1, BATCH_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // _widest(recipe.ops, size))
+    parameters = _on_device(drawn, len(ops), device)
+    runs = _runs(ops)
+    views = torch.empty(len(images_NCHW), 3, *output_size, dtype=torch.uint8, device=device)
+    rows = max(1, BATCH_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // _widest(ops, size))
 
     def make(start: int) -> None:
         part = slice(start, start + rows)
@@ -59,8 +63,17 @@ def apply(recipe: ViewRecipe, images_NCHW: Tensor, index: Integers, view: int) -
             pixels = move(pixels, steps) if isinstance(steps[0][0], PadCrop | Flip) else _change(pixels, *steps[0])
         views[part] = pixels
 
-    _each(make, range(0, len(index), rows), device)
+    _each(make, range(0, len(images_NCHW), rows), device)
     return views
+
+
+def check(images: Tensor, count: int) -> None:
+    """Raise DataError unless these are uint8 [count, 3, H, W]."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError("views are made of uint8 RGB images", expected="torch.uint8 [N, 3, H, W]", found=found)
+    if len(images) != count:
+        raise DataError("as many images as sample indices are needed", expected=f"{count} images", found=len(images))
 
 
 def move(images_NCHW: Tensor, steps: Sequence[tuple[Op, Parameters]]) -> Tensor:
@@ -192,11 +205,3 @@ def _on_device(drawn: Mapping[str, Integers], ops: int, device: torch.device) ->
             position, _, name = key.split(".")
             parameters[int(position)][name] = values
     return parameters
-
-
-def _check(images: Tensor, count: int) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError("views are made of uint8 RGB images", expected="torch.uint8 [N, 3, H, W]", found=found)
-    if len(images) != count:
-        raise DataError("as many images as sample indices are needed", expected=f"{count} images", found=len(images))

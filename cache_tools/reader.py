@@ -12,9 +12,9 @@ import numpy.typing as npt
 from cache_tools import commits, registry, staging
 from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import targets
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
-from cache_tools.format import CacheRecipe
 from cache_tools.layout import StoredConstants
 from cache_tools.place import is_remote
 from cache_tools.resolved_fusion import Fusion
@@ -33,7 +33,7 @@ from cache_tools.verify import check_canaries, check_dataset, make_canaries, pix
 if TYPE_CHECKING:
     import torch
 
-    from cache_tools.images import ImageSet
+    from cache_tools.image_set import ImageSet
     from cache_tools.targets import ViewTargets
 
 __all__ = ["TeacherCache", "ViewTargets", "make_canaries", "pixel_digest"]

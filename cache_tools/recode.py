@@ -12,10 +12,10 @@ import numpy.typing as npt
 from cache_tools import registry
 from cache_tools.arrays import constant_shapes, targets
 from cache_tools.blocks import BlockReader, Rows, Stored
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import Codec, TopK
 from cache_tools.derive import Convert, Derived, derive, derived_manifest, require_same_constants
 from cache_tools.encoding import Encoder, fit_codecs, sample_rows
-from cache_tools.format import CacheRecipe
 from cache_tools.reader import TeacherCache
 from cache_tools.target_codecs import TargetCodecs
 from cache_tools.writer import CacheWriter

@@ -15,7 +15,7 @@ from cache_tools import commits
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, NotFoundError, RecipeError, printable
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 from cache_tools.origin import read_origin
 from cache_tools.place import is_remote
 from cache_tools.sizes import Sizes, size_and_time

@@ -19,10 +19,10 @@ from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError
 from cache_tools.files import MAX_METADATA_BYTES
-from cache_tools.format import Manifest
 from cache_tools.integrity import METADATA, WORKERS, Repair, Verification
 from cache_tools.layout import metadata_files
 from cache_tools.listing import commit_names
+from cache_tools.manifest import Manifest
 from cache_tools.place import Entry, Place
 from cache_tools.transfer import block_files, manifest_at
 

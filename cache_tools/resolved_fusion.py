@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cache_tools.format import Manifest, PromptEnsemble
+from cache_tools.cache_recipe import PromptEnsemble
+from cache_tools.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)

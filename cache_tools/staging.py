@@ -17,7 +17,7 @@ from cache_tools import commits, registry
 from cache_tools.claims import Claims
 from cache_tools.console import Progress, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 from cache_tools.mirror import bring_metadata
 from cache_tools.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.place import LocalPlace, Place, open_place

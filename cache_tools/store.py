@@ -19,7 +19,8 @@ from cache_tools.arrays import ArraySpec
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, FormatError, NotFoundError
 from cache_tools.files import MAX_METADATA_BYTES, check_file
-from cache_tools.format import MANIFEST_KEY, Manifest, parse_manifest
+from cache_tools.format import MANIFEST_KEY, parse_manifest
+from cache_tools.manifest import Manifest
 
 if TYPE_CHECKING:
     import zarr

@@ -11,9 +11,9 @@ import torch
 
 from cache_tools import fusion
 from cache_tools.arrays import TargetSpec, array_name, constant_shapes
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import SparseTargets, TopK
 from cache_tools.errors import NotFoundError
-from cache_tools.format import CacheRecipe
 from cache_tools.resolved_fusion import Fusion
 
 # Rows fused at once when a component cache is loaded: keeps the float32 temporaries small.

@@ -20,7 +20,8 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError, MismatchError, NotFoundError
 from cache_tools.files import MAX_METADATA_BYTES
-from cache_tools.format import MANIFEST_KEY, Manifest, parse_manifest
+from cache_tools.format import MANIFEST_KEY, parse_manifest
+from cache_tools.manifest import Manifest
 from cache_tools.place import Place
 
 GROUP = "zarr.json"

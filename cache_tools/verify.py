@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import MismatchError
-from cache_tools.format import Canary
+from cache_tools.manifest import Canary
 from cache_tools.views import ViewRecipe
 
 if TYPE_CHECKING:
     import torch
 
-    from cache_tools.format import CacheRecipe, Manifest
-    from cache_tools.images import ImageSet
+    from cache_tools.cache_recipe import CacheRecipe
+    from cache_tools.image_set import ImageSet
+    from cache_tools.manifest import Manifest
 
 MAX_CANARIES = 16
 

@@ -145,7 +145,10 @@ class ViewRecipe(Frozen):
         """
         from cache_tools import pixels
 
-        return pixels.apply(self, images_NCHW_u8, _sample_index(index), view)
+        samples = _sample_index(index)
+        pixels.check(images_NCHW_u8, len(samples))
+        size = (images_NCHW_u8.shape[2], images_NCHW_u8.shape[3])
+        return pixels.apply(self.ops, self.parameters(samples, view, size), self.output_size(size), images_NCHW_u8)
 
     def _words(self, samples: Integers, view: int, position: int) -> Words:
         index = samples.astype(np.uint64)

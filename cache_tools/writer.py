@@ -15,12 +15,14 @@ import numpy.typing as npt
 from cache_tools import commits
 from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import target_arrays
+from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.durable import PARTIAL, remove_leftovers, rename_unless_taken, sync_folder, sync_tree
 from cache_tools.encoding import Encoder
 from cache_tools.errors import FormatError, MismatchError, StorageError
-from cache_tools.format import FORMAT_VERSION, MANIFEST_KEY, Canary, Manifest, manifest_attribute
+from cache_tools.format import MANIFEST_KEY, manifest_attribute
 from cache_tools.layout import StoredConstants, check_constants, check_samples, constants_digest, lay_out
 from cache_tools.limits import check_limits
+from cache_tools.manifest import Canary, Manifest
 from cache_tools.store import open_array, open_group, read_commits, read_manifest, translated
 
 

@@ -16,7 +16,8 @@ import typer
 from fashion_mnist_study import METHODS, PARTS, VIEWS, Run, method_runs, recipe_of
 
 from cache_tools.console import Progress, command, resolve_device
-from cache_tools.images import DatasetRecipe, open_images
+from cache_tools.dataset import DatasetRecipe
+from cache_tools.images import open_images
 from train.checkpoints import load_student
 from train.corrupt import corrupted_copies
 from train.evaluate import evaluate
@@ -128,7 +129,7 @@ def _clean_error(run: Run, samples: int) -> float:
 
 
 def _preprocessing(dataset: DatasetRecipe) -> Any:
-    from cache_tools.format import Preprocessing
+    from cache_tools.cache_recipe import Preprocessing
 
     mean, std = dataset.normalisation
     return Preprocessing(mean=mean, std=std)

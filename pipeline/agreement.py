@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache_tools.cache_recipe import Precision
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError
-from cache_tools.format import Precision
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.refusion import FusionChoice
 from pipeline.stored_networks import load_stored_pair
 from pipeline.targets import TeacherPair

@@ -18,9 +18,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from cache_tools.arrays import default_block_rows
+from cache_tools.cache_recipe import CacheRecipe, ClipIdentity, TeacherIdentity
 from cache_tools.console import resolve_device
-from cache_tools.format import CacheRecipe, ClipIdentity, Manifest, TeacherIdentity
-from cache_tools.images import ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
+from cache_tools.manifest import Manifest
 from cache_tools.place import open_place
 from cache_tools.target_codecs import resolve_codecs
 from cache_tools.verify import make_canaries

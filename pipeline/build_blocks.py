@@ -19,8 +19,8 @@ from cache_tools.arrays import targets
 from cache_tools.claims import Claims
 from cache_tools.codecs import Float16
 from cache_tools.console import Progress
-from cache_tools.format import Manifest
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
+from cache_tools.manifest import Manifest
 from pipeline.loader import BatchLoader, LoadedBatch
 from pipeline.output import Output
 from pipeline.targets import TeacherPair

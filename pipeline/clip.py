@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from cache_tools import fusion
+from cache_tools.cache_recipe import ClipIdentity, Precision, Preprocessing
 from cache_tools.errors import RecipeError, WeightsError
-from cache_tools.format import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.clip_source import ClipSource, load_network, needs_hub, resolve_source
 from pipeline.hub import hub_or_local_copies

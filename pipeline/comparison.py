@@ -30,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cache_tools.cache_recipe import Precision
 from cache_tools.codecs import Codec, TopK
-from cache_tools.format import Precision
 from cache_tools.replay_report import Place, TargetReplay
 
 FLOAT32, TF32, HALF, BFLOAT16 = 1e-4, 2.0**-4, 2.0**-4, 2.0**-1

@@ -10,9 +10,9 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from cache_tools.cache_recipe import Precision, Preprocessing
 from cache_tools.console import Progress
-from cache_tools.format import Precision, Preprocessing
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from pipeline.evaluation_report import ROBUSTNESS, ROBUSTNESS_PICTURE, CheckpointFigures, RobustnessReport
 from train.checkpoints import load_student
 from train.corruptions import CORRUPTIONS, SEVERITIES, Corrupted

@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
+from cache_tools.cache_recipe import Precision
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
-from cache_tools.format import Precision
 from pipeline.agreement import Agreement
 from train.confusion import ClassFigures, ConfusedPair
 from train.evaluate import Evaluation

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cache_tools import registry
+from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.errors import FormatError, NotFoundError
-from cache_tools.format import FORMAT_VERSION, Manifest
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
+from cache_tools.manifest import Manifest
 from cache_tools.place import open_place
 from cache_tools.store import read_manifest
 from cache_tools.transfer import committed, manifest_at

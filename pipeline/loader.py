@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cache_tools.format import Manifest
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
+from cache_tools.manifest import Manifest
 
 LOADED_BATCHES_AHEAD = 3
 TICK_S = 0.5

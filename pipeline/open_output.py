@@ -14,11 +14,12 @@ from pathlib import Path
 from cache_tools import commits, registry
 from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.claims import Claims
 from cache_tools.durable import PARTIAL
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
-from cache_tools.format import CacheRecipe, Manifest
 from cache_tools.layout import constants_digest
+from cache_tools.manifest import Manifest
 from cache_tools.mirror import bring_metadata
 from cache_tools.place import LocalPlace, Place
 from cache_tools.store import open_group, read_manifest, read_whole

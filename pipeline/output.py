@@ -17,7 +17,7 @@ import numpy.typing as npt
 from cache_tools import commits
 from cache_tools.claims import Claims
 from cache_tools.console import Progress
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 from cache_tools.origin import OriginRecord, write_origin
 from cache_tools.place import LocalPlace, Place
 from cache_tools.store import translated

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from cache_tools.arrays import constant_shapes, target_arrays
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.config import Frozen
 from cache_tools.console import resolve_device
 from cache_tools.describe import human_bytes
-from cache_tools.format import Preprocessing
-from cache_tools.images import ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from cache_tools.preprocess import prepare
 from pipeline.build import resolve
 from pipeline.destination import destination

@@ -11,7 +11,7 @@ from cache_tools.arrays import array_name
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import PreflightError
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import WeightsError
-from cache_tools.format import Preprocessing
 from pipeline.hub import hub_or_local_copies
 from pipeline.weights import class_count_error, first_line, nearest
 from train.students import create_student

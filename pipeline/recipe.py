@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
+from cache_tools.cache_recipe import FusionRecipe, Precision, Share, Store
 from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Frozen, load_recipe, name_or_fields, one_or_several
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import RecipeError
-from cache_tools.format import FusionRecipe, Precision, Share, Store
-from cache_tools.images import DatasetRecipe
 from cache_tools.place import is_url
 from cache_tools.refusion import check_shares
 from cache_tools.target_codecs import PresetName, TargetCodecs

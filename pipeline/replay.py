@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 
 from cache_tools.blocks import BlockReader, Rows
+from cache_tools.cache_recipe import CacheRecipe, Store
 from cache_tools.console import Progress, resolve_device
 from cache_tools.encoding import Encoder, fitted
 from cache_tools.errors import IncompleteError
-from cache_tools.format import CacheRecipe, Store
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.lineage import Source, lineage, open_source
 from cache_tools.reader import TeacherCache
 from cache_tools.replay_report import Replay

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from pydantic import ValidationError
 
+from cache_tools.cache_recipe import ClipIdentity, Precision, TeacherIdentity
 from cache_tools.errors import NotFoundError, WeightsError
-from cache_tools.format import ClipIdentity, Manifest, Precision, TeacherIdentity
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
+from cache_tools.manifest import Manifest
 from cache_tools.resolved_fusion import Fusion
 from pipeline.clip import Clip, load_clip
 from pipeline.recipe import BuildRecipe, ClipSpec

@@ -12,8 +12,9 @@ import torch
 
 from cache_tools import fusion
 from cache_tools.arrays import array_name
-from cache_tools.format import FusionRecipe, Precision, Store
-from cache_tools.images import DatasetRecipe, ImageSet
+from cache_tools.cache_recipe import FusionRecipe, Precision, Store
+from cache_tools.dataset import DatasetRecipe
+from cache_tools.image_set import ImageSet
 from cache_tools.refusion import MATCH_SAMPLES
 from cache_tools.resolved_fusion import Fusion
 from cache_tools.views import ViewRecipe

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cache_tools import fusion
+from cache_tools.cache_recipe import Precision, Preprocessing, TeacherIdentity
 from cache_tools.errors import WeightsError
-from cache_tools.format import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
 from pipeline.pretrained import library_preprocessing, load_pretrained
 from pipeline.references import is_file_reference, resolve_path

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.console import resolve_device
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 from pipeline.stored_networks import load_stored_clips
 
 

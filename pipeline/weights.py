@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from cache_tools.cache_recipe import Precision
 from cache_tools.errors import WeightsError
-from cache_tools.format import Precision
 from pipeline.layouts import efficientnet_pytorch_to_timm
 
 LINE_LIMIT = 160

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from cache_tools.arrays import constant_shapes, targets
+from cache_tools.cache_recipe import CacheRecipe, ClipIdentity, FusionRecipe, Preprocessing, TeacherIdentity
 from cache_tools.codecs import Float16
-from cache_tools.format import CacheRecipe, ClipIdentity, FusionRecipe, Manifest, Preprocessing, TeacherIdentity
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.image_arrays import ArrayImages
-from cache_tools.images import DatasetRecipe, sample_key
+from cache_tools.image_set import sample_key
 from cache_tools.layout import constants_digest
+from cache_tools.manifest import Manifest
 from cache_tools.target_codecs import PresetName, TargetCodecs, resolve_codecs
 from cache_tools.verify import make_canaries
 from cache_tools.views import Flip, PadCrop, ViewRecipe

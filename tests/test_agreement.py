@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cache_tools.errors import NotFoundError, WeightsError
-from cache_tools.images import ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from cache_tools.refusion import FusionChoice
 from pipeline.agreement import agreement, load_teachers
 from pipeline.build import build_cache

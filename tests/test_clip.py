@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cache_tools import fusion
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import RecipeError, WeightsError
-from cache_tools.format import Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.clip import Clip, load_clip
 from pipeline.clip_source import resolve_source

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from cache_factory import tiny_images, tiny_manifest
 
+from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codec_spec import choose, codecs_for, kinds
 from cache_tools.codecs import Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, TopK
 from cache_tools.errors import RecipeError
-from cache_tools.format import CacheRecipe
 from cache_tools.target_codecs import PRESETS, TargetCodecs, resolve_codecs
 
 IMAGES = tiny_images()

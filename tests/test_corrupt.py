@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.image_arrays import ArrayImages
-from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from train import corrupt
 from train.corrupt import corrupt_images, corrupted_copies
 from train.corruptions import CORRUPTIONS, SEVERITIES

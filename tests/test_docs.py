@@ -27,7 +27,7 @@ import train.export_cli
 import train.report_cli
 import train.sweep_cli
 from cache_tools import TeacherCache
-from cache_tools.format import FusionRecipe
+from cache_tools.cache_recipe import FusionRecipe
 from cache_tools.images import open_images
 from cache_tools.registry import HOME_VARIABLE
 from cache_tools.verify import pixel_digest

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cache_tools.cache_recipe import Preprocessing
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError, WeightsError
-from cache_tools.format import Preprocessing
-from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from cache_tools.preprocess import prepare
 from train.evaluate import CALIBRATION_BINS, Evaluation, evaluate, evaluate_logits, predict
 

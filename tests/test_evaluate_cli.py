@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cache_tools.format import Preprocessing
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.images import open_images
 from pipeline.build import build_cache
 from pipeline.evaluate_cli import app

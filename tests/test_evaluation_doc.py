@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cache_tools.images import DatasetRecipe
+from cache_tools.dataset import DatasetRecipe
 from pipeline.evaluate_cli import app
 from train import corrupt
 from train.recipe import TrainRecipe

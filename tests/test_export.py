@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cache_tools.format import Preprocessing
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.images import open_images
 from tests import tiny_run
 from train import export_formats

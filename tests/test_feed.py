@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cache_tools.errors import DataError, FormatError, RecipeError
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.reader import TeacherCache
 from cache_tools.views import ColourJitter, Flip, PadCrop, RandomResizedCrop, ViewRecipe
 from tests import cache_factory

@@ -6,15 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_tools.arrays import CHUNK_BYTES, array_name, constant_shapes, default_block_rows, target_arrays
+from cache_tools.cache_recipe import CacheRecipe, FusionRecipe
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError
-from cache_tools.format import (
-    CacheRecipe,
-    FusionRecipe,
-    Manifest,
-    manifest_attribute,
-    parse_manifest,
-)
+from cache_tools.format import manifest_attribute, parse_manifest
+from cache_tools.manifest import Manifest
 from cache_tools.target_codecs import PRESETS, PresetName, resolve_codecs
 
 MANIFEST = tiny_manifest(tiny_images())

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from cache_tools.cache_recipe import FusionRecipe
 from cache_tools.cli import app
 from cache_tools.errors import (
     CacheError,
@@ -25,7 +26,6 @@ from cache_tools.errors import (
     StorageError,
     WeightsError,
 )
-from cache_tools.format import FusionRecipe
 from cache_tools.fuse import Fused, fuse
 from cache_tools.images import open_images
 from cache_tools.integrity import verify

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from cache_tools import fusion
+from cache_tools.cache_recipe import PromptEnsemble
 from cache_tools.errors import PreflightError
-from cache_tools.format import PromptEnsemble
 from cache_tools.resolved_fusion import Fusion
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.cli import app
 from cache_tools.errors import FormatError
-from cache_tools.format import FORMAT_VERSION
 from cache_tools.integrity import verify
 from cache_tools.reader import TeacherCache
 from cache_tools.registry import record

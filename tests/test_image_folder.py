@@ -13,8 +13,9 @@ from PIL import Image, ImageFile
 from torchvision import datasets, transforms
 
 from cache_tools import image_folder
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError
-from cache_tools.images import DatasetRecipe, open_images
+from cache_tools.images import open_images
 
 SIZE = 32
 

@@ -18,8 +18,10 @@ from pydantic import ValidationError
 from torchvision import datasets
 
 from cache_tools import image_arrays
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError
-from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

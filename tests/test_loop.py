@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import RecipeError
-from cache_tools.format import Preprocessing
 from cache_tools.reader import TeacherCache
 from tests import cache_factory
 from train.feed import CachedTargets, Feed, ResidentFeed, epoch_order, mixed_seed

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from cache_tools.config import dump_yaml
 from cache_tools.image_folder import FolderImages
-from cache_tools.images import sample_key
+from cache_tools.image_set import sample_key
 from cache_tools.reader import TeacherCache
 from tests import tiny_run
 from train.checkpoints import LAST

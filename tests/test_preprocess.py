@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
-from cache_tools.format import Preprocessing
-from cache_tools.images import DatasetRecipe, open_images
+from cache_tools.cache_recipe import Preprocessing
+from cache_tools.dataset import DatasetRecipe
+from cache_tools.images import open_images
 from cache_tools.preprocess import _resample_in_passes, prepare
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_tools import fusion
+from cache_tools.cache_recipe import FusionRecipe
 from cache_tools.errors import (
     CacheError,
     DeviceError,
@@ -21,7 +22,6 @@ from cache_tools.errors import (
     NotFoundError,
     StorageError,
 )
-from cache_tools.format import FusionRecipe
 from cache_tools.reader import TeacherCache, ViewTargets
 from cache_tools.resolved_fusion import Fusion
 from cache_tools.targets import take

@@ -14,11 +14,11 @@ from cache_factory import build, create, tiny_constants, tiny_images, tiny_manif
 
 from cache_tools import durable, registry
 from cache_tools.blocks import BlockReader
+from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.codec_spec import codecs_for
 from cache_tools.codecs import Companded, FeatureSteps, TopK
 from cache_tools.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, StorageError
-from cache_tools.format import FORMAT_VERSION
 from cache_tools.integrity import verify
 from cache_tools.lineage import lineage
 from cache_tools.reader import TeacherCache

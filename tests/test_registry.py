@@ -7,7 +7,7 @@ from cache_factory import build, create, tiny_images, tiny_manifest, tiny_target
 
 from cache_tools import registry
 from cache_tools.errors import FormatError, NotFoundError, RecipeError
-from cache_tools.format import Manifest
+from cache_tools.manifest import Manifest
 from cache_tools.reader import TeacherCache
 
 IMAGES = tiny_images()

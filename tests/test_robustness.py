@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import WeightsError
-from cache_tools.format import Preprocessing
 from tests import corrupted_folder
 from train.corruptions import CORRUPTIONS, KINDS, SEVERITIES, Corrupted, open_corrupted
 from train.robustness import robustness, summarise

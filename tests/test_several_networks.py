@@ -11,7 +11,8 @@ import torch
 
 from cache_tools.errors import PreflightError, RecipeError
 from cache_tools.fusion import projection_matrix
-from cache_tools.images import ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from pipeline.build import build_cache, resolve

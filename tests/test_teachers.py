@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from cache_tools import fusion
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import RecipeError, WeightsError
-from cache_tools.format import Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.recipe import TeacherSpec
 from pipeline.teachers import Teacher, load_teacher

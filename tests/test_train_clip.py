@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cache_tools.images import DatasetRecipe, open_images
+from cache_tools.dataset import DatasetRecipe
+from cache_tools.images import open_images
 from pipeline.prompts import render_prompts, template_set
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,8 +19,8 @@ from PIL import Image
 from test_stats import labelled_images, reference_summary, softmax, write_cache
 
 from cache_tools import tune_grid
+from cache_tools.cache_recipe import FusionRecipe, PromptEnsemble
 from cache_tools.errors import IncompleteError, NotFoundError, RecipeError
-from cache_tools.format import FusionRecipe, PromptEnsemble
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.tune import Scale, TuneResult, to_json, tune_fusion

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cache_tools.images import DatasetRecipe, open_images
+from cache_tools.dataset import DatasetRecipe
+from cache_tools.images import open_images
 from tests import cache_factory
 from train.recipe import TrainRecipe
 

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from cache_tools.console import Progress
 from cache_tools.durable import PARTIAL, put_durably, remove_leftovers, sync_folder
 from cache_tools.errors import DataError, RecipeError
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.philox import sample_words
 from cache_tools.registry import cache_home
 from train.corruptions import CORRUPTIONS, LABELS, SEVERITIES, Corrupted, evenly_spaced, open_corrupted

@@ -10,10 +10,12 @@ import numpy.typing as npt
 import torch
 
 from cache_tools import registry
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.codecs import TopK
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError, NotFoundError, RecipeError
-from cache_tools.format import Preprocessing
-from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from cache_tools.resolved_fusion import Fusion
 from cache_tools.verify import aligned

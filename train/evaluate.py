@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cache_tools.cache_recipe import Precision, Preprocessing
 from cache_tools.config import Frozen
 from cache_tools.errors import DataError, WeightsError
-from cache_tools.format import Precision, Preprocessing
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.preprocess import prepare
 
 CALIBRATION_BINS = 15

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.durable import PARTIAL, output_folder, put_durably, sync_folder, sync_tree
 from cache_tools.errors import WeightsError
-from cache_tools.format import Preprocessing
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.preprocess import prepare
 from train.checkpoints import load_student
 from train.corruptions import evenly_spaced

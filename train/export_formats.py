@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import RecipeError
-from cache_tools.format import Preprocessing
 from cache_tools.preprocess import affine, prepare
 from train.checkpoints import StudentCard, load_student
 

@@ -20,7 +20,7 @@ import torch
 
 from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.reader import TeacherCache
 from cache_tools.resolved_fusion import Fusion
 from cache_tools.targets import ViewTargets

@@ -12,8 +12,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import RecipeError
-from cache_tools.format import Preprocessing
 from cache_tools.preprocess import prepare
 from train.feed import Batch, Feed, mixed_seed
 from train.objective import Objective

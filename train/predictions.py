@@ -10,10 +10,10 @@ import polars as pl
 import torch
 from torch import nn
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.durable import put_durably
 from cache_tools.errors import DataError
-from cache_tools.format import Preprocessing
-from cache_tools.images import ImageSet
+from cache_tools.image_set import ImageSet
 from cache_tools.preprocess import prepare
 from train.evaluate import CALIBRATION_BINS, batches, evaluating
 from train.folder import PREDICTIONS

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from cache_tools.cache_recipe import Precision
 from cache_tools.config import Frozen, load_recipe
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import RecipeError
-from cache_tools.format import Precision
-from cache_tools.images import DatasetRecipe
 from cache_tools.refusion import FusionChoice
 from cache_tools.views import ViewRecipe
 from train.loss_recipe import LossRecipe

@@ -13,8 +13,8 @@ import polars as pl
 import torch
 from torch import nn
 
+from cache_tools.cache_recipe import Precision, Preprocessing
 from cache_tools.config import Frozen
-from cache_tools.format import Precision, Preprocessing
 from cache_tools.preprocess import prepare
 from train.corruptions import CORRUPTIONS, KINDS, SEVERITIES
 from train.evaluate import Meter, batches, evaluating

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError
-from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 
 
 def open_shifted(folder: Path | str, class_names: Sequence[str], image_size: tuple[int, int]) -> ImageSet:

@@ -10,9 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from cache_tools.config import validate
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
-from cache_tools.format import Manifest
-from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
+from cache_tools.manifest import Manifest
 from train import checkpoints, folder
 from train.checkpoints import StudentCard
 from train.recipe import TrainRecipe

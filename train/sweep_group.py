@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from cache_tools.console import warn
+from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import CacheError
-from cache_tools.images import DatasetRecipe, ImageSet, open_images
+from cache_tools.image_set import ImageSet
+from cache_tools.images import open_images
 from cache_tools.memory import free_memory
 from train.data import Opener, TrainingData, open_data
 from train.feed import CachedTargets, Feed, open_feed

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from cache_tools.format import Manifest
-from cache_tools.images import DatasetRecipe
+from cache_tools.dataset import DatasetRecipe
+from cache_tools.manifest import Manifest
 from cache_tools.reader import TeacherCache
 from cache_tools.views import ViewRecipe
 from train.sweep_recipe import Trial
