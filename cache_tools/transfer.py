@@ -269,5 +269,5 @@ def _damaged(source: Place, view: int, block: int, what: str, commit_key: str) -
     return FormatError(
         what,
         where=f"{source}, view {view}, block {block}",
-        next_step=f"remove {commit_key} there and run the same build-cache command: it computes the block again",
+        next_step=f"remove {commit_key} there and run the command again that made this cache: it makes the block again",
     )
