@@ -169,9 +169,33 @@ def test_one_that_only_lacks_memory_beside_others_is_trained_on_its_own(
     monkeypatch.setattr(zoo.WideResNet, "forward", greedy)
     result = run_sweep(sweep(cache, students=("wrn_16_1", "resnet8")), tmp_path / "sweep")
     assert result.trials["status"].to_list() == ["finished", "finished"]
-    assert "wrn_16_1-s0: out of memory beside 1 others" in capsys.readouterr().err
+    assert (
+        "too little memory for 2 trials side by side, later and fewer at a time: wrn_16_1-s0" in capsys.readouterr().err
+    )
     alone = train_student(tiny_run.recipe(cache, tmp_path / "alone", epochs=2, student="wrn_16_1"))
     same_weights(alone.folder, tmp_path / "sweep/trials/wrn_16_1-s0")
+
+
+def test_trials_that_do_not_fit_together_are_halved_until_they_do(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for two: of five all lack it, so three and two; of the three all, so two and one."""
+    import train.sweep_group as sweep_group
+
+    sizes = []
+    train = sweep_group.train_group
+
+    def small(runs: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(runs))
+        if len(runs) > 2:
+            return [MemoryError("no room") for _ in runs]
+        return train(runs, *args, **options)
+
+    monkeypatch.setattr(sweep_group, "train_group", small)
+    rates = (0.01, 0.02, 0.03, 0.04, 0.05)
+    result = run_sweep(sweep(cache, grid={"lr": rates}, base={"epochs": 1}), tmp_path)
+    assert sizes == [5, 3, 2, 2, 1]
+    assert set(result.trials["status"]) == {"finished"}
 
 
 def test_a_sweep_that_grows_trains_what_is_new(cache: Path, tmp_path: Path) -> None:

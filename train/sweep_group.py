@@ -64,11 +64,16 @@ def opener() -> Opener:
 
 def _train(opened: Sequence[_Opened], lead: TrainingData, device: torch.device, contest: Contest | None) -> None:
     """Train trials side by side; those for which the memory did not suffice then have it to themselves."""
-    crowded = _train_side_by_side(opened, lead, device, contest)
-    for trial, data in crowded:
-        warn(f"{trial.name}: out of memory beside {len(opened) - 1} others; now on its own")
-        free_memory(device)
-        _train_side_by_side([(trial, data)], lead, device, contest)
+    waiting = [opened]
+    while waiting:
+        group = waiting.pop(0)
+        crowded = _train_side_by_side(group, lead, device, contest)
+        if crowded:
+            names = ", ".join(trial.name for trial, _ in crowded)
+            warn(f"too little memory for {len(group)} trials side by side, later and fewer at a time: {names}")
+            free_memory(device)
+            half = len(crowded) if len(crowded) < len(group) else (len(crowded) + 1) // 2
+            waiting += [part for part in (crowded[:half], crowded[half:]) if part]
 
 
 def _train_side_by_side(
