@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_tools.errors import RecipeError, WeightsError
+from cache_tools.errors import NotFoundError, RecipeError, WeightsError
 from tests import tiny_run
 from train.recipe import load_train_recipe
 from train.run import train_student
@@ -256,3 +256,9 @@ def test_a_misspelt_student_is_told_before_anything_is_trained(cache: Path, tmp_
     with pytest.raises((RecipeError, WeightsError), match="resnet9"):
         run_sweep(sweep(cache, students=("resnet8", "resnet9")), tmp_path)
     assert not (tmp_path / "trials").exists()
+
+
+def test_no_such_cache_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no cache here"):
+        run_sweep(sweep(tmp_path / "nosuch.zarr"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()

@@ -73,7 +73,8 @@ def run_sweep(
     train, best = engine or in_process, None
     if sweep.search is None:
         _reopen(trials, sweep, retry_failed)
-        say(f"{len(trials)} trials, {sum(settled(trial.folder) for trial in trials)} of them done, in {folder}")
+        done = sum(settled(trial.folder) for trial in trials)
+        say(f"{len(trials)} trial{'s' if len(trials) > 1 else ''}, {done} done, in {folder}")
         _train(trials, trials, sweep, train)
     else:
         say(f"a search of {sweep.search.trials} trials in {folder}")
@@ -115,6 +116,7 @@ def _planned(sweep: SweepRecipe, folder: Path) -> list[Trial]:
         loggers.chosen(trial.recipe)  # and a missing package too
     if sweep.asha is not None:
         Contest.among(trials, sweep.asha)  # and a rung without figures
+    batch_streams(trials)  # and a cache that is not there
     return trials
 
 
