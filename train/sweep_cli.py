@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -57,6 +58,19 @@ def sweep_students(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes. Default: what fills the CPU; one on a GPU.")
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="Where trials run: this machine, or a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            help="HOST:PORT, auto or local. Default: RAY_ADDRESS, else a cluster that runs here, else a new one.",
+        ),
+    ] = None,
+    ray_gpus: Annotated[
+        float, typer.Option("--ray-gpus", min=0.01, help="GPUs of a Ray worker; 0.5 has two on each.")
+    ] = 1.0,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the sweep. Default: the recipe's.")] = None,
@@ -93,6 +107,10 @@ def sweep_students(
     data |= {"name": name} if name else {}
     sweep = validate(SweepRecipe, data, where=str(sweep_file or "options"))
     folder = out or Path("runs") / f"sweep-{sweep.name}"
+    if ray_address is not None and engine != "ray":
+        raise RecipeError(
+            "an address without its engine", where=f"--ray-address {ray_address}", expected="--engine ray"
+        )
     if show_trials:
         if sweep.search is not None:
             raise RecipeError("a search does not know its trials in advance", where="--show-trials")
@@ -101,22 +119,36 @@ def sweep_students(
         for trial in make_trials(sweep, folder):
             print(trial.name)
         return
-    _run(sweep, folder, workers, retry_failed, as_json)
+    cluster = {"address": ray_address, "gpus": ray_gpus} if engine == "ray" else None
+    _run(sweep, folder, workers, cluster, retry_failed, as_json)
 
 
-def _run(sweep: SweepRecipe, folder: Path, workers: int | None, retry_failed: bool, as_json: bool) -> None:
+def _run(
+    sweep: SweepRecipe,
+    folder: Path,
+    workers: int | None,
+    cluster: dict[str, Any] | None,
+    retry_failed: bool,
+    as_json: bool,
+) -> None:
     import sys
 
     from cache_tools.console import resolve_device
-    from train.sweep_run import default_workers, run_sweep
+    from train.sweep_run import Engine, default_workers, run_sweep
     from train.sweep_text import sweep_text
     from train.sweep_workers import Processes
 
     keep_freed_memory()
-    count = workers or default_workers(resolve_device(sweep.base.get("device", "auto")))
-    engine = Processes(count, folder) if count > 1 else None
     say = lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)  # noqa: E731
-    result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, say=say)
+    with ExitStack() as stack:
+        engine: Engine | None = None
+        if cluster is not None:
+            from train.sweep_ray import OnRay
+
+            engine = stack.enter_context(OnRay(folder, **cluster, workers=workers, say=say))
+        elif (count := workers or default_workers(resolve_device(sweep.base.get("device", "auto")))) > 1:
+            engine = Processes(count, folder)
+        result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, say=say)
     if as_json:
         print(
             json.dumps(

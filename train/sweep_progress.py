@@ -31,17 +31,18 @@ class SweepProgress(Progress):
             self._look()
 
     def __exit__(self, *error: Any) -> None:
-        self._look()
+        self._look(last=True)
         super().__exit__(*error)
 
-    def _look(self) -> None:
+    def _look(self, *, last: bool = False) -> None:
         self._looked = time.monotonic()
         for trial in [trial for trial in self._open if settled(trial.folder)]:
             self._open.remove(trial)
             self._closed += trial.recipe.epochs  # one that failed or was stopped has nothing left to do
         done = self._closed + self._epochs_done(self._open)
-        if done > self.done:  # an epoch may take minutes, and a line that says nothing new is noise
-            self.advance(done - self.done, f"{self._trials - len(self._open)} of {self._trials} trials done")
+        note = f"{self._trials - len(self._open)} of {self._trials} trials done"
+        if done > self.done or last:  # an epoch may take minutes, and a line that says nothing new is noise
+            self.advance(max(0, done - self.done), note)
 
     @staticmethod
     def _epochs_done(trials: Sequence[Trial]) -> int:
