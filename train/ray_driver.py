@@ -135,6 +135,7 @@ def run_shares(job: Mapping[str, Any]) -> dict[str, str]:
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     ).fit()
+    shutil.rmtree(folder / "tune", ignore_errors=True)  # what is worth keeping is in the folders of the trials
     return died
 
 

@@ -41,7 +41,9 @@ class SweepProgress(Progress):
             self._closed += trial.recipe.epochs  # one that failed or was stopped has nothing left to do
         done = self._closed + self._epochs_done(self._open)
         note = f"{self._trials - len(self._open)} of {self._trials} trials done"
-        if done > self.done or last:  # an epoch may take minutes, and a line that says nothing new is noise
+        if last and self._bar is None:  # a line follows anyway
+            self.done, self._note = done, note
+        elif done > self.done or last:  # an epoch may take minutes, and a line that says nothing new is noise
             self.advance(max(0, done - self.done), note)
 
     @staticmethod

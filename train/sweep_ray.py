@@ -139,7 +139,7 @@ class OnRay:
             self.close()
             raise
         cpus, cards = (sum(node[kind] for node in self.nodes) for kind in ("cpus", "gpus"))
-        self._say(f"Ray: {len(self.nodes)} nodes, {cpus:g} CPUs, {cards:g} GPUs")
+        self._say(f"Ray: {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {cpus:g} CPUs, {cards:g} GPUs")
 
     def _start(self) -> subprocess.Popen[str]:
         environment = {**{name: value for name, value in QUIET.items() if name not in os.environ}, **os.environ}
