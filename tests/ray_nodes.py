@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Ray takes 127.0.0.1 for a name of the machine's outer address.
 ADDRESSES = ("127.0.0.2", "127.0.0.3")
+# A cluster that was once started in this home may have left a token, and nodes disagree about whether it is wanted.
+SETTINGS = {"RAY_AUTH_MODE": "disabled"}
 START_S = 90.0
 
 
@@ -45,7 +47,12 @@ class Cluster:
         else:
             words.append(f"--address={self.address}")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {"PYTHONPATH": str(ROOT), "TEACHER_CACHE_HOME": str(self.homes[node]), "OMP_NUM_THREADS": "1"}
+        environment |= {
+            **SETTINGS,
+            "PYTHONPATH": str(ROOT),
+            "TEACHER_CACHE_HOME": str(self.homes[node]),
+            "OMP_NUM_THREADS": "1",
+        }
         with open(self._logs / f"node-{node}.log", "wb") as log:
             self._nodes[node] = subprocess.Popen(
                 words, stdout=log, stderr=log, env=environment, cwd="/", start_new_session=True

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from cache_tools.errors import MismatchError, NotFoundError, RecipeError, StorageError
 from tests import tiny_run
-from tests.ray_nodes import ROOT, Cluster, cluster
+from tests.ray_nodes import ROOT, SETTINGS, Cluster, cluster
 from tests.s3_server import new_bucket
 from train.ray_worker import KnownCache, Share, _found_here, _train
 from train.sweep_ray import OnRay
@@ -32,7 +32,9 @@ FIGURES = ("trial", "status", "error", "top1", "top5", "nll", "ece", "best_epoch
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[Cluster]:
     """Two nodes, whose environment points to an S3 server."""
-    with cluster(tmp_path_factory.mktemp("nodes")) as made:
+    with pytest.MonkeyPatch.context() as patch, cluster(tmp_path_factory.mktemp("nodes")) as made:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
         yield made
 
 
