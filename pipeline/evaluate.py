@@ -30,10 +30,9 @@ from train.checkpoints import StudentCard, read_card
 from train.confusion import class_figures, confused_pairs, confusion_frame, confusion_matrix
 from train.corruptions import Corrupted, open_corrupted
 from train.evaluate import Evaluation, evaluate_logits
+from train.folder import EVALUATION
 from train.shifted import open_shifted
 from train.stored_run import StoredRun, open_run
-
-FOLDER = "evaluation"
 
 
 def evaluate_student(path: Path | str, options: EvaluateOptions | None = None) -> EvaluationReport:
@@ -58,7 +57,7 @@ class _Evaluator:
         self.run, given = open_run(path)
         self.checkpoint = options.checkpoint or given or "last"
         card = read_card(self.run.checkpoint(self.checkpoint))
-        self.folder = output_folder(options.out or self.run.folder / FOLDER, "evaluation")
+        self.folder = output_folder(options.out or self.run.folder / EVALUATION, "evaluation")
         self.images = self.run.open_test(card, options.split, options.data_dir, options.download)
         self.labels = torch.from_numpy(np.ascontiguousarray(self.images.labels, np.int64)).to(self.device)
         self.baseline = self._open_baseline(card)

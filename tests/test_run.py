@@ -275,9 +275,12 @@ def test_another_cache_is_another_run(cache: Path, pictures: Path, tmp_path):
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(cache: Path, tmp_path):
     train_student(tiny_run.recipe(cache, tmp_path / "run", ema_decay=0.5))
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    for made_of_it in ("evaluation", "export"):
+        (tmp_path / "run" / made_of_it).mkdir()
+        (tmp_path / "run" / made_of_it / "old.json").write_text("{}")
     train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1), overwrite=True)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "run" / EMA).exists()
+    assert not any((tmp_path / "run" / gone).exists() for gone in (EMA, "evaluation", "export"))
     assert len(list((tmp_path / "run" / "tb").iterdir())) <= 1
 
 

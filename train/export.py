@@ -27,9 +27,9 @@ from train.corruptions import evenly_spaced
 from train.evaluate import predict
 from train.export_config import CONFIG, ExportedFile, ExportReport, config
 from train.export_formats import FORMATS, Deployed, Model, Source, require
+from train.folder import EXPORT
 from train.stored_run import open_run
 
-FOLDER = "export"
 _CHECKED_AT_ONCE = 128
 _CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
     run, given = open_run(path)
     which = options.weights or given or "last"
     model, card = load_student(run.checkpoint(which))
-    folder = output_folder(options.out or run.folder / FOLDER, "export")
+    folder = output_folder(options.out or run.folder / EXPORT, "export")
     test = run.open_test(card, options.split, options.data_dir)
     test = test.subset(evenly_spaced(len(test), options.samples))
     preprocessing = Preprocessing(mean=card.mean, std=card.std)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
 STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "result.json"
 PREDICTIONS, REPORT = "test.parquet", "report.html"
 BOARD, TRACKERS, LABELS_ONLY = "tb", "trackers.json", "labels-only"
+EVALUATION, EXPORT = "evaluation", "export"  # what `evaluate-student` and `export-student` leave there
 
 # What a new start must not find goes first, so that an interrupted clearing leaves nothing to resume from.
 _FILES = (RESULT, STATE, IDENTITY, RECIPE, CACHE, METRICS, TRACKERS, CURVES, PREDICTIONS, REPORT, LAST, BEST, EMA)
@@ -104,9 +106,11 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a run writes, and nothing else."""
+    """Remove what a run writes and what was made of its weights, and nothing else."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
+    for made_of_it in (EVALUATION, EXPORT):
+        shutil.rmtree(folder / made_of_it, ignore_errors=True)
     for events in (folder / BOARD).glob("events.out.tfevents.*"):
         events.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
