@@ -182,7 +182,7 @@ def test_other_versions_on_a_node_are_named(nodes: Cluster, tmp_path: Path, monk
         "driver.versions = lambda: {'teacher-cache': '0.0.0', 'torch': '0', 'ray': '0'}\n"
         "driver.main()"
     )
-    monkeypatch.setattr("train.sweep_ray._DRIVER", code)
+    monkeypatch.setattr("train.ray_link._DRIVER", code)
     with OnRay(tmp_path, nodes.address, threads=1) as engine, pytest.raises(MismatchError, match="another version"):
         engine([], None)
 

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
-import queue
 import socket
-import subprocess
-import sys
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from cache_tools import registry
 from cache_tools.durable import put_durably
-from cache_tools.errors import DeviceError, RecipeError, StorageError
+from cache_tools.errors import DeviceError, RecipeError
 from cache_tools.origin import read_origin
 from cache_tools.place import is_remote
 from cache_tools.store import read_manifest
 from train.halving import Contest
 from train.outcome import Failure, settled
-from train.ray_driver import QUIET
-from train.ray_worker import TOKEN, KnownCache, Share, from_data
+from train.ray_link import Driver
+from train.ray_worker import TOKEN, KnownCache, Share
 from train.sweep_progress import SweepProgress
 from train.sweep_recipe import Trial
 from train.sweep_workers import shares
 
-CONNECT_S, POLL_S, GOODBYE_S = 180.0, 1.0, 20.0
-_DRIVER = "from train.ray_driver import main; main()"
+CONNECT_S = 180.0
 
 
 class OnRay:
@@ -82,22 +74,19 @@ class OnRay:
         self._folder, self._address, self._say = _absolute(folder) / "ray", address, say
         self._workers, self._gpus, self._threads = workers, gpus, threads or _torch_threads()
         self._token = uuid.uuid4().hex
-        self._log = self._folder / "driver.log"
-        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._driver: subprocess.Popen[str] | None = None
+        self._driver: Driver | None = None
         self.nodes: list[dict[str, Any]] = []
 
     def __call__(self, streams: Sequence[Sequence[Trial]], contest: Contest | None) -> None:
-        if self._driver is None:  # not before there is something to train
-            self._connect()
+        driver = self._driver = self._driver or self._connect()  # not before there is something to train
         todo = [trial for stream in streams for trial in stream]
         gpus = self._gpus if self._takes_gpus(todo) else 0.0
         count = self._room(gpus)
         waiting, alone = shares(streams, count), False
         with SweepProgress(f"sweep on Ray, {count} workers", todo) as progress:
             while waiting:
-                self._tell(self._job(waiting, contest, gpus, count))
-                died = self._answer("died", None, progress.look)
+                driver.tell(self._job(waiting, contest, gpus, count))
+                died = driver.answer("died", meanwhile=progress.look)
                 dead = [(waiting[int(number)], how) for number, how in died.items()]
                 if alone:
                     for [trial], how in dead:
@@ -116,81 +105,23 @@ class OnRay:
 
     def close(self) -> None:
         """Leave the cluster; workers that are still training are ended."""
-        if self._driver is None:
-            return
-        assert self._driver.stdin is not None, "asked for a pipe"
-        with suppress(OSError):  # it has ended already
-            self._driver.stdin.close()
-        try:
-            self._driver.wait(GOODBYE_S)
-        except subprocess.TimeoutExpired:
-            self._driver.kill()
-            self._driver.wait()
-        self._driver = None
+        if self._driver is not None:
+            self._driver.close()
+            self._driver = None
 
-    def _connect(self) -> None:
+    def _connect(self) -> Driver:
         self._folder.mkdir(parents=True, exist_ok=True)
         put_durably(self._folder / TOKEN, self._token.encode())
-        self._driver = self._start()
+        driver = Driver(self._folder / "driver.log")
         try:
-            self._tell({"address": self._address, "folder": str(self._folder), "token": self._token})
-            self.nodes = self._answer("nodes", CONNECT_S)
+            driver.tell({"address": self._address, "folder": str(self._folder), "token": self._token})
+            self.nodes = driver.answer("nodes", limit_s=CONNECT_S)
         except BaseException:
-            self.close()
+            driver.close()
             raise
         cpus, cards = (sum(node[kind] for node in self.nodes) for kind in ("cpus", "gpus"))
         self._say(f"Ray: {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {cpus:g} CPUs, {cards:g} GPUs")
-
-    def _start(self) -> subprocess.Popen[str]:
-        environment = {**{name: value for name, value in QUIET.items() if name not in os.environ}, **os.environ}
-        with open(self._log, "w") as log:
-            driver = subprocess.Popen(
-                [sys.executable, "-c", _DRIVER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is told to it by closing its standard input
-            )
-        assert driver.stdout is not None, "asked for a pipe"
-        threading.Thread(target=_read, args=(driver.stdout, self._events), daemon=True).start()
         return driver
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        assert self._driver is not None, "connected"
-        assert self._driver.stdin is not None, "asked for a pipe"
-        try:
-            self._driver.stdin.write(json.dumps(message) + "\n")
-            self._driver.stdin.flush()
-        except OSError as error:
-            raise self._lost() from error
-
-    def _answer(self, kind: str, limit_s: float | None, meanwhile: Callable[[], None] = lambda: None) -> Any:
-        """What the driver answers; an error that it tells is raised."""
-        start = time.monotonic()
-        while True:
-            try:
-                event = self._events.get(timeout=POLL_S)
-            except queue.Empty:
-                meanwhile()
-                if limit_s is not None and time.monotonic() - start > limit_s:
-                    raise self._lost() from None
-                continue
-            if event is None:
-                raise self._lost()
-            if "error" in event:
-                raise from_data(event["error"])
-            return event[kind]
-
-    def _lost(self) -> StorageError:
-        told = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return StorageError(
-            "the Ray cluster does not answer, or is gone",
-            where=self._log,
-            found=told[-1] if told else "nothing",
-            next_step="the same command goes on from the last checkpoints once there is a cluster",
-        )
 
     def _job(
         self, waiting: Sequence[Sequence[Trial]], contest: Contest | None, gpus: float, count: int
@@ -290,9 +221,3 @@ def _torch_threads() -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def _read(stream: IO[str], events: queue.Queue[dict[str, Any] | None]) -> None:
-    for line in stream:
-        events.put(json.loads(line))
-    events.put(None)
