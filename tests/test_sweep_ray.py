@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_tools.errors import MismatchError, NotFoundError, RecipeError, StorageError
+from cache_tools.errors import CacheError, MismatchError, NotFoundError, RecipeError, StorageError
 from tests import tiny_run
 from tests.ray_nodes import ROOT, SETTINGS, Cluster, cluster
 from tests.s3_server import new_bucket
@@ -126,6 +126,37 @@ def test_each_node_stages_a_remote_cache_once(nodes: Cluster, cache: Path, tmp_p
     for home in nodes.homes:
         assert len(list(home.glob("tiny-*.zarr"))) == 1, "a mirror on each node"
     assert shares_of(tmp_path / "ray") == 2
+
+
+def test_a_trial_whose_worker_always_dies_is_a_failed_one(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+    killed: set[int] = set()
+
+    def kill() -> bool:
+        """Whoever has claimed the trial's folder dies."""
+        if (tmp_path / "ray/trials/resnet8-s0/.lock").exists():
+            for pid in {*nodes.workers(0), *nodes.workers(1)} - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        return False
+
+    with _meanwhile(kill):
+        result = on_ray(sweep(cache, epochs=50, students=("resnet8",), losses=()), tmp_path / "ray", nodes)
+    assert result.trials["status"].to_list() == ["failed"]
+    assert result.trials["error"][0].startswith("its worker died twice: ")
+    assert "None" not in result.trials["error"][0]
+    assert len(killed) >= 2
+    assert result.trials["error"][0] in (tmp_path / "ray" / "report.html").read_text()
+
+
+def test_an_error_of_all_trials_is_told_as_it_is(nodes: Cluster, tmp_path: Path) -> None:
+    """Images that have changed since the cache was built: the worker finds out."""
+    pictures = tiny_run.write_pictures(tmp_path / "pictures")
+    drifted = tiny_run.write_cache(tmp_path / "drifted.zarr", pictures, drifted=True)
+    with pytest.raises(CacheError) as local:
+        run_sweep(sweep(drifted), tmp_path / "here")
+    with pytest.raises(type(local.value)) as far:
+        on_ray(sweep(drifted), tmp_path / "ray", nodes)
+    assert str(far.value) == str(local.value)
 
 
 def test_a_lost_node_leaves_its_trials_to_the_other(nodes: Cluster, cache: Path, tmp_path: Path) -> None:

@@ -201,7 +201,8 @@ def _reason(error: object) -> str:
     """How a worker died, in one line."""
     from ray.exceptions import OutOfMemoryError, RayTaskError
 
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["for no known reason"]
+    text = "" if error is None else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["for no reason that Ray knows"]
     if isinstance(error, OutOfMemoryError):
         return "stopped by Ray: its node was short of memory"
     if isinstance(error, RayTaskError):

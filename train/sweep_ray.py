@@ -27,13 +27,14 @@ from train.sweep_recipe import Trial
 from train.sweep_workers import shares
 
 CONNECT_S = 180.0
+_PACKAGES = ("ray", "pandas", "pyarrow", "fsspec")  # of ray[tune]
 
 
 class OnRay:
     """An engine (`sweep_run.Engine`) on a Ray cluster: a Tune trial for each share of a batch stream.
 
     A worker or node that dies leaves checkpoints: its share is started again, elsewhere if need be. A share whose
-    worker dies twice is cut into single trials, and the one whose worker then dies twice again is the one that failed.
+    worker dies twice is cut into single trials, and the one whose worker dies twice then is the one that failed.
     The cluster is joined when there is something to train. A context manager: in the end the cluster is left, or ended
     if it was started here.
 
@@ -82,18 +83,12 @@ class OnRay:
         todo = [trial for stream in streams for trial in stream]
         gpus = self._gpus if self._takes_gpus(todo) else 0.0
         count = self._room(gpus)
-        waiting, alone = shares(streams, count), False
+        waiting = shares(streams, count)
         with SweepProgress(f"sweep on Ray, {count} workers", todo) as progress:
             while waiting:
                 driver.tell(self._job(waiting, contest, gpus, count))
-                died = driver.answer("died", meanwhile=progress.look)
-                dead = [(waiting[int(number)], how) for number, how in died.items()]
-                if alone:
-                    for [trial], how in dead:
-                        if not settled(trial.folder):
-                            Failure(kind="died", message=f"its worker ended twice: {how}").save(trial.folder)
-                waiting = [] if alone else [[one] for share, _ in dead for one in share if not settled(one.folder)]
-                alone = True
+                died: dict[str, str] = driver.answer("died", meanwhile=progress.look)
+                waiting = [[trial] for number, how in died.items() for trial in _left(waiting[int(number)], how)]
 
     def __enter__(self) -> OnRay:
         return self
@@ -182,8 +177,18 @@ class OnRay:
         return self._workers or room
 
 
+def _left(share: Sequence[Trial], how: str) -> list[Trial]:
+    """What is to be started again of a share whose worker died twice, trial by trial."""
+    left = [trial for trial in share if not settled(trial.folder)]
+    if len(share) > 1:
+        return left
+    for trial in left:
+        Failure(kind="died", message=f"its worker died twice: {how}").save(trial.folder)
+    return []
+
+
 def _require_ray() -> None:
-    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray.tune") is None:
+    if any(importlib.util.find_spec(package) is None for package in _PACKAGES):
         raise RecipeError(
             "the engine 'ray' needs a package that is not installed",
             where="--engine ray",
