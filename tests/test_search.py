@@ -23,8 +23,8 @@ from cache_tools.config import validate
 from cache_tools.errors import RecipeError
 from tests import tiny_run
 from train import sweep_cli
-from train.search import Outcome, Suggestions
 from train.search_recipe import Range, Search, edges, parse_range
+from train.suggest import Outcome, Suggestions
 from train.sweep_recipe import SweepRecipe
 from train.sweep_run import SweepResult, in_process, run_sweep
 from train.sweep_table import setting_columns

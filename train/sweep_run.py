@@ -21,9 +21,10 @@ from train.outcome import FAILED, settled
 from train.report import write_report
 from train.result import load_result
 from train.run import run_device
-from train.search import Best, check_installed, run_search
+from train.search import Best, run_search
 from train.search_recipe import edges
 from train.students import create_student
+from train.suggest import check_installed
 from train.sweep_group import opener, train_stream
 from train.sweep_recipe import SweepRecipe, Trial, make_trial, make_trials
 from train.sweep_streams import batch_streams
