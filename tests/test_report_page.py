@@ -23,6 +23,7 @@ expect = playwright.expect  # waits; the page's own policy forbids Playwright's 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 
+RATES = (0.25, 0.5, 1e-05, 0.0833, 0.001)
 STUDENTS = {"resnet8": 0.85, "resnet20": 0.91, "wrn_16_2": 0.925, "vgg8": 0.93, "ShuffleV2": 0.915}
 
 
@@ -35,6 +36,16 @@ def folder(tmp_path_factory) -> Path:
     run = write_run(folder / "run", top1=0.9)
     write_run(run / "labels-only", loss="ce", top1=0.86)
     write_report([run], folder / "one.html")
+    searched = [
+        write_run(
+            folder / f"searched-{rate}",
+            student="MobileNetV2",
+            top1=0.8 + place / 100,
+            optimiser={"learning_rate": rate, "weight_decay": 0.00123 + place / 1000},
+        )
+        for place, rate in enumerate(RATES)
+    ]
+    write_report(searched, folder / "searched.html")
     return folder
 
 
@@ -68,7 +79,7 @@ def show(browser: Any, folder: Path) -> Iterator[Any]:
     for context in contexts:
         context.close()
     assert said == []
-    assert {url.partition("#")[0] for url in asked} <= {(folder / f"{name}.html").as_uri() for name in ("sweep", "one")}
+    assert {url.partition("#")[0] for url in asked} <= {page.as_uri() for page in folder.glob("*.html")}
 
 
 def rows(page: Any, key: str) -> list[str]:
@@ -124,6 +135,31 @@ def test_sorting_by_keyboard(show) -> None:
     page.keyboard.press("Enter")
     names = list(dict.fromkeys(rows(page, "student")))
     assert names == ["resnet8", "resnet20", "resnet110", "ShuffleV1", "ShuffleV2", "vgg8", "wrn_16_2"], "8 before 110"
+
+
+def test_learning_rates_sort_by_size_and_are_not_broken_on_a_phone(show) -> None:
+    page = show("searched", width=390)
+    press_key = "#board th[data-key='setting-optimiser.learning_rate'] button"
+    page.locator(press_key).evaluate("button => button.click()")  # the phone shows settings below the names
+    shown = page.locator("#board tr.setting .rest").all_inner_texts()
+    assert [re.search(r"lr (\S+)", " ".join(text.split()))[1] for text in shown] == [
+        str(rate) for rate in sorted(RATES)
+    ]
+    broken = page.evaluate("""() => {
+      const walker = document.createTreeWalker(document.getElementById("board"), NodeFilter.SHOW_TEXT);
+      const broken = [];
+      while (walker.nextNode()) {
+        const text = walker.currentNode;
+        for (const found of text.parentElement.closest(".rest") ? text.data.matchAll(/[\\d.]{4,}/g) : []) {
+          const number = document.createRange();
+          number.setStart(text, found.index);
+          number.setEnd(text, found.index + found[0].length);
+          if (number.getClientRects().length !== 1) broken.push(found[0]);
+        }
+      }
+      return broken;
+    }""")
+    assert broken == []
 
 
 def test_filters_act_on_the_table_the_plots_and_the_runs(show) -> None:

@@ -119,8 +119,8 @@ class _Table:
         link = name if seeds else f'<a href="#{self.anchors[first]}">{name}</a>'
         names = label_names(self.comparison.varied)
         parts = [setting.loss, *(f"{names[key]} {text}" for key, text in setting.varied.items())]
-        rest = " · ".join(part.replace(" ", "\u00a0") for part in parts)
-        place = f'<span class="key"></span>{link}<span class="rest">{_e(rest)}</span>'
+        rest = " · ".join(f"<span>{_e(part)}</span>" for part in parts)
+        place = f'<span class="key"></span>{link}<span class="rest">{rest}</span>'
         yield f'<th scope="row" data-value="{name}">{place}</th>'
         yield _own_cell(setting.loss)
         yield from (_own_cell(setting.varied[key]) for key in self.comparison.varied)

@@ -46,7 +46,7 @@ function plotRows(width) {
   const rows = withTop1(shown()).slice(0, MOST_ROWS);
   const narrow = width < 560;
   const longest = Math.max(0, ...rows.map((setting) => data.settings[setting].label.length));
-  const left = narrow ? 8 : clamp(6.9 * longest + 24, 80, 300);
+  const left = narrow ? 8 : clamp(6.9 * longest + 24, 80, Math.max(300, 0.36 * width));
   const step = narrow ? 46 : 30;
   const lines = data.references.filter((one) => one.top1 >= range(rows)[0] && one.top1 <= range(rows)[1]);
   const top = 12 + 17 * lines.length;

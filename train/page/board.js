@@ -53,7 +53,9 @@ function press(header) {
     const text = body.rows[0].cells[header.cellIndex].dataset.value;
     return text === undefined || text === "–" ? null : number ? Number(text) : text;
   };
-  const compare = (one, other) => (number ? one - other : one.localeCompare(other, "en", { numeric: true }));
+  // Settings are texts, but learning rates are to be sorted by size: 0.25 before 0.5, 1e-05 before 0.001.
+  const numeric = (one, other) => number || !Number.isNaN(one - other);
+  const compare = (one, other) => (numeric(one, other) ? one - other : one.localeCompare(other, "en", { numeric: true }));
   const sorted = [...table.tBodies].sort((one, other) => {
     const [a, b] = [value(one), value(other)];
     if (a === null || b === null) return (a === null) - (b === null); // unknown comes last, either way
