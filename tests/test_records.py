@@ -10,11 +10,9 @@ import polars as pl
 import pytest
 
 from cache_tools.errors import DataError, NotFoundError
-from tests import tiny_run
 from tests.run_folders import TEACHERS, write_run, write_sweep
 from train.record_table import read_table, read_tables, read_trials
 from train.records import read_run
-from train.run import train_student
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
@@ -150,12 +148,9 @@ def test_damage_is_one_clear_line(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_died_before_its_recipe_was_written_is_read(tmp_path: Path) -> None:
-    pictures = tiny_run.write_pictures(tmp_path / "pictures")
-    recipe = tiny_run.recipe(tiny_run.write_cache(tmp_path / "tiny.zarr", pictures), tmp_path / "run", epochs=1)
-    run = train_student(recipe).folder
-    for name in ("result.json", "recipe.yaml", "metrics.parquet", "test.parquet", "state.pt"):
-        (run / name).unlink()
-    [record] = read_run(run)
-    assert (record.status, record.student, record.epochs) == ("unfinished", "resnet8", 1)
-    assert "learning_rate: 0.05" in record.recipe
+def test_a_trial_that_died_before_its_recipe_was_written_is_that_of_the_table(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=1)
+    (sweep / "stopped" / "recipe.yaml").unlink()
+    trials = {trial.student: trial for trial in read_trials(*read_tables([sweep]))}
+    assert set(trials) == {"resnet8", "ShuffleV1", "resnet110"}
+    assert (trials["ShuffleV1"].status, trials["ShuffleV1"].error) == ("stopped", "not among the best half")

@@ -72,8 +72,9 @@ class TrialRecord:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds a run."""
-    return (path / folder.IDENTITY).is_file()
+    """Whether a folder holds a run; one that died before it had its recipe there never began."""
+    begun = any((path / name).is_file() for name in (folder.RECIPE, folder.RESULT))
+    return begun and (path / folder.IDENTITY).is_file()
 
 
 def read_run(path: Path) -> list[TrialRecord]:
@@ -94,19 +95,13 @@ def _read_folder(path: Path) -> TrialRecord:
         "data": identity["data"],
         "fingerprint": identity["data"].get("fingerprint"),
         "folder": path,
-        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else _recipe_of(path, identity),
+        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         "history": _history(path / folder.METRICS),
         "predictions": read_predictions(path),
         "class_names": _class_names(path),
     }
     result = load_result(path)
     return _finished(result, common) if result is not None else _unfinished(recipe, common)
-
-
-def _recipe_of(path: Path, identity: Mapping[str, Any]) -> str:
-    """What is known of the recipe of a run that died before it wrote it down: all that determines its result."""
-    values = {key: value for key, value in identity["recipe"].items() if value is not None}
-    return yaml.safe_dump({"name": path.name, **values}, sort_keys=False)
 
 
 def _finished(result: RunResult, common: Mapping[str, Any]) -> TrialRecord:
