@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.fault_cases import POLL_S, Case, Found
 
-STUDENTS, LOSSES, EPOCHS = ("resnet8", "wrn_16_1"), ("kd", "ce"), 3
+STUDENTS, LOSSES, EPOCHS = ("resnet8", "wrn_16_1"), ("kd",), 3
 # What every run of the same sweep has in common; where it is and how long it took is its own.
 FIGURES = ("trial", "student", "loss", "seed", "status", "error", "parameters", "flops", "top1", "top5", "nll", "ece",
            "best_epoch", "best_top1", "epochs_done")  # fmt: skip

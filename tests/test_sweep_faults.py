@@ -18,5 +18,5 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_happened() -> None:
     assert (total["kills"], total["problems"]) == (KILLS, 0)
     assert total["half_way"] > 0, "no kill came half-way: nothing is shown"
     finished = [line for line in lines if "finished" in line]
-    assert all(line["committed"] == line["blocks"] == 8 for line in finished)
+    assert all(line["committed"] == line["blocks"] == 4 for line in finished)
     assert len(finished) >= KILLS // 3

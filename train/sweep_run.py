@@ -12,6 +12,7 @@ import torch
 
 from cache_tools.config import Frozen, dump_yaml
 from cache_tools.durable import put_durably
+from cache_tools.errors import DeviceError
 from train import loggers
 from train.checkpoints import load_student
 from train.cost import Cost, measure
@@ -144,7 +145,10 @@ def _costs(trials: Sequence[Trial], folder: Path) -> dict[str, Cost]:
     for trial in trials:
         if trial.recipe.student in costs or load_result(trial.folder) is None:
             continue
-        device = run_device(trial.recipe)
+        try:
+            device = run_device(trial.recipe)
+        except DeviceError:  # a cluster trains on GPUs that this machine need not have
+            device = torch.device("cpu")
         student, card = load_student(trial.folder, device)
         costs[trial.recipe.student] = measure(student, card.image_size, device)
     if costs != kept:
