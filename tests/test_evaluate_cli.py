@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from cache_tools.images import open_images
 from pipeline.build import build_cache
 from pipeline.evaluate_cli import app
 from tests import corrupted_folder, tiny_build, tiny_run
+from tests.quick_help import answers_quickly
 from train.checkpoints import load_student
 from train.corruptions import CORRUPTIONS, open_corrupted
 from train.evaluate import evaluate
@@ -187,27 +185,7 @@ def test_other_errors(run: Path, tmp_path):
 
 
 def test_help_answers_within_a_second():
-    """Of processor time: the wall clock of a busy machine says little."""
-
-    def help_s() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, cwd=ROOT)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert min(help_s() for _ in range(3)) < 1.0
-
-
-HELP = """
-import sys
-from pipeline.evaluate_cli import main
-sys.argv[1:] = ["--help"]
-try:
-    main()
-except SystemExit as left:
-    assert not left.code, left.code
-assert not {"torch", "polars", "matplotlib", "cv2"} & set(sys.modules)
-"""
+    answers_quickly("pipeline.evaluate_cli", without={"torch", "polars", "matplotlib", "cv2"})
 
 
 def invoke(*arguments: object):  # type: ignore[no-untyped-def]  # typer's result type is not public

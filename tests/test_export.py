@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typer.testing import CliRunner
 from cache_tools.cache_recipe import Preprocessing
 from cache_tools.images import open_images
 from tests import tiny_run
+from tests.quick_help import answers_quickly
 from train import export_formats
 from train.checkpoints import load_student, read_card
 from train.evaluate import predict
@@ -325,27 +325,7 @@ def test_other_errors(monkeypatch, run: Path, tmp_path):
 
 
 def test_help_answers_without_torch():
-    """Within a second of processor time: the wall clock of a busy machine says little."""
-
-    def help_s() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, cwd=ROOT)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert min(help_s() for _ in range(3)) < 1.0
-
-
-HELP = """
-import sys
-from train.export_cli import main
-sys.argv[1:] = ["--help"]
-try:
-    main()
-except SystemExit as left:
-    assert not left.code, left.code
-assert not {"torch", "polars", "timm"} & set(sys.modules)
-"""
+    answers_quickly("train.export_cli", without={"torch", "polars", "timm"})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
