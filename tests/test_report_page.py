@@ -20,6 +20,7 @@ from train.spread import pareto_front
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect  # waits; the page's own policy forbids Playwright's other ways to
+expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 
@@ -97,6 +98,12 @@ def numbers(page: Any, key: str) -> list[float | None]:
 
 def press(page: Any, key: str) -> None:
     page.locator(f"#board th[data-key={key}] button").click()
+
+
+def show_numbers(figure: Any) -> None:
+    """Unfold the table below a plot; browsers fill it a moment after the click."""
+    figure.locator("details.numbers summary").click()
+    expect(figure.locator("details.numbers tbody tr")).not_to_have_count(0)
 
 
 def rising(values: list[float | None]) -> bool:
@@ -179,8 +186,8 @@ def test_filters_act_on_the_table_the_plots_and_the_runs(show) -> None:
     assert rows(page, "student") == []
     page.click("#filter-clear")
     expect(page.locator("#board tbody:visible")).to_have_count(12)
-    assert page.locator("#filter-student").input_value() == ""
-    assert page.locator("#filter-clear").is_disabled()
+    expect(page.locator("#filter-student")).to_have_value("")
+    expect(page.locator("#filter-clear")).to_be_disabled()
 
 
 def test_seeds_unfold(show) -> None:
@@ -204,7 +211,7 @@ def test_the_front_in_the_page_is_the_front(show) -> None:
         values = [setting["top1"]["mean"] for setting in finished]
         expected = pareto_front([setting["costs"][cost] for setting in finished], values)
         figure = page.locator("#cost figure").nth(place)
-        figure.locator("summary").click()
+        show_numbers(figure)
         told = {
             row.locator("th").inner_text(): row.locator("td").last.inner_text() == "yes"
             for row in figure.locator("tbody tr").all()
@@ -242,9 +249,9 @@ def test_learning_curves_show_what_is_chosen(show) -> None:
     assert first.locator(".series path.line").count() == 31  # a line per run that has one
     assert "Top-1" in first.locator("figcaption").inner_text()
     first.locator("select").select_option("test_nll")
-    assert "NLL" in first.locator("figcaption").inner_text()
-    first.locator("summary").click()
-    assert first.locator("tbody tr").count() == 31
+    expect(first.locator("figcaption")).to_contain_text("NLL")
+    show_numbers(first)
+    expect(first.locator("tbody tr")).to_have_count(31)
 
 
 def test_the_pointer_tells_the_nearest_point(show) -> None:
@@ -252,12 +259,11 @@ def test_the_pointer_tells_the_nearest_point(show) -> None:
     mark = page.locator("#top1 .plot .series .mark:not(.open)").first
     mark.scroll_into_view_if_needed()
     mark.hover()
-    assert page.locator("#tip").is_visible()
-    assert "vgg8 · kd" in page.locator("#tip").inner_text()
-    assert "92.50 % top-1" in page.locator("#tip").inner_text()
-    assert page.locator("#board tbody.near").get_attribute("data-student") == "vgg8"
+    expect(page.locator("#tip")).to_contain_text("vgg8 · kd")
+    expect(page.locator("#tip")).to_contain_text("92.50 % top-1")
+    expect(page.locator("#board tbody.near")).to_have_attribute("data-student", "vgg8")
     page.mouse.move(2, 2)
-    assert not page.locator("#tip").is_visible()
+    expect(page.locator("#tip")).to_be_hidden()
 
 
 def test_a_link_unfolds_its_run_and_its_command_can_be_copied(show) -> None:
@@ -300,8 +306,10 @@ def test_text_can_be_read(show, scheme: str) -> None:
 @pytest.mark.parametrize("width", [360, 768])
 def test_nothing_is_wider_than_a_phone(show, name: str, width: int) -> None:
     page = show(name, width=width)
-    for details in page.locator("details summary").all()[:20]:
-        details.click()
+    for figure in page.locator("figure:visible").all():
+        show_numbers(figure)
+    for run in page.locator("details.run:visible > summary").all()[:10]:
+        run.click()
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate(TOO_WIDE) == []
 
