@@ -41,8 +41,7 @@ def test_an_expired_claim_is_taken_over_by_exactly_one(place: Place) -> None:
     claims_of(place).put("0.0.0", foreign)
     with Claims(place, expire_s=3600) as patient:
         assert not patient.claim((0, 0))
-    time.sleep(2.1)  # object stores tell time in seconds
-    builders = [Claims(place, expire_s=1) for _ in range(4)]
+    builders = [Claims(place, expire_s=_let_expire(place, "0.0.0")) for _ in range(4)]
     winners: list[int] = []
 
     def take(number: int) -> None:
@@ -238,3 +237,13 @@ def test_a_block_of_a_builder_that_dies_is_done_by_another(tmp_path: Path) -> No
         process.kill()
         process.wait()
         assert next(shared) == (0, 0)
+
+
+def _let_expire(place: Place, key: str) -> float:
+    """Age a claim; gives the age from which it is void. The four who want it may take seconds on a busy machine."""
+    if isinstance(place, LocalPlace):
+        long_ago = time.time() - 120
+        os.utime(claims_of(place).path / key, (long_ago, long_ago))
+        return 60
+    time.sleep(7.1)  # the dates of an object store cannot be set, and tell whole seconds
+    return 6
