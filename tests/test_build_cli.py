@@ -144,13 +144,3 @@ def test_a_read_only_disk_is_one_line(recipe_file: Path, tmp_path: Path):
     assert done.returncode == 2, done.stderr
     assert "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_help_answers_without_torch():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pipeline.cli", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    assert "--teacher-weight" in done.stdout
-    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "import time" in line}
-    assert not imported & {"torch", "open_clip", "torchvision", "timm", "sklearn", "polars"}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -143,12 +140,3 @@ def test_a_half_built_cache_says_what_is_missing_and_how_to_go_on(home: Path, tm
     assert "recode or fuse" in run("info", "tiny-compact").stdout
     result = run("recode", "tiny-compact", "--codec", "float16+", "--out", str(tmp_path / "b"))
     assert "10 blocks not in" in result.stdout
-
-
-@pytest.mark.parametrize("command", ["fidelity", "recode"])
-def test_help_imports_nothing_slow(command: str) -> None:
-    arguments = [sys.executable, "-X", "importtime", "-m", "cache_tools.cli", command, "--help"]
-    result = subprocess.run(arguments, env=dict(os.environ), capture_output=True, text=True, check=True)
-    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
-    assert "cache_tools" in imported
-    assert not imported & {"torch", "polars", "zarr", "open_clip", "matplotlib"}

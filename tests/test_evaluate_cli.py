@@ -17,7 +17,6 @@ from cache_tools.images import open_images
 from pipeline.build import build_cache
 from pipeline.evaluate_cli import app
 from tests import corrupted_folder, tiny_build, tiny_run
-from tests.quick_help import answers_quickly
 from train.checkpoints import load_student
 from train.corruptions import CORRUPTIONS, open_corrupted
 from train.evaluate import evaluate
@@ -182,10 +181,6 @@ def test_other_errors(run: Path, tmp_path):
     damaged = invoke(run)
     assert damaged.exit_code == 2
     assert "damaged checkpoint" in damaged.stderr
-
-
-def test_help_answers_within_a_second():
-    answers_quickly("pipeline.evaluate_cli", without={"torch", "polars", "matplotlib", "cv2"})
 
 
 def invoke(*arguments: object):  # type: ignore[no-untyped-def]  # typer's result type is not public

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from cache_tools.cache_recipe import Preprocessing
 from cache_tools.images import open_images
 from tests import tiny_run
-from tests.quick_help import answers_quickly
 from train import export_formats
 from train.checkpoints import load_student, read_card
 from train.evaluate import predict
@@ -322,10 +321,6 @@ def test_other_errors(monkeypatch, run: Path, tmp_path):
     without = invoke(run, "--format", "onnx")
     assert without.exit_code == 2
     assert "pip install 'teacher-cache[onnx]'" in without.stderr
-
-
-def test_help_answers_without_torch():
-    answers_quickly("train.export_cli", without={"torch", "polars", "timm"})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
