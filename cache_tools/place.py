@@ -196,12 +196,16 @@ class RemotePlace(Place):
 
     def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
         import obstore
+        from obstore.exceptions import BaseError, GenericError
 
         def get() -> bytes:
             answer = obstore.get(self._store, key)
             if answer.meta["size"] > limit:
                 raise too_large(f"{self._url}/{key}", limit, answer.meta["size"])
-            return answer.bytes().to_bytes()
+            try:
+                return answer.bytes().to_bytes()
+            except BaseError as error:  # obstore asks for the rest; not to be had if the file was replaced or removed
+                raise GenericError("the answer broke off") from error
 
         return self._ask(key, get)
 
