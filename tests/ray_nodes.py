@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -95,17 +95,37 @@ def cluster(root: Path) -> Iterator[Cluster]:
         made.stop()
 
 
+def stopped_half_way(trials: Path, of: Iterable[int]) -> int | None:
+    """A process that trains one of the trials below a folder, after its first checkpoint and before its end.
+
+    Args:
+        of: processes that may be it. It is left stopped, so that it stays half-way until it is killed.
+    """
+    for pid in of:
+        for state in trials.glob("*/state.pt"):
+            if not _has_open(pid, state.with_name(".lock")):
+                continue
+            os.kill(pid, signal.SIGSTOP)
+            if not state.with_name("result.json").exists():
+                return pid
+            os.kill(pid, signal.SIGCONT)
+    return None
+
+
 def processes(home: str) -> list[int]:
-    """Those whose cache home this is: a node's daemons and workers inherit it."""
+    """Those whose cache home this is, as a node's daemons and workers inherit it, and what these have started."""
     wanted = f"TEACHER_CACHE_HOME={home}".encode()
-    found = []
+    found, parents = set(), {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+                found.add(int(folder.name))
         except OSError:  # gone, or not ours
             continue
-    return [pid for pid in found if pid != os.getpid()]
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more  # some overwrite their environment with their title
+    return sorted(found - {os.getpid()})
 
 
 def _command(pid: int) -> str:
@@ -113,6 +133,16 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def _has_open(pid: int, file: Path) -> bool:
+    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+        try:
+            if os.readlink(descriptor) == str(file):
+                return True
+        except OSError:  # closed by now
+            continue
+    return False
 
 
 def _kill(pid: int) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_tools.errors import CacheError, MismatchError, NotFoundError, RecipeError, StorageError
+from cache_tools.errors import CacheError, DeviceError, MismatchError, NotFoundError, RecipeError, StorageError
+from cache_tools.place import LocalPlace, open_place
+from cache_tools.reader import TeacherCache
+from cache_tools.transfer import copy_cache
 from tests import tiny_run
-from tests.ray_nodes import ROOT, SETTINGS, Cluster, cluster
+from tests.flaky_proxy import FlakyProxy, flaky_proxy
+from tests.ray_nodes import ROOT, SETTINGS, Cluster, cluster, processes, stopped_half_way
 from tests.s3_server import new_bucket
 from train.ray_worker import KnownCache, Share, _found_here, _train
 from train.sweep_ray import OnRay
@@ -30,8 +38,15 @@ FIGURES = ("trial", "status", "error", "top1", "top5", "nll", "ece", "best_epoch
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[Cluster]:
-    """Two nodes, whose environment points to an S3 server."""
+def proxy(server: str) -> Iterator[FlakyProxy]:
+    """A proxy that fails nothing, and counts, in front of an S3 server."""
+    with flaky_proxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory, proxy: FlakyProxy) -> Iterator[Cluster]:
+    """Two nodes, whose environment points to the proxy."""
     with pytest.MonkeyPatch.context() as patch, cluster(tmp_path_factory.mktemp("nodes")) as made:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
@@ -44,19 +59,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the nodes have; sums depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def undisturbed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """The long sweep, on this machine."""
+    return run_sweep(long_sweep(cache), tmp_path_factory.mktemp("undisturbed"))
 
 
 def sweep(cache: Path | str, epochs: int = 2, **changes: Any) -> SweepRecipe:
     base = tiny_run.recipe(cache, Path("unused"), epochs=epochs).model_dump(mode="json")
     data: dict[str, Any] = {"name": "tiny", "base": base, "students": ("resnet8", "wrn_16_1"), "losses": ("kd", "ce")}
     return SweepRecipe.model_validate(data | changes)
+
+
+def long_sweep(cache: Path) -> SweepRecipe:
+    """Two trials of which each is met half-way."""
+    base = tiny_run.recipe(cache, Path("unused"), epochs=40, evaluate_every=40, loggers=()).model_dump(mode="json")
+    return sweep(cache, base=base, losses=())
 
 
 def on_ray(recipe: SweepRecipe, folder: Path, nodes: Cluster, **options: Any) -> SweepResult:
@@ -92,40 +110,74 @@ def test_the_table_and_the_weights_are_those_of_this_machine(nodes: Cluster, cac
     same(again, there)
 
 
-def test_a_killed_worker_is_started_again(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
-    recipe = sweep(cache, epochs=6, losses=())
-
+def test_a_killed_worker_is_started_again(
+    nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
+) -> None:
     def kill() -> bool:
-        """One worker, in the middle: trials have states, none has a result."""
-        workers = [pid for node in (0, 1) for pid in nodes.workers(node)]
-        if not workers or not list(tmp_path.glob("ray/trials/*/state.pt")):
-            return False
-        os.kill(workers[0], signal.SIGKILL)
-        return True
+        pid = stopped_half_way(tmp_path / "ray/trials", [*nodes.workers(0), *nodes.workers(1)])
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
 
     with _meanwhile(kill) as killed:
-        there = on_ray(recipe, tmp_path / "ray", nodes)
+        there = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
     assert killed.is_set()
-    same(there, run_sweep(recipe, tmp_path / "here"))
+    same(there, undisturbed)
 
 
-def test_each_node_stages_a_remote_cache_once(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
-    from cache_tools.place import LocalPlace, open_place
-    from cache_tools.transfer import copy_cache
-
+def test_each_node_stages_a_remote_cache_once(
+    nodes: Cluster, proxy: FlakyProxy, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more shares than nodes, and a home here that is that of no node."""
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     url = f"s3://{new_bucket()}/caches/tiny.zarr"
     copy_cache(LocalPlace(cache), open_place(url))
-    recipe = sweep(url, losses=(), seeds=2)
-    os.environ["TEACHER_CACHE_HOME"], before = str(tmp_path / "home"), os.environ.get("TEACHER_CACHE_HOME")
-    try:
-        there = on_ray(recipe, tmp_path / "ray", nodes)
-        here = run_sweep(sweep(cache, losses=(), seeds=2), tmp_path / "here")
-    finally:
-        os.environ.pop("TEACHER_CACHE_HOME") if before is None else os.environ.update(TEACHER_CACHE_HOME=before)
-    same(there, here)
+    proxy.forget()
+    of = {"students": ("resnet8",), "losses": (), "seeds": 3}
+    there = on_ray(sweep(url, **of), tmp_path / "ray", nodes, workers=3)
+    chunks = [path for path in proxy.paths("GET") if "/fused_logits/c." in path]
+    assert len(chunks) == 2 * len(set(chunks)) == 2 * 2 * 4, "four blocks of each of two views, by each node"
     for home in nodes.homes:
         assert len(list(home.glob("tiny-*.zarr"))) == 1, "a mirror on each node"
-    assert shares_of(tmp_path / "ray") == 2
+    assert shares_of(tmp_path / "ray") == 3
+    same(there, run_sweep(sweep(cache, **of), tmp_path / "here"))
+
+
+def test_a_name_means_that_cache_in_the_home_of_each_node(
+    nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the folder that it names here is not there: the node's own copy, or an error that says what is missing."""
+    folder = f"tiny-{TeacherCache.open(cache).manifest.fingerprint[:12]}.zarr"
+    copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "home" / folder))
+    for home in nodes.homes:
+        shutil.rmtree(home, ignore_errors=True)
+    with only_here(tmp_path / "home") as home_here:
+        monkeypatch.setenv("TEACHER_CACHE_HOME", home_here)
+        recipe = sweep("tiny", epochs=1, students=("resnet8",), losses=())
+        with pytest.raises(NotFoundError, match=r"does not have the cache.*name it by its URL"):
+            on_ray(recipe, tmp_path / "ray", nodes)
+        for home in nodes.homes:
+            copy_cache(LocalPlace(cache), LocalPlace(home / folder))
+        assert on_ray(recipe, tmp_path / "ray", nodes).trials["status"].to_list() == ["finished"]
+
+
+def test_a_folder_that_nodes_do_not_see(
+    nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that is another folder in each process."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=r"do not see the folder of the sweep.*Choose an --out on a disk"):
+        on_ray(sweep(cache), Path("/proc/self/cwd/sweep"), nodes)
+    assert not (tmp_path / "sweep/trials").exists()
+
+
+def test_what_no_node_has_room_for(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+    room = r"no node.*1 CPUs, 0 GPUs.*expected 2 CPUs.*OMP_NUM_THREADS"
+    with OnRay(tmp_path, nodes.address, threads=2) as engine, pytest.raises(DeviceError, match=room):
+        run_sweep(sweep(cache), tmp_path, engine=engine)
+    gpu = tiny_run.recipe(cache, Path("unused"), device="cuda:0").model_dump(mode="json")
+    with pytest.raises(DeviceError, match="Ray chooses the GPU"):
+        on_ray(sweep(cache, base=gpu), tmp_path / "gpu", nodes)
 
 
 def test_a_trial_whose_worker_always_dies_is_a_failed_one(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
@@ -159,19 +211,20 @@ def test_an_error_of_all_trials_is_told_as_it_is(nodes: Cluster, tmp_path: Path)
     assert str(far.value) == str(local.value)
 
 
-def test_a_lost_node_leaves_its_trials_to_the_other(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
-    recipe = sweep(cache, epochs=6, losses=())
-
+def test_a_lost_node_leaves_its_trials_to_the_other(
+    nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
+) -> None:
     def kill() -> bool:
-        if not nodes.workers(1) or not list(tmp_path.glob("ray/trials/*/state.pt")):
-            return False
-        nodes.kill(1)
-        return True
+        """Not the node that the sweep is started on."""
+        found = stopped_half_way(tmp_path / "ray/trials", nodes.workers(1)) is not None
+        if found:
+            nodes.kill(1)
+        return found
 
     with _meanwhile(kill) as killed:
-        there = on_ray(recipe, tmp_path / "ray", nodes)
+        there = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
     assert killed.is_set()
-    same(there, run_sweep(recipe, tmp_path / "here"))
+    same(there, undisturbed)
 
 
 def test_no_cluster_is_one_error(cache: Path, tmp_path: Path) -> None:
@@ -235,6 +288,38 @@ def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "pip install 'teacher-cache[ray]'" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_starts_a_cluster_and_ends_it(cache: Path, tmp_path: Path) -> None:
+    """Neither the home folder nor the working folder gets anything of Ray."""
+    base = tiny_run.recipe(cache, tmp_path, epochs=1, loggers=()).model_dump(mode="json", exclude={"out"})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(base))
+    words = [sys.executable, "-m", "train.sweep_cli", "recipe.yaml", "--students", "resnet8", "--out", "out"]
+    marker = {"TEACHER_CACHE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path / "user")}
+    environment = os.environ | SETTINGS | marker | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words += ["--engine", "ray", "--ray-address", "local", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in json.loads(done.stdout)["trials"]] == ["finished"]
+    assert "Ray: 1 node, " in done.stderr
+    assert not (tmp_path / "user/ray_results").exists()
+    assert {file.name for file in tmp_path.iterdir()} <= {"recipe.yaml", "out", "user", "home"}
+    end = time.monotonic() + 30
+    while processes(marker["TEACHER_CACHE_HOME"]):
+        assert time.monotonic() < end, "what was started is still there"
+        time.sleep(0.1)
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[str]:
+    """A path of a folder that leads nowhere in other processes."""
+    low = os.open(folder, os.O_RDONLY)
+    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 900)  # a number that nobody else uses
+    try:
+        yield f"/proc/self/fd/{high}"
+    finally:
+        os.close(low)
+        os.close(high)
 
 
 class _meanwhile:
