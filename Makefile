@@ -18,8 +18,9 @@ demo: $(STAMP) ## build the embedded cache and train a student from it
 	TEACHER_CACHE_HOME=$${TEACHER_CACHE_HOME:-runs/demo/caches} $(BIN)/build-cache
 	TEACHER_CACHE_HOME=$${TEACHER_CACHE_HOME:-runs/demo/caches} $(BIN)/train-student
 
+# One worker more than there are cores: many tests wait for processes and servers that they have started.
 test: check ## static checks and the test suite
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist loadfile
 
 check: $(STAMP) ## ruff, mypy, import contracts, hadolint
 	$(BIN)/ruff format --check .

@@ -24,7 +24,13 @@ def server() -> Iterator[str]:
         yield endpoint
 
 
+LONGEST = ("test_sweep_ray", "test_faults", "test_sweep_faults", "test_benchmarks", "test_export", "test_fuzz")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that nobody waits for it in the end; what needs CUDA is skipped without it."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # others stay as they were
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
