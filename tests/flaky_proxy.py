@@ -59,10 +59,10 @@ class FlakyProxy:
     @contextmanager
     def gone(self) -> Iterator[None]:
         """Fail everything for the time of a `with` block, in which nobody waits long for an answer."""
-        from cache_tools import place, staging
+        from cache_tools import remote_place, staging
 
         with pytest.MonkeyPatch.context() as patch:
-            for module in (place, staging):
+            for module in (remote_place, staging):
                 patch.setattr(module, "PATIENCE_S", 1.0)
             before, self.rate = self.rate, 1.0
             yield

@@ -9,8 +9,7 @@ from flaky_proxy import FlakyProxy, flaky_proxy
 from s3_server import new_bucket
 from typer.testing import CliRunner
 
-from cache_tools import integrity
-from cache_tools import place as places
+from cache_tools import integrity, remote_place
 from cache_tools.cli import app
 from cache_tools.errors import FormatError, NotFoundError, StorageError
 from cache_tools.place import LocalPlace, Place, open_place
@@ -111,7 +110,7 @@ def test_a_store_that_fails_is_not_a_damaged_cache(proxy: FlakyProxy, place: Pla
 def test_a_store_that_goes_away_in_between_is_one_error(
     proxy: FlakyProxy, place: Place, monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:
-    monkeypatch.setattr(places, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(remote_place, "PATIENCE_S", 5.0)
     monkeypatch.setattr(proxy, "choose", lambda: "503" if len(proxy.seen) >= requests else None)
     with pytest.raises(StorageError, match="does not answer as it should"):
         verify(open_place(str(place)))
