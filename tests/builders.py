@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -21,14 +22,27 @@ _CONTEXT.set_forkserver_preload(["pipeline.build_blocks", "pipeline.open_output"
 
 
 class Builder:
-    """A process that builds a recipe. `environment` is laid over this process's own."""
+    """A process that builds a recipe.
 
-    def __init__(self, recipe: BuildRecipe, **environment: object) -> None:
+    Args:
+        pause_after: how many blocks it stores before it waits for `go_on`.
+        environment: is laid over this process's own.
+    """
+
+    def __init__(self, recipe: BuildRecipe, pause_after: int | None = None, **environment: object) -> None:
         self._answers, sender = _CONTEXT.Pipe(duplex=False)
+        self._pause = _Pause(pause_after)
         wanted = os.environ | {name: str(value) for name, value in environment.items()}
-        self.process: Any = _CONTEXT.Process(target=_build, args=(recipe, wanted, sender), daemon=True)
+        self.process: Any = _CONTEXT.Process(target=_build, args=(recipe, wanted, self._pause, sender), daemon=True)
         self.process.start()
         sender.close()
+
+    def wait_until_paused(self) -> None:
+        """It holds a block that it does not store."""
+        assert self._pause.reached.wait(DEADLINE_S), "the builder does not come so far"
+
+    def go_on(self) -> None:
+        self._pause.over.set()
 
     def result(self) -> BuildResult:
         """Wait for the end; raises what the build raised."""
@@ -54,9 +68,34 @@ def wait_for_blocks(place: Place, count: int) -> int:
     return found
 
 
-def _build(recipe: BuildRecipe, environment: Mapping[str, str], sender: Connection) -> None:
+class _Pause:
+    """When a builder pauses, as it and its test see it."""
+
+    def __init__(self, after: int | None) -> None:
+        self._after = after
+        self.reached, self.over = _CONTEXT.Event(), _CONTEXT.Event()
+
+    def install(self) -> None:
+        """In the builder."""
+        if self._after is None:
+            return
+        from pipeline import build_blocks
+
+        after, store, blocks = self._after, build_blocks._store, itertools.count()
+
+        def held(*arguments: Any) -> int:
+            if next(blocks) >= after:
+                self.reached.set()
+                self.over.wait(DEADLINE_S)
+            return store(*arguments)
+
+        build_blocks._store = held
+
+
+def _build(recipe: BuildRecipe, environment: Mapping[str, str], pause: _Pause, sender: Connection) -> None:
     import torch
 
+    pause.install()
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
