@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import CacheError
 from train.feed import Batch, Feed
 from train.loop import Learner, model_inputs
 
 Outcome = dict[str, float] | Exception
+Turn = list[tuple[Batch, Tensor]]
+# On a CPU a learner takes several steps in a row: its weights, gradients and momentum stay in the processor's cache.
+TURN, TURN_BYTES = 8, 64 << 20
 
 
 def train_epoch_together(
@@ -25,19 +30,32 @@ def train_epoch_together(
 
     Args:
         learners: of one batch stream: same dataset, views, batch size, seed and preprocessing.
-        advance: told the size of each batch after all have made their step.
+        advance: told how many images all have made their steps on since it was last told.
 
     Returns:
         For each learner the means of its epoch (`Learner.train_epoch`), or what stopped it: a loss that is not finite,
         memory that did not suffice, or any other error of its own. Errors of the feed are raised.
     """
     lanes = [_Lane(learner, epoch, alone=len(learners) == 1) for learner in learners]
-    for batch in feed.epoch(epoch):
-        inputs = model_inputs(batch, learners[0].preprocessing)
+    most = TURN if len(learners) > 1 and feed.device.type == "cpu" else 1
+    for turn in _turns(feed, epoch, learners[0].preprocessing, most):
         for lane in lanes:
-            lane.step(batch, inputs)
-        advance(len(batch.labels))
+            lane.take(turn)
+        advance(sum(len(batch.labels) for batch, _ in turn))
     return [lane.finish() for lane in lanes]
+
+
+def _turns(feed: Feed, epoch: int, preprocessing: Preprocessing, most: int) -> Iterator[Turn]:
+    """Batches with what students see of them, as many as a learner takes before it is another's turn."""
+    turn: Turn = []
+    for batch in feed.epoch(epoch):
+        inputs = model_inputs(batch, preprocessing)
+        turn.append((batch, inputs))
+        if len(turn) == most or len(turn) * inputs.nbytes >= TURN_BYTES:
+            yield turn
+            turn = []
+    if turn:
+        yield turn
 
 
 class _Lane:
@@ -52,12 +70,13 @@ class _Lane:
         learner.begin_epoch(epoch)
         self._random = None if alone else _random_state(learner.device)
 
-    def step(self, batch: Batch, inputs: torch.Tensor) -> None:
+    def take(self, turn: Turn) -> None:
         if self._error is not None:
             return
         try:
-            with self._own_random(), self._own_stream(batch, inputs):
-                self._learner.step(batch, inputs)
+            with self._own_random(), self._own_stream(turn):
+                for batch, inputs in turn:
+                    self._learner.step(batch, inputs)
         except Exception as error:
             self._fail(error)
 
@@ -88,30 +107,31 @@ class _Lane:
         self._random = _random_state(self._learner.device)
 
     @contextmanager
-    def _own_stream(self, batch: Batch, inputs: torch.Tensor) -> Iterator[None]:
+    def _own_stream(self, turn: Turn) -> Iterator[None]:
         if self._stream is None:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._learner.device))
         with torch.cuda.stream(self._stream):
             yield
-        for tensor in _tensors(batch, inputs):  # made on the stream of the feed, used on this one
+        for tensor in _tensors(turn):  # made on the stream of the feed, used on this one
             tensor.record_stream(self._stream)
 
 
-def _random_state(device: torch.device) -> list[torch.Tensor]:
+def _random_state(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _tensors(batch: Batch, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield from (batch.pixels, batch.labels, batch.index, inputs)
-    for value in (batch.labelled, *batch.targets):
-        parts = value if isinstance(value, tuple) else (value,)
-        yield from (part for part in parts if isinstance(part, torch.Tensor))
+def _tensors(turn: Turn) -> Iterator[Tensor]:
+    for batch, inputs in turn:
+        yield from (batch.pixels, batch.labels, batch.index, inputs)
+        for value in (batch.labelled, *batch.targets):
+            parts = value if isinstance(value, tuple) else (value,)
+            yield from (part for part in parts if isinstance(part, Tensor))
