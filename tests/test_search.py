@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def test_failed_and_stopped_trials_and_suggestions_that_come_again(cache: Path, 
 
 def test_the_command_goes_on_after_sigkill(cache: Path, tmp_path: Path) -> None:
     """Killed in its second round, it comes to the table of one that was left alone; then the best with other seeds."""
-    base = tiny_run.recipe(cache, Path("unused"), epochs=2, loggers=()).model_dump(mode="json", exclude={"out"})
+    base = tiny_run.recipe(cache, Path("unused"), epochs=12, loggers=()).model_dump(mode="json", exclude={"out"})
     (tmp_path / "base.yaml").write_text(json.dumps(base))
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"recipe": str(tmp_path / "base.yaml"), "search": {"together": 2}}))
@@ -254,7 +255,7 @@ def test_the_command_goes_on_after_sigkill(cache: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     while victim.poll() is None and len(list((tmp_path / "killed").glob("trials/*/state.pt"))) < 3:
-        pass
+        time.sleep(0.005)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert len(list((tmp_path / "killed").glob("trials/*/result.json"))) < 4
