@@ -92,8 +92,11 @@ def test_bad_sweeps_are_refused(cache: Path, tmp_path: Path, changes: dict[str, 
         make_trials(sweep(cache, **changes), tmp_path)
 
 
-def test_a_trial_is_the_run_of_its_own_to_the_last_bit(cache: Path, tmp_path: Path) -> None:
+def test_a_trial_is_the_run_of_its_own_to_the_last_bit(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dropout, CRD's negatives, labels alone and another network side by side; then each by its recorded recipe."""
+    monkeypatch.setattr("train.together.TURN", 3)  # several turns in an epoch, the last one short
     recipe = sweep(
         cache,
         students=(),
