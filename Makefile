@@ -20,7 +20,7 @@ demo: $(STAMP) ## build the embedded cache and train a student from it
 
 # One worker more than there are cores: many tests wait for processes and servers that they have started.
 test: check ## static checks and the test suite
-	$(BIN)/pytest -n $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist loadfile
+	$(BIN)/pytest -n $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## ruff, mypy, import contracts, hadolint
 	$(BIN)/ruff format --check .
