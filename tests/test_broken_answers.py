@@ -9,7 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from cache_tools.place import open_place
+from tests.s3_server import loopback
 
+pytestmark = pytest.mark.skipif(not loopback(), reason="needs the loopback interface")
 OLD, NEW = b"old " * 100, b"new " * 200
 
 

@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import constants
 
 from pipeline.hub import hub_or_local_copies
+from tests.s3_server import loopback
 
 
 @pytest.fixture(autouse=True)
@@ -14,16 +15,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
-def loopback_is_up() -> bool:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        try:
-            socket.create_connection(server.getsockname(), timeout=1.0).close()
-        except OSError:
-            return False
-    return True
-
-
-@pytest.mark.skipif(not loopback_is_up(), reason="no loopback interface")
+@pytest.mark.skipif(not loopback(), reason="needs the loopback interface")
 def test_a_hub_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
