@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import polars as pl
 import typer
-from side_by_side import Dataset, Device, Rounds, Threads, Views, environment, prepared_device, ratios
+from side_by_side import Dataset, Device, Overrides, Rounds, Threads, Views, environment, prepared_device, ratios
 from students import build
 
 from cache_tools.console import command
@@ -38,6 +38,7 @@ def main(
     ),
     epochs: Annotated[int, typer.Option("--epochs", min=2)] = 9,
     keep_one_in: Annotated[int, typer.Option("--keep-one-in", min=2)] = 3,
+    overrides: Overrides = None,
     views: Views = 4,
     rounds: Rounds = 3,
     device_name: Device = "auto",
@@ -48,7 +49,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         if cache is None:
             cache = Path(folder) / "cache"
-            build(dataset, None, views, device, cache)
+            build(dataset, overrides, views, device, cache)
         pairs = []
         for seed in range(rounds):
             settings = {"cache": str(cache), "student": student, "epochs": epochs, "seed": seed, "device": str(device)}

@@ -91,8 +91,7 @@ def test_a_benchmark_prints_one_line_of_figures(lines: dict[str, dict[str, Any]]
 
 def test_the_price_of_stopping_early_is_told(tmp_path: Path):
     """Two rates of which one is hopeless: what was saved, and where the one that was kept stands in the whole."""
-    grid = ("--rates", "0.0001,0.1", "--keep-one-in", "2", "--epochs", "3", "--views", "2")
-    process = start("asha", *grid, "--rounds", "1", "--threads", "1", "--device", "cpu")
+    process = start("asha", *SMALLEST, "--rates", "0.0001,0.1", "--keep-one-in", "2", "--epochs", "3")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     line = json.loads(out)

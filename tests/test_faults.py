@@ -17,7 +17,7 @@ from cache_tools.reader import TeacherCache
 from tests import full_disk
 from tests.s3_server import loopback
 
-KILLS = 10
+KILLS = 8
 KILLED = ("build", "grow", "fuse", "push", "recode", "push-s3", "build-s3")
 
 
