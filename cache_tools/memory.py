@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from cache_tools.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch
@@ -40,3 +44,26 @@ def free_memory(device: torch.device) -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, of the process or of the device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "memory" in str(error)[:300]  # as the allocator of the CPU says it
+
+
+@contextmanager
+def memory_told(where: str, next_step: str) -> Iterator[None]:
+    """What lacks memory inside is one clear error.
+
+    Raises:
+        DeviceError: memory did not suffice.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        found = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DeviceError("memory does not suffice", where=where, found=found, next_step=next_step) from error

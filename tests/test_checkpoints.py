@@ -119,6 +119,12 @@ def test_a_truncated_state_says_so(tmp_path, keep: int):
         load_state(path)
 
 
+def test_a_state_without_a_part_says_so(tmp_path):
+    save_state(tmp_path / "state.pt", {"learner": {}, "history": []})
+    with pytest.raises(WeightsError, match="--overwrite"):
+        load_state(tmp_path / "state.pt", ("learner", "history", "best_epoch"))
+
+
 def test_a_state_runs_no_code(tmp_path):
     class Payload:
         def __reduce__(self):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from cache_tools.errors import RecipeError
 from tests import tiny_run
+from train.folder import STOPPED
 from train.halving import Contest
-from train.outcome import STOPPED
 from train.sweep_recipe import Asha, SweepRecipe
 from train.sweep_run import SweepResult, in_process, run_sweep
 from train.sweep_workers import Processes

@@ -284,6 +284,16 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(cache: Path, tmp_p
     assert len(list((tmp_path / "run" / "tb").iterdir())) <= 1
 
 
+def test_overwrite_removes_the_comparison_with_labels(cache: Path, tmp_path):
+    """The page would compare with it."""
+    train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1, compare_with_labels=True))
+    (tmp_path / "run" / "labels-only" / "notes.txt").write_text("mine")
+    result = train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1), overwrite=True)
+    assert result.labels_only is None
+    assert {file.name for file in (tmp_path / "run" / "labels-only").iterdir()} == {".lock", "notes.txt"}
+    assert "Labels alone" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_folder_of_something_else_is_left_alone(cache: Path, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
@@ -359,6 +369,8 @@ def refusals() -> dict[str, tuple[type[CacheError], str]]:
         "unknown student": (RecipeError, "resnet9"),
         "no CUDA": (DeviceError, "CUDA"),
         "float16 on a CPU": (RecipeError, "float16"),
+        "images of another size": (RecipeError, "cannot take such images .16 × 16 pixels.*--student"),
+        "no memory": (DeviceError, "memory does not suffice .resnet8 on cpu.*--batch-size"),
         "damaged state": (WeightsError, "--overwrite"),
         "damaged result": (WeightsError, "--overwrite"),
     }
@@ -380,6 +392,8 @@ def spoiled(case: str, cache: Path, pictures: Path, tmp_path: Path) -> TrainReci
         "unknown student": {"student": "resnet9"},
         "no CUDA": {"device": "cuda"},
         "float16 on a CPU": {"precision": "float16"},
+        "images of another size": {"student": "timm:vit_tiny_patch16_224"},
+        "no memory": {"loss": {"kind": "kd", "feature": "crd", "crd_dim": 1 << 40}},
         "missing cache": {"cache": tmp_path / "nowhere.zarr"},
         "missing images": {"data_dir": str(tmp_path / "gone")},
     }.get(case, {})

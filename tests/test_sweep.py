@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_tools.errors import NotFoundError, RecipeError, WeightsError
+from cache_tools.errors import NotFoundError, RecipeError, StorageError, WeightsError
 from tests import tiny_run
 from train.recipe import load_train_recipe
 from train.run import train_student
@@ -207,6 +209,75 @@ def test_a_sweep_that_grows_trains_what_is_new(cache: Path, tmp_path: Path) -> N
     grown = run_sweep(sweep(cache, seeds=2), tmp_path)
     assert grown.trials["status"].to_list() == ["finished"] * 2
     assert (Path(first.trials["folder"][0]) / "last.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_runs_of_other_settings_are_not_taken_for_the_trials(cache: Path, pictures: Path, tmp_path: Path) -> None:
+    first = run_sweep(sweep(cache, seeds=2), tmp_path).trials
+    told = (tmp_path / "sweep.yaml").read_bytes()
+    other = sweep(cache, seeds=3, base={"epochs": 1})
+    with pytest.raises(RecipeError, match=r"resnet8-s0: recipe\.epochs 2 there, 1 now; resnet8-s1: .*--overwrite"):
+        run_sweep(other, tmp_path)
+    rebuilt = tiny_run.write_cache(tmp_path / "rebuilt.zarr", pictures, codec="float32")
+    with pytest.raises(RecipeError, match=r"data\.fingerprint"):
+        run_sweep(sweep(rebuilt, seeds=2), tmp_path)
+    assert (tmp_path / "sweep.yaml").read_bytes() == told
+    assert run_sweep(sweep(cache, seeds=2), tmp_path).trials.equals(first)
+    (tmp_path / "trials/resnet8-s1/run.json").write_text("?")
+    with pytest.raises(RecipeError, match=r"resnet8-s1: its run\.json"):
+        run_sweep(sweep(cache, seeds=2), tmp_path)
+    again = run_sweep(other, tmp_path, overwrite=True).trials
+    assert again["epochs_done"].to_list() == [1, 1, 1]
+    same_weights(run_sweep(other, tmp_path / "fresh").folder / "trials/resnet8-s1", tmp_path / "trials/resnet8-s1")
+
+
+def test_overwriting_leaves_what_is_of_these_settings(cache: Path, tmp_path: Path) -> None:
+    run_sweep(sweep(cache, grid={"lr": (0.05, 1e30)}), tmp_path)
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("trials/*/*.json")}
+    assert {"failed.json", "result.json"} <= {file.name for file in stamps}
+    run_sweep(sweep(cache, grid={"lr": (0.05, 1e30)}), tmp_path, overwrite=True)
+    assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.glob("trials/*/*.json")}
+
+
+def test_costs_that_are_lost_are_measured_again(cache: Path, tmp_path: Path) -> None:
+    first = run_sweep(sweep(cache), tmp_path).trials
+    (tmp_path / "costs.json").write_text("{}")
+    again = run_sweep(sweep(cache), tmp_path).trials
+    assert again.select("parameters", "flops").equals(first.select("parameters", "flops"))
+
+
+@pytest.mark.parametrize("lacking", ["numbers", "memory"])
+def test_one_that_cannot_be_evaluated_fails_alone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """Losses may stay finite while the weights, or the averages of batch norms, leave the numbers."""
+    import train.one_run as one_run
+
+    evaluate = one_run.evaluate
+
+    def spoiled(model: Any, *args: Any, **options: Any) -> Any:
+        if type(model).__name__ == "WideResNet":
+            if lacking == "memory":
+                torch.empty(1 << 50)  # a real allocation that the system refuses
+            next(model.parameters()).data.fill_(torch.inf)
+        return evaluate(model, *args, **options)
+
+    monkeypatch.setattr(one_run, "evaluate", spoiled)
+    result = run_sweep(sweep(cache, students=("wrn_16_1", "resnet8")), tmp_path / "sweep")
+    assert result.trials["status"].to_list() == ["failed", "finished"]
+    assert {"numbers": "not finite", "memory": "memory"}[lacking] in result.trials["error"][0]
+    kind = "diverged" if lacking == "numbers" else "memory"
+    assert f'"kind": "{kind}"' in (tmp_path / "sweep/trials/wrn_16_1-s0/failed.json").read_text()
+    alone = train_student(tiny_run.recipe(cache, tmp_path / "alone", epochs=2))
+    same_weights(alone.folder, tmp_path / "sweep/trials/resnet8-s0")
+
+
+def test_the_error_of_a_process_is_told(tmp_path: Path) -> None:
+    """Not what another one printed after it."""
+    (tmp_path / "workers.log").write_text("error: no such cache (x).\n1 trials, seed 0: 61.90%\n")
+    ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+    ended.wait()
+    with pytest.raises(StorageError, match=r"gave up.*found no such cache \(x\)"):
+        Processes(2, tmp_path)._after(ended, [], alone=False)
 
 
 def test_processes_give_the_same_table(

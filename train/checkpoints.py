@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +138,23 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     put_durably(path, buffer.getbuffer())
 
 
-def load_state(path: Path) -> dict[str, Any] | None:
+def load_state(path: Path, parts: Collection[str] = ()) -> dict[str, Any] | None:
     """The training state in a file, on the CPU; None if there is none.
+
+    Args:
+        parts: what it must have.
 
     Raises:
         WeightsError: a damaged file.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := set(parts) - set(state):
+            raise KeyError(*missing)
+        return state
     except FileNotFoundError:
         return None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             "damaged training state", where=path, next_step="start this run again with --overwrite"
         ) from error

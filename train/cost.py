@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.config import Frozen
 from cache_tools.errors import RecipeError
+from cache_tools.memory import lacks_memory
 
 BATCH_SIZES = (1, 128)
 WARM_UP, LEAST_RUNS, MOST_RUNS = 3, 5, 200
@@ -109,16 +111,39 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     Raises:
         RecipeError: images that the network cannot take.
     """
-    device = next(model.parameters()).device
+    with _taking(image_size), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(_images(1, image_size, next(model.parameters()).device))
+    return counter.get_total_flops()
+
+
+def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Show a student one image of a size; random numbers, weights and running means stay as they are.
+
+    Args:
+        model: in eval mode, on any device.
+
+    Raises:
+        RecipeError: images that the network cannot take.
+    """
+    with _taking(image_size), torch.inference_mode():
+        model(_images(1, image_size, next(model.parameters()).device))
+
+
+@contextmanager
+def _taking(image_size: tuple[int, int]) -> Iterator[None]:
     try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            model(_images(1, image_size, device))
+        yield
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for its strides, or not the size of a ViT
-        if isinstance(error, torch.OutOfMemoryError):
+        if lacks_memory(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RecipeError("the student cannot take such images", where=f"{image_size}", found=reason) from error
-    return counter.get_total_flops()
+        size = f"{image_size[0]} × {image_size[1]} pixels"
+        raise RecipeError(
+            "the student cannot take such images",
+            where=size,
+            found=reason,
+            next_step="choose another --student, or build a cache whose views have the size that it expects",
+        ) from error
 
 
 def _images(count: int, image_size: tuple[int, int], device: torch.device) -> Tensor:

@@ -68,7 +68,7 @@ class TrainingData:
     def identity(self) -> dict[str, str]:
         """What tells these data apart: a fingerprint covers images, views and targets, but not how many views."""
         if self.cache is not None:
-            return {"fingerprint": self.cache.manifest.fingerprint, "num_views": str(self.num_views)}
+            return _identity(self.cache, self.num_views)
         return {"images": self.images.content_digest}
 
     def labels_only(self) -> TrainingData:
@@ -186,6 +186,15 @@ def _sparse_at(cache: TeacherCache, loss: LossRecipe) -> float | None:
         found=f"loss.kind={loss.kind}, loss.temperature={loss.temperature:g}",
         next_step=f"train with --set loss.kind=kd --set loss.temperature={stored:g}, or take a cache of dense targets",
     )
+
+
+def cache_identity(cache: TeacherCache, recipe: TrainRecipe) -> dict[str, str]:
+    """`TrainingData.identity` of a recipe that takes its targets from a cache, without opening images."""
+    return _identity(cache, _num_views(cache, recipe))
+
+
+def _identity(cache: TeacherCache, num_views: int | None) -> dict[str, str]:
+    return {"fingerprint": cache.manifest.fingerprint, "num_views": str(num_views)}
 
 
 def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:

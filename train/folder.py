@@ -20,9 +20,13 @@ STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "r
 PREDICTIONS, REPORT = "test.parquet", "report.html"
 BOARD, TRACKERS, LABELS_ONLY = "tb", "trackers.json", "labels-only"
 EVALUATION, EXPORT = "evaluation", "export"  # what `evaluate-student` and `export-student` leave there
+FAILED, STOPPED = "failed.json", "stopped.json"  # how a trial of a sweep ended without a result
 
 # What a new start must not find goes first, so that an interrupted clearing leaves nothing to resume from.
-_FILES = (RESULT, STATE, IDENTITY, RECIPE, CACHE, METRICS, TRACKERS, CURVES, PREDICTIONS, REPORT, LAST, BEST, EMA)
+_FILES = (
+    *(RESULT, FAILED, STOPPED, STATE, IDENTITY, RECIPE, CACHE, METRICS, TRACKERS, CURVES, PREDICTIONS, REPORT),
+    *(LAST, BEST, EMA),
+)
 
 
 @contextmanager
@@ -40,7 +44,7 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
     _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        stored = _read_identity(folder)
+        stored = stored_identity(folder)
         worth_keeping = (folder / STATE).exists() or (folder / RESULT).exists()
         if overwrite or (stored != identity and not worth_keeping):
             _clear(folder)
@@ -49,7 +53,7 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
                 "another run is stored here",
                 where=folder,
                 expected="the same recipe and data",
-                found="; ".join(_differences(stored or {}, identity)),
+                found="; ".join(differences(stored or {}, identity)),
                 next_step="choose another --out, or start over with --overwrite",
             )
         for leftover in folder.glob(f"*{PARTIAL}"):  # of a killed process
@@ -57,6 +61,34 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
         if not (folder / IDENTITY).exists():
             put_durably(folder / IDENTITY, json.dumps(identity, indent=2, ensure_ascii=False).encode())
         yield
+
+
+def stored_identity(folder: Path) -> dict[str, Any] | None:
+    """What determines the result of the run in a folder (`claimed`); None if there is none, or if it is damaged."""
+    try:
+        return json.loads((folder / IDENTITY).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def forget(folder: Path) -> None:
+    """Remove the run in a folder.
+
+    Raises:
+        StorageError: another process is writing here.
+    """
+    with _alone(folder):
+        _clear(folder)
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a stored identity and the one that is wanted do not have in common, a line each."""
+    before, now = flat(stored), flat(wanted)
+    return [
+        f"{key} {_short(before.get(key))} there, {_short(now.get(key))} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -98,13 +130,6 @@ def _refuse_foreign(folder: Path) -> None:
         raise RecipeError("this folder holds something else than a run", where=folder, next_step="choose another --out")
 
 
-def _read_identity(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / IDENTITY).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def _clear(folder: Path) -> None:
     """Remove what a run writes and what was made of its weights, and nothing else."""
     for name in _FILES:
@@ -113,17 +138,12 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / made_of_it, ignore_errors=True)
     for events in (folder / BOARD).glob("events.out.tfevents.*"):
         events.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        (folder / BOARD).rmdir()
-
-
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    before, now = flat(stored), flat(wanted)
-    return [
-        f"{key} {_short(before.get(key))} there, {_short(now.get(key))} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    twin = folder / LABELS_ONLY
+    if twin.is_dir() and (stored_identity(twin) is not None or (twin / RESULT).exists()):
+        _clear(twin)
+    for emptied in (folder / BOARD, twin):
+        with contextlib.suppress(OSError):
+            emptied.rmdir()
 
 
 def _short(value: Any) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cache_tools.console import Progress
+from cache_tools.errors import StorageError
 from train.feed import Feed
 from train.logs import RunLog
 from train.one_run import Run
 from train.result import RunResult
 from train.together import train_epoch_together
 
+Outcome = TypeVar("Outcome")
 Referee = Callable[[int, Sequence[Path]], set[Path]]
 """Told how many epochs the runs in some folders have finished; says which of them stop there."""
 
@@ -31,8 +34,11 @@ def train_group(
 
     Returns:
         For each run its result, None if the referee stopped it, or the error that did: the others are not affected.
+
+    Raises:
+        StorageError, OSError: what a run leaves cannot be written.
     """
-    outcomes: dict[int, Exception | None] = {}  # of those that do not come to the end
+    outcomes: dict[int, RunResult | Exception | None] = {}  # what has ended
     samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
     first = min(len(run.history) for run in runs)
     with ExitStack() as stack:
@@ -57,13 +63,27 @@ def train_group(
                 if isinstance(mean, Exception):
                     outcomes[number] = mean
                     continue
-                row = runs[number].finish_epoch(mean, train_s, samples)
+                row = _or_error(partial(runs[number].finish_epoch, mean, train_s, samples), alone=len(runs) == 1)
+                if isinstance(row, Exception):
+                    outcomes[number] = row
+                    continue
                 logs[number].write(runs[number].history)
                 progress.advance(0, _note(row, epochs))
-        return [
-            outcomes[number] if number in outcomes else log.finish(run.result())
-            for number, (run, log) in enumerate(zip(runs, logs, strict=True))
-        ]
+        for number, (run, log) in enumerate(zip(runs, logs, strict=True)):
+            if number not in outcomes:
+                result = _or_error(run.result, alone=len(runs) == 1)
+                outcomes[number] = result if isinstance(result, Exception) else log.finish(result)
+        return [outcomes[number] for number in range(len(runs))]
+
+
+def _or_error(work: Callable[[], Outcome], *, alone: bool) -> Outcome | Exception:
+    """What `work` gives, or the error that concerns no other run: logits that are no numbers, memory, …"""
+    try:
+        return work()
+    except (StorageError, OSError):
+        raise
+    except Exception as error:
+        return error if alone else error.with_traceback(None)  # which holds tensors, and others need the memory
 
 
 def _note(row: dict[str, Any], epochs: int) -> str:

@@ -16,8 +16,8 @@ import polars as pl
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
-from train.folder import METRICS
-from train.outcome import STOPPED, last_value
+from train.folder import METRICS, STOPPED
+from train.outcome import last_value
 from train.sweep_recipe import Asha, Trial
 
 

@@ -50,7 +50,7 @@ class Learner:
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
-        self._means = _Means(device)
+        self._means = _Means()
 
     def train_epoch(self, feed: Feed, epoch: int, advance: Callable[[int], None]) -> dict[str, float]:
         """One pass over the feed.
@@ -76,7 +76,7 @@ class Learner:
         self.student.train()
         self.objective.train()
         self.objective.set_epoch(epoch)
-        self._means = _Means(self.device)
+        self._means = _Means()
 
     def step(self, batch: Batch, inputs_NCHW: Tensor) -> None:
         """Forward, loss, backward, update; `inputs_NCHW` are `model_inputs` of the batch."""
@@ -173,18 +173,19 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
 class _Means:
     """Sums of the loss terms and of right answers, kept on the device and read once per epoch."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._count = device, 0
+    def __init__(self) -> None:
+        self._count = 0
         self._names: list[str] = []
-        self._sums = torch.zeros((), dtype=torch.float64, device=device)
+        self._sums: Tensor | None = None  # made where it is added to: learners may have a CUDA stream each
 
     def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         right = (logits.detach().argmax(1) == labels).float().mean()
-        values = torch.stack([*(term.detach() for term in terms.values()), right])
-        self._sums = self._sums + values.double() * len(labels)
+        values = torch.stack([*(term.detach() for term in terms.values()), right]).double() * len(labels)
+        self._sums = values if self._sums is None else self._sums + values
         self._names, self._count = [*terms, "train_top1"], self._count + len(labels)
 
     def compute(self) -> dict[str, float]:
+        assert self._sums is not None, "an epoch has steps"
         return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
 
 

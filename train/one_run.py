@@ -14,6 +14,7 @@ import torch
 
 from train import checkpoints, folder
 from train.checkpoints import StudentCard
+from train.cost import check_images
 from train.curves import plot_curves
 from train.data import TrainingData
 from train.evaluate import Evaluation, evaluate
@@ -48,7 +49,7 @@ class Run:
         self.card = _card(data, recipe, digest)
         self.history: History = []
         self.best_epoch: int | None = None
-        if (state := checkpoints.load_state(path / folder.STATE)) is not None:
+        if (state := checkpoints.load_state(path / folder.STATE, ("learner", "history", "best_epoch"))) is not None:
             self.learner.load_state_dict(state["learner"])
             self.history, self.best_epoch = state["history"], state["best_epoch"]
 
@@ -144,6 +145,7 @@ def _learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, step
     torch.manual_seed(recipe.seed)  # weights are drawn on the CPU, so they are the same on every device
     num_classes = len(data.images.class_names)
     student: Any = create_student(recipe.student, num_classes)
+    check_images(student.eval(), data.views.output_size(data.images.image_size))
     objective = Objective(
         recipe.loss,
         student.num_features,

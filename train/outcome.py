@@ -10,9 +10,8 @@ import polars as pl
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
+from train.folder import FAILED, STOPPED
 from train.result import load_result
-
-FAILED, STOPPED = "failed.json", "stopped.json"
 
 
 class Failure(Frozen):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import resolve_device
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
+from cache_tools.memory import memory_told
 from cache_tools.reader import TeacherCache
 from train import folder, loggers
 from train.data import TrainingData, open_data
@@ -61,13 +62,12 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
         if (finished := load_result(path)) is not None:
             return finished
         feed = data.feed(recipe, device)
-        try:
+        smaller = "train with a smaller --batch-size or student, or where there is more memory"
+        with closing(feed), memory_told(f"{recipe.student} on {device}", smaller):
             run = Run(data, recipe, device, path, digest, feed.steps_per_epoch)
             [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
-        finally:
-            feed.close()
-        if isinstance(outcome, Exception):
-            raise outcome
+            if isinstance(outcome, Exception):
+                raise outcome
         assert outcome is not None, "a run without a referee goes to its end"
         return outcome
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from cache_tools.errors import RecipeError
-from train.folder import METRICS, RECIPE
-from train.outcome import STOPPED, last_value
+from train.folder import METRICS, RECIPE, STOPPED
+from train.outcome import last_value
 from train.result import load_result
 from train.search_recipe import larger_is_better
 from train.suggest import Outcome, Suggestions

@@ -14,7 +14,7 @@ from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import CacheError
 from cache_tools.image_set import ImageSet
 from cache_tools.images import open_images
-from cache_tools.memory import free_memory
+from cache_tools.memory import free_memory, lacks_memory
 from train.data import Opener, TrainingData, open_data
 from train.feed import CachedTargets, Feed, open_feed
 from train.group import train_group
@@ -113,7 +113,7 @@ def _train_side_by_side(
     ]
     crowded = []
     for one, reason in ended:
-        if len(opened) > 1 and _lacks_memory(reason):
+        if len(opened) > 1 and lacks_memory(reason):
             crowded.append(one)
         else:
             _fail(one[0].folder, reason)
@@ -152,10 +152,6 @@ def _same_images(data: TrainingData, lead: TrainingData) -> bool:
 def _fail(path: Path, error: Exception) -> None:
     text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
     message = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {text[:300]}"
-    kind = "diverged" if "diverged" in message else "memory" if _lacks_memory(error) else "error"
+    diverged = any(words in message for words in ("diverged", "logits are not finite"))
+    kind = "diverged" if diverged else "memory" if lacks_memory(error) else "error"
     Failure(kind=kind, message=message).save(path)
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """The CPU's allocator raises a RuntimeError that says so."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in str(error)[:300]

@@ -17,8 +17,8 @@ from train import loggers
 from train.checkpoints import load_student
 from train.cost import Cost, measure
 from train.folder import REPORT
-from train.halving import Contest, forget_other_contests
-from train.outcome import FAILED, settled
+from train.halving import Contest
+from train.outcome import settled
 from train.report import write_report
 from train.result import load_result
 from train.run import run_device
@@ -26,6 +26,7 @@ from train.search import Best, run_search
 from train.search_recipe import edges
 from train.students import create_student
 from train.suggest import check_installed
+from train.sweep_folders import reopen
 from train.sweep_group import opener, train_stream
 from train.sweep_recipe import SweepRecipe, Trial, make_trial, make_trials
 from train.sweep_streams import batch_streams
@@ -56,6 +57,7 @@ def run_sweep(
     *,
     engine: Engine | None = None,
     retry_failed: bool = False,
+    overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> SweepResult:
     """Train what is not finished of a sweep; trials that failed or were stopped are left so.
@@ -64,17 +66,23 @@ def run_sweep(
         folder: of the sweep; trials have their run folders in `trials` below it.
         engine: who trains; None is this process.
         retry_failed: forget failures first.
+        overwrite: forget what trials' folders hold of other settings, or from another cache.
         say: receives one line per milestone.
 
     Raises:
+        RecipeError: runs of other settings, or from another cache, in the trials' folders.
         CacheError: what concerns all trials: recipes, cache, images, storage.
     """
     trials = _planned(sweep, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    put_durably(folder / SWEEP, dump_yaml(sweep).encode())
     train, best = engine or in_process, None
+
+    def begin(new: Sequence[Trial]) -> None:
+        reopen(new, sweep.asha, retry_failed=retry_failed, overwrite=overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        put_durably(folder / SWEEP, dump_yaml(sweep).encode())
+
     if sweep.search is None:
-        _reopen(trials, sweep, retry_failed)
+        begin(trials)
         done = sum(settled(trial.folder) for trial in trials)
         say(f"{len(trials)} trial{'s' if len(trials) > 1 else ''}, {done} done, in {folder}")
         _train(trials, trials, sweep, train)
@@ -82,7 +90,7 @@ def run_sweep(
         say(f"a search of {sweep.search.trials} trials in {folder}")
 
         def train_new(new: Sequence[Trial], before: Sequence[Trial]) -> None:
-            _reopen(new, sweep, retry_failed)
+            begin(new)
             _train(new, [*before, *new], sweep, train)
 
         trials, best = run_search(sweep, folder, train_new, say)
@@ -122,14 +130,6 @@ def _planned(sweep: SweepRecipe, folder: Path) -> list[Trial]:
     return trials
 
 
-def _reopen(trials: Sequence[Trial], sweep: SweepRecipe, retry_failed: bool) -> None:
-    """Let those go on that are to be tried again."""
-    forget_other_contests(trials, sweep.asha)
-    if retry_failed:
-        for trial in trials:
-            (trial.folder / FAILED).unlink(missing_ok=True)
-
-
 def _train(trials: Sequence[Trial], competing: Sequence[Trial], sweep: SweepRecipe, train: Engine) -> None:
     """Train what is left of trials; those that compete have their say in who is stopped."""
     left = [trial for trial in trials if not settled(trial.folder)]
@@ -140,7 +140,7 @@ def _train(trials: Sequence[Trial], competing: Sequence[Trial], sweep: SweepReci
 def _costs(trials: Sequence[Trial], folder: Path) -> dict[str, Cost]:
     """What each student of a finished trial costs, measured once and kept in the sweep's folder."""
     file = folder / COSTS
-    kept = _CostsFile.model_validate_json(file.read_bytes()).costs if file.exists() else {}
+    kept = _kept_costs(file)
     costs = dict(kept)
     for trial in trials:
         if trial.recipe.student in costs or load_result(trial.folder) is None:
@@ -154,3 +154,11 @@ def _costs(trials: Sequence[Trial], folder: Path) -> dict[str, Cost]:
     if costs != kept:
         put_durably(file, _CostsFile(costs=costs).model_dump_json(indent=2).encode())
     return costs
+
+
+def _kept_costs(file: Path) -> dict[str, Cost]:
+    """What was measured before; nothing if that is lost, and it is measured again."""
+    try:
+        return _CostsFile.model_validate_json(file.read_bytes()).costs
+    except (FileNotFoundError, ValueError):
+        return {}

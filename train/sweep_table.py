@@ -13,7 +13,8 @@ import polars as pl
 
 from cache_tools.durable import put_durably
 from train.cost import Cost
-from train.outcome import STOPPED, load_failure
+from train.folder import STOPPED
+from train.outcome import load_failure
 from train.result import load_result
 from train.spread import interval_factor, pareto_front
 from train.sweep_recipe import Trial

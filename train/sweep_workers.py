@@ -18,6 +18,7 @@ from train.sweep_progress import SweepProgress
 from train.sweep_recipe import Trial
 
 POLL_S = 0.2
+ERROR = "error: "
 
 
 class Processes:
@@ -73,11 +74,12 @@ class Processes:
     ) -> list[tuple[list[Trial], bool]]:
         """What is to be started again after a process has ended."""
         if process.returncode == 2:  # an error that concerns all of them, told by the worker
-            text = (self._logs / "workers.log").read_text(errors="replace").strip().splitlines()
+            lines = (self._logs / "workers.log").read_text(errors="replace").splitlines()
+            told = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]  # others are still printing
             raise StorageError(
                 "a process of the sweep gave up",
                 where=self._logs / "workers.log",
-                found=text[-1] if text else "nothing",
+                found=told[-1] if told else "nothing",
             )
         left = [trial for trial in share if not settled(trial.folder)] if process.returncode != 0 else []
         if alone and left:
@@ -110,7 +112,7 @@ def main() -> None:
     try:
         train_stream(trials, contest=contest, images_of=opener())
     except CacheError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{ERROR}{error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
