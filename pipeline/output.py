@@ -24,7 +24,6 @@ from cache_tools.store import translated
 from cache_tools.transfer import block_arrays, committed, copy_block, copy_blocks
 from cache_tools.writer import CacheWriter
 
-FIRST = (0, 0)  # whoever makes or grows a cache holds the claim on its first block
 KEEP = (1 << 31, 0)  # no block: the claim on it only says that somebody works here
 Pair = tuple[int, int]
 

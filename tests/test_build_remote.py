@@ -15,6 +15,8 @@ from s3_server import new_bucket
 from typer.testing import CliRunner
 
 from cache_tools import housekeeping, registry
+from cache_tools.claim_files import claims_of, newest_claims
+from cache_tools.claims import GROW
 from cache_tools.config import dump_yaml
 from cache_tools.errors import MismatchError, NotFoundError, RecipeError, StorageError
 from cache_tools.integrity import verify
@@ -140,6 +142,22 @@ def test_more_views_are_added_there_from_any_machine(root, url, tmp_path, monkey
     build_cache(recipe(root, tmp_path / "clean.zarr", num_views=1))
     build_cache(recipe(root, tmp_path / "clean.zarr", num_views=VIEWS))
     same_as(arrays_of(tmp_path / "clean.zarr"), url, tmp_path)
+
+
+def test_a_cache_and_its_mirror_grow_alone(root, url, monkeypatch):
+    from pipeline import build
+
+    build_cache(recipe(root, url, num_views=1))
+    whole, claimed = build._grow, []
+
+    def grow(writer, *arguments):
+        places = (open_place(url), LocalPlace(writer.path))
+        claimed.extend(GROW in newest_claims(claims_of(place)) for place in places)
+        return whole(writer, *arguments)
+
+    monkeypatch.setattr(build, "_grow", grow)
+    build_cache(recipe(root, url, num_views=2))
+    assert claimed == [True, True]
 
 
 def test_a_builder_killed_at_random_requests_goes_on(root, clean, url, tmp_path, home):
