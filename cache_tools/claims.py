@@ -30,6 +30,7 @@ Pair = tuple[int, int]
 
 # Claims on what is no block, since no cache has so many views: they are not swept away with those on committed blocks.
 GROW: Pair = (1 << 31, 1)  # held by whoever makes or grows a cache
+_KEEP = (1 << 31) + 1
 
 
 class Claims:
@@ -109,6 +110,10 @@ class Claims:
                 left.remove(pair)
                 poll_s = FIRST_POLL_S
                 yield pair
+
+    def keep(self) -> None:
+        """Show that somebody works here, beside others who do: a claim of one's own, on no block."""
+        self._take((_KEEP, uuid.uuid4().int), 0)
 
     @contextmanager
     def alone(self, pair: Pair) -> Iterator[None]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import Builder
+from cache_factory import create, tiny_images, tiny_manifest
 from flaky_proxy import flaky_proxy
 from s3_server import new_bucket
 from typer.testing import CliRunner
@@ -28,6 +30,7 @@ from pipeline.build import build_cache
 from pipeline.build_blocks import build_blocks
 from pipeline.cli import app
 from pipeline.destination import destination
+from pipeline.output import MirroredOutput
 from pipeline.plan import make_plan
 from pipeline.targets import TeacherPair
 from tests import tiny_build
@@ -203,6 +206,19 @@ def test_a_mirror_in_use_is_not_tidied_away(root, url, monkeypatch):
     monkeypatch.setattr("pipeline.build_blocks.build_blocks", tidy_up_meanwhile)
     assert build.build_cache(recipe(root, url, num_views=1)).images == SAMPLES
     assert refused
+
+
+def test_a_mirror_that_two_work_in_is_kept_until_both_are_done(home, tmp_path):
+    images = tiny_images()
+    writer, store = create(home / "tiny.zarr", tiny_manifest(images), images), LocalPlace(tmp_path / "store.zarr")
+    copy_cache(LocalPlace(writer.path), store)
+    with ExitStack() as first:
+        first.enter_context(MirroredOutput(writer, store, writer.manifest, 0).working())
+        with MirroredOutput(writer, store, writer.manifest, 0).working():
+            first.close()
+            with pytest.raises(StorageError, match="right now"):
+                housekeeping.remove(writer.path)
+    housekeeping.remove(writer.path)
 
 
 def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, monkeypatch):

@@ -145,6 +145,17 @@ def test_who_grows_a_cache_is_alone_also_when_builders_end(place: Place) -> None
     assert list(claims_of(place).entries()) == []
 
 
+def test_any_number_may_keep_a_place(place: Place) -> None:
+    with Claims(place) as first:
+        first.keep()
+        with Claims(place) as second:
+            second.keep()
+            second.keep()
+            assert len(list(claims_of(place).entries())) == 3
+        assert len(list(claims_of(place).entries())) == 1
+    assert list(claims_of(place).entries()) == []
+
+
 def test_a_claim_is_renewed_while_it_is_held(tmp_path: Path) -> None:
     place = LocalPlace(tmp_path)
     with Claims(place, heartbeat_s=0.05) as claims:
