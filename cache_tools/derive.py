@@ -160,7 +160,7 @@ def _open_or_create(
     writer = CacheWriter.resume(path, manifest.fingerprint)
     if writer.manifest.num_views < manifest.num_views:
         with growing(LocalPlace(path)):
-            writer = writer.grow(manifest.num_views)
+            writer = writer.grow(manifest.num_views, canaries=manifest.canaries)
     return writer
 
 
