@@ -25,7 +25,7 @@ from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
-from cache_tools.durable import put_durably
+from cache_tools.durable import put_durably, sync_folder
 from cache_tools.errors import CacheError, FormatError
 from cache_tools.files import MAX_METADATA_BYTES, check_file
 from cache_tools.layout import constants_digest, metadata_files
@@ -138,7 +138,9 @@ def repair(path: Path, verification: Verification) -> Repair:
             elif problem.cure == "metadata":
                 expected = expected or metadata_files(manifest)
                 name = str(Path(problem.where).relative_to(path))
+                (path / name).parent.mkdir(exist_ok=True)  # the whole array may be gone
                 put_durably(path / name, json.dumps(expected[name], indent=2).encode())
+                sync_folder(path)
                 rewritten.append(name)
     left = tuple(problem for problem in verification.problems if problem.cure == "copy")
     return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
