@@ -168,8 +168,8 @@ class _Reader:
     def constant_problems(self) -> list[Problem]:
         """Labels, keys and constants: readable, finite, and those of the recipe."""
         found: dict[str, Any] = {}
-        problems = []
-        for name in ("labels", "sample_keys", *constant_shapes(self.manifest.recipe)):
+        problems, shapes = [], constant_shapes(self.manifest.recipe)
+        for name in ("labels", "sample_keys", *shapes):
             if name in self._damaged:
                 continue
             try:
@@ -177,9 +177,9 @@ class _Reader:
                 self.bytes += found[name].nbytes
             except CacheError as error:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
-        constants = {name: found[name] for name in constant_shapes(self.manifest.recipe) if name in found}
+        constants = {name: found[name] for name in shapes if name in found}
         expected = self.manifest.constants_digest
-        if expected and not problems and constants_digest(constants) != expected:
+        if expected and constants.keys() == shapes.keys() and constants_digest(constants) != expected:
             what = "the arrays that hold for all samples are not those that the manifest was written for"
             problems.append(Problem(where=str(self.path), what=what, cure="copy"))
         identity = self.manifest.recipe.dataset
