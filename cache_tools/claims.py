@@ -19,7 +19,7 @@ from cache_tools.claim_files import ClaimFile, Clock, all_claims, claim_text, cl
 from cache_tools.errors import StorageError
 from cache_tools.place import Place
 
-__all__ = ["EXPIRE_S", "Claims", "claims_of"]
+__all__ = ["EXPIRE_S", "GROW", "Claims", "claims_of", "growing"]
 
 EXPIRE_S = 60.0
 HEARTBEAT_S = 15.0
@@ -27,6 +27,10 @@ LOOK_EVERY_S = 10.0  # how often a builder with enough to do looks at what the o
 FIRST_POLL_S, POLL_S = 0.05, 1.0
 
 Pair = tuple[int, int]
+
+# Claims on what is no block, since no cache has so many views: they are not swept away with those on committed blocks.
+GROW: Pair = (1 << 31, 1)  # held by whoever makes or grows a cache
+_KEEP = (1 << 31) + 1
 
 
 class Claims:
@@ -107,6 +111,10 @@ class Claims:
                 poll_s = FIRST_POLL_S
                 yield pair
 
+    def keep(self) -> None:
+        """Show that somebody works here, beside others who do: a claim of one's own, on no block."""
+        self._take((_KEEP, uuid.uuid4().int), 0)
+
     @contextmanager
     def alone(self, pair: Pair) -> Iterator[None]:
         """Hold one claim for the time of a `with` block, after waiting for whoever has it."""
@@ -155,7 +163,7 @@ class Claims:
         return is_dead(self._place, claim) or self._clock.now_s() - claim.modified_s > self._expire_s
 
     def _sweep(self) -> None:
-        """Remove what killed builders left behind."""
+        """Remove what killed builders left behind; on committed blocks at once, since nobody takes these over."""
         self._delete(claim for claim in all_claims(self._place) if claim.pair in self._done or self._is_void(claim))
         self._clock.sweep(self._expire_s)
 
@@ -175,3 +183,10 @@ class Claims:
                         self._delete([claim])
                 except StorageError:  # the next beat tries again; the writer meets the same trouble and reports it
                     continue
+
+
+@contextmanager
+def growing(place: Place) -> Iterator[None]:
+    """Be the only one who makes or grows the cache at a place, after waiting for whoever does."""
+    with Claims(place) as claims, claims.alone(GROW):
+        yield

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cache_tools import commits, registry
 from cache_tools.blocks import BlockReader
 from cache_tools.cache_recipe import FORMAT_VERSION, CacheRecipe
-from cache_tools.claims import Claims
+from cache_tools.claims import Claims, growing
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import MismatchError, StorageError
@@ -157,7 +157,11 @@ def _open_or_create(
         except StorageError:
             if not registry.is_cache(path):  # else another process was faster
                 raise
-    return CacheWriter.resume(path, manifest.fingerprint).grow(manifest.num_views)
+    writer = CacheWriter.resume(path, manifest.fingerprint)
+    if writer.manifest.num_views < manifest.num_views:
+        with growing(LocalPlace(path)):
+            writer = writer.grow(manifest.num_views, canaries=manifest.canaries)
+    return writer
 
 
 def _write_all(

@@ -25,7 +25,7 @@ from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
-from cache_tools.durable import put_durably
+from cache_tools.durable import put_durably, sync_folder
 from cache_tools.errors import CacheError, FormatError
 from cache_tools.files import MAX_METADATA_BYTES, check_file
 from cache_tools.layout import constants_digest, metadata_files
@@ -138,7 +138,9 @@ def repair(path: Path, verification: Verification) -> Repair:
             elif problem.cure == "metadata":
                 expected = expected or metadata_files(manifest)
                 name = str(Path(problem.where).relative_to(path))
+                (path / name).parent.mkdir(exist_ok=True)  # the whole array may be gone
                 put_durably(path / name, json.dumps(expected[name], indent=2).encode())
+                sync_folder(path)
                 rewritten.append(name)
     left = tuple(problem for problem in verification.problems if problem.cure == "copy")
     return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
@@ -166,8 +168,8 @@ class _Reader:
     def constant_problems(self) -> list[Problem]:
         """Labels, keys and constants: readable, finite, and those of the recipe."""
         found: dict[str, Any] = {}
-        problems = []
-        for name in ("labels", "sample_keys", *constant_shapes(self.manifest.recipe)):
+        problems, shapes = [], constant_shapes(self.manifest.recipe)
+        for name in ("labels", "sample_keys", *shapes):
             if name in self._damaged:
                 continue
             try:
@@ -175,9 +177,9 @@ class _Reader:
                 self.bytes += found[name].nbytes
             except CacheError as error:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
-        constants = {name: found[name] for name in constant_shapes(self.manifest.recipe) if name in found}
+        constants = {name: found[name] for name in shapes if name in found}
         expected = self.manifest.constants_digest
-        if expected and not problems and constants_digest(constants) != expected:
+        if expected and constants.keys() == shapes.keys() and constants_digest(constants) != expected:
             what = "the arrays that hold for all samples are not those that the manifest was written for"
             problems.append(Problem(where=str(self.path), what=what, cure="copy"))
         identity = self.manifest.recipe.dataset

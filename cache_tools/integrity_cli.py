@@ -116,6 +116,8 @@ def repair_command(
         print(f"dropped{_block(view, block)}")
     for name in done.rewritten:
         print(f"written anew: {name}")
+    if done.rewritten:
+        print("Run this once more: arrays whose metadata was damaged could not be looked into.")
     for problem in done.left:
         print(f"left: {problem.where}: {problem.what}; restore it from a copy (cache-tools pull), or build it again")
     if done.dropped:

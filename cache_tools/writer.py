@@ -177,26 +177,32 @@ class CacheWriter:
     ) -> CacheWriter:
         """The same cache with room for more views; with as many or fewer, itself.
 
-        Arrays are resized before the manifest promises the views, so a reader never sees a promise without arrays.
+        Views that another process has added since this writer was opened stay. Arrays are resized before the manifest
+        promises the views, so a reader never sees a promise without arrays.
 
         Args:
-            canaries: of the new views, added to those that are there.
+            canaries: those of the new views are added to those that are there.
             note: what the list `grown` of the provenance is to say of this, plain JSON.
         """
         if num_views <= self.manifest.num_views:
             return self
-        update: dict[str, Any] = {"num_views": num_views, "canaries": (*self.manifest.canaries, *canaries)}
+        now = CacheWriter.resume(self.path, self.manifest.fingerprint)  # another process may have grown it since
+        there = now.manifest
+        if num_views <= there.num_views:
+            return now
+        added = (canary for canary in canaries if canary.view >= there.num_views)
+        update: dict[str, Any] = {"num_views": num_views, "canaries": (*there.canaries, *added)}
         if note is not None:
-            before = self.manifest.provenance.get("grown")
+            before = there.provenance.get("grown")
             grown = [*(before if isinstance(before, list) else []), dict(note)]
-            update["provenance"] = {**self.manifest.provenance, "grown": grown}
-        manifest = self.manifest.model_copy(update=update)
+            update["provenance"] = {**there.provenance, "grown": grown}
+        manifest = there.model_copy(update=update)
         check_limits(manifest, where=self.path)
         with translated(self.path):
-            for array in (*self._arrays.values(), self._commits):
+            for array in (*now._arrays.values(), now._commits):
                 if array.shape[0] < num_views:
                     array.resize((num_views, *array.shape[1:]))
-            self._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
+            now._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
         return CacheWriter.resume(self.path, manifest.fingerprint)
 
     def _rows(self, view: int, block: int) -> slice:

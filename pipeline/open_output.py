@@ -15,7 +15,7 @@ from cache_tools import commits, registry
 from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import constant_shapes, target_arrays
 from cache_tools.cache_recipe import CacheRecipe
-from cache_tools.claims import Claims
+from cache_tools.claims import growing
 from cache_tools.durable import PARTIAL
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
 from cache_tools.layout import constants_digest
@@ -26,7 +26,7 @@ from cache_tools.store import open_group, read_manifest, read_whole
 from cache_tools.transfer import committed, copy_metadata, manifest_at
 from cache_tools.writer import CacheWriter, check_free
 from pipeline.destination import Destination
-from pipeline.output import FIRST, MirroredOutput, Output
+from pipeline.output import MirroredOutput, Output
 
 
 def open_output(
@@ -51,7 +51,7 @@ def open_output(
         return _open_mirrored(where.path, where.place, recipe, num_views, create, grow)
     writer = _open_folder(where.path, recipe.fingerprint, create)
     if writer.manifest.num_views < num_views:
-        with Claims(where.place) as claims, claims.alone(FIRST):
+        with growing(where.place):
             writer = grow(CacheWriter.resume(where.path, recipe.fingerprint))  # as another may just have left it
     return Output(writer)
 
@@ -79,7 +79,7 @@ def _open_mirrored(
     if there is None:
         _open_folder(path, recipe.fingerprint, create)  # before anybody has to wait for it
     if there is None or there.num_views < num_views:
-        with Claims(place) as claims, claims.alone(FIRST):
+        with growing(place), growing(LocalPlace(path)):  # who builds for this machine alone grows the mirror too
             there = _manifest_at(place, recipe)
             if there is not None:
                 moved += _adopt(place, path, there)

@@ -24,8 +24,6 @@ from cache_tools.store import translated
 from cache_tools.transfer import block_arrays, committed, copy_block, copy_blocks
 from cache_tools.writer import CacheWriter
 
-FIRST = (0, 0)  # whoever makes or grows a cache holds the claim on its first block
-KEEP = (1 << 31, 0)  # no block: the claim on it only says that somebody works here
 Pair = tuple[int, int]
 
 
@@ -107,7 +105,7 @@ class MirroredOutput(Output):
     def working(self) -> Iterator[None]:
         """Keep the mirror from being tidied away, and first push what an earlier run left there."""
         with Claims(self._mirror) as self._here:
-            self._here.claim(KEEP)
+            self._here.keep()
             with Claims(self.place) as claims:
                 self._push_the_rest(claims)
             yield

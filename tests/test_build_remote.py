@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import Builder
+from cache_factory import create, tiny_images, tiny_manifest
 from flaky_proxy import flaky_proxy
 from s3_server import new_bucket
 from typer.testing import CliRunner
 
 from cache_tools import housekeeping, registry
+from cache_tools.claim_files import claims_of, newest_claims
+from cache_tools.claims import GROW
 from cache_tools.config import dump_yaml
 from cache_tools.errors import MismatchError, NotFoundError, RecipeError, StorageError
 from cache_tools.integrity import verify
@@ -26,6 +30,7 @@ from pipeline.build import build_cache
 from pipeline.build_blocks import build_blocks
 from pipeline.cli import app
 from pipeline.destination import destination
+from pipeline.output import MirroredOutput
 from pipeline.plan import make_plan
 from pipeline.targets import TeacherPair
 from tests import tiny_build
@@ -142,6 +147,22 @@ def test_more_views_are_added_there_from_any_machine(root, url, tmp_path, monkey
     same_as(arrays_of(tmp_path / "clean.zarr"), url, tmp_path)
 
 
+def test_a_cache_and_its_mirror_grow_alone(root, url, monkeypatch):
+    from pipeline import build
+
+    build_cache(recipe(root, url, num_views=1))
+    whole, claimed = build._grow, []
+
+    def grow(writer, *arguments):
+        places = (open_place(url), LocalPlace(writer.path))
+        claimed.extend(GROW in newest_claims(claims_of(place)) for place in places)
+        return whole(writer, *arguments)
+
+    monkeypatch.setattr(build, "_grow", grow)
+    build_cache(recipe(root, url, num_views=2))
+    assert claimed == [True, True]
+
+
 def test_a_builder_killed_at_random_requests_goes_on(root, clean, url, tmp_path, home):
     """From the making of the cache to its last blocks: the store stops answering, and the builder is killed."""
     place, progress, random_count = open_place(url), [0], random.Random(1)
@@ -185,6 +206,19 @@ def test_a_mirror_in_use_is_not_tidied_away(root, url, monkeypatch):
     monkeypatch.setattr("pipeline.build_blocks.build_blocks", tidy_up_meanwhile)
     assert build.build_cache(recipe(root, url, num_views=1)).images == SAMPLES
     assert refused
+
+
+def test_a_mirror_that_two_work_in_is_kept_until_both_are_done(home, tmp_path):
+    images = tiny_images()
+    writer, store = create(home / "tiny.zarr", tiny_manifest(images), images), LocalPlace(tmp_path / "store.zarr")
+    copy_cache(LocalPlace(writer.path), store)
+    with ExitStack() as first:
+        first.enter_context(MirroredOutput(writer, store, writer.manifest, 0).working())
+        with MirroredOutput(writer, store, writer.manifest, 0).working():
+            first.close()
+            with pytest.raises(StorageError, match="right now"):
+                housekeeping.remove(writer.path)
+    housekeeping.remove(writer.path)
 
 
 def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, monkeypatch):

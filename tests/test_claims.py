@@ -11,7 +11,7 @@ import pytest
 from s3_server import new_bucket
 
 from cache_tools.claim_files import claim_text
-from cache_tools.claims import Claims, claims_of
+from cache_tools.claims import GROW, Claims, claims_of, growing
 from cache_tools.place import LocalPlace, Place, open_place
 
 TEXT = "from cache_tools.claim_files import claim_text; print(claim_text('x').decode())"
@@ -130,6 +130,30 @@ def test_one_builder_at_a_time_holds_a_claim_alone(place: Place) -> None:
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1, 1]
+
+
+def test_who_grows_a_cache_is_alone_also_when_builders_end(place: Place) -> None:
+    with growing(place):
+        with Claims(place) as builder:  # the one who does the first block
+            assert next(builder.share(BLOCKS, lambda: {(0, 1)}, lambda pair: False)) == (0, 0)
+        with Claims(place) as another:
+            assert list(another.share(BLOCKS, lambda: set(BLOCKS), lambda pair: True)) == []
+        with Claims(place) as late:
+            assert not late.claim(GROW)
+    with growing(place):
+        pass
+    assert list(claims_of(place).entries()) == []
+
+
+def test_any_number_may_keep_a_place(place: Place) -> None:
+    with Claims(place) as first:
+        first.keep()
+        with Claims(place) as second:
+            second.keep()
+            second.keep()
+            assert len(list(claims_of(place).entries())) == 3
+        assert len(list(claims_of(place).entries())) == 1
+    assert list(claims_of(place).entries()) == []
 
 
 def test_a_claim_is_renewed_while_it_is_held(tmp_path: Path) -> None:

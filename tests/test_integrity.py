@@ -98,9 +98,22 @@ def test_metadata_is_written_anew(sound: Path, cache: Path, name: str, damage: s
         file.write_text(json.dumps(json.loads(file.read_text()) | {"fill_value": 1}))
     found = verify(cache)
     assert not found.sound
-    assert repair(cache, found).rewritten == (f"{name}/zarr.json",)
+    done = repair(cache, found)
+    assert (done.rewritten, done.left) == ((f"{name}/zarr.json",), ())
     assert verify(cache).sound
     TeacherCache.open(cache).load_view(0)
+
+
+@pytest.mark.parametrize("name", ["fused_features", "commits"])
+def test_an_array_whose_folder_is_gone_is_made_again(sound: Path, cache: Path, name: str) -> None:
+    shutil.rmtree(cache / name)
+    (cache / "fused_logits/c.0.0.0").write_bytes(b"x")
+    done = repair(cache, verify(cache))
+    assert done.rewritten == (f"{name}/zarr.json",)
+    assert done.dropped == (() if name == "commits" else ((0, 0),))
+    repair(cache, verify(cache))  # only now the array's blocks can be looked at
+    write(CacheWriter.resume(cache, MANIFEST.fingerprint), tiny_targets(MANIFEST))
+    assert contents(cache) == contents(sound)
 
 
 def test_what_only_a_copy_can_cure_is_left_and_said(cache: Path) -> None:

@@ -10,19 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
+from cache_factory import VIEWS, build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 
 from cache_tools import durable, registry
 from cache_tools.blocks import BlockReader
 from cache_tools.cache_recipe import FORMAT_VERSION
+from cache_tools.claim_files import claims_of, newest_claims
+from cache_tools.claims import GROW
 from cache_tools.codec_spec import codecs_for
 from cache_tools.codecs import Companded, FeatureSteps, TopK
 from cache_tools.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, StorageError
 from cache_tools.integrity import verify
 from cache_tools.lineage import lineage
+from cache_tools.place import LocalPlace
 from cache_tools.reader import TeacherCache
 from cache_tools.recode import Recoded, recode
+from cache_tools.verify import make_canaries
 from cache_tools.writer import CacheWriter
 
 IMAGES = tiny_images()
@@ -293,12 +297,32 @@ def test_it_grows_with_its_source(tmp_path: Path) -> None:
     assert (done.blocks, done.blocks_there, done.blocks_missing) == (6, 0, 9)
     assert TeacherCache.open(tmp_path / "c").complete_views == (0,)
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("c.0.*")}
-    write(writer.grow(5), targets)
+    write(writer.grow(5, canaries=make_canaries(VIEWS, IMAGES, 5, first=3)), targets)
     done = convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
     assert (done.blocks, done.blocks_there, done.blocks_missing) == (19, 6, 0)
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("c.0.*")} == before
     convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "at-once")
+    canaries = [TeacherCache.open(tmp_path / name).manifest.canaries for name in ("a", "c", "at-once")]
+    assert canaries[0] == canaries[1] == canaries[2]
+    assert {canary.view for canary in canaries[0]} == set(range(5))
     assert files(tmp_path / "c") == files(tmp_path / "at-once")
+
+
+def test_it_grows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    CacheWriter.resume(tmp_path / "a", TeacherCache.open(tmp_path / "a").manifest.fingerprint).grow(5)
+    whole, claimed = CacheWriter.grow, []
+
+    def grow(writer: CacheWriter, *arguments: Any, **options: Any) -> CacheWriter:
+        claimed.append(GROW in newest_claims(claims_of(LocalPlace(writer.path))))
+        return whole(writer, *arguments, **options)
+
+    monkeypatch.setattr(CacheWriter, "grow", grow)
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    assert claimed == [True]
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    assert claimed == [True]
 
 
 def test_a_damaged_block_stops_it_and_the_rest_stays(tmp_path: Path) -> None:

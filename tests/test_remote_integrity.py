@@ -91,6 +91,7 @@ def test_repaired_and_pushed_again(place: Place, cache: LocalPlace) -> None:
     assert len(committed(place)) == BLOCKS, "nothing was done without --yes"
     done = CliRunner().invoke(app, ["repair", str(place), "--yes"]).stdout
     assert "dropped view 1, block 2" in done
+    assert "Run this once more" in done
     assert "Push a sound copy of the cache" in done
     assert committed(place) == {(v, b) for v in range(3) for b in range(5)} - {(1, 2)}
     assert copy_cache(cache, place).blocks == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
+from cache_factory import VIEWS, build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import arrays
 from cache_tools import commits, durable
 from cache_tools.errors import CacheError, FormatError, MismatchError, NotFoundError, StorageError
 from cache_tools.reader import TeacherCache
+from cache_tools.verify import make_canaries
 from cache_tools.writer import CacheWriter
 
 IMAGES = tiny_images()
@@ -273,6 +274,20 @@ def test_growing_adds_views_and_keeps_what_is_there(tmp_path: Path) -> None:
     after = files(tmp_path / "c")
     assert all(after[name] == data for name, data in before.items() if not name.endswith("zarr.json"))
     np.testing.assert_array_equal(reader.load_view(0).arrays["fused_logits"], targets["fused_logits"][0])
+
+
+def test_who_has_not_seen_that_a_cache_grew_takes_no_views_away(tmp_path: Path) -> None:
+    create(tmp_path / "c", MANIFEST, IMAGES)
+    first, late, later = (CacheWriter.resume(tmp_path / "c", MANIFEST.fingerprint) for _ in range(3))
+    first.grow(8, canaries=make_canaries(VIEWS, IMAGES, 8, first=3), note={"views": [3, 8]})
+    before = files(tmp_path / "c")
+    assert late.grow(5, note={"views": [3, 5]}).manifest.num_views == 8
+    assert files(tmp_path / "c") == before
+    manifest = later.grow(9, canaries=make_canaries(VIEWS, IMAGES, 9, first=3), note={"views": [3, 9]}).manifest
+    assert [note["views"] for note in manifest.provenance["grown"]] == [[3, 8], [3, 9]]
+    places = [(canary.view, canary.index) for canary in manifest.canaries]
+    assert {view for view, _ in places} == set(range(9))
+    assert len(set(places)) == len(places)
 
 
 def test_growing_cut_off_half_way_still_opens_and_can_be_repeated(
