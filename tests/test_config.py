@@ -124,6 +124,27 @@ def test_unknown_recipe_names_the_nearest():
     assert "Did you mean 'digits'?" in failure(source="digit")
 
 
+# Grammatical, and no value: a date, a number without digits, one with too many, wrong tags, too large, too deep.
+NO_VALUES = [
+    "2020-13-45",
+    "0b_",
+    "9" * 5000,
+    "!!bool 7",
+    "!!timestamp 7",
+    "!!int ''",
+    ":".join(["1"] * 200) + ".0",
+    "[" * 1500,
+]
+
+
+@pytest.mark.parametrize("text", NO_VALUES)
+def test_yaml_without_a_value_is_refused_in_one_line(text: str, tmp_path: Path):
+    assert "cannot read the value of --set" in failure(f"name={text}")
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"name: {text}\n")
+    assert f"recipe is not valid YAML ({path})" in failure(source=str(path))
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "name: [", "just words"])
 def test_a_file_that_is_not_a_recipe(text: str, tmp_path: Path):
     path = tmp_path / "bad.yaml"
