@@ -16,6 +16,7 @@ from cache_tools.errors import FormatError, IncompleteError
 from cache_tools.fidelity_bench import Bench, CodecCost
 from cache_tools.reader import TeacherCache
 from cache_tools.target_codecs import TargetCodecs
+from cache_tools.top_k import MAX_CLASSES
 
 AS_IT_IS = "(as it is)"
 MANY_CLASSES = 100
@@ -109,7 +110,7 @@ def default_codecs(recipe: CacheRecipe) -> tuple[dict[str, TargetCodecs], list[s
     specs = ["float16", "compact", "dense", "coarse", "row-step"]
     if "logits" in codec_spec.kinds(recipe):
         specs += ["fixed-step+", "fixed-step:pack=pcodec+"]
-        if len(recipe.dataset.class_names) >= MANY_CLASSES:
+        if MANY_CLASSES <= len(recipe.dataset.class_names) <= MAX_CLASSES:
             specs.append("top-k")
     if recipe.store == "components":
         specs += ["feature-steps:resolution=32,pack=pcodec", "feature-steps:resolution=8,pack=pcodec"]

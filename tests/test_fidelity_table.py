@@ -21,6 +21,7 @@ from cache_tools.fidelity_table import AS_IT_IS, CostTable, default_codecs, meas
 from cache_tools.fidelity_text import print_costs
 from cache_tools.reader import TeacherCache
 from cache_tools.recode import recode
+from cache_tools.top_k import MAX_CLASSES
 from train.tail import kd_tail
 
 HAS_PCODEC = importlib.util.find_spec("pcodec") is not None
@@ -259,6 +260,14 @@ def test_the_list_for_a_cache_has_no_doubles_and_not_the_cache_itself(
 def test_thousands_of_classes_are_offered_top_k() -> None:
     recipe = tiny_manifest(tiny_images(num_classes=120), canaries=False).recipe
     assert "top-k" in default_codecs(recipe)[0]
+
+
+def test_more_classes_than_top_k_can_number_are_not_offered_it() -> None:
+    recipe = tiny_manifest(tiny_images(), canaries=False).recipe
+    dataset = recipe.dataset.model_copy(update={"class_names": tuple(map(str, range(MAX_CLASSES + 1)))})
+    chosen, left_out = default_codecs(recipe.model_copy(update={"dataset": dataset}))
+    assert "compact" in chosen
+    assert "top-k" not in {*chosen, *left_out}
 
 
 def test_view_1_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
