@@ -209,7 +209,7 @@ def _require_components(cache: TeacherCache) -> None:
         where=cache.path,
         expected="a cache with components",
         found=f"fused targets only, teacher weight {recipe.teacher_weight:g}, CLIP scale {cache.manifest.clip_scale:g}",
-        next_step=f"build one with `build-cache {cache.manifest.name} --set store=components`",
+        next_step="build one from its recipe with --set store=components",
     )
 
 

@@ -334,6 +334,8 @@ def test_text_names_the_choice_and_the_exact_options(result: TuneResult, capsys:
     text = capsys.readouterr().out
     assert f"--set fusion.teacher_weight={result.chosen_weight:g} --set fusion.clip_scale=" in text
     assert f"--teacher-weight {result.chosen_weight:g} --clip-scale {result.chosen_scale.option}" in text
+    assert f"train-student --cache {result.path} --teacher-weight" in text
+    assert f"build-cache {result.name}" not in text, "the name of a cache is no recipe"
     assert f"{np.min(result.nll):.4f}*" in text
     for setting in result.settings:
         assert setting.name in text
