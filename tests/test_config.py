@@ -94,9 +94,16 @@ def test_a_key_like_no_other_lists_the_known_ones():
     assert "Known keys: batch_size, block_rows" in failure("zzz=1")
 
 
+@pytest.mark.parametrize("scale", ["-1", "0", "-.inf"])
+def test_a_clip_scale_is_above_0(scale: str):
+    failure(f"fusion.clip_scale={scale}")
+    assert load_build_recipe("digits", ["fusion.clip_scale=1e-3"]).fusion.clip_scale == 1e-3
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("fusion.clip_scale=-1", "(fusion.clip_scale); expected model, match or a number above 0; found -1"),
         ("num_views=0", "greater than 0"),
         ("num_views=many", "integer"),
         ("fusion.teacher_weight=1.5", "less than or equal to 1"),
