@@ -288,14 +288,17 @@ def test_weights_and_scales_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:2:0.5", "-0.1,0.5", "nan", "0:1:1e-9", "0:inf:1"]
+    "text",
+    ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:2:0.5", "-0.1,0.5", "nan", "0:1:1e-9", "0:inf:1", "inf:inf:1", "0:1:nan"],
 )
 def test_weights_that_make_no_sense(text: str) -> None:
     with pytest.raises(RecipeError, match="--weights"):
         parse_weights(text)
 
 
-@pytest.mark.parametrize("text", ["", "modle", "0", "-3", "1:2", "10:1:5", "1:10:2.5", "0:10:3", "inf", "1:10:1"])
+@pytest.mark.parametrize(
+    "text", ["", "modle", "0", "-3", "1:2", "10:1:5", "1:10:2.5", "0:10:3", "inf", "1:10:1", "1:10:inf", "1:10:nan"]
+)
 def test_scales_that_make_no_sense(text: str) -> None:
     with pytest.raises(RecipeError, match="--scales"):
         parse_scales(text)
@@ -310,6 +313,12 @@ def test_a_fused_cache_is_refused_with_what_to_do(tmp_path: Path) -> None:
         tune_fusion(TeacherCache(tmp_path / "fused.zarr"), weights=WEIGHTS)
     for words in ("fused.zarr", "expected a cache with components", "found fused targets only", "store=components"):
         assert words in str(caught.value)
+
+
+def test_more_fusions_than_anybody_waits_for_are_refused(cache: TeacherCache) -> None:
+    many = parse_weights("0:1:0.0001")
+    with pytest.raises(RecipeError, match=r"too many fusions.*at most 1,000,000; found 10,001 weights × 10,000 scales"):
+        tune_fusion(cache, weights=many, scales=parse_scales("1:10:10000"))
 
 
 def test_views_that_are_not_there(cache: TeacherCache, tmp_path: Path) -> None:
