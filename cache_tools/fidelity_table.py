@@ -68,7 +68,7 @@ def measure(
         specs: as `codec_spec.codecs_for` takes them; none for a list that suits the cache.
         temperatures: of the KD loss.
         rows: how many samples, evenly spaced; with all of them, bytes are exactly those of a recoded cache.
-        view: None for view 1 where it is complete: view 0 often is the clean image.
+        view: None for the second complete one, or the only one: view 0 often is the clean image.
 
     Raises:
         RecipeError: a spec that means nothing for this cache.

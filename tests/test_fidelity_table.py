@@ -270,7 +270,7 @@ def test_more_classes_than_top_k_can_number_are_not_offered_it() -> None:
     assert "top-k" not in {*chosen, *left_out}
 
 
-def test_view_1_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
+def test_the_second_complete_view_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
     assert measure(caches["fused"], ["float16"]).view == 1
     assert measure(caches["fused"], ["float16"], view=2).view == 2
     with pytest.raises(NotFoundError, match="no such view"):
@@ -281,6 +281,8 @@ def test_view_1_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Pa
         measure(TeacherCache.open(tmp_path / "a"), ["float32"])
     write(writer, tiny_targets(manifest), [(0, block) for block in range(5)])
     assert measure(TeacherCache.open(tmp_path / "a"), ["float32"]).view == 0
+    write(writer, tiny_targets(manifest), [(2, block) for block in range(5)])
+    assert measure(TeacherCache.open(tmp_path / "a"), ["float32"]).view == 2, "the second complete one"
 
 
 def test_a_spec_that_means_nothing_here_is_refused(caches: dict[str, TeacherCache]) -> None:
