@@ -57,7 +57,11 @@ def array_name(name: str, network: int) -> str:
 
 
 def targets(recipe: CacheRecipe, block_rows: int) -> tuple[TargetSpec, ...]:
-    """What a cache holds per (view, sample), in the order in which commits list its arrays."""
+    """What a cache holds per (view, sample), in the order in which commits list its arrays.
+
+    Raises:
+        FormatError: a codec that is not for rows of such a width.
+    """
     found = []
     for name, width in _widths(recipe).items():
         codec = recipe.codecs.of(name).for_width(width)

@@ -86,7 +86,8 @@ class FusionRecipe(Finite):
     logits: teacher_weight · teachers + (1 − teacher_weight) · CLIPs, the cosines of each CLIP times its scale [α]
     features: feature_weight · teachers + (1 − feature_weight) · CLIPs, projected to `feature_dim`, L2-normalised [λ]
     clip_scale: `model` (each CLIP's own logit scale), `match` (each brought to the spread of the teachers' mixed
-        logits) or a number (official: 1.0). Cosines are those of the embedding ensemble, whatever `prompt_ensemble` is.
+        logits) or a number above 0 (official: 1.0). Cosines are those of the embedding ensemble, whatever the
+        `prompt_ensemble`.
     prompt_ensemble: what is averaged over the prompt templates: `embedding` (the text embeddings, as in the paper's
         code), `logits`, or `probabilities`.
     projection_seed: teacher i, from 0, is projected with seed projection_seed + 2i, CLIP i with that seed + 1.

@@ -185,7 +185,10 @@ def checked(values: npt.NDArray[Any], where: str, width: int | None = None) -> R
         )
     with np.errstate(over="ignore"):  # found and named below
         rows = np.ascontiguousarray(values, dtype=np.float32)
-    refuse(~np.isfinite(rows), values, where, "finite", "check the weights and the precision")
+    expected, next_step = "finite", "check the weights and the precision"
+    if values.dtype == np.float16:  # a build halves its rows on the device: what was too large is infinite by now
+        expected, next_step = "finite, within ±65504", f"store float32 (--codec float32), or {next_step}"
+    refuse(~np.isfinite(rows), values, where, expected, next_step)
     return rows
 
 

@@ -40,7 +40,7 @@ def fidelity_command(
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=32, help="How many samples, evenly spaced.")] = 8192,
     view: Annotated[
-        int | None, typer.Option("--view", min=0, help="Which view. [default: 1 where it is complete, else the first]")
+        int | None, typer.Option("--view", min=0, help="Which view. [default: the second complete one, or the first]")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

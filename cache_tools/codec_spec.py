@@ -14,12 +14,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
 from cache_tools.arrays import targets
 from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import CODECS, Codec, Companded, FeatureSteps, TopK, parse_codec
-from cache_tools.config import validate
+from cache_tools.config import parse_yaml, validate
 from cache_tools.errors import RecipeError
 from cache_tools.target_codecs import PRESETS, TargetCodecs, kind_of, resolve_codecs
 
@@ -100,6 +98,6 @@ def _number(text: str) -> Any:
         except (ValueError, ZeroDivisionError):
             return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, "cannot read a codec", where=text)
+    except RecipeError:
         return text

@@ -27,6 +27,10 @@ ONE, SEVERAL = "(one)", "(several)"
 NAME, FIELDS = "(name)", "(fields)"
 UNION_TAGS = (ONE, SEVERAL, NAME, FIELDS)
 
+# What safe_load raises: its own error for the grammar, others for a date such as 2020-13-45, a number without digits
+# (0b_) or with thousands of them, a value that is not what its tag says (!!bool 7), and lists in lists without end.
+_NO_VALUE = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
 
 def one_or_several(value: Any) -> str:
     """The tag of a value for such a union."""
@@ -65,11 +69,7 @@ def load_recipe(
         key, separator, text = item.partition("=")
         if not separator or not key.strip():
             raise RecipeError("cannot read --set", where=item, expected="--set key=value", found=repr(item))
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError("cannot read the value of --set", where=item, expected="a YAML value") from error
-        set_dotted(data, key.strip(), value)
+        set_dotted(data, key.strip(), parse_yaml(text, "cannot read the value of --set", where=_abridged(item)))
     return validate(model, data, where=source or "options")
 
 
@@ -84,6 +84,21 @@ def validate(model: type[Recipe], data: Any, *, where: str) -> Recipe:
         return model.model_validate(data)
     except ValidationError as error:
         raise _recipe_error(model, error, where) from error
+
+
+def parse_yaml(text: str, what: str, *, where: object) -> Any:
+    """YAML as plain data.
+
+    Args:
+        what: to say of a text that cannot be read.
+
+    Raises:
+        RecipeError: no YAML, or a value that Python cannot hold.
+    """
+    try:
+        return yaml.safe_load(text)
+    except _NO_VALUE as error:
+        raise RecipeError(what, where=where, expected="YAML", found=str(error)) from error
 
 
 def dump_yaml(recipe: BaseModel) -> str:
@@ -141,10 +156,7 @@ def _read(source: str, builtin: Traversable) -> dict[str, Any]:
                 next_step=_hint(source, names),
             )
         text = (builtin / f"{source}.yaml").read_text(encoding="utf-8")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError("recipe is not valid YAML", where=source, found=str(error)) from error
+    data = parse_yaml(text, "recipe is not valid YAML", where=source)
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -37,6 +37,13 @@ _STORAGE_ERRNOS = {
     errno.ETIMEDOUT,
     errno.EBUSY,
 }
+_FIRST_STEPS = {  # of who can help it
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "fix its permissions",
+    errno.EPERM: "fix its permissions",
+}
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -74,11 +81,11 @@ def warn(message: str) -> None:
 
 def storage_error(error: OSError) -> StorageError:
     """An operating-system error about storage in our words."""
+    step = _FIRST_STEPS.get(error.errno or 0, "put it right")
     return StorageError(
         f"cannot write or read: {error.strerror or error}",
         where=error.filename,
-        next_step="free some space, choose another --out or fix its permissions, then run the same command again: "
-        "what is committed is kept",
+        next_step=f"{step} or choose another --out, then run the same command again: what is committed is kept",
     )
 
 

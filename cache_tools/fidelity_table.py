@@ -16,6 +16,7 @@ from cache_tools.errors import FormatError, IncompleteError
 from cache_tools.fidelity_bench import Bench, CodecCost
 from cache_tools.reader import TeacherCache
 from cache_tools.target_codecs import TargetCodecs
+from cache_tools.top_k import MAX_CLASSES
 
 AS_IT_IS = "(as it is)"
 MANY_CLASSES = 100
@@ -67,7 +68,7 @@ def measure(
         specs: as `codec_spec.codecs_for` takes them; none for a list that suits the cache.
         temperatures: of the KD loss.
         rows: how many samples, evenly spaced; with all of them, bytes are exactly those of a recoded cache.
-        view: None for view 1 where it is complete: view 0 often is the clean image.
+        view: None for the second complete one, or the only one: view 0 often is the clean image.
 
     Raises:
         RecipeError: a spec that means nothing for this cache.
@@ -109,7 +110,7 @@ def default_codecs(recipe: CacheRecipe) -> tuple[dict[str, TargetCodecs], list[s
     specs = ["float16", "compact", "dense", "coarse", "row-step"]
     if "logits" in codec_spec.kinds(recipe):
         specs += ["fixed-step+", "fixed-step:pack=pcodec+"]
-        if len(recipe.dataset.class_names) >= MANY_CLASSES:
+        if MANY_CLASSES <= len(recipe.dataset.class_names) <= MAX_CLASSES:
             specs.append("top-k")
     if recipe.store == "components":
         specs += ["feature-steps:resolution=32,pack=pcodec", "feature-steps:resolution=8,pack=pcodec"]

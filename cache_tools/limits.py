@@ -61,7 +61,10 @@ def check_limits(manifest: Manifest, *, where: object) -> None:
         ("rows per block", manifest.block_rows, MAX_BLOCK_ROWS),
         ("blocks", manifest.num_views * manifest.num_blocks, MAX_BLOCKS),
     )
-    arrays = target_arrays(recipe, manifest.block_rows)
+    try:
+        arrays = target_arrays(recipe, manifest.block_rows)
+    except FormatError as error:  # a codec that is not for such rows
+        raise FormatError(error.what, where=where, expected=error.expected, found=error.found) from error
     _check(
         where, *((f"bytes in a chunk of {a.name}", a.chunk_rows * a.stored.row_bytes, MAX_CHUNK_BYTES) for a in arrays)
     )

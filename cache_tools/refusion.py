@@ -63,7 +63,7 @@ class FusionChoice(Frozen):
 
         Raises:
             NotFoundError: a fused cache, which keeps no parts to fuse again; or no such `clip_view` or prompt template.
-            RecipeError: not one weight for each of the cache's networks.
+            RecipeError: not one weight for each of the cache's networks, or a scale that is not above 0.
             PreflightError: `match` where CLIP or the teacher says the same for every class.
         """
         if self != FusionChoice() and cache.recipe.store != "components":
@@ -88,6 +88,8 @@ class FusionChoice(Frozen):
 
     def _check(self, cache: TeacherCache) -> None:
         recipe = cache.recipe
+        if self.clip_scale is not None:
+            check_clip_scale(self.clip_scale, where="fusion.clip_scale")
         for key, weights, networks in (
             ("teacher_weights", self.teacher_weights, [teacher.architecture for teacher in recipe.teachers]),
             ("clip_weights", self.clip_weights, [clip.architecture for clip in recipe.clips]),
@@ -123,6 +125,15 @@ def check_shares(weights: Sequence[float], *, where: object) -> None:
             expected="weights from 0 to 1 with the sum 1",
             found=f"{', '.join(f'{weight:g}' for weight in weights)} with the sum {sum(weights):g}",
         )
+
+
+def check_clip_scale(scale: str | float, *, where: object) -> None:
+    """Raise RecipeError unless this is a name or a number above 0: below, CLIP's likeliest class is its unlikeliest.
+
+    Not a rule of the recipes themselves: what was built or trained before there was one stays readable.
+    """
+    if not isinstance(scale, str) and not 0.0 < scale < float("inf"):
+        raise RecipeError("bad CLIP scale", where=where, expected="model, match or a number above 0", found=scale)
 
 
 def matched_scales(targets: ViewTargets, clips: Sequence[ClipIdentity]) -> tuple[float, ...]:

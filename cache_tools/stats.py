@@ -5,6 +5,7 @@ Runs no model. Views are read one at a time; docs/analysis.md says what each fig
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import polars as pl
 from cache_tools import aggregate
 from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device, storage_error
+from cache_tools.durable import put_durably
 from cache_tools.errors import IncompleteError, RecipeError
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
@@ -191,23 +193,39 @@ def make_folder(path: Path) -> None:
         raise storage_error(error) from error
 
 
+def put_file(path: Path, data: Any) -> None:
+    """Replace a file; what was there stays where that fails.
+
+    Raises:
+        StorageError: a folder is in the way, or the disk is full or read-only.
+    """
+    try:
+        put_durably(path, data)
+    except OSError as error:
+        error.filename = str(path)  # not that of the temporary file
+        raise storage_error(error) from error
+
+
 class Folder:
     """Where `--out` writes: `stats.json`, a parquet file per table, `views/` with the table of each view.
 
     Args:
-        path: made if it is not there; what an earlier run wrote is replaced.
+        path: made if it is not there; what an earlier run wrote is replaced, from the first view on.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._begun = False
         make_folder(path / "views")
-        for stale in (path / "views").glob("view-*.parquet"):
-            stale.unlink()
 
     def keep(self, view: int, frame: pl.DataFrame) -> None:
         """The table of one view, figures in float32: one row per source and sample."""
+        if not self._begun:  # before that, a mistake in the options may end the run
+            for stale in (self.path / "views").glob("view-*.parquet"):
+                stale.unlink()
+            self._begun = True
         small = frame.with_columns(pl.lit(view, pl.Int32).alias("view"), pl.col(pl.Float64).cast(pl.Float32))
-        small.select("view", pl.exclude("view")).write_parquet(self.path / "views" / f"view-{view:04}.parquet")
+        put_file(self.path / "views" / f"view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
 
     def write(self, stats: TeacherStats) -> None:
         """Every table of the result, and `stats.json`."""
@@ -216,9 +234,14 @@ class Folder:
             if table.is_empty():
                 (self.path / f"{name}.parquet").unlink(missing_ok=True)
             else:
-                table.write_parquet(self.path / f"{name}.parquet")
-        text = json.dumps(stats.to_dict(), indent=2, ensure_ascii=False)
-        (self.path / "stats.json").write_text(text, encoding="utf-8")
+                put_file(self.path / f"{name}.parquet", _parquet(table))
+        put_file(self.path / "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
+
+
+def _parquet(table: pl.DataFrame) -> memoryview:
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getbuffer()
 
 
 def _about(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import polars as pl
 
 from cache_tools.class_plots import draw_consistency, draw_gains
 from cache_tools.plot_style import COLOURS, FAINT, INK, MARKERS, NAMES, dress, legend_above, new_figure, subtitle
-from cache_tools.stats import TeacherStats
+from cache_tools.stats import TeacherStats, put_file
 from cache_tools.view_tables import CALIBRATION_BINS, QUADRANTS
 
 # Below this lies what float32 leaves of equal views: a curve that starts high at the left edge has such samples.
@@ -42,7 +43,9 @@ def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
         if figure is None:
             path.unlink(missing_ok=True)
             continue
-        figure.savefig(path, format="png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        put_file(path, picture.getbuffer())
         written.append(path)
     return written
 

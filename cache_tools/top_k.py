@@ -90,6 +90,19 @@ class TopK(Codec):
         )
 
     def for_width(self, width: int) -> TopK:
+        """The codec of rows of `width` classes.
+
+        Raises:
+            FormatError: more classes than the int16 gaps can number.
+        """
+        if width > MAX_CLASSES:
+            raise FormatError(
+                "top-k is not for so many classes",
+                where="codec",
+                expected=f"at most {MAX_CLASSES:,}",
+                found=f"{width:,}",
+                next_step="choose another codec, such as compact",
+            )
         return TopK.model_validate(self.model_dump() | {"num_classes": width})
 
     def arrays(self, width: int) -> tuple[StoredArray, ...]:

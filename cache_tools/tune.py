@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device
-from cache_tools.errors import NotFoundError
+from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.resolved_fusion import Fusion
@@ -22,6 +22,7 @@ from cache_tools.tune_grid import factors, log_grid, stratified_holdout
 from cache_tools.tune_passes import PASSES, Candidate, Passes, Setting
 
 OFFICIAL_SCALE = 1.0
+MAX_FUSIONS = 1_000_000  # a likelihood each, for every sample and view
 
 
 class Scale(Frozen):
@@ -104,7 +105,7 @@ def tune_fusion(
 
     Raises:
         NotFoundError: a fused cache; no such view.
-        RecipeError: a holdout or temperature out of range.
+        RecipeError: a holdout or temperature out of range, or more fusions than anybody waits for.
         PreflightError: `match` where CLIP or the teacher says the same for every class.
         IncompleteError, FormatError, DeviceError: as `TeacherCache.load_view`.
     """
@@ -113,6 +114,14 @@ def tune_fusion(
     chosen_views = view_numbers(cache, views)
     held = stratified_holdout(cache.labels, holdout, seed)
     grid = _scales(cache, scales)
+    if len(weights) * len(grid) > MAX_FUSIONS:
+        raise RecipeError(
+            "too many fusions to try",
+            where="--weights, --scales",
+            expected=f"at most {MAX_FUSIONS:,}",
+            found=f"{len(weights):,} weights × {len(grid):,} scales",
+            next_step="try few first, then more around the best",
+        )
     scaled = [_resolve(cache, scale.name or scale.value) for scale in grid]
     run = Passes(cache, chosen_views, held, resolve_device(device))
     pairs = [factors(weight, temperature) for weight in weights]
@@ -209,7 +218,7 @@ def _require_components(cache: TeacherCache) -> None:
         where=cache.path,
         expected="a cache with components",
         found=f"fused targets only, teacher weight {recipe.teacher_weight:g}, CLIP scale {cache.manifest.clip_scale:g}",
-        next_step=f"build one with `build-cache {cache.manifest.name} --set store=components`",
+        next_step="build one from its recipe with --set store=components",
     )
 
 

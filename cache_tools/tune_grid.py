@@ -6,6 +6,7 @@ scaled already; b = 0 is the teacher alone, a = 0 CLIP alone. The labels' negati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -122,9 +123,12 @@ def _parts(text: str, option: str, example: str) -> Iterator[list[float]]:
     """The comma-separated parts, each as its colon-separated numbers."""
     for part in text.split(","):
         try:
-            yield [float(number) for number in part.split(":")]
-        except ValueError as error:
-            raise RecipeError(f"cannot read {option}", expected=example, found=repr(text)) from error
+            numbers = [float(number) for number in part.split(":")]
+        except ValueError:
+            numbers = [math.nan]
+        if not all(map(math.isfinite, numbers)):
+            raise RecipeError(f"cannot read {option}", expected=example, found=repr(text))
+        yield numbers
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:

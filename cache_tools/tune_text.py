@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +25,9 @@ def print_tuning(result: TuneResult) -> None:
     for line in _notes(result):
         print(line)
     print("To use the choice:")
-    print(f"  build-cache {result.name} {result.build_options}")
-    print(f"  train-student {result.name} {result.train_options}      # with a cache of components, without a rebuild")
+    print(f"  build-cache RECIPE {result.build_options}      # the recipe of this cache, a name or a YAML file")
+    train = f"train-student --cache {shlex.quote(result.path)} {result.train_options}"
+    print(f"  {train}      # with this cache of components, without a rebuild")
 
 
 def heading(result: TuneResult) -> str:

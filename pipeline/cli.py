@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache_tools.config import dump_yaml
+from cache_tools.config import builtin_names, dump_yaml
 from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
 from pipeline.recipe import BuildRecipe, load_build_recipe
@@ -157,8 +158,18 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
         print(f"{human_bytes(result.bytes_moved)} moved; a mirror is in {result.path}")
     plural = "" if manifest.num_views == 1 else "s"
     print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples")
-    where = result.url or result.path
-    print(f"next: train-student --cache {where}" if recipe.out else f"next: train-student {recipe.name}")
+    print(f"next: {_next_step(recipe, result.url or result.path)}")
+
+
+def _next_step(recipe: BuildRecipe, where: str | Path) -> str:
+    """How to train from this cache: few names are recipes of `train-student`, and other caches may have the same."""
+    from cache_tools import registry
+    from train.recipe import builtin_recipes
+
+    known = recipe.name in builtin_names(builtin_recipes())
+    train = f"train-student {recipe.name}" if known else "train-student"
+    alone = len(list(registry.cache_home().glob(f"{recipe.name}-*{registry.SUFFIX}"))) == 1
+    return train if known and alone and recipe.out is None else f"{train} --cache {shlex.quote(str(where))}"
 
 
 def main() -> None:

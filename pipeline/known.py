@@ -20,7 +20,7 @@ import numpy as np
 
 from cache_tools import registry
 from cache_tools.cache_recipe import FORMAT_VERSION
-from cache_tools.errors import FormatError, NotFoundError
+from cache_tools.errors import FormatError, NotFoundError, StorageError
 from cache_tools.image_set import ImageSet
 from cache_tools.manifest import Manifest
 from cache_tools.place import open_place
@@ -89,10 +89,17 @@ def _candidates(recipe: BuildRecipe) -> Iterator[Finished]:
             manifest = manifest_at(open_place(recipe.out))
             yield Finished(destination(recipe, manifest.fingerprint), manifest)
         return
-    for path in sorted(registry.cache_home().glob(f"{recipe.name}-*{registry.SUFFIX}")):
+    for fingerprint in _fingerprints(recipe.name):
         with suppress(NotFoundError, FormatError):
-            where = destination(recipe, read_manifest(path).fingerprint)
+            where = destination(recipe, fingerprint)
             yield Finished(where, manifest_at(where.place))
+
+
+def _fingerprints(name: str) -> Iterator[str]:
+    """Of the caches of the home whose names begin so. Most are others', and one of these may be out of reach."""
+    for path in sorted(registry.cache_home().glob(f"{name}-*{registry.SUFFIX}")):
+        with suppress(NotFoundError, FormatError, StorageError):
+            yield read_manifest(path).fingerprint
 
 
 def _files(recipe: BuildRecipe) -> list[Path] | None:

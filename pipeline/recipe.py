@@ -15,7 +15,7 @@ from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Frozen, load_recipe, 
 from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import RecipeError
 from cache_tools.place import is_url
-from cache_tools.refusion import check_shares
+from cache_tools.refusion import check_clip_scale, check_shares
 from cache_tools.target_codecs import PresetName, TargetCodecs
 from cache_tools.views import ViewRecipe
 
@@ -110,9 +110,10 @@ class BuildRecipe(Frozen):
     out: Annotated[Path | str | None, BeforeValidator(_folder_or_url)] = None
 
     @model_validator(mode="after")
-    def _weights_sum_to_one(self) -> BuildRecipe:
+    def _networks_can_be_fused(self) -> BuildRecipe:
         shares(self.teachers, where="teacher")
         shares(self.clips, where="clip")
+        check_clip_scale(self.fusion.clip_scale, where="fusion.clip_scale")
         return self
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import yaml
 from typer.testing import CliRunner
 
 from cache_tools.config import dump_yaml
+from cache_tools.reader import TeacherCache
 from pipeline.cli import app
 from pipeline.recipe import load_build_recipe
 from tests import tiny_build
+from train.cli import app as train_app
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +45,27 @@ def test_a_build_and_the_same_again(recipe_file: Path, tmp_path: Path):
     assert "complete: nothing to do" in again.stdout
     more = build(recipe_file, "--out", tmp_path / "c", "--views", 2)
     assert "computed 60 images" in more.stdout
+
+
+def test_the_next_step_is_one_that_runs(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the name where `train-student` has a recipe of that name and no other cache is meant; else by the path."""
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "a home"))
+
+    def next_step(*options: object) -> list[str]:
+        done = build(recipe_file, "--set", "preflight_samples=0", "--set", "out=null", *options)
+        assert done.exit_code == 0, done.stderr
+        said, command, *arguments = shlex.split(done.stdout.splitlines()[-1])
+        assert (said, command) == ("next:", "train-student")
+        shown = CliRunner().invoke(train_app, [*arguments, "--show-recipe"])
+        assert shown.exit_code == 0, shown.stderr
+        TeacherCache.open(yaml.safe_load(shown.stdout)["cache"])
+        return arguments
+
+    assert next_step()[0] == "--cache"
+    assert next_step("--set", "name=digits") == ["digits"]
+    assert next_step("--set", "name=digits", "--seed", 1)[:2] == ["digits", "--cache"]
+    out = str(tmp_path / "c")
+    assert next_step("--set", f"out={out}") == ["--cache", out]
 
 
 def test_options_reach_the_recipe():

@@ -70,6 +70,7 @@ def test_what_a_cache_does_not_store_stays_as_it_is() -> None:
         ("fixed-step:step", "NAME:KEY=VALUE"),
         ("fixed-step:step=1/0", "step"),
         ("fixed-step:step=[", "step"),
+        ("fixed-step:step=2020-13-45", "step"),
         ("fixed-step:step=-1", "greater than 0"),
         ("companded:spread=100", "spread/step must be"),
         ("companded+companded", "companded is for logits"),

@@ -94,9 +94,16 @@ def test_a_key_like_no_other_lists_the_known_ones():
     assert "Known keys: batch_size, block_rows" in failure("zzz=1")
 
 
+@pytest.mark.parametrize("scale", ["-1", "0", "-.inf"])
+def test_a_clip_scale_is_above_0(scale: str):
+    failure(f"fusion.clip_scale={scale}")
+    assert load_build_recipe("digits", ["fusion.clip_scale=1e-3"]).fusion.clip_scale == 1e-3
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("fusion.clip_scale=-1", "(fusion.clip_scale); expected model, match or a number above 0; found -1"),
         ("num_views=0", "greater than 0"),
         ("num_views=many", "integer"),
         ("fusion.teacher_weight=1.5", "less than or equal to 1"),
@@ -122,6 +129,27 @@ def test_set_that_cannot_be_read(item: str):
 
 def test_unknown_recipe_names_the_nearest():
     assert "Did you mean 'digits'?" in failure(source="digit")
+
+
+# Grammatical, and no value: a date, a number without digits, one with too many, wrong tags, too large, too deep.
+NO_VALUES = [
+    "2020-13-45",
+    "0b_",
+    "9" * 5000,
+    "!!bool 7",
+    "!!timestamp 7",
+    "!!int ''",
+    ":".join(["1"] * 200) + ".0",
+    "[" * 1500,
+]
+
+
+@pytest.mark.parametrize("text", NO_VALUES)
+def test_yaml_without_a_value_is_refused_in_one_line(text: str, tmp_path: Path):
+    assert "cannot read the value of --set" in failure(f"name={text}")
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"name: {text}\n")
+    assert f"recipe is not valid YAML ({path})" in failure(source=str(path))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "name: [", "just words"])

@@ -21,6 +21,7 @@ from cache_tools.fidelity_table import AS_IT_IS, CostTable, default_codecs, meas
 from cache_tools.fidelity_text import print_costs
 from cache_tools.reader import TeacherCache
 from cache_tools.recode import recode
+from cache_tools.top_k import MAX_CLASSES
 from train.tail import kd_tail
 
 HAS_PCODEC = importlib.util.find_spec("pcodec") is not None
@@ -261,7 +262,15 @@ def test_thousands_of_classes_are_offered_top_k() -> None:
     assert "top-k" in default_codecs(recipe)[0]
 
 
-def test_view_1_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
+def test_more_classes_than_top_k_can_number_are_not_offered_it() -> None:
+    recipe = tiny_manifest(tiny_images(), canaries=False).recipe
+    dataset = recipe.dataset.model_copy(update={"class_names": tuple(map(str, range(MAX_CLASSES + 1)))})
+    chosen, left_out = default_codecs(recipe.model_copy(update={"dataset": dataset}))
+    assert "compact" in chosen
+    assert "top-k" not in {*chosen, *left_out}
+
+
+def test_the_second_complete_view_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
     assert measure(caches["fused"], ["float16"]).view == 1
     assert measure(caches["fused"], ["float16"], view=2).view == 2
     with pytest.raises(NotFoundError, match="no such view"):
@@ -272,6 +281,8 @@ def test_view_1_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Pa
         measure(TeacherCache.open(tmp_path / "a"), ["float32"])
     write(writer, tiny_targets(manifest), [(0, block) for block in range(5)])
     assert measure(TeacherCache.open(tmp_path / "a"), ["float32"]).view == 0
+    write(writer, tiny_targets(manifest), [(2, block) for block in range(5)])
+    assert measure(TeacherCache.open(tmp_path / "a"), ["float32"]).view == 2, "the second complete one"
 
 
 def test_a_spec_that_means_nothing_here_is_refused(caches: dict[str, TeacherCache]) -> None:

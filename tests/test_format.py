@@ -12,6 +12,7 @@ from cache_tools.errors import FormatError
 from cache_tools.format import manifest_attribute, parse_manifest
 from cache_tools.manifest import Manifest
 from cache_tools.target_codecs import PRESETS, PresetName, resolve_codecs
+from cache_tools.top_k import MAX_CLASSES
 
 MANIFEST = tiny_manifest(tiny_images())
 SEVERAL = tiny_manifest(
@@ -148,6 +149,15 @@ def test_every_network_has_its_arrays() -> None:
         "teacher_projection", "teacher_projection_2", "teacher_projection_3",
         "clip_projection", "clip_projection_2", "class_embeddings", "class_embeddings_2",
     }  # fmt: skip
+
+
+def test_top_k_of_more_classes_than_it_can_number_is_refused() -> None:
+    recipe = sized(75, MAX_CLASSES + 1, codecs=resolve_codecs("top-k", MAX_CLASSES + 1))
+    with pytest.raises(FormatError, match=r"top-k is not for so many classes \(codec\).*Choose another codec"):
+        target_arrays(recipe, 16)
+    forged = MANIFEST.model_copy(update={"recipe": recipe, "fingerprint": recipe.fingerprint})
+    with pytest.raises(FormatError, match=r"top-k is not for so many classes \(here\); expected at most 32,767"):
+        parse_manifest(stored(forged), where="here")
 
 
 def test_the_first_network_is_at_hand() -> None:

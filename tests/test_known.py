@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cache_tools.config import dump_yaml
-from cache_tools.errors import MismatchError
+from cache_tools.errors import MismatchError, StorageError
 from cache_tools.images import open_images
+from cache_tools.store import read_manifest
 from pipeline import known
 from pipeline.build import build_cache
 from pipeline.known import find_finished, inputs_digest
@@ -48,6 +49,16 @@ def test_the_second_time_no_network_is_loaded(root: Path):
     assert "complete: nothing to do" in again.stdout, again.stderr
     imported = {line.rsplit("|", 1)[-1].strip() for line in again.stderr.splitlines() if "import time" in line}
     assert not imported & HEAVY
+
+
+def test_an_unreadable_cache_of_the_same_name_stops_nobody(root: Path):
+    build_cache(recipe(root))
+    other = root.parent / "home" / "tiny-000000000000.zarr"
+    other.mkdir()
+    (other / "zarr.json").symlink_to("zarr.json")  # not even root can read it
+    with pytest.raises(StorageError, match=r"Put it right or choose another --out"):
+        read_manifest(other)
+    assert found(recipe(root))
 
 
 def test_only_what_values_come_from_counts(root: Path):

@@ -170,6 +170,8 @@ def test_weights_of_one_and_zero_leave_a_network_out(several: TeacherCache, tmp_
         ({"clip_weights": (0.5, 0.5)}, r"not one weight for each.*expected 3, for tiny_clip, tiny_clip, tiny_clip"),
         ({"teacher_weights": (1.0,)}, "expected 2, for tiny_teacher, tiny_teacher"),
         ({"prompts": (0, 0)}, "named twice"),
+        ({"clip_scale": -1.0}, r"bad CLIP scale \(fusion.clip_scale\); expected model, match or a number above 0"),
+        ({"clip_scale": float("inf")}, "bad CLIP scale"),
     ],
 )
 def test_weights_and_prompts_that_make_no_sense(several: TeacherCache, choice: dict[str, Any], words: str) -> None:

@@ -342,6 +342,7 @@ def test_without_optuna_the_command_says_what_to_install(
     ("options", "message"),
     [
         (["--grid", "lr=0.01..0.5"], "Give --search N"),
+        (["--grid", "name=2020-13-45"], "values that cannot be read"),
         (["--search", "3"], "nothing to search"),
         (["--search", "3", "--grid", "lr=0.01..0.5", "--seeds", "3"], "one seed"),
         (["--search", "3", "--grid", "lr=0.01..0.5", "--show-trials"], "in advance"),

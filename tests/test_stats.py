@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cache_tools import stats_stream
 from cache_tools.consistency import NonTargetConsistency, Stability
-from cache_tools.errors import IncompleteError, NotFoundError, RecipeError
+from cache_tools.errors import IncompleteError, NotFoundError, RecipeError, StorageError
 from cache_tools.image_arrays import ArrayImages
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
@@ -412,6 +414,43 @@ def test_folder_holds_every_table_and_replaces_an_earlier_run(cache: TeacherCach
         polars.testing.assert_frame_equal(pl.read_parquet(tmp_path / "out" / "classes.parquet"), got.classes)
         assert (tmp_path / "out" / "stability.parquet").exists() == (len(chosen) > 1)
         assert json.loads((tmp_path / "out" / "stats.json").read_text()) == got.to_dict()
+
+
+def test_a_mistake_in_the_options_leaves_the_folder_as_it_is(cache: TeacherCache, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "out")
+    folder.write(analyse(cache, [0, 1], keep=folder.keep))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    with pytest.raises(RecipeError, match="bad --confident"):
+        analyse(cache, confident=2.0, keep=Folder(tmp_path / "out").keep)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
+
+
+def test_what_is_in_the_way_of_a_table_is_named(cache: TeacherCache, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    (tmp_path / "summary.parquet").symlink_to("/dev/full")
+    found = analyse(cache, [0], keep=folder.keep)
+    folder.write(found)  # the link gives way, nothing is written to what it means
+    assert (tmp_path / "summary.parquet").is_file()
+    (tmp_path / "classes.parquet").unlink()
+    (tmp_path / "classes.parquet").mkdir()
+    with pytest.raises(StorageError, match=r"Is a directory .*classes\.parquet"):
+        folder.write(found)
+
+
+def test_a_full_disk_keeps_what_was_there(cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    found = analyse(cache, [0], keep=folder.keep)
+    folder.write(found)
+    before = (tmp_path / "summary.parquet").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"No space left on device .*summary\.parquet.*Free some space"):
+        folder.write(found)
+    assert (tmp_path / "summary.parquet").read_bytes() == before
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_several_networks_are_looked_at_as_they_are_mixed(tmp_path: Path) -> None:

@@ -288,14 +288,17 @@ def test_weights_and_scales_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:2:0.5", "-0.1,0.5", "nan", "0:1:1e-9", "0:inf:1"]
+    "text",
+    ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:2:0.5", "-0.1,0.5", "nan", "0:1:1e-9", "0:inf:1", "inf:inf:1", "0:1:nan"],
 )
 def test_weights_that_make_no_sense(text: str) -> None:
     with pytest.raises(RecipeError, match="--weights"):
         parse_weights(text)
 
 
-@pytest.mark.parametrize("text", ["", "modle", "0", "-3", "1:2", "10:1:5", "1:10:2.5", "0:10:3", "inf", "1:10:1"])
+@pytest.mark.parametrize(
+    "text", ["", "modle", "0", "-3", "1:2", "10:1:5", "1:10:2.5", "0:10:3", "inf", "1:10:1", "1:10:inf", "1:10:nan"]
+)
 def test_scales_that_make_no_sense(text: str) -> None:
     with pytest.raises(RecipeError, match="--scales"):
         parse_scales(text)
@@ -310,6 +313,12 @@ def test_a_fused_cache_is_refused_with_what_to_do(tmp_path: Path) -> None:
         tune_fusion(TeacherCache(tmp_path / "fused.zarr"), weights=WEIGHTS)
     for words in ("fused.zarr", "expected a cache with components", "found fused targets only", "store=components"):
         assert words in str(caught.value)
+
+
+def test_more_fusions_than_anybody_waits_for_are_refused(cache: TeacherCache) -> None:
+    many = parse_weights("0:1:0.0001")
+    with pytest.raises(RecipeError, match=r"too many fusions.*at most 1,000,000; found 10,001 weights × 10,000 scales"):
+        tune_fusion(cache, weights=many, scales=parse_scales("1:10:10000"))
 
 
 def test_views_that_are_not_there(cache: TeacherCache, tmp_path: Path) -> None:
@@ -334,6 +343,8 @@ def test_text_names_the_choice_and_the_exact_options(result: TuneResult, capsys:
     text = capsys.readouterr().out
     assert f"--set fusion.teacher_weight={result.chosen_weight:g} --set fusion.clip_scale=" in text
     assert f"--teacher-weight {result.chosen_weight:g} --clip-scale {result.chosen_scale.option}" in text
+    assert f"train-student --cache {result.path} --teacher-weight" in text
+    assert f"build-cache {result.name}" not in text, "the name of a cache is no recipe"
     assert f"{np.min(result.nll):.4f}*" in text
     for setting in result.settings:
         assert setting.name in text

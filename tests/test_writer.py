@@ -118,21 +118,22 @@ def test_threads_write_distinct_blocks_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "message"),
+    ("value", "rows", "dtype", "message"),
     [
-        (65520.0, "float16", "samples 32–47, row 3, column 2.*expected within ±65504; found 65520.*float32"),
-        (np.nan, "float16", "samples 32–47, row 3, column 2.*found nan.*weights"),
-        (-np.inf, "float32", "samples 32–47, row 3, column 2.*found -inf"),
-        (1e39, "float32", "samples 32–47, row 3, column 2.*found 1e\\+39"),
+        (65520.0, "float64", "float16", "samples 32–47, row 3, column 2.*expected within ±65504; found 65520.*float32"),
+        (np.inf, "float16", "float16", "samples 32–47, row 3, column 2.*within ±65504; found inf.*Store float32"),
+        (np.nan, "float64", "float16", "samples 32–47, row 3, column 2.*found nan.*weights"),
+        (-np.inf, "float64", "float32", "samples 32–47, row 3, column 2.*found -inf"),
+        (1e39, "float64", "float32", "samples 32–47, row 3, column 2.*found 1e\\+39"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named_and_nothing_is_written(
-    tmp_path: Path, value: float, dtype: str, message: str
+    tmp_path: Path, value: float, rows: str, dtype: str, message: str
 ) -> None:
     manifest = tiny_manifest(IMAGES, codec=dtype)
     writer = create(tmp_path / "c", manifest, IMAGES)
     before = files(tmp_path / "c")
-    logits = np.zeros((16, 5))
+    logits = np.zeros((16, 5), rows)
     logits[3, 2] = value
     with pytest.raises(FormatError, match=message):
         writer.write_block(1, 2, {"fused_logits": logits, "fused_features": np.zeros((16, 8))}, 1)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
 
-from cache_tools.config import validate
-from cache_tools.errors import DataError, NotFoundError, RecipeError
+from cache_tools.config import parse_yaml, validate
+from cache_tools.errors import DataError, NotFoundError
 from train import checkpoints, folder
 from train.outcome import load_failure
 from train.predictions import read_predictions
@@ -126,10 +125,8 @@ def _finished(result: RunResult, common: Mapping[str, Any]) -> TrialRecord:
 
 
 def _unfinished(recipe_file: Path, common: Mapping[str, Any]) -> TrialRecord:
-    try:
-        recipe = validate(TrainRecipe, yaml.safe_load(common["recipe"]) or {}, where=str(recipe_file))
-    except yaml.YAMLError as error:
-        raise RecipeError("damaged recipe", where=recipe_file, found=str(error).partition("\n")[0]) from error
+    data = parse_yaml(common["recipe"], "damaged recipe", where=recipe_file)
+    recipe = validate(TrainRecipe, data or {}, where=str(recipe_file))
     failure = load_failure(recipe_file.parent)
     history = common["history"] if common["history"] is not None else pl.DataFrame({"train_s": []})
     tested = history.filter(pl.col("test_n").is_not_null()).tail(1).to_dicts() if "test_n" in history.columns else []

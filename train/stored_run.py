@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
-from cache_tools.config import validate
+from cache_tools.config import parse_yaml, validate
 from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
 from cache_tools.image_set import ImageSet
@@ -110,9 +109,10 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
             found="nothing" if not path.exists() else f"no {folder.RECIPE} in {root}",
         )
     try:
-        recipe = validate(TrainRecipe, yaml.safe_load(recipe_file.read_text(encoding="utf-8")), where=str(recipe_file))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = parse_yaml(recipe_file.read_text(encoding="utf-8"), "damaged recipe", where=recipe_file)
+    except UnicodeDecodeError as error:
         raise RecipeError("damaged recipe", where=recipe_file, found=error) from error
+    recipe = validate(TrainRecipe, data, where=str(recipe_file))
     manifest, cache = _read_cache(root / folder.CACHE) if recipe.loss.needs_targets else (None, None)
     dataset = recipe.dataset if manifest is None else manifest.dataset
     assert dataset is not None, "a recipe without targets has a dataset"

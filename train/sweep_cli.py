@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
-from cache_tools.config import validate
+from cache_tools.config import parse_yaml, validate
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
 from cache_tools.memory import keep_freed_memory
@@ -191,13 +191,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     key, separator, values = text.partition("=")
     if not separator or not key.strip() or not values.strip():
         raise RecipeError("not KEY=VALUE,VALUE", where=f"--grid {text}", expected="such as lr=0.05,0.1")
-    try:
-        parsed = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            "values that cannot be read", where=f"--grid {text}", expected="such as lr=0.05,0.1"
-        ) from error
-    return key.strip(), parsed
+    return key.strip(), parse_yaml(f"[{values}]", "values that cannot be read", where=f"--grid {text}")
 
 
 def _settings(data: dict[str, Any]) -> list[str]:

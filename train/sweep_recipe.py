@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from cache_tools.config import Frozen, set_dotted, validate
+from cache_tools.config import Frozen, parse_yaml, set_dotted, validate
 from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import TrainRecipe, named_loss
 from train.search_recipe import Axis, Search, larger_is_better
@@ -222,10 +221,10 @@ def load_sweep(file: Path) -> dict[str, Any]:
         NotFoundError, RecipeError: no such file, or no YAML mapping in it.
     """
     try:
-        data = yaml.safe_load(file.read_text())
+        data = parse_yaml(file.read_text(), "a sweep file that cannot be read", where=file)
     except FileNotFoundError as error:
         raise NotFoundError("no such sweep file", where=file) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
     if not isinstance(data, dict):
         raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
