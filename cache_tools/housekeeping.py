@@ -143,12 +143,12 @@ def _kept_because(path: Path, now_s: float) -> str | None:
 
 
 def _busy(path: Path, now_s: float) -> str | None:
-    """Whether a builder holds a fresh claim."""
+    """Whether somebody who builds, stages or copies holds a fresh claim."""
     try:
         newest = max((entry.modified_s for entry in claims_of(LocalPlace(path)).entries()), default=0.0)
     except OSError:
         return None
-    return "being built or staged right now" if now_s - newest < EXPIRE_S else None
+    return "being built, staged or copied right now" if now_s - newest < EXPIRE_S else None
 
 
 def _days(age_s: float) -> str:

@@ -73,8 +73,8 @@ def test_what_is_being_built_or_no_cache_stays(home: Path) -> None:
     with Claims(LocalPlace(home / "half.zarr")) as claims:
         claims.claim((0, 0))
         found = housekeeping.candidates(registry.list_caches(home), PruneRules(incomplete=True), now_s=time.time())
-        assert [candidate.kept_because for candidate in found] == ["being built or staged right now"]
-        with pytest.raises(StorageError, match="being built or staged right now: nothing was removed"):
+        assert [candidate.kept_because for candidate in found] == ["being built, staged or copied right now"]
+        with pytest.raises(StorageError, match="being built, staged or copied right now: nothing was removed"):
             housekeeping.remove(home / "half.zarr")
     housekeeping.remove(home / "half.zarr")
     (home / "photos").mkdir()
