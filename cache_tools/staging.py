@@ -22,7 +22,7 @@ from cache_tools.mirror import bring_metadata
 from cache_tools.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.place import LocalPlace, Place, open_place
 from cache_tools.store import read_manifest
-from cache_tools.transfer import Pair, committed, copy_blocks, manifest_at
+from cache_tools.transfer import Pair, check_same, committed, copy_blocks, manifest_at
 
 OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
 PATIENCE_S = 10.0
@@ -112,15 +112,16 @@ class Origin:
         """The store, once it is known that the cache there is the mirror's."""
         place = open_place(self.url, patience_s=patience_s)
         if not self._checked:
-            found = manifest_at(place).fingerprint
-            if found != self._record.fingerprint:
+            found = manifest_at(place)
+            if found.fingerprint != self._record.fingerprint:
                 raise MismatchError(
                     "another cache is at the origin of this mirror by now",
                     where=self.url,
                     expected=f"fingerprint {self._record.fingerprint[:12]}",
-                    found=found[:12],
+                    found=found.fingerprint[:12],
                     next_step="open the new one by its URL",
                 )
+            check_same(read_manifest(self.mirror), found, LocalPlace(self.mirror))  # it may be built anew
             self._checked = True
         return place
 

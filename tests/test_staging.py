@@ -292,6 +292,25 @@ def test_another_cache_at_the_url_has_another_mirror(proxy: FlakyProxy, url: str
         by_path.load_view(1)
 
 
+def test_the_same_cache_built_anew_at_the_url_is_not_mixed_in(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:
+    TeacherCache.open(url).load_view(0)
+    open_place(url).delete([entry.key for entry in open_place(url).entries()])
+    writer = CacheWriter.create(
+        tmp_path / "anew.zarr",
+        MANIFEST,
+        labels=IMAGES.labels,
+        sample_keys=IMAGES.keys,
+        constants=tiny_constants(MANIFEST, seed=8),
+    )
+    write(writer, tiny_targets(MANIFEST))
+    publish(writer.path, proxy, url)
+    by_name = TeacherCache.open("tiny")
+    by_name.load_view(0)
+    with pytest.raises(MismatchError, match="must not be mixed"):
+        by_name.load_view(1)
+    assert registry.views_done(by_name.path, MANIFEST) == [0]
+
+
 # What is no cache
 
 
