@@ -83,7 +83,8 @@ def list_caches(home: Path | None = None) -> list[CacheRecord]:
     if is_cache(home):
         return [record(home)]
     try:
-        folders = sorted(path for path in home.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+        named = (path for path in home.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+        folders = sorted(path for path in named if not _is_empty(path))
     except OSError as error:
         raise storage_error(error) from error
     with Sizes(home) as sizes:
@@ -220,6 +221,15 @@ def find(reference: str) -> CacheRecord:
         expected=f"a path, or a name or fingerprint in {cache_home()}",
         next_step=advice + build,
     )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is there yet: whoever brings a cache may have made just its folder."""
+    try:
+        with os.scandir(folder) as found:
+            return next(found, None) is None
+    except OSError:
+        return False
 
 
 def _has_prefix(found: CacheRecord, reference: str) -> bool:

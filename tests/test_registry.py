@@ -61,7 +61,8 @@ def test_a_home_that_does_not_exist_has_no_caches(home: Path) -> None:
 def test_the_list_says_what_there_is(home: Path) -> None:
     complete = add("two")
     half = add("one", codec="float32", blocks=[(1, block) for block in range(5)] + [(2, 0)])
-    (home / "three-000000000000.zarr").mkdir()
+    (home / "three-000000000000.zarr" / "labels").mkdir(parents=True)
+    (home / "empty-000000000000.zarr").mkdir()
     (home / ".four-1.zarr.1.partial").mkdir()
     (home / "datasets").mkdir()
     one, three, two = registry.list_caches()
