@@ -108,7 +108,7 @@ def record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
         return CacheRecord(path=path, name=name, size_bytes=size_bytes, problem=str(error), **times)
     return CacheRecord(
         path=path,
-        origin=None if origin is None else origin.url,
+        origin=origin.url if origin is not None and origin.of_a_mirror else None,
         **summary(manifest),
         views_done=len(views_done(path, manifest)),
         size_bytes=size_bytes,

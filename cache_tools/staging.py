@@ -8,6 +8,7 @@ Any number of processes may stage into it at once: each block is claimed, as bui
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,8 @@ def connect(url: str) -> Origin:
     if _is_here(mirror, manifest):
         nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
         if read_origin(mirror) is None:
-            _keep(mirror, nothing_to_stage)
+            with suppress(OSError):  # a read-only home: only without a network its URL will not be known
+                write_origin(mirror, nothing_to_stage)
         return Origin(mirror, nothing_to_stage)
     sizes = bring_metadata(place, mirror, manifest)
     before = read_origin(mirror)
@@ -183,7 +185,7 @@ def connect(url: str) -> Origin:
 def origin_of(path: Path) -> Origin | None:
     """What the mirror at `path` was staged from; None for any other cache. Asks no store."""
     record = read_origin(path)
-    return None if record is None else Origin(path, record)
+    return Origin(path, record) if record is not None and record.of_a_mirror else None
 
 
 def offline() -> bool:
