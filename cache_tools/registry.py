@@ -78,7 +78,12 @@ def list_caches(home: Path | None = None) -> list[CacheRecord]:
     """Every cache of the home or another folder, by name, then path; also half-built and damaged ones.
 
     A folder that is a cache itself is the only one.
+
+    Raises:
+        NotFoundError: no such folder; a home that is not there yet has no caches.
     """
+    if home is not None and not os.path.isdir(home):
+        raise NotFoundError("no such folder", where=home, next_step="check the path")
     home = home or cache_home()
     if is_cache(home):
         return [record(home)]

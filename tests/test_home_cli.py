@@ -123,6 +123,7 @@ def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
         ),
         (("prune", "--older-than", "soon"), "expected a time such as 30d"),
         (("prune", "--keep-size", "lots"), "expected a size such as 100GB"),
+        (("ls", "/nowhere/at/all"), "no such folder (/nowhere/at/all)"),
         (("verify", "nosuch"), "no such cache (nosuch)"),
         (("rm", "nosuch", "--yes"), "no such cache (nosuch)"),
         (("rm", "s3://bucket/c.zarr"), "only caches on a local disk are removed (s3://bucket/c.zarr)"),
