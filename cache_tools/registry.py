@@ -17,7 +17,7 @@ from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, NotFoundError, RecipeError, printable
 from cache_tools.manifest import Manifest
 from cache_tools.origin import read_origin
-from cache_tools.place import is_remote
+from cache_tools.place import is_remote, local_path
 from cache_tools.sizes import Sizes, size_and_time
 from cache_tools.store import read_manifest
 
@@ -182,9 +182,9 @@ def resolve(reference: str | Path) -> Path:
             where=reference,
             next_step=f"`cache-tools pull {reference}` brings it into the cache home",
         )
-    path = Path(os.path.expanduser(str(reference).removeprefix("file://")))
+    path = local_path(reference)
     looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
-    if looks_like_path or is_cache(path):
+    if looks_like_path or (reference and is_cache(path)):
         if not os.path.exists(path):  # unlike Path.exists it has no exception for names that cannot be
             raise NotFoundError("no cache here", where=path, next_step=_known(list_caches()))
         return path
