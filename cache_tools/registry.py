@@ -14,7 +14,7 @@ from typing import Any
 from cache_tools import commits
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
-from cache_tools.errors import CacheError, NotFoundError, RecipeError, printable
+from cache_tools.errors import CacheError, NotFoundError, RecipeError, StorageError, UnknownFormatError, printable
 from cache_tools.manifest import Manifest
 from cache_tools.origin import read_origin
 from cache_tools.place import is_remote, local_path
@@ -27,7 +27,10 @@ MIN_PREFIX = 4
 
 
 class Summary(Frozen):
-    """What `cache-tools ls` says of a cache. A damaged one has a `problem` and little else."""
+    """What `cache-tools ls` says of a cache.
+
+    One that cannot be opened has a `problem` and little else: it is damaged, unless `unknown` says why it may be sound.
+    """
 
     name: str
     fingerprint: str = ""
@@ -40,6 +43,7 @@ class Summary(Frozen):
     modified_s: float = 0.0
     used_s: float = 0.0
     problem: str | None = None
+    unknown: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -109,8 +113,8 @@ def record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
         manifest = read_manifest(path)
     except CacheError as error:
         name = printable(re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX)))
-        times = {"modified_s": modified_s, "used_s": modified_s}
-        return CacheRecord(path=path, name=name, size_bytes=size_bytes, problem=str(error), **times)
+        times = {"modified_s": modified_s, "used_s": max(modified_s, _used_s(path))}
+        return CacheRecord(path=path, name=name, size_bytes=size_bytes, **trouble(error), **times)
     return CacheRecord(
         path=path,
         origin=origin.url if origin is not None and origin.of_a_mirror else None,
@@ -120,6 +124,16 @@ def record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
         modified_s=modified_s,
         used_s=max(modified_s, _used_s(path)),
     )
+
+
+def trouble(error: CacheError) -> dict[str, str | None]:
+    """The fields of `Summary` that say why a cache cannot be opened."""
+    unknown = None
+    if isinstance(error, UnknownFormatError):
+        unknown = "written by another version of teacher-cache"
+    elif isinstance(error, StorageError):
+        unknown = "it cannot be read right now"
+    return {"problem": str(error), "unknown": unknown}
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
