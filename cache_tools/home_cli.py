@@ -131,7 +131,9 @@ def push_command(
 
 def pull_command(
     source: Annotated[str, typer.Argument(help="URL or folder of the cache.")],
-    out: Annotated[str | None, typer.Option("--out", help="Folder to put it in. Default: the cache home.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="A folder: of caches, or ending in .zarr. Default: the cache home.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy a cache from another place into the cache home: only what is missing, checked."""
@@ -139,12 +141,11 @@ def pull_command(
 
     place = open_place(source)
     manifest = manifest_at(place)
-    _copy(
-        place,
-        LocalPlace(local_folder(out) or registry.cache_path(manifest.name, manifest.fingerprint)),
-        "pull",
-        as_json,
-    )
+    target = local_folder(out)
+    if target is None or not _is_one(LocalPlace(target)):
+        home = registry.cache_path(manifest.name, manifest.fingerprint)
+        target = home if target is None else target / home.name
+    _copy(place, LocalPlace(target), "pull", as_json)
 
 
 def copy_command(
@@ -158,9 +159,14 @@ def copy_command(
 
 
 def _target(target: str, name: str) -> Place:
-    """The place itself if it is named as a cache, else a cache of this name inside it."""
+    """The place itself if it is one for a single cache, else a cache of this name inside it."""
     place = open_place(target)
-    return place if target.rstrip("/").endswith(registry.SUFFIX) else place.child(name)
+    return place if _is_one(place) else place.child(name)
+
+
+def _is_one(place: Place) -> bool:
+    """Whether a place is named as a cache, or is one."""
+    return place.name.endswith(registry.SUFFIX) or place.has("zarr.json")
 
 
 def _copy(source: Place, target: Place, title: str, as_json: bool) -> None:
