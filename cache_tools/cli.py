@@ -65,7 +65,7 @@ def list_command(
     place = LocalPlace(registry.cache_home()) if where is None else open_place(where)
     found: Sequence[registry.CacheRecord] | Sequence[listing.RemoteRecord]
     if isinstance(place, LocalPlace):
-        found = filters.of(registry.list_caches(place.path))
+        found = filters.of(registry.list_caches(None if where is None else place.path))
     else:
         found = filters.of(listing.list_remote(place))
     if as_json:

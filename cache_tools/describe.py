@@ -106,7 +106,7 @@ def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None
     Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
     for record in records:
         if record.problem:
-            print(f"{record.name} is damaged: {record.problem}")
+            print(f"{record.name} {'cannot be opened' if record.unknown else 'is damaged'}: {record.problem}")
 
 
 def print_details(details: CacheDetails) -> None:
@@ -183,7 +183,7 @@ def human_age(seconds: float) -> str:
 
 def _views(record: CacheRecord | RemoteRecord) -> str:
     if record.problem:
-        return "damaged"
+        return "unknown" if record.unknown else "damaged"
     staged = " staged" if isinstance(record, CacheRecord) and record.origin is not None and not record.complete else ""
     return f"{record.views_done}/{record.views_total}{staged}"
 

@@ -76,6 +76,10 @@ class FormatError(CacheError):
     """A cache whose manifest or arrays are not what the format says."""
 
 
+class UnknownFormatError(FormatError):
+    """A manifest that is as it was written, but not by this version of teacher-cache."""
+
+
 class NotFoundError(CacheError):
     """No cache of that path, name or fingerprint."""
 

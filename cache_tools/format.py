@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cache_tools.cache_recipe import FORMAT_VERSION, canonical_json, recipe_fingerprint
-from cache_tools.errors import FormatError
+from cache_tools.errors import FormatError, UnknownFormatError
 from cache_tools.format_history import OLDER_VERSIONS, modernised
 from cache_tools.limits import check_json, check_limits
 from cache_tools.manifest import Manifest
@@ -30,7 +30,8 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
     """Read the `teacher_cache` attribute of a group, as `manifest_attribute` made it.
 
     Raises:
-        FormatError: no such attribute, another format version, a wrong digest or fingerprint, missing or wrong fields.
+        UnknownFormatError: another format version, or fields that this version does not know.
+        FormatError: no such attribute, a wrong digest or fingerprint, numbers beyond all limits.
     """
     if not isinstance(attribute, dict):
         raise FormatError(
@@ -39,7 +40,7 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
     check_json(attribute, where=where)
     version = attribute.get("format_version")
     if version not in (FORMAT_VERSION, *OLDER_VERSIONS):
-        raise FormatError(
+        raise UnknownFormatError(
             "unknown cache format version",
             where=where,
             expected=f"{FORMAT_VERSION}, or {' or '.join(map(str, OLDER_VERSIONS))} (read-only)",
@@ -59,7 +60,7 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise FormatError(
+        raise UnknownFormatError(  # its digest is right: what it says is what somebody wrote
             f"damaged manifest, field '{key}'", where=where, expected=first["msg"], found=repr(first.get("input"))[:80]
         ) from error
     if manifest.fingerprint != expected:

@@ -54,7 +54,7 @@ def rm_command(
             )
     records = [registry.record(registry.resolve(reference)) for reference in references]
     for record in records:
-        print(f"{'removing' if yes else 'would remove'} {record.path} ({human_bytes(record.size_bytes)})")
+        print(f"{'removing' if yes else 'would remove'} {_what_goes(record)}")
         if yes:
             housekeeping.remove(record.path)
     if not yes:
@@ -84,7 +84,8 @@ def prune_command(
         keep_bytes=None if keep_size is None else housekeeping.num_bytes(keep_size),
         incomplete=incomplete,
     )
-    found = housekeeping.candidates(registry.list_caches(), rules)
+    records = registry.list_caches()
+    found = housekeeping.candidates(records, rules)
     going = [candidate for candidate in found if candidate.kept_because is None]
     left = {path: size_and_time(path)[0] for path in leftovers(registry.cache_home())} if incomplete else {}
     if yes:
@@ -110,6 +111,9 @@ def prune_command(
             f"{len(going)} caches, {human_bytes(freed)}"
             + ("" if yes or not (going or left) else ". Add --yes to remove them.")
         )
+    staying = housekeeping.bytes_left(records, {candidate.record.path for candidate in going})
+    if rules.keep_bytes is not None and staying > rules.keep_bytes:
+        print(f"The home is still larger than --keep-size: what is kept takes {human_bytes(staying)}.")
 
 
 def push_command(
@@ -127,7 +131,9 @@ def push_command(
 
 def pull_command(
     source: Annotated[str, typer.Argument(help="URL or folder of the cache.")],
-    out: Annotated[str | None, typer.Option("--out", help="Folder to put it in. Default: the cache home.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="A folder: of caches, or ending in .zarr. Default: the cache home.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy a cache from another place into the cache home: only what is missing, checked."""
@@ -135,12 +141,11 @@ def pull_command(
 
     place = open_place(source)
     manifest = manifest_at(place)
-    _copy(
-        place,
-        LocalPlace(local_folder(out) or registry.cache_path(manifest.name, manifest.fingerprint)),
-        "pull",
-        as_json,
-    )
+    target = local_folder(out)
+    if target is None or not _is_one(LocalPlace(target)):
+        home = registry.cache_path(manifest.name, manifest.fingerprint)
+        target = home if target is None else target / home.name
+    _copy(place, LocalPlace(target), "pull", as_json)
 
 
 def copy_command(
@@ -154,9 +159,14 @@ def copy_command(
 
 
 def _target(target: str, name: str) -> Place:
-    """The place itself if it is named as a cache, else a cache of this name inside it."""
+    """The place itself if it is one for a single cache, else a cache of this name inside it."""
     place = open_place(target)
-    return place if target.rstrip("/").endswith(registry.SUFFIX) else place.child(name)
+    return place if _is_one(place) else place.child(name)
+
+
+def _is_one(place: Place) -> bool:
+    """Whether a place is named as a cache, or is one."""
+    return place.name.endswith(registry.SUFFIX) or place.has("zarr.json")
 
 
 def _copy(source: Place, target: Place, title: str, as_json: bool) -> None:
@@ -170,6 +180,12 @@ def _copy(source: Place, target: Place, title: str, as_json: bool) -> None:
     print(f"{moved.blocks} blocks copied, {moved.blocks_there} were there, {human_bytes(moved.bytes)} moved")
     if moved.blocks_missing:
         print(f"{moved.blocks_missing} blocks are not built yet: run this again when they are")
+
+
+def _what_goes(record: registry.CacheRecord) -> str:
+    if record.path.is_symlink():
+        return f"the link {record.path} (the cache stays where it is, in {record.path.resolve()})"
+    return f"{record.path} ({human_bytes(record.size_bytes)})"
 
 
 def _print_json(value: Any) -> None:

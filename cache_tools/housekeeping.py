@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from cache_tools.claims import EXPIRE_S, claims_of
@@ -47,27 +46,36 @@ class Candidate(Frozen):
 
 
 def candidates(records: Sequence[CacheRecord], rules: PruneRules, *, now_s: float | None = None) -> list[Candidate]:
-    """The caches that the rules would remove, least recently used first."""
+    """The caches that the rules would remove, least recently used first; kept ones go on taking their room."""
     now_s = time.time() if now_s is None else now_s
     by_use = sorted(records, key=lambda record: record.used_s)
     chosen = {record.path: reason for record in by_use if (reason := _reason(record, rules, now_s))}
+    kept = {record.path: _kept_because(record, now_s) for record in by_use}
     if rules.keep_bytes is not None:
-        left = sum(record.size_bytes for record in by_use if record.path not in chosen)
+        left = bytes_left(records, {path for path in chosen if kept[path] is None})
         for record in by_use:
             if left <= rules.keep_bytes:
                 break
-            if record.path not in chosen:
+            if record.path not in chosen and not record.path.is_symlink():
                 chosen[record.path] = "least recently used, the home is too large"
-                left -= record.size_bytes
+                left -= record.size_bytes if kept[record.path] is None else 0
     return [
-        Candidate(record=record, reason=chosen[record.path], kept_because=_kept_because(record.path, now_s))
+        Candidate(record=record, reason=chosen[record.path], kept_because=kept[record.path])
         for record in by_use
         if record.path in chosen
     ]
 
 
+def bytes_left(records: Iterable[CacheRecord], going: Collection[Path]) -> int:
+    """What the others take, without those that are elsewhere and only linked to."""
+    staying = (record for record in records if record.path not in going)
+    return sum(record.size_bytes for record in staying if not record.path.is_symlink())
+
+
 def remove(path: Path) -> None:
     """Remove a cache. It is renamed first: a reader finds all of it or none, and a killed removal leaves no half.
+
+    Of a link to a cache only the link is removed.
 
     Raises:
         StorageError: not a cache, being built right now, or no permission.
@@ -80,7 +88,7 @@ def remove(path: Path) -> None:
     try:
         path.rename(hidden)
         sync_folder(path.parent)
-        shutil.rmtree(hidden)
+        remove_leftover(hidden)
         for beside in (used_file(path), origin_file(path)):
             beside.unlink(missing_ok=True)
     except OSError as error:
@@ -122,7 +130,7 @@ def num_bytes(text: str) -> int:
 
 def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
     reasons: Iterable[tuple[bool, str]] = (
-        (rules.incomplete and record.problem is not None, "damaged"),
+        (rules.incomplete and record.problem is not None, "cannot be opened" if record.unknown else "damaged"),
         (rules.incomplete and not record.complete, "staged in part" if record.origin else "half-built"),
         (
             rules.older_than_s is not None and now_s - record.modified_s > rules.older_than_s,
@@ -136,19 +144,23 @@ def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
     return next((reason for applies, reason in reasons if applies), None)
 
 
-def _kept_because(path: Path, now_s: float) -> str | None:
-    if not is_cache(path):
+def _kept_because(record: CacheRecord, now_s: float) -> str | None:
+    if not is_cache(record.path):
         return "not a cache: without zarr.json it may be anything, such as a copy that was cut off"
-    return _busy(path, now_s)
+    if record.path.is_symlink():
+        return "a link: the cache is elsewhere"
+    if record.unknown:
+        return f"{record.unknown}: it may be sound"
+    return _busy(record.path, now_s)
 
 
 def _busy(path: Path, now_s: float) -> str | None:
-    """Whether a builder holds a fresh claim."""
+    """Whether somebody who builds, stages or copies holds a fresh claim."""
     try:
         newest = max((entry.modified_s for entry in claims_of(LocalPlace(path)).entries()), default=0.0)
     except OSError:
         return None
-    return "being built or staged right now" if now_s - newest < EXPIRE_S else None
+    return "being built, staged or copied right now" if now_s - newest < EXPIRE_S else None
 
 
 def _days(age_s: float) -> str:

@@ -12,7 +12,7 @@ from cache_tools import commits
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError, NotFoundError
 from cache_tools.place import Entry, Place
-from cache_tools.registry import SUFFIX, Summary, complete_views, summary
+from cache_tools.registry import SUFFIX, Summary, complete_views, summary, trouble
 from cache_tools.transfer import manifest_at
 
 WORKERS = 8
@@ -78,18 +78,18 @@ def remote_record(place: Place, entries: Iterable[Entry] | None = None) -> Remot
     Args:
         entries: its files, if they are listed already.
     """
-    problem = manifest = None
+    manifest, failure = None, dict[str, str | None]()
     try:
         manifest = manifest_at(place)
     except NotFoundError:
         return None
     except FormatError as error:
-        problem = str(error)
+        failure = trouble(error)
     files = list(place.entries() if entries is None else entries)
     times = max((entry.modified_s for entry in files), default=0.0)
     common = {"size_bytes": sum(entry.size for entry in files), "modified_s": times, "used_s": times}
     if manifest is None:
-        return RemoteRecord(url=str(place), name=place.name.removesuffix(SUFFIX), problem=problem, **common)
+        return RemoteRecord(url=str(place), name=place.name.removesuffix(SUFFIX), **failure, **common)
     done = len(complete_views(commit_names(files), manifest))
     return RemoteRecord(url=str(place), **summary(manifest), views_done=done, **common)
 

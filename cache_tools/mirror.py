@@ -67,4 +67,6 @@ def _alone(mirror: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):  # not empty, unless nothing came
+            mirror.rmdir()
         os.close(folder)

@@ -19,7 +19,7 @@ class OriginRecord(Frozen):
     Attributes:
         url: of the cache.
         fingerprint: of the cache that was there.
-        views: that its manifest promised.
+        views: that its manifest promised; 0 if the home had all of them when the URL was opened: no mirror then.
         complete: whether all of these were committed; a commit is never taken back.
     """
 
@@ -28,6 +28,11 @@ class OriginRecord(Frozen):
     views: NonNegativeInt
     complete: bool = False
 
+    @property
+    def of_a_mirror(self) -> bool:
+        """Whether views are staged from there; else it only says that the URL stands for a cache that is here."""
+        return self.views > 0
+
 
 def origin_file(path: Path) -> Path:
     """Where the record is: beside the cache, since other zarr readers warn of strange files in it."""
@@ -35,7 +40,7 @@ def origin_file(path: Path) -> Path:
 
 
 def read_origin(path: Path) -> OriginRecord | None:
-    """The record of a mirror; None for a cache that was built here, or where it cannot be read."""
+    """The record of a mirror or of what stands for a URL; None for any other cache, or where it cannot be read."""
     try:
         check_file(origin_file(path), MAX_METADATA_BYTES)
         return OriginRecord.model_validate_json(origin_file(path).read_bytes())
@@ -53,7 +58,7 @@ def write_origin(path: Path, record: OriginRecord) -> None:
 
 
 def mirrors_of(url: str, home: Path) -> list[tuple[Path, OriginRecord]]:
-    """The mirrors of a URL in a cache home, the one that was staged last first."""
+    """The mirrors of a URL in a cache home, or what stands for it there, the one that was staged last first."""
     found = []
     for file in home.glob(".*.origin"):
         path = home / file.name.removeprefix(".").removesuffix(".origin")

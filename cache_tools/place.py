@@ -14,7 +14,17 @@ from cache_tools.local_place import LocalPlace
 from cache_tools.place_base import Entry, Place
 from cache_tools.remote_place import RemotePlace
 
-__all__ = ["Entry", "LocalPlace", "Place", "RemotePlace", "is_remote", "is_url", "local_folder", "open_place"]
+__all__ = [
+    "Entry",
+    "LocalPlace",
+    "Place",
+    "RemotePlace",
+    "is_remote",
+    "is_url",
+    "local_folder",
+    "local_path",
+    "open_place",
+]
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _FILE = "file://"
@@ -32,7 +42,13 @@ def open_place(reference: str | Path, *, patience_s: float | None = None) -> Pla
     """
     if is_remote(reference):
         return RemotePlace(str(reference), patience_s)
-    return LocalPlace(Path(os.path.expanduser(str(reference).removeprefix(_FILE))))
+    return LocalPlace(local_path(reference))
+
+
+def local_path(reference: str | Path) -> Path:
+    """A path as a user gives it, `~` and `file://` understood; the result ends in a name, for files beside it."""
+    path = Path(os.path.expanduser(str(reference).removeprefix(_FILE)))
+    return path.resolve() if path.name in {"", ".."} else path
 
 
 def is_url(reference: str | Path) -> bool:

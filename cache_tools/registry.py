@@ -14,10 +14,10 @@ from typing import Any
 from cache_tools import commits
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
-from cache_tools.errors import CacheError, NotFoundError, RecipeError, printable
+from cache_tools.errors import CacheError, NotFoundError, RecipeError, StorageError, UnknownFormatError, printable
 from cache_tools.manifest import Manifest
 from cache_tools.origin import read_origin
-from cache_tools.place import is_remote
+from cache_tools.place import is_remote, local_path
 from cache_tools.sizes import Sizes, size_and_time
 from cache_tools.store import read_manifest
 
@@ -27,7 +27,10 @@ MIN_PREFIX = 4
 
 
 class Summary(Frozen):
-    """What `cache-tools ls` says of a cache. A damaged one has a `problem` and little else."""
+    """What `cache-tools ls` says of a cache.
+
+    One that cannot be opened has a `problem` and little else: it is damaged, unless `unknown` says why it may be sound.
+    """
 
     name: str
     fingerprint: str = ""
@@ -40,6 +43,7 @@ class Summary(Frozen):
     modified_s: float = 0.0
     used_s: float = 0.0
     problem: str | None = None
+    unknown: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -78,12 +82,18 @@ def list_caches(home: Path | None = None) -> list[CacheRecord]:
     """Every cache of the home or another folder, by name, then path; also half-built and damaged ones.
 
     A folder that is a cache itself is the only one.
+
+    Raises:
+        NotFoundError: no such folder; a home that is not there yet has no caches.
     """
+    if home is not None and not os.path.isdir(home):
+        raise NotFoundError("no such folder", where=home, next_step="check the path")
     home = home or cache_home()
     if is_cache(home):
         return [record(home)]
     try:
-        folders = sorted(path for path in home.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+        named = (path for path in home.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+        folders = sorted(path for path in named if not _is_empty(path))
     except OSError as error:
         raise storage_error(error) from error
     with Sizes(home) as sizes:
@@ -103,17 +113,27 @@ def record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
         manifest = read_manifest(path)
     except CacheError as error:
         name = printable(re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX)))
-        times = {"modified_s": modified_s, "used_s": modified_s}
-        return CacheRecord(path=path, name=name, size_bytes=size_bytes, problem=str(error), **times)
+        times = {"modified_s": modified_s, "used_s": max(modified_s, _used_s(path))}
+        return CacheRecord(path=path, name=name, size_bytes=size_bytes, **trouble(error), **times)
     return CacheRecord(
         path=path,
-        origin=None if origin is None else origin.url,
+        origin=origin.url if origin is not None and origin.of_a_mirror else None,
         **summary(manifest),
         views_done=len(views_done(path, manifest)),
         size_bytes=size_bytes,
         modified_s=modified_s,
         used_s=max(modified_s, _used_s(path)),
     )
+
+
+def trouble(error: CacheError) -> dict[str, str | None]:
+    """The fields of `Summary` that say why a cache cannot be opened."""
+    unknown = None
+    if isinstance(error, UnknownFormatError):
+        unknown = "written by another version of teacher-cache"
+    elif isinstance(error, StorageError):
+        unknown = "it cannot be read right now"
+    return {"problem": str(error), "unknown": unknown}
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
@@ -176,9 +196,9 @@ def resolve(reference: str | Path) -> Path:
             where=reference,
             next_step=f"`cache-tools pull {reference}` brings it into the cache home",
         )
-    path = Path(os.path.expanduser(str(reference).removeprefix("file://")))
+    path = local_path(reference)
     looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
-    if looks_like_path or is_cache(path):
+    if looks_like_path or (reference and is_cache(path)):
         if not os.path.exists(path):  # unlike Path.exists it has no exception for names that cannot be
             raise NotFoundError("no cache here", where=path, next_step=_known(list_caches()))
         return path
@@ -220,6 +240,15 @@ def find(reference: str) -> CacheRecord:
         expected=f"a path, or a name or fingerprint in {cache_home()}",
         next_step=advice + build,
     )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is there yet: whoever brings a cache may have made just its folder."""
+    try:
+        with os.scandir(folder) as found:
+            return next(found, None) is None
+    except OSError:
+        return False
 
 
 def _has_prefix(found: CacheRecord, reference: str) -> bool:

@@ -8,6 +8,7 @@ Any number of processes may stage into it at once: each block is claimed, as bui
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from cache_tools.mirror import bring_metadata
 from cache_tools.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.place import LocalPlace, Place, open_place
 from cache_tools.store import read_manifest
-from cache_tools.transfer import Pair, committed, copy_blocks, manifest_at
+from cache_tools.transfer import Pair, check_same, committed, copy_blocks, manifest_at
 
 OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
 PATIENCE_S = 10.0
@@ -112,15 +113,16 @@ class Origin:
         """The store, once it is known that the cache there is the mirror's."""
         place = open_place(self.url, patience_s=patience_s)
         if not self._checked:
-            found = manifest_at(place).fingerprint
-            if found != self._record.fingerprint:
+            found = manifest_at(place)
+            if found.fingerprint != self._record.fingerprint:
                 raise MismatchError(
                     "another cache is at the origin of this mirror by now",
                     where=self.url,
                     expected=f"fingerprint {self._record.fingerprint[:12]}",
-                    found=found[:12],
+                    found=found.fingerprint[:12],
                     next_step="open the new one by its URL",
                 )
+            check_same(read_manifest(self.mirror), found, LocalPlace(self.mirror))  # it may be built anew
             self._checked = True
         return place
 
@@ -168,7 +170,8 @@ def connect(url: str) -> Origin:
     if _is_here(mirror, manifest):
         nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
         if read_origin(mirror) is None:
-            _keep(mirror, nothing_to_stage)
+            with suppress(OSError):  # a read-only home: only without a network its URL will not be known
+                write_origin(mirror, nothing_to_stage)
         return Origin(mirror, nothing_to_stage)
     sizes = bring_metadata(place, mirror, manifest)
     before = read_origin(mirror)
@@ -182,7 +185,7 @@ def connect(url: str) -> Origin:
 def origin_of(path: Path) -> Origin | None:
     """What the mirror at `path` was staged from; None for any other cache. Asks no store."""
     record = read_origin(path)
-    return None if record is None else Origin(path, record)
+    return Origin(path, record) if record is not None and record.of_a_mirror else None
 
 
 def offline() -> bool:

@@ -9,20 +9,22 @@ that it promises.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 from cache_tools import commits
 from cache_tools.array_layout import array_layouts
 from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.chunk_files import ChunkFiles, read_file
+from cache_tools.claims import Claims, growing
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
-from cache_tools.errors import FormatError, MismatchError, NotFoundError
+from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
 from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format import MANIFEST_KEY, parse_manifest
 from cache_tools.manifest import Manifest
-from cache_tools.place import Place
+from cache_tools.place import LocalPlace, Place
 
 GROUP = "zarr.json"
 WORKERS = 8
@@ -49,7 +51,7 @@ class Moved(Frozen):
 
 
 def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = None, title: str = "copy") -> Moved:
-    """Bring `target` up to what `source` holds.
+    """Bring `target` up to what `source` holds. Meanwhile a folder is not pruned.
 
     Args:
         views: these only; None for all. Metadata, labels, keys and constants are always copied.
@@ -58,20 +60,26 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
         NotFoundError: no cache at `source`.
         MismatchError: another cache at `target`.
         FormatError: a damaged block in `source`; what was copied before it stays.
-        StorageError: storage that is full, read-only or unreachable.
+        StorageError: storage that is full, read-only or unreachable; something else at `target`, or it was removed
+            while it was copied to.
     """
     manifest = manifest_at(source)
-    sizes = copy_metadata(source, target, manifest)
+    lacking = _lacks_metadata(_existing(target, manifest), manifest)
     chosen = set(range(manifest.num_views)) & set(range(manifest.num_views) if views is None else views)
     done, there = (
         {pair for pair in committed(place) if pair[0] in chosen and pair[1] < manifest.num_blocks}
         for place in (target, source)
     )
-    todo = sorted(there - done)
-    with Progress(title, len(todo), "blocks") as progress:
-        for _, written in copy_blocks(source, target, manifest, todo):
-            sizes += written
-            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
+    todo, sizes = sorted(there - done), list[int]()
+    if lacking or todo:  # else nothing is written, not even a claim: the target may be read-only
+        with _kept(target):
+            if lacking:
+                with growing(target):  # constants of two builds must not be mixed
+                    sizes += copy_metadata(source, target, manifest)
+            with Progress(title, len(todo), "blocks") as progress:
+                for _, written in copy_blocks(source, target, manifest, todo):
+                    sizes += written
+                    progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
     return Moved(
         source=str(source),
         target=str(target),
@@ -158,16 +166,14 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
 
     Raises:
         MismatchError: another cache at `target`, or the same one in blocks of another size.
+        StorageError: something else at `target`, or storage that is full, read-only or unreachable.
     """
-    try:
-        existing = manifest_at(target)
-    except NotFoundError:
-        existing = None
-    if existing is not None:
-        _check_same(existing, manifest, target)
-    if existing is not None and existing.num_views >= manifest.num_views:
+    existing = _existing(target, manifest)
+    if not _lacks_metadata(existing, manifest):
         return []
     layouts, whole = array_layouts(manifest), ("labels", "sample_keys", *constant_shapes(manifest.recipe))
+    if existing is None:
+        _check_free(target, layouts)
     keys = {f"{name}/{GROUP}": MAX_METADATA_BYTES for name in layouts if existing is None or name not in whole}
     if existing is None:
         keys |= {
@@ -184,7 +190,57 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
     return [*sizes, len(group)]
 
 
-def _check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
+@contextmanager
+def _kept(target: Place) -> Iterator[None]:
+    """Keep a folder from being pruned, beside others who do: by a claim of one's own. Stores are never pruned.
+
+    Raises:
+        StorageError: in the end, if the cache is gone: removed by other means.
+    """
+    if isinstance(target, LocalPlace):
+        with Claims(target) as claims:
+            claims.keep()
+            yield
+    else:
+        yield
+    if not target.has(GROUP):
+        raise StorageError(
+            "the cache was removed while it was copied",
+            where=target,
+            next_step="run the same command again: it copies what is gone",
+        )
+
+
+def _existing(target: Place, manifest: Manifest) -> Manifest | None:
+    """The manifest of the cache at `target`, which is the same one; None where there is no cache."""
+    try:
+        existing = manifest_at(target)
+    except NotFoundError:
+        return None
+    check_same(existing, manifest, target)
+    return existing
+
+
+def _lacks_metadata(existing: Manifest | None, manifest: Manifest) -> bool:
+    return existing is None or existing.num_views < manifest.num_views
+
+
+def _check_free(target: Place, names: Collection[str]) -> None:
+    """Raise StorageError unless nothing is at `target`, or a copy of these arrays that was cut off."""
+    try:
+        strange = [name for name in target.folders() if name not in names]
+    except FileNotFoundError:
+        return
+    if strange:
+        raise StorageError(
+            "cannot put a cache here: the place is taken",
+            where=target,
+            found=strange[0],
+            next_step="choose another target",
+        )
+
+
+def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
     """Raise MismatchError unless blocks of one may be put into the other."""
     if existing.fingerprint != manifest.fingerprint:
         raise MismatchError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cache_tools import registry
-from cache_tools.place import LocalPlace, Place, open_place
+from cache_tools.place import LocalPlace, Place, local_path, open_place
 from pipeline.recipe import BuildRecipe
 
 
@@ -33,7 +33,7 @@ class Destination(NamedTuple):
 def destination(recipe: BuildRecipe, fingerprint: str) -> Destination:
     """Where `recipe.out` says, by default in the cache home."""
     if isinstance(recipe.out, Path):
-        return Destination(recipe.out)
+        return Destination(local_path(recipe.out))
     path = registry.cache_path(recipe.name, fingerprint)
     if recipe.out is None:
         return Destination(path)

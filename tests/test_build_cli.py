@@ -68,6 +68,15 @@ def test_the_next_step_is_one_that_runs(recipe_file: Path, tmp_path: Path, monke
     assert next_step("--set", f"out={out}") == ["--cache", out]
 
 
+def test_a_build_into_the_folder_one_stands_in(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    done = build(recipe_file, "--out", ".")
+    assert done.exit_code == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert "complete: nothing to do" in build(recipe_file, "--out", tmp_path / "c").stdout
+
+
 def test_options_reach_the_recipe():
     shown = build(
         "digits", "--views", 5, "--seed", 3, "--teacher", "timm:resnet10t", "--teacher-checkpoint", "a.pth",

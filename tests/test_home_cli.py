@@ -111,6 +111,48 @@ def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one.zarr" / "zarr.json").exists()
 
 
+def test_pulled_into_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
+    """A folder is not unpacked into, unless it is named as a cache or is one."""
+    source, share = str(shutil.move(home / NAME, tmp_path / "source.zarr")), tmp_path / "share"
+    (share / "other.zarr").mkdir(parents=True)
+    run(home, "pull", source, "--out", str(share))
+    assert {path.name for path in share.iterdir()} == {"other.zarr", NAME}
+    assert "sound" in run(home, "verify", str(share / NAME)).stdout
+    run(home, "pull", source, "--out", str(tmp_path / "one.zarr"))
+    one = (tmp_path / "one.zarr").rename(tmp_path / "one")
+    for command in (("pull", source, "--out", str(one)), ("push", source, str(one))):
+        assert "0 blocks copied, 15 were there" in run(home, *command).stdout
+    full = share.rename(tmp_path / "full.zarr")
+    assert "the place is taken" in run(home, "pull", source, "--out", str(full), code=2).stderr
+
+
+def test_a_cache_that_one_stands_in(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "share").mkdir()
+    monkeypatch.chdir(home / NAME)
+    run(home, "push", ".", str(tmp_path / "share"))
+    assert {path.name for path in (tmp_path / "share").iterdir()} == {NAME}
+    assert "sound" in run(home, "verify", ".").stdout
+    run(home, "rm", ".", "--yes")
+    assert not (home / NAME).exists()
+
+
+def test_a_link_is_removed_alone(home: Path, tmp_path: Path) -> None:
+    (home / "link.zarr").symlink_to(home / NAME, target_is_directory=True)
+    assert "keeping (a link: the cache is elsewhere)" in run(home, "prune", "--older-than", "0s").stdout
+    shown = run(home, "rm", str(home / "link.zarr"), "--yes").stdout
+    assert shown == f"removing the link {home / 'link.zarr'} (the cache stays where it is, in {home / NAME})\n"
+    assert not (home / "link.zarr").is_symlink()
+    assert "sound" in run(home, "verify", "digits").stdout
+
+
+def test_what_is_kept_may_be_too_large(home: Path) -> None:
+    (home / "cut.zarr").mkdir()
+    (home / "cut.zarr" / "labels").write_bytes(bytes(3000))
+    shown = run(home, "prune", "--keep-size", "2KB", "--yes").stdout
+    assert shown.endswith("The home is still larger than --keep-size: what is kept takes 3 kB.\n")
+    assert not (home / NAME).exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -123,6 +165,7 @@ def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
         ),
         (("prune", "--older-than", "soon"), "expected a time such as 30d"),
         (("prune", "--keep-size", "lots"), "expected a size such as 100GB"),
+        (("ls", "/nowhere/at/all"), "no such folder (/nowhere/at/all)"),
         (("verify", "nosuch"), "no such cache (nosuch)"),
         (("rm", "nosuch", "--yes"), "no such cache (nosuch)"),
         (("rm", "s3://bucket/c.zarr"), "only caches on a local disk are removed (s3://bucket/c.zarr)"),

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ from cache_factory import build, create, tiny_images, tiny_manifest, tiny_target
 from s3_server import new_bucket
 
 from cache_tools import registry
+from cache_tools.describe import print_table
 from cache_tools.listing import Filters, list_remote
 from cache_tools.place import LocalPlace, Place, open_place
 from cache_tools.registry import Summary
@@ -87,3 +89,18 @@ def test_nothing_is_read_of_arrays(place: Place, tmp_path: Path, monkeypatch: py
     )
     assert len(list_remote(place)) == 1
     assert read == ["zarr.json", "zarr.json"]
+
+
+def test_caches_of_newer_versions_are_not_called_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here and in a store."""
+    place = LocalPlace(tmp_path / "newer.zarr")
+    build(place.path, tiny_manifest(IMAGES, name="newer"), IMAGES)
+    group = json.loads(place.read("zarr.json"))
+    group["attributes"]["teacher_cache"]["format_version"] = 3
+    place.put("zarr.json", json.dumps(group).encode())
+    for records in (registry.list_caches(tmp_path), list_remote(place)):
+        assert [record.unknown for record in records] == ["written by another version of teacher-cache"]
+        print_table(records)
+        shown = capsys.readouterr().out
+        assert "newer cannot be opened: unknown cache format version" in shown
+        assert "damaged" not in shown

@@ -8,6 +8,7 @@ from cache_factory import build, create, tiny_images, tiny_manifest, tiny_target
 from cache_tools import registry
 from cache_tools.errors import FormatError, NotFoundError, RecipeError
 from cache_tools.manifest import Manifest
+from cache_tools.place import open_place
 from cache_tools.reader import TeacherCache
 
 IMAGES = tiny_images()
@@ -61,7 +62,8 @@ def test_a_home_that_does_not_exist_has_no_caches(home: Path) -> None:
 def test_the_list_says_what_there_is(home: Path) -> None:
     complete = add("two")
     half = add("one", codec="float32", blocks=[(1, block) for block in range(5)] + [(2, 0)])
-    (home / "three-000000000000.zarr").mkdir()
+    (home / "three-000000000000.zarr" / "labels").mkdir(parents=True)
+    (home / "empty-000000000000.zarr").mkdir()
     (home / ".four-1.zarr.1.partial").mkdir()
     (home / "datasets").mkdir()
     one, three, two = registry.list_caches()
@@ -137,6 +139,26 @@ def test_what_is_not_found_comes_with_advice(home: Path) -> None:
         registry.resolve("some/where")
     with pytest.raises(NotFoundError, match=r"no cache here \(x\.zarr\)"):
         registry.resolve("x.zarr")
+
+
+def test_a_folder_that_is_not_there_has_no_list(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    for path in (tmp_path / "nowhere", file):
+        with pytest.raises(NotFoundError, match="no such folder"):
+            registry.list_caches(path)
+
+
+def test_a_path_ends_in_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies beside a cache is named after it."""
+    path = registry.cache_path("digits", add("digits").fingerprint)
+    monkeypatch.chdir(path)
+    assert registry.resolve(".") == registry.resolve(Path()) == TeacherCache.open("./").path == path
+    with pytest.raises(NotFoundError, match="no such cache"):
+        registry.resolve("")
+    monkeypatch.chdir(path / "labels")
+    assert registry.resolve("..") == registry.resolve("../labels/..") == path
+    assert open_place("..").name == path.name
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/digits.zarr", "https://host/digits.zarr", "gs://bucket/c"])

@@ -1,6 +1,8 @@
 """Remote caches: what is brought when, by whom, and what is left when the store is gone."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from cache_factory import build, create, tiny_constants, tiny_images, tiny_manif
 from flaky_proxy import FlakyProxy, flaky_proxy
 from s3_server import new_bucket
 
-from cache_tools import registry
+from cache_tools import origin, registry
 from cache_tools.claims import Claims
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, NotFoundError, StorageError
 from cache_tools.origin import read_origin
@@ -130,6 +132,41 @@ def test_a_cache_built_here_needs_nothing_from_the_store(proxy: FlakyProxy, url:
     build(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
     TeacherCache.open(url).load_view(2)
     assert data_requests(proxy) == []
+
+
+def test_a_cache_built_here_is_no_mirror(proxy: FlakyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its URL stands for it, also without a network; a block that it lacks is not looked for elsewhere."""
+    path = registry.cache_path("tiny", MANIFEST.fingerprint)
+    build(path, MANIFEST, IMAGES)
+    TeacherCache.open(url).load_view(0)
+    with monkeypatch.context() as patch:
+        patch.setenv("TEACHER_CACHE_OFFLINE", "1")
+        TeacherCache.open(url).load_view(1)
+    (path / "commits" / "c.1.2.0").unlink()
+    assert registry.find("tiny").origin is None
+    cache = TeacherCache.open("tiny")
+    assert cache.origin is None
+    with pytest.raises(IncompleteError, match="not completely built"):
+        cache.load_view(1)
+    TeacherCache.open(url).load_view(1)
+    assert registry.find("tiny").origin == url, "now it is"
+
+
+def test_a_read_only_home_that_has_the_cache(proxy: FlakyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
+
+    def refuse(path: Path, data: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(origin, "put_durably", refuse)
+    TeacherCache.open(url).load_view(2)
+
+
+def test_a_remote_cache_that_cannot_be_opened_leaves_nothing(proxy: FlakyProxy, url: str, home: Path) -> None:
+    open_place(url).delete(["labels/c.0"])
+    with pytest.raises(FormatError, match="missing file"):
+        TeacherCache.open(url)
+    assert not list(home.iterdir())
 
 
 def test_with_one_clip_view_two_views_come(proxy: FlakyProxy, tmp_path: Path) -> None:
@@ -290,6 +327,25 @@ def test_another_cache_at_the_url_has_another_mirror(proxy: FlakyProxy, url: str
     by_path.load_view(0)
     with pytest.raises(MismatchError, match="another cache is at the origin"):
         by_path.load_view(1)
+
+
+def test_the_same_cache_built_anew_at_the_url_is_not_mixed_in(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:
+    TeacherCache.open(url).load_view(0)
+    open_place(url).delete([entry.key for entry in open_place(url).entries()])
+    writer = CacheWriter.create(
+        tmp_path / "anew.zarr",
+        MANIFEST,
+        labels=IMAGES.labels,
+        sample_keys=IMAGES.keys,
+        constants=tiny_constants(MANIFEST, seed=8),
+    )
+    write(writer, tiny_targets(MANIFEST))
+    publish(writer.path, proxy, url)
+    by_name = TeacherCache.open("tiny")
+    by_name.load_view(0)
+    with pytest.raises(MismatchError, match="must not be mixed"):
+        by_name.load_view(1)
+    assert registry.views_done(by_name.path, MANIFEST) == [0]
 
 
 # What is no cache

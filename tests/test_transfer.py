@@ -1,12 +1,17 @@
 import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from s3_server import new_bucket
 
+from cache_tools import transfer
+from cache_tools.claims import Claims
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, RecipeError, StorageError
+from cache_tools.integrity import verify
 from cache_tools.place import LocalPlace, Place, open_place
 from cache_tools.reader import TeacherCache
 from cache_tools.transfer import committed, copy_cache
@@ -177,6 +182,62 @@ def test_another_cache_at_the_target_is_left_alone(cache: Path, place: Place, tm
     with pytest.raises(MismatchError, match="another cache is at the target"):
         copy_cache(LocalPlace(cache), place)
     assert files(place) == before
+
+
+def test_a_folder_of_other_things_is_left_alone(cache: Path, place: Place) -> None:
+    place.put("caches/notes.txt", b"mine")
+    with pytest.raises(StorageError, match=r"the place is taken.*found caches"):
+        copy_cache(LocalPlace(cache), place)
+    assert files(place) == {"caches/notes.txt": b"mine"}
+
+
+def test_copies_of_two_builds_to_one_place_do_not_mix(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins when the first has written all but the manifest: it waits, and finds that it is too late."""
+    other = CacheWriter.create(
+        tmp_path / "other",
+        MANIFEST,
+        labels=IMAGES.labels,
+        sample_keys=IMAGES.keys,
+        constants=tiny_constants(MANIFEST, seed=5),
+    ).path
+    target, met, read_file = LocalPlace(tmp_path / "target"), threading.Event(), transfer.read_file
+    claim, put_group = Claims.claim, threading.Event()
+
+    def claim_and_tell(claims: Claims, pair: tuple[int, int]) -> bool:
+        done = claim(claims, pair)
+        if not done:
+            met.set()
+        return done
+
+    def read_and_meet(source: Place, key: str, limit: int) -> bytes:
+        if key == "zarr.json" and str(source) == str(other):  # not reached, unless it did not wait
+            met.set()
+            assert put_group.wait(60)
+        if key == "zarr.json" and str(source) == str(cache):
+            late.append(pool.submit(copy_cache, LocalPlace(other), target))
+            assert met.wait(60)
+        return read_file(source, key, limit)
+
+    late: list[Future[transfer.Moved]] = []
+    monkeypatch.setattr(Claims, "claim", claim_and_tell)
+    monkeypatch.setattr(transfer, "read_file", read_and_meet)
+    with ThreadPoolExecutor(1) as pool:
+        copy_cache(LocalPlace(cache), target)
+        put_group.set()
+        with pytest.raises(MismatchError, match="must not be mixed"):
+            late[0].result()
+    assert not verify(target.path).problems
+    same_targets(cache, target.path)
+
+
+def test_nothing_is_written_where_all_is_there(cache: Path, tmp_path: Path) -> None:
+    """Not even a claim: it may be read-only."""
+    copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "share" / "c.zarr"))
+    before = (tmp_path / "share").stat().st_mtime_ns
+    copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "share" / "c.zarr"))
+    assert (tmp_path / "share").stat().st_mtime_ns == before
 
 
 class Cut(LocalPlace):
