@@ -22,11 +22,11 @@ from cache_tools.errors import NotFoundError, printable
 from cache_tools.lineage import Source, lineage
 from cache_tools.listing import RemoteRecord, commit_names, remote_record
 from cache_tools.manifest import Manifest
+from cache_tools.metadata_transfer import manifest_at
 from cache_tools.place import Place
 from cache_tools.registry import CacheRecord, complete_views
 from cache_tools.sizes import size_and_time
 from cache_tools.store import read_manifest
-from cache_tools.transfer import manifest_at
 
 
 class ArrayDetails(Frozen):

@@ -137,7 +137,7 @@ def pull_command(
     as_json: AsJson = False,
 ) -> None:
     """Copy a cache from another place into the cache home: only what is missing, checked."""
-    from cache_tools.transfer import manifest_at
+    from cache_tools.metadata_transfer import manifest_at
 
     place = open_place(source)
     manifest = manifest_at(place)

@@ -11,9 +11,9 @@ from typing import TypeVar
 from cache_tools import commits
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError, NotFoundError
+from cache_tools.metadata_transfer import manifest_at
 from cache_tools.place import Entry, Place
 from cache_tools.registry import SUFFIX, Summary, complete_views, summary, trouble
-from cache_tools.transfer import manifest_at
 
 WORKERS = 8
 

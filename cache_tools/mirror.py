@@ -13,9 +13,9 @@ from cache_tools.console import storage_error
 from cache_tools.durable import PARTIAL, rename_unless_taken, sync_folder
 from cache_tools.errors import StorageError
 from cache_tools.manifest import Manifest
+from cache_tools.metadata_transfer import copy_metadata
 from cache_tools.place import LocalPlace, Place
 from cache_tools.registry import is_cache
-from cache_tools.transfer import copy_metadata
 
 
 def bring_metadata(place: Place, mirror: Path, manifest: Manifest) -> list[int]:

@@ -23,8 +23,9 @@ from cache_tools.integrity import METADATA, WORKERS, Repair, Verification
 from cache_tools.layout import metadata_files
 from cache_tools.listing import commit_names
 from cache_tools.manifest import Manifest
+from cache_tools.metadata_transfer import manifest_at
 from cache_tools.place import Entry, Place
-from cache_tools.transfer import block_files, manifest_at
+from cache_tools.transfer import block_files
 
 
 def verify(place: Place) -> Verification:

@@ -19,11 +19,12 @@ from cache_tools.claims import Claims
 from cache_tools.console import Progress, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
 from cache_tools.manifest import Manifest
+from cache_tools.metadata_transfer import check_same, manifest_at
 from cache_tools.mirror import bring_metadata
 from cache_tools.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.place import LocalPlace, Place, open_place
 from cache_tools.store import read_manifest
-from cache_tools.transfer import Pair, check_same, committed, copy_blocks, manifest_at
+from cache_tools.transfer import Pair, committed, copy_blocks
 
 OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
 PATIENCE_S = 10.0

@@ -8,25 +8,22 @@ that it promises.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from cache_tools import commits
 from cache_tools.array_layout import array_layouts
-from cache_tools.arrays import ArraySpec, constant_shapes, target_arrays
-from cache_tools.chunk_files import ChunkFiles, read_file
+from cache_tools.arrays import ArraySpec, target_arrays
+from cache_tools.chunk_files import ChunkFiles
 from cache_tools.claims import Claims, growing
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
-from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
-from cache_tools.files import MAX_METADATA_BYTES
-from cache_tools.format import MANIFEST_KEY, parse_manifest
+from cache_tools.errors import FormatError, StorageError
 from cache_tools.manifest import Manifest
+from cache_tools.metadata_transfer import GROUP, copy_metadata, lacks_metadata, manifest_at
 from cache_tools.place import LocalPlace, Place
 
-GROUP = "zarr.json"
 WORKERS = 8
 
 Pair = tuple[int, int]
@@ -64,7 +61,7 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
             while it was copied to.
     """
     manifest = manifest_at(source)
-    lacking = _lacks_metadata(_existing(target, manifest), manifest)
+    lacking = lacks_metadata(target, manifest)
     chosen = set(range(manifest.num_views)) & set(range(manifest.num_views) if views is None else views)
     done, there = (
         {pair for pair in committed(place) if pair[0] in chosen and pair[1] < manifest.num_blocks}
@@ -127,24 +124,6 @@ def _finished(running: dict[Future[list[int]], Pair]) -> list[tuple[Pair, list[i
     return [(running.pop(job), job.result()) for job in done]
 
 
-def manifest_at(place: Place) -> Manifest:
-    """The manifest of the cache at a place.
-
-    Raises:
-        NotFoundError: no cache there.
-        FormatError: a damaged or foreign one.
-    """
-    try:
-        text = place.read(GROUP, MAX_METADATA_BYTES)
-    except FileNotFoundError as error:
-        raise NotFoundError("no cache here", where=place, next_step="check the path or URL") from error
-    try:
-        attributes = json.loads(text)["attributes"][MANIFEST_KEY]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FormatError("not a teacher cache, or a damaged one", where=f"{place}/{GROUP}") from error
-    return parse_manifest(attributes, where=str(place))
-
-
 def committed(place: Place) -> set[Pair]:
     """(view, block) of every committed block, from the names of the commit files."""
     found = (commits.parse_file_name(key.rpartition("/")[2]) for key in place.keys(commits.COMMITS))
@@ -156,38 +135,6 @@ def block_files(spec: ArraySpec, manifest: Manifest, view: int, block: int) -> l
     rows = manifest.block(block)
     chunks = range(rows.start // spec.chunk_rows, -(-rows.stop // spec.chunk_rows))
     return [f"{spec.name}/c.{view}.{chunk}.0" for chunk in chunks]
-
-
-def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]:
-    """Everything but blocks; the group's zarr.json last, and only if the target lacks it or promises fewer views.
-
-    Returns:
-        sizes of the files written.
-
-    Raises:
-        MismatchError: another cache at `target`, or the same one in blocks of another size.
-        StorageError: something else at `target`, or storage that is full, read-only or unreachable.
-    """
-    existing = _existing(target, manifest)
-    if not _lacks_metadata(existing, manifest):
-        return []
-    layouts, whole = array_layouts(manifest), ("labels", "sample_keys", *constant_shapes(manifest.recipe))
-    if existing is None:
-        _check_free(target, layouts)
-    keys = {f"{name}/{GROUP}": MAX_METADATA_BYTES for name in layouts if existing is None or name not in whole}
-    if existing is None:
-        keys |= {
-            f"{name}/{chunk}": layouts[name].max_file_bytes for name in whole for chunk in layouts[name].chunk_names
-        }
-    sizes = []
-    with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:
-        for size in pool.map(lambda key: _copy_file(source, target, key, keys[key]), keys):
-            sizes.append(size)
-            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
-    group = read_file(source, GROUP, MAX_METADATA_BYTES)
-    if not target.put(GROUP, group, only_new=existing is None):  # another was faster: is it the same cache?
-        return sizes + copy_metadata(source, target, manifest)
-    return [*sizes, len(group)]
 
 
 @contextmanager
@@ -208,64 +155,6 @@ def _kept(target: Place) -> Iterator[None]:
             "the cache was removed while it was copied",
             where=target,
             next_step="run the same command again: it copies what is gone",
-        )
-
-
-def _existing(target: Place, manifest: Manifest) -> Manifest | None:
-    """The manifest of the cache at `target`, which is the same one; None where there is no cache."""
-    try:
-        existing = manifest_at(target)
-    except NotFoundError:
-        return None
-    check_same(existing, manifest, target)
-    return existing
-
-
-def _lacks_metadata(existing: Manifest | None, manifest: Manifest) -> bool:
-    return existing is None or existing.num_views < manifest.num_views
-
-
-def _check_free(target: Place, names: Collection[str]) -> None:
-    """Raise StorageError unless nothing is at `target`, or a copy of these arrays that was cut off."""
-    try:
-        strange = [name for name in target.folders() if name not in names]
-    except FileNotFoundError:
-        return
-    if strange:
-        raise StorageError(
-            "cannot put a cache here: the place is taken",
-            where=target,
-            found=strange[0],
-            next_step="choose another target",
-        )
-
-
-def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
-    """Raise MismatchError unless blocks of one may be put into the other."""
-    if existing.fingerprint != manifest.fingerprint:
-        raise MismatchError(
-            "another cache is at the target",
-            where=target,
-            expected=f"nothing, or fingerprint {manifest.fingerprint[:12]}",
-            found=existing.fingerprint[:12],
-            next_step="choose another target",
-        )
-    if existing.block_rows != manifest.block_rows:
-        raise MismatchError(
-            "the same cache is at the target, in blocks of another size",
-            where=target,
-            expected=f"{manifest.block_rows} rows per block",
-            found=existing.block_rows,
-            next_step="choose another target, or remove that cache first",
-        )
-    if _constants(existing) != _constants(manifest):
-        raise MismatchError(
-            "the same cache is at the target, built beside this one: its constants or CLIP scales differ in their last "
-            "bits, and blocks of both must not be mixed",
-            where=target,
-            expected=f"constants {_constants(manifest)}",
-            found=_constants(existing),
-            next_step="take that cache (pull it), choose another target, or remove it first",
         )
 
 
@@ -308,17 +197,6 @@ def copy_block(
         raise _damaged(source, view, block, error.what, commit_key) from error
     target.put(commit_key, commit)
     return [*sizes, len(commit)]
-
-
-def _copy_file(source: Place, target: Place, key: str, limit: int) -> int:
-    data = read_file(source, key, limit)
-    target.put(key, data)
-    return len(data)
-
-
-def _constants(manifest: Manifest) -> str:
-    scales = ", ".join(f"{scale:.17g}" for scale in manifest.clip_scales)
-    return f"{manifest.constants_digest[:12]}, CLIP scales {scales}"
 
 
 def _damaged(source: Place, view: int, block: int, what: str, commit_key: str) -> FormatError:

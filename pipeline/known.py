@@ -23,9 +23,10 @@ from cache_tools.cache_recipe import FORMAT_VERSION
 from cache_tools.errors import FormatError, NotFoundError, StorageError
 from cache_tools.image_set import ImageSet
 from cache_tools.manifest import Manifest
+from cache_tools.metadata_transfer import manifest_at
 from cache_tools.place import open_place
 from cache_tools.store import read_manifest
-from cache_tools.transfer import committed, manifest_at
+from cache_tools.transfer import committed
 from pipeline.destination import Destination, destination, names_a_cache
 from pipeline.prompts import BUILTIN_SETS
 from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec

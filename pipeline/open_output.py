@@ -20,10 +20,11 @@ from cache_tools.durable import PARTIAL
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
 from cache_tools.layout import constants_digest
 from cache_tools.manifest import Manifest
+from cache_tools.metadata_transfer import copy_metadata, manifest_at
 from cache_tools.mirror import bring_metadata
 from cache_tools.place import LocalPlace, Place
 from cache_tools.store import open_group, read_manifest, read_whole
-from cache_tools.transfer import committed, copy_metadata, manifest_at
+from cache_tools.transfer import committed
 from cache_tools.writer import CacheWriter, check_free
 from pipeline.destination import Destination
 from pipeline.output import MirroredOutput, Output

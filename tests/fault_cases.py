@@ -208,8 +208,8 @@ def _copy(source: str | Path, target: Path) -> Path:
 def _is_there(target: str) -> bool:
     """Whether the file is there that makes a place a cache: it is the last to come, and is never half there."""
     from cache_tools.errors import NotFoundError
+    from cache_tools.metadata_transfer import manifest_at
     from cache_tools.place import open_place
-    from cache_tools.transfer import manifest_at
 
     try:
         manifest_at(open_place(target))

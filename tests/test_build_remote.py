@@ -22,10 +22,11 @@ from cache_tools.claims import GROW
 from cache_tools.config import dump_yaml
 from cache_tools.errors import MismatchError, NotFoundError, RecipeError, StorageError
 from cache_tools.integrity import verify
+from cache_tools.metadata_transfer import manifest_at
 from cache_tools.origin import read_origin
 from cache_tools.place import LocalPlace, open_place
 from cache_tools.reader import TeacherCache
-from cache_tools.transfer import committed, copy_cache, manifest_at
+from cache_tools.transfer import committed, copy_cache
 from pipeline.build import build_cache
 from pipeline.build_blocks import build_blocks
 from pipeline.cli import app

@@ -19,11 +19,12 @@ from s3_server import new_bucket
 from cache_tools import origin, registry
 from cache_tools.claims import Claims
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, NotFoundError, StorageError
+from cache_tools.metadata_transfer import manifest_at
 from cache_tools.origin import read_origin
 from cache_tools.place import LocalPlace, open_place
 from cache_tools.reader import TeacherCache
 from cache_tools.resolved_fusion import Fusion
-from cache_tools.transfer import copy_cache, manifest_at
+from cache_tools.transfer import copy_cache
 from cache_tools.writer import CacheWriter
 
 IMAGES = tiny_images()
