@@ -210,7 +210,8 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
 def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, number: int = 0) -> Trial:
     """One trial of a sweep; raises as `make_trials`."""
     recipe = _recipe(sweep, settings)
-    trial = Trial(number=number, settings=dict(settings), recipe=recipe)
+    student = {"student": recipe.student} if "student" in settings else {}  # in one spelling
+    trial = Trial(number=number, settings={**settings, **student}, recipe=recipe)
     out = folder / "trials" / trial.name
     return trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
 
