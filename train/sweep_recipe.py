@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cache_tools.config import Frozen, set_dotted, validate
-from cache_tools.errors import NotFoundError, RecipeError
+from cache_tools.errors import RecipeError
 from train.recipe import TrainRecipe, named_loss
 from train.search_recipe import Axis, Search, larger_is_better
 
@@ -91,6 +90,8 @@ class SweepRecipe(Frozen):
                 where=self.name,
                 expected="students, losses, grid; or trials",
             )
+        if self.seeds == ():
+            raise RecipeError("a sweep without seeds", where="seeds")
         empty = [key for key, values in self.grid.items() if not values]
         if empty:
             raise RecipeError("a grid key without values", where=f"grid.{empty[0]}")
@@ -214,23 +215,6 @@ def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, nu
     trial = Trial(number=number, settings={**settings, **student}, recipe=recipe)
     out = folder / "trials" / trial.name
     return trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
-
-
-def load_sweep(file: Path) -> dict[str, Any]:
-    """A sweep file (YAML) as plain data.
-
-    Raises:
-        NotFoundError, RecipeError: no such file, or no YAML mapping in it.
-    """
-    try:
-        data = yaml.safe_load(file.read_text())
-    except FileNotFoundError as error:
-        raise NotFoundError("no such sweep file", where=file) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
-    if not isinstance(data, dict):
-        raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
-    return data
 
 
 def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:

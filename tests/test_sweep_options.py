@@ -1,0 +1,93 @@
+"""What `sweep-students` makes of its options and of a sweep file: nothing that was said is dropped without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from train import sweep_cli
+from train.sweep_options import read_sweep
+from train.sweep_recipe import SweepRecipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """A train recipe with a loss of its own."""
+    data = {"name": "tiny", "cache": "none.zarr", "student": "resnet8", "epochs": 2, "device": "cpu"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**data, "loss": {"temperature": 2.0, "ce_weight": 0.5}}))
+    return str(tmp_path / "base.yaml")
+
+
+def sweep(recipe: str, *, file: dict[str, Any] | None = None, items: tuple[str, ...] = (), **told: Any) -> SweepRecipe:
+    path = None
+    if file is not None:
+        path = Path(recipe).with_name("sweep.yaml")
+        path.write_text(yaml.safe_dump({"recipe": recipe, **file}))
+    return read_sweep(path, None if file else recipe, {}, items, told)
+
+
+def refused(*words: str) -> str:
+    """What the command says about words that it refuses, in one line."""
+    result = CliRunner().invoke(sweep_cli.app, [*words, "--show-trials"])
+    assert result.exit_code == 2, result.output
+    assert result.output.count("\n") == 1
+    return result.output
+
+
+# Options and the file
+
+
+def test_options_win_over_the_file(recipe: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"recipe": "nosuch", "set": {"epochs": 6, "seed": 4}, "students": ["vgg8"]}))
+    told = read_sweep(file, recipe, {"epochs": 3, "cache": None}, (), {"students": ["resnet8"], "seeds": None})
+    assert (told.base["epochs"], told.base["seed"], told.students) == (3, 4, ("resnet8",))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"set": None}, "'set'"),
+        ({"set": ["epochs=1"]}, "'set'"),
+        ({"recipe": 3}, "'recipe'"),
+        ({"recipe": {"name": "x"}}, "'recipe'"),
+        ({"search": 5}, "'search'"),
+        ({"search": [1]}, "'search'"),
+        ({"search": {"space": None}}, "'search.space'"),
+        ({"seeds": []}, "without seeds"),
+        ({"base": {"epochs": 3}}, "'base'"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--search", "3", "--grid", "lr=0.01..0.5")])
+def test_a_file_with_a_wrong_type_is_refused_in_one_line(
+    recipe: str, tmp_path: Path, file: dict[str, Any], message: str, options: tuple[str, ...]
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"recipe": recipe, **file}))
+    assert message in refused("--sweep", str(path), *options)
+
+
+def test_a_date_that_there_is_not_is_refused_in_one_line(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("name: 2024-13-45")
+    assert "cannot be read" in refused("--sweep", str(tmp_path / "sweep.yaml"))
+    assert "cannot be read" in refused(recipe, "--grid", "name=2024-13-45")
+
+
+# What would be ignored
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--students", ","), "--students"),
+        (("--losses", ""), "--losses"),
+        (("--ray-gpus", "2"), "--engine ray"),
+        (("--ray-address", "auto"), "--engine ray"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(recipe: str, options: tuple[str, ...], message: str) -> None:
+    assert message in refused(recipe, *options)
