@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cache_tools.errors import NotFoundError, RecipeError, WeightsError
 from tests import tiny_run
+from train.loss_recipe import LossRecipe
 from train.recipe import load_train_recipe
 from train.run import train_student
 from train.sweep_recipe import SweepRecipe, make_trials
@@ -69,6 +70,12 @@ def test_a_grid_over_a_loss_does_not_repeat_the_labels(cache: Path, tmp_path: Pa
     assert [trial.name for trial in make_trials(recipe, tmp_path)] == [
         "resnet8-kd-temperature=2.0-s0", "resnet8-kd-temperature=4.0-s0", "resnet8-ce-temperature=2.0-s0",
     ]  # fmt: skip
+
+
+def test_labels_alone_take_no_settings_of_a_loss(cache: Path, tmp_path: Path) -> None:
+    kd, labels = make_trials(sweep(cache, losses=("kd", "ce"), loss_settings={"temperature": 7.0}), tmp_path)
+    assert kd.recipe.loss == LossRecipe(kind="kd", temperature=7.0)
+    assert labels.recipe.loss == LossRecipe(kind="ce")
 
 
 def test_a_student_has_one_spelling_in_folders_and_recipes(cache: Path, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cache_tools.errors import RecipeError
 from train import sweep_cli
+from train.recipe import load_train_recipe, named_loss
 from train.sweep_options import read_sweep
-from train.sweep_recipe import SweepRecipe
+from train.sweep_recipe import SweepRecipe, make_trials
 
 
 @pytest.fixture
@@ -36,6 +38,40 @@ def refused(*words: str) -> str:
     assert result.exit_code == 2, result.output
     assert result.output.count("\n") == 1
     return result.output
+
+
+# Losses
+
+
+@pytest.mark.parametrize(
+    ("items", "file"),
+    [
+        (("loss.temperature=7",), None),
+        ((), {"set": {"loss.temperature": 7}}),
+        ((), {"set": {"loss": {"temperature": 7}}}),
+        (("loss.temperature=7",), {"set": {"loss.temperature": 5}}),
+    ],
+)
+def test_a_loss_by_name_takes_what_set_says(recipe: str, items: tuple[str, ...], file: dict[str, Any] | None) -> None:
+    for trial in make_trials(sweep(recipe, file=file, items=items, losses=["kd", "dkd"]), Path("unused")):
+        alone = load_train_recipe(recipe, ["loss.temperature=7"], {"loss": named_loss(trial.loss)})
+        assert trial.recipe.loss == alone.loss
+
+
+def test_what_a_trial_says_of_its_loss_wins_over_set(recipe: str) -> None:
+    file: dict[str, Any] = {"set": {"loss.temperature": 7}, "trials": [{"lr": 0.1}, {"loss": "dkd"}]}
+    file["trials"] += [{"loss": "dkd", "temperature": 5}]
+    own, named, other = make_trials(sweep(recipe, file=file), Path("unused"))
+    assert (own.recipe.loss.temperature, own.recipe.loss.ce_weight) == (7, 0.5), "the base's own loss"
+    assert (named.recipe.loss.temperature, named.recipe.loss.ce_weight) == (7, 1.0)
+    assert other.recipe.loss.temperature == 5
+
+
+@pytest.mark.parametrize("item", ["loss.kind=dkd", "loss={kind: dkd}"])
+def test_names_and_a_kind_for_all_are_refused(recipe: str, item: str) -> None:
+    with pytest.raises(RecipeError, match=r"loss.kind"):
+        sweep(recipe, items=(item,), losses=["kd", "dkd"])
+    assert sweep(recipe, items=(item,)).base["loss"]["kind"] == "dkd"
 
 
 # Options and the file

@@ -77,7 +77,7 @@ def sweep_students(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep. Default: runs/sweep-NAME.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted, for all trials."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted, for all trials; --grid wins."),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
     show_trials: Annotated[bool, typer.Option("--show-trials", help="List the trials and stop.")] = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 
 from cache_tools.config import Frozen, validate
 from cache_tools.errors import NotFoundError, RecipeError
-from train.recipe import load_train_recipe
+from train.recipe import TrainRecipe, load_train_recipe
 from train.search_recipe import Search, parse_range
 from train.sweep_recipe import SweepRecipe
 
@@ -57,7 +57,7 @@ def read_sweep(
     items = [*_items(settings), *overrides]
     base = load_train_recipe(recipe or keys.recipe or "digits", items, options)
     data = {"name": base.name, **{key: value for key, value in stored.items() if key not in {"recipe", "set"}}}
-    data |= {"base": base.model_dump(mode="json")}
+    data |= {"base": base.model_dump(mode="json"), "loss_settings": _loss_settings(base, items)}
     data |= {key: value for key, value in told.items() if value is not None}
     if search is not None:
         data["search"] = {**(data.get("search") or {}), "trials": search}
@@ -81,7 +81,7 @@ def load_sweep(file: Path) -> dict[str, Any]:
         raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
     if not isinstance(data, dict):
         raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
-    if made := data.keys() & {"base"}:  # of the `sweep.yaml` in a sweep's folder
+    if made := data.keys() & {"base", "loss_settings"}:  # of the `sweep.yaml` in a sweep's folder
         raise RecipeError(
             f"'{min(made)}' is not for a sweep file", where=file, expected="recipe: NAME or FILE, and set: {KEY: VALUE}"
         )
@@ -94,6 +94,14 @@ def _items(settings: Mapping[str, Any]) -> list[str]:
         f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
         for key, value in settings.items()
     ]
+
+
+def _loss_settings(base: TrainRecipe, items: Iterable[str]) -> dict[str, Any]:
+    """What `--set` says of the loss: it holds for losses by name too, which replace all else of the base's."""
+    keys = {item.partition("=")[0].strip() for item in items}
+    whole = base.loss.model_fields_set if "loss" in keys else set()
+    names = whole | {key.removeprefix("loss.") for key in keys if key.startswith("loss.")}
+    return {name: getattr(base.loss, name) for name in sorted(names)}
 
 
 def _axes(grid: Sequence[str], search: Mapping[str, Any] | None) -> dict[str, Any]:

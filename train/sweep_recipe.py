@@ -61,6 +61,7 @@ class SweepRecipe(Frozen):
         trials: settings of each trial, in place of the product; keys as in `grid`, and `student`, `loss`, `seed`.
         asha: stop the worse trials early; None trains all to the end.
         search: try promising settings in place of the whole product; students, losses and grid are choices then.
+        loss_settings: keys of `loss` and values that a loss by name takes too; what a trial sets itself wins.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -72,6 +73,7 @@ class SweepRecipe(Frozen):
     trials: tuple[dict[str, Any], ...] = ()
     asha: Asha | None = None
     search: Search | None = None
+    loss_settings: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -95,6 +97,18 @@ class SweepRecipe(Frozen):
         empty = [key for key, values in self.grid.items() if not values]
         if empty:
             raise RecipeError("a grid key without values", where=f"grid.{empty[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_named_loss_is_what_its_name_says(self) -> SweepRecipe:
+        named = "loss" in self.space() or any("loss" in trial for trial in self.trials)
+        if named and "kind" in self.loss_settings:
+            raise RecipeError(
+                "a loss by name and another kind for all trials",
+                where="loss.kind",
+                expected="losses by name, or --set loss.kind=…",
+                found=self.loss_settings["kind"],
+            )
         return self
 
     @model_validator(mode="after")
@@ -221,7 +235,7 @@ def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
     data: dict[str, Any] = {**copy.deepcopy(sweep.base), "name": sweep.name, "compare_with_labels": False}
     on_labels = settings.get("loss") == "ce" and data.get("cache") is not None
     if "loss" in settings and not on_labels:
-        data["loss"] = named_loss(str(settings["loss"]))
+        data["loss"] = named_loss(str(settings["loss"])) | sweep.loss_settings
     for key, value in settings.items():
         if key != "loss":
             set_dotted(data, key, list(value) if isinstance(value, tuple) else value)
