@@ -119,6 +119,13 @@ def test_a_date_that_there_is_not_is_refused_in_one_line(recipe: str, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--grid", "seed=3"), "--seeds"),
+        (("--grid", "seed=1,2"), "--seeds"),
+        (("--grid", "lr=0.1", "--grid", "lr=0.2"), "--grid lr"),
+        (("--grid", "lr=0.1", "--grid", "optimiser.learning_rate=0.2"), "given twice"),
+        (("--students", "resnet8", "--grid", "student=resnet20"), "grid.student"),
+        (("--losses", "kd", "--grid", "loss=dkd"), "grid.loss"),
+        (("--search", "3", "--grid", "lr=0.1..0.2", "--grid", "lr=0.1..0.5"), "--grid lr"),
         (("--students", ","), "--students"),
         (("--losses", ""), "--losses"),
         (("--ray-gpus", "2"), "--engine ray"),
@@ -127,3 +134,18 @@ def test_a_date_that_there_is_not_is_refused_in_one_line(recipe: str, tmp_path: 
 )
 def test_options_that_would_be_ignored_are_refused(recipe: str, options: tuple[str, ...], message: str) -> None:
     assert message in refused(recipe, *options)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"grid": {"seed": [3]}}, "--seeds"),
+        ({"grid": {"lr": [0.1], "optimiser.learning_rate": [0.2]}}, "given twice"),
+        ({"students": ["resnet8"], "grid": {"student": ["resnet20"]}}, "grid.student"),
+        ({"trials": [{"lr": 0.1, "optimiser.learning_rate": 0.2}]}, "trials.0"),
+        ({"search": {"space": {"lr": "0.1..0.2", "optimiser.learning_rate": "0.1..0.5"}}}, "search.space"),
+    ],
+)
+def test_what_a_file_says_twice_is_refused(recipe: str, file: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        sweep(recipe, file=file)

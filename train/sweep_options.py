@@ -13,7 +13,7 @@ from cache_tools.config import Frozen, validate
 from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import TrainRecipe, load_train_recipe
 from train.search_recipe import Search, parse_range
-from train.sweep_recipe import SweepRecipe
+from train.sweep_recipe import SweepRecipe, refuse_doubles
 
 
 class _FileKeys(Frozen):
@@ -108,6 +108,7 @@ def _axes(grid: Sequence[str], search: Mapping[str, Any] | None) -> dict[str, An
     """`grid` and `search` of the options: ranges are for the search."""
     lists: dict[str, Any] = {}
     ranges: dict[str, Any] = {}
+    refuse_doubles((text.partition("=")[0].strip() for text in grid), "--grid ")
     for text in grid:
         key, _, values = text.partition("=")
         found = parse_range(values)

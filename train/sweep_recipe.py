@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,23 @@ class SweepRecipe(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _every_setting_once(self) -> SweepRecipe:
+        named = [key for key, names in (("student", self.students), ("loss", self.losses)) if names]
+        refuse_doubles([*named, *self.grid], "grid.")
+        for number, trial in enumerate(self.trials):
+            refuse_doubles(trial, f"trials.{number}.")
+        if self.search is not None:
+            refuse_doubles(self.search.space, "search.space.")
+        elif "seed" in self.grid:
+            raise RecipeError(
+                "seeds are not for the grid",
+                where="grid.seed",
+                expected="--seeds N, from the recipe's seed on (--set seed=…), or seeds: [1, 2] in a sweep file",
+                found=list(self.grid["seed"]),
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_named_loss_is_what_its_name_says(self) -> SweepRecipe:
         named = "loss" in self.space() or any("loss" in trial for trial in self.trials)
         if named and "kind" in self.loss_settings:
@@ -163,6 +180,15 @@ class SweepRecipe(Frozen):
 
     def _searched(self) -> dict[str, Axis]:
         return {} if self.search is None else {ALIASES.get(key, key): axis for key, axis in self.search.space.items()}
+
+
+def refuse_doubles(keys: Iterable[str], where: str) -> None:
+    """Raises a RecipeError if two keys mean the same setting; `where` stands before the key there."""
+    meant: set[str] = set()
+    for key in keys:
+        if (full := ALIASES.get(key, key)) in meant:
+            raise RecipeError("a setting is given twice", where=f"{where}{key}", expected=f"{full} once")
+        meant.add(full)
 
 
 class Trial(Frozen):
