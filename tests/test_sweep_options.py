@@ -149,3 +149,17 @@ def test_options_that_would_be_ignored_are_refused(recipe: str, options: tuple[s
 def test_what_a_file_says_twice_is_refused(recipe: str, file: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         sweep(recipe, file=file)
+
+
+@pytest.mark.parametrize("given", [(), ("--overwrite",)])
+def test_overwrite_is_passed_on(recipe: str, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]) -> None:
+    asked: dict[str, Any] = {}
+
+    def run_sweep(sweep: SweepRecipe, folder: Path, **options: Any) -> None:
+        asked.update(options)
+        raise RecipeError("far enough", where=folder)
+
+    monkeypatch.setattr("train.sweep_run.run_sweep", run_sweep)
+    result = CliRunner().invoke(sweep_cli.app, [recipe, "--workers", "1", *given])
+    assert "far enough" in result.output
+    assert asked["overwrite"] is bool(given)

@@ -80,6 +80,12 @@ def sweep_students(
         typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted, for all trials; --grid wins."),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Train trials again whose folder holds a run of other settings or another cache."
+        ),
+    ] = False,
     show_trials: Annotated[bool, typer.Option("--show-trials", help="List the trials and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all results as one JSON object.")] = False,
 ) -> None:
@@ -114,7 +120,7 @@ def sweep_students(
             print(trial.name)
         return
     cluster = {"address": ray_address, "gpus": ray_gpus or 1.0} if engine == "ray" else None
-    _run(sweep, folder, workers, cluster, retry_failed, as_json)
+    _run(sweep, folder, workers, cluster, retry_failed, overwrite, as_json)
 
 
 def _run(
@@ -123,6 +129,7 @@ def _run(
     workers: int | None,
     cluster: dict[str, Any] | None,
     retry_failed: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     import sys
@@ -142,7 +149,7 @@ def _run(
             engine = stack.enter_context(OnRay(folder, **cluster, workers=workers, say=say))
         elif (count := workers or default_workers(resolve_device(sweep.base.get("device", "auto")))) > 1:
             engine = Processes(count, folder)
-        result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, say=say)
+        result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, overwrite=overwrite, say=say)
     if as_json:
         print(
             json.dumps(

@@ -56,6 +56,7 @@ def run_sweep(
     *,
     engine: Engine | None = None,
     retry_failed: bool = False,
+    overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> SweepResult:
     """Train what is not finished of a sweep; trials that failed or were stopped are left so.
