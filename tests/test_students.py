@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
+from train.student_names import ZOO_NAMES
 from train.students import create_student, student_names
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -220,7 +221,7 @@ def test_zoo_takes_other_channels() -> None:
 
 
 def test_names() -> None:
-    assert list(student_names()) == list(LAYOUTS)
+    assert list(student_names()) == list(LAYOUTS) == list(ZOO_NAMES)
     assert type(create_student("SHUFFLENETV2", 3)) is type(create_student("shufflev2", 3))
     assert type(create_student("ShuffleNetV1", 3)) is type(create_student("ShuffleV1", 3))
     assert create_student("RESNET8X4", 3).num_features == 256

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from cache_tools.errors import NotFoundError, RecipeError, StorageError, WeightsError
 from tests import tiny_run
+from train.loss_recipe import LossRecipe
 from train.recipe import load_train_recipe
 from train.run import train_student
 from train.sweep_recipe import SweepRecipe, make_trials
@@ -73,6 +74,17 @@ def test_a_grid_over_a_loss_does_not_repeat_the_labels(cache: Path, tmp_path: Pa
     ]  # fmt: skip
 
 
+def test_labels_alone_take_no_settings_of_a_loss(cache: Path, tmp_path: Path) -> None:
+    kd, labels = make_trials(sweep(cache, losses=("kd", "ce"), loss_settings={"temperature": 7.0}), tmp_path)
+    assert kd.recipe.loss == LossRecipe(kind="kd", temperature=7.0)
+    assert labels.recipe.loss == LossRecipe(kind="ce")
+
+
+def test_a_student_has_one_spelling_in_folders_and_recipes(cache: Path, tmp_path: Path) -> None:
+    [trial] = make_trials(sweep(cache, students=(), trials=({"student": "shufflenetV2"},)), tmp_path)
+    assert (trial.name, trial.settings["student"], trial.recipe.student) == ("ShuffleV2-s0", *["ShuffleV2"] * 2)
+
+
 def test_what_differs_in_batches_is_apart(cache: Path, tmp_path: Path) -> None:
     listed = [{"batch_size": 8}, {"batch_size": 16}, {"epochs": 3}, {"num_views": 2}, {"lr": 0.3}]
     trials = make_trials(sweep(cache, students=(), trials=listed), tmp_path)
@@ -87,6 +99,7 @@ def test_what_differs_in_batches_is_apart(cache: Path, tmp_path: Path) -> None:
         ({"losses": ("nosuch",)}, "no such loss"),
         ({"trials": ({"lr": 0.1},)}, "not both"),
         ({"students": (), "trials": ({"lr": 0.1}, {"lr": 0.1})}, "are the same"),
+        ({"students": ("resnet8", "ResNet8")}, "resnet8-s0 and resnet8-s0"),
     ],
 )
 def test_bad_sweeps_are_refused(cache: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

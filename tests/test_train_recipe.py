@@ -134,6 +134,23 @@ def test_values_are_what_determines_the_result():
         assert make(**different).values() != recipe.values(), different
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("resnet8X4", "resnet8x4"),
+        ("mobilenetv2", "MobileNetV2"),
+        ("shufflenetv1", "ShuffleV1"),
+        ("Torchvision:ResNet18", "torchvision:resnet18"),
+        ("TIMM:resnet10t", "timm:resnet10t"),
+        ("timm:Mine", "timm:Mine"),
+        ("Nobody's", "Nobody's"),
+    ],
+)
+def test_a_student_has_one_spelling(written: str, name: str):
+    assert make(student=written).values() == make(student=name).values()
+    assert make(student=name).student == name
+
+
 def test_on_labels_alone_dataset_and_views_count_but_not_where_they_are():
     recipe = make(loss={"kind": "ce"})
     assert recipe.values() != make(loss={"kind": "kd"}).values()

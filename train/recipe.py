@@ -9,9 +9,17 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cache_tools.cache_recipe import Precision
 from cache_tools.config import Frozen, load_recipe
@@ -20,6 +28,7 @@ from cache_tools.errors import RecipeError
 from cache_tools.refusion import FusionChoice
 from cache_tools.views import ViewRecipe
 from train.loss_recipe import LossRecipe
+from train.student_names import spelled
 
 # What `--loss NAME` stands for: the settings of each method's paper or reference implementation.
 LOSSES: dict[str, dict[str, Any]] = {
@@ -107,7 +116,7 @@ class TrainRecipe(Frozen):
     label_seed: int = Field(0, ge=0, lt=1 << 63)
     data_dir: Path | None = None
     download: bool = False
-    student: str = "resnet8x4"
+    student: Annotated[str, AfterValidator(spelled)] = "resnet8x4"
     loss: LossRecipe = LossRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()

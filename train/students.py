@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
+from train.student_names import ALIASES, spelled
 from train.zoo import torchvision_net
 from train.zoo.base import ZooNetwork
 from train.zoo.mobilenet import MobileNetV2
@@ -46,7 +47,6 @@ ZOO: dict[str, Callable[..., ZooNetwork]] = {
     "ShuffleV1": ShuffleNetV1,
     "ShuffleV2": ShuffleNetV2,
 }
-ALIASES = {"ShuffleNetV1": "ShuffleV1", "ShuffleNetV2": "ShuffleV2"}
 
 
 def create_student(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
@@ -92,13 +92,12 @@ def student_names() -> tuple[str, ...]:
 
 
 def _create_zoo(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    known = {key.lower(): key for key in ZOO} | {key.lower(): target for key, target in ALIASES.items()}
-    if name.lower() not in known:
+    if (known := spelled(name)) not in ZOO:
         raise RecipeError(
             "no such student",
             where=name,
             expected=f"one of {', '.join((*ZOO, *ALIASES))}, or timm:NAME, torchvision:NAME",
-            next_step=_hint(name, known),
+            next_step=_hint(name, (*ZOO, *ALIASES)),
         )
     unknown = sorted(options.keys() - {"in_chans"})
     if unknown:
@@ -109,7 +108,7 @@ def _create_zoo(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
             found=", ".join(unknown),
             next_step="load published weights with load_state_dict" if "pretrained" in unknown else None,
         )
-    return ZOO[known[name.lower()]](num_classes, **options)
+    return ZOO[known](num_classes, **options)
 
 
 def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
-from cache_tools.config import parse_yaml, validate
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
 from cache_tools.memory import keep_freed_memory
-from train.recipe import load_train_recipe
-from train.search_recipe import parse_range
-from train.sweep_recipe import SweepRecipe, load_sweep
+from train.sweep_options import read_sweep
+from train.sweep_recipe import SweepRecipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -26,8 +22,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @command
 def sweep_students(
     recipe: Annotated[
-        str, typer.Argument(help="What trials have in common: a recipe of train-student, built-in or a YAML file.")
-    ] = "digits",
+        str | None,
+        typer.Argument(
+            help="What trials have in common: a recipe of train-student, built-in or a YAML file. Default: digits."
+        ),
+    ] = None,
     cache: Annotated[str | None, typer.Option("--cache", help="The cache: path, URL, name or fingerprint.")] = None,
     students: Annotated[
         str | None, typer.Option("--students", help="Separated by commas: resnet8x4,wrn_16_2,timm:NAME.")
@@ -49,7 +48,7 @@ def sweep_students(
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
     sweep_file: Annotated[
         Path | None,
-        typer.Option("--sweep", help="A YAML file with students, losses, grid, seeds, or trials; options win."),
+        typer.Option("--sweep", help="A YAML file with recipe, students, losses, grid, seeds, or trials; options win."),
     ] = None,
     asha: Annotated[
         bool,
@@ -69,16 +68,24 @@ def sweep_students(
         ),
     ] = None,
     ray_gpus: Annotated[
-        float, typer.Option("--ray-gpus", min=0.01, help="GPUs of a Ray worker; 0.5 has two on each.")
-    ] = 1.0,
+        float | None,
+        typer.Option("--ray-gpus", min=0.01, help="GPUs of a Ray worker; 0.5 has two on each. Default: 1."),
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the sweep. Default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep. Default: runs/sweep-NAME.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted, for all trials.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted, for all trials; --grid wins."),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Train trials again whose folder holds a run of other settings or another cache."
+        ),
+    ] = False,
     show_trials: Annotated[bool, typer.Option("--show-trials", help="List the trials and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all results as one JSON object.")] = False,
 ) -> None:
@@ -87,30 +94,23 @@ def sweep_students(
     A trial is a run of train-student and gives the same numbers. Interrupt it at any time: the same command goes on,
     and with more students, losses or seeds it trains those that are new.
     """
+    for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
+        if value is not None and engine != "ray":
+            raise RecipeError("an option of Ray without its engine", where=f"{option} {value}", expected="--engine ray")
     options = {
         "cache": cache,
         "epochs": epochs,
         "device": device,
         "data_dir": str(data_dir) if data_dir else None,
     }
-    stored = load_sweep(sweep_file) if sweep_file else {}
-    source = stored.pop("recipe", None) or recipe
-    base = load_train_recipe(source, [*_settings(stored.pop("set", {})), *(overrides or ())], options)
-    data: dict[str, Any] = {"name": base.name, **stored, "base": base.model_dump(mode="json")}
-    data |= {"students": _words(students)} if students else {}
-    data |= {"losses": _words(losses)} if losses else {}
-    data |= {"seeds": seeds} if seeds else {}
-    if search is not None:
-        data["search"] = {**(data.get("search") or {}), "trials": search}
-    data |= _axes(grid or (), data.get("search"))
-    data |= {"asha": {}} if asha and not data.get("asha") else {}
-    data |= {"name": name} if name else {}
-    sweep = validate(SweepRecipe, data, where=str(sweep_file or "options"))
+    told = {
+        "students": None if students is None else _words("--students", students),
+        "losses": None if losses is None else _words("--losses", losses),
+        "seeds": seeds,
+        "name": name,
+    }
+    sweep = read_sweep(sweep_file, recipe, options, overrides or (), told, grid or (), search, asha)
     folder = out or Path("runs") / f"sweep-{sweep.name}"
-    if ray_address is not None and engine != "ray":
-        raise RecipeError(
-            "an address without its engine", where=f"--ray-address {ray_address}", expected="--engine ray"
-        )
     if show_trials:
         if sweep.search is not None:
             raise RecipeError("a search does not know its trials in advance", where="--show-trials")
@@ -119,8 +119,8 @@ def sweep_students(
         for trial in make_trials(sweep, folder):
             print(trial.name)
         return
-    cluster = {"address": ray_address, "gpus": ray_gpus} if engine == "ray" else None
-    _run(sweep, folder, workers, cluster, retry_failed, as_json)
+    cluster = {"address": ray_address, "gpus": ray_gpus or 1.0} if engine == "ray" else None
+    _run(sweep, folder, workers, cluster, retry_failed, overwrite, as_json)
 
 
 def _run(
@@ -129,6 +129,7 @@ def _run(
     workers: int | None,
     cluster: dict[str, Any] | None,
     retry_failed: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     import sys
@@ -148,7 +149,7 @@ def _run(
             engine = stack.enter_context(OnRay(folder, **cluster, workers=workers, say=say))
         elif (count := workers or default_workers(resolve_device(sweep.base.get("device", "auto")))) > 1:
             engine = Processes(count, folder)
-        result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, say=say)
+        result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, overwrite=overwrite, say=say)
     if as_json:
         print(
             json.dumps(
@@ -164,42 +165,11 @@ def _run(
         print(sweep_text(result, sweep))
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _axes(grid: Sequence[str], search: dict[str, Any] | None) -> dict[str, Any]:
-    """`grid` and `search` of the options: ranges are for the search."""
-    lists: dict[str, Any] = {}
-    ranges: dict[str, Any] = {}
-    for text in grid:
-        key, _, values = text.partition("=")
-        found = parse_range(values)
-        if found is None:
-            lists |= [_axis(text)]
-        elif search is None:
-            raise RecipeError("a range is for a search", where=f"--grid {text}", next_step="give --search N, or values")
-        else:
-            ranges[key.strip()] = found
-    told = {"grid": lists} if lists else {}
-    if search is not None and ranges:
-        told["search"] = {**search, "space": {**search.get("space", {}), **ranges}}
-    return told
-
-
-def _axis(text: str) -> tuple[str, list[Any]]:
-    key, separator, values = text.partition("=")
-    if not separator or not key.strip() or not values.strip():
-        raise RecipeError("not KEY=VALUE,VALUE", where=f"--grid {text}", expected="such as lr=0.05,0.1")
-    return key.strip(), parse_yaml(f"[{values}]", "values that cannot be read", where=f"--grid {text}")
-
-
-def _settings(data: dict[str, Any]) -> list[str]:
-    """The `set` of a sweep file as overrides."""
-    return [
-        f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
-        for key, value in data.items()
-    ]
+def _words(option: str, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise RecipeError("no names", where=f"{option} '{text}'", expected="names separated by commas")
+    return words
 
 
 def main() -> None:

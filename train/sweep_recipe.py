@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from cache_tools.config import Frozen, parse_yaml, set_dotted, validate
-from cache_tools.errors import NotFoundError, RecipeError
+from cache_tools.config import Frozen, set_dotted, validate
+from cache_tools.errors import RecipeError
 from train.recipe import TrainRecipe, named_loss
 from train.search_recipe import Axis, Search, larger_is_better
 
@@ -61,6 +61,7 @@ class SweepRecipe(Frozen):
         trials: settings of each trial, in place of the product; keys as in `grid`, and `student`, `loss`, `seed`.
         asha: stop the worse trials early; None trains all to the end.
         search: try promising settings in place of the whole product; students, losses and grid are choices then.
+        loss_settings: keys of `loss` and values that a loss by name takes too; what a trial sets itself wins.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -72,6 +73,7 @@ class SweepRecipe(Frozen):
     trials: tuple[dict[str, Any], ...] = ()
     asha: Asha | None = None
     search: Search | None = None
+    loss_settings: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -90,9 +92,40 @@ class SweepRecipe(Frozen):
                 where=self.name,
                 expected="students, losses, grid; or trials",
             )
+        if self.seeds == ():
+            raise RecipeError("a sweep without seeds", where="seeds")
         empty = [key for key, values in self.grid.items() if not values]
         if empty:
             raise RecipeError("a grid key without values", where=f"grid.{empty[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_once(self) -> SweepRecipe:
+        named = [key for key, names in (("student", self.students), ("loss", self.losses)) if names]
+        refuse_doubles([*named, *self.grid], "grid.")
+        for number, trial in enumerate(self.trials):
+            refuse_doubles(trial, f"trials.{number}.")
+        if self.search is not None:
+            refuse_doubles(self.search.space, "search.space.")
+        elif "seed" in self.grid:
+            raise RecipeError(
+                "seeds are not for the grid",
+                where="grid.seed",
+                expected="--seeds N, from the recipe's seed on (--set seed=…), or seeds: [1, 2] in a sweep file",
+                found=list(self.grid["seed"]),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_named_loss_is_what_its_name_says(self) -> SweepRecipe:
+        named = "loss" in self.space() or any("loss" in trial for trial in self.trials)
+        if named and "kind" in self.loss_settings:
+            raise RecipeError(
+                "a loss by name and another kind for all trials",
+                where="loss.kind",
+                expected="losses by name, or --set loss.kind=…",
+                found=self.loss_settings["kind"],
+            )
         return self
 
     @model_validator(mode="after")
@@ -147,6 +180,15 @@ class SweepRecipe(Frozen):
 
     def _searched(self) -> dict[str, Axis]:
         return {} if self.search is None else {ALIASES.get(key, key): axis for key, axis in self.search.space.items()}
+
+
+def refuse_doubles(keys: Iterable[str], where: str) -> None:
+    """Raises a RecipeError if two keys mean the same setting; `where` stands before the key there."""
+    meant: set[str] = set()
+    for key in keys:
+        if (full := ALIASES.get(key, key)) in meant:
+            raise RecipeError("a setting is given twice", where=f"{where}{key}", expected=f"{full} once")
+        meant.add(full)
 
 
 class Trial(Frozen):
@@ -209,33 +251,17 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
 def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, number: int = 0) -> Trial:
     """One trial of a sweep; raises as `make_trials`."""
     recipe = _recipe(sweep, settings)
-    trial = Trial(number=number, settings=dict(settings), recipe=recipe)
+    student = {"student": recipe.student} if "student" in settings else {}  # in one spelling
+    trial = Trial(number=number, settings={**settings, **student}, recipe=recipe)
     out = folder / "trials" / trial.name
     return trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
-
-
-def load_sweep(file: Path) -> dict[str, Any]:
-    """A sweep file (YAML) as plain data.
-
-    Raises:
-        NotFoundError, RecipeError: no such file, or no YAML mapping in it.
-    """
-    try:
-        data = parse_yaml(file.read_text(), "a sweep file that cannot be read", where=file)
-    except FileNotFoundError as error:
-        raise NotFoundError("no such sweep file", where=file) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
-    if not isinstance(data, dict):
-        raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
-    return data
 
 
 def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
     data: dict[str, Any] = {**copy.deepcopy(sweep.base), "name": sweep.name, "compare_with_labels": False}
     on_labels = settings.get("loss") == "ce" and data.get("cache") is not None
     if "loss" in settings and not on_labels:
-        data["loss"] = named_loss(str(settings["loss"]))
+        data["loss"] = named_loss(str(settings["loss"])) | sweep.loss_settings
     for key, value in settings.items():
         if key != "loss":
             set_dotted(data, key, list(value) if isinstance(value, tuple) else value)
