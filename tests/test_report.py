@@ -100,6 +100,16 @@ def test_what_failed_or_was_stopped_says_why(sweep: Page) -> None:
     assert "Of 14 runs 1 stopped, 1 failed: left out of means, intervals and Pareto fronts." in sweep.texts
 
 
+def test_the_headline_compares_with_a_twin_that_came_to_its_end(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", top1=0.9)
+    twins = {
+        ended: write_run(tmp_path / f"twin-{ended}", loss="ce", top1=0.8, finished=ended) for ended in (True, False)
+    }
+    for ended, twin in twins.items():
+        texts = page(write_report([run, twin], tmp_path / "report.html")).texts
+        assert ("in comparison" in texts, "points of top-1" in texts) == (ended, ended)
+
+
 def test_the_plots_have_their_data(sweep: Page) -> None:
     settings = sweep.data["settings"]
     assert [setting["label"] for setting in settings[:2]] == ["vgg8 · kd", "vgg8 · labels alone"]
