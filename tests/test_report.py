@@ -125,6 +125,21 @@ def test_the_plots_have_their_data(sweep: Page) -> None:
     assert [one["label"] for one in sweep.data["references"]] == ["teacher", "CLIP", "fusion"]
 
 
+def test_what_the_plots_compare_is_exact(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / student, student=student, top1=0.9, parameters=parameters)
+        for student, parameters in (("resnet8", 1_234_567), ("resnet20", 1_234_599))
+    ]
+    settings = page(write_report(runs, tmp_path / "report.html")).data["settings"]
+    assert sorted(setting["costs"]["parameters"] for setting in settings) == [1_234_567, 1_234_599]
+
+
+def test_every_column_sorts(sweep: Page) -> None:
+    heads = [attributes for tag, attributes in sweep.elements if (tag, attributes.get("scope")) == ("th", "col")]
+    assert all("data-key" in head for head in heads)
+    assert "interval" in [head["data-key"] for head in heads]
+
+
 def test_long_curves_are_thinned_with_their_ends(tmp_path: Path) -> None:
     found = page(write_report([write_run(tmp_path / "run", epochs=1000)], tmp_path / "report.html"))
     epochs, values = found.data["settings"][0]["trials"][0]["curves"]["test_top1"]
