@@ -11,12 +11,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import polars as pl
-
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
-from train.folder import METRICS
+from train.logs import read_metrics
 from train.outcome import STOPPED, last_value
 from train.sweep_metric import MEASURED, check_metric
 from train.sweep_recipe import Asha, Trial
@@ -66,6 +64,7 @@ class Contest(Frozen):
 
         Raises:
             RecipeError: the metric is none of the runs' figures, or was not measured.
+            DataError: damaged metrics of a run.
         """
         if rung not in self.asha.rungs(self.epochs):
             return set()
@@ -83,11 +82,8 @@ class Contest(Frozen):
 
     def _score(self, folder: Path, rung: int) -> float | None:
         """The metric at the last evaluated epoch up to the rung, larger is better; None before the rung."""
-        file = folder / METRICS
-        if not file.exists():
-            return None
-        metrics = pl.read_parquet(file)
-        if len(metrics) < rung:
+        metrics = read_metrics(folder)
+        if metrics is None or len(metrics) < rung:
             return None
         history = metrics.head(rung)
         value = last_value(history, self.asha.metric, "asha.metric")
