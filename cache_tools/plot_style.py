@@ -21,8 +21,8 @@ def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
 
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
     # Constrained layout keeps room for suptitle only: the second line is part of it, restyled below.
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, linespacing=1.3)
-    figure.text(0.01, 1.0 - 0.36 / height, subtitle, ha="left", va="top", fontsize=9.5, color=FAINT)
+    figure.suptitle(f"{plain(title)}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, linespacing=1.3)
+    figure.text(0.01, 1.0 - 0.36 / height, plain(subtitle), ha="left", va="top", fontsize=9.5, color=FAINT)
     return figure
 
 
@@ -34,10 +34,14 @@ def dress(axes: Any, *, grid: str = "y") -> None:
     axes.tick_params(labelsize=10, colors=INK)
 
 
-def shorten(text: str, most: int = 22) -> str:
-    """A class name that fits beside an axis; dollar signs would start a formula."""
-    text = text if len(text) <= most else f"{text[: most - 1]}…"
+def plain(text: str) -> str:
+    """A text with names of the user's, as matplotlib has to have it: dollar signs would start a formula."""
     return text.replace("$", r"\$")
+
+
+def shorten(text: str, most: int = 22) -> str:
+    """A class name that fits beside an axis, plain."""
+    return plain(text if len(text) <= most else f"{text[: most - 1]}…")
 
 
 def subtitle(about: About) -> str:

@@ -102,7 +102,7 @@ def write_sweep(path: Path, students: dict[str, float], *, seeds: int = 3, losse
                 reached = top1 - 0.005 * seed - (0.02 if loss == "ce" else 0.0)
                 parameters = 20_000 * 2**place
                 write_run(
-                    path / f"{student}-{loss}-{seed}",
+                    path / "trials" / f"{student}-{loss}-{seed}",
                     student=student,
                     loss=loss,
                     seed=seed,
@@ -110,10 +110,11 @@ def write_sweep(path: Path, students: dict[str, float], *, seeds: int = 3, losse
                     parameters=parameters,
                     epochs=20,
                 )
-                rows.append(_row(student, loss, seed, f"{student}-{loss}-{seed}", parameters, place))
-    write_run(path / "stopped", student="ShuffleV1", top1=0.5, finished=False, epochs=20)
+                rows.append(_row(student, loss, seed, f"{path}/trials/{student}-{loss}-{seed}", parameters, place))
+    write_run(path / "trials" / "stopped", student="ShuffleV1", top1=0.5, finished=False, epochs=20)
     rows.append(
-        _row("ShuffleV1", "kd", 0, "stopped", None, 3) | {"status": "stopped", "error": "not among the best half"}
+        _row("ShuffleV1", "kd", 0, f"{path}/trials/stopped", None, 3)
+        | {"status": "stopped", "error": "not among the best half"}
     )
     rows.append(
         _row("resnet110", "kd", 0, None, None, 8)

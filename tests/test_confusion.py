@@ -73,3 +73,8 @@ def test_the_picture_is_a_png_with_something_in_it(classes: int):
     assert 600 < height < 2000
     clean = plot_confusion(np.diag(np.full(classes, 20)), names, "title")
     assert clean != data
+
+
+def test_names_are_text_and_not_formulae():
+    names = (r"$\foo{$", "a $5 bill and a $10 bill", "$", "yak")
+    assert plot_confusion(MATRIX, names, r"$\foo{$").startswith(b"\x89PNG")

@@ -77,6 +77,7 @@ def test_short_runs(rows: int, tmp_path: Path) -> None:
     plot_curves(make_history().head(rows), tmp_path / "few.png", "few", None)
     plot_curves(make_history().head(rows).drop("test_top1"), tmp_path / "none.png", "none", {"teacher": 0.9})
     assert (tmp_path / "few.png").stat().st_size > 1000
+    plot_curves(make_history().head(rows), tmp_path / "name.png", r"a $\foo{$ is no formula")
     figure = _draw(make_history().drop("test_top1"), "title", {})
     assert "not evaluated" in [text.get_text() for text in figure.axes[1].texts]
 

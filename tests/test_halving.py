@@ -144,6 +144,7 @@ def test_without_a_contest_or_with_other_rules_the_stopped_go_on(
     [
         (Asha(metric="nosuch"), {}, "no such metric"),
         (Asha(), {"evaluate_every": 2}, "no test_top1 by epoch 1"),
+        (Asha(metric="test_top5"), {}, "no test_top5 by epoch 1"),  # of three classes
     ],
 )
 def test_bad_contests_are_refused(cache: Path, tmp_path: Path, asha: Asha, base: Any, message: str) -> None:

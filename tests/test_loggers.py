@@ -13,11 +13,12 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
+from cache_tools.errors import DataError
 from tests import tiny_run
 from train import group, loggers, one_run
 from train.checkpoints import BEST, LAST
 from train.cli import app
-from train.logs import RunLog
+from train.logs import RunLog, epochs_logged, read_metrics
 from train.recipe import TrainRecipe
 from train.run import train_student
 
@@ -241,6 +242,37 @@ def test_an_epoch_between_the_state_and_the_log(notebook: type[Notebook], tmp_pa
     follow(tmp_path, 0, 2, "tensorboard")
     follow(tmp_path, 3, 4, "tensorboard")
     assert [word for word in notebook.told if isinstance(word, int)] == [0, 1, 2, 3]
+
+
+def test_damaged_metrics_are_written_again(notebook: type[Notebook], tmp_path):
+    follow(tmp_path, 0, 2, "tensorboard")
+    (tmp_path / "metrics.parquet").write_bytes(b"PAR1")
+    assert epochs_logged(tmp_path) == 0
+    with pytest.raises(DataError, match="damaged metrics"):
+        read_metrics(tmp_path)
+    follow(tmp_path, 2, 2, "tensorboard")
+    assert pl.read_parquet(tmp_path / "metrics.parquet").to_dicts() == ROWS[:2]
+    assert epochs_logged(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        '{"tensorboard": 1}',
+        '{"tensorboard": {"run": {"number": "1"}}}',
+        '{"tensorboard": {"run": 1, "epochs": -1}}',
+    ],
+)
+def test_a_damaged_record_of_trackers_begins_anew(notebook: type[Notebook], tmp_path, text: str):
+    follow(tmp_path, 0, 2, "tensorboard")
+    (tmp_path / "trackers.json").write_text(text)
+    follow(tmp_path, 2, 3, "tensorboard")
+    assert notebook.told == ["start", 0, 1, "stopped", "start", 0, 1, 2, "stopped"]
+    assert notebook.runs == 2
+    told = json.loads((tmp_path / "trackers.json").read_bytes())
+    assert told == {"tensorboard": {"run": {"number": "2"}, "epochs": None}}
 
 
 def test_starting_over_is_a_new_run(notebook: type[Notebook], cache: Path, tmp_path):

@@ -76,19 +76,28 @@ def test_a_sweep_adds_what_only_it_knows(tmp_path: Path) -> None:
 
 def test_a_sweep_that_has_moved(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=1)
-    table = pl.read_parquet(sweep / "trials.parquet")
-    away = pl.col("folder").map_elements(lambda name: f"/gone/{name}", return_dtype=pl.String)
-    table.with_columns(away).write_parquet(sweep / "trials.parquet")
     moved = Path(shutil.move(sweep, tmp_path / "moved"))
     (trial, *_) = read_trials([], read_table(moved))
-    assert trial.folder is not None
-    assert trial.folder.parent == moved
+    assert trial.folder == moved / "trials" / "resnet8-kd-0"
     assert trial.history is not None
+
+
+def test_a_copied_sweep_shows_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started by a relative path, where another sweep of the same name is now."""
+    monkeypatch.chdir(tmp_path)
+    sweep = write_sweep(Path("sweep"), {"resnet8": 0.8}, seeds=1)
+    copied = Path(shutil.move(sweep, tmp_path / "colleague"))
+    shutil.rmtree(copied / "trials" / "stopped")
+    write_sweep(Path("sweep"), {"resnet8": 0.6}, seeds=1)
+    trials = {trial.student: trial for trial in read_trials([], read_table(copied))}
+    assert trials["resnet8"].figures["top1"] == pytest.approx(0.8)
+    assert trials["resnet8"].history is not None
+    assert trials["ShuffleV1"].history is None, "lost, and not the other sweep's"
 
 
 def test_a_table_whose_runs_are_gone_still_has_its_figures(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=1)
-    shutil.rmtree(sweep / "resnet8-kd-0")
+    shutil.rmtree(sweep / "trials" / "resnet8-kd-0")
     table = read_table(sweep).with_columns(top1=pl.lit(0.75), best_epoch=pl.lit(7))
     trial = next(trial for trial in read_trials([], table) if trial.student == "resnet8")
     assert (trial.figures["top1"], trial.figures["best_epoch"], trial.history) == (0.75, 7, None)
@@ -150,7 +159,7 @@ def test_damage_is_one_clear_line(tmp_path: Path, case: str) -> None:
 
 def test_a_trial_that_died_before_its_recipe_was_written_is_that_of_the_table(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=1)
-    (sweep / "stopped" / "recipe.yaml").unlink()
+    (sweep / "trials" / "stopped" / "recipe.yaml").unlink()
     trials = {trial.student: trial for trial in read_trials(*read_tables([sweep]))}
     assert set(trials) == {"resnet8", "ShuffleV1", "resnet110"}
     assert (trials["ShuffleV1"].status, trials["ShuffleV1"].error) == ("stopped", "not among the best half")

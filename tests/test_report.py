@@ -100,6 +100,16 @@ def test_what_failed_or_was_stopped_says_why(sweep: Page) -> None:
     assert "Of 14 runs 1 stopped, 1 failed: left out of means, intervals and Pareto fronts." in sweep.texts
 
 
+def test_the_headline_compares_with_a_twin_that_came_to_its_end(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", top1=0.9)
+    twins = {
+        ended: write_run(tmp_path / f"twin-{ended}", loss="ce", top1=0.8, finished=ended) for ended in (True, False)
+    }
+    for ended, twin in twins.items():
+        texts = page(write_report([run, twin], tmp_path / "report.html")).texts
+        assert ("in comparison" in texts, "points of top-1" in texts) == (ended, ended)
+
+
 def test_the_plots_have_their_data(sweep: Page) -> None:
     settings = sweep.data["settings"]
     assert [setting["label"] for setting in settings[:2]] == ["vgg8 · kd", "vgg8 · labels alone"]
@@ -113,6 +123,21 @@ def test_the_plots_have_their_data(sweep: Page) -> None:
     mean = sum(a * n for a, n in zip(best["classes"], sweep.data["classes"]["counts"], strict=True)) / 400
     assert mean == pytest.approx(0.925, abs=0.01)  # other seeds have other labels
     assert [one["label"] for one in sweep.data["references"]] == ["teacher", "CLIP", "fusion"]
+
+
+def test_what_the_plots_compare_is_exact(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / student, student=student, top1=0.9, parameters=parameters)
+        for student, parameters in (("resnet8", 1_234_567), ("resnet20", 1_234_599))
+    ]
+    settings = page(write_report(runs, tmp_path / "report.html")).data["settings"]
+    assert sorted(setting["costs"]["parameters"] for setting in settings) == [1_234_567, 1_234_599]
+
+
+def test_every_column_sorts(sweep: Page) -> None:
+    heads = [attributes for tag, attributes in sweep.elements if (tag, attributes.get("scope")) == ("th", "col")]
+    assert all("data-key" in head for head in heads)
+    assert "interval" in [head["data-key"] for head in heads]
 
 
 def test_long_curves_are_thinned_with_their_ends(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def folder(tmp_path_factory) -> Path:
         for place, rate in enumerate(RATES)
     ]
     write_report(searched, folder / "searched.html")
+    apart = {"resnet8": 0.01, "resnet20": 0.005, "vgg8": 0.02}
+    seeds = [
+        write_run(folder / f"{student}-{seed}", student=student, seed=seed, top1=0.8 + step * seed)
+        for student, step in apart.items()
+        for seed in range(2)
+    ]
+    write_report(seeds, folder / "intervals.html")
     return folder
 
 
@@ -129,6 +136,13 @@ def test_the_leaderboard_sorts_either_way(show) -> None:
     press(page, "top1")
     assert page.locator("#board th[data-key=top1]").get_attribute("aria-sort") == "descending", "more of it is better"
     assert numbers(page, "top1")[0] == 92.5
+
+
+def test_intervals_sort_by_their_width(show) -> None:
+    page = show("intervals")
+    for order in (["resnet20", "resnet8", "vgg8"], ["vgg8", "resnet8", "resnet20"]):
+        press(page, "interval")
+        assert [cell.split()[0] for cell in rows(page, "student")] == order
 
 
 def test_sorting_by_keyboard(show) -> None:

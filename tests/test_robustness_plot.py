@@ -59,3 +59,10 @@ def test_every_panel_moves_with_its_errors():
         assert int(columns.mean() // (width / 5)) == number % 5
         assert np.ptp(rows) < height / 3
         assert np.ptp(columns) < width / 5
+
+
+def test_names_are_text_and_not_formulae():
+    errors, name = frame(np.full((15, 5), 0.3)), r"$\foo{$"
+    summary = summarise(errors, 0.3, errors, 0.3)
+    names = {"student_name": name, "baseline_name": name}
+    assert plot_robustness(errors, summary, name, num_classes=10, baseline=errors, **names).startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from test_stats import CHOICE, CONFIDENT, labelled_images, write_cache
 
 from cache_tools.class_plots import NAMED_CLASSES, draw_consistency, draw_gains
-from cache_tools.plot_style import shorten
+from cache_tools.plot_style import new_figure, shorten
 from cache_tools.stats import TeacherStats, analyse
 from cache_tools.stats_plots import draw_quadrants, draw_reliability, draw_stability, plot_all
 from cache_tools.view_tables import QUADRANTS
@@ -124,3 +125,4 @@ def test_a_fused_cache_and_a_single_view_have_fewer_pictures(tmp_path: Path) -> 
 def test_class_names_are_text_and_not_formulae() -> None:
     assert shorten("a $5 bill and a $10 bill") == r"a \$5 bill and a \$10 b…"
     assert shorten("cat") == "cat"
+    new_figure(4, 3, r"$\foo{$", r"folder/$\foo{$").savefig(io.BytesIO())

@@ -14,15 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_tools.errors import NotFoundError, RecipeError, StorageError, WeightsError
+from cache_tools.errors import DataError, NotFoundError, RecipeError, StorageError, WeightsError
 from tests import tiny_run
+from train.folder import METRICS, STOPPED
+from train.halving import Contest
 from train.loss_recipe import LossRecipe
 from train.recipe import load_train_recipe
 from train.run import train_student
-from train.sweep_recipe import SweepRecipe, make_trials
+from train.search import outcome
+from train.sweep_progress import SweepProgress
+from train.sweep_recipe import Asha, SweepRecipe, make_trials
 from train.sweep_run import run_sweep
 from train.sweep_streams import batch_streams
-from train.sweep_table import over_seeds
+from train.sweep_table import over_seeds, trials_table
 from train.sweep_workers import Processes, shares
 
 STUDENTS = ("resnet8", "ShuffleV2", "timm:resnet10t")
@@ -319,6 +323,23 @@ def test_shares_fill_the_processes() -> None:
 class SweepTrial:
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+def test_damaged_metrics_are_none_or_one_clear_line(cache: Path, tmp_path: Path) -> None:
+    """A trial that goes on writes them again; what needs them of one that was stopped says so."""
+    trials = make_trials(sweep(cache), tmp_path)
+    (trial,) = trials
+    trial.folder.mkdir(parents=True)
+    (trial.folder / METRICS).write_bytes(b"PAR1")
+    (row,) = trials_table(trials, {}).to_dicts()
+    assert (row["status"], row["epochs_done"]) == ("waiting", None)
+    with SweepProgress("sweep", trials) as progress:
+        assert progress.done == 0
+    contest = Contest.among(trials, Asha(metric="loss"))
+    (trial.folder / STOPPED).write_text("{}")
+    for judged in (lambda: contest.stop(1, [trial.folder]), lambda: outcome(trial, "loss")):
+        with pytest.raises(DataError, match=r"damaged metrics.*metrics\.parquet"):
+            judged()
 
 
 def test_means_intervals_and_fronts() -> None:

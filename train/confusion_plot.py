@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cache_tools.plot_style import plain, shorten
 from train.confusion import ConfusedPair, confused_pairs
 from train.pictures import INK, VERMILLION, png
 
@@ -27,7 +28,7 @@ def plot_confusion(matrix: npt.NDArray[np.int64], names: Sequence[str], title: s
     side = 3.6 + 0.27 * min(max(classes, 8), 22)
     layout = ConstrainedLayoutEngine(wspace=0.06)
     figure = Figure(figsize=(side + 4.4, side), dpi=140, layout=layout)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     left, right = figure.subplots(1, 2, width_ratios=(side - 0.6, 3.4))
     _plot_matrix(left, matrix, names, figure)
     _plot_pairs(right, confused_pairs(matrix, names, _MOST_PAIRS))
@@ -68,7 +69,7 @@ def _name_axes(axes: Any, names: Sequence[str]) -> None:
     classes = len(names)
     if classes <= _MOST_NAMES:
         size = 9 if classes <= 24 else 7
-        short = [_short(name) for name in names]
+        short = [shorten(name, _LONGEST_NAME) for name in names]
         axes.set_xticks(range(classes), short, rotation=90 if classes > 3 else 0, fontsize=size)
         axes.set_yticks(range(classes), short, fontsize=size)
     else:
@@ -85,7 +86,7 @@ def _plot_pairs(axes: Any, pairs: Sequence[ConfusedPair]) -> None:
     longest = max(pair.count for pair in pairs)
     for place, pair in enumerate(pairs):
         axes.barh(place, pair.count / longest, height=0.34, color=VERMILLION, left=0)
-        text = f"{_short(pair.label)} → {_short(pair.predicted)}"
+        text = " → ".join(shorten(name, _LONGEST_NAME) for name in (pair.label, pair.predicted))
         axes.text(0, place - 0.24, text, va="bottom", fontsize=9, color=INK)
         axes.text(
             pair.count / longest + 0.02, place, f"{pair.count:,} ({100 * pair.share:.1f} %)",
@@ -97,7 +98,3 @@ def _plot_pairs(axes: Any, pairs: Sequence[ConfusedPair]) -> None:
 
 def _percent(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

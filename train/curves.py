@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_tools.plot_style import plain
+
 if TYPE_CHECKING:
     import polars
 
@@ -41,7 +43,7 @@ def _draw(history: polars.DataFrame, title: str, references: dict[str, float]) -
     from matplotlib.figure import Figure  # without pyplot: no global state, no display, safe in threads
 
     figure = Figure(figsize=(10, 4), dpi=140, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=13, fontweight="bold")
     left, right = figure.subplots(1, 2)
     _plot_losses(left, history)
     _plot_accuracy(right, history, references)

@@ -11,13 +11,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import polars as pl
-
 from cache_tools.config import Frozen
 from cache_tools.durable import put_durably
 from cache_tools.errors import RecipeError
-from train.folder import METRICS, STOPPED
+from train.folder import STOPPED
+from train.logs import read_metrics
 from train.outcome import last_value
+from train.sweep_metric import MEASURED, check_metric
 from train.sweep_recipe import Asha, Trial
 
 
@@ -38,10 +38,12 @@ class Contest(Frozen):
         """The contest of a sweep's trials.
 
         Raises:
-            RecipeError: a trial has no test figures at the first rung.
+            RecipeError: a trial has no test figures at the first rung, or none at all.
+            NotFoundError, FormatError: no such cache, or a damaged one.
         """
+        check_metric(asha.metric, trials, "asha")
         for trial in trials:
-            measured = asha.metric.startswith(("test_", "ema_"))
+            measured = asha.metric.startswith(MEASURED)
             if measured and asha.first_epochs < min(trial.recipe.evaluate_every, trial.recipe.epochs):
                 raise RecipeError(
                     f"no {asha.metric} by epoch {asha.first_epochs}",
@@ -62,7 +64,8 @@ class Contest(Frozen):
             standing: folders of the trials that have just finished this epoch.
 
         Raises:
-            RecipeError: the metric is none of the runs' figures.
+            RecipeError: the metric is none of the runs' figures, or was not measured.
+            DataError: damaged metrics of a run.
         """
         if rung not in self.asha.rungs(self.epochs):
             return set()
@@ -80,13 +83,17 @@ class Contest(Frozen):
 
     def _score(self, folder: Path, rung: int) -> float | None:
         """The metric at the last evaluated epoch up to the rung, larger is better; None before the rung."""
-        file = folder / METRICS
-        if not file.exists():
+        metrics = read_metrics(folder)
+        if metrics is None or len(metrics) < rung:
             return None
-        metrics = pl.read_parquet(file)
-        if len(metrics) < rung:
-            return None
-        value = last_value(metrics.head(rung), self.asha.metric, "asha.metric")
+        history = metrics.head(rung)
+        value = last_value(history, self.asha.metric, "asha.metric")
+        if value is None and history[self.asha.metric].null_count() == rung:  # such as the top-5 of five classes
+            raise RecipeError(
+                f"no {self.asha.metric} by epoch {rung}",
+                where=folder,
+                next_step="take another figure (asha: {metric: …} in the sweep file)",
+            )
         return -math.inf if value is None else self._sign * value
 
 

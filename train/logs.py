@@ -10,15 +10,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from pydantic import NonNegativeInt, TypeAdapter
 
+from cache_tools.config import Frozen
 from cache_tools.console import warn
 from cache_tools.durable import put_durably
+from cache_tools.errors import DataError
 from train.folder import METRICS, TRACKERS
-from train.loggers import LOGGERS, Row, chosen
+from train.loggers import LOGGERS, Row, State, chosen
 from train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from train.result import RunResult
+
+
+def read_metrics(folder: Path) -> pl.DataFrame | None:
+    """A row per finished epoch of the run in a folder; None where nothing is recorded.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        return None
+    try:
+        return pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(
+            "damaged metrics",
+            where=path,
+            found=str(error).partition("\n")[0],
+            next_step="restore the file, or remove it and go without these curves",
+        ) from error
+
+
+def epochs_logged(folder: Path) -> int:
+    """How many epochs are recorded; none where the file is damaged: a run that goes on writes it again in full."""
+    try:
+        metrics = read_metrics(folder)
+    except DataError:
+        return 0
+    return 0 if metrics is None else len(metrics)
 
 
 class RunLog:
@@ -35,7 +67,7 @@ class RunLog:
         names = chosen(recipe)
         self._folder, self._loggers = folder, {name: LOGGERS[name]() for name in names}
         self._saved = _read(folder / TRACKERS)
-        told = _rows(folder / METRICS)
+        told = epochs_logged(folder)
         self._known = {
             name: entry if entry["epochs"] is not None else {**entry, "epochs": told}
             for name, entry in self._saved.items()
@@ -108,14 +140,15 @@ class RunLog:
             put_durably(self._folder / TRACKERS, json.dumps(self._known, indent=2).encode())
 
 
-def _rows(path: Path) -> int:
-    """Epochs in the metrics of an earlier process."""
-    return int(pl.scan_parquet(path).select(pl.len()).collect().item()) if path.exists() else 0
+class _Entry(Frozen):
+    run: State | None
+    epochs: NonNegativeInt | None
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What trackers said about their runs; nothing if that is lost, and they start anew."""
+    """What trackers said about their runs; nothing if that is lost or damaged, and they start anew."""
     try:
-        return json.loads(path.read_bytes())
+        entries = TypeAdapter(dict[str, _Entry]).validate_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
+    return {name: entry.model_dump() for name, entry in entries.items()}

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 
 from train import checkpoints, folder
@@ -18,6 +17,7 @@ from train.cost import check_images
 from train.curves import plot_curves
 from train.data import TrainingData
 from train.evaluate import Evaluation, evaluate
+from train.logs import read_metrics
 from train.loop import Learner
 from train.objective import Objective
 from train.predictions import store_predictions
@@ -132,8 +132,7 @@ def draw(result: RunResult) -> None:
     if result.labels_only is not None and result.labels_only.last is not None:
         references["labels only"] = result.labels_only.last.top1
     title = f"{result.student} on {result.name}, loss {result.loss}, seed {result.seed}"
-    history = pl.read_parquet(result.folder / folder.METRICS)
-    plot_curves(history, result.folder / folder.CURVES, title, references)
+    plot_curves(read_metrics(result.folder), result.folder / folder.CURVES, title, references)
 
 
 def command_line() -> str:

@@ -54,11 +54,8 @@ def read_table(sweep: Path) -> pl.DataFrame:
         )
 
     def located(stored: str | None) -> str | None:
-        """A sweep may have moved with its runs, or have been started elsewhere by a relative path."""
-        if stored is None:
-            return None
-        places = (Path(stored), sweep / stored, sweep / Path(stored).name)
-        return str(next((place for place in places if is_run(place)), places[0]))
+        """Below the sweep, wherever that is now: where the runs were trained, others may be by now."""
+        return None if stored is None else str(sweep / "trials" / Path(stored).name)
 
     return table.with_columns(pl.Series("folder", [located(stored) for stored in table["folder"]], dtype=pl.String))
 

@@ -14,6 +14,7 @@ import polars as pl
 from cache_tools.config import parse_yaml, validate
 from cache_tools.errors import DataError, NotFoundError
 from train import checkpoints, folder
+from train.logs import read_metrics
 from train.outcome import load_failure
 from train.predictions import read_predictions
 from train.recipe import TrainRecipe
@@ -95,7 +96,7 @@ def _read_folder(path: Path) -> TrialRecord:
         "fingerprint": identity["data"].get("fingerprint"),
         "folder": path,
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        "history": _history(path / folder.METRICS),
+        "history": read_metrics(path),
         "predictions": read_predictions(path),
         "class_names": _class_names(path),
     }
@@ -169,15 +170,6 @@ def _identity(path: Path) -> dict[str, Any]:
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise DataError("damaged record of a run", where=file, expected="recipe and data")
     return identity
-
-
-def _history(path: Path) -> pl.DataFrame | None:
-    if not path.is_file():
-        return None
-    try:
-        return pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError("damaged metrics", where=path, found=str(error).partition("\n")[0]) from error
 
 
 def _class_names(path: Path) -> tuple[str, ...] | None:

@@ -22,7 +22,8 @@ _MOST_POINTS = 160  # of a curve: more would not be seen
 def page_data(comparison: Comparison) -> dict[str, Any]:
     """Settings in their order, each with its trials, and what all share.
 
-    Accuracies are in [0, 1], epochs count from 1; what is not known is null.
+    Accuracies are in [0, 1], epochs count from 1; what is not known is null. What the page compares and tells in full,
+    top-1 and costs of the settings, is exact; what it only draws is rounded.
     """
     names = class_names(comparison.trials)
     return {
@@ -45,9 +46,9 @@ def _setting(setting: Setting, names: tuple[str, ...] | None) -> dict[str, Any]:
         "label": setting.label,
         "status": FINISHED if setting.finished else setting.trials[0].status,
         "trials": [_trial(trial) for trial in setting.seeds],
-        "top1": None if top1 is None else {key: _short(getattr(top1, key)) for key in ("mean", "low", "high")},
+        "top1": None if top1 is None else {key: getattr(top1, key) for key in ("mean", "low", "high")},
         "ece": _short(setting.mean("ece")),
-        "costs": {name: _short(setting.mean(name)) for name in COSTS},
+        "costs": {name: setting.mean(name) for name in COSTS},
         "reliability": None if predictions is None else _columns(reliability(predictions)),
         "classes": None
         if of_classes is None or names is None

@@ -82,7 +82,7 @@ def _facts(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
         seeds = "" if top1.n == 1 else f", mean of {top1.n} seeds"
         what = "Best student" if len(comparison.settings) > 2 else "Student"
         yield "first", f"{what}, top-1", _percent(top1.mean), best.label + seeds
-        twins = [setting for setting in comparison.settings if setting.loss != best.loss]
+        twins = [one for one in comparison.settings if one.finished and one.loss != best.loss]
         if len(comparison.settings) == 2 and twins and "top1" in twins[0].figures:
             yield from _difference(best, twins[0])
     for reference in _same(comparison.references):

@@ -90,7 +90,7 @@ class _Table:
         cells += [_header(f"setting-{key}", escape(name), "ascending", "own") for key, name in self.names.items()]
         cells += [self._head(column) for column in self.columns[:1]]
         if self.intervals:
-            cells.append('<th scope="col" class="number">95 % interval</th>')
+            cells.append(_header("interval", "95 % interval", "ascending", "number", "sorted by its width"))
         cells.append(_header("seed", "Seeds" if self.several else "Seed", "ascending", "number"))
         if self.statuses:
             cells.append(_header("status", "Status", "ascending"))
@@ -177,7 +177,8 @@ def _own_cell(text: str) -> str:
 def _interval(column: Column, found: Spread | None) -> str:
     if found is None or found.low is None or found.high is None:
         return '<td class="number">–</td>'
-    return f'<td class="number">{column.text(found.low)} – {column.text(found.high)}</td>'
+    width = found.high - found.low
+    return f'<td class="number" data-value="{width!r}">{column.text(found.low)} – {column.text(found.high)}</td>'
 
 
 def _status(setting: Setting) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cache_tools.plot_style import plain
 from train.corruptions import CORRUPTIONS, SEVERITIES
 from train.pictures import BLUE, GREY, INK, VERMILLION, png
 
@@ -34,7 +35,7 @@ def plot_robustness(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 7.9), dpi=140, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     panels = figure.subplots(len(CORRUPTIONS) // _COLUMNS, _COLUMNS, sharex=True, sharey=True)
     lines = [(baseline, summary.baseline_clean_error, baseline_name, VERMILLION, "s--")] if baseline is not None else []
     lines.append((errors, summary.clean_error, student_name, BLUE, "o-"))
@@ -42,7 +43,7 @@ def plot_robustness(
         axes.axhline(100 * (1 - 1 / num_classes), color=GREY, linewidth=1, linestyle=":", label="guessing")
         for frame, clean, name, colour, style in lines:
             values = [100 * (clean or 0.0), *_percent(frame, row.corruption)]
-            axes.plot((0, *SEVERITIES), values, style, color=colour, label=name, linewidth=1.8, markersize=4.5)
+            axes.plot((0, *SEVERITIES), values, style, color=colour, label=plain(name), linewidth=1.8, markersize=4.5)
         axes.set_title(_panel_title(row), fontsize=10.5, loc="left", color=INK)
         _dress(axes)
     for axes in panels[:, 0]:

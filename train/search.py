@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import polars as pl
-
 from cache_tools.errors import RecipeError
-from train.folder import METRICS, RECIPE, STOPPED
+from train.folder import RECIPE, STOPPED
+from train.logs import read_metrics
 from train.outcome import last_value
 from train.result import load_result
 from train.search_recipe import larger_is_better
@@ -72,9 +71,9 @@ def run_search(sweep: SweepRecipe, folder: Path, train: Train, say: Callable[[st
 def outcome(trial: Trial, metric: str) -> Outcome:
     """What a trial's folder says that it came to."""
     finished = load_result(trial.folder) is not None
-    if not finished and not (trial.folder / STOPPED).exists():
+    history = read_metrics(trial.folder) if finished or (trial.folder / STOPPED).exists() else None
+    if history is None:
         return Outcome("failed", None, 0)
-    history = pl.read_parquet(trial.folder / METRICS)
     return Outcome("finished" if finished else "stopped", last_value(history, metric, "search.metric"), len(history))
 
 

@@ -6,10 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import polars as pl
-
 from cache_tools.console import Progress
-from train.folder import METRICS
+from train.logs import epochs_logged
 from train.outcome import settled
 from train.sweep_recipe import Trial
 
@@ -48,5 +46,4 @@ class SweepProgress(Progress):
 
     @staticmethod
     def _epochs_done(trials: Sequence[Trial]) -> int:
-        files = [trial.folder / METRICS for trial in trials]
-        return sum(int(pl.scan_parquet(file).select(pl.len()).collect().item()) for file in files if file.exists())
+        return sum(epochs_logged(trial.folder) for trial in trials)

@@ -28,6 +28,7 @@ from train.students import create_student
 from train.suggest import check_installed
 from train.sweep_folders import reopen
 from train.sweep_group import opener, train_stream
+from train.sweep_metric import check_metric
 from train.sweep_recipe import SweepRecipe, Trial, make_trial, make_trials
 from train.sweep_streams import batch_streams
 from train.sweep_table import over_seeds, save_table, trials_table
@@ -119,6 +120,7 @@ def _planned(sweep: SweepRecipe, folder: Path) -> list[Trial]:
     else:
         check_installed()
         trials = [make_trial(sweep, settings, folder) for settings in edges(sweep.space())]
+        check_metric(sweep.search.metric, trials, "search")
     for student in dict.fromkeys(trial.recipe.student for trial in trials):
         with torch.device("meta"):  # a misspelt name shows now, not after the others are trained
             create_student(student, 10)

@@ -14,6 +14,7 @@ import polars as pl
 from cache_tools.durable import put_durably
 from train.cost import Cost
 from train.folder import STOPPED
+from train.logs import epochs_logged
 from train.outcome import load_failure
 from train.result import load_result
 from train.spread import interval_factor, pareto_front
@@ -98,8 +99,8 @@ def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
         row |= {name: getattr(result.last, name) if result.last else None for name in FIGURES}
         row |= {"best_epoch": None if result.best_epoch is None else result.best_epoch + 1}
         row |= {"best_top1": result.best.top1 if result.best else None}
-    elif (folder / "metrics.parquet").exists():
-        row |= {"epochs_done": len(pl.read_parquet(folder / "metrics.parquet"))}
+    elif epochs := epochs_logged(folder):
+        row |= {"epochs_done": epochs}
     for key, value in trial.settings.items():
         if key not in {"student", "loss", "seed"}:
             row[key] = value if isinstance(value, int | float | str | bool) else json.dumps(value)

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from train.comparison import short_names
 from train.sweep_recipe import SweepRecipe
 from train.sweep_run import SweepResult
 from train.sweep_table import setting_columns
@@ -53,11 +54,12 @@ def _about_seeds(sweep: SweepRecipe, seeds: int) -> str | None:
 
 
 def _table(settings: pl.DataFrame) -> pl.DataFrame:
-    return pl.DataFrame([_shown(row, setting_columns(settings)) for row in settings.iter_rows(named=True)])
+    names = short_names([key for key in setting_columns(settings) if _own(key)])
+    return pl.DataFrame([_shown(row, names) for row in settings.iter_rows(named=True)])
 
 
-def _shown(row: dict[str, Any], keys: list[str]) -> dict[str, str]:
-    shown = {key.rpartition(".")[2]: "" if row[key] is None else str(row[key]) for key in keys if _own(key)}
+def _shown(row: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
+    shown = {name: "" if row[key] is None else str(row[key]) for key, name in names.items()}
     shown |= {"n": str(row["n"]), "top-1": _spread(row, "top1", 100), "95 %": _half(row)}
     shown |= {"NLL": _spread(row, "nll", 1, digits=4), "ECE": _spread(row, "ece", 100)}
     shown |= {"params": _big(row["parameters"]), "FLOPs": _big(row["flops"])}

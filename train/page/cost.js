@@ -104,7 +104,7 @@ function plotPoint(picture, below, name, setting, x, y) {
 
 function costNumbers(name) {
   const best = new Set(front(name));
-  const rows = priced(name).map((setting) => [data.settings[setting].label, plain(data.settings[setting].costs[name], 6),
+  const rows = priced(name).map((setting) => [data.settings[setting].label, data.settings[setting].costs[name].toLocaleString("en"),
     percent(top1(setting).mean), best.has(setting) ? "yes" : "no"]);
   return [["", COSTS[name].of, "top-1 %", "on the front"], ...rows];
 }
