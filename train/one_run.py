@@ -132,7 +132,8 @@ def draw(result: RunResult) -> None:
     if result.labels_only is not None and result.labels_only.last is not None:
         references["labels only"] = result.labels_only.last.top1
     title = f"{result.student} on {result.name}, loss {result.loss}, seed {result.seed}"
-    plot_curves(read_metrics(result.folder), result.folder / folder.CURVES, title, references)
+    if (history := read_metrics(result.folder)) is not None:
+        plot_curves(history, result.folder / folder.CURVES, title, references)
 
 
 def command_line() -> str:
