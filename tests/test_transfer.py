@@ -8,7 +8,7 @@ import pytest
 from cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from s3_server import new_bucket
 
-from cache_tools import transfer
+from cache_tools import metadata_transfer, transfer
 from cache_tools.claims import Claims
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, RecipeError, StorageError
 from cache_tools.integrity import verify
@@ -202,7 +202,7 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
         sample_keys=IMAGES.keys,
         constants=tiny_constants(MANIFEST, seed=5),
     ).path
-    target, met, read_file = LocalPlace(tmp_path / "target"), threading.Event(), transfer.read_file
+    target, met, read_file = LocalPlace(tmp_path / "target"), threading.Event(), metadata_transfer.read_file
     claim, put_group = Claims.claim, threading.Event()
 
     def claim_and_tell(claims: Claims, pair: tuple[int, int]) -> bool:
@@ -222,7 +222,7 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
 
     late: list[Future[transfer.Moved]] = []
     monkeypatch.setattr(Claims, "claim", claim_and_tell)
-    monkeypatch.setattr(transfer, "read_file", read_and_meet)
+    monkeypatch.setattr(metadata_transfer, "read_file", read_and_meet)
     with ThreadPoolExecutor(1) as pool:
         copy_cache(LocalPlace(cache), target)
         put_group.set()
