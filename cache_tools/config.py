@@ -93,10 +93,12 @@ def parse_yaml(text: str, what: str, *, where: object) -> Any:
         what: to say of a text that cannot be read.
 
     Raises:
-        RecipeError: no YAML, or a value that Python cannot hold.
+        RecipeError: no YAML, or a value that Python cannot hold, or cannot print.
     """
     try:
-        return yaml.safe_load(text)
+        data = yaml.safe_load(text)
+        repr(data)  # thousands of hexadecimal digits are a number, of which no error could tell
+        return data
     except _NO_VALUE as error:
         raise RecipeError(what, where=where, expected="YAML", found=str(error)) from error
 
