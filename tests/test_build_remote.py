@@ -224,10 +224,10 @@ def test_a_mirror_that_two_work_in_is_kept_until_both_are_done(home, tmp_path):
 
 def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, monkeypatch):
     """The manifest comes last: what was uploaded before it is overwritten by the next."""
-    from cache_tools import transfer
+    from cache_tools import metadata_transfer
 
     copied: list[str] = []
-    whole = transfer._copy_file
+    whole = metadata_transfer._copy_file
 
     def cut(source, target, key, *limits):
         copied.append(key)
@@ -235,7 +235,7 @@ def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, m
             raise StorageError("cut", where=target)
         return whole(source, target, key, *limits)
 
-    monkeypatch.setattr(transfer, "_copy_file", cut)
+    monkeypatch.setattr(metadata_transfer, "_copy_file", cut)
     with pytest.raises(StorageError, match="cut"):
         build_cache(recipe(root, url))
     monkeypatch.undo()
