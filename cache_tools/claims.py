@@ -125,7 +125,8 @@ class Claims:
         try:
             yield
         finally:
-            self.release(pair)
+            with suppress(StorageError):  # what cannot be removed expires
+                self.release(pair)
 
     def claim(self, pair: Pair) -> bool:
         """Claim a block, or take over an expired claim. False if another builder works on it."""

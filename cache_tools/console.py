@@ -43,6 +43,8 @@ _FIRST_STEPS = {  # of who can help it
     errno.EROFS: "make it writable",
     errno.EACCES: "fix its permissions",
     errno.EPERM: "fix its permissions",
+    errno.ENOTDIR: "remove the file that is in the way",
+    errno.EISDIR: "remove the folder that is in the way",
 }
 
 

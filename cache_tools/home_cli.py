@@ -12,7 +12,7 @@ from cache_tools import housekeeping, registry
 from cache_tools.console import command
 from cache_tools.describe import human_bytes
 from cache_tools.durable import leftovers
-from cache_tools.errors import StorageError
+from cache_tools.errors import FormatError, NotFoundError, StorageError, UnknownFormatError
 from cache_tools.place import LocalPlace, Place, is_remote, local_folder, open_place
 from cache_tools.sizes import size_and_time
 
@@ -165,8 +165,16 @@ def _target(target: str, name: str) -> Place:
 
 
 def _is_one(place: Place) -> bool:
-    """Whether a place is named as a cache, or is one."""
-    return place.name.endswith(registry.SUFFIX) or place.has("zarr.json")
+    """Whether a place is named as a cache, or is one; other zarr groups are folders as any."""
+    from cache_tools.metadata_transfer import manifest_at
+
+    if place.name.endswith(registry.SUFFIX):
+        return True
+    try:
+        manifest_at(place)
+    except (NotFoundError, FormatError) as error:
+        return isinstance(error, UnknownFormatError)
+    return True
 
 
 def _copy(source: Place, target: Place, title: str, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# As allocators of the CPU and libraries of CUDA say it.
+_LACKING = re.compile("out of memory|allocate memory|enough memory|alloc_failed", re.IGNORECASE)
 _LARGEST_KEPT, _MOST_KEPT = 1 << 30, (1 << 31) - 1
 
 
@@ -50,7 +53,7 @@ def lacks_memory(error: Exception) -> bool:
     """Whether memory did not suffice, of the process or of the device."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "memory" in str(error)[:300]  # as the allocator of the CPU says it
+    return isinstance(error, RuntimeError) and _LACKING.search(str(error)[:300]) is not None
 
 
 @contextmanager

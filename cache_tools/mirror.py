@@ -55,8 +55,7 @@ def _alone(mirror: Path) -> Iterator[None]:
     try:
         import fcntl
 
-        mirror.mkdir(parents=True, exist_ok=True)
-        folder = os.open(mirror, os.O_RDONLY)
+        folder = _opened(mirror)
     except ImportError:  # not on Windows: it comes twice
         yield
         return
@@ -70,3 +69,11 @@ def _alone(mirror: Path) -> Iterator[None]:
         with suppress(OSError):  # not empty, unless nothing came
             mirror.rmdir()
         os.close(folder)
+
+
+def _opened(mirror: Path) -> int:
+    """A descriptor of the folder, made if need be; another process for which nothing came may just remove it."""
+    while True:
+        mirror.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return os.open(mirror, os.O_RDONLY)

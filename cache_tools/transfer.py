@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from cache_tools import commits
 from cache_tools.array_layout import array_layouts
@@ -71,7 +71,7 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
     if lacking or todo:  # else nothing is written, not even a claim: the target may be read-only
         with _kept(target):
             if lacking:
-                with growing(target):  # constants of two builds must not be mixed
+                with _if_permitted(growing(target)):  # constants of two builds must not be mixed
                     sizes += copy_metadata(source, target, manifest)
             with Progress(title, len(todo), "blocks") as progress:
                 for _, written in copy_blocks(source, target, manifest, todo):
@@ -138,6 +138,15 @@ def block_files(spec: ArraySpec, manifest: Manifest, view: int, block: int) -> l
 
 
 @contextmanager
+def _if_permitted(claim: AbstractContextManager[None]) -> Iterator[None]:
+    """Hold a claim, unless nothing may be written beside the target: a mounted folder may be all that is ours."""
+    with ExitStack() as stack:
+        with suppress(StorageError):
+            stack.enter_context(claim)
+        yield
+
+
+@contextmanager
 def _kept(target: Place) -> Iterator[None]:
     """Keep a folder from being pruned, beside others who do: by a claim of one's own. Stores are never pruned.
 
@@ -146,7 +155,8 @@ def _kept(target: Place) -> Iterator[None]:
     """
     if isinstance(target, LocalPlace):
         with Claims(target) as claims:
-            claims.keep()
+            with suppress(StorageError):  # what may not be written beside the cache, may not be removed there either
+                claims.keep()
             yield
     else:
         yield

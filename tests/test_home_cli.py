@@ -215,3 +215,11 @@ def test_a_half_built_cache_is_copied_as_far_as_it_goes(home: Path, tmp_path: Pa
     writer = create(home / "half.zarr", half, IMAGES)
     write(writer, tiny_targets(half), writer.missing_blocks()[:2])
     assert "13 blocks are not built yet" in run(home, "push", "half", str(tmp_path / "share")).stdout
+
+
+def test_a_folder_of_caches_may_be_a_zarr_group(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    for _ in range(2):
+        run(home, "copy", str(home / NAME), str(tmp_path / "group"))
+    assert [path.name for path in (tmp_path / "group").glob("*.zarr")] == [NAME]

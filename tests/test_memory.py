@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from cache_tools.memory import keep_freed_memory
+from cache_tools.errors import DeviceError
+from cache_tools.memory import keep_freed_memory, lacks_memory, memory_told
 
 FAULTS = """
 import resource, sys, numpy
@@ -39,3 +41,24 @@ def test_a_freed_buffer_is_used_again():
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("unsupported memory format option Preserve"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_only_what_lacks_memory_is_told_so(error: Exception, lacking: bool) -> None:
+    assert lacks_memory(error) is lacking
+    with pytest.raises(DeviceError if lacking else type(error)), memory_told("resnet8 on cpu", "take less"):
+        raise error

@@ -247,6 +247,36 @@ def test_runs_of_other_settings_are_not_taken_for_the_trials(cache: Path, pictur
     same_weights(run_sweep(other, tmp_path / "fresh").folder / "trials/resnet8-s1", tmp_path / "trials/resnet8-s1")
 
 
+def test_what_is_not_worth_keeping_is_in_nobodys_way(cache: Path, tmp_path: Path) -> None:
+    """Trials that failed at once and are tried again with other settings; a run that has not finished an epoch."""
+    run_sweep(sweep(cache, base={"optimiser": {"learning_rate": 1e30}}), tmp_path)
+    with pytest.raises(RecipeError, match="learning_rate"):
+        run_sweep(sweep(cache), tmp_path)
+    assert run_sweep(sweep(cache), tmp_path, retry_failed=True).trials["status"].to_list() == ["finished"]
+    for kept in ("result.json", "state.pt"):
+        (tmp_path / "trials/resnet8-s0" / kept).unlink()
+    assert run_sweep(sweep(cache, base={"epochs": 1}), tmp_path).trials["epochs_done"].to_list() == [1]
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{}", '{"recipe": [], "data": {}}'])
+def test_a_run_that_cannot_be_told_is_overwritten_only_if_asked(cache: Path, tmp_path: Path, text: str | None) -> None:
+    run_sweep(sweep(cache, base={"epochs": 1}), tmp_path)
+    told = tmp_path / "trials/resnet8-s0/run.json"
+    told.unlink() if text is None else told.write_text(text)
+    told.with_name("result.json").unlink()
+    with pytest.raises(RecipeError, match=r"resnet8-s0: its run\.json is missing or damaged\. "):
+        run_sweep(sweep(cache, base={"epochs": 1}), tmp_path)
+    again = run_sweep(sweep(cache, base={"epochs": 1}), tmp_path, overwrite=True)
+    assert again.trials["status"].to_list() == ["finished"]
+
+
+def test_a_student_as_it_was_once_typed_is_the_same(cache: Path, tmp_path: Path) -> None:
+    first = run_sweep(sweep(cache, base={"epochs": 1}), tmp_path).trials
+    told = tmp_path / "trials/resnet8-s0/run.json"
+    told.write_text(told.read_text().replace('"resnet8"', '"RESNET8"'))
+    assert run_sweep(sweep(cache, base={"epochs": 1}), tmp_path).trials.equals(first)
+
+
 def test_overwriting_leaves_what_is_of_these_settings(cache: Path, tmp_path: Path) -> None:
     run_sweep(sweep(cache, grid={"lr": (0.05, 1e30)}), tmp_path)
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("trials/*/*.json")}

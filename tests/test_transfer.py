@@ -1,5 +1,6 @@
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -252,3 +253,33 @@ class Cut(LocalPlace):
         if self._left < 0:
             raise StorageError("cut", where=self)
         return super().put(key, data, only_new=only_new, durable=durable)
+
+
+def test_a_target_beside_which_nothing_may_be_written(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted folder: claims would lie beside it."""
+    put = LocalPlace.put
+
+    def refused(place: LocalPlace, key: str, data: bytes, **options: bool) -> bool:
+        if place.name.endswith(".claims"):
+            raise StorageError("cannot write or read: Permission denied", where=place)
+        return put(place, key, data, **options)
+
+    monkeypatch.setattr(LocalPlace, "put", refused)
+    copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "c.zarr"))
+    assert not verify(tmp_path / "c.zarr").problems
+    same_targets(cache, tmp_path / "c.zarr")
+
+
+def test_a_claim_that_may_not_be_removed_stops_no_copy(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that lets us write and not delete."""
+
+    def refused(place: LocalPlace, keys: Sequence[str]) -> None:
+        raise StorageError("access denied", where=place)
+
+    monkeypatch.setattr(LocalPlace, "delete", refused)
+    copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "c.zarr"))
+    same_targets(cache, tmp_path / "c.zarr")

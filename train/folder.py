@@ -14,6 +14,7 @@ from typing import Any
 from cache_tools.durable import PARTIAL, put_durably
 from cache_tools.errors import RecipeError, StorageError
 from train.checkpoints import BEST, EMA, LAST
+from train.student_names import spelled
 
 RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
 STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "result.json"
@@ -45,15 +46,14 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         stored = stored_identity(folder)
-        worth_keeping = (folder / STATE).exists() or (folder / RESULT).exists()
-        if overwrite or (stored != identity and not worth_keeping):
+        if overwrite or (stored != identity and not worth_keeping(folder)):
             _clear(folder)
         elif stored != identity:
             raise RecipeError(
                 "another run is stored here",
                 where=folder,
                 expected="the same recipe and data",
-                found="; ".join(differences(stored or {}, identity)),
+                found="; ".join(differences(stored, identity)),
                 next_step="choose another --out, or start over with --overwrite",
             )
         for leftover in folder.glob(f"*{PARTIAL}"):  # of a killed process
@@ -66,9 +66,17 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
 def stored_identity(folder: Path) -> dict[str, Any] | None:
     """What determines the result of the run in a folder (`claimed`); None if there is none, or if it is damaged."""
     try:
-        return json.loads((folder / IDENTITY).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        stored = json.loads((folder / IDENTITY).read_bytes())
+        recipe = stored["recipe"]
+        student = spelled(recipe["student"])  # as it was typed, before names had one spelling
+        return {**stored, "recipe": {**recipe, "student": student}, "data": {**stored["data"]}}
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def worth_keeping(folder: Path) -> bool:
+    """Whether a folder has a run that a new one must not replace unasked: a finished epoch at least."""
+    return (folder / STATE).exists() or (folder / RESULT).exists()
 
 
 def forget(folder: Path) -> None:
@@ -81,8 +89,10 @@ def forget(folder: Path) -> None:
         _clear(folder)
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What a stored identity and the one that is wanted do not have in common, a line each."""
+def differences(stored: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[str]:
+    """What a stored identity (`stored_identity`) and the one that is wanted do not have in common, a line each."""
+    if stored is None:
+        return [f"its {IDENTITY} is missing or damaged"]
     before, now = flat(stored), flat(wanted)
     return [
         f"{key} {_short(before.get(key))} there, {_short(now.get(key))} now"

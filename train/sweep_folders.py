@@ -9,7 +9,7 @@ from typing import Any
 from cache_tools.errors import RecipeError
 from cache_tools.reader import TeacherCache
 from train.data import cache_identity
-from train.folder import FAILED, differences, forget, stored_identity
+from train.folder import FAILED, differences, forget, stored_identity, worth_keeping
 from train.halving import Asha, forget_other_contests
 from train.outcome import settled
 from train.sweep_recipe import Trial
@@ -28,7 +28,8 @@ def reopen(trials: Sequence[Trial], asha: Asha | None, *, retry_failed: bool = F
     Raises:
         RecipeError: there are such runs, and they are not to be forgotten.
     """
-    other = _other_runs(trials)
+    kept = [trial for trial in trials if worth_keeping(trial.folder) or (not retry_failed and settled(trial.folder))]
+    other = _other_runs(kept)
     if other and not overwrite:
         told = [f"{trial.name}: {', '.join(found)}" for trial, found in other[:NAMED]]
         more = [f"and {len(other) - NAMED} more trials"] if len(other) > NAMED else []
@@ -53,21 +54,17 @@ def _other_runs(trials: Sequence[Trial]) -> list[tuple[Trial, list[str]]]:
     found = []
     for trial in trials:
         stored = stored_identity(trial.folder)
-        if stored is None:
-            if settled(trial.folder):
-                found.append((trial, ["its run.json is missing or damaged"]))
-            continue
         wanted = {"recipe": json.loads(json.dumps(trial.recipe.values())), "data": _data(trial, stored, caches)}
         if different := differences(stored, wanted):
             found.append((trial, different))
     return found
 
 
-def _data(trial: Trial, stored: dict[str, Any], caches: dict[str, TeacherCache]) -> Any:
+def _data(trial: Trial, stored: dict[str, Any] | None, caches: dict[str, TeacherCache]) -> Any:
     """What tells the data of a trial apart; what is stored where it takes the images themselves to know."""
     recipe = trial.recipe
     if not recipe.loss.needs_targets:
-        return stored.get("data")
+        return None if stored is None else stored["data"]
     assert recipe.cache is not None, "a recipe with targets has a cache"
     if recipe.cache not in caches:
         caches[recipe.cache] = TeacherCache.open(recipe.cache)
