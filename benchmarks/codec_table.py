@@ -4,7 +4,7 @@
 the KD gradient with respect to the student's logits against float32 targets, in per cent, at temperature 1 and 4, for a
 student at two stages of training (keys `STEPS@T`; what students: `codec_arrays.py`). Where features are stored, the
 head makes the logits from them, and the bytes are those of both. For top-k `g` is that of its own loss,
-`train.tail.kd_tail`, and `g_even_tail` that of a dense loss on its even tail.
+`train.losses.tail.kd_tail`, and `g_even_tail` that of a dense loss on its even tail.
 
     python benchmarks/codec_table.py --saved photos.npz
     python benchmarks/codec_table.py --saved photos.npz --cache fashion-mnist    # and a cache of ten classes
@@ -30,7 +30,7 @@ from codec_arrays import Photos, Targets, hundred_classes, photo_targets, ten_cl
 from codec_rivals import Arrays, MassTopK, rotated, top_smoothed
 from side_by_side import Threads, environment, prepared_device
 
-from cache_tools import fidelity
+from cache_tools.analysis import fidelity
 from cache_tools.codecs import Codec, Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, TopK
 from cache_tools.console import command
 

@@ -36,13 +36,12 @@ from students import Epochs, build, cached_fusion, new_student, opened, train_re
 
 from cache_tools.console import command
 from cache_tools.preprocess import prepare
+from pipeline.networks.pair import TeacherPair, load_pair
 from pipeline.online import LiveTeachers
 from pipeline.recipe import BuildRecipe
-from pipeline.targets import TeacherPair, load_pair
 from train.data import TrainingData
 from train.feed import Batch, CachedTargets
-from train.loop import repeatable
-from train.optim import create_optimiser
+from train.loop import create_optimiser, repeatable
 from train.recipe import TrainRecipe
 
 CLOCK = (

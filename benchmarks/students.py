@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from side_by_side import Cost, cost
 
+from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
-from cache_tools.resolved_fusion import Fusion
-from pipeline.build import build_cache
+from pipeline.build.cache import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from train.data import TrainingData, open_data
 from train.feed import Feed, TargetSource
 from train.loop import Learner
-from train.loss_recipe import LossRecipe
 from train.objective import Objective
-from train.recipe import TrainRecipe
+from train.recipe import LossRecipe, TrainRecipe
 from train.students import create_student
 
 

@@ -136,7 +136,7 @@ def _command(cache: Path, names: list[str], out: Path, *, together: bool) -> Cos
     shared = ["digits", "--cache", str(cache), "--epochs", "2", "--set", "compare_with_labels=false", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     if together:
-        commands = [["train.sweep_cli", *shared, "--students", ",".join(names), "--workers", "1", "--out", str(out)]]
+        commands = [["train.sweep.cli", *shared, "--students", ",".join(names), "--workers", "1", "--out", str(out)]]
     else:
         commands = [["train.cli", *shared, "--student", name, "--out", str(out / name)] for name in names]
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -20,8 +20,8 @@ from cache_tools import philox
 from cache_tools.errors import PreflightError
 
 if TYPE_CHECKING:
-    from cache_tools.cache_recipe import PromptEnsemble
-    from cache_tools.resolved_fusion import Fusion
+    from cache_tools.format.manifest import Fusion
+    from cache_tools.format.recipe import PromptEnsemble
 
 # Counter word of every projection draw: no view has an operation in that slot, so the two never share a number.
 _PROJECTION_SLOT = 0xFFFFFFFF

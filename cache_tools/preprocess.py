@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from cache_tools.cache_recipe import Preprocessing
+    from cache_tools.format.recipe import Preprocessing
 
 
 def prepare(

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools import commits, registry, staging
-from cache_tools.array_layout import array_layouts
-from cache_tools.arrays import targets
-from cache_tools.cache_recipe import CacheRecipe
+from cache_tools.alignment import check_canaries, check_dataset, make_canaries, pixel_digest
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
-from cache_tools.layout import StoredConstants
-from cache_tools.place import is_remote
-from cache_tools.resolved_fusion import Fusion
-from cache_tools.store import (
+from cache_tools.format import commits
+from cache_tools.format.arrays import targets
+from cache_tools.format.layout import array_layouts
+from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import CacheRecipe
+from cache_tools.home import registry, staging
+from cache_tools.places import is_remote
+from cache_tools.store.create import StoredConstants
+from cache_tools.store.group import (
     RESTORE,
     check_chunks,
     open_array,
@@ -28,12 +30,11 @@ from cache_tools.store import (
     read_whole,
     translated,
 )
-from cache_tools.verify import check_canaries, check_dataset, make_canaries, pixel_digest
 
 if TYPE_CHECKING:
     import torch
 
-    from cache_tools.image_set import ImageSet
+    from cache_tools.images.image_set import ImageSet
     from cache_tools.targets import ViewTargets
 
 __all__ = ["TeacherCache", "ViewTargets", "make_canaries", "pixel_digest"]
@@ -267,7 +268,7 @@ class TeacherCache:
         return torch.from_numpy(self.constant(name))
 
     def _load(self, name: str, view: int, pin: bool, verify: bool) -> torch.Tensor:
-        from cache_tools.loading import load_array
+        from cache_tools.store.loading import load_array
 
         assert self._commits_read is not None
         column = 1 + list(self._specs).index(name)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from cache_tools.cache_recipe import ClipIdentity, PromptEnsemble, Share
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError, RecipeError
-from cache_tools.resolved_fusion import Fusion
+from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import ClipIdentity, PromptEnsemble, Share
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 
 from cache_tools import fusion
-from cache_tools.arrays import TargetSpec, array_name, constant_shapes
-from cache_tools.cache_recipe import CacheRecipe
 from cache_tools.codecs import SparseTargets, TopK
 from cache_tools.errors import NotFoundError
-from cache_tools.resolved_fusion import Fusion
+from cache_tools.format.arrays import TargetSpec, array_name, constant_shapes
+from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import CacheRecipe
 
 # Rows fused at once when a component cache is loaded: keeps the float32 temporaries small.
 FUSE_ROWS = 8192
@@ -49,7 +49,7 @@ class ViewTargets:
         return self._rows("fused_logits", index)
 
     def sparse_logits(self, index: Index, temperature: float) -> SparseTargets:
-        """What a top-k cache knows of the fused distribution, for `train.tail.kd_tail`.
+        """What a top-k cache knows of the fused distribution, for `train.losses.tail.kd_tail`.
 
         Raises:
             NotFoundError: fused logits that are not stored as top-k.

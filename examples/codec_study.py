@@ -20,14 +20,14 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 
-from cache_tools import registry
 from cache_tools.console import command, resolve_device
+from cache_tools.home import registry
+from cache_tools.home.sizes import size_and_time
 from cache_tools.memory import keep_freed_memory
-from cache_tools.sizes import size_and_time
 from train.data import open_data
 from train.recipe import load_train_recipe
-from train.result import load_result
 from train.run import train_on
+from train.runs.result import load_result
 
 RUNS = Path("runs/codec-study")
 SAMPLES, VIEWS, SEEDS = 20_000, 4, range(5)

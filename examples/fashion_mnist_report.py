@@ -16,14 +16,14 @@ import typer
 from fashion_mnist_study import METHODS, PARTS, VIEWS, Run, method_runs, recipe_of
 
 from cache_tools.console import Progress, command, resolve_device
-from cache_tools.dataset import DatasetRecipe
 from cache_tools.images import open_images
+from cache_tools.images.recipe import DatasetRecipe
 from train.checkpoints import load_student
-from train.corrupt import corrupted_copies
-from train.evaluate import evaluate
-from train.result import load_result
-from train.robustness import robustness as measure
-from train.robustness import summarise
+from train.evaluate.corrupt import corrupted_copies
+from train.evaluate.metrics import evaluate
+from train.evaluate.robustness import robustness as measure
+from train.evaluate.robustness import summarise
+from train.runs.result import load_result
 
 ERRORS = "corruption-errors.parquet"
 FIGURES = ("top1", "nll", "ece")
@@ -119,7 +119,7 @@ def _robustness_row(run: Run, samples: int) -> dict[str, Any] | None:
 
 
 def _clean_error(run: Run, samples: int) -> float:
-    from train.corruptions import evenly_spaced
+    from train.evaluate.corruptions import evenly_spaced
 
     dataset = DatasetRecipe(name="fashion-mnist")
     images = open_images(dataset, "test")
@@ -129,7 +129,7 @@ def _clean_error(run: Run, samples: int) -> float:
 
 
 def _preprocessing(dataset: DatasetRecipe) -> Any:
-    from cache_tools.cache_recipe import Preprocessing
+    from cache_tools.format.recipe import Preprocessing
 
     mean, std = dataset.normalisation
     return Preprocessing(mean=mean, std=std)

@@ -26,8 +26,8 @@ from cache_tools.images import open_images
 from cache_tools.memory import keep_freed_memory
 from train.data import open_data
 from train.recipe import TrainRecipe, load_train_recipe, named_loss
-from train.result import load_result
 from train.run import train_on
+from train.runs.result import load_result
 
 RUNS = Path("runs/study")
 CACHE, VIEWS_CACHE = "fashion-mnist-study", "fashion-mnist-study-views"

@@ -26,16 +26,16 @@ import torch.nn.functional as F
 import typer
 from safetensors.torch import save_file
 
-from cache_tools.cache_recipe import Preprocessing
 from cache_tools.config import Frozen, validate
 from cache_tools.console import Progress, command, resolve_device
-from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError, RecipeError
-from cache_tools.image_set import ImageSet
+from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.preprocess import prepare
-from cache_tools.views import Flip, PadCrop, ViewRecipe
-from pipeline.prompts import prompt_class_name, render_prompts, template_set
+from cache_tools.views.recipe import Flip, PadCrop, ViewRecipe
+from pipeline.networks.prompts import prompt_class_name, render_prompts, template_set
 
 CONTEXT_LENGTH = 24  # tokens; the longest of the prompts in use has about 15
 MAX_LOGIT_SCALE = 100.0

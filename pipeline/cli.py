@@ -130,8 +130,8 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
     # zarr and what it needs take a while to import: --help and --show-recipe do not wait for them.
     import sys
 
-    from cache_tools.describe import human_bytes
-    from pipeline.build import build_cache as build
+    from cache_tools.units import human_bytes
+    from pipeline.build.cache import build_cache as build
 
     keep_freed_memory()
     result = build(recipe, say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True))
@@ -163,7 +163,7 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
 
 def _next_step(recipe: BuildRecipe, where: str | Path) -> str:
     """How to train from this cache: few names are recipes of `train-student`, and other caches may have the same."""
-    from cache_tools import registry
+    from cache_tools.home import registry
     from train.recipe import builtin_recipes
 
     known = recipe.name in builtin_names(builtin_recipes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.targets import TeacherPair
+from pipeline.networks.pair import TeacherPair
 from train.feed import BatchTargets
 
 

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cache_tools.arrays import constant_shapes, target_arrays
-from cache_tools.cache_recipe import Preprocessing
 from cache_tools.config import Frozen
 from cache_tools.console import resolve_device
-from cache_tools.describe import human_bytes
-from cache_tools.image_set import ImageSet
+from cache_tools.format.arrays import constant_shapes, target_arrays
+from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
-from pipeline.build import resolve
-from pipeline.destination import destination
+from cache_tools.units import human_bytes
+from pipeline.build.cache import resolve
+from pipeline.build.destination import destination
+from pipeline.networks.pair import load_pair
 from pipeline.recipe import BuildRecipe
-from pipeline.targets import load_pair
 from train.students import create_student
 
 MIN_S = 2.0

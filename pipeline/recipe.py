@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
-from cache_tools.cache_recipe import FusionRecipe, Precision, Share, Store
+from cache_tools.codecs.presets import PresetName, TargetCodecs
 from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Frozen, load_recipe, name_or_fields, one_or_several
-from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import RecipeError
-from cache_tools.place import is_url
+from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
+from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_shares
-from cache_tools.target_codecs import PresetName, TargetCodecs
-from cache_tools.views import ViewRecipe
+from cache_tools.views.recipe import ViewRecipe
 
 
 class TeacherSpec(Frozen):

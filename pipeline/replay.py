@@ -7,6 +7,7 @@ fused or recoded through every cache between it and the networks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,22 +16,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_tools.blocks import BlockReader, Rows
-from cache_tools.cache_recipe import CacheRecipe, Store
+from cache_tools.codecs import Codec, TopK
+from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.console import Progress, resolve_device
-from cache_tools.encoding import Encoder, fitted
+from cache_tools.derive.blocks import BlockReader, Rows
+from cache_tools.derive.lineage import Source, lineage, open_source
 from cache_tools.errors import IncompleteError
-from cache_tools.image_set import ImageSet
-from cache_tools.lineage import Source, lineage, open_source
+from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import CacheRecipe, Precision, Store
+from cache_tools.images.image_set import ImageSet
+from cache_tools.integrity.replay import Place, Replay, TargetReplay
 from cache_tools.reader import TeacherCache
-from cache_tools.replay_report import Replay
-from cache_tools.resolved_fusion import Fusion
-from cache_tools.target_codecs import TargetCodecs
+from cache_tools.store.encoding import Encoder, fitted
 from cache_tools.targets import ViewTargets, constants_for, fused
-from pipeline.build import device_name
-from pipeline.comparison import Comparison, Wide, tolerance_of
-from pipeline.stored_networks import load_stored_pair
-from pipeline.targets import TeacherPair, view_pixels
+from pipeline.build.cache import device_name
+from pipeline.networks.pair import TeacherPair, view_pixels
+from pipeline.networks.stored import load_stored_pair
 
 BATCH = 64
 
@@ -147,3 +148,79 @@ class _Recompute:
             return Encoder(recipe, self._constants.__getitem__)
         cache = open_source(source)
         return Encoder(cache.recipe, cache.constant)
+
+
+FLOAT32, TF32, HALF, BFLOAT16 = 1e-4, 2.0**-4, 2.0**-4, 2.0**-1
+NUMBER_FACTOR = 8.0
+
+Wide = npt.NDArray[np.float64]
+
+
+class Comparison:
+    """Differences of one target, batch by batch; the spread, and with it the verdict, is known at the end."""
+
+    def __init__(self, name: str, codec: Codec) -> None:
+        self._name, self._codec = name, codec
+        self._rows: list[Wide] = []  # [B, 2]: rms and largest difference beyond what the codecs explain
+        self._numbers = self._same = 0
+        self._sum = self._squares = self._differences = 0.0
+        self._largest, self._worst = -1.0, Place(view=0, sample=0, column=0)
+
+    def add(
+        self,
+        view: int,
+        index: npt.NDArray[np.int64],
+        stored: npt.NDArray[np.float32],
+        decoded: npt.NDArray[np.float32],
+        values: npt.NDArray[np.float32],
+        plain: npt.NDArray[np.float32],
+        bound: Wide,
+    ) -> None:
+        was, now, said = self._measured(stored), self._measured(decoded), self._measured(values)
+        difference = np.abs(now - was)
+        error = bound + np.abs(said - self._measured(plain)).max(axis=1, keepdims=True)
+        self._rows.append(np.stack([_rms(difference) - 2 * _rms(error), (difference - 2 * error).max(axis=1)], axis=1))
+        self._numbers += said.size
+        self._same += int((stored == decoded).sum())
+        self._sum += float(said.sum())
+        self._squares += float((said**2).sum())
+        self._differences += float(difference.sum())
+        row, column = np.unravel_index(int(difference.argmax()), difference.shape)
+        if difference[row, column] > self._largest:
+            self._largest = float(difference[row, column])
+            self._worst = Place(view=view, sample=int(index[row]), column=int(column))
+
+    def verdict(self, tolerance: float) -> TargetReplay:
+        mean = self._sum / self._numbers
+        spread = math.sqrt(max(0.0, self._squares / self._numbers - mean**2))
+        limits = np.array([tolerance, NUMBER_FACTOR * tolerance]) * spread
+        return TargetReplay(
+            target=self._name,
+            largest=self._largest,
+            mean=self._differences / self._numbers,
+            spread=spread,
+            identical=self._same / self._numbers,
+            tolerance=tolerance,
+            wrong_rows=int((np.concatenate(self._rows) > limits).any(axis=1).sum()),
+            worst=self._worst,
+        )
+
+    def _measured(self, rows: npt.NDArray[np.float32]) -> Wide:
+        """The numbers themselves; probabilities of a codec that keeps these, and only evens out the tail of logits."""
+        wide = rows.astype(np.float64)
+        if not isinstance(self._codec, TopK):
+            return wide
+        powers = np.exp((wide - wide.max(axis=1, keepdims=True)) / self._codec.temperature)
+        return powers / powers.sum(axis=1, keepdims=True)
+
+
+def tolerance_of(precision: Precision, device: torch.device, built_on: Any) -> float:
+    """t of the module's docstring."""
+    if precision == "float32":
+        return FLOAT32 if device.type == "cpu" and built_on == "cpu" else TF32
+    return HALF if precision == "float16" else BFLOAT16
+
+
+def _rms(rows: Wide) -> Wide:
+    """Root mean square of each row, [B]."""
+    return np.sqrt((rows**2).mean(axis=1))

@@ -18,19 +18,30 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The endpoint of a real S3 server on 127.0.0.1; the environment points to it."""
-    from s3_server import s3_server
+    from tests.support.s3_server import s3_server
 
     with s3_server() as endpoint:
         yield endpoint
 
 
-LONGEST = ("test_sweep_ray", "test_faults", "test_sweep_faults", "test_benchmarks", "test_export", "test_fuzz")
+LONGEST = (
+    "sweep/ray/test_engine",
+    "system/test_faults",
+    "system/test_sweep_faults",
+    "system/test_benchmarks",
+    "export/test_export",
+    "system/test_fuzz",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes comes first, so that nobody waits for it in the end; what needs CUDA is skipped without it."""
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # others stay as they were
+    items.sort(
+        key=lambda item: next(
+            (place for name, place in places.items() if item.nodeid.split("::")[0].endswith(f"{name}.py")), len(places)
+        )
+    )  # others stay as they were
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import nn
 
 from cache_tools.config import Frozen
-from cache_tools.durable import put_durably
 from cache_tools.errors import WeightsError
+from cache_tools.files import put_durably
 from train.students import create_student
 
 LAST, BEST, EMA = "last.safetensors", "best.safetensors", "ema.safetensors"

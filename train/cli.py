@@ -111,7 +111,7 @@ def train_student(
         print(dump_yaml(loaded), end="")
         return
     from train import run
-    from train.result import summary
+    from train.runs.result import summary
 
     keep_freed_memory()
     result = run.train_student(loaded, overwrite=overwrite)

@@ -9,22 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_tools import registry
-from cache_tools.cache_recipe import Preprocessing
+from cache_tools.alignment import aligned
 from cache_tools.codecs import TopK
-from cache_tools.dataset import DatasetRecipe
 from cache_tools.errors import DataError, NotFoundError, RecipeError
-from cache_tools.image_set import ImageSet
+from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import Preprocessing
+from cache_tools.home import registry
 from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
-from cache_tools.resolved_fusion import Fusion
-from cache_tools.verify import aligned
-from cache_tools.views import ViewRecipe
-from train.contrastive import Components
+from cache_tools.views.recipe import ViewRecipe
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
 from train.labelled import PartialLabels, labelled_rows, partial_labels
-from train.loss_recipe import LossRecipe
-from train.recipe import TrainRecipe
+from train.losses.contrastive import Components
+from train.recipe import LossRecipe, TrainRecipe
 
 Opener = Callable[[DatasetRecipe, str | None], ImageSet]
 

@@ -20,11 +20,11 @@ import torch
 
 from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
-from cache_tools.image_set import ImageSet
+from cache_tools.format.manifest import Fusion
+from cache_tools.images.image_set import ImageSet
 from cache_tools.reader import TeacherCache
-from cache_tools.resolved_fusion import Fusion
 from cache_tools.targets import ViewTargets
-from cache_tools.views import ViewRecipe
+from cache_tools.views.recipe import ViewRecipe
 from train.labelled import PartialLabels
 
 PIECE_BYTES = 32 << 20

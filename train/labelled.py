@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools import philox
+from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
-from cache_tools.resolved_fusion import Fusion
 
 # Counter word of the draw that orders samples: no view has an operation in that slot.
 _SLOT = 0xFFFFFFFE

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import RecipeError
+from cache_tools.format.recipe import Preprocessing
 from cache_tools.preprocess import prepare
 from train.feed import Batch, Feed, mixed_seed
 from train.objective import Objective
-from train.optim import create_optimiser, create_schedule
-from train.recipe import TrainRecipe
+from train.recipe import OptimiserRecipe, ScheduleRecipe, TrainRecipe
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -197,4 +198,63 @@ def _finite(means: dict[str, float], epoch: int) -> dict[str, float]:
         where=f"epoch {epoch + 1}",
         found=", ".join(f"{name} {value:g}" for name, value in means.items() if name != "train_top1"),
         next_step="train with a lower --lr, a warm-up (--set schedule.warmup_epochs=1) or --precision float32",
+    )
+
+
+def create_optimiser(recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW over the parameters that are trained; weight decay on all of them, as in the
+    reference implementations of the field."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    # One kernel on CUDA, which also leaves out the update after an overflow in float16 without asking the host.
+    fused = all(parameter.is_cuda for parameter in trained) or None
+    if recipe.name == "adamw":
+        return torch.optim.AdamW(
+            trained,
+            lr=recipe.learning_rate,
+            betas=(recipe.momentum, 0.999),
+            weight_decay=recipe.weight_decay,
+            fused=fused,
+        )
+    return torch.optim.SGD(
+        trained,
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        fused=fused,
+    )
+
+
+def create_schedule(
+    recipe: ScheduleRecipe, optimiser: torch.optim.Optimizer, epochs: int, steps_per_epoch: int
+) -> Scheduler:
+    """A timm schedule counted in updates: call `step_update(t)` before update `t` (from 0 over the whole run).
+
+    The learning rate is a function of `t` alone, so a resumed run needs no state of it. Cosine falls from the end of
+    the warm-up to `min_learning_rate` after the last update; multistep multiplies by `gamma` from the first update of
+    each milestone epoch on (epochs from 0, so milestone 150 leaves 150 epochs at the full rate). Warm-up rises
+    linearly over its epochs, from nearly nothing.
+    """
+    total, warmup = epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
+    first_rate = optimiser.param_groups[0]["lr"] / (warmup + 1)
+    if recipe.name == "cosine":
+        return CosineLRScheduler(
+            optimiser,
+            t_initial=max(total - warmup, 1),
+            lr_min=recipe.min_learning_rate,
+            warmup_t=warmup,
+            warmup_lr_init=first_rate,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+    milestones = recipe.milestones if recipe.name == "multistep" else ()
+    return MultiStepLRScheduler(
+        optimiser,
+        # timm compares milestones with t + 1: one more, so that update `milestone · steps_per_epoch` is the first one.
+        decay_t=[milestone * steps_per_epoch + 1 for milestone in milestones],
+        decay_rate=recipe.gamma,
+        warmup_t=warmup,
+        warmup_lr_init=first_rate,
+        warmup_prefix=False,
+        t_in_epochs=False,
     )

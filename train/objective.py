@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
 from train import losses
-from train.contrastive import Components, ContrastiveTerm
-from train.loss_recipe import LossRecipe
-from train.numerics import full_precision
-from train.tail import kd_tail
+from train.losses.contrastive import Components, ContrastiveTerm
+from train.losses.numerics import full_precision
+from train.losses.tail import kd_tail
+from train.recipe import LossRecipe
 
 
 class BatchTargets(Protocol):

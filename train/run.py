@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cache_tools.config import dump_yaml
-from cache_tools.console import resolve_device
-from cache_tools.durable import put_durably
-from cache_tools.errors import RecipeError
+from cache_tools.console import Progress, resolve_device
+from cache_tools.errors import RecipeError, StorageError
+from cache_tools.files import put_durably
 from cache_tools.memory import memory_told
 from cache_tools.reader import TeacherCache
-from train import folder, loggers
+from train import checkpoints
+from train.checkpoints import StudentCard
+from train.cost import check_images
 from train.data import TrainingData, open_data
-from train.group import train_group
-from train.loop import repeatable
-from train.one_run import Run, command_line, draw
+from train.evaluate.metrics import Evaluation, evaluate
+from train.feed import Feed
+from train.loop import Learner, repeatable
+from train.objective import Objective
 from train.recipe import TrainRecipe, recipe_digest, run_folder
-from train.report import write_report
-from train.result import RunResult, load_result
+from train.report.html import write_report
+from train.runs import folder, trackers
+from train.runs.curves import plot_curves
+from train.runs.metrics import RunLog, read_metrics
+from train.runs.predictions import store_predictions
+from train.runs.result import RunResult, load_result
+from train.students import create_student
+from train.together import train_epoch_together
 
 
 def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
@@ -38,7 +53,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         CacheError: the subclass says what is wrong: recipe, device, cache, images, or storage.
     """
     device = run_device(recipe)
-    loggers.chosen(recipe)  # a missing package is better known before the data are opened
+    trackers.chosen(recipe)  # a missing package is better known before the data are opened
     data = open_data(recipe, device)
     try:
         result = train_on(data, recipe, device, overwrite=overwrite)
@@ -110,3 +125,247 @@ def _where(cache: TeacherCache) -> dict[str, Any]:
     """Where a run's targets came from; `url` is that of a remote cache, whose mirror `path` then is."""
     url = None if cache.origin is None else cache.origin.url
     return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
+
+
+History = list[dict[str, Any]]
+
+
+class Run:
+    """A run in its folder, from the last finished epoch on.
+
+    Attributes:
+        history: a row of figures for each finished epoch.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        recipe: TrainRecipe,
+        device: torch.device,
+        path: Path,
+        digest: str,
+        steps_per_epoch: int,
+    ) -> None:
+        self.data, self.recipe, self.device, self.path = data, recipe, device, path
+        self.learner = _learner(data, recipe, device, steps_per_epoch)
+        self.card = _card(data, recipe, digest)
+        self.history: History = []
+        self.best_epoch: int | None = None
+        if (state := checkpoints.load_state(path / folder.STATE, ("learner", "history", "best_epoch"))) is not None:
+            self.learner.load_state_dict(state["learner"])
+            self.history, self.best_epoch = state["history"], state["best_epoch"]
+
+    @property
+    def finished(self) -> bool:
+        return len(self.history) >= self.recipe.epochs
+
+    def finish_epoch(self, means: dict[str, float], train_s: float, samples: int) -> dict[str, Any]:
+        """Evaluate where that is due and keep what there is to go on from; gives the epoch's row of figures."""
+        epoch = len(self.history)
+        row = {"epoch": epoch, "updates": self.learner.updates, "learning_rate": self.learner.learning_rate}
+        row |= {**means, "train_s": train_s, "images_per_s": samples / train_s, **self._evaluate(epoch)}
+        self._keep(row)
+        return row
+
+    def result(self) -> RunResult:
+        """Write everything that a finished run has."""
+        card = self.card.model_copy(update={"epoch": len(self.history)})
+        checkpoints.save_student(self.path / checkpoints.LAST, self.learner.student, card)
+        if self.learner.average is not None:
+            checkpoints.save_student(self.path / checkpoints.EMA, self.learner.average.module, card)
+        store_predictions(self.path, self.learner.student, self.data.test, self.data.preprocessing, self.device)
+        cache = self.data.cache
+        result = RunResult(
+            name=self.recipe.name,
+            student=self.recipe.student,
+            parameters=sum(parameter.numel() for parameter in self.learner.student.parameters()),
+            loss=self.recipe.loss_name,
+            epochs=self.recipe.epochs,
+            seed=self.recipe.seed,
+            folder=self.path,
+            recipe_digest=self.card.recipe_digest,
+            fingerprint=None if cache is None else cache.manifest.fingerprint,
+            train_samples=len(self.data.images),
+            test_split=None if self.data.test is None else self.data.test.split,
+            last=_evaluation(self.history[-1], "test"),
+            best=None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], "test"),
+            best_epoch=self.best_epoch,
+            ema=_evaluation(self.history[-1], "ema"),
+            teachers=None if cache is None else cache.manifest.preflight,
+            train_s=sum(row["train_s"] for row in self.history),
+            environment=_environment(self.device),
+            command=command_line(),
+        )
+        draw(result)
+        result.save()
+        return result
+
+    def _evaluate(self, epoch: int) -> dict[str, Any]:
+        """Test figures of an epoch, None where it is not evaluated: every row has the same columns."""
+        due = (epoch + 1) % self.recipe.evaluate_every == 0 or epoch + 1 == self.recipe.epochs
+        models = {"test": self.learner.student}
+        if self.learner.average is not None:
+            models["ema"] = self.learner.average.module
+        figures: dict[str, Any] = {}
+        for prefix, model in models.items():
+            measured: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
+            if due and self.data.test is not None:
+                measured = evaluate(model, self.data.test, self.data.preprocessing, self.device).model_dump()
+            figures |= {f"{prefix}_{name}": value for name, value in measured.items()}
+        return figures
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        """Add a finished epoch. The state is the commit: what a crash before it leaves is written again on resuming."""
+        self.history.append(row)
+        top1 = row["test_top1"]
+        if top1 is not None and (self.best_epoch is None or top1 > self.history[self.best_epoch]["test_top1"]):
+            self.best_epoch = row["epoch"]
+            card = self.card.model_copy(update={"epoch": row["epoch"] + 1})
+            checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
+        state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
+        checkpoints.save_state(self.path / folder.STATE, state)
+
+
+def draw(result: RunResult) -> None:
+    """The curves of a run, with what its teachers and its twin on labels alone reach."""
+    teachers = result.teachers or {}
+    names = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion"}
+    references = {label: teachers[key] for key, label in names.items() if key in teachers}
+    if result.labels_only is not None and result.labels_only.last is not None:
+        references["labels only"] = result.labels_only.last.top1
+    title = f"{result.student} on {result.name}, loss {result.loss}, seed {result.seed}"
+    if (history := read_metrics(result.folder)) is not None:
+        plot_curves(history, result.folder / folder.CURVES, title, references)
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, steps_per_epoch: int) -> Learner:
+    torch.manual_seed(recipe.seed)  # weights are drawn on the CPU, so they are the same on every device
+    num_classes = len(data.images.class_names)
+    student: Any = create_student(recipe.student, num_classes)
+    check_images(student.eval(), data.views.output_size(data.images.image_size))
+    objective = Objective(
+        recipe.loss,
+        student.num_features,
+        data.target_dim,
+        num_classes,
+        len(data.images),
+        data.labels,
+        components=data.components,
+        seed=recipe.seed,
+    )
+    return Learner(recipe, student, objective, data.preprocessing, steps_per_epoch, device)
+
+
+def _card(data: TrainingData, recipe: TrainRecipe, digest: str) -> StudentCard:
+    return StudentCard(
+        architecture=recipe.student,
+        num_classes=len(data.images.class_names),
+        class_names=data.images.class_names,
+        image_size=data.views.output_size(data.images.image_size),
+        mean=data.preprocessing.mean,
+        std=data.preprocessing.std,
+        dataset=data.images.name,
+        recipe_digest=digest,
+    )
+
+
+def _evaluation(row: dict[str, Any], prefix: str) -> Evaluation | None:
+    figures = {name: row.get(f"{prefix}_{name}") for name in Evaluation.model_fields}
+    return None if figures["n"] is None else Evaluation.model_validate(figures)
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "timm", "numpy", "zarr")},
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+Outcome = TypeVar("Outcome")
+Referee = Callable[[int, Sequence[Path]], set[Path]]
+"""Told how many epochs the runs in some folders have finished; says which of them stop there."""
+
+
+def train_group(
+    runs: Sequence[Run], feed: Feed, title: str, *, referee: Referee = lambda epochs, folders: set()
+) -> list[RunResult | Exception | None]:
+    """Train what is left of every run; runs that are ahead wait for the others.
+
+    Args:
+        runs: of one batch stream (`together.train_epoch_together`) and with the same number of epochs.
+        title: of the progress bar.
+        referee: asked before every epoch about the runs that would train in it.
+
+    Returns:
+        For each run its result, None if the referee stopped it, or the error that did: the others are not affected.
+
+    Raises:
+        StorageError, OSError: what a run leaves cannot be written.
+    """
+    outcomes: dict[int, RunResult | Exception | None] = {}  # what has ended
+    samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
+    first = min(len(run.history) for run in runs)
+    with ExitStack() as stack:
+        logs = [stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs]
+        progress = stack.enter_context(Progress(title, epochs * samples, "images", done=first * samples))
+
+        def judge(epoch: int) -> None:
+            """Drop the runs that stop after so many finished epochs."""
+            standing = {run.path: number for number, run in enumerate(runs) if len(run.history) == epoch < epochs}
+            standing = {path: number for path, number in standing.items() if number not in outcomes}
+            outcomes.update({standing[path]: None for path in (referee(epoch, list(standing)) if standing else ())})
+
+        for epoch in range(first, epochs):
+            judge(epoch)
+            due = [number for number, run in enumerate(runs) if len(run.history) == epoch and number not in outcomes]
+            if not due:
+                continue
+            start = time.perf_counter()
+            means = train_epoch_together([runs[number].learner for number in due], feed, epoch, progress.advance)
+            train_s = (time.perf_counter() - start) / len(due)
+            for number, mean in zip(due, means, strict=True):
+                if isinstance(mean, Exception):
+                    outcomes[number] = mean
+                    continue
+                row = _or_error(partial(runs[number].finish_epoch, mean, train_s, samples), alone=len(runs) == 1)
+                if isinstance(row, Exception):
+                    outcomes[number] = row
+                    continue
+                logs[number].write(runs[number].history)
+                progress.advance(0, _note(row, epochs))
+        for number, (run, log) in enumerate(zip(runs, logs, strict=True)):
+            if number not in outcomes:
+                result = _or_error(run.result, alone=len(runs) == 1)
+                outcomes[number] = result if isinstance(result, Exception) else log.finish(result)
+        return [outcomes[number] for number in range(len(runs))]
+
+
+def _or_error(work: Callable[[], Outcome], *, alone: bool) -> Outcome | Exception:
+    """What `work` gives, or the error that concerns no other run: logits that are no numbers, memory, …"""
+    try:
+        return work()
+    except (StorageError, OSError):
+        raise
+    except Exception as error:
+        return error if alone else error.with_traceback(None)  # which holds tensors, and others need the memory
+
+
+def _note(row: dict[str, Any], epochs: int) -> str:
+    top1 = "" if row["test_top1"] is None else f", test top-1 {row['test_top1']:.2%}"
+    return f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.4f}{top1}"

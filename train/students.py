@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
-from train.student_names import ALIASES, spelled
+from train.recipe import STUDENT_ALIASES, spelled
 from train.zoo import torchvision_net
 from train.zoo.base import ZooNetwork
 from train.zoo.mobilenet import MobileNetV2
@@ -96,8 +96,8 @@ def _create_zoo(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
         raise RecipeError(
             "no such student",
             where=name,
-            expected=f"one of {', '.join((*ZOO, *ALIASES))}, or timm:NAME, torchvision:NAME",
-            next_step=_hint(name, (*ZOO, *ALIASES)),
+            expected=f"one of {', '.join((*ZOO, *STUDENT_ALIASES))}, or timm:NAME, torchvision:NAME",
+            next_step=_hint(name, (*ZOO, *STUDENT_ALIASES)),
         )
     unknown = sorted(options.keys() - {"in_chans"})
     if unknown:

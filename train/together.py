@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cache_tools.cache_recipe import Preprocessing
 from cache_tools.errors import CacheError
+from cache_tools.format.recipe import Preprocessing
 from train.feed import Batch, Feed
 from train.loop import Learner, model_inputs
 

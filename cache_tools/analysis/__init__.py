@@ -1,0 +1,1 @@
+"""What the teachers of a cache say: statistics, fusion tuning, codec fidelity."""

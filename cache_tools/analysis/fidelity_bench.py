@@ -1,0 +1,225 @@
+"""One codec measured on rows of a cache: packed as a real cache packs them, counted, decoded, compared.
+
+A component cache is fused from its decoded parts as its recipe says, so that every figure is about the logits and
+features that training would use.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+
+from cache_tools.analysis import fidelity
+from cache_tools.analysis.fidelity import fit_student
+from cache_tools.codecs import SparseTargets, TopK
+from cache_tools.codecs.presets import TargetCodecs, kind_of
+from cache_tools.config import Frozen
+from cache_tools.derive.blocks import BlockReader, Rows, Stored
+from cache_tools.derive.recode import Recoder, fit_sample, recoded_constants
+from cache_tools.errors import FormatError
+from cache_tools.format.arrays import ArraySpec, TargetSpec, targets
+from cache_tools.format.layout import target_layout
+from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import CacheRecipe
+from cache_tools.fusion import centre_rows
+from cache_tools.store.create import add_array
+from cache_tools.store.encoding import sample_rows
+from cache_tools.targets import ViewTargets, constants_for, fused
+
+STAGES = (100, 200)
+EVERYTHING = slice(None)
+
+
+class TargetCost(Frozen):
+    """One stored target: bytes per (image, view), and how far decoded numbers are from those of the cache.
+
+    Attributes:
+        bytes: of all its arrays as files, checksums included.
+        error: ‖decoded − cache‖ / ‖cache − mean of each column‖, rows of logits centred.
+        largest_error: of a single number.
+    """
+
+    codec: dict[str, Any]
+    bytes: float
+    error: float
+    largest_error: float
+
+
+class CodecCost(Frozen):
+    """One way to store the cache. What is not known (`problem`), or not there, is None or empty.
+
+    Attributes:
+        spec: as it was typed.
+        problem: why the cache cannot be stored so.
+        bytes: per (image, view), of all targets.
+        g: relative error of the KD gradient with respect to the student's logits, by `STEPS@TEMPERATURE`. Of top-k that
+            of its own loss (`train.losses.tail.kd_tail`), which there is at the codec's temperature alone.
+        g_even_tail: of top-k, with a dense loss on logits whose tail is even.
+        kl: KL(cache ‖ decoded) by temperature, in nats.
+        feature_error, largest_feature_error: of the fused features, as in `TargetCost`.
+        captured_mass, classes_kept: of top-k, means over rows.
+        caution: what to know before using it at these temperatures.
+    """
+
+    spec: str
+    codecs: TargetCodecs
+    problem: str | None = None
+    bytes: float | None = None
+    targets: dict[str, TargetCost] = Field(default_factory=dict)
+    g: dict[str, float] = Field(default_factory=dict)
+    g_even_tail: dict[str, float] = Field(default_factory=dict)
+    kl: dict[str, float] = Field(default_factory=dict)
+    top1_agreement: float | None = None
+    feature_error: float | None = None
+    largest_feature_error: float | None = None
+    captured_mass: float | None = None
+    classes_kept: float | None = None
+    caution: str | None = None
+
+
+class Bench:
+    """Rows of one view of a cache, and a student that has learnt a little of them.
+
+    Attributes:
+        index: which samples, evenly spaced.
+        logits, features: the fused targets as training would get them, [S, C] and [S, D].
+        students: the student's logits [S, C] after each number of steps. It is linear and sees the fused features.
+    """
+
+    def __init__(self, source: BlockReader, view: int, rows: int, temperatures: Sequence[float]) -> None:
+        self.source, self.view, self.temperatures = source, view, tuple(temperatures)
+        self.index = sample_rows(source.cache.num_samples, rows)
+        self._stored = source.sample(view, self.index)
+        self._decoded = source.decode(self._stored)
+        self.logits, self.features = self._fused(source.cache.recipe, self._stored, source.constants)
+        self.students = fit_student(self.features, self.logits, STAGES, temperatures=self.temperatures)
+
+    def cost(self, spec: str, codecs: TargetCodecs) -> CodecCost:
+        """What storing the cache with these codecs would cost."""
+        recipe = self.source.cache.recipe.model_copy(update={"codecs": codecs})
+        caution = _caution(codecs.logits, recipe, self.temperatures)
+        try:
+            constants = recoded_constants(self.source, recipe, lambda: self._fit_sample)
+            with warnings.catch_warnings():  # the table says it
+                warnings.filterwarnings("ignore", "top-k targets at temperature")
+                stored = Recoder(self.source, recipe, constants).stored(self._stored)
+        except FormatError as error:
+            return CodecCost(spec=spec, codecs=codecs, problem=str(error), caution=caution)
+        logits, features = self._fused(recipe, stored, constants)
+        costs = self._target_costs(recipe, stored, constants)
+        return CodecCost(
+            spec=spec,
+            codecs=codecs,
+            bytes=sum(cost.bytes for cost in costs.values()),
+            targets=costs,
+            kl={f"{t:g}": fidelity.divergence(self.logits, logits, t) for t in self.temperatures},
+            top1_agreement=fidelity.agreement(self.logits, logits),
+            feature_error=_relative(features, self.features),
+            largest_feature_error=float((features - self.features).abs().max()),
+            caution=caution,
+            **self._gradients(recipe, stored, logits),
+        )
+
+    @cached_property
+    def _fit_sample(self) -> Stored:
+        return fit_sample(self.source)
+
+    def _gradients(self, recipe: CacheRecipe, stored: Stored, logits: torch.Tensor) -> dict[str, Any]:
+        dense = {
+            f"{stage}@{t:g}": fidelity.gradient_error(self.logits, logits, student, t)
+            for stage, student in self.students.items()
+            for t in self.temperatures
+        }
+        for spec in targets(recipe, 1):
+            if isinstance(spec.codec, TopK):
+                parts = {array.suffix: stored[array.name] for array in spec.arrays}
+                return self._sparse_gradients(spec, spec.codec.sparse(parts), dense)
+        return {"g": dense}
+
+    def _sparse_gradients(self, spec: TargetSpec, known: SparseTargets, dense: dict[str, float]) -> dict[str, Any]:
+        assert isinstance(spec.codec, TopK)
+        p_NC = _probabilities(known, spec.width)
+        found: dict[str, Any] = {
+            "captured_mass": float(p_NC.sum(dim=1).mean()),
+            "classes_kept": float((known.classes < spec.width).double().sum(dim=1).mean()),
+        }
+        if spec.name != "fused_logits":  # fused as dense logits
+            return {**found, "g": dense}
+        t = spec.codec.temperature
+        own = {}
+        if t in self.temperatures and not isinstance(self.source.cache.targets[spec.name].codec, TopK):
+            own = {
+                f"{stage}@{t:g}": fidelity.tail_gradient_error(self.logits, p_NC, student, t)
+                for stage, student in self.students.items()
+            }
+        return {**found, "g": own, "g_even_tail": dense}
+
+    def _target_costs(self, recipe: CacheRecipe, stored: Stored, constants: Rows) -> dict[str, TargetCost]:
+        found, samples = {}, self.source.cache.num_samples
+        for spec in targets(recipe, self.source.cache.manifest.block_rows):
+            parts = {array.suffix: stored[array.name] for array in spec.arrays}
+            fitted = {key.removeprefix(spec.name): constants[key] for key in spec.constants}
+            decoded, truth = spec.codec.decode(parts, fitted), torch.from_numpy(self._decoded[spec.name])
+            if kind_of(spec.name) == "logits":
+                decoded, truth = centre_rows(decoded), centre_rows(truth)
+            size = sum(stored_bytes(spec, array, stored[array.name], samples) for array in spec.arrays)
+            found[spec.name] = TargetCost(
+                codec=spec.codec.model_dump(mode="json"),
+                bytes=size / len(self.index),
+                error=_relative(decoded, truth),
+                largest_error=float((decoded - truth).abs().max()),
+            )
+        return found
+
+    def _fused(self, recipe: CacheRecipe, stored: Stored, constants: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and features as `TeacherCache.load_view` and training make them."""
+        specs = {spec.name: spec for spec in targets(recipe, 1)}
+        arrays = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in stored.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in constants.items()}
+        if recipe.store == "fused":
+            view = ViewTargets(self.view, arrays, tensors, None, specs)
+        else:
+            how = Fusion.stored(self.source.cache.manifest)
+            held = constants_for(how, recipe, tensors.__getitem__)
+            view = fused(ViewTargets(self.view, arrays, held, how, specs))
+        return centre_rows(view.logits(EVERYTHING)), view.features(EVERYTHING)
+
+
+def stored_bytes(target: TargetSpec, array: ArraySpec, values: npt.NDArray[Any], num_samples: int) -> int:
+    """Bytes of the chunk files of one array that holds these rows [S, width] of one view.
+
+    Chunks are those of the cache where all of its samples are there; else they are no longer than the rows.
+    """
+    from zarr import create_group
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    if len(values) < num_samples:
+        array = array.model_copy(update={"chunk_rows": min(array.chunk_rows, len(values))})
+    made = add_array(create_group(MemoryStore(files)), array.name, target_layout(target, array, (1, len(values))))
+    made[0] = values
+    return sum(len(data) for key, data in files.items() if key.startswith(f"{array.name}/c"))
+
+
+def _probabilities(known: SparseTargets, classes: int) -> torch.Tensor:
+    """What top-k knows of each class, [S, C] float64; 0 in the tail. Rounding is made up for as `kd_tail` does."""
+    joint = torch.cat([known.log_p, known.log_tail[:, None]], dim=1).double().softmax(dim=1)[:, :-1]
+    p = torch.zeros(len(joint), classes + 1, dtype=torch.float64)
+    return p.scatter_(1, known.classes, joint)[:, :classes]
+
+
+def _relative(decoded: torch.Tensor, truth: torch.Tensor) -> float:
+    spread = (truth - truth.mean(dim=0)).double().norm()
+    return float((decoded - truth).double().norm() / spread.clamp_min(1e-30))
+
+
+def _caution(codec: Any, recipe: CacheRecipe, temperatures: Sequence[float]) -> str | None:
+    used = any(isinstance(spec.codec, TopK) for spec in targets(recipe, 1))
+    return codec.caution(max(temperatures)) if used else None

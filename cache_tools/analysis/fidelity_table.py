@@ -1,0 +1,156 @@
+"""What any codec would cost on a cache that is there, in bytes and in what is lost: many codecs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cache_tools.analysis import fidelity
+from cache_tools.analysis.fidelity_bench import Bench, CodecCost
+from cache_tools.codecs.presets import TargetCodecs
+from cache_tools.codecs.top_k import MAX_CLASSES
+from cache_tools.config import Frozen
+from cache_tools.console import Progress
+from cache_tools.derive import codec_spec
+from cache_tools.derive.blocks import BlockReader
+from cache_tools.errors import FormatError, IncompleteError
+from cache_tools.format.arrays import target_arrays
+from cache_tools.format.recipe import CacheRecipe
+from cache_tools.reader import TeacherCache
+
+AS_IT_IS = "(as it is)"
+MANY_CLASSES = 100
+
+
+class StudentAbout(Frozen):
+    """The student that gradients are taken with: how much of the targets it has learnt after each number of steps.
+
+    Attributes:
+        agreement: share of samples with the targets' top-1, by steps.
+        kl: KL(targets ‖ student) by `STEPS@TEMPERATURE`, in nats.
+    """
+
+    what: str
+    agreement: dict[str, float]
+    kl: dict[str, float]
+
+
+class CostTable(Frozen):
+    """What `measure` found, smallest first; `reference` is how the cache stores what all is compared with."""
+
+    name: str
+    fingerprint: str
+    dataset: str
+    store: str
+    classes: int
+    num_samples: int
+    num_views: int
+    view: int
+    rows: int
+    temperatures: tuple[float, ...]
+    reference: str
+    student: StudentAbout
+    codecs: tuple[CodecCost, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def measure(
+    cache: TeacherCache,
+    specs: Sequence[str] = (),
+    *,
+    temperatures: Sequence[float] = (1.0, 4.0),
+    rows: int = 8192,
+    view: int | None = None,
+) -> CostTable:
+    """Measure codecs on a cache.
+
+    Args:
+        specs: as `codec_spec.codecs_for` takes them; none for a list that suits the cache.
+        temperatures: of the KD loss.
+        rows: how many samples, evenly spaced; with all of them, bytes are exactly those of a recoded cache.
+        view: None for the second complete one, or the only one: view 0 often is the clean image.
+
+    Raises:
+        RecipeError: a spec that means nothing for this cache.
+        IncompleteError, NotFoundError: the view is not there, or view 0, to which steps are fitted.
+        FormatError: a damaged block; or a spec asks for pcodec, which is not installed.
+    """
+    chosen, left_out = default_codecs(cache.recipe) if not specs else ({}, [])
+    chosen |= {spec: codec_spec.codecs_for(spec, cache.recipe) for spec in specs}
+    for codecs in chosen.values():
+        _check_readable(cache.recipe, codecs)
+    view, temperatures = _usual_view(cache) if view is None else view, tuple(dict.fromkeys(temperatures))
+    bench = Bench(BlockReader(cache), view, rows, temperatures)
+    found = [bench.cost(AS_IT_IS, cache.recipe.codecs)]
+    with Progress("measure", len(chosen), "codecs") as progress:
+        for spec, codecs in chosen.items():
+            found.append(bench.cost(spec, codecs))
+            progress.advance(1, spec)
+    recipe = cache.recipe
+    return CostTable(
+        name=cache.manifest.name,
+        fingerprint=cache.manifest.fingerprint,
+        dataset=f"{recipe.dataset.name}/{recipe.dataset.split}",
+        store=recipe.store,
+        classes=cache.num_classes,
+        num_samples=cache.num_samples,
+        num_views=cache.num_views,
+        view=view,
+        rows=len(bench.index),
+        temperatures=temperatures,
+        reference=str(recipe.codecs),
+        student=_about(bench),
+        codecs=tuple(sorted(found, key=lambda cost: np.inf if cost.bytes is None else cost.bytes)),
+        left_out=tuple(left_out),
+    )
+
+
+def default_codecs(recipe: CacheRecipe) -> tuple[dict[str, TargetCodecs], list[str]]:
+    """Codecs worth a look for a cache, by spec, and those that are left out because pcodec is not installed."""
+    specs = ["float16", "compact", "dense", "coarse", "row-step"]
+    if "logits" in codec_spec.kinds(recipe):
+        specs += ["fixed-step+", "fixed-step:pack=pcodec+"]
+        if MANY_CLASSES <= len(recipe.dataset.class_names) <= MAX_CLASSES:
+            specs.append("top-k")
+    if recipe.store == "components":
+        specs += ["feature-steps:resolution=32,pack=pcodec", "feature-steps:resolution=8,pack=pcodec"]
+    chosen: dict[str, TargetCodecs] = {}
+    left_out = []
+    for spec in specs:
+        codecs = codec_spec.codecs_for(spec, recipe)
+        if codecs == recipe.codecs or codecs in chosen.values():
+            continue
+        try:
+            _check_readable(recipe, codecs)
+        except FormatError:
+            left_out.append(spec)
+        else:
+            chosen[spec] = codecs
+    return chosen, left_out
+
+
+def _check_readable(recipe: CacheRecipe, codecs: TargetCodecs) -> None:
+    for array in target_arrays(recipe.model_copy(update={"codecs": codecs}), 1):
+        array.stored.check_readable()
+
+
+def _usual_view(cache: TeacherCache) -> int:
+    complete = cache.complete_views
+    if not complete:
+        raise IncompleteError(
+            "no view is complete yet", where=cache.path, next_step="go on with the command that makes this cache"
+        )
+    return complete[min(1, len(complete) - 1)]
+
+
+def _about(bench: Bench) -> StudentAbout:
+    return StudentAbout(
+        what=f"linear on the {bench.features.shape[1]} fused features, fitted to KD at all these temperatures",
+        agreement={str(stage): fidelity.agreement(bench.logits, said) for stage, said in bench.students.items()},
+        kl={
+            f"{stage}@{t:g}": fidelity.divergence(bench.logits, said, t)
+            for stage, said in bench.students.items()
+            for t in bench.temperatures
+        },
+    )

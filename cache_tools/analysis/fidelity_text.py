@@ -1,0 +1,107 @@
+"""`cache-tools fidelity` on a terminal: one line per codec, and what the figures mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from cache_tools.analysis.fidelity_bench import CodecCost
+from cache_tools.analysis.fidelity_table import CostTable
+from cache_tools.analysis.stats_text import make_console, new_table, percent
+from cache_tools.units import human_bytes
+
+_NOT_THERE = "–"
+
+
+def print_costs(found: CostTable) -> None:
+    """Heading, table, notes."""
+    console = make_console()
+    print(_heading(found))
+    console.print()
+    console.print(_table(found))
+    print()
+    for line in _notes(found):
+        print(line)
+
+
+def _heading(found: CostTable) -> str:
+    samples = f"{found.rows:,} of {found.num_samples:,} samples" if found.rows < found.num_samples else "all samples"
+    student = "; ".join(
+        f"{steps} steps: same top-1 for {percent(share)}, KL "
+        + ", ".join(f"{found.student.kl[f'{steps}@{t:g}']:.2g} at T={t:g}" for t in found.temperatures)
+        for steps, share in found.student.agreement.items()
+    )
+    return "\n".join(
+        [
+            f"{found.dataset}, cache {found.fingerprint[:12]}: {samples} of view {found.view}, "
+            f"{found.classes} classes, store {found.store}",
+            f"compared with: what the cache holds ({found.reference}), decoded",
+            f"student: {found.student.what}; {student}",
+        ]
+    )
+
+
+def _table(found: CostTable) -> Table:
+    names = list(dict.fromkeys(name for cost in found.codecs for name in cost.targets))
+    titles = [f"{name} B" for name in names] + (["all B"] if len(names) > 1 else [])
+    titles += ["whole cache", *(f"g T={t:g}" for t in found.temperatures), *(f"KL T={t:g}" for t in found.temperatures)]
+    titles += ["top-1 kept", "features", "largest", "opens in"]
+    table = new_table("codec", titles)
+    for cost in found.codecs:
+        if cost.bytes is not None:
+            sizes = [f"{cost.targets[name].bytes:.1f}" for name in names] + [f"{cost.bytes:.1f}"] * (len(names) > 1)
+            whole = human_bytes(round(cost.bytes * found.num_samples * found.num_views))
+            table.add_row(cost.spec, *sizes, whole, *_errors(cost, found.temperatures))
+    return table
+
+
+def _errors(cost: CodecCost, temperatures: tuple[float, ...]) -> list[str]:
+    packs = {target.codec.get("pack") for target in cost.targets.values()}
+    return [
+        *(_gradient(cost, t) for t in temperatures),
+        *(f"{cost.kl[f'{t:g}']:.1e}" for t in temperatures),
+        percent(cost.top1_agreement),
+        percent(cost.feature_error),
+        _NOT_THERE if cost.largest_feature_error is None else f"{cost.largest_feature_error:.1e}",
+        "pcodec" if "pcodec" in packs else "any zarr",
+    ]
+
+
+def _gradient(cost: CodecCost, temperature: float) -> str:
+    """Of the worse stage; `even` marks a dense loss on an even tail."""
+    own, even = (_worst(errors, temperature) for errors in (cost.g, cost.g_even_tail))
+    return percent(own) if own is not None or even is None else f"{percent(even)} even"
+
+
+def _worst(errors: Mapping[str, float], temperature: float) -> float | None:
+    return max((error for key, error in errors.items() if key.endswith(f"@{temperature:g}")), default=None)
+
+
+def _notes(found: CostTable) -> list[str]:
+    notes = [
+        "B: bytes per (image, view) in the chunk files of zarr, checksums included. g: error of the KD gradient with "
+        "respect to the student's logits, relative to the gradient; the worse of both stages.",
+        "KL: of the cache's softmax from the decoded one, nats. features: error of the fused features relative to "
+        "their spread; largest: of a single number.",
+    ]
+    if found.rows < found.num_samples:
+        notes.append(
+            "Samples are evenly spaced; where neighbours are alike (folders by class) files are a little smaller."
+        )
+    if "top-k logits" in found.reference:
+        notes.append("The cache holds top-k logits: what everything is compared with has an even tail itself.")
+    for cost in found.codecs:
+        if cost.captured_mass is not None and cost.classes_kept is not None:
+            kept = (
+                f"keeps {cost.classes_kept:.1f} classes of a row on average, {percent(cost.captured_mass)} of the mass"
+            )
+            even = "; even: a dense loss that spreads the rest evenly" if cost.g_even_tail else ""
+            notes.append(f"{cost.spec}: {kept}{even}")
+    notes += [f"{cost.spec}: cannot store this cache: {cost.problem}" for cost in found.codecs if cost.problem]
+    notes += [f"warning: {caution}" for caution in dict.fromkeys(cost.caution for cost in found.codecs) if caution]
+    if found.left_out:
+        notes.append(
+            f"Left out, for they need pcodec (pip install 'teacher-cache[codecs]'): {', '.join(found.left_out)}"
+        )
+    return notes

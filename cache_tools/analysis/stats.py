@@ -1,0 +1,341 @@
+"""What the teachers of a cache say about its samples: accuracy, calibration, consistency, disagreement, stability.
+
+Runs no model. Views are read one at a time; docs/analysis.md says what each figure means.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+from cache_tools.analysis import tables
+from cache_tools.analysis.figures import NonTargetConsistency, Stability, js_divergence, row_chunks, sample_figures
+from cache_tools.config import Frozen
+from cache_tools.console import Progress, resolve_device, storage_error
+from cache_tools.errors import IncompleteError, RecipeError
+from cache_tools.files import put_durably
+from cache_tools.format.manifest import Fusion
+from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice
+from cache_tools.targets import ViewTargets
+
+Keep = Callable[[int, pl.DataFrame], None]
+
+
+class About(Frozen):
+    """Which cache, and with which settings the figures were made.
+
+    Attributes:
+        sources: `teacher`, `clip`, `fusion`; a fused cache keeps the fusion only.
+        views: those that were looked at, of the cache's `num_views`.
+        confident: a prediction is confident when its probability is at least this.
+        temperature: what all logits were divided by before the softmax.
+        clip_scales: what the cosines of each CLIP were multiplied with, also for CLIP's own figures.
+        prompt_ensemble: what was averaged over the prompt templates.
+    """
+
+    path: str
+    name: str
+    fingerprint: str
+    dataset: str
+    class_names: tuple[str, ...]
+    num_samples: int
+    views: tuple[int, ...]
+    num_views: int
+    sources: tuple[str, ...]
+    store: str
+    confident: float
+    temperature: float
+    teacher_weight: float
+    clip_scales: tuple[float, ...]
+    prompt_ensemble: str
+
+
+@dataclass(frozen=True)
+class TeacherStats:
+    """The result. Shares and accuracies are in [0, 1], NLL, entropies and divergences in nats.
+
+    Attributes:
+        summary: one row per source and view, and per source over all views (`view` null): `n`, `top1`, `top5`, `nll`,
+            `brier`, `ece`, `confidence`, `entropy`, `consistency`, and the quadrants `confident_right`,
+            `unsure_right`, `unsure_wrong`, `confident_wrong`.
+        reliability: one row per source, view (null: all) and confidence bin.
+        classes: one row per class: accuracies and consistencies by source, gains of the fusion.
+        confusions: one row per ordered pair (label, said instead), most frequent first.
+        disagreement: one row per view, and over all (`view` null); empty for a fused cache.
+        stability: one row per source; empty for a single view.
+        samples: one row per sample, over the views: what the fusion says against the label and, with two views or
+            more, `SOURCE_same_top1` and `SOURCE_divergence`.
+    """
+
+    about: About
+    summary: pl.DataFrame
+    reliability: pl.DataFrame
+    classes: pl.DataFrame
+    confusions: pl.DataFrame
+    disagreement: pl.DataFrame
+    stability: pl.DataFrame
+    samples: pl.DataFrame
+
+    def suspicious(self, count: int) -> pl.DataFrame:
+        """The samples whose label the fusion contradicts most: by the mean over the views, wrong in one at least."""
+        found = self.samples.filter(pl.col("views_against") > 0)
+        columns = ("sample", "label", "class", "rival", "rival_class", "against", "against_max", "views_against")
+        return found.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
+
+    def to_dict(self, rows: int = 20) -> dict[str, Any]:
+        """Plain JSON. Of the confusions and of the samples (the most suspicious ones) only the first `rows`."""
+        tables = {
+            "summary": self.summary,
+            "reliability": self.reliability,
+            "classes": self.classes,
+            "disagreement": self.disagreement,
+            "stability": self.stability,
+            "confusions": self.confusions.head(rows),
+            "suspicious": self.suspicious(rows),
+        }
+        return {"about": self.about.model_dump(mode="json")} | {name: t.to_dicts() for name, t in tables.items()}
+
+
+def analyse(
+    cache: TeacherCache,
+    views: Iterable[int] | None = None,
+    *,
+    confident: float = 0.8,
+    temperature: float = 1.0,
+    choice: FusionChoice | None = None,
+    device: str = "cpu",
+    keep: Keep | None = None,
+) -> TeacherStats:
+    """Read the views of a cache one after the other and sum up what the teachers said.
+
+    Memory: one view and its table, and one [N, C] float32 array per source where there are several views.
+
+    Args:
+        views: which; None for all complete ones.
+        confident: threshold of a confident prediction, between 0 and 1.
+        temperature: above 0; divides all logits.
+        choice: fuse a component cache in another way than it was built.
+        keep: is given the table of every view, one row per source and sample, before the next view is read.
+
+    Raises:
+        RecipeError: a threshold or temperature out of range.
+        IncompleteError: no complete view, or a view asked for that is not.
+        NotFoundError: no such view, or `choice` for a fused cache.
+        FormatError, DeviceError: as `TeacherCache.load_view`.
+    """
+    if not 0.0 < confident < 1.0:
+        raise RecipeError("bad --confident", expected="a probability between 0 and 1", found=confident)
+    check_temperature(temperature)
+    chosen = view_numbers(cache, views)
+    fusion = (choice or FusionChoice()).resolve(cache)
+    stream = ViewStream(cache, fusion, temperature, resolve_device(device), several=len(chosen) > 1)
+    sums = tables.Sums(cache.class_names, stream.sources, confident)
+    with Progress("stats", len(chosen) * cache.num_samples, "samples") as progress:
+        for view in chosen:
+            frame, consistency = stream.read(view, progress)
+            if keep is not None:
+                keep(view, frame)
+            sums.add(view, frame, consistency)
+    samples = sums.samples()
+    for source, (same, divergence) in stream.stability().items():
+        samples = samples.with_columns(
+            pl.Series(f"{source}_same_top1", same), pl.Series(f"{source}_divergence", divergence)
+        )
+    return TeacherStats(
+        about=_about(cache, chosen, stream.sources, confident, temperature, fusion),
+        summary=sums.summary(),
+        reliability=sums.reliability(),
+        classes=sums.classes(),
+        confusions=sums.confusions(),
+        disagreement=sums.disagreement(),
+        stability=tables.stability_table(samples, stream.sources if len(chosen) > 1 else ()),
+        samples=samples,
+    )
+
+
+def view_numbers(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int, ...]:
+    """`views`, or every complete one.
+
+    Raises:
+        IncompleteError: no view is complete.
+    """
+    chosen = cache.complete_views if views is None else tuple(views)
+    if not chosen:
+        raise IncompleteError(
+            "no view of this cache is completely built",
+            where=cache.path,
+            next_step=f"run the same {cache.manifest.recipe.made_by} command again: it goes on from what is stored",
+        )
+    return chosen
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise RecipeError unless logits can be divided by it."""
+    if not 0.0 < temperature < float("inf"):
+        raise RecipeError("bad --temperature", expected="a number above 0", found=temperature)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        StorageError: a file is in the way, or the disk is full or read-only.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+def put_file(path: Path, data: Any) -> None:
+    """Replace a file; what was there stays where that fails.
+
+    Raises:
+        StorageError: a folder is in the way, or the disk is full or read-only.
+    """
+    try:
+        put_durably(path, data)
+    except OSError as error:
+        error.filename = str(path)  # not that of the temporary file
+        raise storage_error(error) from error
+
+
+class Folder:
+    """Where `--out` writes: `stats.json`, a parquet file per table, `views/` with the table of each view.
+
+    Args:
+        path: made if it is not there; what an earlier run wrote is replaced, from the first view on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begun = False
+        make_folder(path / "views")
+
+    def keep(self, view: int, frame: pl.DataFrame) -> None:
+        """The table of one view, figures in float32: one row per source and sample."""
+        if not self._begun:  # before that, a mistake in the options may end the run
+            for stale in (self.path / "views").glob("view-*.parquet"):
+                stale.unlink()
+            self._begun = True
+        small = frame.with_columns(pl.lit(view, pl.Int32).alias("view"), pl.col(pl.Float64).cast(pl.Float32))
+        put_file(self.path / "views" / f"view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
+
+    def write(self, stats: TeacherStats) -> None:
+        """Every table of the result, and `stats.json`."""
+        for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
+            table: pl.DataFrame = getattr(stats, name)
+            if table.is_empty():
+                (self.path / f"{name}.parquet").unlink(missing_ok=True)
+            else:
+                put_file(self.path / f"{name}.parquet", _parquet(table))
+        put_file(self.path / "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
+
+
+def _parquet(table: pl.DataFrame) -> memoryview:
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getbuffer()
+
+
+def _about(
+    cache: TeacherCache,
+    views: tuple[int, ...],
+    sources: tuple[str, ...],
+    confident: float,
+    temperature: float,
+    fusion: Fusion,
+) -> About:
+    dataset = cache.recipe.dataset
+    return About(
+        path=str(cache.path),
+        name=cache.manifest.name,
+        fingerprint=cache.manifest.fingerprint,
+        dataset=f"{dataset.name}/{dataset.split}",
+        class_names=cache.class_names,
+        num_samples=cache.num_samples,
+        views=views,
+        num_views=cache.num_views,
+        sources=sources,
+        store=cache.recipe.store,
+        confident=confident,
+        temperature=temperature,
+        teacher_weight=fusion.teacher_weight,
+        clip_scales=fusion.clip_scales,
+        prompt_ensemble=fusion.prompt_ensemble,
+    )
+
+
+SOURCES = ("teacher", "clip", "fusion")
+
+
+class ViewStream:
+    """Reads views; carries from view to view what stability needs.
+
+    Attributes:
+        sources: `teacher`, `clip`, `fusion`; the fusion alone of a fused cache.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, fusion: Fusion, temperature: float, device: torch.device, *, several: bool
+    ) -> None:
+        self._cache, self._fusion, self._temperature, self._device = cache, fusion, temperature, device
+        self.sources = SOURCES if cache.recipe.store == "components" else ("fusion",)
+        self._labels = torch.from_numpy(cache.labels).to(device)
+        followed = self.sources if several else ()
+        self._stability = {name: Stability(cache.num_samples, cache.num_classes, device) for name in followed}
+
+    def read(self, view: int, progress: Progress) -> tuple[pl.DataFrame, Mapping[str, npt.NDArray[np.float64]]]:
+        """The table of a view (`view_tables.sample_table`), and the consistency [C] of each source."""
+        targets = self._cache.load_view(view, self._device, features=False, fusion=self._fusion)
+        consistency = {name: NonTargetConsistency(self._cache.num_classes, self._device) for name in self.sources}
+        pieces = []
+        for rows in self._chunks():
+            pieces.append(self._rows(targets, rows, consistency))
+            progress.advance(rows.stop - rows.start, f"view {view}")
+        for stability in self._stability.values():
+            stability.next_view()
+        return pl.concat(pieces), {name: value.compute().numpy() for name, value in consistency.items()}
+
+    def stability(self) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
+        """Source → (same top-1 in all views, divergence) per sample [N]; empty when there is one view only."""
+        found = {}
+        for name, stability in self._stability.items():
+            parts = [stability.compute(rows) for rows in self._chunks()]
+            same, divergence = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+            found[name] = (same, divergence)
+        return found
+
+    def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
+        labels, figures, p = self._labels[rows], {}, {}
+        for name in self.sources:
+            logits = source_logits(targets, name, rows).double() / self._temperature
+            p[name] = logits.softmax(dim=1)
+            figures[name] = sample_figures(logits, labels)
+            consistency[name].add(logits, labels)
+            if name in self._stability:
+                self._stability[name].add(rows, p[name], figures[name]["top1"], figures[name]["entropy"])
+        divergence = js_divergence(p["teacher"], p["clip"]) if "clip" in p else None
+        return tables.sample_table(rows, labels, figures, divergence)
+
+    def _chunks(self) -> list[slice]:
+        return list(row_chunks(self._cache.num_samples, self._cache.num_classes))
+
+
+def source_logits(targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
+    """Logits [B, C] of `teacher`, `clip` (scaled) or `fusion`; of several networks the mix."""
+    if source == "teacher":
+        return targets.teacher_logits(rows)
+    if source == "clip":
+        return targets.clip_logits(rows)
+    return targets.logits(rows)

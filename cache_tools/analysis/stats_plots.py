@@ -1,0 +1,255 @@
+"""Pictures of a `TeacherStats`: quadrants, reliability, gains and consistency of the classes, stability."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from cache_tools.analysis.stats import About, TeacherStats, put_file
+from cache_tools.analysis.tables import CALIBRATION_BINS, QUADRANTS
+from cache_tools.plotting import COLOURS, FAINT, INK, MARKERS, NAMES, dress, legend_above, new_figure, shorten
+
+# Below this lies what float32 leaves of equal views: a curve that starts high at the left edge has such samples.
+_LEAST_DIVERGENCE = 1e-6
+_QUADRANTS = {
+    "confident_right": ("confident and right", "#0072B2", "white"),
+    "unsure_right": ("unsure and right", "#8CCBF0", INK),
+    "unsure_wrong": ("unsure and wrong", "#F2C667", INK),
+    "confident_wrong": ("confident and wrong", "#D55E00", "white"),
+}
+
+
+def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
+    """Write every picture that the figures allow; a fused cache has no gains, a single view no stability.
+
+    Returns:
+        the files, `NAME.png` below `folder`; pictures of an earlier run that no longer apply are removed.
+    """
+    drawn = {
+        "quadrants": draw_quadrants(stats),
+        "reliability": draw_reliability(stats),
+        "class_gains": draw_gains(stats) if len(stats.about.sources) > 1 else None,
+        "consistency": draw_consistency(stats) if len(stats.about.class_names) > 2 else None,
+        "stability": draw_stability(stats) if not stats.stability.is_empty() else None,
+    }
+    written = []
+    for name, figure in drawn.items():
+        path = folder / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        put_file(path, picture.getbuffer())
+        written.append(path)
+    return written
+
+
+def draw_quadrants(stats: TeacherStats) -> Any:
+    """Stacked bars, one per source: confident or unsure, right or wrong."""
+    sources = stats.about.sources
+    figure = new_figure(10, 1.7 + 0.75 * len(sources), "Confident or unsure, right or wrong", subtitle(stats.about))
+    axes = figure.subplots()
+    overall = {row["source"]: row for row in stats.summary.filter(pl.col("view").is_null()).to_dicts()}
+    for height, source in enumerate(reversed(sources)):
+        left, narrow = 0.0, []
+        for name in QUADRANTS:
+            label, colour, ink = _QUADRANTS[name]
+            share = 100 * overall[source][name]
+            axes.barh(height, share, left=left, color=colour, height=0.66, edgecolor="white", linewidth=1.2)
+            if share >= 5.5:
+                axes.text(left + share / 2, height, f"{share:.2f} %", ha="center", va="center", color=ink, fontsize=11)
+            else:
+                narrow.append(f"{label} {share:.2f} %")
+            left += share
+        axes.text(100, height + 0.36, ", ".join(narrow), ha="right", va="bottom", fontsize=9, color=FAINT)
+    axes.set_yticks(range(len(sources)), [NAMES[source] for source in reversed(sources)])
+    axes.set(xlim=(0, 100), ylim=(-0.45, len(sources) - 0.35))
+    axes.set_xlabel("share of all predictions, %", fontsize=10)
+    dress(axes, grid="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=11)
+    legend_above(axes, [(label, colour) for label, colour, _ in _QUADRANTS.values()])
+    return figure
+
+
+def draw_reliability(stats: TeacherStats) -> Any:
+    """Accuracy in each bin of the confidence, side by side; below it how many predictions a bin holds."""
+    sources = stats.about.sources
+    figure = new_figure(max(9.0, 1.0 + 3.2 * len(sources)), 5.0, "Reliability", subtitle(stats.about))
+    panels = figure.subplots(2, len(sources), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
+    overall = stats.reliability.filter(pl.col("view").is_null())
+    ece = {row["source"]: row["ece"] for row in stats.summary.filter(pl.col("view").is_null()).to_dicts()}
+    for source, (upper, lower) in zip(sources, panels.T, strict=True):
+        bins = overall.filter((pl.col("source") == source) & (pl.col("n") > 0))
+        share = 100 * bins["n"].to_numpy() / bins["n"].sum()
+        centre = (bins["low"] + bins["high"]).to_numpy() / 2
+        width = 0.92 / CALIBRATION_BINS
+        accuracy, confidence = bins["accuracy"].to_numpy(), bins["confidence"].to_numpy()
+        upper.bar(centre, accuracy, width=width, color=COLOURS[source], alpha=0.85, label="accuracy")
+        upper.bar(
+            centre, confidence - accuracy, bottom=accuracy, width=width, label="gap to the confidence",
+            facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.9,
+        )  # fmt: skip
+        upper.plot([0, 1], [0, 1], color=INK, linewidth=1.1, linestyle="--")
+        upper.set_title(f"{NAMES[source]}: ECE {ece[source]:.4f}", loc="left", fontsize=11, color=INK)
+        lower.bar(centre, share, width=width, color=COLOURS[source], alpha=0.85)
+        lower.set_xlabel("confidence", fontsize=10)
+        for axes in (upper, lower):
+            axes.axvline(stats.about.confident, color=FAINT, linewidth=1, linestyle=":")
+            dress(axes)
+        upper.set(xlim=(0, 1), ylim=(0, 1))
+    panels[0, 0].set_ylabel("accuracy", fontsize=10)
+    panels[1, 0].set_ylabel("share, %", fontsize=10)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
+    )
+    return figure
+
+
+def draw_stability(stats: TeacherStats) -> Any:
+    """Left: how often all views agree on the top-1. Right: how far a sample's views are apart, as a distribution."""
+    sources = stats.about.sources
+    figure = new_figure(10, 4.2, f"Stability over {len(stats.about.views)} views", subtitle(stats.about))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.9))
+    same = {row["source"]: row["same_top1"] for row in stats.stability.to_dicts()}
+    least, keys = 0.1, []
+    for place, source in enumerate(sources):
+        share = 100 * same[source]
+        left.bar(place, share, color=COLOURS[source], width=0.62)
+        left.text(place, share + 1.5, f"{share:.1f}", ha="center", va="bottom", fontsize=11, color=INK)
+        divergence = np.sort(stats.samples[f"{source}_divergence"].to_numpy())
+        cumulative = 100 * np.arange(1, len(divergence) + 1) / len(divergence)
+        right.step(
+            np.maximum(divergence, _LEAST_DIVERGENCE), cumulative, where="post", color=COLOURS[source], linewidth=2,
+            marker=MARKERS[source], markevery=0.125,
+        )  # fmt: skip
+        keys.append((f"{NAMES[source]}, mean {divergence.mean():.4f}", COLOURS[source], MARKERS[source]))
+        least = min(least, max(divergence[0], _LEAST_DIVERGENCE))
+    left.set_xticks(range(len(sources)), [NAMES[source] for source in sources])
+    left.set(ylim=(0, 112), yticks=range(0, 101, 20))
+    left.set_title("Same top-1 in all views, % of samples", loc="left", fontsize=11, color=INK)
+    right.set(xscale="log", ylim=(0, 103), xlim=(least / 1.3, np.log(len(stats.about.views))))
+    right.set_xlabel("JS divergence of a sample's views, nats", fontsize=10)
+    right.set_ylabel("samples at or below, %", fontsize=10)
+    legend_above(right, [], keys)
+    for axes in (left, right):
+        dress(axes)
+    return figure
+
+
+# Up to so many classes each has a line with its name.
+NAMED_CLASSES = 40
+_NAMED_EXTREMES = 6
+
+
+def draw_gains(stats: TeacherStats) -> Any:
+    """Top-1 of the fusion minus that of the teacher (bars) and of CLIP (triangles), class by class, sorted."""
+    rows = stats.classes.drop_nulls("gain_over_teacher").sort("gain_over_teacher", descending=True)
+    teacher, clip = (100 * rows[f"gain_over_{name}"].to_numpy() for name in ("teacher", "clip"))
+    few = len(rows) <= NAMED_CLASSES
+    height = 1.7 + 0.27 * len(rows) if few else 5.0
+    figure = new_figure(10, height, "Gain of the fusion, class by class", subtitle(stats.about))
+    axes = figure.subplots()
+    place = np.arange(len(rows))
+    colours = np.where(teacher >= 0, COLOURS["teacher"], "#D55E00")
+    if few:
+        axes.barh(place, teacher, color=colours, height=0.7, label="over the teacher")
+        axes.plot(clip, place, "^", color=COLOURS["clip"], markeredgecolor=INK, markersize=7, linewidth=0)
+        axes.set_yticks(place, [shorten(name) for name in rows["class"]])
+        axes.set(ylim=(len(rows) - 0.4, -0.6))
+        axes.set_xlabel("points of top-1", fontsize=10)
+        axes.axvline(0, color=INK, linewidth=1)
+    else:
+        axes.bar(place, teacher, color=colours, width=1.0)
+        axes.plot(place, clip, "^", color=COLOURS["clip"], markeredgecolor=INK, markeredgewidth=0.4, markersize=5)
+        axes.set_ylabel("points of top-1", fontsize=10)
+        axes.axhline(0, color=INK, linewidth=1)
+        _ranks(axes, rows["class"].to_list(), [f"{gain:+.1f}" for gain in teacher])
+    dress(axes, grid="x" if few else "y")
+    legend_above(
+        axes,
+        [("over the teacher", COLOURS["teacher"]), ("below the teacher", "#D55E00")],
+        [("over CLIP", COLOURS["clip"], "^")],
+    )
+    return figure
+
+
+def draw_consistency(stats: TeacherStats) -> Any:
+    """Non-target consistency of every class: dots per source, or the fusion against the others for many classes."""
+    rows = stats.classes.drop_nulls("fusion_consistency").sort("fusion_consistency", descending=True)
+    title = "Non-target consistency: how alike the other classes are rated within a class"
+    if len(rows) <= NAMED_CLASSES:
+        return _consistency_dots(stats, rows, title)
+    others = [source for source in stats.about.sources if source != "fusion"]
+    if not others:
+        return _consistency_ranks(stats, rows, title)
+    figure = new_figure(10, 5.4, title, subtitle(stats.about))
+    y = rows["fusion_consistency"].to_numpy()
+    columns = [rows[f"{source}_consistency"].to_numpy() for source in others]
+    low, high = (bound(y.tolist() + [edge(x) for x in columns]) for bound, edge in ((min, np.min), (max, np.max)))
+    limits = (low - 0.05 * (high - low), high + 0.05 * (high - low))
+    for axes, source, x in zip(figure.subplots(1, 2, sharey=True), others, columns, strict=True):
+        axes.plot(limits, limits, color=INK, linewidth=1.1, linestyle="--")
+        axes.plot(x, y, MARKERS[source], color=COLOURS[source], markersize=5, alpha=0.75)
+        share = 100 * (y > x).mean()
+        axes.set_title(f"fusion higher in {share:.0f} % of {len(rows)} classes", loc="left", fontsize=11, color=INK)
+        axes.set_xlabel(f"consistency of {'the teacher' if source == 'teacher' else NAMES[source]}", fontsize=10)
+        axes.set(xlim=limits, ylim=limits, aspect="equal")
+        dress(axes, grid="both")
+    figure.axes[0].set_ylabel("consistency of the fusion", fontsize=10)
+    return figure
+
+
+def _consistency_dots(stats: TeacherStats, rows: pl.DataFrame, title: str) -> Any:
+    figure = new_figure(10, 1.9 + 0.27 * len(rows), title, subtitle(stats.about))
+    axes = figure.subplots()
+    place = np.arange(len(rows))
+    columns = np.stack([rows[f"{source}_consistency"].to_numpy() for source in stats.about.sources])
+    axes.hlines(place, columns.min(axis=0), columns.max(axis=0), color="#c8c8c8", linewidth=2.5, zorder=1)
+    for source, values in zip(stats.about.sources, columns, strict=True):
+        axes.plot(
+            values, place, MARKERS[source], color=COLOURS[source], markersize=8, markeredgecolor="white", zorder=2
+        )
+    axes.set_yticks(place, [shorten(name) for name in rows["class"]])
+    axes.set(ylim=(len(rows) - 0.4, -0.6))
+    axes.set_xlabel("mean pairwise cosine similarity of non-target distributions", fontsize=10)
+    dress(axes, grid="both")
+    legend_above(axes, [], [(NAMES[s], COLOURS[s], MARKERS[s]) for s in stats.about.sources])
+    return figure
+
+
+def _consistency_ranks(stats: TeacherStats, rows: pl.DataFrame, title: str) -> Any:
+    figure = new_figure(10, 5.0, title, subtitle(stats.about))
+    axes = figure.subplots()
+    values = rows["fusion_consistency"].to_numpy()
+    axes.bar(np.arange(len(rows)), values, color=COLOURS["fusion"], width=1.0)
+    axes.set_ylabel("consistency of the fusion", fontsize=10)
+    _ranks(axes, rows["class"].to_list(), [f"{value:.3f}" for value in values])
+    dress(axes)
+    return figure
+
+
+def _ranks(axes: Any, names: list[str], figures: list[str]) -> None:
+    """Too many classes for a line each: sorted along the axis, the first and last few by name on the right."""
+    lines = [f"{shorten(name)}  {figure}" for name, figure in zip(names, figures, strict=True)]
+    first, last = lines[:_NAMED_EXTREMES], lines[-_NAMED_EXTREMES:]
+    axes.text(1.015, 1.0, "\n".join(["highest", *first]), transform=axes.transAxes, va="top", fontsize=9, color=INK)
+    axes.text(1.015, 0.0, "\n".join(["lowest", *last]), transform=axes.transAxes, va="bottom", fontsize=9, color=INK)
+    axes.use_sticky_edges = False
+    axes.margins(x=0.01, y=0.04)
+    axes.set_xlabel(f"{len(names)} classes, sorted", fontsize=10)
+
+
+def subtitle(about: About) -> str:
+    """Dataset, rows, threshold, temperature: stands in every picture."""
+    views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
+    return (
+        f"{about.dataset}, {about.num_samples:,} samples × {views}; confident: probability ≥ {about.confident:g} "
+        f"at temperature {about.temperature:g}; teacher weight {about.teacher_weight:g}, "
+        f"CLIP scale {' and '.join(f'{scale:.4g}' for scale in about.clip_scales)}"
+    )

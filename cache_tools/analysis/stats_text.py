@@ -1,0 +1,236 @@
+"""`cache-tools stats` on a terminal: tables of a `TeacherStats`, and what is worth knowing about them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from cache_tools.analysis.stats import About, TeacherStats
+
+NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
+_MOST_CLASSES, _MOST_VIEWS, _TOP_ROWS = 24, 8, 10
+
+_PERCENT = ("top1", "top5", "confidence", "confident_right", "unsure_right", "unsure_wrong", "confident_wrong")
+
+
+def print_stats(stats: TeacherStats) -> None:
+    """Every table, with the threshold and the temperature it was made with."""
+    console = make_console()
+    print(heading(stats.about))
+    for table in _tables(stats):
+        console.print()
+        console.print(table)
+    print()
+    for line in _notes(stats):
+        print(line)
+
+
+def make_console() -> Console:
+    """A terminal's width, or wide enough for whole lines in a pipe; brackets in class names are text."""
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+
+
+def heading(about: About) -> str:
+    """Which cache, which settings, in a few lines."""
+    views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
+    lines = [
+        f"{about.dataset}, cache {about.fingerprint[:12]}: {about.num_samples:,} samples × {views}, "
+        f"{len(about.class_names)} classes",
+        f"fusion: {about.teacher_weight:g} · teacher + {1 - about.teacher_weight:g} · CLIP, "
+        f"CLIP's logits: {' and '.join(f'{scale:g}' for scale in about.clip_scales)} · cosine"
+        + ("" if about.prompt_ensemble == "embedding" else f", averaged over prompts as {about.prompt_ensemble}"),
+        f"softmax at temperature {about.temperature:g}; confident: probability ≥ {about.confident:g}",
+    ]
+    if about.store == "fused":
+        lines.append(
+            "This cache keeps the fusion only (store: fused), not teacher and CLIP for themselves; "
+            "build one with --set store=components to compare them."
+        )
+    return "\n".join(lines)
+
+
+def _tables(stats: TeacherStats) -> Iterable[Table]:
+    yield _overall(stats)
+    if len(stats.about.views) > 1:
+        yield _by_view(stats)
+    yield _reliability(stats)
+    yield from _classes(stats)
+    if not stats.disagreement.is_empty():
+        yield _disagreement(stats)
+    yield _confusions(stats)
+    yield _suspicious(stats)
+
+
+def _overall(stats: TeacherStats) -> Table:
+    """Figures down, sources across."""
+    at_least = f"≥ {stats.about.confident:g}"
+    rows = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "nll": "NLL, nats",
+        "brier": "Brier score",
+        "ece": "ECE, 15 bins",
+        "confidence": "mean confidence",
+        "entropy": "mean entropy, nats",
+        "confident_right": f"confident ({at_least}) and right",
+        "unsure_right": "unsure and right",
+        "unsure_wrong": "unsure and wrong",
+        "confident_wrong": f"confident ({at_least}) and wrong",
+        "consistency": "non-target consistency",
+    }
+    overall = {row["source"]: row for row in stats.summary.filter(pl.col("view").is_null()).to_dicts()}
+    sources = stats.about.sources
+    views = "over all views" if len(stats.about.views) > 1 else f"view {stats.about.views[0]}"
+    table = new_table(views, [NAMES[source] for source in sources])
+    for key, name in rows.items():
+        show = percent if key in _PERCENT else number
+        if any(overall[source][key] is not None for source in sources):
+            table.add_row(name, *[show(overall[source][key]) for source in sources])
+    stability = {row["source"]: row for row in stats.stability.to_dicts()}
+    if stability:
+        table.add_row("same top-1 in all views", *[percent(stability[source]["same_top1"]) for source in sources])
+        table.add_row("JS divergence of the views", *[number(stability[source]["divergence"]) for source in sources])
+    return table
+
+
+def _by_view(stats: TeacherStats) -> Table:
+    """One row per view and source."""
+    at_least = f"≥ {stats.about.confident:g}"
+    figures: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "top1": ("top-1", percent),
+        "nll": ("NLL", number),
+        "ece": ("ECE", number),
+        "confident_right": (f"confident ({at_least}), right", percent),
+        "unsure_right": ("unsure, right", percent),
+        "unsure_wrong": ("unsure, wrong", percent),
+        "confident_wrong": (f"confident ({at_least}), wrong", percent),
+    }
+    table = new_table("view", [name for name, _ in figures.values()])
+    shown = stats.about.views[:_MOST_VIEWS]
+    for row in stats.summary.filter(pl.col("view").is_in(shown)).sort("view", maintain_order=True).to_dicts():
+        view = f"{row['view']} {NAMES[row['source']]}"
+        table.add_row(view, *[show(row[key]) for key, (_, show) in figures.items()])
+    if len(shown) < len(stats.about.views):
+        table.add_row(f"… {len(stats.about.views) - len(shown)} more views in --json")
+    return table
+
+
+def _reliability(stats: TeacherStats) -> Table:
+    """Bins without any prediction are left out; the gap is accuracy minus mean confidence, in points."""
+    sources = stats.about.sources
+    table = new_table("bin", [f"{NAMES[s]} {name}" for s in sources for name in ("share %", "top-1 %", "gap")])
+    overall = stats.reliability.filter(pl.col("view").is_null())
+    total = int(overall.filter(pl.col("source") == "fusion")["n"].sum())
+    for rows in overall.partition_by("bin", maintain_order=True):
+        if not rows["n"].sum():
+            continue
+        by_source = {row["source"]: row for row in rows.to_dicts()}
+        cells = []
+        for row in (by_source[source] for source in sources):
+            gap = points(row["accuracy"] - row["confidence"]) if row["n"] else "–"
+            cells += [percent(row["n"] / total, ""), percent(row["accuracy"], ""), gap]
+        table.add_row(f"{rows['low'][0]:.2f}–{rows['high'][0]:.2f}", *cells)
+    return table
+
+
+def _classes(stats: TeacherStats) -> Iterable[Table]:
+    """All classes, or those with the largest and smallest gains: accuracies, then consistencies."""
+    sources = stats.about.sources
+    others = [source for source in sources if source != "fusion"]
+    rows = stats.classes.sort("gain_over_teacher" if others else "fusion_accuracy", descending=True, nulls_last=True)
+    half = _MOST_CLASSES // 2
+    pieces = [rows] if len(rows) <= _MOST_CLASSES else [rows.head(half), rows.tail(half)]
+    titles = ["samples", *[f"{NAMES[s]} top-1" for s in sources], *[f"gain over {NAMES[s]}" for s in others]]
+    accuracy = new_table("class", titles)
+    consistency = new_table("class: non-target consistency", [NAMES[s] for s in sources])
+    for place, piece in enumerate(pieces):
+        if place:
+            for table in (accuracy, consistency):
+                table.add_row(f"… {len(rows) - 2 * half} more in --json")
+        for row in piece.to_dicts():
+            shares = [percent(row[f"{s}_accuracy"]) for s in sources]
+            accuracy.add_row(row["class"], f"{row['n']:,}", *shares, *[points(row[f"gain_over_{s}"]) for s in others])
+            consistency.add_row(row["class"], *[number(row[f"{s}_consistency"], 3) for s in sources])
+    return [accuracy, consistency] if len(stats.about.class_names) > 2 else [accuracy]
+
+
+def _disagreement(stats: TeacherStats) -> Table:
+    row = stats.disagreement.filter(pl.col("view").is_null()).to_dicts()[0]
+    table = new_table("teacher and CLIP", ["share"])
+    lines = {
+        "differ": "different top-1",
+        "differ_teacher_right": "  of these: teacher right",
+        "differ_clip_right": "  of these: CLIP right",
+        "differ_neither_right": "  of these: neither right",
+        "differ_fusion_with_teacher": "  of these: fusion sides with the teacher",
+        "differ_fusion_with_clip": "  of these: fusion sides with CLIP",
+        "fusion_corrects_teacher": "fusion right where the teacher is wrong",
+        "fusion_spoils_teacher": "fusion wrong where the teacher is right",
+        "fusion_corrects_clip": "fusion right where CLIP is wrong",
+        "fusion_spoils_clip": "fusion wrong where CLIP is right",
+    }
+    for key, name in lines.items():
+        table.add_row(name, percent(row[key]))
+    table.add_row("mean JS divergence, nats (at most 0.693)", number(row["divergence"]))
+    return table
+
+
+def _confusions(stats: TeacherStats) -> Table:
+    sources = stats.about.sources
+    table = new_table("label → said instead, share of the label", [f"{NAMES[s]}" for s in sources])
+    for row in stats.confusions.head(_TOP_ROWS).to_dicts():
+        shares = [percent(row[f"{s}_share"]) for s in sources]
+        table.add_row(f"{row['class']} → {row['said_class']}", *shares)
+    return table
+
+
+def _suspicious(stats: TeacherStats) -> Table:
+    views = len(stats.about.views)
+    table = new_table("suspicious label: sample", ["label", "fusion says", "probability", "largest", "in views"])
+    for row in stats.suspicious(_TOP_ROWS).to_dicts():
+        figures = (number(row["against"], 3), number(row["against_max"], 3), f"{row['views_against']} of {views}")
+        table.add_row(str(row["sample"]), row["class"], row["rival_class"], *figures)
+    return table
+
+
+def _notes(stats: TeacherStats) -> list[str]:
+    about, notes = (
+        stats.about,
+        ["bin: of the confidence; gap: top-1 minus mean confidence, in points; gain: in points of top-1."],
+    )
+    if len(about.views) < about.num_views:
+        notes.append(f"{len(about.views)} of the cache's {about.num_views} views were looked at.")
+    if len(about.views) == 1:
+        notes.append("Stability needs two views or more.")
+    if about.dataset.partition("/")[2].startswith("train"):
+        notes.append(
+            "These are training images: a teacher that was trained on them looks better here than on new images."
+        )
+    return notes
+
+
+def new_table(first: str, others: Sequence[str]) -> Table:
+    """A plain table: names left, figures right."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="right")
+    return table
+
+
+def percent(value: Any, unit: str = "\u00a0%") -> str:
+    """The space does not break, however narrow the terminal."""
+    return "–" if value is None else f"{100 * value:.2f}{unit}"
+
+
+def points(value: Any) -> str:
+    return "–" if value is None else f"{100 * value:+.2f}"
+
+
+def number(value: Any, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,285 @@
+"""Polars tables of one view: a row per source and sample, and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+CALIBRATION_BINS = 15
+QUADRANTS = ("confident_right", "unsure_right", "unsure_wrong", "confident_wrong")
+
+
+def sample_table(
+    rows: slice,
+    labels: torch.Tensor,
+    figures: Mapping[str, Mapping[str, torch.Tensor]],
+    divergence: torch.Tensor | None,
+) -> pl.DataFrame:
+    """One row per source and sample.
+
+    Args:
+        rows: which samples.
+        figures: source → `sample_figures`.
+        divergence: of teacher and CLIP, the same for every source of a sample; None without the two.
+    """
+    shared = {
+        "sample": np.arange(rows.start, rows.stop, dtype=np.int32),
+        "label": labels.cpu().numpy().astype(np.int32),
+    }
+    if divergence is not None:
+        shared["teacher_clip_divergence"] = divergence.cpu().numpy()
+    tables = []
+    for source, by_name in figures.items():
+        columns = {name: values.cpu().numpy() for name, values in by_name.items()}
+        classes = {name: columns[name].astype(np.int32) for name in ("top1", "rival")}
+        table = pl.DataFrame({**shared, **columns, **classes})
+        tables.append(table.select(pl.lit(source).alias("source"), pl.all()))
+    return pl.concat(tables)
+
+
+def bin_sums(frame: pl.DataFrame) -> pl.DataFrame:
+    """Per source and bin of the confidence ([k/15, (k+1)/15), the last one closed): `n` and sums over the bin."""
+    number = (pl.col("confidence") * CALIBRATION_BINS).floor().clip(0, CALIBRATION_BINS - 1).cast(pl.Int32)
+    return frame.group_by("source", number.alias("bin")).agg(
+        pl.len().alias("n"), pl.col("confidence").sum(), pl.col("right").sum().cast(pl.Float64)
+    )
+
+
+def calibration_error(bins: pl.DataFrame, *by: str) -> pl.DataFrame:
+    """Expected calibration error of `bin_sums`: Σ_b n_b/n · |accuracy_b − confidence_b|, per group."""
+    gap = (pl.col("right") - pl.col("confidence")).abs().sum() / pl.col("n").sum()
+    return bins.group_by(*by).agg(gap.alias("ece"))
+
+
+def summary(frame: pl.DataFrame, confident: float) -> pl.DataFrame:
+    """One row per source: `n`, `top1`, `top5` (null with five classes or fewer), means, and the quadrants' shares."""
+    sure, right = pl.col("confidence") >= confident, pl.col("right")
+    quadrants = (sure & right, ~sure & right, ~sure & ~right, sure & ~right)
+    top5 = pl.col("in_top5").mean() if "in_top5" in frame.columns else pl.lit(None, pl.Float64)
+    return frame.group_by("source").agg(
+        pl.len().cast(pl.Int64).alias("n"),
+        right.mean().alias("top1"),
+        top5.alias("top5"),
+        pl.col("nll", "brier", "confidence", "entropy").mean(),
+        *[share.mean().alias(name) for name, share in zip(QUADRANTS, quadrants, strict=True)],
+    )
+
+
+def disagreement(frame: pl.DataFrame) -> pl.DataFrame:
+    """One row of one view; the rows of every source are in the order of the samples."""
+    by_source = {name: frame.filter(pl.col("source") == name) for name in ("teacher", "clip", "fusion")}
+    table = pl.DataFrame(
+        {name: part["top1"] for name, part in by_source.items()}
+        | {f"{name}_right": part["right"] for name, part in by_source.items()}
+        | {"divergence": by_source["teacher"]["teacher_clip_divergence"]}
+    )
+    differ = pl.col("teacher") != pl.col("clip")
+    neither = ~pl.col("teacher_right") & ~pl.col("clip_right")
+    fusion_sides = [(pl.col("fusion") == pl.col(name)).filter(differ).mean() for name in ("teacher", "clip")]
+    return table.select(
+        differ.mean().alias("differ"),
+        pl.col("teacher_right").filter(differ).mean().alias("differ_teacher_right"),
+        pl.col("clip_right").filter(differ).mean().alias("differ_clip_right"),
+        neither.filter(differ).mean().alias("differ_neither_right"),
+        fusion_sides[0].alias("differ_fusion_with_teacher"),
+        fusion_sides[1].alias("differ_fusion_with_clip"),
+        pl.col("divergence").mean(),
+        *[
+            expression.mean().alias(f"fusion_{verb}_{name}")
+            for name, right in (("teacher", pl.col("teacher_right")), ("clip", pl.col("clip_right")))
+            for verb, expression in (
+                ("corrects", pl.col("fusion_right") & ~right),
+                ("spoils", ~pl.col("fusion_right") & right),
+            )
+        ],
+    )
+
+
+def merge_against(kept: pl.DataFrame, fusion: pl.DataFrame) -> pl.DataFrame:
+    """Sum, maximum (and whose it is) and count of what the fusion says against the label, sample by sample."""
+    new = fusion.select(
+        "sample",
+        "label",
+        "rival",
+        pl.col("against").alias("against_sum"),
+        pl.col("against").alias("against_max"),
+        (~pl.col("right")).cast(pl.Int32).alias("views_against"),
+    )
+    if kept.is_empty():
+        return new
+    larger = new["against_max"] > kept["against_max"]
+    return kept.with_columns(
+        pl.when(larger).then(new["rival"]).otherwise(pl.col("rival")).alias("rival"),
+        pl.when(larger).then(new["against_max"]).otherwise(pl.col("against_max")).alias("against_max"),
+        (pl.col("against_sum") + new["against_sum"]).alias("against_sum"),
+        (pl.col("views_against") + new["views_against"]).alias("views_against"),
+    )
+
+
+class Sums:
+    """Everything that is added up over the views of a cache, in small tables.
+
+    Args:
+        class_names: of the cache.
+        sources: in the order in which tables list them.
+        confident: threshold of a confident prediction.
+    """
+
+    def __init__(self, class_names: Sequence[str], sources: Sequence[str], confident: float) -> None:
+        self._class_names, self._sources, self._confident = tuple(class_names), tuple(sources), confident
+        self._summaries: list[pl.DataFrame] = []
+        self._bins: list[pl.DataFrame] = []
+        self._consistency: list[pl.DataFrame] = []
+        self._disagreement: list[pl.DataFrame] = []
+        self._confusion = pl.DataFrame()
+        self._against = pl.DataFrame()
+
+    def add(self, view: int, frame: pl.DataFrame, consistency: Mapping[str, npt.NDArray[np.float64]]) -> None:
+        """The `sample_table` of one view, and source → consistency of the classes [C] (NaN where there is none)."""
+        number = pl.lit(view, pl.Int32).alias("view")
+        bins = bin_sums(frame)
+        sums = summary(frame, self._confident)
+        self._summaries.append(sums.join(calibration_error(bins, "source"), on="source").with_columns(number))
+        self._bins.append(bins.with_columns(number))
+        self._consistency += [
+            pl.DataFrame({"label": np.arange(len(values), dtype=np.int32), "consistency": values}).with_columns(
+                pl.col("consistency").fill_nan(None), pl.lit(source).alias("source"), number
+            )
+            for source, values in consistency.items()
+        ]
+        if "clip" in self._sources:
+            self._disagreement.append(disagreement(frame).with_columns(number))
+        counts = frame.group_by("source", "label", "top1").agg(pl.len().cast(pl.Int64).alias("n"))
+        merged = pl.concat([self._confusion, counts], how="diagonal")
+        self._confusion = merged.group_by("source", "label", "top1").agg(pl.col("n").sum())
+        self._against = merge_against(self._against, frame.filter(pl.col("source") == "fusion"))
+
+    def summary(self) -> pl.DataFrame:
+        """Per source and view, then (view null) over all views: every view has the same samples, so means average."""
+        mean_class = pl.concat(self._consistency).group_by("source", "view").agg(pl.col("consistency").mean())
+        views = pl.concat(self._summaries).join(mean_class, on=["source", "view"])
+        figures = pl.exclude("source", "view", "n", "ece")
+        every = views.group_by("source").agg(pl.lit(None, pl.Int32).alias("view"), pl.col("n").sum(), figures.mean())
+        every = every.join(calibration_error(self._bins_over_views(), "source"), on="source")
+        table = pl.concat([views, every.select(views.columns)])
+        return self._in_order(table.select("source", "view", "n", pl.exclude("source", "view", "n")), "view")
+
+    def reliability(self) -> pl.DataFrame:
+        """`n`, mean `confidence` and `accuracy` (null in empty bins) per source, view (null: all) and bin."""
+        views = pl.concat(self._bins)
+        every = self._bins_over_views().with_columns(pl.lit(None, pl.Int32).alias("view"))
+        sums = pl.concat([views, every.select(views.columns)])
+        bins = pl.DataFrame({"bin": np.arange(CALIBRATION_BINS, dtype=np.int32)})
+        grid = sums.select("source", "view").unique().join(bins, how="cross")
+        table = grid.join(sums, on=["source", "view", "bin"], how="left", nulls_equal=True).select(
+            "source",
+            "view",
+            "bin",
+            (pl.col("bin") / CALIBRATION_BINS).alias("low"),
+            ((pl.col("bin") + 1) / CALIBRATION_BINS).alias("high"),
+            pl.col("n").fill_null(0),
+            pl.col("confidence") / pl.col("n"),
+            (pl.col("right") / pl.col("n")).alias("accuracy"),
+        )
+        return self._in_order(table, "view", "bin")
+
+    def classes(self) -> pl.DataFrame:
+        """One row per class: `n` samples, `SOURCE_accuracy`, `SOURCE_consistency`, gains of the fusion."""
+        right = pl.col("n").filter(pl.col("label") == pl.col("top1")).sum() / pl.col("n").sum()
+        accuracy = self._confusion.group_by("source", "label").agg(right.alias("accuracy"))
+        consistency = pl.concat(self._consistency).group_by("source", "label").agg(pl.col("consistency").mean())
+        table = self._label_counts()
+        for values, name in ((accuracy, "accuracy"), (consistency, "consistency")):
+            table = self._widen(table, values, name, on=["label"])
+        others = [source for source in self._sources if source != "fusion"]
+        gains = [(pl.col("fusion_accuracy") - pl.col(f"{name}_accuracy")).alias(f"gain_over_{name}") for name in others]
+        return table.with_columns(gains).sort("label")
+
+    def confusions(self) -> pl.DataFrame:
+        """Ordered pairs (label, said instead) with the share of the label's rows, most frequent by the fusion first."""
+        totals = self._confusion.filter(pl.col("source") == "fusion").group_by("label").agg(total=pl.col("n").sum())
+        wrong = self._confusion.filter(pl.col("label") != pl.col("top1"))
+        table = wrong.select("label", "top1").unique()
+        table = self._widen(table, wrong, "n", on=["label", "top1"]).join(totals, on="label")
+        counts = [pl.col(f"{source}_n").fill_null(0) for source in self._sources]
+        table = table.with_columns(counts)
+        shares = [(pl.col(f"{source}_n") / pl.col("total")).alias(f"{source}_share") for source in self._sources]
+        order = [f"{source}_n" for source in reversed(self._sources)]
+        return (
+            table.with_columns(*shares, self._class_name("label", "class"), self._class_name("top1", "said_class"))
+            .sort([*order, "label", "top1"], descending=[True] * len(order) + [False, False])
+            .select(
+                "label", "class", pl.col("top1").alias("said"), "said_class", pl.selectors.ends_with("_share", "_n")
+            )
+        )
+
+    def disagreement(self) -> pl.DataFrame:
+        """Per view, then (view null) over all views; empty where there is no CLIP of its own."""
+        if not self._disagreement:
+            return pl.DataFrame()
+        views = pl.concat(self._disagreement).sort("view")
+        # Shares among the rows where the two differ have that share of the rows as their weight.
+        among = [name for name in views.columns if name.startswith("differ_")]
+        weighted = [(pl.col(name) * pl.col("differ")).sum() / pl.col("differ").sum() for name in among]
+        plain = pl.exclude("view", *among).mean()
+        every = views.select(pl.lit(None, pl.Int32).alias("view"), plain, *weighted)
+        every = every.with_columns(pl.col(among).fill_nan(None))
+        return pl.concat([views.select("view", pl.exclude("view")), every.select("view", *views.drop("view").columns)])
+
+    def samples(self) -> pl.DataFrame:
+        """One row per sample: what the fusion says against its label.
+
+        `against` is the probability of the most probable other class, mean over the views; `against_max` its largest
+        value, `rival` the class it is of; `views_against` in how many of the views that class is the top-1.
+        """
+        views = len(self._summaries)
+        return self._against.select(
+            "sample",
+            "label",
+            self._class_name("label", "class"),
+            (pl.col("against_sum") / views).alias("against"),
+            "against_max",
+            "rival",
+            self._class_name("rival", "rival_class"),
+            "views_against",
+        )
+
+    def _bins_over_views(self) -> pl.DataFrame:
+        """The calibration error over all views is that of the joined bins, not the mean over the views."""
+        return pl.concat(self._bins).group_by("source", "bin").agg(pl.col("n", "confidence", "right").sum())
+
+    def _label_counts(self) -> pl.DataFrame:
+        names = pl.DataFrame({"label": np.arange(len(self._class_names), dtype=np.int32), "class": self._class_names})
+        counts = self._against.group_by("label").agg(pl.len().alias("n"))
+        return names.join(counts, on="label", how="left").with_columns(pl.col("n").fill_null(0))
+
+    def _widen(self, table: pl.DataFrame, values: pl.DataFrame, name: str, on: list[str]) -> pl.DataFrame:
+        """One column `SOURCE_name` per source."""
+        for source in self._sources:
+            column = values.filter(pl.col("source") == source).select(*on, pl.col(name).alias(f"{source}_{name}"))
+            table = table.join(column, on=on, how="left")
+        return table
+
+    def _class_name(self, number: str, name: str) -> pl.Expr:
+        return pl.col(number).replace_strict(dict(enumerate(self._class_names)), return_dtype=pl.String).alias(name)
+
+    def _in_order(self, table: pl.DataFrame, *by: str) -> pl.DataFrame:
+        order = pl.col("source").cast(pl.Enum(self._sources))
+        return table.sort(order, *by, nulls_last=True)
+
+
+def stability_table(samples: pl.DataFrame, sources: Sequence[str]) -> pl.DataFrame:
+    """Means of `SOURCE_same_top1` and `SOURCE_divergence`, one row per source."""
+    rows = [
+        samples.select(
+            pl.lit(source).alias("source"),
+            pl.col(f"{source}_same_top1").mean().alias("same_top1"),
+            pl.col(f"{source}_divergence").mean().alias("divergence"),
+        )
+        for source in sources
+    ]
+    return pl.concat(rows) if rows else pl.DataFrame()

@@ -1,0 +1,99 @@
+"""`cache-tools tune-fusion` on a terminal."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from cache_tools.analysis.stats_text import make_console, new_table, number, percent
+from cache_tools.analysis.tune import TuneResult
+
+_SURFACE_ROWS, _SURFACE_COLUMNS = 11, 9
+
+
+def print_tuning(result: TuneResult) -> None:
+    """The surface in short, the settings compared, the options to use."""
+    console = make_console()
+    print(heading(result))
+    for table in (_surface(result), _settings(result)):
+        console.print()
+        console.print(table)
+    print()
+    for line in _notes(result):
+        print(line)
+    print("To use the choice:")
+    print(f"  build-cache RECIPE {result.build_options}      # the recipe of this cache, a name or a YAML file")
+    train = f"train-student --cache {shlex.quote(result.path)} {result.train_options}"
+    print(f"  {train}      # with this cache of components, without a rebuild")
+
+
+def heading(result: TuneResult) -> str:
+    views = f"view {result.views[0]}" if len(result.views) == 1 else f"{len(result.views)} views"
+    return (
+        f"{result.dataset}, cache {result.fingerprint[:12]}: chosen on {result.samples_chosen_on:,} samples, "
+        f"{result.samples_held_out:,} held out (seed {result.seed}), × {views}; temperature {result.temperature:g}"
+    )
+
+
+def _surface(result: TuneResult) -> Table:
+    """Some rows and columns of the grid: the best ones, those with a name, and evenly spaced ones."""
+    row, column = (
+        result.weights.index(result.chosen_weight),
+        [scale.value for scale in result.scales].index(result.chosen_scale.value),
+    )
+    named = [place for place, scale in enumerate(result.scales) if scale.name or scale.value == 1.0]
+    rows = _some(len(result.weights), _SURFACE_ROWS, [row])
+    columns = _some(len(result.scales), _SURFACE_COLUMNS, [column, *named])
+    titles = [f"{result.scales[place].value:.4g}" for place in columns]
+    titles = [
+        f"{title} {result.scales[place].name or ''}".strip() for title, place in zip(titles, columns, strict=True)
+    ]
+    table = new_table("NLL: teacher weight ↓, CLIP scale →", titles)
+    for place in rows:
+        cells = [f"{result.nll[place][other]:.4f}" for other in columns]
+        cells = [
+            f"{cell}*" if (place, other) == (row, column) else cell for cell, other in zip(cells, columns, strict=True)
+        ]
+        table.add_row(f"{result.weights[place]:g}", *cells)
+    return table
+
+
+def _settings(result: TuneResult) -> Table:
+    titles = ("teacher weight", "CLIP scale", "NLL, chosen on", "NLL, held out", "− as built", "top-1", "ECE")
+    table = new_table("setting, figures on held-out samples", titles)
+    for setting in result.settings:
+        table.add_row(
+            setting.name,
+            "–" if setting.teacher_weight is None else f"{setting.teacher_weight:g}",
+            "–" if setting.clip_scale is None else f"{setting.clip_scale:.4g}",
+            number(setting.nll_chosen_on),
+            f"{setting.nll:.4f} ± {setting.nll_error:.4f}",
+            f"{setting.difference:+.4f} ± {setting.difference_error:.4f}",
+            percent(setting.top1),
+            number(setting.ece),
+        )
+    return table
+
+
+def _notes(result: TuneResult) -> list[str]:
+    notes = ["±: standard error over samples; ECE in 15 bins; * the choice."]
+    if result.chosen_weight == 1.0:
+        notes.append("The teacher alone is best: CLIP adds nothing to its likelihood here.")
+    if result.at_edge:
+        notes.append("The best scale is at the edge of those tried: widen --scales.")
+    if result.dataset.partition("/")[2].startswith("train"):
+        notes.append(
+            "If the teacher was trained on these images, its NLL flatters it and its weight comes out too high: "
+            "choose on images it has not seen, such as a cache of --set dataset.split='train[50000:]'."
+        )
+    return notes
+
+
+def _some(count: int, most: int, wanted: Sequence[int]) -> list[int]:
+    """Up to about `most` places of `count`: those wanted, both ends, and evenly spaced ones."""
+    wanted = sorted({*wanted, 0, count - 1})
+    even = np.linspace(0, count - 1, max(most - len(wanted), 0) + 2)[1:-1].round().astype(int).tolist()
+    return sorted({*wanted, *even})

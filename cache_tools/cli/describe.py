@@ -1,0 +1,248 @@
+"""A cache in words: the table of `cache-tools ls`, the page of `cache-tools info`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_tools.config import Frozen
+from cache_tools.derive.lineage import Source, lineage
+from cache_tools.errors import NotFoundError, printable
+from cache_tools.format import commits
+from cache_tools.format.arrays import constant_shapes, target_arrays
+from cache_tools.format.manifest import Manifest
+from cache_tools.format.recipe import ClipIdentity, TeacherIdentity
+from cache_tools.home import registry
+from cache_tools.home.listing import RemoteRecord, commit_names, remote_record
+from cache_tools.home.registry import CacheRecord, complete_views
+from cache_tools.home.sizes import size_and_time
+from cache_tools.places import Place
+from cache_tools.places.metadata import manifest_at
+from cache_tools.store.group import read_manifest
+from cache_tools.units import human_bytes
+
+
+class ArrayDetails(Frozen):
+    """One array of a cache; `stored_bytes` counts its files, `dense_bytes` what a complete one decodes to."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...] | None
+    dense_bytes: int
+    stored_bytes: int
+
+
+class CacheDetails(Frozen):
+    """Everything `cache-tools info` shows."""
+
+    record: CacheRecord | RemoteRecord
+    complete_views: tuple[int, ...]
+    arrays: tuple[ArrayDetails, ...]
+    manifest: Manifest
+
+
+def describe(path: Path) -> CacheDetails:
+    """Look at one cache without reading its arrays.
+
+    Raises:
+        NotFoundError, FormatError, StorageError: no cache there, or one whose manifest is damaged.
+    """
+    manifest = read_manifest(path)
+    return CacheDetails(
+        record=registry.record(path),
+        complete_views=tuple(registry.views_done(path, manifest)),
+        arrays=_arrays(manifest, lambda name: size_and_time(path / name)[0]),
+        manifest=manifest,
+    )
+
+
+def describe_remote(place: Place) -> CacheDetails:
+    """Look at a cache in an object store: its manifest and the list of its files; nothing is staged.
+
+    Raises:
+        NotFoundError, FormatError: no cache there, or one whose manifest is damaged.
+        StorageError: a store that does not answer.
+    """
+    manifest, entries = manifest_at(place), list(place.entries())
+    record = remote_record(place, entries)
+    if record is None:
+        raise NotFoundError("the cache has just been removed", where=place)
+    sizes = Counter[str]()
+    for entry in entries:
+        sizes[entry.key.partition("/")[0]] += entry.size
+    return CacheDetails(
+        record=record,
+        complete_views=tuple(complete_views(commit_names(entries), manifest)),
+        arrays=_arrays(manifest, lambda name: sizes[name]),
+        manifest=manifest,
+    )
+
+
+def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None:
+    """One line per cache, then what is wrong with the damaged ones."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "fingerprint", "dataset", "teacher", "CLIP"):
+        table.add_column(title, no_wrap=True)
+    local = not any(isinstance(record, RemoteRecord) for record in records)
+    for title in ("views", "size", "modified", *(("used",) if local else ())):
+        table.add_column(title, no_wrap=True, justify="right")
+    for record in records:
+        modified = _date(record.modified_s)
+        identity = (record.name, record.fingerprint[:12], record.dataset, record.teacher, record.clip)
+        used = (human_age(time.time() - record.used_s),) if local else ()
+        table.add_row(*identity, _views(record), human_bytes(record.size_bytes), modified, *used)
+    # Piped output is for grep and awk: whole lines, however wide.
+    Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
+    for record in records:
+        if record.problem:
+            print(f"{record.name} {'cannot be opened' if record.unknown else 'is damaged'}: {record.problem}")
+
+
+def print_details(details: CacheDetails) -> None:
+    """A page of `key: value` lines."""
+    manifest, recipe, record = details.manifest, details.manifest.recipe, details.record
+    dataset = recipe.dataset
+    height, width = dataset.image_size
+    _line("cache", str(record.path) if isinstance(record, CacheRecord) else record.url)
+    if isinstance(record, CacheRecord) and record.origin is not None:
+        _line("mirror of", record.origin)
+    _line("name", manifest.name)
+    _line("fingerprint", manifest.fingerprint)
+    _line(
+        "dataset",
+        f"{record.dataset}, {dataset.num_samples:,} samples, {manifest.num_classes} classes, {height}×{width}",
+    )
+    state = "complete" if record.complete else _unfinished(record, manifest)
+    _line("views", f"{record.views_done} of {record.views_total} done, {state}")
+    _line("view recipe", f"version {recipe.views.version}, base seed {recipe.views.base_seed}, {_ops(recipe.views)}")
+    for number, teacher in enumerate(recipe.teachers):
+        _line(_numbered("teacher", number), _network(teacher, len(recipe.teachers)))
+    for number, clip in enumerate(recipe.clips):
+        _line(_numbered("CLIP", number), _network(clip, len(recipe.clips)))
+        _line(_numbered("prompts", number), f"{len(clip.templates)} templates, the first: {clip.templates[0]}")
+    fusion, scales = recipe.fusion, ", ".join(f"{scale:g}" for scale in manifest.clip_scales)
+    _line("fusion", f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}, "
+          f"CLIP scale {scales} ({fusion.clip_scale}), prompt ensemble {fusion.prompt_ensemble}")  # fmt: skip
+    _line("stored", f"{recipe.store}, {recipe.codecs}, teachers ran in {recipe.precision}")
+    _line("blocks", f"{manifest.num_blocks} per view, {manifest.block_rows:,} rows each")
+    _line(
+        "size", f"{human_bytes(record.size_bytes)} {'on disk' if isinstance(record, CacheRecord) else 'in the store'}"
+    )
+    for array in details.arrays:
+        stored, dense = human_bytes(array.stored_bytes), human_bytes(array.dense_bytes)
+        _line(f"  {array.name}", f"{'×'.join(map(str, array.shape))} {array.dtype}, {stored} stored of {dense}")
+    for source in _sources(manifest):
+        _line("made from", str(source))
+    for key, value in manifest.provenance.items():
+        if key != "source":
+            _line(key, _flat(value))
+
+
+def _date(time_s: float) -> str:
+    """Local time; nothing for a file of a year that there is no calendar for."""
+    try:
+        return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, OSError, ValueError):
+        return ""
+
+
+def human_age(seconds: float) -> str:
+    """`40 min`, `3 h`, `12 d` ago; `now` within a minute."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return "now"
+    return (
+        f"{minutes:.0f} min"
+        if minutes < 99.5
+        else f"{minutes / 60:.0f} h"
+        if minutes < 2880
+        else f"{minutes / 1440:.0f} d"
+    )
+
+
+def _views(record: CacheRecord | RemoteRecord) -> str:
+    if record.problem:
+        return "unknown" if record.unknown else "damaged"
+    staged = " staged" if isinstance(record, CacheRecord) and record.origin is not None and not record.complete else ""
+    return f"{record.views_done}/{record.views_total}{staged}"
+
+
+def _unfinished(record: CacheRecord | RemoteRecord, manifest: Manifest) -> str:
+    if isinstance(record, CacheRecord) and record.origin is not None:
+        return "the others are staged when they are needed"
+    return f"half-built: run the same {manifest.recipe.made_by} command to go on"
+
+
+def _arrays(manifest: Manifest, stored_bytes: Callable[[str], int]) -> tuple[ArrayDetails, ...]:
+    views, samples = manifest.num_views, manifest.num_samples
+    specs = target_arrays(manifest.recipe, manifest.block_rows)
+    listed: list[tuple[str, tuple[int, ...], str, tuple[int, ...] | None]] = [
+        (spec.name, (views, samples, spec.width), spec.dtype, (1, spec.chunk_rows, spec.width)) for spec in specs
+    ]
+    columns = 1 + len(specs)
+    listed.append((commits.COMMITS, (views, manifest.num_blocks, columns), "uint64", (1, 1, columns)))
+    listed += [("labels", (samples,), "int64", None), ("sample_keys", (samples, 16), "uint8", None)]
+    listed += [(name, shape, "float32", None) for name, shape in constant_shapes(manifest.recipe).items()]
+    return tuple(
+        ArrayDetails(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            dense_bytes=math.prod(shape) * np.dtype(dtype).itemsize,
+            stored_bytes=stored_bytes(name),
+        )
+        for name, shape, dtype, chunks in listed
+    )
+
+
+def _sources(manifest: Manifest) -> tuple[Source, ...]:
+    try:
+        return lineage(manifest)
+    except NotFoundError:  # a stranger's cache that does not say
+        return ()
+
+
+def _ops(views: Any) -> str:
+    ops = " → ".join(op.op for op in views.ops) or "no ops"
+    return f"{ops}, view 0 clean" if views.clean_first else ops
+
+
+def _numbered(key: str, number: int) -> str:
+    return key if number == 0 else f"{key} {number + 1}"
+
+
+def _network(network: TeacherIdentity | ClipIdentity, of: int) -> str:
+    share = f"share {network.weight:g}, " if of > 1 else ""
+    return f"{network.architecture}, {share}weights {network.weights_digest[:12]}, {_preprocessing(network)}"
+
+
+def _preprocessing(network: TeacherIdentity | ClipIdentity) -> str:
+    size = network.preprocessing.size
+    return f"{network.feature_dim} features, " + (f"input {size[0]}×{size[1]}" if size else "input as the canvas is")
+
+
+def _flat(value: Any) -> str:
+    """A provenance value on one line; shares of one as percentages."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, float) and 0.0 <= value <= 1.0:
+        return f"{value:.2%}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _line(key: str, value: str) -> None:
+    print(f"{printable(key) + ':':<22} {printable(value)}")

@@ -1,0 +1,253 @@
+"""Codecs that store every number of a row by itself: floating, whole steps, companded steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from cache_tools.codecs.base import (
+    FILL,
+    NO_CONSTANTS,
+    Codec,
+    Constants,
+    Stored,
+    StoredArray,
+    checked,
+    refuse,
+    taken,
+    to_codes,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+# Decoding multiplies in float32: a few units in the last place on top of the rounding to a code.
+FLOAT32_SLACK = 4 * float(np.finfo(np.float32).eps)
+
+
+class Float16(Codec):
+    """Half precision: 11 significant bits, hardly compressible."""
+
+    codec: Literal["float16"] = "float16"
+
+    def arrays(self, width: int) -> tuple[StoredArray, ...]:
+        return (StoredArray(width=width, dtype=self.codec, fill_value=FILL[self.codec]),)
+
+    def encode(
+        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
+    ) -> dict[str, npt.NDArray[Any]]:
+        rows = checked(values, where)
+        with np.errstate(over="ignore"):
+            halves = rows.astype(np.float16)
+        refuse(~np.isfinite(halves), rows, where, "within ±65504", "store float32 (--codec float32)")
+        return {"": halves}
+
+    def decode(
+        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
+    ) -> torch.Tensor:
+        return _new_float32(taken(stored, "", index))
+
+    def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
+        """2⁻¹¹ of the number, and half the smallest subnormal."""
+        return np.abs(values).astype(np.float64) * 2.0**-11 + 2.0**-25
+
+
+class Float32(Codec):
+    """The numbers themselves."""
+
+    codec: Literal["float32"] = "float32"
+
+    @property
+    def lossless(self) -> bool:
+        return True
+
+    def arrays(self, width: int) -> tuple[StoredArray, ...]:
+        return (StoredArray(width=width, dtype=self.codec, fill_value=FILL[self.codec]),)
+
+    def encode(
+        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
+    ) -> dict[str, npt.NDArray[Any]]:
+        return {"": checked(values, where)}
+
+    def decode(
+        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
+    ) -> torch.Tensor:
+        return _new_float32(taken(stored, "", index))
+
+    def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
+        return np.zeros((1, 1))
+
+
+class FixedStep(Codec):
+    """Whole multiples of one step, int16: value = code · step. Any zarr reader sees the step as `scale_factor`."""
+
+    codec: Literal["fixed-step"] = "fixed-step"
+    step: float = Field(1 / 64, gt=0.0, lt=float("inf"))
+    pack: Literal["blosc", "pcodec"] = "blosc"
+
+    def arrays(self, width: int) -> tuple[StoredArray, ...]:
+        attributes: dict[str, float | int | str] = {"scale_factor": self.step}
+        return (
+            StoredArray(width=width, dtype="int16", fill_value=FILL["int16"], attributes=attributes, pack=self.pack),
+        )
+
+    def encode(
+        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
+    ) -> dict[str, npt.NDArray[Any]]:
+        rows = checked(values, where)
+        limits = f"within ±{self.step * 32767:g}"
+        return {"": to_codes(rows / np.float64(self.step), "int16", rows, where, limits)}
+
+    def decode(
+        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
+    ) -> torch.Tensor:
+        return _new_float32(taken(stored, "", index)).mul_(self.step)
+
+    def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
+        """Half a step."""
+        return 0.5 * self.step + FLOAT32_SLACK * (np.abs(values).astype(np.float64) + self.step)
+
+
+class RowStep(Codec):
+    """int8 with a step for each row: value = code · scale, scale = largest magnitude of the row / 127."""
+
+    codec: Literal["row-step"] = "row-step"
+
+    def arrays(self, width: int) -> tuple[StoredArray, ...]:
+        return (
+            StoredArray(width=width, dtype="int8", fill_value=FILL["int8"]),
+            StoredArray(suffix="_scale", width=1, dtype="float32", fill_value=FILL["float32"]),
+        )
+
+    def encode(
+        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
+    ) -> dict[str, npt.NDArray[Any]]:
+        rows = checked(values, where)
+        scale = self._scale(rows)
+        codes = np.rint(rows / scale.astype(np.float64))
+        return {"": np.clip(codes, -127, 127).astype(np.int8), "_scale": scale}
+
+    def decode(
+        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
+    ) -> torch.Tensor:
+        return _new_float32(taken(stored, "", index)).mul_(taken(stored, "_scale", index))
+
+    def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
+        """Half a step of the row."""
+        scale = self._scale(np.asarray(values, dtype=np.float32)).astype(np.float64)
+        return scale * (0.5 + 128 * FLOAT32_SLACK)
+
+    def _scale(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """[B, 1]; normal where a row is all (but) zeros, and 127 of it finite where a row has the largest float32."""
+        limits = np.finfo(np.float32)
+        largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+        return np.clip(
+            largest / np.float32(127), limits.tiny, np.nextafter(limits.max / np.float32(127), np.float32(0))
+        )
+
+
+class Companded(Codec):
+    """Logits in steps that grow as the logit falls: `step` · e^(−z/spread) for a logit z above the row's reference.
+
+    A softmax at temperature T hardly feels an error of a logit whose probability, e^(z/T), is small. What is stored is
+    u = e^(z/spread) in equal steps of `step/spread`: code = round((u − 1) · spread/step). A `spread` between two and
+    four times the temperature suits that temperature and all lower ones.
+
+    Rows are decoded mean-centred; softmax does not see the shift.
+
+    Attributes:
+        step: of a logit at the reference, in logits.
+        spread: over how many logits the step grows e-fold.
+        reference: `max`, the largest logit of the row: one byte, best for few classes (spread/step ≤ 256). `mean`: 16
+            bits that compress better where there are many classes.
+        pack: `blosc` or `pcodec` for 16 bits; single bytes are always packed with zstd.
+    """
+
+    codec: Literal["companded"] = "companded"
+    step: float = Field(1 / 32, gt=0.0, lt=float("inf"))
+    spread: float = Field(8.0, gt=0.0, lt=float("inf"))
+    reference: Literal["max", "mean"] = "max"
+    pack: Literal["blosc", "pcodec"] = "blosc"
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Companded:
+        most = 256 if self.reference == "max" else 16384
+        if not 2 <= self.levels <= most:
+            raise ValueError(f"spread/step must be 2 to {most} with reference={self.reference}, not {self.levels:g}")
+        if self.reference == "max" and self.pack == "pcodec":
+            raise ValueError("pcodec packs 16-bit codes: use it with reference=mean")
+        return self
+
+    @property
+    def levels(self) -> float:
+        """Codes between the reference and minus infinity."""
+        return self.spread / self.step
+
+    @property
+    def lowest(self) -> float:
+        """The lowest logit that can be stored, relative to the row's reference."""
+        return float(self.spread * np.log1p(-(self._largest + 0.49) / self.levels))
+
+    @property
+    def highest(self) -> float:
+        """The highest logit that can be stored, relative to the row's reference."""
+        return 0.0 if self.reference == "max" else float(self.spread * np.log1p(32767 / self.levels))
+
+    def arrays(self, width: int) -> tuple[StoredArray, ...]:
+        by_max = self.reference == "max"
+        meaning = f"logit = spread * log1p({'-' if by_max else ''}code * step / spread), up to a shift of the row"
+        return (
+            StoredArray(
+                width=width,
+                dtype="uint8" if by_max else "int16",
+                fill_value=FILL["uint8"] if by_max else FILL["int16"],
+                attributes={"step": self.step, "spread": self.spread, "decode": meaning},
+                pack="zstd" if by_max else self.pack,
+            ),
+        )
+
+    def encode(
+        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
+    ) -> dict[str, npt.NDArray[Any]]:
+        rows = checked(values, where)
+        with np.errstate(over="ignore"):  # out of range, and said so below
+            codes = np.rint(self.levels * np.expm1(self._relative(rows) / self.spread))
+        wrong = (codes < -self._largest) | (codes > (0 if self.reference == "max" else 32767))
+        limits = f"{self.lowest:.1f} to {self.highest:.1f} of the row's {self.reference}"
+        refuse(wrong, rows, where, limits, "choose a larger spread, or store float16")
+        return {"": (-codes).astype(np.uint8) if self.reference == "max" else codes.astype(np.int16)}
+
+    def decode(
+        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
+    ) -> torch.Tensor:
+        sign = -1.0 if self.reference == "max" else 1.0
+        logits = _new_float32(taken(stored, "", index)).mul_(sign / self.levels).log1p_().mul_(self.spread)
+        return logits.sub_(logits.mean(dim=1, keepdim=True))
+
+    def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
+        """Against mean-centred `values`: half a step of u at each logit, plus the row's mean of that, for centring."""
+        u = np.exp(self._relative(np.asarray(values)) / self.spread)
+        half_cell = -self.spread * np.log1p(-np.minimum(0.5 / (self.levels * u), 1 - 1e-6))
+        slack = FLOAT32_SLACK * (np.abs(values).max(axis=1, keepdims=True) + 8 * self.spread * (1 + 1 / u))
+        return half_cell + half_cell.mean(axis=1, keepdims=True) + slack
+
+    @property
+    def _largest(self) -> int:
+        """Magnitude of the lowest code: u stays above zero, and 255 stays free for missing chunks."""
+        whole = int(np.ceil(self.levels)) - 1
+        return min(whole, 254) if self.reference == "max" else whole
+
+    def _relative(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        wide = rows.astype(np.float64)
+        reference = wide.max if self.reference == "max" else wide.mean
+        return wide - reference(axis=1, keepdims=True)
+
+
+def _new_float32(rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return rows.to(torch.float32, copy=True)

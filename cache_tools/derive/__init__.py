@@ -1,0 +1,1 @@
+"""Caches made from other caches, without a teacher pass."""

@@ -1,0 +1,200 @@
+"""A cache made from another one, block by block, without a teacher pass: what converting and fusing have in common.
+
+It goes on where it stopped, as a build does, and it grows when its source has grown. A block is written when the source
+holds its rows, and after these have been compared with their commits.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.config import Frozen
+from cache_tools.console import Progress
+from cache_tools.derive.blocks import BlockReader
+from cache_tools.derive.lineage import Source
+from cache_tools.errors import MismatchError, StorageError
+from cache_tools.format import commits
+from cache_tools.format.manifest import Manifest
+from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe
+from cache_tools.home import registry
+from cache_tools.places import LocalPlace
+from cache_tools.places.claims import Claims, growing
+from cache_tools.reader import TeacherCache
+from cache_tools.store.writer import CacheWriter, check_free
+
+MAX_WORKERS = 4
+_OF_A_BUILD = {"inputs", "grown"}  # by `inputs` a build recognises its own cache
+
+Pair = tuple[int, int]
+Constants = Mapping[str, npt.NDArray[np.float32]]
+Convert = Callable[[int, slice], Mapping[str, npt.NDArray[Any]]]
+
+
+class Derived(Frozen):
+    """What making a cache from another one did.
+
+    Attributes:
+        blocks: made now; `blocks_there` were there already, `blocks_missing` are not in the source yet.
+    """
+
+    path: Path
+    name: str
+    fingerprint: str
+    source: Path
+    source_fingerprint: str
+    blocks: int
+    blocks_there: int
+    blocks_missing: int
+
+
+def derived_manifest(
+    cache: TeacherCache, recipe: CacheRecipe, name: str, *, block_rows: int | None = None, **changes: Any
+) -> Manifest:
+    """The manifest of a cache that is made from another one: its images, views and canaries, and how it came about.
+
+    Args:
+        cache: the source.
+        recipe: of the new cache; `derived_from` is set here.
+        changes: other fields of the manifest.
+    """
+    source = cache.manifest
+    kept = {key: value for key, value in source.provenance.items() if key not in _OF_A_BUILD}
+    recipe = recipe.model_copy(update={"derived_from": source.fingerprint})
+    now = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "versions": {package: version(package) for package in ("teacher-cache", "torch", "zarr")},
+        "source": Source.of(cache).model_dump(mode="json"),
+    }
+    update = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": recipe.fingerprint,
+        "name": name,
+        "recipe": recipe,
+        "block_rows": block_rows or source.block_rows,
+        "constants_digest": "",
+        "provenance": {**kept, **now},
+    }
+    return source.model_copy(update=update | changes)
+
+
+def derive(
+    source: BlockReader,
+    path: Path,
+    manifest: Manifest,
+    constants: Callable[[], Constants],
+    convert: Callable[[CacheWriter], Convert],
+    *,
+    title: str,
+) -> Derived:
+    """Make the cache of `manifest` at `path`, or go on with it.
+
+    Args:
+        manifest: of a new cache; one that is there already keeps its own, and grows to as many views.
+        constants: those of a new cache (`arrays.constant_shapes`); not asked for where one is there.
+        convert: given the opened cache, gives what turns (view, rows) of the source into stored arrays by name.
+        title: of the progress bar.
+
+    Raises:
+        MismatchError: another cache is at `path`.
+        FormatError: a damaged block in the source; what was written before it stays.
+        StorageError: storage that is full or read-only.
+    """
+    writer = _open_or_create(source, path, manifest, constants)
+    manifest = writer.manifest
+    missing = writer.missing_blocks()
+    ready = [(view, block) for view, block in missing if source.holds(view, manifest.block(block))]
+    total, made = manifest.num_views * manifest.num_blocks, 0
+    if ready:
+        with Progress(title, total, "blocks", done=total - len(missing)) as progress:
+            made = _write_all(source, writer, ready, convert(writer), progress)
+            progress.advance(len(ready) - made)  # what others made meanwhile
+    return Derived(
+        path=path,
+        name=manifest.name,
+        fingerprint=manifest.fingerprint,
+        source=source.cache.path,
+        source_fingerprint=source.cache.manifest.fingerprint,
+        blocks=made,
+        blocks_there=total - len(missing) + len(ready) - made,
+        blocks_missing=len(missing) - len(ready),
+    )
+
+
+def require_same_constants(source: BlockReader, made: Constants, names: Iterable[str], path: Path) -> None:
+    """Raise MismatchError unless a cache at `path` has these constants of the source bit by bit.
+
+    The same cache built on two machines may have heads or embeddings that differ in their last bits.
+    """
+    for name in sorted(names):
+        if not np.array_equal(made[name], source.constants[name]):
+            raise MismatchError(
+                "this cache was begun from another copy of the source, and blocks of both must not be mixed",
+                where=path / name,
+                next_step="go on from that copy, or choose another --out",
+            )
+
+
+def _open_or_create(
+    source: BlockReader, path: Path, manifest: Manifest, constants: Callable[[], Constants]
+) -> CacheWriter:
+    if not registry.is_cache(path):
+        check_free(path)  # before the constants are worked out, not after it
+        cache, found = source.cache, constants()
+        try:
+            return CacheWriter.create(
+                path, manifest, labels=cache.labels, sample_keys=cache.sample_keys, constants=found
+            )
+        except StorageError:
+            if not registry.is_cache(path):  # else another process was faster
+                raise
+    writer = CacheWriter.resume(path, manifest.fingerprint)
+    if writer.manifest.num_views < manifest.num_views:
+        with growing(LocalPlace(path)):
+            writer = writer.grow(manifest.num_views, canaries=manifest.canaries)
+    return writer
+
+
+def _write_all(
+    source: BlockReader, writer: CacheWriter, pairs: list[Pair], convert: Convert, progress: Progress
+) -> int:
+    """Write blocks, a few at a time: checking, encoding and packing leave the interpreter lock alone.
+
+    Processes that make the same cache at once share them. Gives how many were written here.
+    """
+
+    def is_there(pair: Pair) -> bool:
+        return (writer.path / commits.COMMITS / commits.file_name(*pair)).exists()
+
+    def write(pair: Pair) -> None:
+        view, rows = pair[0], writer.manifest.block(pair[1])
+        writer.write_stored(*pair, convert(view, rows), source.parameter_digest(view, rows))
+        claims.release(pair)
+
+    def finish(count: int) -> None:
+        while len(pending) > count:
+            pending.pop(0).result()
+            progress.advance(1)
+
+    workers, made = min(MAX_WORKERS, os.cpu_count() or 1), 0
+    pending: list[Future[None]] = []
+    with Claims(LocalPlace(writer.path)) as claims, ThreadPoolExecutor(workers, thread_name_prefix="derive") as pool:
+        try:
+            for pair in claims.share(pairs, lambda: set(filter(is_there, pairs)), is_there):
+                pending.append(pool.submit(write, pair))
+                made += 1
+                finish(workers)
+            finish(0)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return made

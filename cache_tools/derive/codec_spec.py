@@ -1,0 +1,103 @@
+"""Codecs as they are typed: `compact`, `fixed-step:step=1/48,pack=pcodec`, `companded+feature-steps`.
+
+| written | logits | features |
+|---|---|---|
+| a preset | as it says for the number of classes | as it says |
+| a codec | the codec, unless it is one for features only | the codec, unless it is one for logits only |
+| `A+B` | A | B; either may be left out and stays as it is |
+
+Parameters follow behind a colon, `key=value` with commas between; a value may be a fraction.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cache_tools.codecs import CODECS, Codec, Companded, FeatureSteps, TopK, parse_codec
+from cache_tools.codecs.presets import PRESETS, TargetCodecs, kind_of, resolve_codecs
+from cache_tools.config import parse_yaml, validate
+from cache_tools.errors import RecipeError
+from cache_tools.format.arrays import targets
+from cache_tools.format.recipe import CacheRecipe
+
+_FRACTION = re.compile(r"([0-9.eE]+)/([0-9.eE]+)")
+
+
+def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
+    """What a spec means for a cache; what it does not speak of stays as it is.
+
+    Raises:
+        RecipeError: unknown names or parameters, or a codec for which the cache has no targets.
+    """
+    logits, plus, features = (part.strip() for part in spec.partition("+"))
+    if not plus:
+        if spec in PRESETS:
+            return resolve_codecs(spec, len(recipe.dataset.class_names))
+        codec = _codec(spec)
+        fields = {
+            "logits": None if isinstance(codec, FeatureSteps) else codec,
+            "features": None if isinstance(codec, Companded | TopK) else codec,
+        }
+    else:
+        fields = {"logits": _codec(logits) if logits else None, "features": _codec(features) if features else None}
+    there = kinds(recipe)
+    changes = {key: codec for key, codec in fields.items() if codec is not None and key in there}
+    if not changes:
+        raise RecipeError(
+            "this codec is for targets that the cache does not store",
+            where=spec,
+            expected=f"a codec for {' and '.join(there)}",
+            found="the logits of this cache are made from its features" if "logits" not in there else None,
+            next_step="name a preset or another codec",
+        )
+    plain = {key: codec.model_dump(mode="json") for key, codec in changes.items()}
+    return validate(TargetCodecs, recipe.codecs.model_dump(mode="json") | plain, where=f"codec {spec}")
+
+
+def kinds(recipe: CacheRecipe) -> tuple[str, ...]:
+    """`logits`, `features` or both: what a cache stores."""
+    found = {kind_of(spec.name) for spec in targets(recipe, 1)}
+    return tuple(kind for kind in ("logits", "features") if kind in found)
+
+
+def choose(recipe: CacheRecipe, spec: str | None, logits: str | None, features: str | None) -> tuple[TargetCodecs, str]:
+    """The codecs of a spec, with those of the logits or the features named by themselves; and a label for file names.
+
+    Raises:
+        RecipeError: nothing is named, or see `codecs_for`.
+    """
+    parts = [spec, f"{logits}+" if logits else None, f"+{features}" if features else None]
+    chosen = [part for part in parts if part]
+    if not chosen:
+        raise RecipeError("no codec is named", next_step=f"add --codec, such as one of {', '.join(PRESETS)}")
+    for part in chosen:
+        recipe = recipe.model_copy(update={"codecs": codecs_for(part, recipe)})
+    names = [name.partition(":")[0].strip() for part in chosen for name in part.split("+")]
+    return recipe.codecs, "-".join(name for name in names if name)
+
+
+def _codec(text: str) -> Codec:
+    name, _, parameters = text.partition(":")
+    if name not in CODECS:
+        known = ", ".join(dict.fromkeys([*PRESETS, *CODECS]))
+        raise RecipeError("no such codec", where=text, expected=f"one of {known}", found=repr(name))
+    fields: dict[str, Any] = {"codec": name}
+    for item in filter(None, parameters.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError("cannot read a codec", where=text, expected="NAME:KEY=VALUE,KEY=VALUE", found=repr(item))
+        fields[key.strip()] = _number(value.strip())
+    return parse_codec(fields, where=f"codec {text}")
+
+
+def _number(text: str) -> Any:
+    if fraction := _FRACTION.fullmatch(text):
+        try:
+            return float(fraction[1]) / float(fraction[2])
+        except (ValueError, ZeroDivisionError):
+            return text
+    try:
+        return parse_yaml(text, "cannot read a codec", where=text)
+    except RecipeError:
+        return text

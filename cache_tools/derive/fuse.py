@@ -1,0 +1,250 @@
+"""A fused cache from the parts of a component cache: another weight, scale or set of prompts, no pass over images.
+
+Its targets are those that training on the component cache with the same choice sees, stored. It is a cache of its own:
+the recipe has the weights, scale and prompts that were used, and the fingerprint of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cache_tools import fusion, plugins
+from cache_tools.console import resolve_device
+from cache_tools.derive.base import Convert, Derived, derive, derived_manifest, require_same_constants
+from cache_tools.derive.blocks import BlockReader, Rows, Stored
+from cache_tools.derive.codec_spec import codecs_for
+from cache_tools.errors import NotFoundError, RecipeError
+from cache_tools.format.arrays import array_name, constant_shapes
+from cache_tools.format.manifest import Fusion, Manifest
+from cache_tools.format.recipe import CacheRecipe
+from cache_tools.home import registry
+from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice, matched_scales
+from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
+from cache_tools.store.writer import CacheWriter
+from cache_tools.targets import ViewTargets, constants_for, fused
+
+
+class Fused(Derived):
+    """`manifest` is that of the new cache."""
+
+    manifest: Manifest
+
+
+def fuse(
+    cache: TeacherCache,
+    choice: FusionChoice,
+    *,
+    templates: Sequence[str] | None = None,
+    codec: str | None = None,
+    name: str | None = None,
+    out: Path | None = None,
+    block_rows: int | None = None,
+    device: str = "auto",
+) -> Fused:
+    """Fuse every block of a component cache that is there, or go on where an earlier run stopped.
+
+    Args:
+        choice: what is fused otherwise than the cache was built; `prompts` picks templates by number.
+        templates: prompt templates instead of the cache's. Those that it does not have are embedded by its CLIPs,
+            loaded through the plugin `text-features`.
+        codec: how the targets are stored (`codec_spec`), by default as the source's.
+        name: of the new cache, by default the source's with `-fused` behind it.
+        out: folder of the new cache, by default one of the cache home.
+        block_rows: of a new cache; None for those of the source.
+        device: where to compute.
+
+    Raises:
+        NotFoundError: a fused cache, which has no parts; no such prompt template.
+        RecipeError: not one weight for each network, a `clip_view` (which no recipe of a cache knows), a bad codec.
+        WeightsError: other templates, and a CLIP with other weights than the cache's.
+        IncompleteError: a CLIP scale `match`, or a codec other than float16 and float32, and view 0 is not complete.
+        FormatError, MismatchError, StorageError: as `derive.derive`.
+    """
+    how, recipe = _resolved(cache, choice), fused_recipe(cache, choice, templates, codec)
+    label = name or f"{cache.manifest.name}-fused"
+    manifest = derived_manifest(cache, recipe, label, block_rows=block_rows)
+    manifest.provenance["preflight"] = _preflight(cache, recipe)
+    path = out or registry.cache_path(label, manifest.fingerprint)
+    fuser = _Fuser(BlockReader(cache), recipe, how, resolve_device(device))
+    if not registry.is_cache(path):
+        manifest = manifest.model_copy(update={"clip_scales": fuser.begin()})
+    done = derive(fuser.source, path, manifest, fuser.constants, fuser.convert, title="fuse")
+    return Fused(**done.model_dump(), manifest=TeacherCache(path).manifest)
+
+
+def fused_recipe(
+    cache: TeacherCache, choice: FusionChoice, templates: Sequence[str] | None = None, codec: str | None = None
+) -> CacheRecipe:
+    """What determines the values of the fused cache, but for the source."""
+    source = cache.recipe
+    fields = ("teacher_weight", "feature_weight", "clip_scale", "prompt_ensemble")
+    changes = {key: getattr(choice, key) for key in fields if getattr(choice, key) is not None}
+    teacher_weights = choice.teacher_weights or source.teacher_weights
+    clip_weights = choice.clip_weights or source.clip_weights
+    recipe = source.model_copy(
+        update={
+            "teachers": tuple(
+                teacher.model_copy(update={"weight": weight})
+                for teacher, weight in zip(source.teachers, teacher_weights, strict=True)
+            ),
+            "clips": tuple(
+                clip.model_copy(update={"weight": weight, "templates": _templates(clip.templates, choice, templates)})
+                for clip, weight in zip(source.clips, clip_weights, strict=True)
+            ),
+            "fusion": source.fusion.model_copy(update=changes),
+            "store": "fused",
+        }
+    )
+    return recipe if codec is None else recipe.model_copy(update={"codecs": codecs_for(codec, recipe)})
+
+
+class _Fuser:
+    """Rows of a component cache as those of a fused one."""
+
+    def __init__(self, source: BlockReader, recipe: CacheRecipe, how: Fusion, device: torch.device) -> None:
+        self.source, self.recipe, self.how, self._device = source, recipe, how, device
+        old, new = source.cache.recipe.clips, recipe.clips
+        self._changed = [number for number in range(len(new)) if old[number].templates != new[number].templates]
+
+    def begin(self) -> tuple[float, ...]:
+        """The CLIP scales of a new cache."""
+        embeddings = {
+            array_name("class_embeddings", number): fusion.class_embeddings(
+                torch.from_numpy(self._text_features[array_name("text_features", number)])
+            ).numpy()
+            for number in self._changed
+        }
+        self._use(self._text_features | embeddings)
+        choice = self.recipe.fusion.clip_scale
+        if choice != "match":
+            scales = tuple(fusion.resolve_clip_scale(choice, clip.logit_scale) for clip in self.recipe.clips)
+        elif self._scales_hold:
+            scales = self.source.cache.manifest.clip_scales
+        else:
+            scales = matched_scales(self._parts(0, self._sample), self.recipe.clips)
+        self.how = replace(self.how, clip_scales=scales)
+        return scales
+
+    def constants(self) -> Rows:
+        """Those of a new cache; a range that its codec cannot hold shows here, not many blocks later."""
+        own = self.source.constants | self._prompts
+        constants = {name: own[name] for name in constant_shapes(self.recipe) if name in own}
+        if not self.recipe.codecs.floating:
+            rows = self._fused(0, self._sample)
+            constants |= fit_codecs(self.recipe, rows)
+            Encoder(self.recipe, constants.__getitem__).encode(rows, where="a sample of view 0")
+        return constants
+
+    def convert(self, writer: CacheWriter) -> Convert:
+        """A cache keeps the embeddings and scales that it began with."""
+        made = BlockReader(TeacherCache(writer.path)).constants
+        embeddings = {array_name("class_embeddings", number) for number in self._changed}
+        shared = {name for name in made if name.startswith(_FROM_SOURCE)} - embeddings
+        require_same_constants(self.source, made, shared, writer.path)
+        text = {} if self.recipe.fusion.prompt_ensemble == "embedding" else self._text_features
+        self._use(text | {name: made[name] for name in embeddings})
+        self.how = replace(self.how, clip_scales=writer.manifest.clip_scales)
+        encoder = Encoder(self.recipe, made.__getitem__)
+        return lambda view, rows: encoder.encode(
+            self._fused(view, self.source.read(view, rows)), where=f"view {view}, samples {rows.start}–{rows.stop - 1}"
+        )
+
+    @property
+    def _scales_hold(self) -> bool:
+        """Whether the source's own `match` is this one: nothing that it depends on has changed."""
+        source = self.source.cache.recipe
+        same_teachers = source.teacher_weights == self.recipe.teacher_weights
+        return source.fusion.clip_scale == "match" and same_teachers and not self._changed
+
+    @cached_property
+    def _sample(self) -> Stored:
+        """Stored rows of view 0 for the scale `match` and for what codecs are fitted to."""
+        return self.source.sample(0, sample_rows(self.source.cache.num_samples))
+
+    @cached_property
+    def _text_features(self) -> Rows:
+        """[P, C, D] of each changed CLIP: rows of the source's where these are all, else embedded by the CLIP."""
+        cache, found = self.source.cache, {}
+        embedded: list[npt.NDArray[np.float32]] | None = None
+        for number in self._changed:
+            name, wanted = array_name("text_features", number), self.recipe.clips[number].templates
+            stored = cache.recipe.clips[number].templates
+            if set(wanted) <= set(stored):
+                found[name] = self.source.constants[name][[stored.index(template) for template in wanted]]
+                continue
+            if embedded is None:
+                embed = plugins.load("text-features")
+                embedded = embed(cache.manifest, wanted, str(self._device), where=cache.path)
+            found[name] = embedded[number]
+        return found
+
+    def _use(self, prompts: Rows) -> None:
+        """Fuse with these text features and class embeddings in place of the source's."""
+        self._prompts, source = prompts, self.source
+
+        def constant(name: str) -> torch.Tensor:
+            return torch.from_numpy(prompts[name] if name in prompts else source.constants[name])
+
+        constants = constants_for(self.how, source.cache.recipe, constant)
+        self._tensors = {name: tensor.to(self._device) for name, tensor in constants.items()}
+
+    def _fused(self, view: int, stored: Stored) -> Rows:
+        arrays = fused(self._parts(view, stored)).arrays
+        return {name: arrays[name].cpu().numpy() for name in ("fused_logits", "fused_features")}
+
+    def _parts(self, view: int, stored: Mapping[str, npt.NDArray[Any]]) -> ViewTargets:
+        arrays = {name: torch.from_numpy(values).to(self._device) for name, values in stored.items()}
+        return ViewTargets(view, arrays, self._tensors, self.how, self.source.cache.targets)
+
+
+_FROM_SOURCE = ("teacher_projection", "clip_projection", "class_embeddings")
+
+
+def _resolved(cache: TeacherCache, choice: FusionChoice) -> Fusion:
+    """The choice in numbers, but for the scales; prompts become part of the constants."""
+    if cache.recipe.store != "components":
+        raise NotFoundError(
+            "a fused cache has no parts to fuse",
+            where=cache.path,
+            expected="a cache of components",
+            next_step="build one with `build-cache --store components`",
+        )
+    if choice.clip_view is not None:
+        raise RecipeError(
+            "a fused cache takes CLIP's targets from the view they are for",
+            where="clip_view",
+            found=choice.clip_view,
+            next_step="train on the component cache with --set fusion.clip_view",
+        )
+    return replace(choice.model_copy(update={"clip_scale": None}).resolve(cache), prompts=None)
+
+
+def _templates(stored: tuple[str, ...], choice: FusionChoice, given: Sequence[str] | None) -> tuple[str, ...]:
+    if given is not None:
+        return tuple(given)
+    return stored if choice.prompts is None else tuple(stored[number] for number in choice.prompts)
+
+
+def _preflight(cache: TeacherCache, recipe: CacheRecipe) -> dict[str, Any] | None:
+    """The accuracies that the source's preflight measured, as far as they are those of this fusion."""
+    source, found = cache.recipe, cache.manifest.provenance.get("preflight")
+    if not isinstance(found, dict):
+        return None
+    changed = set()
+    if recipe.teacher_weights != source.teacher_weights:
+        changed |= {"teacher_top1"}
+    scaled = recipe.fusion.clip_scale, recipe.fusion.prompt_ensemble
+    if recipe.clips != source.clips or scaled != (source.fusion.clip_scale, source.fusion.prompt_ensemble):
+        changed |= {"clip_top1", "networks"}
+    if changed or recipe.fusion.teacher_weight != source.fusion.teacher_weight:
+        changed |= {"fusion_top1"}
+    return {key: value for key, value in found.items() if key not in changed}

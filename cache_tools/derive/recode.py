@@ -1,0 +1,168 @@
+"""The same targets stored by other codecs, without a teacher pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.codecs import Codec, TopK
+from cache_tools.codecs.presets import TargetCodecs
+from cache_tools.derive.base import Convert, Derived, derive, derived_manifest, require_same_constants
+from cache_tools.derive.blocks import BlockReader, Rows, Stored
+from cache_tools.format.arrays import constant_shapes, targets
+from cache_tools.format.recipe import CacheRecipe
+from cache_tools.home import registry
+from cache_tools.reader import TeacherCache
+from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
+from cache_tools.store.writer import CacheWriter
+
+
+class Recoded(Derived):
+    """`caution` says where a new cache looks more precise than it is."""
+
+    caution: str | None = None
+
+
+def recode(
+    cache: TeacherCache,
+    codecs: TargetCodecs,
+    name: str,
+    path: Path | None = None,
+    *,
+    block_rows: int | None = None,
+) -> Recoded:
+    """Make a cache of the same targets with other codecs, or go on with it, or bring it up to what its source holds.
+
+    Codecs with steps are fitted as a build fits them: to evenly spaced samples of view 0.
+
+    Args:
+        name: of a new cache.
+        path: None for its place in the cache home.
+        block_rows: of a new cache; None for those of the source.
+
+    Raises:
+        IncompleteError: view 0 of the source is not complete.
+        FormatError: numbers that a codec cannot hold, found in the sample before anything is made, or in a block; or a
+            damaged block in the source.
+        MismatchError, StorageError: as `derive.derive`.
+    """
+    source = BlockReader(cache)
+    recipe = cache.recipe.model_copy(update={"codecs": codecs})
+    manifest = derived_manifest(cache, recipe, name, block_rows=block_rows)
+    path = path or registry.cache_path(name, manifest.fingerprint)
+    cautions: list[str | None] = [None]
+
+    def constants() -> Rows:
+        sample = fit_sample(source)
+        recoder = Recoder(source, manifest.recipe, recoded_constants(source, manifest.recipe, lambda: sample))
+        recoder.stored(sample, where="a sample of view 0")
+        cautions.append(recoder.caution(sample))
+        return recoder.constants
+
+    def convert(writer: CacheWriter) -> Convert:
+        made = BlockReader(TeacherCache(writer.path)).constants
+        shared = made.keys() - _new_constants(source, manifest.recipe)
+        require_same_constants(source, made, shared, writer.path)
+        recoder = Recoder(source, manifest.recipe, made)
+        return lambda view, rows: recoder.stored(
+            source.read(view, rows), where=f"view {view}, samples {rows.start}–{rows.stop - 1}"
+        )
+
+    derived = derive(source, path, manifest, constants, convert, title="recode")
+    return Recoded(**derived.model_dump(), caution=cautions[-1])
+
+
+class Recoder:
+    """Turns what one cache stores into what another recipe stores.
+
+    A target whose codec stays (or is packed otherwise) is not rounded again: its arrays are taken as they are.
+
+    Attributes:
+        recipe: the source's, with other codecs.
+        constants: what the new cache holds for all samples and views: `recoded_constants`.
+    """
+
+    def __init__(self, source: BlockReader, recipe: CacheRecipe, constants: Rows) -> None:
+        self.recipe, self.constants, self._source = recipe, constants, source
+        self._specs = {spec.name: spec for spec in targets(recipe, 1)}
+        self._changed = changed_targets(source, recipe)
+        self._encoder = Encoder(recipe, constants.__getitem__)
+
+    def stored(self, source: Mapping[str, npt.NDArray[Any]], *, where: str = "") -> Stored:
+        """The new arrays of some rows, by name, from those of the source.
+
+        Raises:
+            FormatError: numbers that a codec cannot hold.
+        """
+        rows = self._source.decode(source, self._changed)
+        found: Stored = {}
+        for name, spec in self._specs.items():
+            if name in rows:
+                found |= self._encoder.encode_target(name, rows[name], where=where)
+            else:
+                found |= {array.name: source[array.name] for array in spec.arrays}
+        return found
+
+    def caution(self, sample: Mapping[str, npt.NDArray[Any]]) -> str | None:
+        """What to know where the new cache would look more precise than it is; None where it does not.
+
+        Args:
+            sample: stored rows of the source.
+        """
+        finer = []
+        for name, rows in self._source.decode(sample, self._changed).items():
+            old, new = self._source.cache.targets[name].codec, self._specs[name].codec
+            if isinstance(old, TopK) or (not isinstance(new, TopK) and self._is_finer(name, rows)):
+                finer.append(f"{name} from {old.codec} to {new.codec}")
+        if not finer:
+            return None
+        return (
+            f"{' and '.join(finer)}: that is finer than what is stored. What has been lost stays lost; only building "
+            "the cache again from its teachers brings it back"
+        )
+
+    def _is_finer(self, name: str, rows: npt.NDArray[np.float32]) -> bool:
+        """Whether the new codec's error is smaller than that which these rows have already."""
+        old, new = self._source.cache.targets[name], self._specs[name]
+        of_old = {key.removeprefix(name): self._source.constants[key] for key in old.constants}
+        of_new = {key.removeprefix(name): self.constants[key] for key in new.constants}
+        return float(new.codec.error_bound(rows, of_new).mean()) < float(old.codec.error_bound(rows, of_old).mean())
+
+
+def changed_targets(source: BlockReader, recipe: CacheRecipe) -> list[str]:
+    """The targets whose numbers change when a cache is stored as `recipe` says."""
+    old = source.cache.targets
+    return [spec.name for spec in targets(recipe, 1) if _numbers(spec.codec) != _numbers(old[spec.name].codec)]
+
+
+def fit_sample(source: BlockReader) -> Stored:
+    """The stored rows that codecs are fitted to."""
+    return source.sample(0, sample_rows(source.cache.num_samples))
+
+
+def recoded_constants(source: BlockReader, recipe: CacheRecipe, sample: Callable[[], Stored]) -> Rows:
+    """What a cache of `recipe` holds for all samples and views: the source's, and the steps of new codecs.
+
+    Args:
+        sample: gives the rows of `fit_sample`; not asked for where nothing is fitted.
+
+    Raises:
+        FormatError: rows that are all alike.
+    """
+    new = _new_constants(source, recipe)
+    fitted = fit_codecs(recipe, source.decode(sample())) if new else {}
+    return {key: fitted[key] if key in new else source.constants[key] for key in constant_shapes(recipe)}
+
+
+def _new_constants(source: BlockReader, recipe: CacheRecipe) -> set[str]:
+    changed = changed_targets(source, recipe)
+    return {key for spec in targets(recipe, 1) if spec.name in changed for key in spec.constants}
+
+
+def _numbers(codec: Codec) -> dict[str, Any]:
+    """What of a codec determines its numbers, not how they are packed."""
+    return codec.model_dump(exclude={"pack"})

@@ -1,0 +1,1 @@
+"""The cache format: recipe, manifest, arrays, layout, commits. Nothing here needs torch."""

@@ -1,0 +1,133 @@
+"""Which arrays a cache has: names, shapes, chunks and blocks, all a function of its recipe."""
+
+from __future__ import annotations
+
+from pydantic import PositiveInt
+
+from cache_tools.codecs import AnyCodec, StoredArray
+from cache_tools.config import Frozen
+from cache_tools.format.recipe import CacheRecipe
+
+CHUNK_BYTES = 8 << 20
+MAX_BLOCK_ROWS = 16_384
+MIN_BLOCK_ROWS = 64
+
+
+class ArraySpec(Frozen):
+    """One stored array [V, N, width] of a target, chunked (1, chunk_rows, width); its name is target + suffix."""
+
+    target: str
+    stored: StoredArray
+    chunk_rows: PositiveInt
+
+    @property
+    def name(self) -> str:
+        return self.target + self.stored.suffix
+
+    @property
+    def suffix(self) -> str:
+        return self.stored.suffix
+
+    @property
+    def width(self) -> int:
+        return self.stored.width
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+
+class TargetSpec(Frozen):
+    """What is cached under one name: rows of `width` numbers, and the arrays that its codec stores them in."""
+
+    name: str
+    width: PositiveInt
+    codec: AnyCodec
+    arrays: tuple[ArraySpec, ...]
+
+    @property
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what its codec needs beside the rows."""
+        return {self.name + suffix: shape for suffix, shape in self.codec.constant_shapes(self.width).items()}
+
+
+def array_name(name: str, network: int) -> str:
+    """What an array of a group's network `network`, from 0, is called: `NAME`, `NAME_2`, `NAME_3`, …"""
+    return name if network == 0 else f"{name}_{network + 1}"
+
+
+def targets(recipe: CacheRecipe, block_rows: int) -> tuple[TargetSpec, ...]:
+    """What a cache holds per (view, sample), in the order in which commits list its arrays.
+
+    Raises:
+        FormatError: a codec that is not for rows of such a width.
+    """
+    found = []
+    for name, width in _widths(recipe).items():
+        codec = recipe.codecs.of(name).for_width(width)
+        arrays = tuple(
+            ArraySpec(target=name, stored=stored, chunk_rows=_chunk_rows(stored.row_bytes, block_rows))
+            for stored in codec.arrays(width)
+        )
+        found.append(TargetSpec(name=name, width=width, codec=codec, arrays=arrays))
+    return tuple(found)
+
+
+def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]:
+    """The arrays of all targets, in the order in which commits list their checksums."""
+    return tuple(array for target in targets(recipe, block_rows) for array in target.arrays)
+
+
+def constant_shapes(recipe: CacheRecipe) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the float32 arrays that hold for all samples and views.
+
+    The projections and class embeddings are in every cache; `store: components` adds what turns features into logits.
+    Codecs that are fitted to the targets add what they found (`TargetSpec.constants`).
+    """
+    classes, width = len(recipe.dataset.class_names), recipe.fusion.feature_dim
+    components = recipe.store == "components"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, teacher in enumerate(recipe.teachers):
+        shapes[array_name("teacher_projection", number)] = (teacher.feature_dim, width)
+        if components and teacher.linear_head:
+            shapes[array_name("teacher_head_weight", number)] = (classes, teacher.feature_dim)
+            shapes[array_name("teacher_head_bias", number)] = (classes,)
+    for number, clip in enumerate(recipe.clips):
+        shapes[array_name("clip_projection", number)] = (clip.feature_dim, width)
+        shapes[array_name("class_embeddings", number)] = (classes, clip.feature_dim)
+        if components:
+            shapes[array_name("text_features", number)] = (len(clip.templates), classes, clip.feature_dim)
+    for target in targets(recipe, 1):
+        shapes |= target.constants
+    return shapes
+
+
+def default_block_rows(recipe: CacheRecipe) -> int:
+    """Rows per block: a power of two whose widest array is one chunk of at most 8 MiB, between 64 and 16 384.
+
+    No more than the next power of two of the number of samples: chunks are stored and decoded at their full size.
+    """
+    widest = max(spec.stored.row_bytes for spec in target_arrays(recipe, MAX_BLOCK_ROWS))
+    largest = max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, CHUNK_BYTES // widest))
+    enough = 1 << (recipe.dataset.num_samples - 1).bit_length()
+    return max(MIN_BLOCK_ROWS, min(1 << (largest.bit_length() - 1), enough))
+
+
+def _widths(recipe: CacheRecipe) -> dict[str, int]:
+    """Numbers per row of each target, by name."""
+    classes = len(recipe.dataset.class_names)
+    if recipe.store == "fused":
+        return {"fused_logits": classes, "fused_features": recipe.fusion.feature_dim}
+    teachers, clips = list(enumerate(recipe.teachers)), list(enumerate(recipe.clips))
+    widths = {array_name("teacher_features", number): teacher.feature_dim for number, teacher in teachers}
+    widths |= {array_name("clip_features", number): clip.feature_dim for number, clip in clips}
+    widths |= {array_name("teacher_logits", number): classes for number, teacher in teachers if not teacher.linear_head}
+    return widths
+
+
+def _chunk_rows(row_bytes: int, block_rows: int) -> int:
+    """Largest divisor of the block, by halving, whose chunk stays within 8 MiB."""
+    rows = block_rows
+    while rows * row_bytes > CHUNK_BYTES and rows % 2 == 0:
+        rows //= 2
+    return rows

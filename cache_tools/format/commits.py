@@ -1,0 +1,82 @@
+"""What a commit says: 64-bit digests of a block's stored rows. Nothing uncommitted is ever read.
+
+`commits` is uint64 [V, blocks, 1 + number of target arrays], one chunk, hence one atomically replaced file, per block.
+Column 0 is the digest of the block's view parameters, the others are digests of its rows in the order of
+`arrays.target_arrays`. Zero, the fill value, stands for "not committed", so no digest is ever zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.format.arrays import target_arrays
+from cache_tools.format.manifest import Manifest
+from cache_tools.format.recipe import CacheRecipe
+
+COMMITS = "commits"
+PARAMETERS = "view_parameters"
+_NUMBER = r"(0|[1-9][0-9]{0,9})"
+_FILE_NAME = re.compile(rf"c\.{_NUMBER}\.{_NUMBER}\.0")
+
+
+def columns(recipe: CacheRecipe, block_rows: int) -> list[str]:
+    """Names of the columns of `commits`, stored in its attribute `columns`."""
+    return [PARAMETERS, *(spec.name for spec in target_arrays(recipe, block_rows))]
+
+
+def block_digest(rows: npt.NDArray[np.generic]) -> int:
+    """64 bits of blake2b over rows in C order, little-endian as stored; never 0."""
+    array = np.ascontiguousarray(rows, dtype=rows.dtype.newbyteorder("<"))
+    return int.from_bytes(hashlib.blake2b(array.data, digest_size=8).digest(), "little") or 1
+
+
+def content_digest(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], class_names: Sequence[str]) -> str:
+    """32 hex digits over sample keys, labels and class names: `DatasetIdentity.content_digest`."""
+    digest = hashlib.blake2b(np.ascontiguousarray(keys).data, digest_size=16)
+    digest.update(np.ascontiguousarray(labels, dtype="<i8").data)
+    digest.update(json.dumps(list(class_names), ensure_ascii=True).encode())
+    return digest.hexdigest()
+
+
+def committed_blocks(commits: npt.NDArray[np.uint64], manifest: Manifest) -> npt.NDArray[np.bool_]:
+    """Which blocks are committed, bool [V, blocks], from the whole array or more views than the manifest promises."""
+    return (commits[: manifest.num_views] != 0).all(axis=-1)
+
+
+def missing_pairs(committed: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(view, block) of what is not committed, in order of view, then block."""
+    return [(int(view), int(block)) for view, block in np.argwhere(~committed)]
+
+
+def file_name(view: int, block: int) -> str:
+    """The file of one commit in the folder of `commits`; it exists if and only if the block is committed."""
+    return f"c.{view}.{block}.0"
+
+
+def parse_file_name(name: str) -> tuple[int, int] | None:
+    """(view, block) of a commit file; None for another file."""
+    match = _FILE_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def committed_pairs(names: Iterable[str], manifest: Manifest) -> list[tuple[int, int]]:
+    """(view, block) of every commit file that the manifest promises, ascending."""
+    pairs = (pair for name in names if (pair := parse_file_name(name)) is not None)
+    return sorted(pair for pair in pairs if pair[0] < manifest.num_views and pair[1] < manifest.num_blocks)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0, 3–7, 9` for ascending whole numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)

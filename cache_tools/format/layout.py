@@ -1,0 +1,146 @@
+"""How every array of a cache is stored: shape, dtype, chunks, codecs and dimensions, all a function of its manifest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cache_tools.codecs.features import STEPS
+from cache_tools.format import commits
+from cache_tools.format.arrays import CHUNK_BYTES, ArraySpec, TargetSpec, constant_shapes, targets
+from cache_tools.format.manifest import Manifest
+
+_DIMENSIONS = {
+    "labels": ("sample",),
+    "sample_keys": ("sample", "byte"),
+    "commits": ("view", "block", "column"),
+    "fused_logits": ("view", "sample", "class"),
+    "fused_features": ("view", "sample", "feature"),
+    "teacher_logits": ("view", "sample", "class"),
+    "teacher_features": ("view", "sample", "teacher_feature"),
+    "clip_features": ("view", "sample", "clip_feature"),
+    "teacher_projection": ("teacher_feature", "feature"),
+    "clip_projection": ("clip_feature", "feature"),
+    "class_embeddings": ("class", "clip_feature"),
+    "text_features": ("prompt", "class", "clip_feature"),
+    "teacher_head_weight": ("class", "teacher_feature"),
+    "teacher_head_bias": ("class",),
+}
+# Of another length for every network, so each has its own: tools that align arrays by dimension rely on that.
+_OF_A_NETWORK = {"teacher_feature", "clip_feature", "prompt"}
+
+
+class ArrayLayout(NamedTuple):
+    """One array.
+
+    Attributes:
+        dimensions: names of its axes.
+        encoding: `dtype`, `serializer`, `compressors`, `fill_value` and sometimes `attributes`, as zarr takes them.
+    """
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dimensions: tuple[str, ...]
+    encoding: dict[str, Any]
+
+    @property
+    def dtype(self) -> str:
+        return self.encoding["dtype"]
+
+    @property
+    def codecs(self) -> list[str]:
+        """Names of the codecs that a chunk goes through when it is written, in order."""
+        return [codec["name"] for codec in (self.encoding["serializer"], *self.encoding["compressors"])]
+
+    @property
+    def fill_value(self) -> np.generic:
+        return np.dtype(self.dtype).type(self.encoding["fill_value"])
+
+    @property
+    def endian(self) -> str | None:
+        """Byte order of the plain numbers; None for single bytes and where a codec packs numbers."""
+        return self.encoding["serializer"].get("configuration", {}).get("endian")
+
+    @property
+    def has_views(self) -> bool:
+        """Whether its first axis grows with the number of views."""
+        return self.dimensions[0] == "view"
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decoded chunk."""
+        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
+
+    @property
+    def chunk_names(self) -> list[str]:
+        """The files of all its chunks, by name: every one is there once the array is filled."""
+        counts = (-(-length // chunk) for length, chunk in zip(self.shape, self.chunks, strict=True))
+        return [".".join(("c", *map(str, index))) for index in np.ndindex(*counts)]
+
+    @property
+    def max_file_bytes(self) -> int:
+        """What the file of a chunk cannot exceed: codecs hardly lengthen what they cannot compress."""
+        return self.chunk_bytes + self.chunk_bytes // 8 + (1 << 16)
+
+
+Layouts = Mapping[str, ArrayLayout]
+
+
+def array_layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
+    """Every array of a cache, by name: labels, keys and constants first, then targets, then commits."""
+    samples = manifest.num_samples
+    shapes = {"labels": ((samples,), "int64"), "sample_keys": ((samples, 16), "uint8")}
+    shapes |= {name: (shape, "float32") for name, shape in constant_shapes(manifest.recipe).items()}
+    layouts = {
+        name: ArrayLayout(shape, _chunk_shape(shape, dtype), _dimensions(name), _plain(name, dtype))
+        for name, (shape, dtype) in shapes.items()
+    }
+    for target in targets(manifest.recipe, manifest.block_rows):
+        layouts |= {spec.name: target_layout(target, spec, (manifest.num_views, samples)) for spec in target.arrays}
+    columns = commits.columns(manifest.recipe, manifest.block_rows)
+    shape = (manifest.num_views, manifest.num_blocks, len(columns))
+    encoding = _plain(commits.COMMITS, "uint64") | {
+        "compressors": [{"name": "crc32c"}],
+        "attributes": {"columns": columns},
+    }
+    layouts[commits.COMMITS] = ArrayLayout(shape, (1, 1, len(columns)), _dimensions(commits.COMMITS), encoding)
+    return layouts
+
+
+def target_layout(target: TargetSpec, spec: ArraySpec, shape: tuple[int, int]) -> ArrayLayout:
+    """One stored array of a target for `shape` = (views, samples)."""
+    axes = _dimensions(target.name)
+    if spec.width != target.width:  # numbers per row, or fewer than there are classes
+        axes = (*axes[:-1], f"{spec.name}_column")
+    chunks = (1, spec.chunk_rows, spec.width)
+    return ArrayLayout((*shape, spec.width), chunks, axes, spec.stored.create_arguments())
+
+
+def _plain(name: str, dtype: str) -> dict[str, Any]:
+    """How whole numbers and constants are stored. What is absent cannot be taken for data: NaN, −1 for labels."""
+    fill = float("nan") if dtype.startswith("float") else -1 if name == "labels" else 0
+    endian = {} if np.dtype(dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
+    zstd = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+    return {
+        "dtype": dtype,
+        "serializer": {"name": "bytes", **endian},
+        "compressors": [zstd, {"name": "crc32c"}],
+        "fill_value": fill,
+    }
+
+
+def _dimensions(name: str) -> tuple[str, ...]:
+    """`clip_features_2` is along `clip_feature_2`; what all networks share keeps its name."""
+    if name.endswith(STEPS):
+        return _dimensions(name.removesuffix(STEPS))[-1:]
+    plain, suffix = re.fullmatch(r"(.+?)((?:_\d+)?)", name).groups()  # type: ignore[union-attr]
+    return tuple(axis + suffix if axis in _OF_A_NETWORK else axis for axis in _DIMENSIONS[plain])
+
+
+def _chunk_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    return (min(max(1, CHUNK_BYTES // max(1, row_bytes)), shape[0]), *shape[1:])

@@ -1,0 +1,147 @@
+"""Everything that determines the values of a cache, and its digest, the fingerprint. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, PositiveInt
+
+from cache_tools.codecs.presets import TargetCodecs
+from cache_tools.config import Frozen
+from cache_tools.images.recipe import DatasetIdentity
+from cache_tools.views.recipe import ViewRecipe
+
+FORMAT_VERSION: Literal[2] = 2
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Store = Literal["fused", "components"]
+Precision = Literal["float32", "bfloat16", "float16"]
+PromptEnsemble = Literal["embedding", "logits", "probabilities"]
+
+
+class Finite(Frozen):
+    """A value whose numbers are numbers: JSON as Python reads it knows NaN and Infinity."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class Preprocessing(Finite):
+    """What a network does to the uint8 view canvas: resize (or not), scale to [0, 1], normalise.
+
+    `size` is (height, width) in pixels, None for the canvas as it is. Mean and std are per RGB channel on [0, 1].
+    """
+
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class TeacherIdentity(Finite):
+    """A conventional teacher. With `linear_head` logits are features · weightᵀ + bias, both stored.
+
+    `weight` is its share of the teachers' logits and features; the shares of all teachers sum to 1.
+    """
+
+    architecture: str
+    weights_digest: str
+    feature_dim: PositiveInt
+    linear_head: bool
+    preprocessing: Preprocessing
+    weight: Share = 1.0
+
+
+class ClipIdentity(Finite):
+    """A CLIP model with its prompts: every template (one `{}` each) with every class name, as they were rendered.
+
+    `logit_scale` is its own exp(log-scale); `weight` its share among all CLIPs, as for teachers.
+    """
+
+    architecture: str
+    config_digest: str
+    weights_digest: str
+    feature_dim: PositiveInt
+    logit_scale: float
+    preprocessing: Preprocessing
+    templates: tuple[str, ...] = Field(min_length=1)
+    class_names: tuple[str, ...] = Field(min_length=1)
+    weight: Share = 1.0
+
+
+class FusionRecipe(Finite):
+    """How teachers and CLIPs become one target (RichKD, equations for z_F and f_F).
+
+    logits: teacher_weight · teachers + (1 − teacher_weight) · CLIPs, the cosines of each CLIP times its scale [α]
+    features: feature_weight · teachers + (1 − feature_weight) · CLIPs, projected to `feature_dim`, L2-normalised [λ]
+    clip_scale: `model` (each CLIP's own logit scale), `match` (each brought to the spread of the teachers' mixed
+        logits) or a number above 0 (official: 1.0). Cosines are those of the embedding ensemble, whatever the
+        `prompt_ensemble`.
+    prompt_ensemble: what is averaged over the prompt templates: `embedding` (the text embeddings, as in the paper's
+        code), `logits`, or `probabilities`.
+    projection_seed: teacher i, from 0, is projected with seed projection_seed + 2i, CLIP i with that seed + 1.
+    """
+
+    teacher_weight: Share = 0.7
+    feature_weight: Share = 0.7
+    clip_scale: Literal["model", "match"] | float = "model"
+    prompt_ensemble: PromptEnsemble = "embedding"
+    feature_dim: PositiveInt = 128
+    projection_seed: int = Field(0, ge=0, lt=1 << 63)
+
+
+class CacheRecipe(Frozen):
+    """Everything that determines the cached values; its digest is the fingerprint.
+
+    `derived_from` is the fingerprint of the cache that this one was converted or fused from, without a teacher pass;
+    None for one that teachers filled.
+    """
+
+    dataset: DatasetIdentity
+    views: ViewRecipe
+    teachers: tuple[TeacherIdentity, ...] = Field(min_length=1)
+    clips: tuple[ClipIdentity, ...] = Field(min_length=1)
+    fusion: FusionRecipe
+    store: Store = "fused"
+    codecs: TargetCodecs = TargetCodecs()
+    precision: Precision = "float32"
+    derived_from: str | None = None
+
+    @property
+    def teacher(self) -> TeacherIdentity:
+        """The first teacher; mostly there is no other."""
+        return self.teachers[0]
+
+    @property
+    def clip(self) -> ClipIdentity:
+        """The first CLIP."""
+        return self.clips[0]
+
+    @property
+    def teacher_weights(self) -> tuple[float, ...]:
+        return tuple(teacher.weight for teacher in self.teachers)
+
+    @property
+    def clip_weights(self) -> tuple[float, ...]:
+        return tuple(clip.weight for clip in self.clips)
+
+    @property
+    def made_by(self) -> str:
+        """The command that makes such a cache and goes on with it, for messages."""
+        return "build-cache" if self.derived_from is None else "recode or fuse"
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits of sha256 over the canonical JSON of this recipe and the format version."""
+        return recipe_fingerprint(FORMAT_VERSION, self.model_dump(mode="json"))
+
+
+def recipe_fingerprint(format_version: int, recipe: Any) -> str:
+    """`CacheRecipe.fingerprint` from a recipe as plain JSON: 64 hex digits of sha256."""
+    return hashlib.sha256(canonical_json({"format_version": format_version, "recipe": recipe})).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """What digests are over: the same for equal values, whoever writes it."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

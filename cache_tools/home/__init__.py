@@ -1,0 +1,1 @@
+"""The cache home: find, list, stage and prune caches."""

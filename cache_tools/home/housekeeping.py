@@ -1,0 +1,145 @@
+"""Make room in the cache home: which caches a rule would remove, and removing them. No torch or zarr here."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from cache_tools.config import Frozen
+from cache_tools.console import storage_error
+from cache_tools.errors import StorageError
+from cache_tools.files import PARTIAL, remove_leftover, sync_folder
+from cache_tools.home.origin import origin_file
+from cache_tools.home.registry import CacheRecord, is_cache, used_file
+from cache_tools.places import LocalPlace
+from cache_tools.places.claims import EXPIRE_S, claims_of
+
+
+class PruneRules(Frozen):
+    """What may go. Rules add up; without any nothing goes.
+
+    Attributes:
+        older_than_s: written last longer ago than this.
+        unused_for_s: trained from (or built) last longer ago than this.
+        incomplete: half-built and damaged ones, and mirrors that are staged in part.
+        keep_bytes: of what is left, the least recently used until the home is no larger than this.
+    """
+
+    older_than_s: float | None = None
+    unused_for_s: float | None = None
+    incomplete: bool = False
+    keep_bytes: int | None = None
+
+
+class Candidate(Frozen):
+    """A cache that a rule would remove, and why; `kept_because` says why it is left alone all the same."""
+
+    record: CacheRecord
+    reason: str
+    kept_because: str | None = None
+
+
+def candidates(records: Sequence[CacheRecord], rules: PruneRules, *, now_s: float | None = None) -> list[Candidate]:
+    """The caches that the rules would remove, least recently used first; kept ones go on taking their room."""
+    now_s = time.time() if now_s is None else now_s
+    by_use = sorted(records, key=lambda record: record.used_s)
+    chosen = {record.path: reason for record in by_use if (reason := _reason(record, rules, now_s))}
+    kept = {record.path: _kept_because(record, now_s) for record in by_use}
+    if rules.keep_bytes is not None:
+        left = bytes_left(records, {path for path in chosen if kept[path] is None})
+        for record in by_use:
+            if left <= rules.keep_bytes:
+                break
+            if record.path not in chosen and not record.path.is_symlink():
+                chosen[record.path] = "least recently used, the home is too large"
+                left -= record.size_bytes if kept[record.path] is None else 0
+    return [
+        Candidate(record=record, reason=chosen[record.path], kept_because=kept[record.path])
+        for record in by_use
+        if record.path in chosen
+    ]
+
+
+def bytes_left(records: Iterable[CacheRecord], going: Collection[Path]) -> int:
+    """What the others take, without those that are elsewhere and only linked to."""
+    staying = (record for record in records if record.path not in going)
+    return sum(record.size_bytes for record in staying if not record.path.is_symlink())
+
+
+def remove(path: Path) -> None:
+    """Remove a cache. It is renamed first: a reader finds all of it or none, and a killed removal leaves no half.
+
+    Of a link to a cache only the link is removed.
+
+    Raises:
+        StorageError: not a cache, being built right now, or no permission.
+    """
+    if not is_cache(path):
+        raise StorageError("not a cache: nothing was removed", where=path, expected="a folder with zarr.json")
+    if busy := _busy(path, time.time()):
+        raise StorageError(f"{busy}: nothing was removed", where=path, next_step="try again when that is done")
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        path.rename(hidden)
+        sync_folder(path.parent)
+        remove_leftover(hidden)
+        for beside in (used_file(path), origin_file(path)):
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove what `durable.leftovers` found.
+
+    Raises:
+        StorageError: no permission.
+    """
+    for path in paths:
+        try:
+            remove_leftover(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise storage_error(error) from error
+
+
+def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
+    reasons: Iterable[tuple[bool, str]] = (
+        (rules.incomplete and record.problem is not None, "cannot be opened" if record.unknown else "damaged"),
+        (rules.incomplete and not record.complete, "staged in part" if record.origin else "half-built"),
+        (
+            rules.older_than_s is not None and now_s - record.modified_s > rules.older_than_s,
+            f"written {_days(now_s - record.modified_s)} ago",
+        ),
+        (
+            rules.unused_for_s is not None and now_s - record.used_s > rules.unused_for_s,
+            f"unused for {_days(now_s - record.used_s)}",
+        ),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def _kept_because(record: CacheRecord, now_s: float) -> str | None:
+    if not is_cache(record.path):
+        return "not a cache: without zarr.json it may be anything, such as a copy that was cut off"
+    if record.path.is_symlink():
+        return "a link: the cache is elsewhere"
+    if record.unknown:
+        return f"{record.unknown}: it may be sound"
+    return _busy(record.path, now_s)
+
+
+def _busy(path: Path, now_s: float) -> str | None:
+    """Whether somebody who builds, stages or copies holds a fresh claim."""
+    try:
+        newest = max((entry.modified_s for entry in claims_of(LocalPlace(path)).entries()), default=0.0)
+    except OSError:
+        return None
+    return "being built, staged or copied right now" if now_s - newest < EXPIRE_S else None
+
+
+def _days(age_s: float) -> str:
+    return f"{age_s / 86_400:.1f} days"

@@ -1,0 +1,67 @@
+"""Which store the mirror of a remote cache was staged from: a small file beside it. Imports neither torch nor zarr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import NonNegativeInt, ValidationError
+
+from cache_tools.config import Frozen
+from cache_tools.errors import FormatError
+from cache_tools.files import MAX_METADATA_BYTES, check_file, put_durably
+
+
+class OriginRecord(Frozen):
+    """What was known of the remote cache when it was last looked at.
+
+    Attributes:
+        url: of the cache.
+        fingerprint: of the cache that was there.
+        views: that its manifest promised; 0 if the home had all of them when the URL was opened: no mirror then.
+        complete: whether all of these were committed; a commit is never taken back.
+    """
+
+    url: str
+    fingerprint: str
+    views: NonNegativeInt
+    complete: bool = False
+
+    @property
+    def of_a_mirror(self) -> bool:
+        """Whether views are staged from there; else it only says that the URL stands for a cache that is here."""
+        return self.views > 0
+
+
+def origin_file(path: Path) -> Path:
+    """Where the record is: beside the cache, since other zarr readers warn of strange files in it."""
+    return path.absolute().with_name(f".{path.name}.origin")
+
+
+def read_origin(path: Path) -> OriginRecord | None:
+    """The record of a mirror or of what stands for a URL; None for any other cache, or where it cannot be read."""
+    try:
+        check_file(origin_file(path), MAX_METADATA_BYTES)
+        return OriginRecord.model_validate_json(origin_file(path).read_bytes())
+    except (OSError, ValidationError, FormatError):
+        return None
+
+
+def write_origin(path: Path, record: OriginRecord) -> None:
+    """Keep the record of a mirror.
+
+    Raises:
+        OSError: a full or read-only disk.
+    """
+    put_durably(origin_file(path), json.dumps(record.model_dump(mode="json"), indent=2).encode())
+
+
+def mirrors_of(url: str, home: Path) -> list[tuple[Path, OriginRecord]]:
+    """The mirrors of a URL in a cache home, or what stands for it there, the one that was staged last first."""
+    found = []
+    for file in home.glob(".*.origin"):
+        path = home / file.name.removeprefix(".").removesuffix(".origin")
+        record = read_origin(path)
+        if record is not None and record.url == url and (path / "zarr.json").is_file():
+            found.append((file.stat().st_mtime, path, record))
+    return [(path, record) for _, path, record in sorted(found, key=lambda each: each[0], reverse=True)]

@@ -1,0 +1,90 @@
+"""How large caches are. Of those in a home this is remembered: a look at every file takes minutes on a network disk.
+
+Files of a cache come and go by being renamed, which changes the time of their folder. So the sum over a cache's files
+holds as long as its folders keep their times. What was summed up is in a hidden file of the home.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from cache_tools.errors import FormatError
+from cache_tools.files import MAX_METADATA_BYTES, PARTIAL, check_file
+
+INDEX = ".sizes.json"
+SETTLED_S = 2.0  # a folder that changed this recently may change again without another time
+
+_Known = dict[str, tuple[str, int, float]]  # name of the cache → times of its folders (digest), bytes, newest file
+
+
+class Sizes:
+    """Sizes of the caches in a home. Use as a context manager: leaving it writes down what was summed up anew."""
+
+    def __init__(self, home: Path) -> None:
+        self._index, self._asked, self._changed = home / INDEX, _Known(), False
+        try:
+            check_file(self._index, MAX_METADATA_BYTES)
+            self._known = TypeAdapter(_Known).validate_json(self._index.read_bytes())
+        except (OSError, ValidationError, FormatError):
+            self._known = _Known()
+
+    def __enter__(self) -> Sizes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._changed or self._asked.keys() != self._known.keys():
+            self._write()
+
+    def of(self, path: Path) -> tuple[int, float]:
+        """`size_and_time` of a cache in this home."""
+        times, newest_s = _folder_times(path)
+        if (known := self._known.get(path.name)) is not None and known[0] == times:
+            self._asked[path.name] = known
+            return known[1:]
+        size_bytes, modified_s = size_and_time(path)
+        if time.time() - newest_s > SETTLED_S:
+            self._asked[path.name], self._changed = (times, size_bytes, modified_s), True
+        return size_bytes, modified_s
+
+    def _write(self) -> None:
+        temporary = self._index.with_name(f"{INDEX}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            temporary.write_text(json.dumps(self._asked))
+            temporary.replace(self._index)
+        except OSError:  # a read-only home: summed up again next time
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def size_and_time(path: Path) -> tuple[int, float]:
+    """Bytes of all files, and when the newest was written; 0 where nothing can be read."""
+    total, newest, folders = 0, 0.0, [str(path)]
+    while folders:
+        with suppress(OSError), os.scandir(folders.pop()) as found:
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                    continue
+                with suppress(OSError):  # a builder has just renamed it
+                    status = entry.stat()
+                    total, newest = total + status.st_size, max(newest, status.st_mtime)
+    return total, newest
+
+
+def _folder_times(path: Path) -> tuple[str, float]:
+    """A digest of the times of a cache's folders, and the latest of these times (s)."""
+    times: dict[str, int] = {}
+    with suppress(OSError):
+        times[""] = path.stat().st_mtime_ns
+        with os.scandir(path) as found:
+            times |= {entry.name: entry.stat().st_mtime_ns for entry in found if entry.is_dir()}
+    text = json.dumps(times, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), max(times.values(), default=0) / 1e9

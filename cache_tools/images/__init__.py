@@ -1,0 +1,50 @@
+"""Open image sources: splits, and parts of them.
+
+Every source gives RGB uint8 NCHW on one canvas size. Arrays (digits, Fashion-MNIST, CIFAR) live in
+`image_arrays.py`, folders in `image_folder.py`. Nothing here imports torch, torchvision, scikit-learn or PIL.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cache_tools.errors import DataError
+from cache_tools.images.arrays import SOURCES
+from cache_tools.images.folder import open_folder
+from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import DatasetRecipe
+
+# `train[:20000]`, `train[50%:]`, `train[::5]`
+_END = r"(?:-?[0-9]+|[0-9]+(?:[.][0-9]+)?%)?"
+_PART = re.compile(rf"(?P<split>[^\[\]]+)\[(?P<start>{_END}):(?P<stop>{_END})(?::(?P<step>[1-9][0-9]*)?)?\]")
+
+
+def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
+    """Open a split or a part of one, `recipe.split` when None. Folders read every file (for the keys) but decode none.
+
+    Raises:
+        DataError: no such split, an empty part, missing or damaged files; says where it looked and what to do.
+    """
+    wanted = split or recipe.split
+    whole = _PART.fullmatch(wanted)
+    if whole is None:
+        return _open_split(recipe, wanted)
+    images = _open_split(recipe, whole["split"])
+    start, stop = (_bound(whole[end], len(images)) for end in ("start", "stop"))
+    part = images.subset(slice(start, stop, int(whole["step"]) if whole["step"] else None), wanted)
+    if len(part) == 0:
+        raise DataError("that part of the split is empty", where=wanted, found=f"{len(images)} samples in all")
+    return part
+
+
+def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
+    if recipe.name == "folder":
+        return open_folder(recipe, split)
+    return SOURCES[recipe.name](recipe, split)
+
+
+def _bound(text: str, count: int) -> int | None:
+    """One end of a slice over `count` samples: nothing, a number, or per cent of them."""
+    if not text:
+        return None
+    return int(count * float(text[:-1]) / 100) if text.endswith("%") else int(text)

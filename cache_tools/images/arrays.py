@@ -1,0 +1,241 @@
+"""Image sources that fit in memory: the digits of scikit-learn, Fashion-MNIST, CIFAR-10 and CIFAR-100.
+
+Opened by `cache_tools.images.open_images`; all are 32 × 32.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_tools.errors import DataError
+from cache_tools.images.image_set import ImageSet, sample_key
+from cache_tools.images.recipe import DatasetRecipe, default_data_dir
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+FASHION_NAMES = (
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+SYSTEM_FASHION_DIR = Path("/usr/share/datasets/fashion-mnist")
+_IDX_MAGIC = {1: 0x0801, 3: 0x0803}  # uint8, by number of dimensions
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ArrayImages(ImageSet):
+    """A split whose pixels, uint8 [N, 3, H, W], are one array in memory."""
+
+    pixels: np.ndarray
+
+    @property
+    def resident(self) -> bool:
+        return True
+
+    def load(self, index: np.ndarray | slice) -> np.ndarray:
+        return self.pixels[index]
+
+    def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
+        return {"pixels": self.pixels[rows]}
+
+
+def open_digits(recipe: DatasetRecipe, split: str) -> ArrayImages:
+    """The 1797 handwritten digits of scikit-learn; every fifth one (index % 5 == 4) is the test split.
+
+    The 8 × 8 scans are brought to 32 × 32 by exact integer bilinear interpolation, their 0…16 to 0…255.
+    """
+    train = _check_split(recipe, split)
+    table = _digits_table()
+    chosen = (np.arange(len(table)) % 5 != 4) == train
+    scans, labels = table[chosen, :-1].reshape(-1, 8, 8).astype(np.uint8), table[chosen, -1].astype(np.int64)
+    return _array_images(recipe, split, DIGIT_NAMES, labels, scans, _enlarge(scans)[:, None])
+
+
+def open_fashion_mnist(recipe: DatasetRecipe, split: str) -> ArrayImages:
+    """Fashion-MNIST from its IDX files, plain or gzipped; 28 × 28 scans, zero-padded by two pixels."""
+    prefix = "train" if _check_split(recipe, split) else "t10k"
+    root = _data_dir(recipe)
+    folders = [root, root / "FashionMNIST" / "raw", SYSTEM_FASHION_DIR]
+    names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+    if recipe.download and not all(_find(folders, name) for name in names):
+        _download("FashionMNIST", root)
+    scans, labels = (_read_idx(_require(folders, name), dims) for name, dims in zip(names, (3, 1), strict=True))
+    if len(scans) != len(labels) or scans.shape[1:] != (28, 28) or labels.max(initial=0) >= len(FASHION_NAMES):
+        raise DataError(
+            "Fashion-MNIST images and labels do not fit together",
+            where=_require(folders, names[0]).parent,
+            expected="as many labels 0…9 as images of 28 × 28",
+            found=f"images {scans.shape}, {len(labels)} labels up to {labels.max(initial=0)}",
+        )
+    canvas = np.pad(scans, ((0, 0), (2, 2), (2, 2)))[:, None]
+    return _array_images(recipe, split, FASHION_NAMES, labels, scans, canvas)
+
+
+def open_cifar(recipe: DatasetRecipe, split: str) -> ArrayImages:
+    """CIFAR-10 or CIFAR-100 (fine labels) from torchvision's files, whose MD5 sums torchvision checks."""
+    train = _check_split(recipe, split)
+    from torchvision import datasets
+
+    cls: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[recipe.name]
+    root = _data_dir(recipe)
+    if root.name == cls.base_folder:  # the folder with the batches itself was given
+        root = root.parent
+    folder = root / cls.base_folder
+    if recipe.download:
+        _download(cls.__name__, root)
+    try:
+        dataset = cls(root, train=train)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{recipe.name} is damaged" if folder.is_dir() else f"{recipe.name} not found",
+            where=folder,
+            expected="the unpacked python version with the published MD5 sums",
+            next_step=_get_it(f"a --data-dir that contains {cls.base_folder}"),
+        ) from error
+    pixels = np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))
+    return _array_images(recipe, split, tuple(dataset.classes), np.array(dataset.targets), pixels, pixels)
+
+
+SOURCES: dict[str, Callable[[DatasetRecipe, str], ImageSet]] = {
+    "digits": open_digits,
+    "fashion-mnist": open_fashion_mnist,
+    "cifar10": open_cifar,
+    "cifar100": open_cifar,
+}
+
+
+def _array_images(
+    recipe: DatasetRecipe,
+    split: str,
+    class_names: tuple[str, ...],
+    labels: np.ndarray,
+    originals: np.ndarray,
+    canvas: np.ndarray,
+) -> ArrayImages:
+    """Keys come from `originals` (uint8 [N, …]), so they do not change with the canvas; grey becomes RGB."""
+    keys = b"".join(sample_key(row.data) for row in np.ascontiguousarray(originals))
+    pixels = canvas if canvas.shape[1] == 3 else np.repeat(canvas, 3, axis=1)
+    return ArrayImages(
+        name=recipe.name,
+        split=split,
+        class_names=class_names,
+        labels=labels.astype(np.int64),
+        keys=np.frombuffer(bytearray(keys), np.uint8).reshape(len(labels), -1),
+        image_size=(pixels.shape[2], pixels.shape[3]),
+        pixels=pixels,
+    )
+
+
+def _enlarge(scans: np.ndarray) -> np.ndarray:
+    """uint8 [N, 8, 8] in 0…16 → uint8 [N, 32, 32] in 0…255, half-pixel bilinear with clamped borders.
+
+    Weights are whole eighths per axis, so everything is integer arithmetic: the same on every machine.
+    """
+    weights = np.zeros((32, 8), np.int64)
+    for row in range(32):
+        eighths = 2 * row + 1 - 4  # source position (row + ½)/4 − ½, times eight
+        low, fraction = eighths >> 3, eighths & 7
+        weights[row, max(low, 0)] += 8 - fraction
+        weights[row, min(low + 1, 7)] += fraction
+    sums = weights @ scans.astype(np.int64) @ weights.T  # 0 … 16·64
+    return ((sums * 255 + 512) >> 10).astype(np.uint8)
+
+
+def _digits_table() -> np.ndarray:
+    """[1797, 65]: the levels of 8 × 8 pixels, then the digit. From scikit-learn's file: importing it takes a second."""
+    package = find_spec("sklearn")
+    for folder in (package.submodule_search_locations or ()) if package is not None else ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target])
+
+
+def _data_dir(recipe: DatasetRecipe) -> Path:
+    return default_data_dir() if recipe.data_dir is None else recipe.data_dir.expanduser()
+
+
+def _find(folders: list[Path], name: str) -> Path | None:
+    candidates = (folder / f"{name}{suffix}" for folder in folders for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _require(folders: list[Path], name: str) -> Path:
+    path = _find(folders, name)
+    if path is None:
+        raise DataError(
+            "Fashion-MNIST not found",
+            where=f"{name}[.gz]",
+            found=f"nothing in {', '.join(str(folder) for folder in folders)}",
+            next_step=_get_it("a --data-dir that contains the four files"),
+        )
+    return path
+
+
+def _get_it(place: str) -> str:
+    return f"give {place}, or --download to fetch it"
+
+
+def _read_idx(path: Path, dims: int) -> np.ndarray:
+    """An IDX file of unsigned bytes (yann.lecun.com's format) with `dims` dimensions."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError("cannot read an IDX file", where=path, found=str(error)) from error
+    header = np.frombuffer(data[: 4 + 4 * dims], ">u4") if len(data) >= 4 + 4 * dims else np.zeros(1, ">u4")
+    shape = tuple(int(length) for length in header[1:])
+    if header[0] != _IDX_MAGIC[dims] or len(data) != header.nbytes + int(np.prod(shape)):
+        raise DataError(
+            "not a whole IDX file",
+            where=path,
+            expected=f"magic 0x{_IDX_MAGIC[dims]:04x} and as many bytes as its header says",
+            found=f"magic 0x{int(header[0]):04x}, {len(data)} bytes",
+            next_step="fetch the file again",
+        )
+    return np.frombuffer(data, np.uint8, offset=header.nbytes).reshape(shape)
+
+
+def _download(class_name: str, root: Path) -> None:
+    """Have torchvision download and check a dataset below `root`; nothing happens if it is there already."""
+    from torchvision import datasets
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        getattr(datasets, class_name)(root, download=True)
+    except (RuntimeError, OSError, EOFError) as error:  # no network, a wrong checksum, a full disk
+        raise DataError(
+            f"cannot download {class_name}",
+            where=root,
+            found=str(error) or type(error).__name__,
+            next_step="check the network, or fetch the files elsewhere and give their folder as --data-dir",
+        ) from error
+
+
+def _check_split(recipe: DatasetRecipe, split: str) -> bool:
+    """True for `train`, False for `test`.
+
+    Raises:
+        DataError: anything else; the array sources have these two.
+    """
+    if split not in {"train", "test"}:
+        raise DataError(
+            f"{recipe.name} has no such split", where=split, expected="train or test, or a part such as train[:1000]"
+        )
+    return split == "train"

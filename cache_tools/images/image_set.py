@@ -1,0 +1,83 @@
+"""One split of an image source, opened: which samples, in which order, with which labels and pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+
+from cache_tools.images.recipe import DatasetIdentity
+
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageSet(ABC):
+    """One split of a source, opened.
+
+    Attributes:
+        class_names: as prompts use them, but with underscores kept; a label is an index into them.
+        labels: int64 [N].
+        keys: uint8 [N, 16], blake2b-128 of a sample's original bytes (its file for folders).
+        image_size: (height, width) of the canvas.
+    """
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    keys: np.ndarray
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def resident(self) -> bool:
+        """Whether all pixels are in memory already, so that `load` costs an indexing at most."""
+
+    @abstractmethod
+    def load(self, index: np.ndarray | slice) -> np.ndarray:
+        """Pixels uint8 [B, 3, H, W] at `index`; a slice of a resident source is a view: do not write to it.
+
+        Raises:
+            DataError: an image that cannot be decoded, or that changed since the split was opened.
+        """
+
+    @cached_property
+    def content_digest(self) -> str:
+        """32 hex digits over keys, labels and class names: equal when samples, order and labels are."""
+        names = json.dumps(self.class_names, ensure_ascii=True).encode()
+        parts = (self.keys.tobytes(), self.labels.astype("<i8").tobytes(), names)
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+    def subset(self, rows: slice | np.ndarray, split: str | None = None) -> Self:
+        """The samples at `rows` (int indices or a slice), numbered anew from 0; `split` renames the split."""
+        part = {"labels": self.labels[rows], "keys": self.keys[rows], **self._fields_at(rows)}
+        return replace(self, split=split or self.split, **part)
+
+    @abstractmethod
+    def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
+        """What a source has per sample besides labels and keys, at `rows`."""
+
+    def identity(self) -> DatasetIdentity:
+        """What a cache records of this split, to recognise it later."""
+        return DatasetIdentity(
+            name=self.name,
+            split=self.split,
+            num_samples=len(self),
+            image_size=self.image_size,
+            class_names=self.class_names,
+            content_digest=self.content_digest,
+        )
+
+
+def sample_key(data: bytes | memoryview) -> bytes:
+    """The 16-byte content key of one sample's original bytes."""
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()

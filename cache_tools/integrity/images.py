@@ -1,0 +1,75 @@
+"""Are the images of a cache still those that its teachers saw? What training asks first, as a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache_tools.alignment import aligned, check_canaries
+from cache_tools.config import Frozen
+from cache_tools.errors import MismatchError
+from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
+
+if TYPE_CHECKING:
+    from cache_tools.reader import TeacherCache
+
+
+class ImagesCheck(Frozen):
+    """Contents, labels and classes against the dataset digest; pixels of a few views against the canaries.
+
+    Attributes:
+        same_order: the samples are in the order of the cache; if not, they were found by their contents.
+        canaries: how many views had their pixels compared.
+        problem: what differs first.
+    """
+
+    dataset: str
+    samples: int
+    same_order: bool
+    canaries: int
+    problem: str | None = None
+
+    @property
+    def sound(self) -> bool:
+        return self.problem is None
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"images: {self.problem}"
+        order = "in the order of the cache" if self.same_order else "in another order, found by their contents"
+        return (
+            f"images: {self.dataset}, {self.samples:,} samples {order}; the pixels of {self.canaries} views are those "
+            "that the teachers saw"
+        )
+
+
+def check_images(cache: TeacherCache, data_dir: Path | None = None) -> tuple[ImagesCheck, ImageSet | None]:
+    """Open the images of a cache and compare them with what its manifest says.
+
+    Args:
+        data_dir: where they are, if not where they were for the build.
+
+    Returns:
+        What was found, and the images in the order of the cache; none if they are not those of the cache.
+
+    Raises:
+        DataError: no images there, or some that cannot be decoded.
+    """
+    recipe = cache.manifest.dataset
+    if data_dir is not None:
+        recipe = recipe.model_copy(update={"data_dir": data_dir})
+    found = open_images(recipe)
+    identity = cache.recipe.dataset
+    report = ImagesCheck(
+        dataset=f"{identity.name}/{identity.split}",
+        samples=len(found),
+        same_order=found.content_digest == identity.content_digest,
+        canaries=len(cache.manifest.canaries),
+    )
+    try:
+        images = aligned(cache, found)
+        check_canaries(cache, images)
+    except MismatchError as error:
+        return report.model_copy(update={"problem": str(error)}), None
+    return report, images

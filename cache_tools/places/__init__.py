@@ -1,0 +1,79 @@
+"""Where a cache can be: a folder, or a prefix of an object store (s3://, gs://, az://, http://…).
+
+A place holds whole files under relative keys with `/`. Whatever is put is there in full or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cache_tools.errors import RecipeError
+from cache_tools.places.base import Entry, Place
+from cache_tools.places.local import LocalPlace
+from cache_tools.places.remote import RemotePlace
+
+__all__ = [
+    "Entry",
+    "LocalPlace",
+    "Place",
+    "RemotePlace",
+    "is_remote",
+    "is_url",
+    "local_folder",
+    "local_path",
+    "open_place",
+]
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_FILE = "file://"
+
+
+def open_place(reference: str | Path, *, patience_s: float | None = None) -> Place:
+    """The place of a path or URL, whether anything is there or not.
+
+    Args:
+        patience_s: for how long requests to an object store are tried again; PATIENCE_S by default.
+
+    Raises:
+        RecipeError: a URL of an unknown scheme, or one that cannot be a place.
+        NotFoundError: a URL, and obstore is not installed.
+    """
+    if is_remote(reference):
+        return RemotePlace(str(reference), patience_s)
+    return LocalPlace(local_path(reference))
+
+
+def local_path(reference: str | Path) -> Path:
+    """A path as a user gives it, `~` and `file://` understood; the result ends in a name, for files beside it."""
+    path = Path(os.path.expanduser(str(reference).removeprefix(_FILE)))
+    return path.resolve() if path.name in {"", ".."} else path
+
+
+def is_url(reference: str | Path) -> bool:
+    """Whether a reference is a URL rather than a path or a name."""
+    return isinstance(reference, str) and _SCHEME.match(reference) is not None
+
+
+def is_remote(reference: str | Path) -> bool:
+    """Whether a reference is the URL of something in an object store; `file://…` is a folder."""
+    return is_url(reference) and not str(reference).startswith(_FILE)
+
+
+def local_folder(out: str | None) -> Path | None:
+    """What a user gave to `--out` of a command that writes to disks only, as a path; None as it is.
+
+    Raises:
+        RecipeError: an object store.
+    """
+    if out is None:
+        return None
+    place = None if is_remote(out) else open_place(out)
+    if not isinstance(place, LocalPlace):
+        raise RecipeError(
+            "this command writes to a folder, not to an object store",
+            where=out,
+            next_step="leave --out away and copy the cache there with `cache-tools push`",
+        )
+    return place.path

@@ -1,0 +1,195 @@
+"""Metadata of caches at places: read a manifest, compare two, copy everything that is no block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.console import Progress
+from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
+from cache_tools.files import MAX_METADATA_BYTES
+from cache_tools.format.arrays import constant_shapes
+from cache_tools.format.layout import ArrayLayout, array_layouts
+from cache_tools.format.manifest import Manifest
+from cache_tools.format.stored import MANIFEST_KEY, parse_manifest
+from cache_tools.places import Place
+
+GROUP = "zarr.json"
+WORKERS = 8
+
+
+def manifest_at(place: Place) -> Manifest:
+    """The manifest of the cache at a place.
+
+    Raises:
+        NotFoundError: no cache there.
+        FormatError: a damaged or foreign one.
+    """
+    try:
+        text = place.read(GROUP, MAX_METADATA_BYTES)
+    except FileNotFoundError as error:
+        raise NotFoundError("no cache here", where=place, next_step="check the path or URL") from error
+    try:
+        attributes = json.loads(text)["attributes"][MANIFEST_KEY]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FormatError("not a teacher cache, or a damaged one", where=f"{place}/{GROUP}") from error
+    return parse_manifest(attributes, where=str(place))
+
+
+def lacks_metadata(target: Place, manifest: Manifest) -> bool:
+    """Whether there is no cache at `target`, or one that promises fewer views.
+
+    Raises:
+        MismatchError: another cache at `target` (`check_same`).
+    """
+    existing = _existing(target, manifest)
+    return existing is None or existing.num_views < manifest.num_views
+
+
+def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]:
+    """Everything but blocks; the group's zarr.json last, and only if the target lacks it or promises fewer views.
+
+    Returns:
+        sizes of the files written.
+
+    Raises:
+        MismatchError: another cache at `target`, or the same one in blocks of another size.
+        StorageError: something else at `target`, or storage that is full, read-only or unreachable.
+    """
+    if not lacks_metadata(target, manifest):
+        return []
+    existing = _existing(target, manifest)
+    layouts, whole = array_layouts(manifest), ("labels", "sample_keys", *constant_shapes(manifest.recipe))
+    if existing is None:
+        _check_free(target, layouts)
+    keys = {f"{name}/{GROUP}": MAX_METADATA_BYTES for name in layouts if existing is None or name not in whole}
+    if existing is None:
+        keys |= {
+            f"{name}/{chunk}": layouts[name].max_file_bytes for name in whole for chunk in layouts[name].chunk_names
+        }
+    sizes = []
+    with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:
+        for size in pool.map(lambda key: _copy_file(source, target, key, keys[key]), keys):
+            sizes.append(size)
+            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
+    group = read_file(source, GROUP, MAX_METADATA_BYTES)
+    if not target.put(GROUP, group, only_new=existing is None):  # another was faster: is it the same cache?
+        return sizes + copy_metadata(source, target, manifest)
+    return [*sizes, len(group)]
+
+
+def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
+    """Raise MismatchError unless blocks of one may be put into the other."""
+    if existing.fingerprint != manifest.fingerprint:
+        raise MismatchError(
+            "another cache is at the target",
+            where=target,
+            expected=f"nothing, or fingerprint {manifest.fingerprint[:12]}",
+            found=existing.fingerprint[:12],
+            next_step="choose another target",
+        )
+    if existing.block_rows != manifest.block_rows:
+        raise MismatchError(
+            "the same cache is at the target, in blocks of another size",
+            where=target,
+            expected=f"{manifest.block_rows} rows per block",
+            found=existing.block_rows,
+            next_step="choose another target, or remove that cache first",
+        )
+    if _constants(existing) != _constants(manifest):
+        raise MismatchError(
+            "the same cache is at the target, built beside this one: its constants or CLIP scales differ in their last "
+            "bits, and blocks of both must not be mixed",
+            where=target,
+            expected=f"constants {_constants(manifest)}",
+            found=_constants(existing),
+            next_step="take that cache (pull it), choose another target, or remove it first",
+        )
+
+
+def _existing(target: Place, manifest: Manifest) -> Manifest | None:
+    """The manifest of the cache at `target`, which is the same one; None where there is no cache."""
+    try:
+        existing = manifest_at(target)
+    except NotFoundError:
+        return None
+    check_same(existing, manifest, target)
+    return existing
+
+
+def _check_free(target: Place, names: Collection[str]) -> None:
+    """Raise StorageError unless nothing is at `target`, or a copy of these arrays that was cut off."""
+    try:
+        strange = [name for name in target.folders() if name not in names]
+    except FileNotFoundError:
+        return
+    if strange:
+        raise StorageError(
+            "cannot put a cache here: the place is taken",
+            where=target,
+            found=strange[0],
+            next_step="choose another target",
+        )
+
+
+def _copy_file(source: Place, target: Place, key: str, limit: int) -> int:
+    data = read_file(source, key, limit)
+    target.put(key, data)
+    return len(data)
+
+
+def _constants(manifest: Manifest) -> str:
+    scales = ", ".join(f"{scale:.17g}" for scale in manifest.clip_scales)
+    return f"{manifest.constants_digest[:12]}, CLIP scales {scales}"
+
+
+class ChunkFiles:
+    """An array at a place.
+
+    Attributes:
+        where: the array, for messages.
+        max_file_bytes: what the file of a chunk cannot exceed.
+    """
+
+    def __init__(self, source: Place, name: str, layout: ArrayLayout) -> None:
+        self.where, self.max_file_bytes = f"{source}/{name}", layout.max_file_bytes
+        self._name, self._layout = name, layout
+        self._metadata = read_file(source, f"{name}/zarr.json", MAX_METADATA_BYTES)
+
+    def decode(self, chunks: dict[str, bytes], selection: Any) -> npt.NDArray[Any]:
+        """What is selected of the array, if these files hold it.
+
+        Raises:
+            FormatError: damaged chunks, or an array that is stored otherwise than the manifest says.
+        """
+        import zarr
+        from zarr.core.buffer import default_buffer_prototype
+        from zarr.storage import MemoryStore
+
+        from cache_tools.store.bounded import checked
+        from cache_tools.store.group import quiet_numcodecs, translated
+
+        quiet_numcodecs()
+        buffer = default_buffer_prototype().buffer
+        files = {key: buffer.from_bytes(data) for key, data in chunks.items()}
+        files[f"{self._name}/zarr.json"] = buffer.from_bytes(self._metadata)
+        with translated(self.where):
+            array = zarr.open_array(MemoryStore(files), path=self._name, mode="r", zarr_format=3)
+            return np.asarray(checked(array, self._layout, self.where)[selection])
+
+
+def read_file(source: Place, key: str, limit: int) -> bytes:
+    """A file of a cache of at most so many bytes.
+
+    Raises:
+        FormatError: missing or larger.
+    """
+    try:
+        return source.read(key, limit)
+    except FileNotFoundError as error:
+        raise FormatError("missing file", where=f"{source}/{key}", next_step="build the cache again") from error

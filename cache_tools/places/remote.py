@@ -1,0 +1,177 @@
+"""A prefix of an object store as a place of caches. Only this module knows obstore, and imports it when it is used."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from cache_tools.errors import NotFoundError, RecipeError, StorageError
+from cache_tools.files import MAX_FILE_BYTES, too_large
+from cache_tools.places.base import Entry, Place
+
+_CLIENT_ERROR = re.compile(r"status:? 4[0-9][0-9]")
+_RETRIES = 12
+_ATTEMPTS = 8
+PATIENCE_S = 180.0
+
+Answer = TypeVar("Answer")
+
+
+class RemotePlace(Place):
+    """A prefix of an object store. Credentials, region and endpoint come from the environment, as for every S3 tool
+    (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …); requests that fail in passing are tried again.
+
+    Args:
+        patience_s: for how long a request is tried again; PATIENCE_S by default.
+    """
+
+    def __init__(self, url: str, patience_s: float | None = None) -> None:
+        self._url, self._patience_s = url.rstrip("/"), patience_s or PATIENCE_S
+        self._store = _object_store(self._url, self._patience_s)
+
+    def __str__(self) -> str:
+        return self._url
+
+    def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
+        import obstore
+        from obstore.exceptions import BaseError, GenericError
+
+        def get() -> bytes:
+            answer = obstore.get(self._store, key)
+            if answer.meta["size"] > limit:
+                raise too_large(f"{self._url}/{key}", limit, answer.meta["size"])
+            try:
+                return answer.bytes().to_bytes()
+            except BaseError as error:  # obstore asks for the rest; not to be had if the file was replaced or removed
+                raise GenericError("the answer broke off") from error
+
+        return self._ask(key, get)
+
+    def put(self, key: str, data: bytes, *, only_new: bool = False, durable: bool = True) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        mode = "create" if only_new else "overwrite"
+        try:  # in one request, so that a cut leaves nothing half-uploaded behind
+            self._ask(key, lambda: obstore.put(self._store, key, data, mode=mode, use_multipart=False))
+        except AlreadyExistsError:
+            # Ours after all, if the answer was lost and the request repeated.
+            with suppress(FileNotFoundError):  # another's, and gone again
+                return bool(data) and self.read(key) == data
+            return False
+        return True
+
+    def delete(self, keys: Sequence[str]) -> None:
+        import obstore
+
+        for key in keys:
+            with suppress(FileNotFoundError):
+                self._ask(key, lambda key=key: obstore.delete(self._store, key))  # type: ignore[misc]
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        import obstore
+
+        batches = self._ask(prefix, lambda: list(obstore.list(self._store, prefix or None)))
+        for meta in (meta for batch in batches for meta in batch):
+            yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+    def folders(self) -> list[str]:
+        import obstore
+
+        paths = self._ask("", lambda: obstore.list_with_delimiter(self._store)["common_prefixes"])
+        names = (path.rstrip("/").rpartition("/")[2] for path in paths)
+        return sorted(name for name in names if not name.startswith("."))
+
+    def has(self, key: str) -> bool:
+        import obstore
+
+        try:
+            self._ask(key, lambda: obstore.head(self._store, key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def sibling(self, name: str) -> RemotePlace:
+        return RemotePlace(f"{self._url.rpartition('/')[0]}/{name}")
+
+    def child(self, name: str) -> RemotePlace:
+        return RemotePlace(f"{self._url}/{name}")
+
+    def tidy(self) -> None:
+        """Object stores have no empty folders."""
+
+    def _ask(self, key: str, request: Callable[[], Answer]) -> Answer:
+        """Make a request, again if it failed in passing: obstore does not repeat one that broke off in its answer."""
+        from obstore.exceptions import GenericError
+
+        start = time.monotonic()
+        with self._trouble(key):
+            for attempt in range(1, _ATTEMPTS):
+                try:
+                    return request()
+                except GenericError as error:
+                    if _CLIENT_ERROR.search(str(error)) or time.monotonic() - start > self._patience_s:
+                        raise
+                    time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # many workers must not come back at once
+            return request()
+
+    @contextmanager
+    def _trouble(self, key: str) -> Iterator[None]:
+        """Turn what obstore raises into our errors; FileNotFoundError and AlreadyExistsError stay."""
+        from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+
+        where = f"{self._url}/{key}" if key else self._url
+        try:
+            yield
+        except (FileNotFoundError, AlreadyExistsError):
+            raise
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise StorageError(
+                "no permission",
+                where=where,
+                found=_first_line(error),
+                next_step="check credentials and rights (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …)",
+            ) from error
+        except (BaseError, OSError) as error:
+            raise StorageError(
+                "the object store does not answer as it should",
+                where=where,
+                found=_first_line(error),
+                next_step="check the URL, AWS_ENDPOINT_URL and the network; the same command goes on where it stopped",
+            ) from error
+
+
+def _object_store(url: str, patience_s: float) -> Any:
+    try:
+        import obstore
+    except ImportError as error:
+        raise NotFoundError(
+            "object stores need the package obstore",
+            where=url,
+            next_step="install it: pip install 'teacher-cache[remote]'",
+        ) from error
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") or url.startswith("http://")
+    try:
+        return obstore.store.from_url(
+            url,
+            client_options={"allow_http": plain, "timeout": timedelta(seconds=patience_s)},
+            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=patience_s)},
+        )
+    except Exception as error:  # obstore raises ValueError, BaseError and its own panics for malformed URLs
+        raise RecipeError(
+            "not a URL of an object store",
+            where=url,
+            expected="s3://BUCKET/PATH, gs://…, az://… or http(s)://…",
+            found=_first_line(error),
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,129 @@
+"""From target rows to the arrays of a cache: every target through its codec, with what codecs need beside the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.codecs import FeatureSteps
+from cache_tools.errors import FormatError
+from cache_tools.format.arrays import TargetSpec, array_name, targets
+from cache_tools.format.recipe import CacheRecipe
+
+Rows = npt.NDArray[np.floating[Any]]
+Constants = Mapping[str, npt.NDArray[np.float32]]
+
+FIT_SAMPLES = 2048
+
+
+class Encoder:
+    """Encodes rows of the targets of one cache.
+
+    Args:
+        constant: gives an array that holds for all samples and views, by name (`arrays.constant_shapes`).
+
+    Attributes:
+        targets: by name.
+        constants: what each target's codec takes, by suffix; what makes its rounding know the head included.
+    """
+
+    def __init__(self, recipe: CacheRecipe, constant: Callable[[str], npt.NDArray[np.float32]]) -> None:
+        self.targets = {spec.name: spec for spec in targets(recipe, 1)}
+        self.constants: dict[str, dict[str, npt.NDArray[np.float32]]] = {
+            name: {key.removeprefix(name): constant(key) for key in spec.constants}
+            for name, spec in self.targets.items()
+        }
+        for name, spec in self.targets.items():
+            head = _head_of(recipe, name)
+            if isinstance(spec.codec, FeatureSteps) and head is not None:
+                self.constants[name] |= spec.codec.head_feedback(constant(head))
+
+    def encode(self, rows: Mapping[str, Rows], *, where: str = "") -> dict[str, npt.NDArray[Any]]:
+        """What is stored, by array name.
+
+        Args:
+            rows: floating [B, width] for each target, B the same for all.
+            where: for messages, behind the name of the target.
+
+        Raises:
+            FormatError: other targets or shapes than the cache has, integers, numbers that are not finite or that the
+                codec cannot hold.
+        """
+        if set(rows) != set(self.targets):
+            raise FormatError("wrong targets", where=where, expected=sorted(self.targets), found=sorted(rows))
+        stored: dict[str, npt.NDArray[Any]] = {}
+        for name in self.targets:
+            stored |= self.encode_target(name, rows[name], where=where)
+        return stored
+
+    def encode_target(self, name: str, rows: Rows, *, where: str = "") -> dict[str, npt.NDArray[Any]]:
+        """What is stored of one target, by array name; arguments and errors as for `encode`."""
+        spec, values = self.targets[name], np.asarray(rows)
+        place = f"{name}, {where}" if where else name
+        if values.ndim != 2 or values.shape[1] != spec.width or values.dtype.kind != "f":
+            raise FormatError(
+                "wrong rows",
+                where=place,
+                expected=f"floating [rows, {spec.width}]",
+                found=f"{values.dtype} {list(values.shape)}",
+            )
+        parts = spec.codec.encode(values, self.constants[name], where=place)
+        return {name + suffix: part for suffix, part in parts.items()}
+
+    def decode(self, stored: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
+        """What a reader makes of what is stored: rows [B, width] of each target."""
+        rows = {}
+        for name, spec in self.targets.items():
+            parts = {array.suffix: stored[array.name] for array in spec.arrays}
+            rows[name] = spec.codec.decode(parts, self.constants[name]).numpy()
+        return rows
+
+    def error_bound(self, rows: Mapping[str, Rows]) -> dict[str, npt.NDArray[np.float64]]:
+        """How far decoded numbers can be from `rows` (`Codec.error_bound`), for each target [B, width]."""
+        return {
+            name: np.broadcast_to(spec.codec.error_bound(rows[name], self.constants[name]), rows[name].shape)
+            for name, spec in self.targets.items()
+        }
+
+
+def fitted(recipe: CacheRecipe) -> tuple[TargetSpec, ...]:
+    """The targets whose codecs are fitted to a sample of rows before anything is stored."""
+    return tuple(spec for spec in targets(recipe, 1) if spec.constants)
+
+
+def fit_codecs(recipe: CacheRecipe, sample: Mapping[str, Rows]) -> dict[str, npt.NDArray[np.float32]]:
+    """The constants that codecs find in a sample of rows, by array name.
+
+    Args:
+        sample: rows [S, width] of (at least) the targets that `fitted` names: those of `sample_rows` in view 0.
+
+    Raises:
+        FormatError: rows that are all alike, or not finite.
+    """
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for spec in fitted(recipe):
+        parts = spec.codec.fit(np.asarray(sample[spec.name], dtype=np.float32))
+        found |= {spec.name + suffix: part for suffix, part in parts.items()}
+    return found
+
+
+def sample_rows(num_samples: int, limit: int = FIT_SAMPLES) -> npt.NDArray[np.int64]:
+    """Up to `limit` evenly spaced sample indices."""
+    count = min(limit, num_samples)
+    return np.arange(count, dtype=np.int64) * num_samples // max(count, 1)
+
+
+def _head_of(recipe: CacheRecipe, target: str) -> str | None:
+    """The constant that turns the features of a target into logits: a linear head, or class embeddings."""
+    if recipe.store == "fused":
+        return None
+    for number, teacher in enumerate(recipe.teachers):
+        if target == array_name("teacher_features", number):
+            return array_name("teacher_head_weight", number) if teacher.linear_head else None
+    for number in range(len(recipe.clips)):
+        if target == array_name("clip_features", number):
+            return array_name("class_embeddings", number)
+    return None

@@ -1,0 +1,187 @@
+"""Storage of a cache: the manifest, the zarr arrays on a local path, and storage or format trouble in our words."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.console import storage_error
+from cache_tools.errors import CacheError, FormatError, NotFoundError
+from cache_tools.files import MAX_METADATA_BYTES, check_file
+from cache_tools.format import commits
+from cache_tools.format.arrays import ArraySpec
+from cache_tools.format.layout import Layouts
+from cache_tools.format.manifest import Manifest
+from cache_tools.format.stored import MANIFEST_KEY, parse_manifest
+
+if TYPE_CHECKING:
+    import zarr
+
+RESTORE = "restore it from a copy, or remove the cache and build it again"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the cache at `path`, from its zarr.json alone (no zarr import).
+
+    Raises:
+        NotFoundError: nothing there.
+        FormatError: not a cache, or a damaged or unknown manifest.
+        StorageError: not readable.
+    """
+    file = path / "zarr.json"
+    check_file(file, MAX_METADATA_BYTES)
+    try:
+        group = json.loads(file.read_bytes())
+        attributes = group["attributes"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not path.exists():
+            raise NotFoundError("no cache here", where=path) from error
+        raise FormatError("not a teacher cache", where=path, expected="a folder with zarr.json") from error
+    except OSError as error:
+        raise storage_error(error) from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FormatError(
+            "damaged or foreign zarr.json", where=file, expected="a zarr v3 group with attributes"
+        ) from error
+    if not isinstance(attributes, dict) or group.get("node_type") != "group" or group.get("zarr_format") != 3:
+        raise FormatError("not a teacher cache", where=path, expected="a zarr v3 group")
+    return parse_manifest(attributes.get(MANIFEST_KEY), where=str(path))
+
+
+def open_group(path: Path, layouts: Layouts, *, writable: bool = False) -> zarr.Group:
+    """The zarr group of the cache at `path`; a writable one flushes every write to the disk."""
+    import zarr
+
+    from cache_tools.store.local import DurableStore, ReadStore
+
+    quiet_numcodecs()
+    limits = {name: layout.max_file_bytes for name, layout in layouts.items()}
+    store = (DurableStore if writable else ReadStore)(path, read_only=not writable, limits=limits)
+    with translated(path):
+        return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3, use_consolidated=False)
+
+
+def open_array(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> zarr.Array[Any]:
+    """One array of a cache, checked against what the manifest promises.
+
+    Raises:
+        FormatError: missing, or stored otherwise (`bounded.checked`).
+    """
+    from cache_tools.store.bounded import checked
+
+    where = path / name
+    with translated(where):
+        try:
+            array = group[name]
+        except KeyError as error:
+            raise FormatError("missing array", where=where, next_step=RESTORE) from error
+        return checked(array, layouts[name], where)
+
+
+def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> npt.NDArray[Any]:
+    """All of an array that holds for all samples and views, or for all views: labels, keys, constants.
+
+    Raises:
+        FormatError: missing, damaged, stored otherwise, or a number that is not finite.
+    """
+    array = open_array(group, path, name, layouts)
+    for chunk in layouts[name].chunk_names:
+        if not (path / name / chunk).exists():  # before there is memory for all of them
+            raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
+    with translated(path / name):
+        values = np.asarray(array[...])
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise FormatError("a number is not finite", where=path / name, next_step=RESTORE)
+    return values
+
+
+def quiet_numcodecs() -> None:
+    """No warning that a codec is not in the zarr specification: who chose pcodec was told, who reads cannot help it."""
+    warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
+
+
+def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
+    """All of `commits` that the manifest promises, uint64 [V, blocks, columns]; 0 where nothing is committed.
+
+    Only files that are there are read: a manifest may promise any number of blocks.
+
+    Raises:
+        FormatError: a damaged commit; names the file.
+    """
+    folder = path / commits.COMMITS
+    columns = table.shape[2]
+    found = np.zeros((manifest.num_views, manifest.num_blocks, columns), dtype=np.uint64)
+    with translated(folder):
+        pairs = commits.committed_pairs(os.listdir(folder), manifest)
+    if not pairs:
+        return found
+    views, blocks = np.array(pairs).T
+    try:
+        with translated(folder):
+            if len(pairs) == manifest.num_views * manifest.num_blocks:
+                return np.asarray(table[: manifest.num_views])
+            coordinates = (views[:, None], blocks[:, None], np.arange(columns)[None, :])
+            found[views, blocks] = np.asarray(table.get_coordinate_selection(coordinates)).reshape(-1, columns)
+    except FormatError as error:
+        for view, block in pairs:
+            try:
+                table[view, block]
+            except Exception as cause:
+                raise FormatError(
+                    "damaged commit",
+                    where=folder / commits.file_name(view, block),
+                    next_step=f"remove this file: the same {manifest.recipe.made_by} command makes the block again",
+                ) from cause
+        raise error
+    return found
+
+
+def check_chunks(spec: ArraySpec, manifest: Manifest, path: Path, view: int, start: int, stop: int) -> None:
+    """Raise FormatError unless the files of samples `start` to `stop` are there: before there is memory for them."""
+    for chunk in range(start // spec.chunk_rows, -(-stop // spec.chunk_rows)):
+        if not (path / spec.name / f"c.{view}.{chunk}.0").exists():
+            raise damaged_block("a chunk is missing", path, spec, manifest, view, chunk * spec.chunk_rows)
+
+
+def damaged_block(
+    what: str, path: Path, spec: ArraySpec, manifest: Manifest, view: int, row: int, found: object = None
+) -> FormatError:
+    """An error about the block that sample `row` is in, with how to have it computed again."""
+    block = row // manifest.block_rows
+    commit = path / commits.COMMITS / commits.file_name(view, block)
+    return FormatError(
+        what,
+        where=f"{path / spec.name}, view {view}, block {block}",
+        found=found,
+        next_step=f"remove {commit} and run the same {manifest.recipe.made_by} command: it computes the block again",
+    )
+
+
+@contextmanager
+def translated(where: object) -> Iterator[None]:
+    """Turn whatever zarr, its codecs and the operating system raise on reading or writing into a CacheError."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except FileNotFoundError as error:
+        raise FormatError("missing file", where=error.filename or where) from error
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(where)
+        raise storage_error(error) from error
+    except Exception as error:  # damaged bytes surface as anything: ValueError, KeyError, RuntimeError of a codec, …
+        raise FormatError(
+            "damaged or unreadable",
+            where=where,
+            found=f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else 'no details'}",
+            next_step=RESTORE,
+        ) from error

@@ -1,0 +1,237 @@
+"""Build the cache of a recipe: find it or make it, then have its missing blocks computed (`build_blocks.py`).
+
+torch is imported where a network is needed: that a cache is complete already is said without.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from cache_tools.alignment import make_canaries
+from cache_tools.codecs.presets import resolve_codecs
+from cache_tools.console import resolve_device
+from cache_tools.format.arrays import default_block_rows
+from cache_tools.format.manifest import Manifest
+from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
+from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
+from cache_tools.places import open_place
+from pipeline.build.destination import destination
+from pipeline.build.known import INPUTS, find_finished, inputs_digest
+from pipeline.build.preflight import Preflight, run_preflight
+from pipeline.recipe import BuildRecipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from cache_tools.store.writer import CacheWriter
+    from pipeline.networks.pair import TeacherPair
+
+Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
+
+
+class BuildResult(NamedTuple):
+    """What a build did.
+
+    Attributes:
+        path: folder of the cache; for one in an object store, at `url`, its mirror, with the blocks computed here.
+        images: (sample, view) pairs computed in this run. `elapsed_s` is the build loop alone.
+        bytes_moved: to and from the object store.
+    """
+
+    path: Path
+    url: str | None
+    manifest: Manifest
+    preflight: Preflight | None
+    images: int = 0
+    elapsed_s: float = 0.0
+    bytes_moved: int = 0
+
+
+def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: None) -> BuildResult:
+    """Build the cache of a recipe, or go on with it where an earlier run stopped, or together with others.
+
+    Args:
+        recipe: what to build; `recipe.out` or the cache home says where.
+        say: receives one line per milestone.
+
+    Raises:
+        CacheError: anything wrong with data, weights, device, storage, or another recipe's cache in the same place.
+    """
+    if recipe.out is not None:
+        open_place(recipe.out)  # a URL that cannot be one is said at once
+    images = open_images(recipe.dataset)
+    finished = find_finished(recipe, images)
+    if finished is not None:
+        say(f"{finished.where} is complete: nothing to do")
+        return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest))
+
+    from pipeline.build.blocks import build_blocks
+    from pipeline.build.open_output import open_output
+    from pipeline.networks.pair import load_pair
+
+    device = resolve_device(recipe.device)
+    pair = load_pair(
+        recipe.teachers,
+        recipe.clips,
+        recipe.fusion,
+        images,
+        recipe.dataset,
+        device,
+        recipe.precision,
+        batch_size=recipe.batch_size,
+    )
+    identity = resolve(recipe, images, pair)
+    if identity.codecs.caution:
+        say(f"note: {identity.codecs.caution}")
+    where = destination(recipe, identity.fingerprint)
+    output = open_output(
+        where,
+        identity,
+        recipe.num_views,
+        create=lambda path: _create(path, recipe, identity, images, pair, say),
+        grow=lambda writer: _grow(writer, recipe, images, pair),
+    )
+    manifest = output.manifest
+    result = BuildResult(*where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved)
+    pair.use_scales(manifest.clip_scales)
+    missing = output.missing()
+    if not missing:
+        say(f"{where} is complete: nothing to do")
+        return result
+    say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
+    start = time.monotonic()
+    count = build_blocks(output, images, pair, recipe.batch_size)
+    return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
+
+
+def resolve(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheRecipe:
+    """The recipe with every name replaced by what it stands for: content digests, resolved preprocessing, prompts."""
+    return CacheRecipe(
+        dataset=images.identity(),
+        views=recipe.views,
+        teachers=_weighted([teacher.identity for teacher in pair.teachers], pair.fusion.teacher_weights),
+        clips=_weighted([clip.identity for clip in pair.clips], pair.fusion.clip_weights),
+        fusion=recipe.fusion,
+        store=recipe.store,
+        codecs=resolve_codecs(recipe.codec, len(images.class_names)),
+        precision=recipe.precision,
+    )
+
+
+def _weighted(identities: Sequence[Identity], weights: Sequence[float]) -> tuple[Identity, ...]:
+    return tuple(
+        identity.model_copy(update={"weight": weight}) for identity, weight in zip(identities, weights, strict=True)
+    )
+
+
+def _create(
+    path: Path,
+    recipe: BuildRecipe,
+    identity: CacheRecipe,
+    images: ImageSet,
+    pair: TeacherPair,
+    say: Callable[[str], None],
+) -> CacheWriter:
+    """Make an empty cache, once its teachers have shown what they can."""
+    from cache_tools.store.writer import CacheWriter
+
+    preflight = None
+    if recipe.preflight_samples:
+        preflight = run_preflight(pair, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size)
+        say(f"preflight: {preflight}")
+    manifest = Manifest(
+        fingerprint=identity.fingerprint,
+        name=recipe.name,
+        recipe=identity,
+        dataset=recipe.dataset.absolute(),  # so that it is found from any working directory
+        num_views=recipe.num_views,
+        block_rows=recipe.block_rows or default_block_rows(identity),
+        clip_scales=pair.fusion.clip_scales,
+        canaries=make_canaries(recipe.views, images, recipe.num_views),
+        build_recipe=recipe.model_dump(mode="json"),
+        provenance=_circumstances("created", pair)
+        | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs_digest(recipe)},
+    )
+    return CacheWriter.create(
+        path,
+        manifest,
+        labels=images.labels,
+        sample_keys=images.keys,
+        constants=_constants(recipe, identity, images, pair),
+    )
+
+
+def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheWriter:
+    """Room for more views, with canaries of their own and a note of when and by what they were added."""
+    before = writer.manifest.num_views
+    return writer.grow(
+        recipe.num_views,
+        canaries=make_canaries(recipe.views, images, recipe.num_views, first=before),
+        note=_circumstances("date", pair) | {"views": [before, recipe.num_views]},
+    )
+
+
+def _circumstances(date: str, pair: TeacherPair) -> dict[str, Any]:
+    """What provenance says of a run; `date` is the name of its date."""
+    return {
+        date: datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "device": device_name(pair.device),
+        "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
+        "python": platform.python_version(),
+    }
+
+
+def _constants(
+    recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet, pair: TeacherPair
+) -> dict[str, np.ndarray]:
+    """What holds for all samples and views, codecs fitted. What a codec cannot hold shows here, not hours later."""
+    from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
+    from pipeline.networks.pair import view_pixels
+
+    constants = pair.constants(recipe.store)
+    if identity.codecs.floating:
+        return constants
+    index = sample_rows(len(images))
+    rows: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(index), recipe.batch_size):
+        piece = index[start : start + recipe.batch_size]
+        for name, values in pair.targets(
+            view_pixels(images, recipe.views, piece, 0, pair.device), recipe.store
+        ).items():
+            rows.setdefault(name, []).append(values.float().cpu().numpy())
+    sample = {name: np.concatenate(parts) for name, parts in rows.items()}
+    constants |= fit_codecs(identity, sample)
+    Encoder(identity, constants.__getitem__).encode(sample, where="a sample of view 0")
+    return constants
+
+
+def _stored_preflight(manifest: Manifest) -> Preflight | None:
+    """What the first build measured; None where a tool wrote something else there."""
+    try:
+        return Preflight.model_validate(manifest.provenance.get("preflight"))
+    except ValidationError:
+        return None
+
+
+def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
+    """The test split where there is one: on its training images a teacher looks better than it is."""
+    return open_images(recipe.dataset, recipe.dataset.test_split) if recipe.dataset.test_split else images
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the name of the GPU: goes into provenance."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,112 @@
+"""Before hours of forward passes: are these teachers any good on a labelled sample?"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cache_tools.config import Frozen
+from cache_tools.console import Progress
+from cache_tools.errors import PreflightError
+from cache_tools.format.arrays import array_name
+from cache_tools.images.image_set import ImageSet
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.networks.pair import PairOutput, TeacherPair
+
+
+class Preflight(Frozen):
+    """Top-1 accuracies in [0, 1] on `n` clean labelled images of `split`; stored in the cache's provenance.
+
+    `teacher_top1` and `clip_top1` are of the mix of each group; `networks` has every network by itself, as `teacher`,
+    `teacher_2`, …, `clip`, `clip_2`, …
+    """
+
+    teacher_top1: float
+    clip_top1: float
+    fusion_top1: float
+    networks: dict[str, float] = Field(default_factory=dict)
+    split: str
+    n: int
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 on {self.n:,} clean images of the {self.split} split: "
+            f"teacher {self.teacher_top1:.2%}{self._each('teacher')}, "
+            f"CLIP {self.clip_top1:.2%}{self._each('clip')}, fusion {self.fusion_top1:.2%}"
+        )
+
+    def _each(self, group: str) -> str:
+        """In brackets, the members of a group of several."""
+        members = [top1 for name, top1 in self.networks.items() if name.startswith(group)]
+        return f" ({', '.join(f'{top1:.2%}' for top1 in members)})" if len(members) > 1 else ""
+
+
+def run_preflight(pair: TeacherPair, images: ImageSet, limit: int, batch_size: int) -> Preflight:
+    """Measure every network, both groups and their fusion on up to `limit` evenly spaced clean samples.
+
+    Raises:
+        PreflightError: a teacher is no better than chance (wrong weights, wrong class order or wrong normalisation).
+    """
+    import numpy as np
+    import torch
+
+    from pipeline.networks.pair import clean_batches, labelled_sample
+
+    index = labelled_sample(images, limit)
+    correct: list[torch.Tensor] = []
+    with Progress("preflight", len(index), "images") as progress:
+        for pixels, rows in zip(
+            clean_batches(images, index, batch_size, pair.device),
+            np.split(index, range(batch_size, len(index), batch_size)),
+            strict=True,
+        ):
+            labels = torch.from_numpy(images.labels[rows]).to(pair.device)
+            correct.append((_guesses(pair, pair.outputs(pixels)) == labels).sum(1))
+            progress.advance(len(rows))
+    teacher_top1, clip_top1, fusion_top1, *each = (torch.stack(correct).sum(0).double() / len(index)).tolist()
+    names = [array_name("teacher", number) for number in range(len(pair.teachers))]
+    names += [array_name("clip", number) for number in range(len(pair.clips))]
+    result = Preflight(
+        teacher_top1=teacher_top1,
+        clip_top1=clip_top1,
+        fusion_top1=fusion_top1,
+        networks=dict(zip(names, each, strict=True)),
+        split=images.split,
+        n=len(index),
+    )
+    _refuse_chance(result, len(images.class_names), pair)
+    return result
+
+
+def _guesses(pair: TeacherPair, output: PairOutput) -> torch.Tensor:
+    """int64 [3 + networks, B]: the classes that teachers, CLIPs, their fusion, and then each network favour."""
+    import torch
+
+    fused, _ = pair.fuse(*output)
+    logits = [pair.teacher_logits(output.teachers), pair.clip_logits(output.clips), fused]
+    logits += [teacher.logits for teacher in output.teachers] + pair.scaled_logits(output.clips)
+    return torch.stack([each.argmax(1) for each in logits])
+
+
+def _refuse_chance(result: Preflight, num_classes: int, pair: TeacherPair) -> None:
+    """Two standard deviations of a guesser above 1/C is the least that each teacher must reach."""
+    chance = 1.0 / num_classes
+    bound = chance + 2.0 * math.sqrt(chance * (1.0 - chance) / result.n)
+    for number, teacher in enumerate(pair.teachers):
+        top1 = result.networks[array_name("teacher", number)]
+        if top1 > bound:
+            continue
+        which = f", teacher {number + 1} of {len(pair.teachers)}" if len(pair.teachers) > 1 else ""
+        raise PreflightError(
+            "the teacher is no better than chance, so its cache would be worth nothing",
+            where=f"{teacher.identity.architecture}{which}",
+            expected=f"top-1 above {bound:.1%} on {result.n} images of {num_classes} classes",
+            found=f"{top1:.1%}",
+            next_step="check its weights, the order of its classes and its mean and std; "
+            "`--set preflight_samples=0` builds regardless",
+        )

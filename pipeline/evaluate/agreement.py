@@ -1,0 +1,123 @@
+"""How far a student says what its teachers say, on images that none of them was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cache_tools.config import Frozen
+from cache_tools.errors import NotFoundError
+from cache_tools.format.recipe import Precision
+from cache_tools.images.image_set import ImageSet
+from cache_tools.refusion import FusionChoice
+from pipeline.networks.pair import TeacherPair
+from pipeline.networks.stored import load_stored_pair
+from train.runs.stored import StoredRun
+
+
+class Agreement(Frozen):
+    """A student compared with one source of targets on `n` images; shares in [0, 1].
+
+    Attributes:
+        source: `teacher`, `CLIP` or `fusion`.
+        top1: of the source itself.
+        agreement: images on which both favour the same class.
+        kl: mean KL(source ‖ student) at temperature 1, in nats.
+        wrong: images on which the source is wrong.
+        follows_when_wrong: of these, where the student gives the same wrong answer; None if the source is never wrong.
+        right_when_wrong: of these, where the student is right.
+    """
+
+    source: str
+    n: int
+    top1: float
+    agreement: float
+    kl: float
+    wrong: int
+    follows_when_wrong: float | None
+    right_when_wrong: float | None
+
+
+def load_teachers(
+    run: StoredRun, images: ImageSet, device: torch.device, precision: Precision | None = None
+) -> TeacherPair:
+    """Teacher and CLIP of the cache that a run learned from, fused as the run fused them.
+
+    Args:
+        images: whose classes and canvas the teachers are loaded for.
+        precision: of the forward passes, the cache's own if None.
+
+    Raises:
+        NotFoundError: a run on labels alone, or a cache that does not say how its teachers were made.
+        WeightsError: weights that are missing, or not those the cache was built with.
+    """
+    manifest = run.manifest
+    if manifest is None:
+        raise NotFoundError("a run on labels alone has no teachers", where=run.folder, next_step="leave --teachers out")
+    how = None
+    if run.recipe.fusion != FusionChoice():
+        from cache_tools.reader import TeacherCache
+
+        assert run.cache is not None, "a run with a manifest had a cache"
+        how = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
+    return load_stored_pair(
+        manifest, images, device, where=run.folder, how=how, precision=precision, otherwise="leave --teachers out"
+    )
+
+
+def agreement(
+    student_NC: Tensor,
+    pair: TeacherPair,
+    images: ImageSet,
+    batch_size: int = 256,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[Agreement, ...]:
+    """Compare a student with teacher, CLIP and fusion.
+
+    Args:
+        student_NC: its logits on the clean `images`, float32 [N, C] on the teachers' device.
+        advance: told the number of images after each batch.
+    """
+    labels = torch.from_numpy(images.labels).to(student_NC.device)
+    sums = torch.zeros(len(_SOURCES), 6, dtype=torch.float64, device=student_NC.device)
+    for start in range(0, len(images), batch_size):
+        rows = slice(start, min(start + batch_size, len(images)))
+        pixels = torch.from_numpy(images.load(rows)).to(pair.device, non_blocking=True)
+        teachers, clips = pair.outputs(pixels)
+        fused, _ = pair.fuse(teachers, clips)
+        sources = (pair.teacher_logits(teachers), pair.clip_logits(clips), fused)
+        sums += torch.stack([_counts(student_NC[rows], source, labels[rows]) for source in sources])
+        if advance is not None:
+            advance(rows.stop - rows.start)
+    return tuple(_figures(name, *row) for name, row in zip(_SOURCES, sums.tolist(), strict=True))
+
+
+_SOURCES = ("teacher", "CLIP", "fusion")
+
+
+def _counts(student: Tensor, source: Tensor, labels: Tensor) -> Tensor:
+    """float64 [6]: images, source right, same answer, Σ KL, both wrong alike, student right where the source is not."""
+    own, other = student.argmax(1), source.argmax(1)
+    log_student, log_source = student.double().log_softmax(1), source.double().log_softmax(1)
+    kl = F.kl_div(log_student, log_source, reduction="sum", log_target=True)
+    right, same = other == labels, own == other
+    counts = (torch.ones_like(right), right, same, same & ~right, (own == labels) & ~right)
+    n, right_n, same_n, follows, corrects = (count.sum().double() for count in counts)
+    return torch.stack([n, right_n, same_n, kl, follows, corrects])
+
+
+def _figures(source: str, n: float, right: float, same: float, kl: float, follows: float, corrects: float) -> Agreement:
+    wrong = n - right
+    return Agreement(
+        source=source,
+        n=int(n),
+        top1=right / n,
+        agreement=same / n,
+        kl=kl / n,
+        wrong=int(wrong),
+        follows_when_wrong=follows / wrong if wrong else None,
+        right_when_wrong=corrects / wrong if wrong else None,
+    )

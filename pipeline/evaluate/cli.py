@@ -1,0 +1,107 @@
+"""`evaluate-student`: everything there is to say about a trained student on test images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_tools.config import validate
+from cache_tools.console import command
+from cache_tools.memory import keep_freed_memory
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+@command
+def evaluate_student(
+    run: Annotated[Path, typer.Argument(help="A run folder of train-student, or a checkpoint file in one.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", help="last, best or ema: whose details are shown. Default: last, or the file."),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Instead of the run's test split.")] = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="Measure errors under the 15 corruptions of ImageNet-C.")
+    ] = False,
+    robustness_samples: Annotated[
+        int | None,
+        typer.Option("--robustness-samples", help="Corrupt this many evenly spaced test images only."),
+    ] = None,
+    corruptions: Annotated[
+        Path | None,
+        typer.Option("--corruptions", help="Corrupted test images in the layout of CIFAR-10-C, instead of our own."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option("--baseline", help="The run that mCE is relative to. Default: this run's twin on labels alone."),
+    ] = None,
+    shifted: Annotated[
+        Path | None, typer.Option("--shifted", help="A folder of other pictures, in folders named as the classes.")
+    ] = None,
+    teachers: Annotated[
+        bool,
+        typer.Option("--teachers", help="Compare with the cache's teacher, CLIP and fusion (needs their weights)."),
+    ] = False,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the student's forward passes: float32, bfloat16 or float16.")
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per forward pass.")] = 512,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Processes that make corrupted images. Default: one per core."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the report. Default: RUN/evaluation.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:
+    """Evaluate a student on test images: accuracy, likelihood, calibration, confusions, robustness, its teachers.
+
+    Tables and pictures go to RUN/evaluation. Corrupted images are made once and kept below $TEACHER_CACHE_HOME.
+    """
+    # torch takes seconds to import: --help does not wait for it.
+    import os
+
+    from pipeline.evaluate.evaluator import evaluate_student as evaluate
+    from pipeline.evaluate.report import EvaluateOptions
+
+    keep_freed_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = {
+        "checkpoint": checkpoint,
+        "split": split,
+        "robustness": robustness,
+        "robustness_samples": robustness_samples,
+        "corruptions": corruptions,
+        "baseline": baseline,
+        "shifted": shifted,
+        "teachers": teachers,
+        "data_dir": data_dir,
+        "download": download,
+        "device": device,
+        "precision": precision,
+        "batch_size": batch_size,
+        "workers": cores if workers is None else workers,
+        "out": out,
+    }
+    options = validate(EvaluateOptions, given, where="options")
+    report = evaluate(run, options)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+        return
+    from pipeline.evaluate.text import print_report
+
+    print_report(report)
+
+
+def main() -> None:
+    """Entry point of `evaluate-student`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Everything there is to say about a trained student on test images, in one report beside the run.
+
+Each part is a library function of its own (`train.evaluate`, `train.evaluate.confusion`, `train.evaluate.robustness`,
+`train.evaluate.shifted`, `pipeline.evaluate.agreement`); this puts them together for one run.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_tools.console import Progress, resolve_device
+from cache_tools.errors import DataError
+from cache_tools.files import output_folder
+from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
+from pipeline.evaluate.report import CONFUSION, CONFUSION_PICTURE, EvaluateOptions, EvaluationReport, RobustnessReport
+from pipeline.evaluate.student import EvaluatedStudent, evaluated_student, measure_robustness, parquet
+from train.checkpoints import StudentCard, read_card
+from train.evaluate.confusion import class_figures, confused_pairs, confusion_frame, confusion_matrix
+from train.evaluate.corruptions import Corrupted, open_corrupted
+from train.evaluate.metrics import Evaluation, evaluate_logits
+from train.evaluate.shifted import open_shifted
+from train.runs.folder import EVALUATION
+from train.runs.stored import StoredRun, open_run
+
+
+def evaluate_student(path: Path | str, options: EvaluateOptions | None = None) -> EvaluationReport:
+    """Evaluate a run of train-student, and write the report, tables and pictures into its folder `evaluation`.
+
+    Args:
+        path: a run folder, or a checkpoint file in one.
+
+    Raises:
+        CacheError: the subclass says what is wrong: run, checkpoint, images, corruptions, teachers, device or options.
+    """
+    options = options or EvaluateOptions()
+    return _Evaluator(path, options).report()
+
+
+class _Evaluator:
+    """One evaluation: what is needed is opened and checked before anything long begins."""
+
+    def __init__(self, path: Path | str, options: EvaluateOptions) -> None:
+        self.options = options
+        self.device = resolve_device(options.device)
+        self.run, given = open_run(path)
+        self.checkpoint = options.checkpoint or given or "last"
+        card = read_card(self.run.checkpoint(self.checkpoint))
+        self.folder = output_folder(options.out or self.run.folder / EVALUATION, "evaluation")
+        self.images = self.run.open_test(card, options.split, options.data_dir, options.download)
+        self.labels = torch.from_numpy(np.ascontiguousarray(self.images.labels, np.int64)).to(self.device)
+        self.baseline = self._open_baseline(card)
+        self.shifted = (
+            open_shifted(options.shifted, card.class_names, self.images.image_size) if options.shifted else None
+        )
+        self.teachers = load_teachers(self.run, self.images, self.device) if options.teachers else None
+        self.corrupted = self._open_corrupted()
+
+    def report(self) -> EvaluationReport:
+        """Run everything that was asked for, then write."""
+        students = {which: self._student(self.run, which, which) for which in self.run.checkpoints()}
+        student = students[self.checkpoint]
+        baseline = None if self.baseline is None else self._student(*self.baseline, "baseline")
+        matrix = confusion_matrix(student.logits, self.labels)
+        names = self.images.class_names
+        files: dict[str, bytes] = {
+            CONFUSION: parquet(confusion_frame(matrix, names)),
+            CONFUSION_PICTURE: self._confusion_picture(matrix, student),
+        }
+        recipe = self.run.recipe
+        report = EvaluationReport(
+            run=self.run.folder,
+            folder=self.folder,
+            name=recipe.name,
+            student=recipe.student,
+            loss=recipe.loss_name,
+            seed=recipe.seed,
+            recipe_digest=read_card(self.run.checkpoint(self.checkpoint)).recipe_digest,
+            dataset=self.images.name,
+            split=self.images.split,
+            checkpoint=self.checkpoint,
+            figures=tuple(entry.figures for entry in students.values()),
+            baseline_figures=None if baseline is None else baseline.figures,
+            classes=class_figures(matrix, names),
+            confused=confused_pairs(matrix, names),
+            robustness=self._robustness(student, baseline, files),
+            shifted=self._shifted(student),
+            shifted_folder=self.options.shifted,
+            teachers=self._agreement(student),
+            precision=self.options.precision,
+            device=_device_name(self.device),
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        )
+        report.save(files)
+        return report
+
+    def _open_baseline(self, card: StudentCard) -> tuple[StoredRun, str] | None:
+        """The run that mCE is relative to, and its checkpoint of the same kind."""
+        twin = self.run.labels_only()
+        path = self.options.baseline or twin
+        if path is None:
+            return None
+        run, given = open_run(path)
+        which = given or self.checkpoint
+        theirs = read_card(run.checkpoint(which)).class_names
+        if theirs != card.class_names:
+            raise DataError(
+                "the baseline was trained on other classes",
+                where=path,
+                expected=", ".join(card.class_names[:8]),
+                found=", ".join(theirs[:8]),
+            )
+        return run, which
+
+    def _open_corrupted(self) -> Corrupted | None:
+        options, samples = self.options, self.options.robustness_samples
+        if options.corruptions is not None:
+            corrupted = open_corrupted(options.corruptions, self.images.labels, samples)
+            if corrupted.image_size != tuple(self.images.image_size):
+                raise DataError(
+                    "the corrupted images have another size than the test images",
+                    where=options.corruptions,
+                    expected=f"{self.images.image_size}",
+                    found=f"{corrupted.image_size}",
+                )
+            return corrupted
+        if options.robustness or samples is not None:
+            from train.evaluate.corrupt import corrupted_copies
+
+            return corrupted_copies(self.images, samples, workers=options.workers)
+        return None
+
+    def _student(self, run: StoredRun, which: str, title: str) -> EvaluatedStudent:
+        options = self.options
+        return evaluated_student(
+            run, which, self.images, self.device, options.batch_size, options.precision, title=f"evaluate {title}"
+        )
+
+    def _robustness(
+        self, student: EvaluatedStudent, baseline: EvaluatedStudent | None, files: dict[str, bytes]
+    ) -> RobustnessReport | None:
+        if self.corrupted is None:
+            return None
+        report, made = measure_robustness(
+            student, baseline, self.corrupted, self.images, self.device, self.options.batch_size, self.options.precision
+        )
+        files |= made
+        return report
+
+    def _shifted(self, student: EvaluatedStudent) -> Evaluation | None:
+        if self.shifted is None:
+            return None
+        size, precision = self.options.batch_size, self.options.precision
+        logits = student.predict(self.shifted, self.device, size, precision, title="evaluate shifted images")
+        return evaluate_logits(logits, torch.from_numpy(self.shifted.labels).to(self.device))
+
+    def _agreement(self, student: EvaluatedStudent) -> tuple[Agreement, ...] | None:
+        if self.teachers is None:
+            return None
+        with Progress("teachers", len(self.images), "images") as progress:
+            return agreement(student.logits, self.teachers, self.images, advance=progress.advance)
+
+    def _confusion_picture(self, matrix: Any, student: EvaluatedStudent) -> bytes:
+        from train.evaluate.confusion import plot_confusion
+
+        figures = student.figures
+        title = f"{student.title}, {figures.checkpoint} weights: {figures.evaluation.top1:.2%} of "
+        title += f"{figures.evaluation.n:,} images right, {self.images.name} {self.images.split}"
+        return plot_confusion(matrix, self.images.class_names, title)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,113 @@
+"""What an evaluation is asked for, what it found, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from cache_tools.config import Frozen
+from cache_tools.files import put_durably
+from cache_tools.format.recipe import Precision
+from pipeline.evaluate.agreement import Agreement
+from train.evaluate.confusion import ClassFigures, ConfusedPair
+from train.evaluate.metrics import Evaluation
+from train.evaluate.robustness import RobustnessSummary
+
+REPORT, CONFUSION, CONFUSION_PICTURE = "evaluation.json", "confusion.parquet", "confusion.png"
+ROBUSTNESS, ROBUSTNESS_PICTURE = "robustness.parquet", "robustness.png"
+
+
+class EvaluateOptions(Frozen):
+    """What to evaluate of a run, and how.
+
+    Attributes:
+        checkpoint: `last`, `best` or `ema`: whose details are reported. None for `last`, or the file that was given.
+        split: instead of the run's test split.
+        robustness: on corrupted copies, made and kept if there are none; `corruptions` is a folder in the layout of
+            CIFAR-10-C instead, `robustness_samples` a limit on test images.
+        baseline: the run that mCE is relative to; None for the run's own twin on labels alone.
+        shifted: a folder of other pictures of the same classes.
+        teachers: compare with the cache's teachers.
+        precision: of the student's forward passes.
+        workers: processes that make corrupted copies.
+    """
+
+    checkpoint: Literal["last", "best", "ema"] | None = None
+    split: str | None = None
+    robustness: bool = False
+    robustness_samples: PositiveInt | None = None
+    corruptions: Path | None = None
+    baseline: Path | None = None
+    shifted: Path | None = None
+    teachers: bool = False
+    data_dir: Path | None = None
+    download: bool = False
+    device: str = "auto"
+    precision: Precision = "float32"
+    batch_size: PositiveInt = 512
+    workers: PositiveInt = 1
+    out: Path | None = None
+
+
+class CheckpointFigures(Frozen):
+    """One set of weights of a run on the test split; `epoch` counts from 1."""
+
+    checkpoint: str
+    epoch: int
+    evaluation: Evaluation
+
+
+class RobustnessReport(Frozen):
+    """`baseline` is the run that mCE is relative to; `source` made the `samples` corrupted images."""
+
+    source: str
+    samples: int
+    baseline: Path | None
+    summary: RobustnessSummary
+
+
+class EvaluationReport(Frozen):
+    """Stored as `evaluation.json`; details (classes, pairs, robustness, shifted, teachers) are of `checkpoint`."""
+
+    run: Path
+    folder: Path
+    name: str
+    student: str
+    loss: str
+    seed: int
+    recipe_digest: str
+    dataset: str
+    split: str
+    checkpoint: str
+    figures: tuple[CheckpointFigures, ...]
+    baseline_figures: CheckpointFigures | None = None
+    classes: tuple[ClassFigures, ...]
+    confused: tuple[ConfusedPair, ...]
+    robustness: RobustnessReport | None = None
+    shifted: Evaluation | None = None
+    shifted_folder: Path | None = None
+    teachers: tuple[Agreement, ...] | None = None
+    precision: Precision
+    device: str
+    command: str
+
+    @property
+    def chosen(self) -> CheckpointFigures:
+        """The figures of the checkpoint that the details are about."""
+        return next(row for row in self.figures if row.checkpoint == self.checkpoint)
+
+    def save(self, files: Mapping[str, bytes]) -> None:
+        """Write the report and its files into `folder`, each atomically, the report last.
+
+        What an earlier evaluation left and this one did not make goes away: the folder is about one evaluation.
+        """
+        (self.folder / REPORT).unlink(missing_ok=True)
+        for name in (CONFUSION, CONFUSION_PICTURE, ROBUSTNESS, ROBUSTNESS_PICTURE):
+            if name in files:
+                put_durably(self.folder / name, files[name])
+            else:
+                (self.folder / name).unlink(missing_ok=True)
+        put_durably(self.folder / REPORT, self.model_dump_json(indent=2).encode())

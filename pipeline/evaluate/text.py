@@ -1,0 +1,155 @@
+"""An evaluation on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.evaluate.report import EvaluationReport, RobustnessReport
+from train.evaluate.corruptions import SEVERITIES
+from train.evaluate.metrics import Evaluation
+
+_WORST_CLASSES = 10
+
+
+def print_report(report: EvaluationReport) -> None:
+    """Tables of everything in a report."""
+    # Piped output is for grep and awk: whole lines, however wide.
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    for table in _tables(report):
+        console.print(table)
+        console.print()
+    for note in _notes(report):
+        print(note)
+
+
+def _tables(report: EvaluationReport) -> Iterable[Table]:
+    yield _figures(report)
+    yield _classes(report)
+    if report.confused:
+        yield _confused(report)
+    if report.robustness is not None:
+        yield _robustness(report.robustness)
+    if report.teachers is not None:
+        yield _teachers(report)
+
+
+def _figures(report: EvaluationReport) -> Table:
+    table = _table(f"{report.student} ({report.loss}) on {report.dataset} {report.split}", "")
+    for title in ("images", "top-1", "top-5", "NLL", "ECE", "Brier"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in report.figures:
+        details = " ←" if row.checkpoint == report.checkpoint and len(report.figures) > 1 else ""
+        table.add_row(f"{row.checkpoint} (epoch {row.epoch}){details}", *_cells(row.evaluation))
+    if (base := report.baseline_figures) is not None:
+        table.add_row(f"baseline, {base.checkpoint} (epoch {base.epoch})", *_cells(base.evaluation))
+    if report.shifted is not None:
+        table.add_row(f"shifted images, {report.checkpoint}", *_cells(report.shifted))
+    return table
+
+
+def _cells(figures: Evaluation) -> tuple[str, ...]:
+    return (
+        f"{figures.n:,}",
+        f"{figures.top1:.2%}",
+        _percent(figures.top5, 2),
+        f"{figures.nll:.4f}",
+        f"{figures.ece:.4f}",
+        "–" if figures.brier is None else f"{figures.brier:.4f}",
+    )
+
+
+def _classes(report: EvaluationReport) -> Table:
+    known = [row for row in report.classes if row.accuracy is not None]
+    worst = sorted(known, key=lambda row: row.accuracy or 0.0)[:_WORST_CLASSES]
+    all_shown = len(worst) == len(report.classes)
+    table = _table("Classes" if all_shown else f"The {len(worst)} worst of {len(report.classes)} classes", "class")
+    for title in ("images", "accuracy", "precision"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in worst:
+        table.add_row(row.name, f"{row.n:,}", _percent(row.accuracy, 1), _percent(row.precision, 1))
+    return table
+
+
+def _confused(report: EvaluationReport) -> Table:
+    table = _table("Confused most", "class")
+    table.add_column("taken for", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
+    table.add_column("of the class", justify="right", no_wrap=True)
+    for pair in report.confused:
+        table.add_row(pair.label, pair.predicted, f"{pair.count:,}", f"{pair.share:.1%}")
+    return table
+
+
+def _robustness(report: RobustnessReport) -> Table:
+    summary, against = report.summary, report.baseline is not None
+    table = _table("Error in % under corruptions, by severity", "corruption")
+    titles = [*map(str, SEVERITIES), "mean", *(("baseline", "CE", "relative CE") if against else ())]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in summary.corruptions:
+        cells = [_times_100(error) for error in (*row.by_severity, row.error)]
+        if against:
+            cells += [_times_100(row.baseline_error), _ratio(row.ce), _ratio(row.relative_ce)]
+        table.add_row(row.corruption.replace("_", " "), *cells)
+    table.add_section()
+    last = ["mean", *[""] * len(SEVERITIES), _times_100(summary.mean_error)]
+    if against:
+        last += [_times_100(summary.baseline_mean_error), _ratio(summary.mce), _ratio(summary.relative_mce)]
+    table.add_row(*last)
+    return table
+
+
+def _teachers(report: EvaluationReport) -> Table:
+    table = _table("Agreement with the teachers on clean test images", "")
+    titles = ("its top-1", "same answer", "KL to student", "wrong", "student follows", "student is right")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in report.teachers or ():
+        shares = (_percent(row.follows_when_wrong, 1), _percent(row.right_when_wrong, 1))
+        table.add_row(row.source, f"{row.top1:.2%}", f"{row.agreement:.2%}", f"{row.kl:.4f}", f"{row.wrong:,}", *shares)
+    return table
+
+
+def _notes(report: EvaluationReport) -> Iterable[str]:
+    if len(report.figures) > 1:
+        yield f"← the checkpoint that everything below the first table is about: {report.checkpoint}."
+    robust = report.robustness
+    if robust is not None:
+        clean = f"clean error on the same {robust.samples:,} images {robust.summary.clean_error:.2%}"
+        yield f"Corruptions: {robust.source}; {clean}."
+        if robust.baseline is None:
+            yield "No run on labels alone to compare with: mean errors are not normalised, and there is no mCE."
+        else:
+            figures = f"mCE {_ratio(robust.summary.mce)}, relative mCE {_ratio(robust.summary.relative_mce)}"
+            yield f"{figures}: the means of CE and relative CE; 1 is as good as the baseline, {robust.baseline}."
+            missing = len(robust.summary.corruptions) - (robust.summary.relative_corruptions or 0)
+            if missing:
+                yield f"Relative mCE leaves {missing} of 15 corruptions out: the baseline loses nothing there."
+    if report.teachers is not None:
+        yield "follows, is right: of the images on which that teacher is wrong. KL is in nats, at temperature 1."
+    best = next((row for row in report.figures if row.checkpoint == "best"), None)
+    if best is not None:
+        yield "The best epoch was chosen on the test split, as papers do: an optimistic figure."
+    yield f"Everything is in {report.folder}"
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def _times_100(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""Teachers and CLIPs: find, load and run them."""

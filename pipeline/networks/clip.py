@@ -1,0 +1,188 @@
+"""CLIP through open_clip: image features and cosines with the classes' embeddings, frozen, from uint8 view canvases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import open_clip
+import torch
+from torch import nn
+
+from cache_tools import fusion
+from cache_tools.errors import RecipeError, WeightsError
+from cache_tools.format.recipe import ClipIdentity, Precision, Preprocessing
+from cache_tools.preprocess import prepare
+from pipeline.networks.clip_source import ClipSource, load_network, needs_hub, resolve_source
+from pipeline.networks.prompts import prompt_class_name, render_prompts, template_set
+from pipeline.networks.references import hub_or_local_copies
+from pipeline.networks.weights import as_network_input, first_line, freeze, mixed_precision, weights_digest
+
+if TYPE_CHECKING:
+    from pipeline.recipe import ClipSpec
+
+TEXT_BATCH = 256
+
+
+class ClipOutput(NamedTuple):
+    """What CLIP says about a batch, float32."""
+
+    features: torch.Tensor  # [B, D] image features, not normalised
+    cosine: torch.Tensor  # [B, C] raw cosines with the class embeddings
+
+
+class Clip(nn.Module):
+    """A frozen CLIP with its class embeddings.
+
+    Attributes:
+        identity: what it is, for the manifest.
+        precision: of the forward pass; outputs are float32 whatever it is.
+        logit_bias: SigLIP's bias. It is the same for every class, so neither softmax nor a cache sees it.
+        text_features: [P, C, D] float32, unit rows: prompt template × class.
+        class_embeddings: [C, D] float32, unit rows.
+    """
+
+    text_features: torch.Tensor
+    class_embeddings: torch.Tensor
+
+    def __init__(
+        self,
+        network: Any,
+        identity: ClipIdentity,
+        text_features_PCD: torch.Tensor,
+        *,
+        precision: Precision = "float32",
+        logit_bias: float | None = None,
+        resize_mode: str = "shortest",
+    ) -> None:
+        super().__init__()
+        self.network, self.identity, self.precision = network, identity, precision
+        self.logit_bias, self.resize_mode = logit_bias, resize_mode
+        self.register_buffer("text_features", text_features_PCD, persistent=False)
+        self.register_buffer("class_embeddings", fusion.class_embeddings(text_features_PCD), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, pixels_NCHW_u8: torch.Tensor) -> ClipOutput:
+        """uint8 [B, 3, H, W] view canvases on this model's device → features [B, D] and cosines [B, C]."""
+        height, width = pixels_NCHW_u8.shape[2:]
+        if height != width and self.resize_mode != "shortest":
+            raise WeightsError(
+                f"this CLIP resizes by '{self.resize_mode}', which needs square view canvases",
+                where=self.identity.architecture,
+                found=f"{height}×{width}",
+                next_step="make the views square, for example with random-resized-crop",
+            )
+        images = as_network_input(prepare(pixels_NCHW_u8, self.identity.preprocessing))
+        with mixed_precision(pixels_NCHW_u8.device, self.precision):
+            features = self.network.encode_image(images)
+        features = features.float()
+        return ClipOutput(features, fusion.cosine(features, self.class_embeddings))
+
+    def train(self, mode: bool = True) -> Clip:
+        """Stays in eval mode: it is frozen."""
+        return super().train(False)
+
+
+def load_clip(
+    spec: ClipSpec, class_names: Sequence[str], device: torch.device, *, precision: Precision = "float32"
+) -> Clip:
+    """Load an open_clip model with all its weights, and embed the prompts of every class.
+
+    Args:
+        spec: name, weights, templates, and words for the classes where the dataset's names are not good ones.
+        class_names: of the dataset, in label order; underscores are read as spaces.
+        precision: of the image tower's forward pass; the text tower always runs in float32.
+
+    Raises:
+        WeightsError: unknown name or tag, missing or unreadable weights, weights that do not fit the config, OpenAI
+            weights for a config without QuickGELU, no network for a download.
+        RecipeError: bad templates, or another number of `class_names` than the dataset has.
+    """
+    words = _prompt_words(spec, tuple(class_names))
+    templates = template_set(spec.templates)
+    source = resolve_source(spec.name, spec.weights)
+    network = load_network(source)
+    digest = weights_digest(network)
+    freeze(network, device)
+    text_features = _embed_prompts(network, source, templates, words, device)
+    visual = network.visual
+    identity = ClipIdentity(
+        architecture=source.architecture,
+        config_digest=_config_digest(source),
+        weights_digest=digest,
+        feature_dim=text_features.shape[2],
+        logit_scale=float(network.logit_scale.exp()),
+        preprocessing=_preprocessing(visual.preprocess_cfg),
+        templates=templates,
+        class_names=words,
+    )
+    bias = getattr(network, "logit_bias", None)
+    return Clip(
+        network,
+        identity,
+        text_features,
+        precision=precision,
+        logit_bias=None if bias is None else float(bias),
+        resize_mode=visual.preprocess_cfg["resize_mode"],
+    )
+
+
+def _prompt_words(spec: ClipSpec, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """What stands for `{}` in the prompts, class by class."""
+    names = class_names if spec.class_names is None else spec.class_names
+    if len(names) != len(class_names):
+        raise RecipeError(
+            "another number of class names for the prompts than the dataset has classes",
+            where="clip.class_names",
+            expected=len(class_names),
+            found=len(names),
+        )
+    return tuple(prompt_class_name(name) for name in names)
+
+
+@torch.no_grad()
+def _embed_prompts(
+    network: Any, source: ClipSource, templates: tuple[str, ...], words: tuple[str, ...], device: torch.device
+) -> torch.Tensor:
+    """[P, C, D] float32, unit rows; in float32 whatever the precision of the images: it is done once."""
+    tokenizer = _tokenizer(source)
+    prompts = render_prompts(templates, words)
+    rows = [
+        network.encode_text(tokenizer(prompts[start : start + TEXT_BATCH]).to(device), normalize=True).float()
+        for start in range(0, len(prompts), TEXT_BATCH)
+    ]
+    return torch.cat(rows).reshape(len(templates), len(words), -1)
+
+
+def _tokenizer(source: ClipSource) -> Any:
+    try:
+        with hub_or_local_copies() if needs_hub(source) else nullcontext():
+            return open_clip.get_tokenizer(source.model_name)
+    except Exception as error:  # tokenizers of the Hugging Face hub: network, missing files, missing packages
+        raise WeightsError(
+            "cannot load CLIP's tokenizer",
+            where=source.architecture,
+            found=first_line(error),
+            next_step="run once where the network is reachable, or use a local-dir: model that holds its tokenizer",
+        ) from error
+
+
+def _preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """open_clip's evaluation transform: bicubic unless the config says bilinear."""
+    size = config["size"]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    return Preprocessing(
+        size=(size, size) if isinstance(size, int) else tuple(size),
+        interpolation=interpolation,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _config_digest(source: ClipSource) -> str:
+    """sha256 over the model config as JSON."""
+    told = {"model_cfg": source.config}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

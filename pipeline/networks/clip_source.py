@@ -1,0 +1,247 @@
+"""Which open_clip config and which weights a recipe means, checked before anything is downloaded, and loading them.
+
+open_clip warns and goes on where weights are missing or do not belong to the config; here that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from cache_tools.errors import WeightsError
+from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, hub_or_local_copies, is_file_reference, resolve_path
+from pipeline.networks.weights import first_line, nearest
+
+_NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # three numbers beside OpenAI's weights
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
+
+
+class ClipSource(NamedTuple):
+    """An open_clip model name, its weights, and the config that it has.
+
+    model_name: as open_clip wants it, package folders resolved.
+    pretrained: tag or file; None where the model name has a prefix.
+    architecture: the name for the manifest; without the path of a local folder.
+    config: open_clip's model config.
+    """
+
+    model_name: str
+    pretrained: str | None
+    architecture: str
+    config: dict[str, Any]
+
+
+def resolve_source(name: str, weights: str | None) -> ClipSource:
+    """Understand a recipe's `clip.name` and `clip.weights`.
+
+    Raises:
+        WeightsError: unknown name (with the nearest), unknown tag (with the list), no weights, a missing file or
+            folder, OpenAI weights for a config without QuickGELU (with the right name).
+    """
+    prefix = next((p for p in (HUB_PREFIX, FOLDER_PREFIX) if name.startswith(p)), None)
+    if prefix is None:
+        return _builtin(name.replace("/", "-"), weights)
+    if weights is not None:
+        raise WeightsError(
+            f"a CLIP named by {prefix} has its weights with it",
+            where=name,
+            expected="no clip.weights",
+            found=repr(weights),
+            next_step="leave clip.weights out",
+        )
+    return _folder(name.removeprefix(FOLDER_PREFIX)) if prefix == FOLDER_PREFIX else _hub(name)
+
+
+def load_network(source: ClipSource) -> Any:
+    """The open_clip model on the CPU in float32, with every weight loaded.
+
+    Raises:
+        WeightsError: weights that cannot be downloaded or read, or do not fit the config.
+    """
+    where = source.architecture if source.pretrained is None else f"{source.architecture}, {source.pretrained}"
+    try:
+        with (
+            _quiet(),
+            hub_or_local_copies() if needs_hub(source) else nullcontext(),
+            _plain_weights(source.pretrained) as pretrained,
+        ):
+            return open_clip.create_model(source.model_name, pretrained, require_pretrained=True, weights_only=True)
+    except Exception as error:  # open_clip, huggingface_hub, safetensors and torch have no common error
+        expected, found = _mismatch(error)
+        if found is not None:
+            raise WeightsError(
+                "CLIP weights do not fit the config", where=where, expected=expected, found=found
+            ) from error
+        raise WeightsError(
+            "cannot load CLIP", where=where, found=first_line(error), next_step=_advice(source)
+        ) from error
+
+
+def needs_hub(source: ClipSource) -> bool:
+    """Whether weights, text tower or tokenizer may come from the hub; a shipped or trained folder asks nobody."""
+    text = source.config.get("text_cfg", {})
+    if source.model_name.startswith(FOLDER_PREFIX):
+        return "hf_model_name" in text
+    local = source.pretrained is not None and Path(source.pretrained).is_file()
+    return not local or any(key.startswith("hf_") for key in text) or "siglip" in source.model_name.lower()
+
+
+def _builtin(name: str, weights: str | None) -> ClipSource:
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise WeightsError(
+            "no such CLIP",
+            where=name,
+            expected=f"an open_clip model name, {HUB_PREFIX}ORG/MODEL or {FOLDER_PREFIX}FOLDER",
+            next_step=nearest(name, open_clip.list_models()),
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    choices = f"a checkpoint file or one of {', '.join(tags)}" if tags else "a checkpoint file"
+    if weights is None:
+        raise WeightsError("CLIP has no weights", where=name, expected=choices, next_step="set clip.weights")
+    tag = open_clip.get_pretrained_cfg(name, weights)
+    if tag:
+        # The other way round there is no better config: roberta-ViT-B-32's one tag just does not say it.
+        if tag.get("quick_gelu") and not config.get("quick_gelu"):
+            raise _quick_gelu_error(name, weights)
+        return ClipSource(name, weights, name, config)
+    path = resolve_path(weights)
+    if not path.is_file():
+        what = "no such CLIP weights" if is_file_reference(weights) else "no such pretrained tag"
+        raise WeightsError(what, where=f"{name}, {weights}", expected=choices, next_step=nearest(weights, tags))
+    if not config.get("quick_gelu") and _is_openai(path):
+        raise _quick_gelu_error(name, str(path))
+    return ClipSource(name, str(path), name, config)
+
+
+def _folder(reference: str) -> ClipSource:
+    folder = resolve_path(reference)
+    config_file = folder / "open_clip_config.json"
+    if not config_file.is_file():
+        raise WeightsError("no CLIP in that folder", where=folder, expected="open_clip_config.json and its weights")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            "cannot read the CLIP config", where=config_file, expected="JSON with 'model_cfg'", found=first_line(error)
+        ) from error
+    found = [path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)]
+    if not found:
+        raise WeightsError("no CLIP weights in that folder", where=folder, expected="open_clip_model.safetensors")
+    if not config.get("quick_gelu") and any(_is_openai(path) for path in found):
+        raise _quick_gelu_error(str(config_file), "OpenAI's", is_folder=True)
+    return ClipSource(f"{FOLDER_PREFIX}{folder}", None, f"{FOLDER_PREFIX}{folder.resolve().name}", config)
+
+
+def _hub(name: str) -> ClipSource:
+    try:
+        with _quiet(), hub_or_local_copies():
+            config = open_clip.get_model_config(name)
+    except Exception as error:  # huggingface_hub: no network, no such repository, not logged in
+        raise WeightsError(
+            "cannot get CLIP from the hub",
+            where=name,
+            found=first_line(error),
+            next_step="run once where the network is reachable, or use local-dir: with the downloaded folder",
+        ) from error
+    return ClipSource(name, None, name, config)
+
+
+def _quick_gelu_error(name: str, weights: str, *, is_folder: bool = False) -> WeightsError:
+    """OpenAI's (and some other) weights were trained with QuickGELU; under GELU they run, and are a little wrong."""
+    right = f"{name}-quickgelu"
+    known = right in open_clip.list_models()
+    return WeightsError(
+        "these CLIP weights need a config with QuickGELU",
+        where=f"{name}, {weights}",
+        expected=f"clip.name {right}" if known else "a config with quick_gelu true",
+        found=f"{'a config' if is_folder else name} without it",
+        next_step=f"use {right}" if known else "set quick_gelu in the model's config, if these are OpenAI's weights",
+    )
+
+
+def _is_openai(path: Path) -> bool:
+    """OpenAI publishes TorchScript archives; copies of them as plain tensors are known by their name only."""
+    return _is_torchscript(path) or any("openai" in part.lower() for part in (path.name, path.parent.name))
+
+
+@contextmanager
+def _plain_weights(pretrained: str | None) -> Iterator[str | None]:
+    """The same weights in a file that open_clip reads without unpickling anything: OpenAI publishes TorchScript.
+
+    `torch.jit.load` knows no Python objects. `torch.load` would, for a file that only looks like TorchScript.
+    """
+    if pretrained is None or not _is_torchscript(pretrained):
+        yield pretrained
+        return
+    weights = torch.jit.load(pretrained, map_location="cpu").state_dict()
+    with tempfile.TemporaryDirectory(prefix="clip-") as folder:
+        plain = Path(folder) / "weights.safetensors"
+        kept = {name: tensor.detach() for name, tensor in weights.items() if name not in _NOT_WEIGHTS}
+        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in kept.items()}, plain)
+        yield str(plain)
+
+
+def _is_torchscript(reference: str | Path) -> bool:
+    path = Path(reference)
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+
+
+def _mismatch(error: Exception) -> tuple[str | None, str | None]:
+    """(expected, found) of the first tensor that did not fit; (None, None) if the error is about something else."""
+    message = str(error)
+    if isinstance(error, AssertionError):  # how open_clip refuses a position embedding of another width
+        return None, message.rstrip("!") or None
+    shape = re.search(
+        r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, .+ is (.+?)\.\s", message + "\n"
+    )
+    if shape:
+        return f"'{shape[1]}' of shape {shape[3]}", f"shape {shape[2]}"
+    missing = re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', message)
+    if missing:
+        return f"'{missing[1]}'", "no such tensor"
+    extra = re.search(r'Unexpected key\(s\) in state_dict: "([^"]+)"', message)
+    return (None, f"a tensor '{extra[1]}' that the config lacks") if extra else (None, None)
+
+
+def _advice(source: ClipSource) -> str:
+    if source.model_name.startswith(FOLDER_PREFIX) or (source.pretrained and Path(source.pretrained).is_file()):
+        return "check the file, and that it was written for this config"
+    return "run once where the network is reachable, or give a checkpoint file or a local-dir: folder"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's remarks off the terminal: what matters in them is raised as an error here.
+
+    It logs through the root logger, whose first message would also install a handler for good.
+    """
+    root, placeholder = logging.getLogger(), logging.NullHandler()
+
+    def not_open_clip(record: logging.LogRecord) -> bool:
+        return "open_clip" not in record.pathname
+
+    root.addHandler(placeholder)
+    root.addFilter(not_open_clip)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeFilter(not_open_clip)
+        root.removeHandler(placeholder)

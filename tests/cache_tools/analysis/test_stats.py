@@ -1,0 +1,468 @@
+"""Every figure of `cache-tools stats` against a slow float64 reference that loops over samples, classes and pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import polars.testing
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from cache_tools.analysis.figures import NonTargetConsistency, Stability, entropy, js_divergence, row_chunks
+from cache_tools.analysis.stats import Folder, TeacherStats, analyse
+from cache_tools.errors import IncompleteError, NotFoundError, RecipeError, StorageError
+from cache_tools.images.arrays import ArrayImages
+from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice
+from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+
+CLASSES, VIEWS, SOURCES = 7, 3, ("teacher", "clip", "fusion")
+Logits = dict[str, np.ndarray]
+
+
+def labelled_images(num_classes: int = CLASSES) -> ArrayImages:
+    """The last class has no sample, the one before it a single one."""
+    images = tiny_images(60, num_classes)
+    labels = np.random.default_rng(5).integers(0, num_classes - 2, 60)
+    labels[17] = num_classes - 2
+    return dataclasses.replace(images, labels=labels)
+
+
+def write_cache(path: Path, images: ArrayImages, **recipe: Any) -> TeacherCache:
+    """Targets that lean towards the labels, so that there are right, wrong, confident and unsure answers."""
+    manifest = tiny_manifest(images, num_views=VIEWS, linear_head=False, clip_dim=24, codec="float32", **recipe)
+    targets = tiny_targets(manifest)
+    for name in ("teacher_logits", "fused_logits"):
+        if name in targets:
+            targets[name] = targets[name] / 2
+            targets[name][:, np.arange(len(images)), images.labels] += 3
+    writer = create(path, manifest, images)
+    if "clip_features" in targets:
+        embeddings = TeacherCache(path).constant("class_embeddings")
+        targets["clip_features"] += 6 * embeddings[images.labels]
+    write(writer, targets)
+    return TeacherCache(path)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    return write_cache(tmp_path_factory.mktemp("stats") / "c.zarr", labelled_images(), store="components")
+
+
+@pytest.fixture(scope="module")
+def fused_cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    return write_cache(tmp_path_factory.mktemp("stats") / "f.zarr", labelled_images(), store="fused")
+
+
+# The CLIP of this cache at its scale of 100 is sure of everything; at 12 all quadrants are populated.
+SCALE, CONFIDENT = 12.0, 0.6
+CHOICE = FusionChoice(clip_scale=SCALE)
+
+
+@pytest.fixture(scope="module")
+def stats(cache: TeacherCache) -> TeacherStats:
+    return analyse(cache, confident=CONFIDENT, choice=CHOICE)
+
+
+@pytest.fixture(scope="module")
+def logits(cache: TeacherCache) -> list[Logits]:
+    """View → source → float64 logits."""
+    return [reference_logits(cache, view) for view in range(VIEWS)]
+
+
+def reference_logits(cache: TeacherCache, view: int) -> Logits:
+    everything = slice(None)
+    targets = cache.load_view(view)
+    teacher = targets.teacher_logits(everything).double().numpy()
+    clip = SCALE * targets.cosine(everything).double().numpy()
+    return {"teacher": teacher, "clip": clip, "fusion": 0.7 * teacher + 0.3 * clip}
+
+
+def softmax(logits: np.ndarray) -> list[float]:
+    exponentials = [math.exp(value - max(logits)) for value in logits]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def row_of(table: pl.DataFrame, **where: Any) -> dict[str, Any]:
+    for name, value in where.items():
+        table = table.filter(pl.col(name).is_null() if value is None else pl.col(name) == value)
+    (row,) = table.to_dicts()
+    return row
+
+
+def reference_summary(rows: list[np.ndarray], labels: list[int]) -> dict[str, float]:
+    """Plain loops over samples; a bin of the confidence at a time."""
+    sums: Counter[str] = Counter()
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for row, label in zip(rows, labels, strict=True):
+        p = softmax(row)
+        confidence, said = max((value, -number) for number, value in enumerate(p))
+        right = -said == label
+        sums["top1"] += right
+        sums["top5"] += sum(value > p[label] for value in p) < 5
+        sums["nll"] -= math.log(p[label])
+        sums["brier"] += sum((value - (number == label)) ** 2 for number, value in enumerate(p))
+        sums["confidence"] += confidence
+        sums["entropy"] -= sum(value * math.log(value) for value in p if value > 0)
+        sure = "confident" if confidence >= CONFIDENT else "unsure"
+        sums[f"{sure}_{'right' if right else 'wrong'}"] += 1
+        bins[min(int(confidence * 15), 14)].append((confidence, right))
+    for members in bins:
+        if members:
+            sums["ece"] += abs(sum(right - confidence for confidence, right in members))
+    return {name: value / len(rows) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("view", [0, 1, 2, None])
+def test_accuracy_calibration_and_quadrants(
+    cache: TeacherCache, stats: TeacherStats, logits: list[Logits], source: str, view: int | None
+) -> None:
+    views = range(VIEWS) if view is None else [view]
+    rows = [row for number in views for row in logits[number][source]]
+    expected = reference_summary(rows, list(cache.labels) * len(views))
+    row = row_of(stats.summary, source=source, view=view)
+    assert row["n"] == len(rows)
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-6, abs=1e-7), name
+    quadrants = ("confident_right", "unsure_right", "unsure_wrong", "confident_wrong")
+    assert sum(row[name] for name in quadrants) == pytest.approx(1.0)
+    assert view is not None or min(row[name] for name in quadrants) > 0, "every quadrant is tried"
+
+
+def test_calibration_error_is_that_of_torchmetrics(
+    stats: TeacherStats, cache: TeacherCache, logits: list[Logits]
+) -> None:
+    for source in SOURCES:
+        p = torch.from_numpy(np.concatenate([view[source] for view in logits])).softmax(dim=1)
+        labels = torch.from_numpy(np.tile(cache.labels, VIEWS))
+        theirs = multiclass_calibration_error(p, labels, CLASSES, n_bins=15)
+        assert row_of(stats.summary, source=source, view=None)["ece"] == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_reliability_has_every_bin_and_every_prediction(stats: TeacherStats, logits: list[Logits]) -> None:
+    for source, view in itertools.product(SOURCES, [0, 1, 2, None]):
+        where = pl.col("view").is_null() if view is None else pl.col("view") == view
+        table = stats.reliability.filter((pl.col("source") == source) & where)
+        assert table["bin"].to_list() == list(range(15))
+        rows = np.concatenate([logits[v][source] for v in (range(VIEWS) if view is None else [view])])
+        confidences = [max(softmax(row)) for row in rows]
+        for row in table.to_dicts():
+            members = [value for value in confidences if row["low"] <= value < row["high"]]
+            assert row["n"] == len(members)
+            if members:
+                assert row["confidence"] == pytest.approx(sum(members) / len(members))
+                assert 0 <= row["accuracy"] <= 1
+            else:
+                assert row["confidence"] is None
+
+
+def test_temperature_divides_every_logit(cache: TeacherCache) -> None:
+    got = analyse(cache, [1], confident=CONFIDENT, temperature=2.5, choice=CHOICE)
+    for source, rows in reference_logits(cache, 1).items():
+        expected = reference_summary(list(rows / 2.5), list(cache.labels))
+        row = row_of(got.summary, source=source, view=1)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+def reference_consistency(rows: np.ndarray, label: int) -> float | None:
+    """Cosine similarity of every pair, one pair at a time."""
+    vectors = []
+    for row in rows:
+        p = softmax(row)
+        others = [value for number, value in enumerate(p) if number != label]
+        vectors.append([value / sum(others) for value in others])
+    cosines = [
+        sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+        for a, b in itertools.combinations(vectors, 2)
+    ]
+    return sum(cosines) / len(cosines) if cosines else None
+
+
+def test_classes_against_pairwise_loops(cache: TeacherCache, stats: TeacherStats, logits: list[Logits]) -> None:
+    assert stats.classes["class"].to_list() == list(cache.class_names)
+    for label in range(CLASSES):
+        members = np.flatnonzero(cache.labels == label)
+        row = row_of(stats.classes, label=label)
+        assert row["n"] == len(members)
+        accuracies = {}
+        for source in SOURCES:
+            said = [int(np.argmax(view[source][sample])) for view in logits for sample in members]
+            accuracies[source] = said.count(label) / len(said) if said else None
+            assert row[f"{source}_accuracy"] == pytest.approx(accuracies[source])
+            values = [reference_consistency(view[source][members], label) for view in logits]
+            if None in values:
+                assert row[f"{source}_consistency"] is None
+            else:
+                assert row[f"{source}_consistency"] == pytest.approx(np.mean(values), rel=1e-6)
+        for other in ("teacher", "clip"):
+            gain = None if not len(members) else accuracies["fusion"] - accuracies[other]
+            assert row[f"gain_over_{other}"] == pytest.approx(gain)
+    assert stats.classes["n"].to_list()[-2:] == [1, 0]
+    assert stats.classes["fusion_consistency"].null_count() == 2
+
+
+def test_summary_has_the_mean_consistency_of_the_classes(stats: TeacherStats) -> None:
+    for source in SOURCES:
+        row = row_of(stats.summary, source=source, view=None)
+        assert row["consistency"] == pytest.approx(stats.classes[f"{source}_consistency"].mean())
+
+
+def test_consistency_survives_a_teacher_that_is_sure() -> None:
+    """Target logits of 500: 1 − p_y is 0 in float64, yet the other classes still have a distribution."""
+    logits = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).double() * 3
+    labels = torch.arange(30) % 3
+    logits[torch.arange(30), labels] = 500.0
+    meter = NonTargetConsistency(6)
+    for rows in row_chunks(30, 6, numbers=66):
+        meter.add(logits[rows], labels[rows])
+    calm = logits.clone()
+    calm[torch.arange(30), labels] = 0.0  # the target's own logit must not matter
+    for label, value in enumerate(meter.compute()[:3].tolist()):
+        assert value == pytest.approx(reference_consistency(calm[labels == label].numpy(), label), rel=1e-12)
+
+
+def test_two_classes_have_no_consistency() -> None:
+    meter = NonTargetConsistency(2)
+    meter.add(torch.randn(10, 2), torch.arange(10) % 2)
+    assert meter.compute().isnan().all()
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(x * math.log(x / y) for x, y in zip(p, q, strict=True) if x > 0)
+
+
+def mean_of(rows: list[list[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def test_disagreement_sample_by_sample(cache: TeacherCache, stats: TeacherStats, logits: list[Logits]) -> None:
+    for view in (0, 1, 2, None):
+        counts: Counter[str] = Counter()
+        for number in range(VIEWS) if view is None else [view]:
+            for sample, label in enumerate(cache.labels):
+                p = {source: softmax(logits[number][source][sample]) for source in SOURCES}
+                said = {source: int(np.argmax(p[source])) for source in SOURCES}
+                middle = mean_of([p["teacher"], p["clip"]])
+                counts["rows"] += 1
+                counts["divergence"] += (kl(p["teacher"], middle) + kl(p["clip"], middle)) / 2
+                for other in ("teacher", "clip"):
+                    counts[f"fusion_corrects_{other}"] += said["fusion"] == label != said[other]
+                    counts[f"fusion_spoils_{other}"] += said[other] == label != said["fusion"]
+                if said["teacher"] != said["clip"]:
+                    counts["differ"] += 1
+                    counts["differ_teacher_right"] += said["teacher"] == label
+                    counts["differ_clip_right"] += said["clip"] == label
+                    counts["differ_neither_right"] += label not in {said["teacher"], said["clip"]}
+                    counts["differ_fusion_with_teacher"] += said["fusion"] == said["teacher"]
+                    counts["differ_fusion_with_clip"] += said["fusion"] == said["clip"]
+        row = row_of(stats.disagreement, view=view)
+        assert counts["differ_clip_right"] > 0 < counts["differ_neither_right"]
+        assert set(row) == set(counts) - {"rows"} | {"view"}
+        for name in set(row) - {"view"}:
+            among = counts["differ"] if name.startswith("differ_") else counts["rows"]
+            assert row[name] == pytest.approx(counts[name] / among, rel=1e-6, abs=1e-9), name
+
+
+def test_stability_sample_by_sample(cache: TeacherCache, stats: TeacherStats, logits: list[Logits]) -> None:
+    for source in SOURCES:
+        same, divergences = [], []
+        for sample in range(cache.num_samples):
+            views = [softmax(view[source][sample]) for view in logits]
+            same.append(len({int(np.argmax(p)) for p in views}) == 1)
+            divergences.append(sum(kl(p, mean_of(views)) for p in views) / VIEWS)
+        assert 0 < sum(same) < len(same)
+        assert stats.samples[f"{source}_same_top1"].to_list() == same
+        np.testing.assert_allclose(stats.samples[f"{source}_divergence"], divergences, rtol=1e-5, atol=1e-6)
+        row = row_of(stats.stability, source=source)
+        assert row["same_top1"] == pytest.approx(np.mean(same))
+        assert row["divergence"] == pytest.approx(np.mean(divergences), rel=1e-5)
+
+
+def test_divergence_of_two_views_is_that_of_a_pair_and_of_equal_views_is_nothing() -> None:
+    p, q = torch.randn(2, 40, 9, generator=torch.Generator().manual_seed(1)).double().mul(4).softmax(dim=2)
+    for second, expected in ((q, js_divergence(p, q)), (p, torch.zeros(40))):
+        meter = Stability(40, 9)
+        for view in (p, second):
+            meter.add(slice(0, 40), view, view.argmax(1), entropy(view))
+            meter.next_view()
+        same, divergence = meter.compute(slice(0, 40))
+        torch.testing.assert_close(divergence, expected.double(), atol=1e-6, rtol=1e-5)
+        assert same.tolist() == (p.argmax(1) == second.argmax(1)).tolist()
+
+
+def test_confused_pairs_and_suspicious_labels(cache: TeacherCache, stats: TeacherStats, logits: list[Logits]) -> None:
+    pairs: dict[str, Counter[tuple[int, int]]] = {source: Counter() for source in SOURCES}
+    against: dict[int, list[tuple[float, int, bool]]] = {}
+    for view, (sample, label) in itertools.product(logits, enumerate(cache.labels)):
+        for source in SOURCES:
+            pairs[source][int(label), int(np.argmax(view[source][sample]))] += 1
+        p = softmax(view["fusion"][sample])
+        rival = max((value, number) for number, value in enumerate(p) if number != label)
+        against.setdefault(sample, []).append((*rival, int(np.argmax(p)) != label))
+    found = {(row["label"], row["said"]): row for row in stats.confusions.to_dicts()}
+    wrong = {pair for counts in pairs.values() for pair in counts if pair[0] != pair[1]}
+    assert set(found) == wrong
+    for (label, said), row in found.items():
+        total = VIEWS * int((cache.labels == label).sum())
+        for source in SOURCES:
+            assert row[f"{source}_n"] == pairs[source][label, said]
+            assert row[f"{source}_share"] == pytest.approx(pairs[source][label, said] / total)
+        assert (row["class"], row["said_class"]) == (f"class_{label}", f"class_{said}")
+    assert stats.confusions["fusion_n"].is_sorted(descending=True)
+
+    means = {sample: np.mean([value for value, _, _ in views]) for sample, views in against.items()}
+    doubted = [sample for sample, views in against.items() if any(is_wrong for _, _, is_wrong in views)]
+    worst = sorted(doubted, key=lambda sample: -means[sample])[:5]
+    table = stats.suspicious(5)
+    assert table["sample"].to_list() == worst
+    for row in table.to_dicts():
+        views = against[row["sample"]]
+        assert row["against"] == pytest.approx(means[row["sample"]])
+        assert (row["against_max"], row["rival"]) == (pytest.approx(max(views)[0]), max(views)[1])
+        assert row["views_against"] == sum(is_wrong for _, _, is_wrong in views)
+        assert row["label"] == cache.labels[row["sample"]]
+
+
+def test_chunks_of_rows_make_no_difference(
+    cache: TeacherCache, stats: TeacherStats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "row_chunks", lambda n, c: row_chunks(n, c, numbers=50))
+    again = analyse(cache, confident=CONFIDENT, choice=CHOICE)
+    for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
+        polars.testing.assert_frame_equal(getattr(again, name), getattr(stats, name))
+
+
+def test_a_fused_cache_has_the_fusion_alone(fused_cache: TeacherCache) -> None:
+    got = analyse(fused_cache, confident=CONFIDENT)
+    assert got.about.sources == ("fusion",)
+    assert got.about.store == "fused"
+    assert got.disagreement.is_empty()
+    rows = [row for view in range(VIEWS) for row in fused_cache.read_array("fused_logits", view).astype(np.float64)]
+    expected = reference_summary(rows, list(fused_cache.labels) * VIEWS)
+    row = row_of(got.summary, source="fusion", view=None)
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    assert "gain_over_teacher" not in got.classes.columns
+    with pytest.raises(NotFoundError, match="cannot be fused in another way"):
+        analyse(fused_cache, choice=CHOICE)
+
+
+def test_fusing_anew_changes_the_fusion_and_nothing_else(cache: TeacherCache) -> None:
+    got = analyse(cache, [0], confident=CONFIDENT, choice=FusionChoice(teacher_weight=1.0, clip_scale=SCALE))
+    teacher, fusion = (row_of(got.summary, source=source, view=0) for source in ("teacher", "fusion"))
+    assert (fusion.pop("source"), teacher.pop("source")) == ("fusion", "teacher")
+    assert fusion == pytest.approx(teacher, rel=1e-5)
+    plain = analyse(cache, [0], confident=CONFIDENT)
+    assert plain.about.clip_scales == (100.0,)
+    assert row_of(plain.summary, source="teacher", view=0).items() >= teacher.items()
+    assert row_of(plain.summary, source="fusion", view=0)["nll"] != pytest.approx(fusion["nll"], rel=0.01)
+
+
+def test_a_single_view_has_no_stability_and_five_classes_no_top5(tmp_path: Path) -> None:
+    build(tmp_path / "c.zarr", tiny_manifest(tiny_images()), tiny_images())
+    got = analyse(TeacherCache(tmp_path / "c.zarr"), [1])
+    assert got.stability.is_empty()
+    assert "fusion_divergence" not in got.samples.columns
+    assert got.summary["top5"].to_list() == [None, None]
+    assert got.about.views == (1,)
+
+
+def test_only_complete_views_are_read(tmp_path: Path) -> None:
+    images = tiny_images()
+    manifest = tiny_manifest(images)
+    writer = create(tmp_path / "half.zarr", manifest, images)
+    with pytest.raises(IncompleteError, match="no view of this cache"):
+        analyse(TeacherCache(tmp_path / "half.zarr"))
+    write(writer, tiny_targets(manifest), [(1, block) for block in range(manifest.num_blocks)])
+    assert analyse(TeacherCache(tmp_path / "half.zarr")).about.views == (1,)
+    with pytest.raises(IncompleteError, match="view 0 is not completely built"):
+        analyse(TeacherCache(tmp_path / "half.zarr"), [0])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"confident": 0.0}, {"confident": 1.5}, {"temperature": 0.0}, {"temperature": math.nan}]
+)
+def test_settings_out_of_range_are_refused(cache: TeacherCache, settings: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match="bad --"):
+        analyse(cache, **settings)
+
+
+def test_folder_holds_every_table_and_replaces_an_earlier_run(cache: TeacherCache, tmp_path: Path) -> None:
+    for views in (None, [2]):
+        folder = Folder(tmp_path / "out")
+        got = analyse(cache, views, confident=CONFIDENT, choice=CHOICE, keep=folder.keep)
+        folder.write(got)
+        chosen = list(got.about.views)
+        table = pl.read_parquet(tmp_path / "out" / "views" / "*.parquet")
+        assert sorted(table["view"].unique()) == chosen
+        assert len(table) == len(chosen) * len(SOURCES) * cache.num_samples
+        nll = table.filter(pl.col("source") == "clip")["nll"].cast(pl.Float64).mean()
+        assert nll == pytest.approx(row_of(got.summary, source="clip", view=None)["nll"], rel=1e-6)
+        polars.testing.assert_frame_equal(pl.read_parquet(tmp_path / "out" / "classes.parquet"), got.classes)
+        assert (tmp_path / "out" / "stability.parquet").exists() == (len(chosen) > 1)
+        assert json.loads((tmp_path / "out" / "stats.json").read_text()) == got.to_dict()
+
+
+def test_a_mistake_in_the_options_leaves_the_folder_as_it_is(cache: TeacherCache, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "out")
+    folder.write(analyse(cache, [0, 1], keep=folder.keep))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    with pytest.raises(RecipeError, match="bad --confident"):
+        analyse(cache, confident=2.0, keep=Folder(tmp_path / "out").keep)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
+
+
+def test_what_is_in_the_way_of_a_table_is_named(cache: TeacherCache, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    (tmp_path / "summary.parquet").symlink_to("/dev/full")
+    found = analyse(cache, [0], keep=folder.keep)
+    folder.write(found)  # the link gives way, nothing is written to what it means
+    assert (tmp_path / "summary.parquet").is_file()
+    (tmp_path / "classes.parquet").unlink()
+    (tmp_path / "classes.parquet").mkdir()
+    with pytest.raises(StorageError, match=r"Is a directory .*classes\.parquet"):
+        folder.write(found)
+
+
+def test_a_full_disk_keeps_what_was_there(cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    found = analyse(cache, [0], keep=folder.keep)
+    folder.write(found)
+    before = (tmp_path / "summary.parquet").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"No space left on device .*summary\.parquet.*Free some space"):
+        folder.write(found)
+    assert (tmp_path / "summary.parquet").read_bytes() == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_several_networks_are_looked_at_as_they_are_mixed(tmp_path: Path) -> None:
+    images = tiny_images(60, CLASSES)
+    shares = {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
+    build(tmp_path / "c.zarr", tiny_manifest(images, num_views=1, store="components", **shares), images)
+    cache, everything = TeacherCache(tmp_path / "c.zarr"), slice(None)
+    targets, got = cache.load_view(0), analyse(TeacherCache(tmp_path / "c.zarr"), confident=CONFIDENT)
+    assert got.about.clip_scales == (100.0, 50.0)
+    teachers = [targets.teacher_logits(everything, number).double().numpy() for number in range(2)]
+    cosines = [targets.cosine(everything, number).double().numpy() for number in range(2)]
+    teacher = 0.3 * teachers[0] + 0.7 * teachers[1]
+    clip = 0.4 * 100 * cosines[0] + 0.6 * 50 * cosines[1]
+    for source, rows in {"teacher": teacher, "clip": clip, "fusion": 0.7 * teacher + 0.3 * clip}.items():
+        expected = reference_summary(list(rows), list(cache.labels))
+        row = row_of(got.summary, source=source, view=0)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6), source

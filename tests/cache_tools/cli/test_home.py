@@ -1,0 +1,225 @@
+"""The commands about the home and other places, as a user runs them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache_tools.home.registry import SUFFIX
+from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.s3_server import new_bucket
+
+IMAGES = tiny_images()
+MANIFEST = tiny_manifest(IMAGES, name="digits")
+NAME = f"digits-{MANIFEST.fingerprint[:12]}{SUFFIX}"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home with one complete cache."""
+    build(tmp_path / "home" / NAME, MANIFEST, IMAGES)
+    return tmp_path / "home"
+
+
+def run(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cache_tools.cli", *arguments]
+    environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_pushed_to_a_bucket_and_pulled_into_another_home(home: Path, server: str, tmp_path: Path) -> None:
+    bucket = f"s3://{new_bucket()}/caches"
+    pushed = json.loads(run(home, "push", "digits", bucket, "--json").stdout)
+    assert pushed["target"] == f"{bucket}/{NAME}"
+    assert pushed["blocks"] == 15
+    assert "0 blocks copied, 15 were there, 0 B moved" in run(home, "push", "digits", bucket).stdout
+    other = tmp_path / "other"
+    run(other, "pull", f"{bucket}/{NAME}")
+    assert run(other, "path", "digits").stdout.strip() == str(other / NAME)
+    assert "sound: 15 of 15 blocks" in run(other, "verify", "digits").stdout
+    assert (
+        run(other, "info", "digits").stdout.split("size:")[1].split()[0]
+        == (run(home, "info", "digits").stdout.split("size:")[1].split()[0])
+    )
+
+
+def test_caches_of_a_bucket_are_listed_and_described(home: Path, server: str, tmp_path: Path) -> None:
+    bucket, other = f"s3://{new_bucket()}/caches", tmp_path / "other"
+    assert run(other, "ls", bucket).stdout == f"No caches in {bucket}. Run `build-cache` to make one.\n"
+    run(home, "push", "digits", bucket)
+    (record,) = json.loads(run(other, "ls", bucket, "--json").stdout)
+    assert (record["url"], record["views_done"], record["complete"]) == (f"{bucket}/{NAME}", 3, True)
+    header, line = run(other, "ls", bucket, "--complete", "--name", "dig").stdout.splitlines()
+    assert header.split()[-1] == "modified"
+    assert line.split()[:2] == ["digits", MANIFEST.fingerprint[:12]]
+    assert "is like that" in run(other, "ls", bucket, "--incomplete").stdout
+    there, here = run(other, "info", f"{bucket}/{NAME}").stdout, run(home, "info", "digits").stdout
+    assert there.splitlines()[0].endswith(f"{bucket}/{NAME}")
+    assert there.splitlines()[1:] == here.replace(" on disk", " in the store").splitlines()[1:]
+    assert not other.exists(), "nothing was staged"
+
+
+def test_what_killed_commands_left_is_pruned(home: Path) -> None:
+    old, young = (home / f".digits.zarr.{name}.partial" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "labels").write_bytes(bytes(1000))
+    os.utime(old, (0, 0))
+    assert f"would remove {old} (1 kB; left by a killed command)" in run(home, "prune", "--incomplete").stdout
+    assert old.name not in run(home, "prune", "--older-than", "9999d", "--yes").stdout
+    assert json.loads(run(home, "prune", "--incomplete", "--yes", "--json").stdout)["leftovers"] == [str(old)]
+    assert not old.exists()
+    assert (young / "labels").exists()
+
+
+def test_a_copy_that_was_cut_off_is_left_to_its_owner(home: Path) -> None:
+    """Without zarr.json nobody knows what it is, and the other caches are pruned all the same."""
+    (home / "cut.zarr" / "labels").mkdir(parents=True)
+    shown = run(home, "prune", "--incomplete", "--keep-size", "0B", "--yes").stdout
+    assert "keeping (not a cache: without zarr.json" in shown
+    assert (home / "cut.zarr" / "labels").exists()
+    assert not (home / NAME).exists()
+
+
+def test_a_mirror_says_what_it_is(home: Path, server: str, tmp_path: Path) -> None:
+    url, other = f"s3://{new_bucket()}/caches/{NAME}", tmp_path / "other"
+    run(home, "push", "digits", url)
+    run(other, "stats", url, "--view", "1")
+    assert "1/3 staged" in run(other, "ls").stdout
+    assert json.loads(run(other, "ls", "--json").stdout)[0]["origin"] == url
+    text = run(other, "info", "digits").stdout
+    assert f"mirror of:             {url}" in text
+    assert "1 of 3 done, the others are staged when they are needed" in text
+    run(other, "stats", "digits")
+    assert "3/3" in run(other, "ls").stdout
+    assert "staged" not in run(other, "ls").stdout
+    run(other, "rm", "digits", "--yes")
+    assert {path.name for path in other.iterdir()} <= {".sizes.json"}
+
+
+def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
+    run(home, "copy", str(home / NAME), str(tmp_path / "share"))
+    assert "sound" in run(home, "verify", str(tmp_path / "share" / NAME)).stdout
+    run(home, "copy", "digits", str(tmp_path / "one.zarr"))
+    assert (tmp_path / "one.zarr" / "zarr.json").exists()
+
+
+def test_pulled_into_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
+    """A folder is not unpacked into, unless it is named as a cache or is one."""
+    source, share = str(shutil.move(home / NAME, tmp_path / "source.zarr")), tmp_path / "share"
+    (share / "other.zarr").mkdir(parents=True)
+    run(home, "pull", source, "--out", str(share))
+    assert {path.name for path in share.iterdir()} == {"other.zarr", NAME}
+    assert "sound" in run(home, "verify", str(share / NAME)).stdout
+    run(home, "pull", source, "--out", str(tmp_path / "one.zarr"))
+    one = (tmp_path / "one.zarr").rename(tmp_path / "one")
+    for command in (("pull", source, "--out", str(one)), ("push", source, str(one))):
+        assert "0 blocks copied, 15 were there" in run(home, *command).stdout
+    full = share.rename(tmp_path / "full.zarr")
+    assert "the place is taken" in run(home, "pull", source, "--out", str(full), code=2).stderr
+
+
+def test_a_cache_that_one_stands_in(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "share").mkdir()
+    monkeypatch.chdir(home / NAME)
+    run(home, "push", ".", str(tmp_path / "share"))
+    assert {path.name for path in (tmp_path / "share").iterdir()} == {NAME}
+    assert "sound" in run(home, "verify", ".").stdout
+    run(home, "rm", ".", "--yes")
+    assert not (home / NAME).exists()
+
+
+def test_a_link_is_removed_alone(home: Path, tmp_path: Path) -> None:
+    (home / "link.zarr").symlink_to(home / NAME, target_is_directory=True)
+    assert "keeping (a link: the cache is elsewhere)" in run(home, "prune", "--older-than", "0s").stdout
+    shown = run(home, "rm", str(home / "link.zarr"), "--yes").stdout
+    assert shown == f"removing the link {home / 'link.zarr'} (the cache stays where it is, in {home / NAME})\n"
+    assert not (home / "link.zarr").is_symlink()
+    assert "sound" in run(home, "verify", "digits").stdout
+
+
+def test_what_is_kept_may_be_too_large(home: Path) -> None:
+    (home / "cut.zarr").mkdir()
+    (home / "cut.zarr" / "labels").write_bytes(bytes(3000))
+    shown = run(home, "prune", "--keep-size", "2KB", "--yes").stdout
+    assert shown.endswith("The home is still larger than --keep-size: what is kept takes 3 kB.\n")
+    assert not (home / NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("push", "digits", "nosuch://bucket/x"), "not a URL of an object store"),
+        (("push", "nosuch", "/nowhere"), "no such cache (nosuch)"),
+        (("pull", "/nowhere/at/all"), "no cache here (/nowhere/at/all)"),
+        (
+            ("recode", "digits", "--codec", "compact", "--out", "s3://b/c"),
+            "to a folder, not to an object store (s3://b/c)",
+        ),
+        (("prune", "--older-than", "soon"), "expected a time such as 30d"),
+        (("prune", "--keep-size", "lots"), "expected a size such as 100GB"),
+        (("ls", "/nowhere/at/all"), "no such folder (/nowhere/at/all)"),
+        (("verify", "nosuch"), "no such cache (nosuch)"),
+        (("rm", "nosuch", "--yes"), "no such cache (nosuch)"),
+        (("rm", "s3://bucket/c.zarr"), "only caches on a local disk are removed (s3://bucket/c.zarr)"),
+        (("path", "s3://bucket/c.zarr"), "`cache-tools pull s3://bucket/c.zarr` brings it"),
+        (("push", "s3://bucket/c.zarr", "/nowhere"), "`cache-tools pull s3://bucket/c.zarr` brings it"),
+    ],
+)
+def test_bad_input_is_one_clear_error(home: Path, arguments: tuple[str, ...], words: str) -> None:
+    error = run(home, *arguments, code=2).stderr
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_nothing_is_removed_without_yes(home: Path) -> None:
+    assert "Nothing was removed: add --yes." in run(home, "rm", "digits").stdout
+    shown = run(home, "prune", "--keep-size", "0B").stdout
+    assert f"would remove {home / NAME}" in shown
+    assert "Add --yes to remove them." in shown
+    assert "No rule given" in run(home, "prune").stdout
+    assert (home / NAME).is_dir()
+    found = json.loads(run(home, "prune", "--keep-size", "0B", "--yes", "--json").stdout)
+    assert found["removed"]
+    assert [each["record"]["name"] for each in found["caches"]] == ["digits"]
+    assert {path.name for path in home.iterdir()} <= {".sizes.json"}
+
+
+def test_a_damaged_block_is_found_dropped_and_built_again(home: Path) -> None:
+    cache = home / NAME
+    good = shutil.copytree(cache, home.parent / "good")
+    file = cache / "fused_logits" / "c.1.2.0"
+    data = bytearray(file.read_bytes())
+    data[20] ^= 4
+    file.write_bytes(data)
+    found = run(home, "verify", "digits", code=1).stdout
+    assert "view 1, block 2" in found
+    assert "1 problem: 15 of 15 blocks" in found
+    assert json.loads(run(home, "verify", "digits", "--json", code=1).stdout)["sound"] is False
+    assert "would drop 1 blocks" in run(home, "repair", "digits").stdout
+    assert "dropped view 1, block 2" in run(home, "repair", "digits", "--yes").stdout
+    assert "sound: 14 of 15 blocks" in run(home, "verify", "digits").stdout
+    run(home, "copy", str(good), str(cache))
+    assert "sound: 15 of 15 blocks" in run(home, "verify", "digits").stdout
+
+
+def test_a_half_built_cache_is_copied_as_far_as_it_goes(home: Path, tmp_path: Path) -> None:
+    half = tiny_manifest(IMAGES, name="half", codec="float32")
+    writer = create(home / "half.zarr", half, IMAGES)
+    write(writer, tiny_targets(half), writer.missing_blocks()[:2])
+    assert "13 blocks are not built yet" in run(home, "push", "half", str(tmp_path / "share")).stdout
+
+
+def test_a_folder_of_caches_may_be_a_zarr_group(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    for _ in range(2):
+        run(home, "copy", str(home / NAME), str(tmp_path / "group"))
+    assert [path.name for path in (tmp_path / "group").glob("*.zarr")] == [NAME]

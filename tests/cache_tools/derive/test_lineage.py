@@ -1,0 +1,80 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cache_tools.cli import app
+from cache_tools.derive.codec_spec import codecs_for
+from cache_tools.derive.fuse import fuse
+from cache_tools.derive.lineage import lineage, open_source
+from cache_tools.derive.recode import recode
+from cache_tools.errors import NotFoundError
+from cache_tools.home.registry import HOME_VARIABLE
+from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice
+from tests.support.cache_factory import build, tiny_images, tiny_manifest
+
+IMAGES = tiny_images()
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[TeacherCache]:
+    """Components, the same converted, these fused."""
+    build(tmp_path / "first.zarr", tiny_manifest(IMAGES, store="components"), IMAGES)
+    first = TeacherCache(tmp_path / "first.zarr")
+    second = TeacherCache(recode(first, codecs_for("float32", first.recipe), "second", tmp_path / "second.zarr").path)
+    return [first, second, TeacherCache(fuse(second, FusionChoice(), out=tmp_path / "third.zarr").path)]
+
+
+def test_the_nearest_source_comes_first(chain: list[TeacherCache]) -> None:
+    first, second, third = chain
+    assert lineage(first.manifest) == ()
+    nearest, original = lineage(third.manifest)
+    assert (nearest.name, nearest.fingerprint, nearest.path) == (
+        "second",
+        second.manifest.fingerprint,
+        str(second.path),
+    )
+    assert (original.name, original.store, original.codecs) == ("tiny", "components", first.recipe.codecs)
+    assert lineage(second.manifest) == (original,)
+    assert nearest.source == original
+    assert original.source is None
+
+
+def test_a_source_is_opened_where_it_was_or_from_the_home(
+    chain: list[TeacherCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
+    nearest, original = lineage(chain[2].manifest)
+    assert open_source(nearest).path == chain[1].path
+    chain[0].path.rename(tmp_path / "gone.zarr")
+    chain[2].path.rename(chain[0].path)  # another cache in its place
+    with pytest.raises(
+        NotFoundError, match=rf"made from is not here \(.*first.zarr\).*tiny, fingerprint {original.fingerprint[:12]}"
+    ):
+        open_source(original)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "gone.zarr").rename(tmp_path / "home" / "any.zarr")
+    assert open_source(original).path == tmp_path / "home" / "any.zarr"
+
+
+@pytest.mark.parametrize("provenance", [{}, {"source": None}, {"source": {"name": "x"}}, {"source": "elsewhere"}])
+def test_a_cache_that_does_not_say_it(chain: list[TeacherCache], provenance: dict[str, Any]) -> None:
+    silent = chain[2].manifest.model_copy(update={"provenance": provenance})
+    with pytest.raises(NotFoundError, match=rf"does not say what it was made from.*{silent.recipe.derived_from[:12]}"):
+        lineage(silent)
+
+
+def test_a_source_of_another_fingerprint_is_not_believed(chain: list[TeacherCache]) -> None:
+    other = chain[2].manifest.provenance["source"] | {"fingerprint": "0" * 64}
+    with pytest.raises(NotFoundError, match="found 000000000000"):
+        lineage(chain[2].manifest.model_copy(update={"provenance": {"source": other}}))
+
+
+def test_info_tells_it_in_a_line_each(chain: list[TeacherCache]) -> None:
+    told = CliRunner().invoke(app, ["info", str(chain[2].path)]).stdout
+    lines = [line for line in told.splitlines() if line.startswith("made from:")]
+    assert [line.split()[2] for line in lines] == ["second,", "tiny,"]
+    assert f"components as float16 ({chain[0].path})" in lines[1]
+    assert "source:" not in told

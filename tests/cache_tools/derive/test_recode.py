@@ -1,0 +1,394 @@
+"""derive/recode.py, base.py: numbers within their bounds, only what is missing is made, by one or several."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cache_tools.files
+from cache_tools.alignment import make_canaries
+from cache_tools.codecs import Companded, FeatureSteps, TopK
+from cache_tools.derive.blocks import BlockReader
+from cache_tools.derive.codec_spec import codecs_for
+from cache_tools.derive.lineage import lineage
+from cache_tools.derive.recode import Recoded, recode
+from cache_tools.errors import FormatError, IncompleteError, MismatchError, StorageError
+from cache_tools.format.recipe import FORMAT_VERSION
+from cache_tools.home import registry
+from cache_tools.integrity.local import verify
+from cache_tools.places import LocalPlace
+from cache_tools.places.claims import GROW, claims_of, newest_claims
+from cache_tools.reader import TeacherCache
+from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
+from cache_tools.store.writer import CacheWriter
+from tests.support.cache_factory import (
+    VIEWS,
+    build,
+    create,
+    tiny_constants,
+    tiny_images,
+    tiny_manifest,
+    tiny_targets,
+    write,
+)
+
+IMAGES = tiny_images()
+STORES = {
+    "fused": {"store": "fused"},
+    "components": {"store": "components"},
+    "mixed": {"store": "components", "teacher_weights": (0.3, 0.7), "clip_weights": (0.5, 0.5)},
+}
+SPECS = ["float16", "float32", "compact", "dense", "coarse", "top-k", "row-step", "fixed-step:step=1/16"]
+
+
+@pytest.fixture(scope="module", params=STORES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    path = tmp_path_factory.mktemp("source") / "c"
+    build(path, tiny_manifest(IMAGES, codec="float32", **STORES[request.param]), IMAGES)
+    return TeacherCache.open(path)
+
+
+def convert(cache: TeacherCache, spec: str, path: Path, **options: Any) -> Recoded:
+    return recode(cache, codecs_for(spec, cache.recipe), "other", path, **options)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Every file below `path` but the manifest, which says when and how it was made."""
+    found = (file for file in path.rglob("*") if file.is_file() and file.suffix != cache_tools.files.PARTIAL)
+    return {str(file.relative_to(path)): file.read_bytes() for file in found if file != path / "zarr.json"}
+
+
+def centred(rows: np.ndarray) -> np.ndarray:
+    wide = rows.astype(np.float64)
+    return wide - wide.mean(axis=1, keepdims=True)
+
+
+def softmax(rows: np.ndarray) -> np.ndarray:
+    raised = np.exp(centred(rows))
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_decoded_numbers_are_within_the_bound_of_their_codec(source: TeacherCache, spec: str, tmp_path: Path) -> None:
+    done = convert(source, spec, tmp_path / "c")
+    made = TeacherCache.open(tmp_path / "c")
+    assert (done.blocks, done.blocks_there, done.blocks_missing) == (15, 0, 0)
+    assert verify(made.path).sound
+    held = Encoder(made.recipe, made.constant).constants  # with what makes rounding know the head
+    for name, target in made.targets.items():
+        for view in range(3):
+            values, decoded = (cache.read_array(name, view) for cache in (source, made))
+            bound = target.codec.error_bound(values, held[name])
+            if isinstance(target.codec, TopK):  # its bound is of the probabilities that it keeps
+                sparse = target.codec.sparse({a.suffix: made.read_stored(a.name, view) for a in target.arrays})
+                rows, places = np.nonzero(sparse.classes.numpy() < 5)
+                classes = sparse.classes.numpy()[rows, places]
+                errors = np.exp(sparse.log_p.numpy()[rows, places]) - softmax(values)[rows, classes]
+                assert (np.abs(errors) <= bound[rows, classes]).all(), name
+                continue
+            if isinstance(target.codec, Companded):
+                values = centred(values)
+            assert (np.abs(decoded - values) <= bound + 1e-6 * np.abs(values).max()).all(), name
+            if isinstance(target.codec, FeatureSteps):  # its bound is that of the unluckiest row
+                steps = made.constant(f"{name}_steps")
+                assert np.sqrt(np.mean(((decoded - values) / steps) ** 2)) <= 0.5, name
+
+
+def test_float32_in_other_blocks_is_exact(source: TeacherCache, tmp_path: Path) -> None:
+    for block_rows, blocks in ((32, 9), (7, 33), (75, 3), (100, 3)):
+        done = convert(source, "float32", tmp_path / f"c{block_rows}", block_rows=block_rows)
+        made = TeacherCache.open(tmp_path / f"c{block_rows}")
+        assert made.manifest.block_rows == block_rows
+        assert done.blocks == blocks
+        assert done.caution is None
+        for name in source.targets:
+            for view in range(3):
+                np.testing.assert_array_equal(made.read_array(name, view), source.read_array(name, view))
+        assert verify(made.path).sound
+
+
+@pytest.mark.parametrize("spec", ["compact", "coarse", "row-step"])
+def test_a_float32_cache_recoded_is_the_cache_that_a_build_writes(
+    source: TeacherCache, spec: str, tmp_path: Path
+) -> None:
+    """The same steps from the same sample, the same rounding, the same files."""
+    convert(source, spec, tmp_path / "recoded")
+    codecs, recipe = codecs_for(spec, source.recipe), source.recipe
+    recipe = recipe.model_copy(update={"codecs": codecs})
+    rows = {name: np.stack([source.read_array(name, view) for view in range(3)]) for name in source.targets}
+    sample = {name: values[0, sample_rows(75)] for name, values in rows.items()}
+    writer = CacheWriter.create(
+        tmp_path / "built",
+        source.manifest.model_copy(update={"recipe": recipe, "fingerprint": recipe.fingerprint}),
+        labels=IMAGES.labels,
+        sample_keys=IMAGES.keys,
+        constants=tiny_constants(source.manifest) | fit_codecs(recipe, sample),
+    )
+    write(writer, rows)
+    assert files(tmp_path / "recoded") == files(tmp_path / "built")
+
+
+def test_targets_whose_codec_stays_are_not_touched(tmp_path: Path) -> None:
+    """Not even rounded again: top-k and fitted steps do not survive that."""
+    build(tmp_path / "a", tiny_manifest(IMAGES, codec="top-k"), IMAGES)
+    first = TeacherCache.open(tmp_path / "a")
+    done = convert(first, "+float32", tmp_path / "b")
+    assert done.caution is not None
+    assert "fused_features from feature-steps to float32" in done.caution
+    assert "fused_logits" not in done.caution
+    convert(first, "float32+", tmp_path / "c")
+    assert {k: v for k, v in files(tmp_path / "b").items() if k.startswith("fused_logits")} == {
+        k: v for k, v in files(tmp_path / "a").items() if k.startswith("fused_logits")
+    }
+    for name in ("fused_features/c.1.2.0", "fused_features_steps/c.0"):
+        assert files(tmp_path / "c")[name] == files(tmp_path / "a")[name]
+
+
+def test_another_packing_keeps_codes_and_steps(source: TeacherCache, tmp_path: Path) -> None:
+    pytest.importorskip("pcodec")
+    convert(source, "compact", tmp_path / "a")
+    first = TeacherCache.open(tmp_path / "a")
+    done = convert(first, "+feature-steps:pack=pcodec", tmp_path / "b")
+    second = TeacherCache.open(tmp_path / "b")
+    assert done.caution is None
+    for spec in first.targets.values():
+        for array in spec.arrays:
+            np.testing.assert_array_equal(first.read_stored(array.name, 1), second.read_stored(array.name, 1))
+        for name in spec.constants:
+            np.testing.assert_array_equal(first.constant(name), second.constant(name))
+    assert files(first.path).keys() == files(second.path).keys()
+    assert files(first.path) != files(second.path)
+
+
+# Identity
+
+
+def test_the_manifest_says_where_it_comes_from(source: TeacherCache, tmp_path: Path) -> None:
+    done = convert(source, "compact", tmp_path / "c")
+    old, new = source.manifest, TeacherCache.open(tmp_path / "c").manifest
+    assert new.recipe.derived_from == old.fingerprint == done.source_fingerprint
+    assert new.fingerprint == done.fingerprint == new.recipe.fingerprint != old.fingerprint
+    assert (new.name, old.name) == ("other", "tiny")
+    same = {"codecs": old.recipe.codecs, "derived_from": None}
+    assert new.recipe.model_copy(update=same) == old.recipe
+    for field in ("dataset", "num_views", "block_rows", "clip_scales", "canaries", "build_recipe"):
+        assert getattr(new, field) == getattr(old, field)
+    (told,) = lineage(new)
+    assert (told.name, told.fingerprint, told.path) == ("tiny", old.fingerprint, str(source.path))
+    assert (told.store, told.codecs, told.source) == (old.recipe.store, old.recipe.codecs, None)
+    assert new.provenance["preflight"] == old.provenance["preflight"]
+    assert BlockReader(TeacherCache.open(tmp_path / "c")).constants.keys() >= set(tiny_constants(old))
+
+
+def test_its_place_in_the_home(source: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.HOME_VARIABLE, str(tmp_path))
+    done = recode(source, codecs_for("float16", source.recipe), "tiny-float16")
+    assert done.path == registry.cache_path("tiny-float16", done.fingerprint)
+    assert TeacherCache.open("tiny-float16").recipe.derived_from == source.manifest.fingerprint
+
+
+@pytest.mark.parametrize("store", ["fused", "components"])
+def test_caches_of_the_first_format_become_ones_of_this(store: str, tmp_path: Path) -> None:
+    old = TeacherCache.open(Path(__file__).parents[2] / "golden/caches" / f"version-1-{store}.zarr")
+    assert old.manifest.format_version == 1
+    convert(old, str(old.recipe.codecs), tmp_path / "c")
+    new = TeacherCache.open(tmp_path / "c")
+    assert new.manifest.format_version == FORMAT_VERSION
+    assert new.recipe.derived_from == old.manifest.fingerprint
+    for name in old.targets:
+        for view in range(old.num_views):
+            np.testing.assert_array_equal(old.read_array(name, view), new.read_array(name, view))
+
+
+# Warnings and refusals
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "warned"),
+    [
+        ("float16", "float32", True),
+        ("coarse", "compact", True),
+        ("compact", "coarse", False),
+        ("compact", "float16", True),
+        ("float16", "compact", False),
+        ("float16", "float16", False),
+        ("fixed-step:step=1/4", "fixed-step:step=1/64", True),
+        ("fixed-step:step=1/64", "fixed-step:step=1/4", False),
+        ("top-k", "row-step", True),
+        ("row-step", "top-k", False),
+    ],
+)
+def test_a_finer_codec_does_not_come_silently(first: str, second: str, warned: bool, tmp_path: Path) -> None:
+    build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)
+    done = convert(TeacherCache.open(tmp_path / "a"), first, tmp_path / "b")
+    assert done.caution is None
+    done = convert(TeacherCache.open(tmp_path / "b"), second, tmp_path / "c")
+    if not warned:
+        assert done.caution is None or "fused_logits" not in done.caution
+    else:
+        assert done.caution is not None
+        assert "stays lost" in done.caution
+
+
+def test_what_a_codec_cannot_hold_shows_before_anything_is_made(tmp_path: Path) -> None:
+    manifest = tiny_manifest(IMAGES, codec="float32")
+    targets = tiny_targets(manifest)
+    targets["fused_features"][0, 9, 2] = 1e5
+    write(create(tmp_path / "a", manifest, IMAGES), targets)
+    with pytest.raises(FormatError, match=r"fused_features, a sample of view 0, row 9, column 2"):
+        convert(TeacherCache.open(tmp_path / "a"), "float16", tmp_path / "b")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a"]
+
+
+def test_view_0_has_to_be_there_to_fit_codecs(tmp_path: Path) -> None:
+    manifest = tiny_manifest(IMAGES)
+    write(create(tmp_path / "a", manifest, IMAGES), tiny_targets(manifest), [(1, 0), (0, 0)])
+    with pytest.raises(IncompleteError, match="view 0"):
+        convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_places_that_are_taken(source: TeacherCache, tmp_path: Path) -> None:
+    convert(source, "compact", tmp_path / "c")
+    for spec, path in (("float16", tmp_path / "c"), ("float16", source.path)):
+        with pytest.raises(MismatchError, match="another recipe"):
+            convert(source, spec, path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("…")
+    with pytest.raises(StorageError, match="taken"):
+        convert(source, "float16", tmp_path / "full")
+
+
+def test_another_copy_of_the_source_does_not_go_on(tmp_path: Path) -> None:
+    """The same recipe built on another machine: embeddings that differ in a bit."""
+    manifest = tiny_manifest(IMAGES, codec="float32")
+    build(tmp_path / "a", manifest, IMAGES)
+    held = tiny_constants(manifest)
+    held["class_embeddings"] = np.nextafter(held["class_embeddings"], np.float32(2))
+    write(
+        CacheWriter.create(tmp_path / "b", manifest, labels=IMAGES.labels, sample_keys=IMAGES.keys, constants=held),
+        tiny_targets(manifest),
+    )
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    (tmp_path / "c/commits/c.1.1.0").unlink()
+    with pytest.raises(MismatchError, match="another copy of the source"):
+        convert(TeacherCache.open(tmp_path / "b"), "compact", tmp_path / "c")
+    assert convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c").blocks == 1
+
+
+# Going on
+
+
+def test_the_second_run_does_nothing(source: TeacherCache, tmp_path: Path) -> None:
+    convert(source, "compact", tmp_path / "c")
+    before, times = files(tmp_path / "c"), {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("*")}
+    done = convert(source, "compact", tmp_path / "c")
+    assert (done.blocks, done.blocks_there, done.blocks_missing) == (0, 15, 0)
+    assert files(tmp_path / "c") == before
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("*")} == times
+
+
+def test_it_grows_with_its_source(tmp_path: Path) -> None:
+    manifest = tiny_manifest(IMAGES, codec="float32")
+    targets = tiny_targets(manifest.model_copy(update={"num_views": 5}))
+    writer = create(tmp_path / "a", manifest, IMAGES)
+    write(writer, targets, [(0, block) for block in range(5)] + [(1, 2)])
+    done = convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    assert (done.blocks, done.blocks_there, done.blocks_missing) == (6, 0, 9)
+    assert TeacherCache.open(tmp_path / "c").complete_views == (0,)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("c.0.*")}
+    write(writer.grow(5, canaries=make_canaries(VIEWS, IMAGES, 5, first=3)), targets)
+    done = convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    assert (done.blocks, done.blocks_there, done.blocks_missing) == (19, 6, 0)
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("c.0.*")} == before
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "at-once")
+    canaries = [TeacherCache.open(tmp_path / name).manifest.canaries for name in ("a", "c", "at-once")]
+    assert canaries[0] == canaries[1] == canaries[2]
+    assert {canary.view for canary in canaries[0]} == set(range(5))
+    assert files(tmp_path / "c") == files(tmp_path / "at-once")
+
+
+def test_it_grows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    CacheWriter.resume(tmp_path / "a", TeacherCache.open(tmp_path / "a").manifest.fingerprint).grow(5)
+    whole, claimed = CacheWriter.grow, []
+
+    def grow(writer: CacheWriter, *arguments: Any, **options: Any) -> CacheWriter:
+        claimed.append(GROW in newest_claims(claims_of(LocalPlace(writer.path))))
+        return whole(writer, *arguments, **options)
+
+    monkeypatch.setattr(CacheWriter, "grow", grow)
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    assert claimed == [True]
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    assert claimed == [True]
+
+
+def test_a_damaged_block_stops_it_and_the_rest_stays(tmp_path: Path) -> None:
+    build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)
+    chunk = tmp_path / "a/fused_features/c.2.1.0"
+    sound = chunk.read_bytes()
+    shutil.copy(tmp_path / "a/fused_features/c.1.1.0", chunk)
+    with pytest.raises(FormatError, match=r"fused_features, view 2, block 1.*cache-tools repair"):
+        convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    made = TeacherCache.open(tmp_path / "c")
+    assert made.complete_views == (0, 1)
+    assert not made.committed_blocks()[2, 1]
+    assert verify(made.path).sound
+    chunk.write_bytes(sound)
+    done = convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
+    assert done.blocks == 15 - done.blocks_there >= 1
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "at-once")
+    assert files(tmp_path / "c") == files(tmp_path / "at-once")
+
+
+_RECODE = """
+import sys
+from pathlib import Path
+from cache_tools.derive.codec_spec import codecs_for
+from cache_tools.reader import TeacherCache
+from cache_tools.derive.recode import recode
+cache = TeacherCache.open(Path(sys.argv[1]))
+codecs = codecs_for("compact", cache.recipe)
+print("ready", flush=True)
+sys.stdin.readline()
+print(recode(cache, codecs, "other", Path(sys.argv[2])).blocks, flush=True)
+"""
+
+
+def test_two_at_once_share_the_blocks(tmp_path: Path) -> None:
+    images = tiny_images(320)
+    build(tmp_path / "a", tiny_manifest(images, num_views=4, codec="float32", canaries=False), images)
+    convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "plain")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RECODE, str(tmp_path / "a"), str(tmp_path / "c")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    made = [int(process.communicate()[0]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum(made) == 80, "no block was made twice"
+    assert min(made) > 0
+    assert files(tmp_path / "c") == files(tmp_path / "plain")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "c", "plain"}, "no claim is left"

@@ -1,0 +1,225 @@
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cache_tools.errors import RecipeError, StorageError, UnknownFormatError
+from cache_tools.home import housekeeping, registry
+from cache_tools.home.housekeeping import PruneRules
+from cache_tools.places import LocalPlace, transfer
+from cache_tools.places.claims import Claims
+from cache_tools.store.group import read_manifest
+from tests.support.cache_factory import build, create, tiny_images, tiny_manifest
+from tests.support.hostile import redigested
+
+IMAGES = tiny_images()
+DAY = 86_400.0
+NOW = 1_000_000_000.0
+INCOMPLETE = PruneRules(incomplete=True)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Three complete caches, written and used 30, 20 and 10 days ago, and a half-built one of today."""
+    for age, (name, dtype) in zip((30, 20, 10), (("a", "float16"), ("b", "float32"), ("c", "float16")), strict=True):
+        path = tmp_path / f"{name}.zarr"
+        build(path, tiny_manifest(IMAGES, name=name, codec=dtype, teacher_dim=10 + age), IMAGES)
+        for file in path.rglob("*"):
+            os.utime(file, (NOW - age * DAY, NOW - age * DAY))
+    half = tmp_path / "half.zarr"
+    create(half, tiny_manifest(IMAGES, name="half", teacher_dim=5), IMAGES)
+    for file in half.rglob("*"):
+        os.utime(file, (NOW, NOW))
+    return tmp_path
+
+
+def chosen(home: Path, **rules: object) -> list[str]:
+    records = registry.list_caches(home)
+    return [
+        found.record.name
+        for found in housekeeping.candidates(records, PruneRules.model_validate(rules), now_s=NOW)
+        if found.kept_because is None
+    ]
+
+
+def test_rules_choose_by_age_use_state_and_size(home: Path) -> None:
+    assert chosen(home) == []
+    assert chosen(home, older_than_s=15 * DAY) == ["a", "b"]
+    registry.mark_used(home / "a.zarr")
+    os.utime(registry.used_file(home / "a.zarr"), (NOW - DAY, NOW - DAY))
+    assert chosen(home, unused_for_s=15 * DAY) == ["b"]
+    assert chosen(home, older_than_s=15 * DAY) == ["b", "a"]  # least recently used first
+    assert chosen(home, incomplete=True) == ["half"]
+    sizes = {record.name: record.size_bytes for record in registry.list_caches(home)}
+    assert chosen(home, keep_bytes=sum(sizes.values())) == []
+    assert chosen(home, keep_bytes=sum(sizes.values()) - 1) == ["b"]
+    assert chosen(home, keep_bytes=0) == ["b", "c", "a", "half"]
+    assert chosen(home, incomplete=True, keep_bytes=sum(sizes.values()) - sizes["half"]) == ["half"]
+
+
+def test_using_a_cache_changes_neither_its_size_nor_its_age(home: Path) -> None:
+    before = registry.record(home / "a.zarr")
+    registry.mark_used(home / "a.zarr")
+    after = registry.record(home / "a.zarr")
+    assert (before.size_bytes, before.modified_s) == (after.size_bytes, after.modified_s)
+    assert after.used_s > before.used_s
+
+
+def test_a_removed_cache_is_gone_without_a_trace(home: Path) -> None:
+    registry.mark_used(home / "b.zarr")
+    housekeeping.remove(home / "b.zarr")
+    assert sorted(path.name for path in home.iterdir()) == ["a.zarr", "c.zarr", "half.zarr"]
+
+
+def test_what_is_being_built_or_no_cache_stays(home: Path) -> None:
+    with Claims(LocalPlace(home / "half.zarr")) as claims:
+        claims.claim((0, 0))
+        found = housekeeping.candidates(registry.list_caches(home), PruneRules(incomplete=True), now_s=time.time())
+        assert [candidate.kept_because for candidate in found] == ["being built, staged or copied right now"]
+        with pytest.raises(StorageError, match="being built, staged or copied right now: nothing was removed"):
+            housekeeping.remove(home / "half.zarr")
+    housekeeping.remove(home / "half.zarr")
+    (home / "photos").mkdir()
+    with pytest.raises(StorageError, match="not a cache: nothing was removed"):
+        housekeeping.remove(home / "photos")
+    assert (home / "photos").is_dir()
+
+
+def at_a_block(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
+    """Do something once, when a copy comes to its block of this number."""
+    copied, copy_block = [], transfer.copy_block
+
+    def acting(*arguments: object) -> list[int]:
+        copied.append(arguments)
+        if len(copied) == number:
+            act()
+        return copy_block(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transfer, "copy_block", acting)
+
+
+def test_what_is_being_copied_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when another copy of the same cache ends meanwhile."""
+    source, target = LocalPlace(home / "a.zarr"), LocalPlace(home / "copy.zarr")
+
+    def try_to_remove() -> None:
+        transfer.copy_cache(source, target)
+        (found,) = (each for each in registry.list_caches(home) if each.path == target.path)
+        (candidate,) = housekeeping.candidates([found], PruneRules(keep_bytes=0))
+        assert candidate.kept_because == "being built, staged or copied right now"
+        with pytest.raises(StorageError, match="copied right now: nothing was removed"):
+            housekeeping.remove(target.path)
+
+    at_a_block(monkeypatch, 5, try_to_remove)
+    transfer.copy_cache(source, target)
+    assert not list(home.glob(".*.claims"))
+    assert registry.record(target.path).complete
+    housekeeping.remove(target.path)
+
+
+def test_a_copy_that_was_removed_meanwhile_is_no_success(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = LocalPlace(home / "a.zarr"), LocalPlace(home / "copy.zarr")
+    at_a_block(monkeypatch, 5, lambda: target.path.rename(home / "gone"))
+    with pytest.raises(StorageError, match=r"removed while it was copied.*Run the same command again"):
+        transfer.copy_cache(source, target)
+    assert not list(home.glob(".*.claims"))
+    transfer.copy_cache(source, target)
+    assert registry.record(target.path).complete
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"format_version": 3}, "written by another version of teacher-cache: it may be sound"),
+        ({"num_views": 4}, None),
+    ],
+)
+def test_a_cache_of_a_newer_version_is_not_damaged(home: Path, change: dict[str, int], why: str | None) -> None:
+    file = home / "a.zarr" / "zarr.json"
+    group = json.loads(file.read_bytes())
+    group["attributes"]["teacher_cache"] |= change
+    file.write_text(json.dumps(group))
+    records = registry.list_caches(home)
+    for rules in (INCOMPLETE, PruneRules(keep_bytes=0)):
+        (found,) = (each for each in housekeeping.candidates(records, rules) if each.record.path == home / "a.zarr")
+        assert found.kept_because == why
+
+
+def test_a_cache_with_fields_of_a_newer_version_is_not_damaged(home: Path) -> None:
+    """What its digest covers is what somebody wrote."""
+    file = home / "a.zarr" / "zarr.json"
+    group = json.loads(file.read_bytes())
+    group["attributes"]["teacher_cache"] = redigested(group["attributes"]["teacher_cache"] | {"tide": "high"})
+    file.write_text(json.dumps(group))
+    with pytest.raises(UnknownFormatError, match="tide"):
+        read_manifest(home / "a.zarr")
+
+
+def test_a_cache_that_cannot_be_read_now_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_bytes(path: Path) -> bytes:
+        if path == home / "a.zarr" / "zarr.json":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return path.open("rb").read()
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    found = {each.record.path.name: each for each in housekeeping.candidates(registry.list_caches(home), INCOMPLETE)}
+    assert found["a.zarr"].kept_because == "it cannot be read right now: it may be sound"
+    assert found["half.zarr"].kept_because is None
+
+
+def test_a_link_goes_alone(home: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.move(home / "b.zarr", tmp_path.parent / f"{tmp_path.name}-elsewhere.zarr")
+    (home / "b.zarr").symlink_to(elsewhere, target_is_directory=True)
+    records = registry.list_caches(home)
+    sizes = {record.name: record.size_bytes for record in records}
+    assert chosen(home, older_than_s=15 * DAY) == ["a"]
+    assert chosen(home, keep_bytes=sum(sizes.values()) - sizes["b"]) == [], "it takes no room here"
+    housekeeping.remove(home / "b.zarr")
+    assert sorted(path.name for path in home.iterdir() if not path.name.startswith(".")) == [
+        "a.zarr",
+        "c.zarr",
+        "half.zarr",
+    ]
+    assert registry.record(Path(elsewhere)).complete
+
+
+def test_what_is_kept_takes_its_room(home: Path) -> None:
+    """What cannot go does not count as gone."""
+    sizes = {record.name: record.size_bytes for record in registry.list_caches(home)}
+    with Claims(LocalPlace(home / "a.zarr")) as claims:
+        claims.claim((0, 0))
+        records = registry.list_caches(home)
+        now_s = time.time()
+        rules = PruneRules(older_than_s=now_s - NOW + 25 * DAY, keep_bytes=sum(sizes.values()) - sizes["b"])
+        found = housekeeping.candidates(records, rules, now_s=now_s)
+        going = [each.record.name for each in found if each.kept_because is None]
+        assert [each.record.name for each in found if each.kept_because] == ["a"]
+        assert going == ["b"]
+        assert housekeeping.bytes_left(records, {home / "b.zarr"}) == rules.keep_bytes
+
+
+@pytest.mark.parametrize(("text", "value"), [("30d", 30 * DAY), ("1.5h", 5400), ("90 m", 5400), ("2w", 14 * DAY)])
+def test_times(text: str, value: float) -> None:
+    assert housekeeping.seconds(text) == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("100GB", 10**11), ("1.5 mb", 1_500_000), ("7B", 7)])
+def test_sizes(text: str, value: int) -> None:
+    assert housekeeping.num_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "30", "d", "-3d", "3y", "1e3d", "30 d d", "3D"])
+def test_what_is_no_time_is_one_clear_error(text: str) -> None:
+    with pytest.raises(RecipeError, match="a time such as 30d"):
+        housekeeping.seconds(text)
+
+
+@pytest.mark.parametrize("text", ["", "30", "GB", "-1GB", "1PB", "1 G"])
+def test_what_is_no_size_is_one_clear_error(text: str) -> None:
+    with pytest.raises(RecipeError, match="a size such as 100GB"):
+        housekeeping.num_bytes(text)

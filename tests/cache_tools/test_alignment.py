@@ -1,0 +1,180 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache_tools.alignment import MAX_CANARIES, aligned, make_canaries, pixel_digest
+from cache_tools.errors import MismatchError
+from cache_tools.format import commits
+from cache_tools.images.arrays import ArrayImages
+from cache_tools.reader import TeacherCache
+from cache_tools.views.recipe import ViewRecipe
+from tests.support.cache_factory import VIEWS, build, tiny_images, tiny_manifest
+
+IMAGES = tiny_images()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    path = tmp_path_factory.mktemp("verify") / "c"
+    build(path, tiny_manifest(IMAGES), IMAGES)
+    return TeacherCache.open(path)
+
+
+def test_the_content_digest_is_the_one_of_the_images() -> None:
+    assert commits.content_digest(IMAGES.keys, IMAGES.labels, IMAGES.class_names) == IMAGES.content_digest
+
+
+def test_the_dataset_of_the_cache_is_accepted(cache: TeacherCache) -> None:
+    cache.check_dataset(IMAGES)
+    cache.check_dataset(replace(IMAGES, name="folder", split="all", keys=IMAGES.keys.copy()))
+
+
+def swapped(images: ArrayImages) -> ArrayImages:
+    order = np.arange(75)
+    order[[20, 50]] = order[[50, 20]]
+    return replace(images, keys=images.keys[order], labels=images.labels[order], pixels=images.pixels[order])
+
+
+def relabelled(images: ArrayImages) -> ArrayImages:
+    labels = images.labels.copy()
+    labels[[33, 40]] = (labels[[33, 40]] + 1) % 5
+    return replace(images, labels=labels)
+
+
+def edited(images: ArrayImages) -> ArrayImages:
+    keys = images.keys.copy()
+    keys[12, 3] ^= 1
+    return replace(images, keys=keys)
+
+
+def renamed(images: ArrayImages, *names: str) -> ArrayImages:
+    return replace(images, class_names=names)
+
+
+LABEL = IMAGES.labels[33]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (tiny_images(74), r"another number of samples .*expected 75; found 74"),
+        (tiny_images(num_classes=6), r"another number of classes .*expected 5; found 6"),
+        (
+            renamed(IMAGES, "class_0", "class_1", "cat", "class_3", "class_4"),
+            r"other class names, first at class 2 .*expected 'class_2'; found 'cat'",
+        ),
+        (
+            renamed(IMAGES, "class_0", "class_1", "class_3", "class_2", "class_4"),
+            r"same classes in another order, first at class 2 .*expected 'class_2'; found 'class_3'",
+        ),
+        (swapped(IMAGES), r"same images in another order, first at sample 20"),
+        (edited(IMAGES), r"other contents of 1 samples, first at sample 12"),
+        (tiny_images(seed=9), r"other contents of 75 samples, first at sample 0"),
+        (
+            relabelled(IMAGES),
+            rf"other labels of 2 samples, first at sample 33 .*class_{LABEL}; found class_{(LABEL + 1) % 5}",
+        ),
+        (replace(IMAGES, image_size=(28, 32)), r"another image size .*expected 32×32; found 28×32"),
+    ],
+)
+def test_another_dataset_is_refused_with_what_differs(cache: TeacherCache, other: ArrayImages, message: str) -> None:
+    with pytest.raises(MismatchError, match=message) as caught:
+        cache.check_dataset(other)
+    assert "digits, split train" in str(caught.value)
+
+
+def test_canaries_accept_the_pixels_that_the_teachers_saw(cache: TeacherCache) -> None:
+    assert len(cache.manifest.canaries) == MAX_CANARIES
+    assert {canary.view for canary in cache.manifest.canaries} == {0, 1, 2}
+    cache.check_canaries(IMAGES)
+
+
+def test_canaries_find_images_that_decode_differently(cache: TeacherCache) -> None:
+    canary = cache.manifest.canaries[5]
+    pixels = IMAGES.pixels.copy()
+    pixels[canary.index] ^= 1  # as another JPEG decoder would; keys are of the files and stay
+    drifted = replace(IMAGES, pixels=pixels)
+    cache.check_dataset(drifted)
+    with pytest.raises(MismatchError, match=rf"not the pixels .*sample {canary.index}\)"):
+        cache.check_canaries(drifted)
+
+
+def test_canaries_find_view_code_that_changed(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ViewRecipe.apply
+
+    def shifted(self: ViewRecipe, images: torch.Tensor, index: np.ndarray, view: int) -> torch.Tensor:
+        return real(self, images, index, view).roll(1, dims=-1)
+
+    monkeypatch.setattr(ViewRecipe, "apply", shifted)
+    with pytest.raises(MismatchError, match="not the pixels that the teachers saw"):
+        cache.check_canaries(IMAGES)
+
+
+def test_canaries_are_what_apply_makes_of_the_images() -> None:
+    for canary in make_canaries(VIEWS, IMAGES, 3):
+        pixels = VIEWS.apply(torch.from_numpy(IMAGES.pixels), np.arange(75), canary.view)[canary.index]
+        assert canary.pixel_digest == pixel_digest(pixels) == pixel_digest(pixels.numpy())
+
+
+@pytest.mark.parametrize(("samples", "views"), [(1, 1), (1, 40), (2, 3), (75, 1), (500, 200)])
+def test_canaries_reach_from_the_first_to_the_last(samples: int, views: int) -> None:
+    canaries = make_canaries(VIEWS, tiny_images(samples), views)
+    assert 1 <= len(canaries) <= min(MAX_CANARIES, samples * views)
+    assert {0, samples - 1} <= {canary.index for canary in canaries}
+    assert {0, views - 1} <= {canary.view for canary in canaries}
+    assert len(set(canaries)) == len(canaries)
+
+
+def test_the_pixel_digest_sees_values_shape_and_order() -> None:
+    pixels = IMAGES.pixels[0]
+    others = [pixels.reshape(3, 16, 64), pixels[::-1], pixels.transpose(0, 2, 1), pixels ^ 1]
+    assert len({pixel_digest(array) for array in (pixels, *others)}) == 5
+
+
+def test_a_grown_cache_keeps_its_canaries(tmp_path: Path) -> None:
+    from cache_tools.store.writer import CacheWriter
+
+    manifest = tiny_manifest(IMAGES)
+    build(tmp_path / "c", manifest, IMAGES)
+    CacheWriter.resume(tmp_path / "c", manifest.fingerprint).grow(6)
+    grown = TeacherCache.open(tmp_path / "c")
+    assert grown.num_views == 6
+    assert grown.manifest.canaries == manifest.canaries
+    grown.check_canaries(IMAGES)
+
+
+# Another order
+
+
+def shuffled(images: ArrayImages, seed: int = 0) -> ArrayImages:
+    order = np.random.default_rng(seed).permutation(len(images))
+    return replace(images, keys=images.keys[order], labels=images.labels[order], pixels=images.pixels[order])
+
+
+def test_samples_in_another_order_are_brought_into_the_cache_s(cache: TeacherCache) -> None:
+    found = aligned(cache, shuffled(IMAGES))
+    assert found.content_digest == IMAGES.content_digest
+    np.testing.assert_array_equal(found.load(slice(None)), IMAGES.pixels)
+    cache.check_dataset(found)
+    cache.check_canaries(found)
+    assert aligned(cache, IMAGES) is IMAGES
+
+
+def test_copies_of_an_image_keep_their_labels(tmp_path: Path) -> None:
+    """Sample 3 is there four times, once with another label."""
+    rows = np.array([3, *range(10), 3, 3])
+    twins = replace(IMAGES, keys=IMAGES.keys[rows], labels=IMAGES.labels[rows].copy(), pixels=IMAGES.pixels[rows])
+    twins.labels[-1] = (twins.labels[-1] + 1) % 5
+    build(tmp_path / "c", tiny_manifest(twins), twins)
+    found = aligned(TeacherCache.open(tmp_path / "c"), shuffled(twins))
+    assert found.content_digest == twins.content_digest
+
+
+@pytest.mark.parametrize("change", [relabelled, edited])
+def test_a_change_besides_the_order_is_still_refused(cache: TeacherCache, change: Callable[..., ArrayImages]) -> None:
+    with pytest.raises(MismatchError, match="not the one the cache was built from"):
+        aligned(cache, shuffled(change(IMAGES)))

@@ -1,0 +1,217 @@
+"""Several builders of one cache at once, as processes: each block once, the bytes of a clean build, no leftovers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache_tools.alignment import check_canaries
+from cache_tools.console import Progress
+from cache_tools.errors import DataError, StorageError
+from cache_tools.files import PARTIAL
+from cache_tools.images import open_images
+from cache_tools.integrity.local import verify
+from cache_tools.places import LocalPlace, Place, open_place
+from cache_tools.places.claims import Claims, claims_of
+from cache_tools.places.transfer import committed, copy_cache
+from cache_tools.reader import TeacherCache
+from cache_tools.store.writer import CacheWriter
+from pipeline.build.blocks import _store
+from pipeline.build.cache import build_cache
+from pipeline.build.output import Output
+from tests.support import tiny_build
+from tests.support.builders import Builder, wait_for_blocks
+from tests.support.s3_server import new_bucket
+
+SAMPLES, VIEWS, ROWS = 150, 5, 16
+BLOCKS = VIEWS * -(-SAMPLES // ROWS)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tiny_build.prepare(tmp_path_factory.mktemp("builders"))
+
+
+@pytest.fixture(scope="module")
+def clean(root: Path) -> dict[str, bytes]:
+    """The arrays of a build by one builder, in one go."""
+    build_cache(tiny_build.recipe(root, num_views=VIEWS, block_rows=ROWS, out=root / "clean.zarr"))
+    return arrays_of(root / "clean.zarr")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    if request.param == "folder":
+        return tmp_path / "cache.zarr"
+    request.getfixturevalue("server")
+    return f"s3://{new_bucket()}/group/cache.zarr"
+
+
+def start(
+    root: Path, tmp_path: Path, out: Path | str, number: int, pause_after: int | None = None, **changes: object
+) -> Builder:
+    """A builder with a cache home of its own, as on a machine of its own."""
+    recipe = tiny_build.recipe(root, **({"num_views": VIEWS, "block_rows": ROWS, "out": out} | changes))
+    return Builder(recipe, pause_after, TEACHER_CACHE_HOME=tmp_path / f"home-{number}")
+
+
+@pytest.mark.parametrize("builders", [2, 4])
+def test_builders_share_the_work(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str, builders: int):
+    running = [start(root, tmp_path, out, number, pause_after=1) for number in range(2)]
+    for builder in running:
+        builder.wait_until_paused()  # neither can do everything before the other begins
+    running += [start(root, tmp_path, out, number) for number in range(2, builders)]
+    for builder in running:
+        builder.go_on()
+    results = [builder.result() for builder in running]
+    assert sum(result.images for result in results) == VIEWS * SAMPLES, "a block was computed twice, or not at all"
+    assert all(result.images > 0 for result in results[:2])
+    check(open_place(out), clean, tmp_path)
+
+
+def test_what_killed_builders_leave_is_taken_over(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str):
+    """One is killed alone; then one of three. Nobody waits for claims to expire, and nothing is done again."""
+    place, first = open_place(out), start(root, tmp_path, out, 0, pause_after=6)
+    first.wait_until_paused()
+    wait_for_blocks(place, 6)
+    first.kill()
+    before = committed(place)
+    assert len(before) == 6
+    running = [start(root, tmp_path, out, number) for number in (1, 2, 0)]
+    wait_for_blocks(place, len(before) + 6)
+    running[0].kill()
+    left = sum(rows(pair) for pair in all_pairs() - committed(place))
+    images = sum(builder.result().images for builder in running[1:])
+    assert left <= images <= VIEWS * SAMPLES - sum(map(rows, before))
+    check(place, clean, tmp_path)
+
+
+def test_one_cache_made_and_grown_by_several(root: Path, tmp_path: Path, out: Path | str):
+    """Builders that want 2, 4 and 3 views, at once: nobody takes another's views away."""
+    running = [start(root, tmp_path, out, views, num_views=views) for views in (2, 4, 3)]
+    for builder in running:
+        builder.result()
+    copy_cache(open_place(out), LocalPlace(tmp_path / "copy.zarr"))
+    cache = TeacherCache.open(tmp_path / "copy.zarr")
+    cache.require_complete()
+    assert cache.num_views == 4
+    images = open_images(cache.manifest.dataset)
+    check_canaries(cache, images)
+    assert {canary.view for canary in cache.manifest.canaries} == {0, 1, 2, 3}
+    assert not list(claims_of(open_place(out)).entries())
+
+
+def test_growing_tells_who_and_when_and_watches_the_new_views(root: Path, tmp_path: Path):
+    build_cache(tiny_build.recipe(root, num_views=1, out=tmp_path / "c"))
+    first = TeacherCache.open(tmp_path / "c").manifest
+    build_cache(tiny_build.recipe(root, num_views=3, out=tmp_path / "c"))
+    manifest = TeacherCache.open(tmp_path / "c").manifest
+    (note,) = manifest.provenance["grown"]
+    assert note["views"] == [1, 3]
+    assert {"date", "command", "device", "versions"} <= set(note)
+    assert manifest.canaries[: len(first.canaries)] == first.canaries
+    added = manifest.canaries[len(first.canaries) :]
+    assert {canary.view for canary in added} == {1, 2}
+    assert {name: manifest.provenance[name] for name in first.provenance} == first.provenance
+
+
+def test_progress_counts_what_others_finish(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bars: list[Progress] = []
+
+    class Seen(Progress):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            bars.append(self)
+
+        def advance(self, *arguments: Any) -> None:
+            super().advance(*arguments)
+            other.go_on()
+
+    monkeypatch.setattr("pipeline.build.blocks.Progress", Seen)
+    other = start(root, tmp_path, tmp_path / "c", 1, pause_after=1)
+    other.wait_until_paused()
+    result = build_cache(tiny_build.recipe(root, num_views=VIEWS, block_rows=ROWS, out=tmp_path / "c"))
+    (bar,) = bars
+    assert 0 < result.images < VIEWS * SAMPLES
+    assert result.images + other.result().images == VIEWS * SAMPLES
+    assert bar.done == bar.total == VIEWS * SAMPLES
+
+
+def test_a_builder_that_fails_gives_its_blocks_up(tmp_path: Path):
+    root = tiny_build.prepare(tmp_path, train=60)
+    victim = sorted((root / "pictures" / "train" / "red").iterdir())[-1]
+    data = victim.read_bytes()
+    victim.write_bytes(data[:60])
+    recipe = tiny_build.recipe(root, block_rows=16, batch_size=16)
+    with pytest.raises(DataError, match=victim.name):
+        build_cache(recipe)
+    assert not (tmp_path / ".cache.zarr.claims").exists()
+
+
+def test_a_builder_whose_disk_is_full_gives_its_blocks_up(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, whole = tmp_path / "c", CacheWriter.write_block
+
+    def full(self: CacheWriter, view: int, block: int, *arguments: object) -> None:
+        if (view, block) == (1, 1):
+            raise StorageError("full", where=self.path)
+        whole(self, view, block, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CacheWriter, "write_block", full)
+    with pytest.raises(StorageError, match="full"):
+        build_cache(tiny_build.recipe(root, out=path))
+    assert not (tmp_path / ".c.claims").exists()
+    monkeypatch.undo()
+    build_cache(tiny_build.recipe(root, out=path))
+    TeacherCache.open(path).require_complete()
+
+
+def test_a_block_that_another_builder_took_over_is_not_written(root: Path, tmp_path: Path):
+    build_cache(tiny_build.recipe(root, out=tmp_path / "c"))
+    manifest = TeacherCache.open(tmp_path / "c").manifest
+    (tmp_path / "c" / "commits" / "c.1.2.0").unlink()
+    output = Output(CacheWriter.resume(tmp_path / "c", manifest.fingerprint))
+    count = manifest.block(2).stop - manifest.block(2).start
+    arrays = {"fused_logits": torch.zeros(count, 3), "fused_features": torch.zeros(count, 16)}
+    before = arrays_of(tmp_path / "c")
+    with Claims(output.place) as claims:
+        assert claims.claim((1, 2))
+        claims_of(output.place).put("1.2.1", b"of the builder that took it over")
+        assert _store(output, claims, (1, 2), arrays, None) == 0
+        assert arrays_of(tmp_path / "c") == before
+        claims_of(output.place).delete(["1.2.1"])
+        assert claims.claim((1, 2))
+        assert _store(output, claims, (1, 2), arrays, None) == count
+    assert output.is_committed((1, 2))
+
+
+def check(place: Place, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """The bytes of a clean build, all sound, and nothing beside the cache."""
+    copy_cache(place, LocalPlace(tmp_path / "copy.zarr"))
+    assert verify(tmp_path / "copy.zarr").sound
+    found = arrays_of(tmp_path / "copy.zarr")
+    assert found.keys() == clean.keys()
+    assert [name for name in clean if found[name] != clean[name]] == []
+    assert not list(claims_of(place).entries())
+    if isinstance(place, LocalPlace):
+        hidden = [path for path in place.path.parent.iterdir() if path.name.startswith(".")]
+        # Half a claim of a builder that was killed while it wrote: it goes with the first builder a while later.
+        assert [file for path in hidden for file in path.rglob("*") if not file.name.endswith(PARTIAL)] == []
+        assert [path.name for path in hidden if path.name != claims_of(place).name] == []
+
+
+def arrays_of(path: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which holds the date."""
+    place = LocalPlace(path)
+    return {key: place.read(key) for key in sorted(place.keys()) if key != "zarr.json"}
+
+
+def all_pairs() -> set[tuple[int, int]]:
+    return set(np.ndindex(VIEWS, BLOCKS // VIEWS))
+
+
+def rows(pair: tuple[int, int]) -> int:
+    return min(ROWS, SAMPLES - pair[1] * ROWS)

@@ -1,0 +1,230 @@
+"""The build: what it stores, that it resumes byte for byte after SIGKILL, and what it refuses before doing harm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache_tools import fusion
+from cache_tools.errors import (
+    CacheError,
+    DataError,
+    DeviceError,
+    MismatchError,
+    PreflightError,
+    StorageError,
+    WeightsError,
+)
+from cache_tools.images import open_images
+from cache_tools.reader import TeacherCache
+from pipeline.build.cache import build_cache
+from pipeline.networks.pair import load_pair
+from tests.support import tiny_build, tiny_run
+
+CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tiny_build.prepare(tmp_path_factory.mktemp("build"))
+
+
+@pytest.fixture(scope="module")
+def built(root: Path) -> TeacherCache:
+    build_cache(tiny_build.recipe(root))
+    return TeacherCache.open(root / "cache.zarr")
+
+
+def test_rows_are_the_fused_targets_of_their_view(root: Path, built: TeacherCache):
+    recipe = tiny_build.recipe(root)
+    images = open_images(recipe.dataset)
+    pair = load_pair(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
+    index = torch.tensor([149, 3, 77])
+    for view in range(3):
+        pixels = built.recipe.views.apply(torch.from_numpy(images.load(index.numpy())), index, view)
+        (teacher,), (clip,) = pair.outputs(pixels)
+        mixed = 0.7 * teacher.logits.double() + 0.3 * pair.clips[0].identity.logit_scale * clip.cosine.double()
+        expected = mixed - mixed.mean(1, keepdim=True)
+        targets = built.load_view(view)
+        torch.testing.assert_close(targets.logits(index).double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(targets.features(index), pair.fuse([teacher], [clip])[1], rtol=1e-4, atol=1e-5)
+
+
+def test_views_differ_and_the_manifest_tells_everything(root: Path, built: TeacherCache):
+    assert not np.array_equal(
+        built.read_array("fused_logits", 0, slice(0, 50)), built.read_array("fused_logits", 1, slice(0, 50))
+    )
+    manifest = built.manifest
+    assert manifest.build_recipe == tiny_build.recipe(root).model_dump(mode="json")
+    assert manifest.recipe.teacher.architecture == "resnet8"
+    assert manifest.recipe.clip.preprocessing.size == (32, 32)
+    assert len(manifest.recipe.clip.templates) == 12
+    assert {"torch", "zarr"} <= set(manifest.provenance["versions"])
+    assert built.class_names == tiny_run.CLASSES
+
+
+def test_components_give_the_fused_targets(root: Path, built: TeacherCache):
+    build_cache(tiny_build.recipe(root, store="components", out=root / "components.zarr"))
+    components = TeacherCache.open(root / "components.zarr")
+    fused, derived = built.load_view(1), components.load_view(1)
+    everything = slice(None)
+    torch.testing.assert_close(derived.logits(everything), fused.logits(everything), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(derived.features(everything), fused.features(everything), rtol=1e-4, atol=1e-5)
+
+
+def test_match_brings_clip_to_the_teachers_spread(root: Path):
+    path = root / "match.zarr"
+    build_cache(tiny_build.recipe(root, fusion={"clip_scale": "match", "feature_dim": 16}, num_views=1, out=path))
+    recipe = tiny_build.recipe(root)
+    images = open_images(recipe.dataset)
+    pair = load_pair(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
+    (teacher,), (clip,) = pair.outputs(torch.from_numpy(images.load(slice(None))))
+    spread = teacher.logits.double().std(1).mean() / clip.cosine.double().std(1).mean()
+    assert TeacherCache.open(path).manifest.clip_scale == pytest.approx(float(spread), rel=1e-3)
+
+
+def test_the_same_command_again_does_nothing_and_more_views_are_added(root: Path):
+    path = root / "again.zarr"
+    first = build_cache(tiny_build.recipe(root, num_views=1, out=path))
+    before = files_of(path)
+    second = build_cache(tiny_build.recipe(root, num_views=1, out=path))
+    grown = build_cache(tiny_build.recipe(root, num_views=3, out=path))
+    assert (first.images, second.images, grown.images) == (150, 0, 300)
+    after = files_of(path)
+    assert all(after[name] == data for name, data in before.items() if not name.endswith("zarr.json"))
+
+
+def test_batch_and_block_sizes_do_not_change_the_targets(root: Path, built: TeacherCache):
+    path = root / "other-sizes.zarr"
+    build_cache(tiny_build.recipe(root, batch_size=50, block_rows=128, out=path))
+    other = TeacherCache.open(path)
+    assert other.manifest.fingerprint == built.manifest.fingerprint
+    np.testing.assert_allclose(
+        other.read_array("fused_logits", 2), built.read_array("fused_logits", 2), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_view_is_built_anew_if_its_commit_is_gone(root: Path):
+    path = root / "gap.zarr"
+    build_cache(tiny_build.recipe(root, out=path))
+    before = arrays_of(path)
+    (path / "commits" / "c.1.2.0").unlink()
+    assert build_cache(tiny_build.recipe(root, out=path)).images == 150 - 2 * 64
+    assert arrays_of(path) == before
+
+
+def refused(root: Path, **changes: object) -> CacheError:
+    with pytest.raises(CacheError) as caught:
+        build_cache(tiny_build.recipe(root, **changes))
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_a_teacher_no_better_than_chance_is_refused(root: Path, tmp_path):
+    """Pictures whose labels say nothing: even a good teacher guesses there, and an untrained one always does."""
+    error = refused(
+        root, preflight_samples=2000, out=tmp_path / "c.zarr", teacher={"name": str(constant_teacher(tmp_path))}
+    )
+    assert isinstance(error, PreflightError)
+    assert "chance" in str(error)
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def test_missing_weights(root: Path, tmp_path):
+    error = refused(root, teacher={"name": "resnet8", "weights": str(tmp_path / "no.pth")}, out=tmp_path / "c.zarr")
+    assert isinstance(error, WeightsError)
+    assert "no.pth" in str(error)
+
+
+def test_a_teacher_with_another_class_count(root: Path, tmp_path):
+    teacher = tiny_build.write_teacher(tmp_path / "t.safetensors", class_names=("a", "b", "c", "d"))
+    error = refused(root, teacher={"name": str(teacher)}, out=tmp_path / "c.zarr")
+    assert isinstance(error, WeightsError)
+    assert "4" in str(error)
+    assert "3" in str(error)
+
+
+def test_a_teacher_with_another_class_order(root: Path, tmp_path):
+    teacher = tiny_build.write_teacher(tmp_path / "t.safetensors", class_names=("green", "blue", "red"))
+    error = refused(root, teacher={"name": str(teacher)}, out=tmp_path / "c.zarr")
+    assert isinstance(error, WeightsError)
+    assert "blue" in str(error)
+
+
+def test_another_recipes_cache_is_left_alone(root: Path, tmp_path):
+    path = tmp_path / "c.zarr"
+    build_cache(tiny_build.recipe(root, num_views=1, out=path))
+    before = files_of(path)
+    error = refused(root, num_views=1, views={"base_seed": 12, "ops": ["flip"]}, out=path)
+    assert isinstance(error, MismatchError)
+    assert files_of(path) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(root: Path, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    error = refused(root, out=tmp_path)
+    assert isinstance(error, StorageError)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_broken_image_is_named_and_nothing_committed_is_lost(tmp_path):
+    root = tiny_build.prepare(tmp_path, train=60)
+    victim = sorted((root / "pictures" / "train" / "red").iterdir())[-1]
+    victim.write_bytes(victim.read_bytes()[:60])
+    error = refused(root, block_rows=16, batch_size=16)
+    assert isinstance(error, DataError)
+    assert victim.name in str(error)
+
+
+def test_cuda_where_there_is_none(root: Path, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert isinstance(refused(root, device="cuda", out=tmp_path / "c.zarr"), DeviceError)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("store", ["fused", "components"])
+def test_cuda_gives_the_targets_of_the_cpu(root: Path, tmp_path, store: str):
+    build_cache(tiny_build.recipe(root, store=store, out=tmp_path / "cpu.zarr"))
+    build_cache(tiny_build.recipe(root, store=store, device="cuda", out=tmp_path / "cuda.zarr"))
+    cpu, cuda = (TeacherCache.open(tmp_path / f"{name}.zarr").load_view(2) for name in ("cpu", "cuda"))
+    torch.testing.assert_close(cuda.logits(slice(None)), cpu.logits(slice(None)), rtol=2e-2, atol=2e-2)  # TF32
+    torch.testing.assert_close(cuda.features(slice(None)), cpu.features(slice(None)), rtol=2e-2, atol=2e-2)
+
+
+def constant_teacher(folder: Path) -> Path:
+    """A teacher that gives every image the same answer."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tiny_build.write_teacher(folder / "constant.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        weights = {name: torch.zeros_like(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    save_file(weights, path, metadata)
+    return path
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not file.name.endswith(".partial")
+    }
+
+
+def arrays_of(path: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which holds the date."""
+    files = files_of(path)
+    del files["zarr.json"]
+    return files
+
+
+def test_projections_are_those_of_the_recipe(built: TeacherCache):
+    seed = built.recipe.fusion.projection_seed
+    np.testing.assert_array_equal(built.constant("teacher_projection"), fusion.projection_matrix(64, 16, seed))
+    np.testing.assert_array_equal(built.constant("clip_projection"), fusion.projection_matrix(64, 16, seed + 1))

@@ -1,0 +1,357 @@
+"""Building to an object store, through a real HTTP server: block by block, resumable, and never two caches in one."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cache_tools.config import dump_yaml
+from cache_tools.errors import MismatchError, NotFoundError, RecipeError, StorageError
+from cache_tools.home import housekeeping, registry
+from cache_tools.home.origin import read_origin
+from cache_tools.integrity.local import verify
+from cache_tools.places import LocalPlace, open_place
+from cache_tools.places.claims import GROW, claims_of, newest_claims
+from cache_tools.places.metadata import manifest_at
+from cache_tools.places.transfer import committed, copy_cache
+from cache_tools.reader import TeacherCache
+from pipeline.build.blocks import build_blocks
+from pipeline.build.cache import build_cache
+from pipeline.build.destination import destination
+from pipeline.build.output import MirroredOutput
+from pipeline.cli import app
+from pipeline.networks.pair import TeacherPair
+from pipeline.plan import make_plan
+from tests.support import tiny_build
+from tests.support.builders import Builder
+from tests.support.cache_factory import create, tiny_images, tiny_manifest
+from tests.support.flaky_proxy import flaky_proxy
+from tests.support.s3_server import new_bucket
+
+SAMPLES, VIEWS, ROWS = 60, 4, 16
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tiny_build.prepare(tmp_path_factory.mktemp("remote"), train=SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def clean(root: Path) -> dict[str, bytes]:
+    """The arrays of a build into a folder."""
+    build_cache(recipe(root, root / "clean.zarr"))
+    return arrays_of(root / "clean.zarr")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def url(server: str) -> str:
+    return f"s3://{new_bucket()}/group/tiny.zarr"
+
+
+def recipe(root: Path, out: Path | str | None, **changes: object):
+    return tiny_build.recipe(root, **({"num_views": VIEWS, "block_rows": ROWS, "out": out} | changes))
+
+
+def same_as(clean: dict[str, bytes], url: str, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "copy.zarr", ignore_errors=True)
+    copy_cache(open_place(url), LocalPlace(tmp_path / "copy.zarr"))
+    assert verify(tmp_path / "copy.zarr").sound
+    assert arrays_of(tmp_path / "copy.zarr") == clean
+    parent = open_place(url.rpartition("/")[0])
+    assert [entry.key for entry in parent.entries() if entry.key.startswith(".")] == [], "claims are left"
+
+
+def arrays_of(path: Path) -> dict[str, bytes]:
+    place = LocalPlace(path)
+    return {key: place.read(key) for key in sorted(place.keys()) if key != "zarr.json"}
+
+
+def leftovers(home: Path) -> list[str]:
+    """What is hidden beside mirrors, but for the records of where they belong, and what is removed when it is old."""
+    kept = {".origin", ".partial"}
+    return [path.name for path in home.iterdir() if path.name.startswith(".") and path.suffix not in kept]
+
+
+def test_a_build_to_a_url_counts_what_it_moves_and_keeps_a_mirror(root, clean, url, tmp_path, home):
+    result = build_cache(recipe(root, url))
+    assert (result.images, result.url) == (VIEWS * SAMPLES, url)
+    assert result.bytes_moved == sum(entry.size for entry in open_place(url).entries())
+    same_as(clean, url, tmp_path)
+    assert result.path == registry.cache_path("tiny", result.manifest.fingerprint)
+    assert arrays_of(result.path) == clean
+    record = read_origin(result.path)
+    assert record is not None
+    assert (record.url, record.views, record.complete) == (url, VIEWS, True)
+    assert leftovers(home) == []
+
+
+def test_the_second_time_nothing_is_done(root, url, home):
+    build_cache(recipe(root, url))
+    before = {entry.key: entry for entry in open_place(url).entries()}
+    said: list[str] = []
+    again = build_cache(recipe(root, url), said.append)
+    assert said == [f"{url} is complete: nothing to do"]
+    assert (again.images, again.bytes_moved) == (0, 0)
+    shutil.rmtree(home)  # as on another machine
+    other = build_cache(recipe(root, url))
+    assert (other.images, other.url) == (0, url)
+    assert {entry.key: entry for entry in open_place(url).entries()} == before
+
+
+def test_without_zarr_at_its_end_a_url_takes_caches_of_any_recipe(root, url):
+    place = url.rpartition("/")[0]
+    first = build_cache(recipe(root, place, num_views=1))
+    second = build_cache(recipe(root, place, num_views=1, views={"base_seed": 5, "ops": ["flip"]}))
+    assert first.url == f"{place}/tiny-{first.manifest.fingerprint[:12]}.zarr"
+    assert open_place(place).folders() == sorted(result.path.name for result in (first, second))
+    assert build_cache(recipe(root, f"{place}/", num_views=1)).images == 0
+
+
+def test_a_cache_of_the_home_is_pushed_and_not_computed_again(root, clean, url, tmp_path):
+    built = build_cache(recipe(root, None))
+    (built.path / "commits" / "c.1.2.0").unlink()
+    result = build_cache(recipe(root, url))
+    assert result.images == ROWS
+    same_as(clean, url, tmp_path)
+
+
+def test_more_views_are_added_there_from_any_machine(root, url, tmp_path, monkeypatch):
+    build_cache(recipe(root, url, num_views=1))
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "another-home"))
+    grown = build_cache(recipe(root, url, num_views=3))
+    assert grown.images == 2 * SAMPLES, "what is there is neither computed again nor pulled"
+    assert {view for view, _ in committed(LocalPlace(grown.path))} == {1, 2}
+    everything = TeacherCache.open(grown.path)
+    everything.load_view(0)  # comes from the store
+    assert everything.complete_views == (0, 1, 2)
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
+    more = build_cache(recipe(root, url, num_views=VIEWS))
+    assert more.images == SAMPLES
+    manifest = manifest_at(open_place(url))
+    assert [note["views"] for note in manifest.provenance["grown"]] == [[1, 3], [3, VIEWS]]
+    build_cache(recipe(root, tmp_path / "clean.zarr", num_views=1))
+    build_cache(recipe(root, tmp_path / "clean.zarr", num_views=VIEWS))
+    same_as(arrays_of(tmp_path / "clean.zarr"), url, tmp_path)
+
+
+def test_a_cache_and_its_mirror_grow_alone(root, url, monkeypatch):
+    from pipeline.build import cache
+
+    build_cache(recipe(root, url, num_views=1))
+    whole, claimed = cache._grow, []
+
+    def grow(writer, *arguments):
+        places = (open_place(url), LocalPlace(writer.path))
+        claimed.extend(GROW in newest_claims(claims_of(place)) for place in places)
+        return whole(writer, *arguments)
+
+    monkeypatch.setattr(cache, "_grow", grow)
+    build_cache(recipe(root, url, num_views=2))
+    assert claimed == [True, True]
+
+
+def test_a_builder_killed_at_random_requests_goes_on(root, clean, url, tmp_path, home):
+    """From the making of the cache to its last blocks: the store stops answering, and the builder is killed."""
+    place, progress, random_count = open_place(url), [0], random.Random(1)
+    with flaky_proxy() as proxy:
+        for most in (20, 60, 60, 60, 60):
+            proxy.stop_after(random_count.randint(1, most))
+            builder = Builder(recipe(root, url))
+            assert proxy.full.wait(120)
+            builder.kill()
+            proxy.go_on()
+            progress.append(len(committed(place)))
+        assert progress == sorted(progress), "a committed block was lost"
+        assert progress[-1] > 0, "no kill came after a commit: the test shows nothing"
+        Builder(recipe(root, url)).result()
+    same_as(clean, url, tmp_path)
+    assert leftovers(home) == []
+
+
+def test_builders_through_a_store_that_fails_a_fifth_of_its_requests(root, clean, url, tmp_path):
+    with flaky_proxy(seed=5) as proxy:
+        proxy.fail(0.2)
+        running = [Builder(recipe(root, url), TEACHER_CACHE_HOME=tmp_path / f"home-{number}") for number in range(2)]
+        images = sum(builder.result().images for builder in running)
+        failed = sum(seen.failure is not None for seen in proxy.seen)
+    assert images == VIEWS * SAMPLES
+    assert failed > 20
+    same_as(clean, url, tmp_path)
+
+
+def test_a_mirror_in_use_is_not_tidied_away(root, url, monkeypatch):
+    from pipeline.build import cache
+
+    refused = []
+
+    def tidy_up_meanwhile(output, *arguments):
+        with output.working(), pytest.raises(StorageError, match="right now"):
+            housekeeping.remove(output.path)
+        refused.append(output.path)
+        return build_blocks(output, *arguments)
+
+    monkeypatch.setattr("pipeline.build.blocks.build_blocks", tidy_up_meanwhile)
+    assert cache.build_cache(recipe(root, url, num_views=1)).images == SAMPLES
+    assert refused
+
+
+def test_a_mirror_that_two_work_in_is_kept_until_both_are_done(home, tmp_path):
+    images = tiny_images()
+    writer, store = create(home / "tiny.zarr", tiny_manifest(images), images), LocalPlace(tmp_path / "store.zarr")
+    copy_cache(LocalPlace(writer.path), store)
+    with ExitStack() as first:
+        first.enter_context(MirroredOutput(writer, store, writer.manifest, 0).working())
+        with MirroredOutput(writer, store, writer.manifest, 0).working():
+            first.close()
+            with pytest.raises(StorageError, match="right now"):
+                housekeeping.remove(writer.path)
+    housekeeping.remove(writer.path)
+
+
+def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, monkeypatch):
+    """The manifest comes last: what was uploaded before it is overwritten by the next."""
+    from cache_tools.places import metadata
+
+    copied: list[str] = []
+    whole = metadata._copy_file
+
+    def cut(source, target, key, *limits):
+        copied.append(key)
+        if len(copied) == 6:
+            raise StorageError("cut", where=target)
+        return whole(source, target, key, *limits)
+
+    monkeypatch.setattr(metadata, "_copy_file", cut)
+    with pytest.raises(StorageError, match="cut"):
+        build_cache(recipe(root, url))
+    monkeypatch.undo()
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "another-home"))
+    with pytest.raises(NotFoundError):
+        manifest_at(open_place(url))
+    build_cache(recipe(root, url))
+    same_as(clean, url, tmp_path)
+
+
+class OtherMachine:
+    """Constants as another machine would compute them: the last bits differ."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        whole = TeacherPair.constants
+
+        def constants(pair: TeacherPair, store: str):
+            found = whole(pair, store)  # type: ignore[arg-type]
+            return found | {"class_embeddings": np.nextafter(found["class_embeddings"], np.float32(2))}
+
+        monkeypatch.setattr(TeacherPair, "constants", constants)
+        monkeypatch.setenv("TEACHER_CACHE_HOME", str(home))
+
+
+def test_constants_are_those_of_the_builder_that_was_there_first(root, clean, url, tmp_path, monkeypatch):
+    first = build_cache(recipe(root, url, num_views=2))
+    OtherMachine(monkeypatch, tmp_path / "another-home")
+    result = build_cache(recipe(root, url))
+    assert result.images == 2 * SAMPLES
+    assert result.manifest.constants_digest == first.manifest.constants_digest
+    mirrored = TeacherCache.open(result.path)
+    for name in ("class_embeddings", "clip_projection", "teacher_projection"):
+        np.testing.assert_array_equal(mirrored.constant(name), TeacherCache.open(first.path).constant(name))
+
+
+def test_two_who_make_a_cache_at_once_end_with_the_constants_of_one(root, url, tmp_path, monkeypatch):
+    """The other machine has made its own cache, without blocks, when it finds that it was not the first."""
+    from pipeline.build import cache
+
+    whole = cache._create
+    firsts = []
+
+    def slower(*arguments):
+        writer = whole(*arguments)
+        firsts.append(Builder(recipe(root, url), TEACHER_CACHE_HOME=tmp_path / "home").result())
+        return writer
+
+    OtherMachine(monkeypatch, tmp_path / "another-home")
+    monkeypatch.setattr(cache, "_create", slower)
+    build_cache(recipe(root, url, num_views=VIEWS + 1))
+    (first,) = firsts
+    manifest = manifest_at(open_place(url))
+    assert manifest.constants_digest == first.manifest.constants_digest
+    assert manifest.num_views == VIEWS + 1
+    copy_cache(open_place(url), LocalPlace(tmp_path / "copy.zarr"))
+    assert verify(tmp_path / "copy.zarr").sound
+    TeacherCache.open(tmp_path / "copy.zarr").require_complete()
+
+
+def test_blocks_with_other_constants_are_never_mixed_in(root, url, tmp_path, monkeypatch):
+    build_cache(recipe(root, url, num_views=1))
+    before = {entry.key: entry for entry in open_place(url).entries()}
+    OtherMachine(monkeypatch, tmp_path / "another-home")
+    built = build_cache(recipe(root, None, num_views=1))
+    with pytest.raises(MismatchError, match="must not be mixed") as caught:
+        build_cache(recipe(root, url))
+    assert str(built.path) in str(caught.value)
+    assert {entry.key: entry for entry in open_place(url).entries()} == before
+    shutil.rmtree(built.path)
+    assert build_cache(recipe(root, url)).images == (VIEWS - 1) * SAMPLES
+
+
+def test_another_recipes_cache_there_is_left_alone(root, url):
+    build_cache(recipe(root, url, num_views=1))
+    before = {entry.key: entry for entry in open_place(url).entries()}
+    with pytest.raises(MismatchError, match="another recipe"):
+        build_cache(recipe(root, url, num_views=1, views={"base_seed": 5, "ops": ["flip"]}))
+    assert {entry.key: entry for entry in open_place(url).entries()} == before
+
+
+def test_what_is_no_cache_there_is_left_alone(root, url):
+    open_place(f"{url}/thesis").put("chapter-1.tex", b"precious")
+    with pytest.raises(StorageError, match="place is taken"):
+        build_cache(recipe(root, url))
+    assert [entry.key for entry in open_place(url).entries()] == ["thesis/chapter-1.tex"]
+
+
+def test_a_bucket_that_is_not_there_is_one_line(root, server, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_yaml(recipe(root, "s3://no-such-bucket-here/tiny.zarr")))
+    done = CliRunner().invoke(app, [str(file)])
+    assert done.exit_code == 2, done.output
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == done.stderr.splitlines()[-1:]
+
+
+def test_a_scheme_that_nobody_knows_is_said_before_anything_is_loaded(root):
+    with pytest.raises(RecipeError, match="not a URL of an object store"):
+        build_cache(recipe(root, "nosuch://bucket/c.zarr", teacher={"name": "nowhere.safetensors"}))
+
+
+def test_the_command_says_what_it_moved_and_what_is_next(root, url, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_yaml(recipe(root, None, num_views=1)))
+    done = CliRunner().invoke(app, [str(file), "--out", url])
+    assert done.exit_code == 0, done.output
+    assert "moved; a mirror is in " in done.stdout
+    assert done.stdout.splitlines()[-1] == f"next: train-student --cache {url}"
+    told = json.loads(CliRunner().invoke(app, [str(file), "--out", url, "--views", "2", "--json"]).stdout)
+    assert (told["url"], told["images_computed"]) == (url, SAMPLES)
+    assert 0 < told["bytes_moved"] < sum(entry.size for entry in open_place(url).entries())
+
+
+def test_a_url_stays_one_in_recipes_and_plans(root, url, home):
+    wanted = recipe(root, url)
+    assert wanted.out == url
+    assert type(wanted).model_validate(wanted.model_dump(mode="json")) == wanted
+    assert recipe(root, "some/folder").out == Path("some/folder")
+    assert recipe(root, "file:///some/folder").out == Path("/some/folder")
+    assert destination(wanted, "ab" * 32).path.parent == home
+    assert make_plan(wanted, "resnet8", 10).bytes_free > 0

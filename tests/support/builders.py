@@ -1,0 +1,107 @@
+"""Builders as real processes, for tests: forked from a server that has imported everything, so they start at once."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from cache_tools.places import Place
+from cache_tools.places.transfer import committed
+from pipeline.build.cache import BuildResult, build_cache
+from pipeline.recipe import BuildRecipe
+
+DEADLINE_S = 240.0
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pipeline.build.blocks", "pipeline.build.open_output", "tests.tiny_build"])
+
+
+class Builder:
+    """A process that builds a recipe.
+
+    Args:
+        pause_after: how many blocks it stores before it waits for `go_on`.
+        environment: is laid over this process's own.
+    """
+
+    def __init__(self, recipe: BuildRecipe, pause_after: int | None = None, **environment: object) -> None:
+        self._answers, sender = _CONTEXT.Pipe(duplex=False)
+        self._pause = _Pause(pause_after)
+        wanted = os.environ | {name: str(value) for name, value in environment.items()}
+        self.process: Any = _CONTEXT.Process(target=_build, args=(recipe, wanted, self._pause, sender), daemon=True)
+        self.process.start()
+        sender.close()
+
+    def wait_until_paused(self) -> None:
+        """It holds a block that it does not store."""
+        assert self._pause.reached.wait(DEADLINE_S), "the builder does not come so far"
+
+    def go_on(self) -> None:
+        self._pause.over.set()
+
+    def result(self) -> BuildResult:
+        """Wait for the end; raises what the build raised."""
+        assert self._answers.poll(DEADLINE_S), "the builder does not come to an end"
+        answer = self._answers.recv()
+        self.process.join()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+
+def wait_for_blocks(place: Place, count: int) -> int:
+    """Wait until so many blocks are committed; gives how many there are."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (found := len(committed(place))) < count:
+        assert time.monotonic() < deadline, f"{found} of {count} blocks"
+        time.sleep(0.005)
+    return found
+
+
+class _Pause:
+    """When a builder pauses, as it and its test see it."""
+
+    def __init__(self, after: int | None) -> None:
+        self._after = after
+        self.reached, self.over = _CONTEXT.Event(), _CONTEXT.Event()
+
+    def install(self) -> None:
+        """In the builder."""
+        if self._after is None:
+            return
+        from pipeline.build import blocks as build_blocks
+
+        after, store, blocks = self._after, build_blocks._store, itertools.count()
+
+        def held(*arguments: Any) -> int:
+            if next(blocks) >= after:
+                self.reached.set()
+                self.over.wait(DEADLINE_S)
+            return store(*arguments)
+
+        build_blocks._store = held
+
+
+def _build(recipe: BuildRecipe, environment: Mapping[str, str], pause: _Pause, sender: Connection) -> None:
+    import torch
+
+    pause.install()
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        answer: object = build_cache(recipe)
+    except BaseException as error:
+        error.__cause__ = error.__context__ = None
+        answer = error
+    sender.send(answer)

@@ -1,0 +1,394 @@
+"""The commands that `faults.py` kills: what they need, where they write, and how their result is looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VIEWS, BLOCK_ROWS = 3, 16
+POLL_S = 0.01
+InChild = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was at a target: blocks committed of how many there are to be, rows compared, reads refused, problems."""
+
+    committed: int
+    blocks: int
+    rows: int
+    refused: int
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command that writes a cache at a target (a folder or URL) of which there may be many.
+
+    Args:
+        root: folder of this case; `root/clean.zarr` is what an undisturbed run made.
+        command: the target → the program and its arguments.
+        places: the folder or URL that targets are in.
+        start: a cache that a target begins as; None for nothing.
+    """
+
+    name: str
+    root: Path
+    command: Callable[[str], Sequence[str]]
+    places: str
+    start: Path | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    def run(self, target: str) -> None:
+        """The command itself, as a user types it, in this process."""
+        from cache_tools.cli import app as cache_tools
+        from pipeline.cli import app as build_cache
+
+        os.environ["TEACHER_CACHE_HOME"] = str(self.root / "homes" / target.rpartition("/")[2])  # its mirror is there
+        program, *arguments = self.command(target)
+        {"build-cache": build_cache, "cache-tools": cache_tools}[program](arguments, standalone_mode=False)
+
+    def new_target(self, number: int | None) -> str:
+        target = f"{self.places}/{'clean' if number is None else f'target-{number}'}.zarr"
+        if self.start is not None:
+            shutil.copytree(self.start, target)
+        return target
+
+    def remove(self, target: str) -> None:
+        if not _is_url(target):
+            shutil.rmtree(target)
+
+    def keep_clean(self, target: str) -> None:
+        """Bring what an undisturbed run made to `root/clean.zarr`."""
+        if Path(target) != self._clean:
+            _copy(target, self._clean)
+
+    def watch(self, target: str, stop: int) -> list[tuple[int, int]]:
+        """What a reader sees as committed until a byte arrives at `stop`; what it reads is that of the clean run."""
+        from cache_tools.places import open_place
+        from cache_tools.places.transfer import committed
+        from cache_tools.reader import TeacherCache
+
+        seen: set[tuple[int, int]] = set()
+        clean, place = TeacherCache.open(self._clean), open_place(target)
+        while not select.select([stop], [], [], POLL_S)[0]:
+            new = committed(place) - seen if _is_there(target) else set()
+            if new and not _is_url(target):
+                found = _compare(TeacherCache(Path(target)), clean, sorted(new))
+                assert not found.problems, found.problems
+                assert not found.refused, "a reader saw a commit and could not read its rows"
+            seen |= new
+        return sorted(seen)
+
+    def look(self, target: str, seen: Sequence[tuple[int, int]], *, finished: bool = False) -> Found:
+        """Compare what is at a target with the clean run; `finished`: it must be the same in everything."""
+        from cache_tools.integrity.local import verify
+        from cache_tools.reader import TeacherCache
+
+        with tempfile.TemporaryDirectory() as folder:
+            if not _is_there(target):
+                lost = [f"there is no cache, and {len(seen)} blocks were seen"] if seen or finished else []
+                return Found(committed=0, blocks=0, rows=0, refused=0, problems=lost)
+            path = _copy(target, Path(folder) / "pulled") if _is_url(target) else Path(target)
+            cache = TeacherCache(path)  # what is there, not what could be staged
+            clean = TeacherCache.open(self._clean)
+            pairs = list(np.ndindex(cache.num_views, cache.manifest.num_blocks))
+            found = _compare(cache, clean, pairs)
+            lost = set(map(tuple, seen)) - set(_readable(cache, pairs))
+            problems = [*found.problems, *(f"view {view}, block {block}: lost" for view, block in sorted(lost))]
+            problems += [f"{problem.where}: {problem.what}" for problem in verify(path).problems]
+            if finished:
+                problems += _differences(path, self._clean)
+        return Found(found.committed, found.blocks, found.rows, found.refused, problems)
+
+    @property
+    def _clean(self) -> Path:
+        return self.root / "clean.zarr"
+
+
+class Staging(Case):
+    """Reading every view of a remote cache: the target is its mirror, each time in a cache home of its own."""
+
+    def run(self, target: str) -> None:
+        from cache_tools.reader import TeacherCache
+
+        (url,) = self.command(target)
+        os.environ["TEACHER_CACHE_HOME"] = str(Path(target).parent)
+        cache = TeacherCache.open(url)
+        assert str(cache.path) == target
+        for view in range(cache.num_views):
+            cache.load_view(view)
+
+    def new_target(self, number: int | None) -> str:
+        from cache_tools.store.group import read_manifest
+
+        manifest = read_manifest(self.root / "source.zarr")
+        home = f"{self.places}/home-{'clean' if number is None else number}"
+        return f"{home}/{manifest.name}-{manifest.fingerprint[:12]}.zarr"
+
+
+def _compare(cache: Any, clean: Any, pairs: Sequence[tuple[int, int]]) -> Found:
+    """The rows of blocks of one cache with those of another, target by target."""
+    from cache_tools.errors import IncompleteError
+
+    committed = rows = refused = 0
+    problems = []
+    for view, block in pairs:
+        readable = []
+        for name in cache.targets:
+            selected = cache.manifest.block(block)
+            try:
+                found = cache.read_array(name, view, selected)
+            except IncompleteError:
+                refused += 1
+                continue
+            readable.append(name)
+            rows += len(found)
+            if found.tobytes() != clean.read_array(name, view, selected).tobytes():
+                problems.append(f"{name}, view {view}, block {block}: other rows than in a clean run")
+        if 0 < len(readable) < len(cache.targets):
+            problems.append(f"view {view}, block {block}: only {', '.join(readable)} can be read")
+        committed += bool(readable)
+    return Found(committed, len(pairs), rows, refused, problems)
+
+
+def _readable(cache: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    from cache_tools.errors import IncompleteError
+
+    for view, block in pairs:
+        try:
+            cache.read_array(next(iter(cache.targets)), view, cache.manifest.block(block))
+        except IncompleteError:
+            continue
+        yield view, block
+
+
+def _differences(path: Path, clean: Path) -> list[str]:
+    """Arrays, commits and names of files that are not those of a clean run."""
+    import zarr
+
+    problems = []
+    names = [
+        {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file() and file.suffix != ".partial"}
+        for root in (path, clean)
+    ]
+    if names[0] != names[1]:
+        problems.append(f"other files: {sorted(names[0] ^ names[1])}")
+    ours, theirs = (dict(zarr.open_group(root, mode="r").arrays()) for root in (path, clean))
+    other = (
+        name
+        for name in sorted({*ours, *theirs})
+        if name not in ours or name not in theirs or ours[name][...].tobytes() != theirs[name][...].tobytes()
+    )
+    return problems + [f"{name}: not the array of a clean run" for name in other]
+
+
+def _copy(source: str | Path, target: Path) -> Path:
+    from cache_tools.places import LocalPlace, open_place
+    from cache_tools.places.transfer import copy_cache
+
+    copy_cache(open_place(str(source)), LocalPlace(target))
+    return target
+
+
+def _is_there(target: str) -> bool:
+    """Whether the file is there that makes a place a cache: it is the last to come, and is never half there."""
+    from cache_tools.errors import NotFoundError
+    from cache_tools.places import open_place
+    from cache_tools.places.metadata import manifest_at
+
+    try:
+        manifest_at(open_place(target))
+    except NotFoundError:
+        return False
+    return True
+
+
+def _is_url(target: str) -> bool:
+    return "://" in target
+
+
+# The cases
+
+
+@contextmanager
+def _build(root: Path, in_child: InChild) -> Iterator[Case]:
+    recipe = _build_recipe(root, in_child)
+    yield Case("build", root, lambda target: ["build-cache", recipe, "--out", target], str(root))
+
+
+@contextmanager
+def _grow(root: Path, in_child: InChild) -> Iterator[Case]:
+    recipe, start = _build_recipe(root, in_child), root / "start.zarr"
+    first = Case("first", root, lambda target: ["build-cache", recipe, "--out", target, "--views", "1"], str(root))
+    in_child(lambda: first.run(str(start)), first.log)
+    yield Case("grow", root, lambda target: ["build-cache", recipe, "--out", target], str(root), start)
+
+
+@contextmanager
+def _push(root: Path, in_child: InChild) -> Iterator[Case]:
+    source = in_child(lambda: _source(root))
+    yield Case("push", root, lambda target: ["cache-tools", "push", source, target], str(root))
+
+
+@contextmanager
+def _push_to_s3(root: Path, in_child: InChild) -> Iterator[Case]:
+    with _server_beside() as places:
+        source = in_child(lambda: _source(root))
+        yield Case("push-s3", root, lambda target: ["cache-tools", "push", source, target], places)
+
+
+@contextmanager
+def _recode(root: Path, in_child: InChild) -> Iterator[Case]:
+    source = in_child(lambda: _source(root))
+    options = ("--codec", "compact", "--out")
+    yield Case("recode", root, lambda target: ["cache-tools", "recode", source, *options, target], str(root))
+
+
+@contextmanager
+def _build_to_s3(root: Path, in_child: InChild) -> Iterator[Case]:
+    with _server_beside() as places:
+        recipe = _build_recipe(root, in_child)
+        yield Case("build-s3", root, lambda target: ["build-cache", recipe, "--out", target], places)
+
+
+@contextmanager
+def _fuse(root: Path, in_child: InChild) -> Iterator[Case]:
+    source = in_child(lambda: _source(root, store="components"))
+    options = ["--teacher-weight", "0.4", "--prompts", "1"]
+    yield Case("fuse", root, lambda target: ["cache-tools", "fuse", source, *options, "--out", target], str(root))
+
+
+@contextmanager
+def _pull_from_s3(root: Path, in_child: InChild) -> Iterator[Case]:
+    with _pushed(root, in_child) as url:
+        yield Case("pull-s3", root, lambda target: ["cache-tools", "pull", url, "--out", target], str(root))
+
+
+@contextmanager
+def _stage(root: Path, in_child: InChild) -> Iterator[Case]:
+    with _pushed(root, in_child) as url:
+        yield Staging("stage", root, lambda target: [url], str(root))
+
+
+@contextmanager
+def _sweep(root: Path, in_child: InChild) -> Iterator[Case]:
+    from tests.support.sweep_case import sweep
+
+    with sweep(root, in_child) as case:
+        yield case
+
+
+@contextmanager
+def _pushed(root: Path, in_child: InChild) -> Iterator[str]:
+    """The URL of a small complete cache."""
+    from cache_tools.places import LocalPlace, open_place
+    from cache_tools.places.transfer import copy_cache
+
+    with _server_beside() as places:
+        source = in_child(lambda: _source(root))
+        in_child(lambda: copy_cache(LocalPlace(Path(source)), open_place(f"{places}/source.zarr")).bytes)
+        yield f"{places}/source.zarr"
+
+
+CASES: dict[str, Callable[[Path, InChild], Any]] = {
+    "build": _build,
+    "grow": _grow,
+    "push": _push,
+    "push-s3": _push_to_s3,
+    "recode": _recode,
+    "build-s3": _build_to_s3,
+    "fuse": _fuse,
+    "pull-s3": _pull_from_s3,
+    "stage": _stage,
+    "sweep": _sweep,
+}
+
+
+@contextmanager
+def prepared(name: str, folder: Path, in_child: InChild, *, places: Path | None = None) -> Iterator[Case]:
+    """A case with everything that its command needs; targets are in `places`, or beside it."""
+    root = folder / name
+    root.mkdir()
+    with CASES[name](root, in_child) as case:
+        yield case if places is None else replace(case, places=str(places))
+
+
+def import_everything() -> None:
+    """What the commands import, once; nothing is opened, and no thread is started."""
+    import obstore  # noqa: F401
+    import open_clip  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    from cache_tools import cli
+    from cache_tools.places import transfer  # noqa: F401
+    from pipeline import cli  # noqa: F401, F811
+    from pipeline.build import cache as build  # noqa: F401
+    from tests.support import cache_factory, tiny_build, tiny_run  # noqa: F401
+    from train.report import html  # noqa: F401
+    from train.sweep import cli as sweep_cli  # noqa: F401
+
+
+def _build_recipe(root: Path, in_child: InChild) -> str:
+    from cache_tools.config import dump_yaml
+    from tests.support import tiny_build
+
+    in_child(lambda: str(tiny_build.prepare(root, train=5 * BLOCK_ROWS - 5)))
+    recipe = tiny_build.recipe(root, num_views=VIEWS, block_rows=BLOCK_ROWS, out=None)
+    (root / "tiny.yaml").write_text(dump_yaml(recipe))
+    return str(root / "tiny.yaml")
+
+
+def _source(root: Path, **recipe: Any) -> str:
+    """A small complete cache with made-up targets."""
+    from tests.support.cache_factory import build, tiny_images, tiny_manifest
+
+    images = tiny_images()
+    manifest = tiny_manifest(images, num_views=VIEWS, block_rows=BLOCK_ROWS, canaries=False, **recipe)
+    build(root / "source.zarr", manifest, images)
+    return str(root / "source.zarr")
+
+
+@contextmanager
+def _server_beside() -> Iterator[str]:
+    """A bucket on a real S3 server in a process of its own; the environment points to it."""
+    from tests.support.s3_server import new_bucket, s3_server
+
+    out, into = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)  # it logs every request
+        with s3_server():
+            settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+            os.write(into, json.dumps(settings).encode() + b"\n")
+            signal.pause()
+        os._exit(0)
+    try:
+        with os.fdopen(out, "rb") as pipe:
+            settings = json.loads(pipe.readline())
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        yield f"s3://{new_bucket()}"
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

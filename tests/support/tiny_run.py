@@ -1,0 +1,65 @@
+"""Small pictures that can be learned, a cache of them with made-up targets, and recipes that train in a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cache_tools.images import open_images
+from cache_tools.images.recipe import DatasetRecipe
+from tests.support import cache_factory
+from train.recipe import TrainRecipe
+
+CLASSES = ("blue", "green", "red")
+SIDE = 16
+
+
+def write_pictures(root: Path, *, train: int = 50, test: int = 21, seed: int = 0) -> Path:
+    """`train/CLASS/*.png` and `test/CLASS/*.png`: noise with a tint that tells the class."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", train), ("test", test)):
+        for number in range(count):
+            label = number % len(CLASSES)
+            pixels = rng.integers(0, 160, (SIDE, SIDE, 3))
+            pixels[..., 2 - label] += 60
+            folder = root / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03}.png")
+    return root
+
+
+def dataset(pictures: Path) -> DatasetRecipe:
+    return DatasetRecipe(name="folder", data_dir=pictures, image_size=SIDE)
+
+
+def write_cache(
+    path: Path, pictures: Path, *, blocks: int | None = None, drifted: bool = False, **manifest: Any
+) -> Path:
+    """A complete cache, or its first blocks; or one whose canaries have other pixels."""
+    images: Any = open_images(dataset(pictures))
+    built = cache_factory.tiny_manifest(images, **manifest).model_copy(update={"dataset": dataset(pictures)})
+    if drifted:
+        wrong = tuple(canary.model_copy(update={"pixel_digest": "0" * 32}) for canary in built.canaries)
+        built = built.model_copy(update={"canaries": wrong})
+    writer = cache_factory.create(path, built, images)
+    missing = writer.missing_blocks()
+    cache_factory.write(writer, cache_factory.tiny_targets(built), missing if blocks is None else missing[:blocks])
+    return path
+
+
+def recipe(cache: Path | str, out: Path, **changes: Any) -> TrainRecipe:
+    """Three epochs of resnet8 in batches of 16, on the CPU."""
+    data: dict[str, Any] = {
+        "name": "tiny",
+        "cache": str(cache),
+        "student": "resnet8",
+        "optimiser": {"learning_rate": 0.05},
+        "epochs": 3,
+        "batch_size": 16,
+        "device": "cpu",
+        "out": out,
+    }
+    return TrainRecipe.model_validate(data | changes)

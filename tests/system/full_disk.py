@@ -1,0 +1,154 @@
+"""Fill the disk just before chosen writes, see one clear error, free some space, and see the command go on.
+
+    python tests/system/full_disk.py
+
+The disk is a small one in memory, mounted in a namespace of this process's own: `unshare -rm` must be permitted. It is
+filled until the kernel says that there is no room, at a moment chosen by the file that is about to be written. The
+command must end with exit code 2 and one line that says so; what was committed is still there and nothing else can be
+read; after the space is freed the same command makes the cache of an undisturbed run. One JSON line per moment, then
+one with the sums; exit code 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.support import fault_cases
+from tests.support.fault_cases import Case, Found
+from tests.system.faults import Child, in_child
+
+DISK = "16m"
+# What is about to be written, as FOLDER/FILE, when the disk is full: the n-th file that matches.
+MOMENTS: dict[str, list[tuple[str, str, int]]] = {
+    "build": [
+        ("making the cache", r"labels/c\.", 1),
+        ("laying out the last array", r"commits/zarr\.", 1),
+        ("the first block", r"fused_logits/c\.0\.0\.", 1),
+        ("the middle of a block", r"fused_features/c\.1\.2\.", 1),
+        ("the commit of a block", r"commits/c\.1\.2\.", 1),
+    ],
+    "grow": [
+        ("making an array longer", r"fused_features/zarr\.json", 1),
+        ("promising the new views", r"\.zarr/zarr\.json", 1),
+        ("the first new block", r"fused_logits/c\.1\.0\.", 1),
+    ],
+    "push": [
+        ("copying metadata", r"sample_keys/", 1),
+        ("making it a cache", r"\.zarr/zarr\.json", 1),
+        ("copying a block", r"fused_features/c\.", 4),
+        ("the commit of a copied block", r"commits/c\.", 7),
+    ],
+    "recode": [
+        ("making the cache", r"fused_features_steps/c\.", 1),
+        ("a block", r"fused_logits/c\.1\.", 2),
+        ("the commit of a block", r"commits/c\.", 9),
+    ],
+}
+
+
+def disturb(case: Case, moment: tuple[str, str, int], disk: Path) -> dict[str, Any]:
+    """One line about one moment."""
+    what, pattern, number = moment
+    target = in_child(lambda: case.new_target(0))
+    answer = Child(lambda: _with_full_disk(case, target, pattern, number, disk), case.log).wait()
+    problems = _complaints(answer, case.log.read_text())
+    problems += [f"left behind: {file}" for file in Path(target).rglob("*.partial")]
+    half = Found(**in_child(lambda: case.look(target, [])))
+    _ballast(disk).unlink(missing_ok=True)
+    answer = Child(lambda: case.run(target), case.log).wait()
+    if answer != {"result": None}:
+        problems.append(f"the command does not go on: {answer} {case.log.read_text()}")
+    whole = Found(**in_child(lambda: case.look(target, [], finished=True)))
+    in_child(lambda: case.remove(target))
+    problems += [*half.problems, *whole.problems]
+    return {"of": case.name, "full": what, "committed": half.committed, "blocks": half.blocks, "problems": problems}
+
+
+def run(folder: Path, disk: Path) -> int:
+    """All moments of all commands; gives the number of problems."""
+    fault_cases.import_everything()
+    lines = []
+    for name, moments in MOMENTS.items():
+        with fault_cases.prepared(name, folder, in_child, places=disk) as case:
+            clean = in_child(lambda case=case: case.new_target(None))
+            in_child(lambda case=case, clean=clean: case.run(clean), case.log)
+            in_child(lambda case=case, clean=clean: case.keep_clean(clean))
+            for moment in moments:
+                lines.append(disturb(case, moment, disk))
+                print(json.dumps(lines[-1]), flush=True)
+            in_child(lambda case=case, clean=clean: case.remove(clean))
+    problems = sum(len(line["problems"]) for line in lines)
+    print(json.dumps({"full_disks": len(lines), "problems": problems}), flush=True)
+    return problems
+
+
+def permitted() -> bool:
+    """Whether a disk in memory can be mounted here."""
+    with tempfile.TemporaryDirectory() as folder, suppress(OSError):
+        probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", folder], capture_output=True)
+        return probe.returncode == 0
+    return False
+
+
+def _with_full_disk(case: Case, target: str, pattern: str, number: int, disk: Path) -> None:
+    opened, left = Path.open, number
+
+    def watched(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        if "w" in mode and re.search(pattern, f"{self.parent.name}/{self.name}"):
+            left -= 1
+            if left == 0:
+                _fill(opened, _ballast(disk))
+        return opened(self, mode, *args, **kwargs)
+
+    Path.open = watched  # type: ignore[method-assign, assignment]
+    case.run(target)
+
+
+def _fill(opened: Callable[..., Any], ballast: Path) -> None:
+    with suppress(OSError), opened(ballast, "wb", buffering=0) as file:
+        for size in (1 << 16, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+def _ballast(disk: Path) -> Path:
+    return disk / "ballast"
+
+
+def _complaints(answer: dict[str, Any] | None, log: str) -> list[str]:
+    """What is wrong with how a command ended."""
+    errors = [line for line in log.splitlines() if line.startswith("error:")]
+    complaints = []
+    if answer != {"exit": 2}:
+        complaints.append(f"not exit code 2: {answer}")
+    if len(errors) != 1 or "No space left on device" not in errors[0]:
+        complaints.append(f"not one line about the disk: {errors}")
+    if "Traceback" in log:
+        complaints.append(log)
+    return complaints
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if len(sys.argv) == 2:
+            sys.exit(1 if run(Path(folder), Path(sys.argv[1])) else 0)
+        shell = f'mount -t tmpfs -o size={DISK} none "$1" && exec "$2" "$3" "$1"'
+        command = ["unshare", "-rm", "sh", "-c", shell, "sh", folder, sys.executable, __file__]
+        sys.exit(subprocess.run(command).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""benchmarks/: each script runs as the README says, at its smallest, and prints one JSON line of sane figures.
+
+Never a bound on time: that is what the scripts are for, on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SAMPLES = 359  # the test split of the digits
+SMALLEST = ("--set", "dataset.split=test", "--rounds", "1", "--views", "2", "--threads", "1", "--device", "cpu")
+MORE = {"sweep_cost": ("--students", "resnet8,vgg8")}
+# script → variants timed, and each figure as a function of their seconds
+SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]]]] = {
+    "target_overhead": (
+        {"labels", "fed", "distilled"},
+        {
+            "ratio": lambda s: s["distilled"] / s["labels"],
+            "feed": lambda s: s["fed"] / s["labels"],
+            "loss": lambda s: s["distilled"] / s["fed"],
+        },
+    ),
+    "online_vs_cached": (
+        {"online", "cached", "teachers", "student"},
+        {
+            "speed_up": lambda s: s["online"] / s["cached"],
+            "ideal": lambda s: (s["teachers"] + s["student"]) / s["student"],
+            "achieved": lambda s: s["online"] / s["cached"] / ((s["teachers"] + s["student"]) / s["student"]),
+        },
+    ),
+    "sweep_cost": (
+        {"together", "separate", "bare"},
+        {"ratio": lambda s: s["together"] / s["bare"], "separate": lambda s: s["separate"] / s["bare"]},
+    ),
+    "build_overhead": ({"build", "bare"}, {"throughput": lambda s: s["bare"] / s["build"]}),
+}
+
+
+def start(script: str, *options: str) -> subprocess.Popen[str]:
+    # Not in the repository's folder: the scripts must not depend on where they are called from.
+    return subprocess.Popen(
+        [sys.executable, BENCHMARKS / f"{script}.py", *options],
+        cwd="/",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def lines() -> dict[str, dict[str, Any]]:
+    """What each script printed. All run at once: most of their time goes into imports."""
+    running = {script: start(script, *SMALLEST, *MORE.get(script, ())) for script in SCRIPTS}
+    printed = {}
+    for script, process in running.items():
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        (line,) = out.splitlines()
+        printed[script] = json.loads(line)
+    return printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_benchmark_prints_one_line_of_figures(lines: dict[str, dict[str, Any]], script: str):
+    figures = lines[script]
+    variants, ratios = SCRIPTS[script]
+    assert figures["benchmark"] == script
+    for of_clock, seconds in ((figures, figures["median_s"]), (figures["processor"], figures["median_processor_s"])):
+        assert seconds.keys() == variants
+        assert all(value > 0 for value in seconds.values())
+        for name, ratio in ratios.items():
+            assert of_clock[name].keys() == {"median", "q1", "q3"}
+            assert all(math.isfinite(value) and value > 0 for value in of_clock[name].values())
+            assert of_clock[name]["median"] == pytest.approx(ratio(seconds), rel=2e-3)  # of one round
+    assert figures["n"] == (2 * SAMPLES if script == "build_overhead" else SAMPLES)
+    assert (figures["rounds"], figures["views"], figures["threads"]) == (1, 2, 1)
+    assert figures["device"].startswith("cpu")
+    assert all(figures[key] for key in ("clock", "python", "torch", "timm", "open_clip_torch", "zarr"))
+
+
+def test_the_price_of_stopping_early_is_told(tmp_path: Path):
+    """Two rates of which one is hopeless: what was saved, and where the one that was kept stands in the whole."""
+    process = start("asha", *SMALLEST, "--rates", "0.0001,0.1", "--keep-one-in", "2", "--epochs", "3")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    line = json.loads(out)
+    assert line["epochs"]["median"] == pytest.approx((2 + 3) / 6, abs=1e-4)
+    assert line["time"]["median"] > 0
+    assert line["rank_of_kept"][0] in (1, 2)
+    assert (line["kept_best"] == 1) == (line["rank_of_kept"] == [1]) == (line["behind"]["mean"] == 0)
+
+
+def test_trouble_is_one_line_and_exit_code_2():
+    process = start("build_overhead", "--set", "num_vews=3")
+    out, errors = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1

@@ -1,0 +1,113 @@
+"""docs/codecs.md: its figures are those of the recorded run, its code reads a cache, its codecs and defaults exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_tools.codecs import CODECS
+from cache_tools.codecs.presets import PRESETS
+from cache_tools.derive.codec_spec import codecs_for
+from cache_tools.reader import TeacherCache
+from tests.support.cache_factory import build, tiny_images, tiny_manifest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/codecs.md").read_text()
+LINES = [json.loads(line) for line in (ROOT / "benchmarks/results/codec-table.jsonl").read_text().splitlines()]
+TARGETS = {"1000 classes": "imagenet-1000", "100 classes": "imagenet-100-every-tenth", "10 classes": "fashion-mnist-10"}
+
+
+def tables() -> dict[str, list[list[str]]]:
+    """The rows of every table by the line before it."""
+    found: dict[str, list[list[str]]] = {}
+    for title, body in re.findall(r"^(.+)\n\n((?:\|.*\n)+)", TEXT, re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in body.splitlines()]
+        found[title] = [rows[0], *rows[2:]]
+    return found
+
+
+COSTS = [
+    (TARGETS[title.partition(" (")[0]], *row)
+    for title, rows in tables().items()
+    if rows[0][0] == "stored"
+    for row in rows[1:]
+]
+
+
+def worst(errors: dict[str, float], temperature: int) -> float | None:
+    return max((error for key, error in errors.items() if key.endswith(f"@{temperature}")), default=None)
+
+
+def shown(value: float | None, like: str) -> str:
+    """A percentage with as many digits behind the point as `like` has."""
+    digits = len(like.removesuffix(" %").partition(".")[2])
+    return "–" if value is None else f"{value:.{digits}f} %"
+
+
+def belongs(line: dict[str, Any], stored: str) -> bool:
+    codec, rival = line.get("codec", {}).get("codec"), line.get("rival", "")
+    if stored.startswith("top-"):
+        return rival.startswith(stored.partition(" ")[0].removesuffix(","))
+    return not rival and stored.startswith(f"`{codec}`") and bool(line.get("features")) == ("→ head" in stored)
+
+
+def test_there_are_tables_for_all_three() -> None:
+    assert {cost[0] for cost in COSTS} == set(TARGETS.values())
+    assert len(COSTS) == 21
+
+
+@pytest.mark.parametrize(("targets", "stored", "packed", "size", "at_1", "at_4"), COSTS)
+def test_every_figure_is_of_the_recorded_run(
+    targets: str, stored: str, packed: str, size: str, at_1: str, at_4: str
+) -> None:
+    matching = []
+    for line in LINES:
+        if line["targets"] != targets or not belongs(line, stored):
+            continue
+        errors = line["g_even_tail"] if "even tail" in stored and "g_even_tail" in line else line["g"]
+        digits = len(size.partition(".")[2])
+        figures = (
+            f"{line['bytes']:.{digits}f}",
+            *(shown(worst(errors, t), like) for t, like in ((1, at_1), (4, at_4))),
+        )
+        pack = line.get("codec", {}).get("pack", "zstd")
+        if figures == (size, at_1, at_4) and (pack in packed or line["codec"].get("reference") == "max"):
+            matching.append(line)
+    assert len(matching) == 1
+
+
+def test_presets_and_codecs_are_all_there_with_their_defaults() -> None:
+    (presets,) = (rows for rows in tables().values() if rows[0][0] == "preset")
+    assert [row[0].strip("`") for row in presets[1:]] == list(PRESETS)
+    recipe = tiny_manifest(tiny_images(), canaries=False).recipe
+    for name, logits, features, opens, _ in presets[1:]:
+        codecs = codecs_for(name.strip("`"), recipe)
+        for described, codec in ((logits, codecs.logits), (features, codecs.features)):
+            words = {"half precision": "float16", "as computed": "float32"}
+            assert words.get(described, described.partition(",")[0].strip("`")) == codec.codec
+        assert ("pcodec" in opens) == ("pcodec" in {getattr(codecs.features, "pack", None)})
+    (codecs_table,) = (rows for rows in tables().values() if rows[0][0] == "codec")
+    assert {name.strip("`") for row in codecs_table[1:] for name in row[0].split(", ")} == set(CODECS)
+    for row in codecs_table[1:]:
+        for parameter, default in re.findall(r"`([a-z_]+)` \(([0-9./]+)[) ]", row[2]):
+            number = eval(default, {}, {})
+            assert getattr(CODECS[row[0].strip("`")](), parameter) == pytest.approx(number)
+
+
+def test_the_reader_in_the_text_reads_a_compact_cache(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"^import (\w+)", code, re.MULTILINE)) == {"numpy", "zarr"}
+    assert "from " not in code.replace('"""', "")
+    names: dict[str, Any] = {}
+    exec(compile(code, "codecs.md", "exec"), names)
+    build(tmp_path / "c", tiny_manifest(tiny_images(), codec="compact"), tiny_images())
+    cache = TeacherCache.open(tmp_path / "c")
+    for view in range(3):
+        logits, features = names["read_compact"](tmp_path / "c", view)
+        np.testing.assert_allclose(logits, cache.read_array("fused_logits", view), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(features, cache.read_array("fused_features", view))

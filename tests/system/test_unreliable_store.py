@@ -1,0 +1,141 @@
+"""A store that fails a fifth of its requests, clients that are killed: what is committed is right, the rest goes on."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cache_tools.errors import StorageError
+from cache_tools.integrity.local import verify
+from cache_tools.places import LocalPlace, Place, RemotePlace, open_place
+from cache_tools.places.claims import Claims
+from cache_tools.places.transfer import committed, copy_cache
+from tests.support.cache_factory import build, tiny_images, tiny_manifest
+from tests.support.flaky_proxy import FAILURES, FlakyProxy, flaky_proxy
+from tests.support.s3_server import new_bucket
+
+IMAGES = tiny_images()
+MANIFEST = tiny_manifest(IMAGES)
+BLOCKS = MANIFEST.num_views * MANIFEST.num_blocks
+
+
+@pytest.fixture
+def proxy(server: str) -> Iterator[FlakyProxy]:
+    """A proxy that fails nothing yet, in front of the S3 server."""
+    with flaky_proxy(seed=3) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def place(proxy: FlakyProxy) -> Place:
+    bucket = new_bucket()
+    proxy.forget()
+    return open_place(f"s3://{bucket}/group/cache.zarr")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> LocalPlace:
+    build(tmp_path / "cache.zarr", MANIFEST, IMAGES)
+    return LocalPlace(tmp_path / "cache.zarr")
+
+
+def files(place: Place) -> dict[str, bytes]:
+    return {entry.key: place.read(entry.key) for entry in place.entries()}
+
+
+def test_every_request_is_repeated_until_it_is_answered(proxy: FlakyProxy, place: Place) -> None:
+    proxy.fail(0.2)
+    for number in range(12):
+        place.put(f"put/{number}", bytes([number]) * 5000)
+        assert place.put(f"new/{number}", b"mine", only_new=True), "ours, even if the answer got lost"
+        assert not place.put(f"new/{number}", b"another's", only_new=True)
+        assert place.read(f"put/{number}") == bytes([number]) * 5000
+        assert place.folders() == ["new", "put"]
+        with pytest.raises(FileNotFoundError):
+            place.read(f"absent/{number}")
+    for _ in range(10):
+        assert len(list(place.entries())) == 24
+    place.delete([entry.key for entry in place.entries()])
+    proxy.fail(0.0)
+    assert list(place.entries()) == []
+    assert {seen.failure for seen in proxy.seen} == {*FAILURES, None}, "each kind was met"
+
+
+def test_a_claim_whose_answer_got_lost_is_held(proxy: FlakyProxy, place: Place) -> None:
+    proxy.fail(0.2)
+    pairs = [(0, block) for block in range(6)]
+    with Claims(place) as claims:
+        assert [claims.claim(pair) for pair in pairs] == [True] * 6
+        with Claims(place) as other:
+            assert not any(other.claim(pair) for pair in pairs)
+        for pair in pairs:
+            claims.release(pair)
+
+
+def test_push_and_pull_through_a_store_that_fails_a_fifth(
+    proxy: FlakyProxy, place: Place, cache: LocalPlace, tmp_path: Path
+) -> None:
+    proxy.fail(0.2)
+    assert copy_cache(cache, place).blocks == BLOCKS
+    back = LocalPlace(tmp_path / "back.zarr")
+    assert copy_cache(place, back).blocks == BLOCKS
+    failed = sum(seen.failure is not None for seen in proxy.seen)
+    assert failed > 0.1 * len(proxy.seen)
+    assert files(back) == files(cache)
+    proxy.fail(0.0)
+    assert files(place) == files(cache)
+
+
+def test_a_store_that_fails_for_good_is_one_clear_error(proxy: FlakyProxy, place: Place, cache: LocalPlace) -> None:
+    copy_cache(cache, place, views=[0])
+    proxy.fail(1.0)
+    impatient = RemotePlace(str(place), patience_s=1.0)
+    with pytest.raises(StorageError, match=r"does not answer as it should.*the same command goes on") as caught:
+        copy_cache(cache, impatient)
+    assert "\n" not in str(caught.value)
+    proxy.fail(0.0)
+    assert committed(place) == {(0, block) for block in range(MANIFEST.num_blocks)}
+    assert copy_cache(cache, place).blocks_there == MANIFEST.num_blocks
+
+
+@pytest.mark.parametrize(("direction", "requests"), [("push", 17), ("push", 47), ("pull", 4), ("pull", 30)])
+def test_a_killed_copy_goes_on(
+    proxy: FlakyProxy, place: Place, cache: LocalPlace, tmp_path: Path, direction: str, requests: int
+) -> None:
+    """SIGKILL when so many requests were answered; the rerun moves only what is missing, and nothing wrong is there."""
+    back = LocalPlace(tmp_path / "back.zarr")
+    if direction == "pull":
+        copy_cache(cache, place)
+    source, target = (cache, place) if direction == "push" else (place, back)
+    proxy.stop_after(requests)
+    process = subprocess.Popen([sys.executable, "-m", "cache_tools.cli", "copy", str(source), str(target)])
+    assert proxy.full.wait(300)
+    process.kill()
+    process.wait()
+    proxy.go_on()
+    there = committed(target)
+    assert len(there) < BLOCKS
+    for key, data in files(target).items():  # every file is whole or not there
+        assert data == cache.read(key)
+    proxy.forget()
+    moved = copy_cache(source, target)
+    assert (moved.blocks, moved.blocks_there) == (BLOCKS - len(there), len(there))
+    assert files(target) == files(cache)
+    in_cache = [seen for seen in proxy.seen if "/cache.zarr/" in seen.path]  # not the claims beside it
+    carried = sum(seen.sent if direction == "push" else seen.received for seen in in_cache)
+    if direction == "push":
+        assert carried == moved.bytes
+    again = proxy.paths("PUT" if direction == "push" else "GET")
+    assert not [path for view, block in there for path in again if path.endswith(f"/commits/c.{view}.{block}.0")]
+    if direction == "pull":
+        assert verify(back.path).sound
+
+
+def test_the_proxy_counts_what_passes(proxy: FlakyProxy, place: Place) -> None:
+    place.put("a", bytes(1000))
+    place.read("a")
+    assert [(seen.method, seen.sent, seen.received) for seen in proxy.seen] == [("PUT", 1000, 0), ("GET", 0, 1000)]
+    assert os.environ["AWS_ENDPOINT_URL"] != proxy.upstream.geturl()

@@ -1,0 +1,79 @@
+"""Confusions equal plain counting; the picture is drawn for few and for many classes."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from train.evaluate.confusion import class_figures, confused_pairs, confusion_frame, confusion_matrix, plot_confusion
+
+NAMES = ("cat", "dog", "owl", "yak")
+# Nobody is a yak, though two were taken for one.
+MATRIX = np.array([[5, 3, 0, 2], [1, 9, 0, 0], [0, 3, 3, 0], [0, 0, 0, 0]])
+
+
+def test_counts_are_label_by_answer():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(500, 7)).astype(np.float32), rng.integers(0, 7, 500)
+    expected = np.zeros((7, 7), int)
+    for row, label in zip(logits, labels, strict=True):
+        expected[label, int(np.argmax(row))] += 1
+    found = confusion_matrix(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert found.dtype == np.int64
+    assert np.array_equal(found, expected)
+
+
+def test_the_table_has_every_count_and_the_whole_diagonal():
+    table = confusion_frame(MATRIX, NAMES)
+    assert table.columns == ["label", "label_name", "predicted", "predicted_name", "count", "share"]
+    rows = {(row["label_name"], row["predicted_name"]): row for row in table.to_dicts()}
+    assert len(rows) == 4 + 4
+    assert rows["cat", "yak"]["count"] == 2
+    assert rows["cat", "yak"]["share"] == pytest.approx(0.2)
+    assert rows["yak", "yak"] | {"count": 0, "share": None} == rows["yak", "yak"]
+    assert table["count"].sum() == MATRIX.sum()
+    assert table["share"].dtype == pl.Float64
+
+
+def test_classes_have_accuracy_and_precision():
+    cat, dog, owl, yak = class_figures(MATRIX, NAMES)
+    assert (cat.n, cat.accuracy, cat.precision) == (10, 0.5, pytest.approx(5 / 6))
+    assert (dog.accuracy, dog.precision) == (0.9, pytest.approx(9 / 15))
+    assert (owl.label, owl.name, owl.precision) == (2, "owl", 1.0)
+    assert (yak.n, yak.accuracy, yak.precision) == (0, None, 0.0)
+
+
+def test_pairs_are_sorted_by_mistakes_then_share():
+    pairs = confused_pairs(MATRIX, NAMES)
+    assert [(pair.label, pair.predicted, pair.count) for pair in pairs] == [
+        ("owl", "dog", 3),  # half of the owls
+        ("cat", "dog", 3),
+        ("cat", "yak", 2),
+        ("dog", "cat", 1),
+    ]
+    assert pairs[0].share == pytest.approx(0.5)
+    assert confused_pairs(MATRIX, NAMES, 1) == pairs[:1]
+    assert confused_pairs(np.diag([3, 4]), ("a", "b")) == ()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_the_picture_is_a_png_with_something_in_it(classes: int):
+    rng = np.random.default_rng(classes)
+    matrix = rng.poisson(0.3, (classes, classes)) + 20 * np.eye(classes, dtype=np.int64)
+    names = [f"a rather long name of class {label}" for label in range(classes)]
+    data = plot_confusion(matrix, names, "title")
+    assert data.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    assert 900 < width < 2500
+    assert 600 < height < 2000
+    clean = plot_confusion(np.diag(np.full(classes, 20)), names, "title")
+    assert clean != data
+
+
+def test_names_are_text_and_not_formulae():
+    names = (r"$\foo{$", "a $5 bill and a $10 bill", "$", "yak")
+    assert plot_confusion(MATRIX, names, r"$\foo{$").startswith(b"\x89PNG")

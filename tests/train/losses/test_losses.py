@@ -1,0 +1,425 @@
+"""Losses and their gradients: golden data of the reference implementations, slow float64 formulas, extreme input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cache_tools.errors import RecipeError
+from train import losses
+from train.losses import contrastive
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+BATCHES = ("b16_c20", "b8_c100")
+Data = dict[str, Tensor]
+
+
+def load(name: str) -> Data:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Largest difference relative to the largest expected value."""
+    scale = max(float(expected.abs().max()), 1e-12)
+    assert float((actual.double() - expected.double()).abs().max()) <= tolerance * scale
+
+
+def value_and_grad(loss: Callable[[Tensor], Tensor], student: Tensor) -> tuple[Tensor, Tensor]:
+    student = student.clone().requires_grad_()
+    value = loss(student)
+    (grad,) = torch.autograd.grad(value, student)
+    return value.detach(), grad
+
+
+def richkd_logit(scale: float) -> Callable[[Data, Tensor], Tensor]:
+    return lambda d, s: 3 * losses.kd(s, 0.7 * d["teacher_logits"] + 0.3 * scale * d["clip_cosine"], 3.0)
+
+
+LOGIT_CASES: dict[str, Callable[[Data, Tensor], Tensor]] = {
+    "ce": lambda d, s: losses.cross_entropy(s, d["labels"]),
+    "kd_T4": lambda d, s: losses.kd(s, d["teacher_logits"], 4.0),
+    "kd_total_T4_ce0.1_kd0.9": lambda d, s: (
+        0.1 * losses.cross_entropy(s, d["labels"]) + 0.9 * losses.kd(s, d["teacher_logits"], 4.0)
+    ),
+    "richkd_logit_a0.7_T3_w3_scale1": richkd_logit(1.0),
+    "richkd_logit_a0.7_T3_w3_scale100": richkd_logit(100.0),
+    "dkd_a1_b8_T4": lambda d, s: losses.dkd(s, d["teacher_logits"], d["labels"], 1.0, 8.0, 4.0),
+    "lskd_T2_w9": lambda d, s: 9 * losses.standardised_kd(s, d["teacher_logits"], 2.0),
+}
+FEATURE_CASES: dict[str, Callable[[Data, Tensor], Tensor]] = {
+    "feature_mse": lambda d, s: losses.feature_mse(s, d["teacher_features"]),
+    "feature_cosine": lambda d, s: losses.feature_cosine(s, d["teacher_features"]),
+    "rkd_d25_a50": lambda d, s: losses.rkd(s, d["teacher_features"], 25.0, 50.0),
+    "pkt": lambda d, s: losses.pkt(s, d["teacher_features"]),
+}
+TOTAL_CASES: dict[str, Callable[[Data, Tensor], Tensor]] = {
+    "lskd_total_T2_ce0.1_kd9": lambda d, s: (
+        0.1 * losses.cross_entropy(s, d["labels"]) + 9 * losses.standardised_kd(s, d["teacher_logits"], 2.0)
+    ),
+    "lsdkd_total_a9_b72_T2_ce1_epoch30_warmup20": lambda d, s: (
+        losses.cross_entropy(s, d["labels"])
+        + losses.dkd(losses.standardise(s), losses.standardise(d["teacher_logits"]), d["labels"], 9.0, 72.0, 2.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", [*LOGIT_CASES, *FEATURE_CASES])
+def test_golden(batch: str, name: str) -> None:
+    data = load(f"losses_{batch}")
+    case, student = (
+        (LOGIT_CASES[name], "student_logits") if name in LOGIT_CASES else (FEATURE_CASES[name], "student_features")
+    )
+    value, grad = value_and_grad(lambda s: case(data, s), data[student])
+    assert_near(value, data[f"{name}.loss"], 1e-5)
+    assert_near(grad, data[f"{name}.grad"], 1e-5)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", list(TOTAL_CASES))
+def test_golden_totals(batch: str, name: str) -> None:
+    data = load(f"more_losses_{batch}")
+    value, grad = value_and_grad(lambda s: TOTAL_CASES[name](data, s), data["student_logits"])
+    assert_near(value, data[f"{name}.loss"], 1e-5)
+    assert_near(grad, data[f"{name}.grad"], 1e-5)
+
+
+def softmax64(row: np.ndarray) -> np.ndarray:
+    powers = np.exp(row - row.max())
+    return powers / powers.sum()
+
+
+def slow_kd(student: np.ndarray, target: np.ndarray, temperature: float) -> float:
+    total = 0.0
+    for s, t in zip(student, target, strict=True):
+        q, p = softmax64(s / temperature), softmax64(t / temperature)
+        total += sum(pc * (math.log(pc) - math.log(qc)) for pc, qc in zip(p, q, strict=True))
+    return temperature**2 * total / len(student)
+
+
+def slow_dkd(
+    student: np.ndarray, target: np.ndarray, labels: np.ndarray, alpha: float, beta: float, temperature: float
+) -> float:
+    total = 0.0
+    for s, t, label in zip(student, target, labels, strict=True):
+        q, p = softmax64(s / temperature), softmax64(t / temperature)
+        tckd = p[label] * math.log(p[label] / q[label]) + (1 - p[label]) * math.log((1 - p[label]) / (1 - q[label]))
+        q_rest, p_rest = (np.delete(x, label) / (1 - x[label]) for x in (q, p))
+        nckd = sum(pc * math.log(pc / qc) for pc, qc in zip(p_rest, q_rest, strict=True))
+        total += alpha * tckd + beta * nckd
+    return temperature**2 * total / len(student)
+
+
+def slow_rkd(student: np.ndarray, target: np.ndarray, distance_weight: float, angle_weight: float) -> float:
+    def smooth_l1(a: float, b: float) -> float:
+        return 0.5 * (a - b) ** 2 if abs(a - b) < 1 else abs(a - b) - 0.5
+
+    def relations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = len(x)
+        distance = np.array([[np.linalg.norm(x[i] - x[j]) for j in range(count)] for i in range(count)])
+        unit = np.zeros((count, count, x.shape[1]))
+        for i in range(count):
+            for j in range(count):
+                if i != j:
+                    unit[i, j] = (x[j] - x[i]) / distance[i, j]
+        angle = np.array(
+            [[[unit[i, j] @ unit[i, k] for k in range(count)] for j in range(count)] for i in range(count)]
+        )
+        return distance / distance[distance > 0].mean(), angle
+
+    (sd, sa), (td, ta) = relations(student), relations(target)
+    distance = np.mean([smooth_l1(a, b) for a, b in zip(sd.flat, td.flat, strict=True)])
+    angle = np.mean([smooth_l1(a, b) for a, b in zip(sa.flat, ta.flat, strict=True)])
+    return distance_weight * float(distance) + angle_weight * float(angle)
+
+
+def slow_pkt(student: np.ndarray, target: np.ndarray) -> float:
+    def affinity(x: np.ndarray) -> np.ndarray:
+        unit = x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-7)
+        similarity = (unit @ unit.T + 1) / 2
+        return similarity / similarity.sum(axis=1, keepdims=True)
+
+    s, t = affinity(student), affinity(target)
+    return float(np.mean(t * np.log((t + 1e-7) / (s + 1e-7))))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_logit_losses_equal_slow_formulas(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    student, target, labels = rng.normal(0, 3, (6, 7)), rng.normal(0, 3, (6, 7)), rng.integers(0, 7, 6)
+    s, t, y = map(torch.from_numpy, (student, target, labels))
+    assert float(losses.kd(s, t, temperature)) == pytest.approx(slow_kd(student, target, temperature), rel=1e-12)
+    assert float(losses.dkd(s, t, y, 1.5, 4.0, temperature)) == pytest.approx(
+        slow_dkd(student, target, labels, 1.5, 4.0, temperature), rel=1e-11
+    )
+    rows = [(x - x.mean(1, keepdims=True)) / (1e-7 + x.std(1, ddof=1, keepdims=True)) for x in (student, target)]
+    assert float(losses.standardised_kd(s, t, temperature)) == pytest.approx(slow_kd(*rows, temperature), rel=1e-11)
+    picked = [-math.log(softmax64(row)[label]) for row, label in zip(student, labels, strict=True)]
+    assert float(losses.cross_entropy(s, y)) == pytest.approx(np.mean(picked), rel=1e-12)
+
+
+def test_relational_losses_equal_slow_formulas_for_different_widths() -> None:
+    rng = np.random.default_rng(1)
+    student, target = rng.normal(size=(6, 3)), rng.normal(size=(6, 5))
+    s, t = torch.from_numpy(student), torch.from_numpy(target)
+    assert float(losses.rkd(s, t, 25.0, 50.0)) == pytest.approx(slow_rkd(student, target, 25.0, 50.0), rel=1e-11)
+    assert float(losses.pkt(s, t)) == pytest.approx(slow_pkt(student, target), rel=1e-10)
+
+
+def test_gradients_are_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, target = (torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    labels = torch.tensor([0, 4, 2, 2])
+    for loss in (
+        lambda s: losses.kd(s, target, 3.0),
+        lambda s: losses.dkd(s, target, labels, 1.0, 8.0, 4.0),
+        lambda s: losses.standardised_kd(s, target, 2.0),
+        lambda s: losses.feature_cosine(s, target),
+        lambda s: losses.rkd(s, target),
+        lambda s: losses.pkt(s, target),
+    ):
+        assert torch.autograd.gradcheck(loss, (student,))
+
+
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_extreme_logits_give_finite_losses_and_gradients(size: float) -> None:
+    student = torch.tensor([[size, -size, 0.0], [0.0, 0.0, size]])
+    target = torch.tensor([[-size, size, 0.0], [size, 1.0, -1.0]])
+    labels = torch.tensor([2, 0])
+    for loss in (
+        lambda s: losses.cross_entropy(s, labels),
+        lambda s: losses.kd(s, target, 1.0),
+        lambda s: losses.dkd(s, target, labels, 1.0, 8.0, 4.0),
+    ):
+        value, grad = value_and_grad(loss, student)
+        assert value.isfinite()
+        assert grad.isfinite().all()
+
+
+def test_dkd_stays_right_where_a_mask_of_minus_1000_leaks() -> None:
+    student = torch.tensor([[4000.0, 1.0, 0.0]], dtype=torch.float64)
+    target = torch.tensor([[4000.0, 0.0, 1.0]], dtype=torch.float64)
+    expected = slow_kd(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]), 1.0)
+    value = losses.dkd(student, target, torch.tensor([0]), 0.0, 1.0, 1.0)
+    assert float(value) == pytest.approx(expected, rel=1e-12)
+
+
+def test_rows_without_scale_or_direction_give_finite_gradients_of_ordinary_size() -> None:
+    flat, target = torch.zeros(4, 6), torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    flat[2] = 3.0
+    for loss in (losses.feature_cosine, losses.rkd, lambda s, t: losses.standardised_kd(s, t, 2.0)):
+        value, grad = value_and_grad(lambda s, loss=loss: loss(s, target), flat)
+        assert value.isfinite()
+        assert grad.isfinite().all()
+        assert grad.abs().max() < 1e3
+    _, grad = value_and_grad(lambda s: losses.pkt(s, target), flat)
+    assert grad.isfinite().all()
+    same = torch.ones(3, 4)  # a batch of one point: no distance is above 0
+    assert value_and_grad(lambda s: losses.rkd(s, same), same)[1].isfinite().all()
+
+
+def test_half_precision_input_is_computed_in_float32() -> None:
+    data = load("losses_b16_c20")
+    for name in ("kd_T4", "rkd_d25_a50", "pkt"):
+        case = {**LOGIT_CASES, **FEATURE_CASES}[name]
+        key = "student_logits" if name in LOGIT_CASES else "student_features"
+        half = data[key].half()
+        plain = case(data, half.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = case(data, half)
+        assert mixed.dtype is torch.float32
+        assert torch.equal(mixed, plain)
+
+
+# Contrastive distillation
+
+
+def memory_of(data: Data, negatives: int) -> losses.ContrastiveMemory:
+    samples, dim = data["memory_student.0"].shape
+    memory = losses.ContrastiveMemory(samples, dim, negatives, 0.07, 0.5)
+    memory.memory_student.copy_(data["memory_student.0"])
+    memory.memory_target.copy_(data["memory_target.0"])
+    return memory
+
+
+def embed(data: Data, name: str, features: Tensor) -> Tensor:
+    return losses.unit_rows(F.linear(features, data[f"embed_{name}.weight"], data[f"embed_{name}.bias"]))
+
+
+@pytest.mark.parametrize("dense_ratio", [0, 1000])
+def test_crd_golden(dense_ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive, "DENSE_RATIO", dense_ratio)  # gathered rows, or one product with the memory
+    data = load("crd")
+    memory = memory_of(data, negatives=40)
+    for k in range(2):
+        target = embed(data, "target", data[f"step{k}.target_features"])
+        value, grad = value_and_grad(
+            lambda s, target=target, k=k: memory(
+                embed(data, "student", s), target, data[f"step{k}.index"], data[f"step{k}.contrast_index"]
+            ),
+            data[f"step{k}.student_features"],
+        )
+        assert_near(value, data[f"step{k}.loss"], 1e-5)
+        assert_near(grad, data[f"step{k}.grad_student_features"], 1e-4)
+        assert_near(memory.log_normaliser.exp(), data[f"step{k}.Z"], 1e-5)
+        assert_near(memory.memory_student, data[f"step{k}.memory_student"], 1e-5)
+        assert_near(memory.memory_target, data[f"step{k}.memory_target"], 1e-5)
+
+
+def test_richkd_golden_whole_objective() -> None:
+    data = load("richkd_b16")
+    alpha = float(data["alpha"])
+    memory = memory_of(data, negatives=24)
+    embedding_names = [f"embed_{who}.{part}" for who in ("student", "teacher", "clip") for part in ("weight", "bias")]
+    for name in embedding_names:
+        data[name].requires_grad_()
+    for k in range(2):
+        step = {key.removeprefix(f"step{k}."): value for key, value in data.items() if key.startswith(f"step{k}.")}
+        logits, features = step["student_logits"].requires_grad_(), step["student_features"].requires_grad_()
+        teacher, clip = embed(data, "teacher", step["teacher_features"]), embed(data, "clip", step["clip_features"])
+        fused = losses.unit_rows(alpha * teacher + (1 - alpha) * clip)
+        target = alpha * step["teacher_logits"] + (1 - alpha) * step["clip_cosine"]
+        terms = {
+            "loss_ce": losses.cross_entropy(logits, step["labels"]),
+            "loss_logit": 3 * losses.kd(logits, target, 3.0),
+            "loss_feature": 0.8
+            * memory(embed(data, "student", features), fused, step["index"], step["contrast_index"]),
+        }
+        total = sum(terms.values(), torch.zeros(()))
+        inputs = [logits, features, *(data[name] for name in embedding_names)]
+        grads = torch.autograd.grad(total, inputs)
+        for name, value in {**terms, "loss": total}.items():
+            assert_near(value.detach(), step[name], 1e-5)
+        for name, grad in zip(["student_logits", "student_features", *embedding_names], grads, strict=True):
+            assert_near(grad, step[f"grad_{name}"], 1e-4)
+        assert_near(memory.log_normaliser.exp(), step["Z"], 1e-5)
+        assert_near(memory.memory_student, step["memory_student"], 1e-5)
+        assert_near(memory.memory_target, step["memory_target"], 1e-5)
+
+
+def unit64(*shape: int, seed: int) -> Tensor:
+    vectors = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(vectors, dim=-1)
+
+
+def test_crd_equals_slow_formula_and_its_gradient_is_its_derivative() -> None:
+    n, k, batch, dim, temperature = 30, 9, 4, 3, 0.1
+    memory = losses.ContrastiveMemory(n, dim, k, temperature, 0.5, seed=5).double().eval()
+    labels = torch.arange(n) % 3
+    index = torch.tensor([3, 29, 0, 14])
+    contrast = losses.NegativeSampler(labels, k)(index, torch.Generator().manual_seed(0))
+    student, target = unit64(batch, dim, seed=1), unit64(batch, dim, seed=2)
+
+    expected, chance = 0.0, k / n
+    for bank, unit in ((memory.memory_target, student), (memory.memory_student, target)):
+        out = np.array([[math.exp(float(bank[j] @ unit[b]) / temperature) for j in contrast[b]] for b in range(batch)])
+        p = out / (out.mean() * n)
+        positive = np.log(p[:, 0] / (p[:, 0] + chance + 1e-7)).sum()
+        negative = np.log(chance / (p[:, 1:] + chance + 1e-7)).sum()
+        expected -= (positive + negative) / batch
+    assert float(memory(student, target, index, contrast)) == pytest.approx(expected, rel=1e-10)
+    assert memory.log_normaliser.isnan().all(), "eval mode changes nothing"
+
+    memory.log_normaliser.copy_(torch.tensor([3.0, 4.0]))  # a constant, so that finite differences see it as one
+    both = (student.requires_grad_(), target.requires_grad_())
+    assert torch.autograd.gradcheck(lambda s, t: memory(s, t, index, contrast), both)
+
+
+def test_crd_is_finite_where_exp_overflows() -> None:
+    memory = losses.ContrastiveMemory(20, 4, 6, temperature=1e-3)
+    unit = unit64(3, 4, seed=0).float()
+    contrast = torch.arange(21).reshape(3, 7) % 20
+    for _ in range(2):
+        value, grad = value_and_grad(lambda s: memory(s, unit, contrast[:, 0], contrast), unit)
+        assert value.isfinite()
+        assert grad.isfinite().all()
+
+
+def test_crd_state_resumes_exactly() -> None:
+    labels = torch.arange(40) % 4
+    sampler = losses.NegativeSampler(labels, 10)
+    index = torch.arange(0, 40, 5)
+    contrast = sampler(index, torch.Generator().manual_seed(0))
+    units = [(unit64(8, 6, seed=k).float(), unit64(8, 6, seed=9 + k).float()) for k in range(4)]
+    straight = losses.ContrastiveMemory(40, 6, 10, seed=1)
+    outputs = [straight(s, t, index, contrast) for s, t in units]
+    first = losses.ContrastiveMemory(40, 6, 10, seed=1)
+    for s, t in units[:2]:
+        first(s, t, index, contrast)
+    resumed = losses.ContrastiveMemory(40, 6, 10, seed=2)
+    resumed.load_state_dict(first.state_dict())
+    for (s, t), expected in zip(units[2:], outputs[2:], strict=True):
+        assert torch.equal(resumed(s, t, index, contrast), expected)
+    assert torch.equal(resumed.memory_student, straight.memory_student)
+
+
+# Negatives
+
+
+def draws(labels: Tensor, negatives: int, index: Tensor, times: int) -> Tensor:
+    sampler = losses.NegativeSampler(labels, negatives)
+    generator = torch.Generator().manual_seed(7)
+    return torch.stack([sampler(index, generator) for _ in range(times)])
+
+
+def test_negatives_are_distinct_samples_of_other_classes() -> None:
+    labels = torch.randint(0, 5, (203,), generator=torch.Generator().manual_seed(0))
+    index = torch.arange(203)
+    fewest = 203 - int(torch.bincount(labels).max())
+    for contrast in draws(labels, fewest, index, times=5):
+        assert torch.equal(contrast[:, 0], index)
+        assert (labels[contrast[:, 1:]] != labels[:, None]).all()
+        assert all(len(row.unique()) == len(row) for row in contrast)
+
+
+def test_every_sample_of_another_class_is_equally_likely() -> None:
+    labels = torch.tensor([0] * 5 + [1] * 9 + [2] * 3 + [3] * 6)
+    index = torch.tensor([0, 6, 15, 22])
+    times, k = 6000, 5
+    contrast = draws(labels, k, index, times)
+    for row, sample in enumerate(index):
+        counts = torch.bincount(contrast[:, row, 1:].flatten(), minlength=len(labels)).double()
+        others = labels != labels[sample]
+        share = k / int(others.sum())
+        spread = math.sqrt(times * share * (1 - share))
+        assert ((counts[others] - times * share).abs() < 4.5 * spread).all()
+
+
+def test_too_few_other_samples_repeat_evenly() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    for contrast in draws(labels, 6, torch.tensor([0]), times=20):
+        assert contrast[0, 1:].sort().values.tolist() == [3, 3, 3, 4, 4, 4]
+
+
+def test_one_class_has_no_negatives() -> None:
+    with pytest.raises(RecipeError, match="at least two classes"):
+        losses.NegativeSampler(torch.zeros(9, dtype=torch.int64), 4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_losses_on_cuda_equal_the_cpu_and_never_wait() -> None:
+    data = load("losses_b16_c20")
+    there = {key: value.cuda() for key, value in data.items()}
+    memory = memory_of(load("crd"), negatives=40).cuda()
+    sampler = losses.NegativeSampler(torch.arange(120) % 5, 40).cuda()
+    unit, index = unit64(8, 16, seed=0).float().cuda(), torch.arange(8).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values = {name: case(there, there["student_logits"]) for name, case in LOGIT_CASES.items()}
+        values |= {name: case(there, there["student_features"]) for name, case in FEATURE_CASES.items()}
+        contrast = sampler(index, torch.Generator("cuda").manual_seed(0))
+        memory(unit, unit, index, contrast)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in values.items():
+        assert_near(value.cpu(), data[f"{name}.loss"], 1e-5)

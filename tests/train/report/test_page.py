@@ -1,0 +1,382 @@
+"""The page in headless Chromium: driven by pointer and keyboard, in light and dark, on a phone, and cut off from any
+network. Skipped where Playwright or Chromium are not installed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.page_checks import NAMELESS, POOR_CONTRAST, TOO_WIDE
+from tests.support.run_folders import write_run, write_sweep
+from train.report.html import write_report
+from train.report.spread import pareto_front
+from train.report.trials import read_table
+
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect  # waits; the page's own policy forbids Playwright's other ways to
+expect.set_options(timeout=20_000)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+
+RATES = (0.25, 0.5, 1e-05, 0.0833, 0.001)
+STUDENTS = {"resnet8": 0.85, "resnet20": 0.91, "wrn_16_2": 0.925, "vgg8": 0.93, "ShuffleV2": 0.915}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the page of a sweep (12 settings of up to 3 seeds) and of a single run with its twin."""
+    folder = tmp_path_factory.mktemp("pages")
+    sweep = write_sweep(folder / "sweep", STUDENTS, losses=("kd", "ce"))
+    write_report([], folder / "sweep.html", trials=read_table(sweep), title="A sweep")
+    run = write_run(folder / "run", top1=0.9)
+    write_run(run / "labels-only", loss="ce", top1=0.86)
+    write_report([run], folder / "one.html")
+    searched = [
+        write_run(
+            folder / f"searched-{rate}",
+            student="MobileNetV2",
+            top1=0.8 + place / 100,
+            optimiser={"learning_rate": rate, "weight_decay": 0.00123 + place / 1000},
+        )
+        for place, rate in enumerate(RATES)
+    ]
+    write_report(searched, folder / "searched.html")
+    apart = {"resnet8": 0.01, "resnet20": 0.005, "vgg8": 0.02}
+    seeds = [
+        write_run(folder / f"{student}-{seed}", student=student, seed=seed, top1=0.8 + step * seed)
+        for student, step in apart.items()
+        for seed in range(2)
+    ]
+    write_report(seeds, folder / "intervals.html")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def show(browser: Any, folder: Path) -> Iterator[Any]:
+    """Opens a page by name; afterwards there was no message, no error, and no request but for the file itself."""
+    contexts, said, asked = [], [], []
+
+    def opened(name: str = "sweep", width: int = 1200, scheme: str = "light") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        context.route("**/*", lambda route: asked.append(route.request.url) or route.continue_())
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto((folder / f"{name}.html").as_uri())
+        page.wait_for_selector(".plot svg[role=img]")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert {url.partition("#")[0] for url in asked} <= {page.as_uri() for page in folder.glob("*.html")}
+
+
+def rows(page: Any, key: str) -> list[str]:
+    """The cells of a column in the rows of settings that are shown, from the top."""
+    place = page.locator(f"#board thead th[data-key={key}]").evaluate("cell => cell.cellIndex")
+    return [
+        cell.strip() for cell in page.locator(f"#board tr.setting > :nth-child({place + 1}):visible").all_inner_texts()
+    ]
+
+
+def numbers(page: Any, key: str) -> list[float | None]:
+    first = [text.replace(",", "").split()[0].split("±")[0] for text in rows(page, key)]
+    return [None if text == "–" else float(text) for text in first]
+
+
+def press(page: Any, key: str) -> None:
+    page.locator(f"#board th[data-key={key}] button").click()
+
+
+def show_numbers(figure: Any) -> None:
+    """Unfold the table below a plot; browsers fill it a moment after the click."""
+    figure.locator("details.numbers summary").click()
+    expect(figure.locator("details.numbers tbody tr")).not_to_have_count(0)
+
+
+def rising(values: list[float | None]) -> bool:
+    """Sorted from small to large, what is not known last."""
+    known = [value for value in values if value is not None]
+    return values == sorted(known) + [None] * (len(values) - len(known))
+
+
+def test_the_leaderboard_sorts_either_way(show) -> None:
+    page = show()
+    header = page.locator("#board th[data-key=parameters]")
+    assert not rising(numbers(page, "parameters"))
+    press(page, "parameters")
+    assert rising(numbers(page, "parameters"))
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert None in numbers(page, "parameters"), "the failed one has none"
+    press(page, "parameters")
+    known = [value for value in numbers(page, "parameters") if value is not None]
+    assert known == sorted(known, reverse=True)
+    assert numbers(page, "parameters")[-1] is None, "the unknown stays last"
+    assert page.locator("#board [aria-sort]").count() == 1
+    assert "sorted by Parameters, descending" in page.locator("#shown").inner_text()
+    press(page, "top1")
+    assert page.locator("#board th[data-key=top1]").get_attribute("aria-sort") == "descending", "more of it is better"
+    assert numbers(page, "top1")[0] == 92.5
+
+
+def test_intervals_sort_by_their_width(show) -> None:
+    page = show("intervals")
+    for order in (["resnet20", "resnet8", "vgg8"], ["vgg8", "resnet8", "resnet20"]):
+        press(page, "interval")
+        assert [cell.split()[0] for cell in rows(page, "student")] == order
+
+
+def test_sorting_by_keyboard(show) -> None:
+    page = show()
+    page.locator("#board th[data-key=nll] button").focus()
+    page.keyboard.press("Enter")
+    assert rising(numbers(page, "nll"))
+    page.keyboard.press("Space")
+    assert page.locator("#board th[data-key=nll]").get_attribute("aria-sort") == "descending"
+    page.locator("#board th[data-key=student] button").focus()
+    page.keyboard.press("Enter")
+    names = list(dict.fromkeys(rows(page, "student")))
+    assert names == ["resnet8", "resnet20", "resnet110", "ShuffleV1", "ShuffleV2", "vgg8", "wrn_16_2"], "8 before 110"
+
+
+def test_learning_rates_sort_by_size_and_are_not_broken_on_a_phone(show) -> None:
+    page = show("searched", width=390)
+    press_key = "#board th[data-key='setting-optimiser.learning_rate'] button"
+    page.locator(press_key).evaluate("button => button.click()")  # the phone shows settings below the names
+    shown = page.locator("#board tr.setting .rest").all_inner_texts()
+    assert [re.search(r"lr (\S+)", " ".join(text.split()))[1] for text in shown] == [
+        str(rate) for rate in sorted(RATES)
+    ]
+    broken = page.evaluate("""() => {
+      const walker = document.createTreeWalker(document.getElementById("board"), NodeFilter.SHOW_TEXT);
+      const broken = [];
+      while (walker.nextNode()) {
+        const text = walker.currentNode;
+        for (const found of text.parentElement.closest(".rest") ? text.data.matchAll(/[\\d.]{4,}/g) : []) {
+          const number = document.createRange();
+          number.setStart(text, found.index);
+          number.setEnd(text, found.index + found[0].length);
+          if (number.getClientRects().length !== 1) broken.push(found[0]);
+        }
+      }
+      return broken;
+    }""")
+    assert broken == []
+
+
+def test_filters_act_on_the_table_the_plots_and_the_runs(show) -> None:
+    page = show()
+    assert len(rows(page, "student")) == 12
+    page.fill("#filter-text", "RESNET kd")
+    assert set(rows(page, "student")) == {"resnet8", "resnet20", "resnet110"}
+    assert page.locator("#shown").inner_text().startswith("3 of 12 settings")
+    expect(page.locator("#top1 .plot .series")).to_have_count(2)  # one has no figure
+    assert page.locator("details.run:visible").count() == 7
+    page.fill("#filter-text", "")
+    page.select_option("#filter-loss", "labels alone")
+    assert set(rows(page, "loss")) == {"labels alone"}
+    page.select_option("#filter-student", "vgg8")
+    assert rows(page, "student") == ["vgg8"]
+    page.fill("#filter-text", "nothing like it")
+    assert rows(page, "student") == []
+    page.click("#filter-clear")
+    expect(page.locator("#board tbody:visible")).to_have_count(12)
+    expect(page.locator("#filter-student")).to_have_value("")
+    expect(page.locator("#filter-clear")).to_be_disabled()
+
+
+def test_seeds_unfold(show) -> None:
+    page = show()
+    button = page.locator("#board .unfold").first
+    assert page.locator("#board tr.seed:visible").count() == 0
+    button.focus()
+    page.keyboard.press("Enter")
+    assert button.get_attribute("aria-expanded") == "true"
+    assert page.locator("#board tr.seed:visible").count() == 3
+    assert "93.00" in page.locator("#board tr.seed:visible").first.inner_text()
+    button.click()
+    assert page.locator("#board tr.seed:visible").count() == 0
+
+
+def test_the_front_in_the_page_is_the_front(show) -> None:
+    page = show()
+    for place, cost in enumerate(("parameters", "flops", "latency_1_ms", "latency_128_ms")):
+        data = page.evaluate("JSON.parse(document.getElementById('data').textContent).settings")
+        finished = [setting for setting in data if setting["status"] == "finished"]
+        values = [setting["top1"]["mean"] for setting in finished]
+        expected = pareto_front([setting["costs"][cost] for setting in finished], values)
+        figure = page.locator("#cost figure").nth(place)
+        show_numbers(figure)
+        told = {
+            row.locator("th").inner_text(): row.locator("td").last.inner_text() == "yes"
+            for row in figure.locator("tbody tr").all()
+        }
+        assert told == dict(zip((setting["label"] for setting in finished), expected, strict=True))
+    assert page.locator("#cost figure").count() == 4
+
+
+def test_a_filtered_front_is_that_of_what_is_shown(show) -> None:
+    page = show()
+    caption = page.locator("#cost figcaption").first
+    assert "labels alone" not in caption.inner_text()
+    page.select_option("#filter-loss", "labels alone")
+    expect(caption).to_contain_text("resnet8 · labels alone")
+
+
+def test_colours_are_given_and_taken(show) -> None:
+    page = show()
+    boxes = page.locator("#board .pick input")
+    assert boxes.count() == 12
+    assert [boxes.nth(k).is_checked() for k in range(12)] == [True] * 8 + [False] * 4
+    assert page.locator("#calibration figure").count() == 8
+    boxes.nth(0).focus()
+    page.keyboard.press("Space")
+    expect(page.locator("#calibration figure")).to_have_count(7)
+    boxes.nth(9).check()
+    boxes.nth(8).check()
+    assert [boxes.nth(k).is_checked() for k in range(10)] == [False] + [True] * 7 + [True, False], "eight at most"
+    expect(page.locator("#top1 .plot .series:not(.other)")).to_have_count(8)
+
+
+def test_learning_curves_show_what_is_chosen(show) -> None:
+    page = show()
+    first = page.locator("#curves figure").first
+    assert first.locator(".series path.line").count() == 31  # a line per run that has one
+    assert "Top-1" in first.locator("figcaption").inner_text()
+    first.locator("select").select_option("test_nll")
+    expect(first.locator("figcaption")).to_contain_text("NLL")
+    show_numbers(first)
+    expect(first.locator("tbody tr")).to_have_count(31)
+
+
+def test_the_pointer_tells_the_nearest_point(show) -> None:
+    page = show()
+    mark = page.locator("#top1 .plot .series .mark:not(.open)").first
+    mark.scroll_into_view_if_needed()
+    mark.hover()
+    expect(page.locator("#tip")).to_contain_text("vgg8 · kd")
+    expect(page.locator("#tip")).to_contain_text("92.50 % top-1")
+    expect(page.locator("#board tbody.near")).to_have_attribute("data-student", "vgg8")
+    page.mouse.move(2, 2)
+    expect(page.locator("#tip")).to_be_hidden()
+
+
+def test_a_link_unfolds_its_run_and_its_command_can_be_copied(show) -> None:
+    page = show()
+    page.fill("#filter-text", "resnet110")
+    page.locator("#board tbody:visible th a").click()
+    run = page.locator("details.run[open]")
+    assert "CUDA out of memory" in run.inner_text()
+    button = run.locator(".command .copy")
+    button.click()
+    expect(button).to_have_text("Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == "train-student digits --student resnet110 --loss kd --seed 0"
+
+
+def test_themes(show) -> None:
+    colours = {}
+    for scheme in ("light", "dark"):
+        page = show(scheme=scheme)
+        colours[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert colours["light"] != colours["dark"]
+    page.select_option("#theme", "light")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["light"]
+    page.reload()
+    page.wait_for_selector(".plot svg[role=img]")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["light"], "it is remembered"
+    page.select_option("#theme", "")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["dark"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(show, scheme: str) -> None:
+    """WCAG AA: text has at least 4.5 times the luminance of its ground, or the other way round."""
+    page = show(scheme=scheme)
+    page.locator("details.run summary").first.click()
+    assert page.evaluate(POOR_CONTRAST) == []
+
+
+@pytest.mark.parametrize("name", ["sweep", "one"])
+@pytest.mark.parametrize("width", [360, 768])
+def test_nothing_is_wider_than_a_phone(show, name: str, width: int) -> None:
+    page = show(name, width=width)
+    for figure in page.locator("figure:visible").all():
+        show_numbers(figure)
+    for run in page.locator("details.run:visible > summary").all()[:10]:
+        run.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate(TOO_WIDE) == []
+
+
+def test_plots_follow_the_width(show) -> None:
+    page = show(width=1200)
+    page.set_viewport_size({"width": 500, "height": 900})
+    expect(page.locator("#top1 svg[role=img]")).to_have_attribute("viewBox", re.compile("^0 0 4[0-9][0-9] "))
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('#top1 svg[role=img]')].map((s) => [s.viewBox.baseVal.width, s.clientWidth])"
+    )
+    assert all(abs(inner - outer) <= 1 for inner, outer in drawn)
+
+
+def test_everything_has_a_name_for_screen_readers(show) -> None:
+    page = show()
+    assert page.evaluate(NAMELESS) == []
+    plots = page.locator(".plot svg[role=img]")
+    assert plots.count() > 10
+    labels = [plots.nth(k).get_attribute("aria-label") for k in range(plots.count())]
+    assert all(label and len(label) > 30 for label in labels)
+    assert page.locator("figure details.numbers").count() == plots.count(), "each has its numbers as a table"
+    order = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map((heading) => Number(heading.tagName[1]))")
+    assert all(later - earlier <= 1 for earlier, later in pairwise(order))
+
+
+def test_the_whole_page_can_be_reached_by_keyboard(show) -> None:
+    page = show("one")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "content"
+    reached = set()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.closest('section')?.id ?? ''"))
+    assert {"leaderboard", "top1", "curves", "calibration", "classes", "runs"} <= reached
+
+
+def test_a_single_run_needs_no_filters(show) -> None:
+    page = show("one")
+    assert page.locator(".filters").count() == 0
+    assert rows(page, "loss") == ["kd", "labels alone"]
+    assert page.locator("#cost").is_hidden(), "both cost the same"
+    assert page.locator(".facts").inner_text().count("%") == 5
+
+
+def test_without_its_script_the_figures_are_there(browser, folder: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((folder / "sweep.html").as_uri())
+    text = page.locator("body").inner_text()
+    assert "92.50" in text
+    assert "does not run" in text
+    assert "Calibration" not in text
+    context.close()

@@ -1,0 +1,340 @@
+"""Real MLflow, Weights & Biases and TensorBoard follow a run without touching it; a broken one is left out."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+import train.run
+from cache_tools.errors import DataError
+from tests.support import tiny_run
+from train.checkpoints import BEST, LAST
+from train.cli import app
+from train.recipe import TrainRecipe
+from train.run import train_student
+from train.runs import trackers
+from train.runs.metrics import RunLog, epochs_logged, read_metrics
+
+ALL = ("tensorboard", "mlflow", "wandb")
+TIMINGS = ["train_s", "images_per_s"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("loggers")
+    return tiny_run.write_cache(root / "tiny.zarr", tiny_run.write_pictures(root / "pictures", train=24, test=9))
+
+
+@pytest.fixture(scope="module")
+def alone(cache: Path) -> Path:
+    """A run that nothing follows."""
+    return train_student(tiny_run.recipe(cache, cache.parent / "alone", loggers=())).folder
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """Trackers of this machine, in a folder of the test's own, and no network."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_tracker_follows_a_run_through_an_interruption(monkeypatch, cache: Path, alone: Path, offline: Path):
+    """One run of each tracker, with all epochs; and the student is bit for bit the one that nothing followed."""
+    pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    recipe = tiny_run.recipe(cache, offline / "run", loggers=ALL)
+    with monkeypatch.context() as patch:
+        interrupt(patch, train.run.checkpoints, "save_state", 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(recipe)
+    train_student(recipe)
+    same_runs(alone, offline / "run")
+    table = pl.read_parquet(offline / "run" / "metrics.parquet")
+    expected = {name: table[name].to_list() for name in ("loss", "test_top1", "learning_rate")}
+    assert tensorboard_series(offline / "run" / "tb", expected) == {
+        name: pytest.approx(values, rel=1e-6) for name, values in expected.items()
+    }
+    assert mlflow_series(offline, expected) == expected
+    assert wandb_series(offline, expected) == expected
+
+
+def mlflow_series(offline: Path, names: Any) -> dict[str, list[float]]:
+    """Of the only run there is, which has to be finished and to have the recipe."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{offline / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("teacher-cache")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "tiny resnet8 kd seed 0"
+    assert run.data.params["optimiser.learning_rate"] == "0.05"
+    assert run.data.tags["folder"] == str(offline / "run")
+    assert run.data.metrics["parameters"] > 70_000
+    series = {}
+    for name in names:
+        points = client.get_metric_history(run.info.run_id, name)
+        assert [point.step for point in points] == [0, 1, 2]
+        series[name] = [point.value for point in points]
+    return series
+
+
+def wandb_series(offline: Path, names: Any) -> dict[str, list[float]]:
+    """Of the files of both processes, which have to be of one run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows, runs = [], []
+    for path in sorted(offline.glob("wandb/offline-run-*/*.wandb")):
+        for data in wandb_records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                values = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                rows.append({key: json.loads(text) for key, text in values.items()})
+            elif record.WhichOneof("record_type") == "run":
+                runs.append(record.run)
+    assert len(runs) == 2
+    assert len({run.run_id for run in runs}) == 1
+    assert runs[0].project == "teacher-cache"
+    assert [row["epoch"] for row in rows] == [row["_step"] for row in rows] == [0, 1, 2]
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def wandb_records(file: bytes) -> Iterator[bytes]:
+    """W&B's files are LevelDB logs: blocks of 32 KiB with records of (checksum, length, part, data)."""
+    position, record = 7, b""
+    while position + 7 <= len(file):
+        if (room := 32768 - position % 32768) < 7:
+            position += room
+            continue
+        _, length, part = struct.unpack_from("<IHB", file, position)
+        record += file[position + 7 : position + 7 + length]
+        position += 7 + length
+        if part in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def tensorboard_series(folder: Path, names: Any) -> dict[str, list[float]]:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert all([scalar.step for scalar in events.Scalars(name)] == [0, 1, 2] for name in names)
+    return {name: [scalar.value for scalar in events.Scalars(name)] for name in names}
+
+
+def test_mlflow_breaks_in_the_middle(monkeypatch, capsys, cache: Path, alone: Path, offline: Path):
+    """Its database is overwritten after the first epoch: one warning, and a run as if nothing had followed it."""
+    pytest.importorskip("mlflow")
+    broken: list[Path] = []
+    save = train.run.checkpoints.save_state
+
+    def save_and_break(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        if len(state["history"]) == 2:
+            (offline / "mlflow.db").write_bytes(b"no database" * 100_000)
+            broken.append(offline / "mlflow.db")
+
+    monkeypatch.setattr(train.run.checkpoints, "save_state", save_and_break)
+    train_student(tiny_run.recipe(cache, offline / "run", loggers=["mlflow"]))
+    assert broken
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: mlflow stopped logging, the run goes on")
+    assert json.loads((offline / "run" / "trackers.json").read_text())["mlflow"]["epochs"] == 1
+    same_runs(alone, offline / "run")
+
+
+class Notebook:
+    """A tracker that writes down what it is told, and fails where it is told to."""
+
+    told: ClassVar[list[Any]] = []
+    fails_at: ClassVar[Any] = None
+    runs: ClassVar[int] = 0
+
+    def start(self, recipe: TrainRecipe, folder: Path, stored: dict[str, str] | None) -> dict[str, str]:
+        self._note("start")
+        if stored is None:
+            Notebook.runs += 1
+        return stored or {"number": str(Notebook.runs)}
+
+    def epoch(self, row: Any) -> None:
+        self._note(row["epoch"])
+
+    def finish(self, result: Any) -> None:
+        self._note("stopped" if result is None else "finished")
+
+    def _note(self, word: Any) -> None:
+        if word == Notebook.fails_at:
+            raise ConnectionError("no route\nto host")
+        Notebook.told.append(word)
+
+
+@pytest.fixture
+def notebook(monkeypatch) -> type[Notebook]:
+    monkeypatch.setattr(Notebook, "told", [])
+    monkeypatch.setattr(Notebook, "fails_at", None)
+    monkeypatch.setattr(Notebook, "runs", 0)
+    monkeypatch.setitem(trackers.LOGGERS, "tensorboard", Notebook)
+    return Notebook
+
+
+ROWS = [{"epoch": number, "loss": 1.0 / (1 + number)} for number in range(5)]
+
+
+def follow(folder: Path, first: int, last: int, *names: str) -> None:
+    """Epochs first to last of a run, in a process of its own as far as the log can tell."""
+    recipe = TrainRecipe(name="tiny", cache="tiny", loggers=names)  # type: ignore[arg-type]
+    with RunLog(folder, recipe, ROWS[:first]) as log:
+        for number in range(first, last):
+            log.write(ROWS[: number + 1])
+
+
+def test_a_resumed_run_tells_what_is_new(notebook: type[Notebook], tmp_path):
+    follow(tmp_path, 0, 2, "tensorboard")
+    follow(tmp_path, 2, 4, "tensorboard")
+    assert notebook.told == ["start", 0, 1, "stopped", "start", 2, 3, "stopped"]
+    assert notebook.runs == 1
+
+
+def test_a_tracker_that_comes_later_is_told_everything(notebook: type[Notebook], tmp_path):
+    follow(tmp_path, 0, 2)
+    follow(tmp_path, 2, 3, "tensorboard")
+    follow(tmp_path, 3, 4)
+    follow(tmp_path, 4, 5, "tensorboard")
+    assert notebook.told == ["start", 0, 1, 2, "stopped", "start", 3, 4, "stopped"]
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "told"),
+    [("start", []), (1, ["start", 0]), ("stopped", ["start", 0, 1, 2])],
+)
+def test_what_a_broken_tracker_missed_it_is_told_later(
+    notebook: type[Notebook], monkeypatch, capsys, tmp_path, fails_at: Any, told: list[Any]
+):
+    monkeypatch.setattr(notebook, "fails_at", fails_at)
+    follow(tmp_path, 0, 3, "tensorboard")
+    assert notebook.told == told
+    warnings = capsys.readouterr().err.strip().splitlines()
+    assert len(warnings) == 1
+    assert warnings[0].endswith("ConnectionError: no route")
+    monkeypatch.setattr(notebook, "fails_at", None)
+    follow(tmp_path, 3, 4, "tensorboard")
+    assert [word for word in notebook.told if isinstance(word, int)] == [0, 1, 2, 3]
+    assert notebook.runs == 1
+
+
+def test_an_epoch_between_the_state_and_the_log(notebook: type[Notebook], tmp_path):
+    """The state knows epoch 2, the log does not: a process was killed between the two."""
+    follow(tmp_path, 0, 2, "tensorboard")
+    follow(tmp_path, 3, 4, "tensorboard")
+    assert [word for word in notebook.told if isinstance(word, int)] == [0, 1, 2, 3]
+
+
+def test_damaged_metrics_are_written_again(notebook: type[Notebook], tmp_path):
+    follow(tmp_path, 0, 2, "tensorboard")
+    (tmp_path / "metrics.parquet").write_bytes(b"PAR1")
+    assert epochs_logged(tmp_path) == 0
+    with pytest.raises(DataError, match="damaged metrics"):
+        read_metrics(tmp_path)
+    follow(tmp_path, 2, 2, "tensorboard")
+    assert pl.read_parquet(tmp_path / "metrics.parquet").to_dicts() == ROWS[:2]
+    assert epochs_logged(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        '{"tensorboard": 1}',
+        '{"tensorboard": {"run": {"number": "1"}}}',
+        '{"tensorboard": {"run": 1, "epochs": -1}}',
+    ],
+)
+def test_a_damaged_record_of_trackers_begins_anew(notebook: type[Notebook], tmp_path, text: str):
+    follow(tmp_path, 0, 2, "tensorboard")
+    (tmp_path / "trackers.json").write_text(text)
+    follow(tmp_path, 2, 3, "tensorboard")
+    assert notebook.told == ["start", 0, 1, "stopped", "start", 0, 1, 2, "stopped"]
+    assert notebook.runs == 2
+    told = json.loads((tmp_path / "trackers.json").read_bytes())
+    assert told == {"tensorboard": {"run": {"number": "2"}, "epochs": None}}
+
+
+def test_starting_over_is_a_new_run(notebook: type[Notebook], cache: Path, tmp_path):
+    recipe = tiny_run.recipe(cache, tmp_path / "run", epochs=1, loggers=["tensorboard"])
+    train_student(recipe)
+    train_student(recipe)  # finished: nothing to tell
+    assert (notebook.runs, notebook.told) == (1, ["start", 0, "finished"])
+    train_student(recipe, overwrite=True)
+    assert notebook.runs == 2
+
+
+def test_a_run_that_fails_is_not_finished(notebook: type[Notebook], monkeypatch, cache: Path, tmp_path):
+    interrupt(monkeypatch, train.run, "train_epoch_together", 2)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(tiny_run.recipe(cache, tmp_path / "run", loggers=["tensorboard"]))
+    assert notebook.told == ["start", 0, "stopped"]
+
+
+@pytest.mark.parametrize(("name", "module"), [("mlflow", "mlflow"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_is_an_error_before_anything_happens(
+    monkeypatch, cache: Path, tmp_path, name: str, module: str
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    arguments = ["--cache", str(cache), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    failed = CliRunner().invoke(app, [*arguments, "--log", name])
+    assert failed.exit_code == 2
+    assert failed.stderr.startswith(f"error: logging to '{name}' needs a package")
+    assert f"pip install 'teacher-cache[{name}]'" in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_says_what_follows(cache: Path, tmp_path):
+    shown = CliRunner().invoke(app, ["digits", "--log", "mlflow, wandb,mlflow", "--show-recipe"])
+    assert "loggers:\n- mlflow\n- wandb\n" in shown.stdout
+    assert "loggers: []" in CliRunner().invoke(app, ["digits", "--log", "none", "--show-recipe"]).stdout
+    assert "loggers: null" in CliRunner().invoke(app, ["digits", "--show-recipe"]).stdout
+    wrong = CliRunner().invoke(app, ["digits", "--log", "comet", "--show-recipe"])
+    assert wrong.exit_code == 2
+    assert "'tensorboard', 'mlflow' or 'wandb'" in wrong.stderr
+    followed, alone = (tiny_run.recipe(cache, tmp_path, loggers=names) for names in (ALL, ()))
+    assert followed.values() == alone.values(), "no part of what makes a run"
+    assert trackers.chosen(tiny_run.recipe(cache, tmp_path, loggers=["tensorboard"] * 2)) == ("tensorboard",)
+
+
+def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> None:
+    """Ctrl-C at the given call of a function, before it does anything."""
+    real, calls = getattr(place, name), []
+
+    def stop(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    patch.setattr(place, name, stop)
+
+
+def same_runs(one: Path, other: Path) -> None:
+    """Byte-identical students, and the same metrics but for the time they took."""
+    for name in (LAST, BEST):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    tables = [pl.read_parquet(folder / "metrics.parquet").drop(TIMINGS) for folder in (one, other)]
+    assert tables[0].equals(tables[1])

@@ -1,0 +1,346 @@
+"""Sweeps on a Ray cluster of two nodes: the same table and weights, whatever dies on the way."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache_tools.errors import CacheError, DeviceError, MismatchError, NotFoundError, RecipeError, StorageError
+from cache_tools.places import LocalPlace, open_place
+from cache_tools.places.transfer import copy_cache
+from cache_tools.reader import TeacherCache
+from tests.support import tiny_run
+from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
+from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, processes, stopped_half_way
+from tests.support.s3_server import loopback, new_bucket
+from train.sweep.ray.engine import OnRay
+from train.sweep.ray.worker import KnownCache, Share, _found_here, _train
+from train.sweep.recipe import SweepRecipe
+from train.sweep.run import SweepResult, run_sweep
+
+pytest.importorskip("ray.tune", reason="needs Ray (the ray extra)")
+FIGURES = ("trial", "status", "error", "top1", "top5", "nll", "ece", "best_epoch", "epochs_done")
+
+
+@pytest.fixture(scope="module")
+def proxy(server: str) -> Iterator[FlakyProxy]:
+    """A proxy that fails nothing, and counts, in front of an S3 server."""
+    with flaky_proxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory, proxy: FlakyProxy) -> Iterator[Cluster]:
+    """Two nodes, whose environment points to the proxy."""
+    with pytest.MonkeyPatch.context() as patch, cluster(tmp_path_factory.mktemp("nodes")) as made:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pictures = tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
+    return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """The long sweep, on this machine."""
+    return run_sweep(long_sweep(cache), tmp_path_factory.mktemp("undisturbed"))
+
+
+def sweep(cache: Path | str, epochs: int = 2, **changes: Any) -> SweepRecipe:
+    base = tiny_run.recipe(cache, Path("unused"), epochs=epochs).model_dump(mode="json")
+    data: dict[str, Any] = {"name": "tiny", "base": base, "students": ("resnet8", "wrn_16_1"), "losses": ("kd", "ce")}
+    return SweepRecipe.model_validate(data | changes)
+
+
+def long_sweep(cache: Path) -> SweepRecipe:
+    """Two trials of which each is met half-way."""
+    base = tiny_run.recipe(cache, Path("unused"), epochs=40, evaluate_every=40, loggers=()).model_dump(mode="json")
+    return sweep(cache, base=base, losses=())
+
+
+def on_ray(recipe: SweepRecipe, folder: Path, nodes: Cluster, **options: Any) -> SweepResult:
+    with OnRay(folder, nodes.address, threads=1, **options) as engine:
+        return run_sweep(recipe, folder, engine=engine)
+
+
+def same(one: SweepResult, other: SweepResult) -> None:
+    assert one.trials.select(FIGURES).equals(other.trials.select(FIGURES))
+    for ours, theirs in zip(one.trials["folder"], other.trials["folder"], strict=True):
+        if (Path(ours) / "result.json").exists():
+            first, second = (load_file(Path(folder) / "last.safetensors") for folder in (ours, theirs))
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def shares_of(folder: Path) -> int:
+    """Shares that printed something: each has a log of its own."""
+    return len(list((folder / "ray").glob("share-*.log")))
+
+
+def test_the_table_and_the_weights_are_those_of_this_machine(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+    """One that diverges fails alone on the way; names and folders that are relative mean what they mean here."""
+    trials = ({"lr": 0.05}, {"student": "wrn_16_1"}, {"lr": 1e30}, {"loss": "ce"})
+    recipe = sweep(cache, students=(), losses=(), trials=trials)
+    said: list[str] = []
+    there = on_ray(recipe, tmp_path / "ray", nodes, say=said.append)
+    assert said == ["Ray: 2 nodes, 2 CPUs, 0 GPUs"]
+    assert there.trials["status"].to_list() == ["finished", "finished", "failed", "finished"]
+    assert "diverged" in there.trials["error"][2]
+    assert shares_of(tmp_path / "ray") == 2
+    same(there, run_sweep(recipe, tmp_path / "here"))
+    again = on_ray(recipe, tmp_path / "ray", nodes)  # nothing is left to do
+    same(again, there)
+
+
+def test_a_killed_worker_is_started_again(
+    nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
+) -> None:
+    def kill() -> bool:
+        pid = stopped_half_way(tmp_path / "ray/trials", [*nodes.workers(0), *nodes.workers(1)])
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
+
+    with _meanwhile(kill) as killed:
+        there = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
+    assert killed.is_set()
+    same(there, undisturbed)
+
+
+def test_each_node_stages_a_remote_cache_once(
+    nodes: Cluster, proxy: FlakyProxy, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more shares than nodes, and a home here that is that of no node."""
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
+    url = f"s3://{new_bucket()}/caches/tiny.zarr"
+    copy_cache(LocalPlace(cache), open_place(url))
+    proxy.forget()
+    of = {"students": ("resnet8",), "losses": (), "seeds": 3}
+    there = on_ray(sweep(url, **of), tmp_path / "ray", nodes, workers=3)
+    chunks = [path for path in proxy.paths("GET") if "/fused_logits/c." in path]
+    assert len(chunks) == 2 * len(set(chunks)) == 2 * 2 * 4, "four blocks of each of two views, by each node"
+    for home in nodes.homes:
+        assert len(list(home.glob("tiny-*.zarr"))) == 1, "a mirror on each node"
+    assert shares_of(tmp_path / "ray") == 3
+    same(there, run_sweep(sweep(cache, **of), tmp_path / "here"))
+
+
+def test_a_name_means_that_cache_in_the_home_of_each_node(
+    nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the folder that it names here is not there: the node's own copy, or an error that says what is missing."""
+    folder = f"tiny-{TeacherCache.open(cache).manifest.fingerprint[:12]}.zarr"
+    copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "home" / folder))
+    for home in nodes.homes:
+        shutil.rmtree(home, ignore_errors=True)
+    with only_here(tmp_path / "home") as home_here:
+        monkeypatch.setenv("TEACHER_CACHE_HOME", home_here)
+        recipe = sweep("tiny", epochs=1, students=("resnet8",), losses=())
+        with pytest.raises(NotFoundError, match=r"does not have the cache.*name it by its URL"):
+            on_ray(recipe, tmp_path / "ray", nodes)
+        for home in nodes.homes:
+            copy_cache(LocalPlace(cache), LocalPlace(home / folder))
+        assert on_ray(recipe, tmp_path / "ray", nodes).trials["status"].to_list() == ["finished"]
+
+
+def test_a_folder_that_nodes_do_not_see(
+    nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that is another folder in each process."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=r"do not see the folder of the sweep.*Choose an --out on a disk"):
+        on_ray(sweep(cache), Path("/proc/self/cwd/sweep"), nodes)
+    assert not (tmp_path / "sweep/trials").exists()
+
+
+def test_what_no_node_has_room_for(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+    room = r"no node.*1 CPUs, 0 GPUs.*expected 2 CPUs.*OMP_NUM_THREADS"
+    with OnRay(tmp_path, nodes.address, threads=2) as engine, pytest.raises(DeviceError, match=room):
+        run_sweep(sweep(cache), tmp_path, engine=engine)
+    gpu = tiny_run.recipe(cache, Path("unused"), device="cuda:0").model_dump(mode="json")
+    with pytest.raises(DeviceError, match="Ray chooses the GPU"):
+        on_ray(sweep(cache, base=gpu), tmp_path / "gpu", nodes)
+
+
+def test_a_trial_whose_worker_always_dies_is_a_failed_one(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+    killed: set[int] = set()
+
+    def kill() -> bool:
+        """Whoever has claimed the trial's folder dies."""
+        if (tmp_path / "ray/trials/resnet8-s0/.lock").exists():
+            for pid in {*nodes.workers(0), *nodes.workers(1)} - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        return False
+
+    with _meanwhile(kill):
+        result = on_ray(sweep(cache, epochs=50, students=("resnet8",), losses=()), tmp_path / "ray", nodes)
+    assert result.trials["status"].to_list() == ["failed"]
+    assert result.trials["error"][0].startswith("its worker died twice: ")
+    assert "None" not in result.trials["error"][0]
+    assert len(killed) >= 2
+    assert result.trials["error"][0] in (tmp_path / "ray" / "report.html").read_text()
+
+
+def test_an_error_of_all_trials_is_told_as_it_is(nodes: Cluster, tmp_path: Path) -> None:
+    """Images that have changed since the cache was built: the worker finds out."""
+    pictures = tiny_run.write_pictures(tmp_path / "pictures")
+    drifted = tiny_run.write_cache(tmp_path / "drifted.zarr", pictures, drifted=True)
+    with pytest.raises(CacheError) as local:
+        run_sweep(sweep(drifted), tmp_path / "here")
+    with pytest.raises(type(local.value)) as far:
+        on_ray(sweep(drifted), tmp_path / "ray", nodes)
+    assert str(far.value) == str(local.value)
+
+
+def test_a_lost_node_leaves_its_trials_to_the_other(
+    nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
+) -> None:
+    def kill() -> bool:
+        """Not the node that the sweep is started on."""
+        found = stopped_half_way(tmp_path / "ray/trials", nodes.workers(1)) is not None
+        if found:
+            nodes.kill(1)
+        return found
+
+    with _meanwhile(kill) as killed:
+        there = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
+    assert killed.is_set()
+    same(there, undisturbed)
+
+
+def test_no_cluster_is_one_error(cache: Path, tmp_path: Path) -> None:
+    with OnRay(tmp_path, "127.0.0.2:9", threads=1) as engine, pytest.raises(StorageError, match="no Ray cluster"):
+        run_sweep(sweep(cache), tmp_path, engine=engine)
+    with pytest.raises(RecipeError, match="Ray's client"):
+        OnRay(tmp_path, "ray://127.0.0.1:10001")
+
+
+def test_a_node_that_sees_another_folder_refuses(cache: Path, tmp_path: Path) -> None:
+    share = Share(
+        trials=(), contest=None, threads=1, folder=tmp_path, token="ours", log="log", working_folder=tmp_path,
+        host="here", caches={},
+    )  # fmt: skip
+    for token in (None, "another sweep's"):
+        if token is not None:
+            (tmp_path / "token").write_text(token)
+        with pytest.raises(StorageError, match="do not see the folder"):
+            _train(share)
+
+
+def test_a_node_takes_its_own_copy_only_if_it_is_the_same_cache(cache: Path, tmp_path: Path) -> None:
+    from cache_tools.store.group import read_manifest
+
+    fingerprint = read_manifest(cache).fingerprint
+    elsewhere = tmp_path / "nowhere.zarr"
+    assert _found_here("tiny", KnownCache(path=cache, fingerprint=fingerprint)) == str(cache)
+    assert _found_here(str(cache), KnownCache(path=elsewhere, fingerprint=fingerprint)) == str(cache)
+    remote = KnownCache(path=elsewhere, fingerprint=fingerprint, url="s3://group/tiny.zarr")
+    assert _found_here("tiny", remote) == "s3://group/tiny.zarr"
+    with pytest.raises(NotFoundError, match="does not have the cache"):
+        _found_here(str(cache), KnownCache(path=elsewhere, fingerprint="0" * 64))
+
+
+def test_other_versions_on_a_node_are_named(nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node is real; what differs is what this side takes itself for."""
+    code = (
+        "import train.sweep.ray.driver as driver\n"
+        "driver.versions = lambda: {'teacher-cache': '0.0.0', 'torch': '0', 'ray': '0'}\n"
+        "driver.main()"
+    )
+    monkeypatch.setattr("train.sweep.ray.link._DRIVER", code)
+    with OnRay(tmp_path, nodes.address, threads=1) as engine, pytest.raises(MismatchError, match="another version"):
+        engine([], None)
+
+
+def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys, importlib.util as util\n"
+        "found = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name.startswith('ray') else found(name, *more)\n"
+        "from train.sweep.cli import main\n"
+        "sys.argv = ['sweep-students', '--engine', 'ray', '--out', sys.argv[1]]\n"
+        "main()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'teacher-cache[ray]'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not loopback(), reason="needs the loopback interface")
+def test_the_command_starts_a_cluster_and_ends_it(cache: Path, tmp_path: Path) -> None:
+    """Neither the home folder nor the working folder gets anything of Ray."""
+    base = tiny_run.recipe(cache, tmp_path, epochs=1, loggers=()).model_dump(mode="json", exclude={"out"})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(base))
+    words = [sys.executable, "-m", "train.sweep.cli", "recipe.yaml", "--students", "resnet8", "--out", "out"]
+    marker = {"TEACHER_CACHE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path / "user")}
+    environment = os.environ | SETTINGS | marker | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words += ["--engine", "ray", "--ray-address", "local", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in json.loads(done.stdout)["trials"]] == ["finished"]
+    assert "Ray: 1 node, " in done.stderr
+    assert not (tmp_path / "user/ray_results").exists()
+    assert {file.name for file in tmp_path.iterdir()} <= {"recipe.yaml", "out", "user", "home"}
+    end = time.monotonic() + 30
+    while processes(marker["TEACHER_CACHE_HOME"]):
+        assert time.monotonic() < end, "what was started is still there"
+        time.sleep(0.1)
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[str]:
+    """A path of a folder that leads nowhere in other processes."""
+    low = os.open(folder, os.O_RDONLY)
+    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 900)  # a number that nobody else uses
+    try:
+        yield f"/proc/self/fd/{high}"
+    finally:
+        os.close(low)
+        os.close(high)
+
+
+class _meanwhile:
+    """Tries something again and again beside the test until it has worked."""
+
+    def __init__(self, work: Callable[[], bool]) -> None:
+        self._work, self.done, self._stop = work, threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> threading.Event:
+        self._thread.start()
+        return self.done
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self._work():
+                self.done.set()
+                return
+            time.sleep(0.02)

@@ -1,0 +1,174 @@
+"""`train-student` as a user types it: what it prints, how it fails, how fast it answers, and what it never imports."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from tests.support import tiny_run
+from train import run
+from train.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory, pictures: Path) -> str:
+    """A recipe file with a cache and a dataset, as a user would write one."""
+    folder = tmp_path_factory.mktemp("recipe")
+    data = {
+        "name": "tiny",
+        "cache": str(tiny_run.write_cache(folder / "tiny.zarr", pictures)),
+        "dataset": tiny_run.dataset(pictures).model_dump(mode="json"),
+        "student": "resnet8",
+        "optimiser": {"learning_rate": 0.05},
+        "epochs": 2,
+        "batch_size": 16,
+        "device": "cpu",
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
+    return str(folder / "tiny.yaml")
+
+
+def test_a_run_prints_a_table_and_json(recipe_file: str, tmp_path):
+    arguments = [recipe_file, "--out", str(tmp_path / "run"), "--compare-with-labels"]
+    first = invoke(*arguments)
+    assert first.exit_code == 0, first.stderr
+    for words in ("top-1", "teacher", "resnet8 distilled", "resnet8 on labels alone", str(tmp_path / "run")):
+        assert words in first.stdout
+    second = invoke(*arguments, "--json")
+    result = json.loads(second.stdout)
+    assert result["labels_only"]["loss"] == "ce"
+    assert 0 <= result["last"]["top1"] <= 1
+
+
+def test_labels_alone_need_no_cache(recipe_file: str, tmp_path):
+    done = invoke(
+        recipe_file, "--loss", "ce", "--student", "resnet14", "--set", "cache=null", "--out", str(tmp_path / "r")
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "resnet14 on labels" in done.stdout
+    assert not (tmp_path / "r" / "cache.json").exists()
+
+
+def test_show_recipe_is_the_whole_recipe_with_options_and_overrides():
+    shown = invoke(
+        "digits", "--loss", "richkd", "--epochs", "7", "--lr", "0.3", "--batch-size", "32", "--seed", "5",
+        "--student", "wrn_16_1", "--cache", "abc", "--device", "cpu", "--out", "o", "--data-dir", "d", "--download",
+        "--precision", "bfloat16", "--no-compare-with-labels", "--set", "epochs=9", "--set", "loss.temperature=2",
+        "--show-recipe",
+    )  # fmt: skip
+    recipe = yaml.safe_load(shown.stdout)
+    assert recipe["epochs"] == 9, "--set wins"
+    assert recipe["loss"] | {"kind": "kd", "feature": "crd", "temperature": 2.0} == recipe["loss"]
+    assert recipe["optimiser"]["learning_rate"] == 0.3
+    expected = {
+        "batch_size": 32, "seed": 5, "student": "wrn_16_1", "cache": "abc", "device": "cpu", "out": "o",
+        "data_dir": "d", "download": True, "precision": "bfloat16", "compare_with_labels": False,
+    }  # fmt: skip
+    assert recipe | expected == recipe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "epochz=1"], "Did you mean 'epochs'"),
+        (["--set", "loss.temprature=1"], "Did you mean 'temperature'"),
+        (["--loss", "kdd"], "no such loss"),
+        (["fashion"], "fashion-mnist"),
+        (["nothing.yaml"], "nothing.yaml"),
+        (["--cache", "/nowhere/x.zarr"], "no cache here"),
+        (["--precision", "float8"], "precision"),
+        (["--loss", "kd", "--set", "cache=null"], "none is named"),
+        (["--epochs", "0"], "epochs"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments: list[str], words: str):
+    failed = invoke(*arguments)
+    assert failed.exit_code == 2
+    assert words in failed.stderr
+    assert failed.stderr.startswith("error: ")
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert failed.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(recipe_file: str):
+    failed = invoke(recipe_file, "--device", "cuda")
+    assert failed.exit_code == 2
+    assert "CUDA" in failed.stderr
+
+
+def test_a_place_that_cannot_be_written(recipe_file: str, tmp_path):
+    (tmp_path / "file").write_text("")
+    failed = invoke(recipe_file, "--out", str(tmp_path / "file" / "run"))
+    assert failed.exit_code == 2
+    assert "cannot write" in failed.stderr
+
+
+def test_a_full_disk(monkeypatch, recipe_file: str, tmp_path):
+    def full(path: Path, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("train.checkpoints.put_durably", full)
+    failed = invoke(recipe_file, "--out", str(tmp_path / "run"))
+    assert failed.exit_code == 2
+    assert "No space left" in failed.stderr.splitlines()[-1]
+    monkeypatch.undo()
+    assert invoke(recipe_file, "--out", str(tmp_path / "run")).exit_code == 0
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, recipe_file: str, tmp_path):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_note", stop)
+    interrupted = invoke(recipe_file, "--out", str(tmp_path / "run"))
+    assert interrupted.exit_code == 130
+    assert "same command" in interrupted.stderr
+
+
+WITNESS = """
+import sys
+from train.cli import main
+try:
+    main()
+except SystemExit as left:
+    assert not left.code, left.code
+loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"pipeline", "open_clip", "torch", "timm"})
+print("LOADED", *loaded)
+"""
+
+
+def test_a_full_run_never_imports_a_teacher(recipe_file: str, tmp_path):
+    """Cached targets with a feature term and the comparison: the process that trains has no way to run a teacher."""
+    arguments = [recipe_file, "--loss", "richkd", "--compare-with-labels", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITNESS, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "LOADED timm torch"
+    assert (tmp_path / "run" / "labels-only" / "result.json").exists()
+
+
+def invoke(*arguments: str):  # type: ignore[no-untyped-def]  # typer's result type is not public
+    return CliRunner().invoke(app, list(arguments))

@@ -1,0 +1,374 @@
+"""The training step against a handwritten one, schedules against their tables, and going on from a state."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cache_tools.errors import RecipeError
+from cache_tools.format.recipe import Preprocessing
+from cache_tools.reader import TeacherCache
+from tests.support import cache_factory
+from train.feed import CachedTargets, Feed, ResidentFeed, epoch_order, mixed_seed
+from train.loop import Learner, create_optimiser, create_schedule, repeatable
+from train.objective import Objective
+from train.recipe import OptimiserRecipe, ScheduleRecipe, TrainRecipe
+
+CPU = torch.device("cpu")
+PREPROCESSING = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+SAMPLES, CLASSES = 70, 5
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> TeacherCache:
+    path = tmp_path_factory.mktemp("loop") / "cache.zarr"
+    images = cache_factory.tiny_images(SAMPLES, CLASSES)
+    cache_factory.build(path, cache_factory.tiny_manifest(images, codec="float32"), images)
+    return TeacherCache.open(path)
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """On one thread: networks this small are no quicker with more, and far slower beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with repeatable(CPU, False):
+        yield
+    torch.set_num_threads(threads)
+
+
+# schedules
+
+
+def test_multistep_changes_at_the_first_update_of_each_milestone():
+    rates = learning_rates(ScheduleRecipe(name="multistep", milestones=(2, 4)), epochs=6, steps=3)
+    assert rates == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 6)
+
+
+def test_the_papers_schedule_is_torchs():
+    """torch's MultiStepLR, stepped once per epoch, is what the reference implementations of the field use."""
+    ours = learning_rates(ScheduleRecipe(name="multistep", milestones=(150, 180, 210)), epochs=240, steps=1)
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [150, 180, 210])
+    theirs = []
+    for _ in range(240):
+        theirs.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    assert ours == pytest.approx(theirs)
+
+
+def test_cosine_falls_update_by_update_to_its_minimum():
+    rates = learning_rates(ScheduleRecipe(min_learning_rate=0.2), epochs=5, steps=4)
+    expected = [0.2 + 0.4 * (1 + math.cos(math.pi * update / 20)) for update in range(20)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["cosine", "multistep", "constant"])
+def test_warm_up_rises_to_the_full_rate(name: Any):
+    rates = learning_rates(ScheduleRecipe(name=name, warmup_epochs=2, milestones=(3,)), epochs=4, steps=5)
+    assert rates[0] == pytest.approx(1 / 11)
+    assert all(late - early == pytest.approx(1 / 11) for early, late in itertools.pairwise(rates[:10]))
+    assert rates[10] == pytest.approx(1.0)
+    assert {"cosine": rates[-1] < 0.05, "multistep": rates[15] == pytest.approx(0.1), "constant": rates[-1] == 1.0}[
+        name
+    ]
+
+
+def test_a_warm_up_as_long_as_the_run():
+    rates = learning_rates(ScheduleRecipe(warmup_epochs=1), epochs=1, steps=4)
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_optimisers_take_their_settings_and_skip_what_is_frozen():
+    frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+    sgd = create_optimiser(OptimiserRecipe(nesterov=True, weight_decay=0.1), [nn.Parameter(torch.zeros(1)), frozen])
+    group = sgd.param_groups[0]
+    assert (len(group["params"]), group["momentum"], group["nesterov"], group["weight_decay"]) == (1, 0.9, True, 0.1)
+    adamw = create_optimiser(OptimiserRecipe(name="adamw", momentum=0.8), [nn.Parameter(torch.zeros(1))])
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+# the step
+
+
+def test_an_epoch_is_the_plain_loop(cache: TeacherCache):
+    """Weights after two epochs equal a loop written out with nothing but torch: order, views, loss, SGD."""
+    recipe = make_recipe(loss={"kind": "kd", "distill_weight": 2.0, "temperature": 4.0})
+    learner, feed = make_learner(recipe, cache)
+    student = copy.deepcopy(learner.student)
+    means = [learner.train_epoch(feed, epoch, lambda count: None) for epoch in range(2)]
+
+    images = cache_factory.tiny_images(SAMPLES, CLASSES)
+    optimiser = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
+    for epoch in range(2):
+        targets = torch.from_numpy(cache.read_array("fused_logits", epoch))
+        total = 0.0
+        for rows in epoch_order(SAMPLES, recipe.seed, epoch).split(16):
+            for group in optimiser.param_groups:
+                group["lr"] = 0.025 * (1 + math.cos(math.pi * learner_step(epoch, rows, recipe) / 10))
+            pixels = cache.recipe.views.apply(torch.from_numpy(images.load(rows.numpy())), rows, epoch)
+            logits = student(((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
+            p, log_q = (targets[rows] / 4).softmax(1), (logits / 4).log_softmax(1)
+            kd = 16 * (p * (p.log() - log_q)).sum(1).mean()
+            loss = F.cross_entropy(logits, torch.from_numpy(images.labels)[rows]) + 2 * kd
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.item() * len(rows)
+        assert means[epoch]["loss"] == pytest.approx(total / SAMPLES, rel=1e-4)
+        assert means[epoch]["loss"] == pytest.approx(means[epoch]["loss_ce"] + means[epoch]["loss_logit"], rel=1e-5)
+    for ours, theirs in zip(learner.student.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def learner_step(epoch: int, rows: torch.Tensor, recipe: TrainRecipe) -> int:
+    """Number of the update that `rows` is the batch of."""
+    order = epoch_order(SAMPLES, recipe.seed, epoch)
+    return 5 * epoch + int((order == rows[0]).nonzero()) // 16
+
+
+def test_two_runs_are_the_same_bit_for_bit(cache: TeacherCache):
+    recipe = make_recipe(loss={"kind": "dkd", "feature": "crd"}, ema_decay=0.9)
+    results = []
+    for disturbance in (1, 2):
+        torch.manual_seed(disturbance)  # what ran before in this process does not matter
+        learner, feed = make_learner(recipe, cache)
+        for epoch in range(2):
+            torch.rand(disturbance)
+            learner.train_epoch(feed, epoch, lambda count: None)
+        results.append(learner.state_dict())
+    assert_same(*results)
+
+
+def test_seeds_differ(cache: TeacherCache):
+    one, two = (make_learner(make_recipe(seed=seed), cache)[0].student.state_dict() for seed in (0, 1))
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("optimiser", [{"name": "sgd", "nesterov": True}, {"name": "adamw", "learning_rate": 1e-3}])
+def test_going_on_from_a_state_is_going_on(cache: TeacherCache, optimiser: dict[str, Any], tmp_path):
+    """With everything that has a memory: momentum, warm-up of the loss, contrastive memories, EMA, dropout."""
+    recipe = make_recipe(
+        loss={"kind": "dkd", "feature": "crd", "warmup_epochs": 2},
+        optimiser=optimiser,
+        schedule={"warmup_epochs": 1},
+        ema_decay=0.9,
+    )
+    through, feed = make_learner(recipe, cache, Dropping())
+    for epoch in range(3):
+        if epoch == 1:
+            torch.save(through.state_dict(), tmp_path / "state.pt")
+        through.train_epoch(feed, epoch, lambda count: None)
+    torch.manual_seed(99)
+    resumed, feed = make_learner(recipe, cache, Dropping())
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for epoch in (1, 2):
+        resumed.train_epoch(feed, epoch, lambda count: None)
+    assert_same(through.state_dict(), resumed.state_dict())
+
+
+def test_average_of_weights_is_what_it_says(cache: TeacherCache):
+    learner, feed = make_learner(make_recipe(ema_decay=0.9), cache, Dropping())
+    average = {key: value.clone().float() for key, value in learner.student.state_dict().items()}
+    count = 0
+
+    def follow(size: int) -> None:
+        nonlocal count
+        count += 1
+        step = count - 1
+        decay = min(1 - (1 + step) ** (-2 / 3), 0.9) if step > 0 else 0.0
+        for key, value in learner.student.state_dict().items():
+            average[key] = decay * average[key] + (1 - decay) * value.float()
+
+    for epoch in range(2):
+        learner.train_epoch(feed, epoch, follow)
+    assert count == 10
+    assert learner.average is not None
+    for key, value in learner.average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, average[key], rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache):
+    seen: list[torch.dtype] = []
+    loss = {"kind": "kd", "feature": "mse"}
+    learner, feed = make_learner(make_recipe(precision="bfloat16", loss=loss), cache, Dropping())
+    plain, plain_feed = make_learner(make_recipe(loss=loss), cache, Dropping())
+    learner.student.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    means = learner.train_epoch(feed, 0, lambda count: None)
+    exact = plain.train_epoch(plain_feed, 0, lambda count: None)
+    assert set(seen) == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in learner.student.parameters())
+    assert means["loss"] == pytest.approx(exact["loss"], rel=0.05)
+    assert means["loss"] != exact["loss"]
+
+
+def test_means_are_over_samples_not_batches(cache: TeacherCache):
+    """With a learning rate of next to nothing, the mean of the loss is the loss over the whole set, short batch too."""
+    recipe = make_recipe(loss={"kind": "kd", "ce_weight": 1.0}, optimiser={"learning_rate": 1e-12, "weight_decay": 0.0})
+    learner, feed = make_learner(recipe, cache, Steady())
+    means = learner.train_epoch(feed, 0, lambda count: None)
+    images = cache_factory.tiny_images(SAMPLES, CLASSES)
+    pixels = cache.recipe.views.apply(torch.from_numpy(images.load(slice(None))), range(SAMPLES), 0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
+    with torch.no_grad():
+        logits = learner.student((pixels / 255 - mean) / std)
+    labels = torch.from_numpy(images.labels)
+    assert means["loss_ce"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert means["train_top1"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), abs=1e-6)
+
+
+def test_a_diverged_run_stops_with_advice(cache: TeacherCache):
+    learner, feed = make_learner(make_recipe(optimiser={"learning_rate": 1e30}), cache)
+    with pytest.raises(RecipeError, match=r"diverged.*epoch 1.*lower --lr"):
+        learner.train_epoch(feed, 0, lambda count: None)
+
+
+def test_settings_are_put_back():
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.backends.cudnn.benchmark,
+            torch.get_rng_state().tolist(),
+        )
+
+    before = settings()
+
+    def spoil() -> None:
+        with repeatable(CPU, True):
+            assert torch.are_deterministic_algorithms_enabled()
+            torch.rand(3)
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011  # our own, just above
+        spoil()
+    assert settings() == before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_no_step_waits_for_the_gpu(cache: TeacherCache, precision: str):
+    recipe = make_recipe(loss={"kind": "kd", "feature": "crd"}, precision=precision, ema_decay=0.9)
+    learner, feed = make_learner(recipe, cache, device=torch.device("cuda"))
+    learner.train_epoch(feed, 0, lambda count: None)
+    steps: list[int] = []
+
+    def after_first(count: int) -> None:
+        steps.append(count)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) < 5 else "default")
+
+    try:
+        means = learner.train_epoch(feed, 1, after_first)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 5
+    assert math.isfinite(means["loss"])
+
+
+class Dropping(nn.Module):
+    """A student in timm's interface whose steps depend on random numbers."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout(0.5)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.drop(torch.relu(self.norm(self.conv(images))))
+
+    def forward_head(self, maps: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        pooled = maps.mean((2, 3))
+        return pooled if pre_logits else self.fc(pooled)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+class Steady(Dropping):
+    """Without anything that depends on the batch."""
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(images))
+
+
+def make_recipe(**changes: Any) -> TrainRecipe:
+    data: dict[str, Any] = {
+        "name": "loop",
+        "cache": "cache",
+        "student": "resnet8",
+        "optimiser": {"learning_rate": 0.05},
+        "epochs": 2,
+        "batch_size": 16,
+    }
+    return TrainRecipe.model_validate(data | changes)
+
+
+def make_learner(
+    recipe: TrainRecipe, cache: TeacherCache, student: nn.Module | None = None, device: torch.device = CPU
+) -> tuple[Learner, Feed]:
+    from train.students import create_student
+
+    torch.manual_seed(mixed_seed(recipe.seed))
+    if student is None:
+        network: Any = create_student(recipe.student, CLASSES)
+    else:
+        network = student
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    images = cache_factory.tiny_images(SAMPLES, CLASSES)
+    loss = recipe.loss
+    targets = CachedTargets(cache, device, logits=loss.needs_logits, features=loss.needs_features)
+    feed = ResidentFeed(
+        images,
+        cache.recipe.views,
+        cache.num_views,
+        targets,
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        device=device,
+    )
+    objective = Objective(loss, network.num_features, 8, CLASSES, SAMPLES, images.labels, seed=recipe.seed)
+    return Learner(recipe, network, objective, PREPROCESSING, feed.steps_per_epoch, device), feed
+
+
+def learning_rates(recipe: ScheduleRecipe, epochs: int, steps: int) -> list[float]:
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = create_schedule(recipe, optimiser, epochs, steps)
+    rates = []
+    for update in range(epochs * steps):
+        schedule.step_update(update)
+        rates.append(optimiser.param_groups[0]["lr"])
+    return rates
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    """Equal bit for bit, whatever the nesting."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}/{number}")
+    else:
+        assert one == other, path

@@ -1,0 +1,193 @@
+"""Training recipes: built-in ones, validation in our words, what identifies a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from cache_tools.config import builtin_names, dump_yaml
+from cache_tools.errors import RecipeError
+from pipeline.recipe import load_build_recipe
+from train.recipe import (
+    LOSSES,
+    LossRecipe,
+    TrainRecipe,
+    builtin_recipes,
+    load_train_recipe,
+    named_loss,
+    recipe_digest,
+    run_folder,
+)
+
+PAIRS = (
+    "cifar100-resnet32x4-resnet8x4",
+    "cifar100-resnet32x4-shufflev2",
+    "cifar100-vgg13-mobilenetv2",
+    "cifar100-vgg13-vgg8",
+    "cifar100-wrn40-2-wrn16-2",
+    "cifar100-wrn40-2-wrn40-1",
+)
+NAMES = ("cifar100", *PAIRS, "digits", "fashion-mnist")
+
+
+def test_built_in_recipes():
+    assert tuple(builtin_names(builtin_recipes())) == NAMES
+    paper = load_train_recipe("cifar100")
+    assert (paper.student, paper.epochs, paper.batch_size) == ("resnet8x4", 240, 64)
+    assert (paper.optimiser.learning_rate, paper.optimiser.weight_decay) == (0.05, 5e-4)
+    assert paper.schedule.milestones == (150, 180, 210)
+    assert (paper.loss.distill_weight, paper.loss.temperature, paper.loss.feature_weight) == (3.0, 3.0, 0.8)
+    assert load_train_recipe("digits").compare_with_labels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_alone_see_the_views_that_the_cache_has(name: str):
+    train = load_train_recipe(name)
+    assert train.cache is not None
+    build = load_build_recipe(train.cache)
+    assert train.cache == build.name
+    assert train.dataset == build.dataset
+    assert train.views == build.views
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shown_recipe_reads_back_as_the_same(name: str, tmp_path):
+    recipe = load_train_recipe(name, ["epochs=7", "loss.temperature=2.5"])
+    (tmp_path / "shown.yaml").write_text(dump_yaml(recipe))
+    assert load_train_recipe(str(tmp_path / "shown.yaml")) == recipe
+    assert (recipe.epochs, recipe.loss.temperature) == (7, 2.5)
+
+
+def test_losses_by_name():
+    """Weights of CE, logit term and feature term, and the temperature: as in the papers' code."""
+    terms = {}
+    for name in LOSSES:
+        loss = LossRecipe(**named_loss(name))
+        logit = (loss.kind, loss.distill_weight, loss.temperature) if loss.needs_logits else None
+        terms[name] = loss.ce_weight, logit, (loss.feature, loss.feature_weight) if loss.needs_features else None
+    assert terms == {
+        "ce": (1.0, None, None),
+        "kd": (1.0, ("kd", 3.0, 3.0), None),
+        "dkd": (1.0, ("dkd", 1.0, 4.0), None),
+        "standardised_kd": (0.1, ("standardised_kd", 9.0, 2.0), None),
+        "crd": (1.0, None, ("crd", 0.8)),
+        "richkd-l": (1.0, ("kd", 3.0, 3.0), None),
+        "richkd-f": (1.0, None, ("crd", 0.8)),
+        "richkd": (1.0, ("kd", 3.0, 3.0), ("crd", 0.8)),
+    }
+    with pytest.raises(RecipeError, match="no such loss"):
+        named_loss("kdd")
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ({"kind": "ce"}, "ce"),
+        ({"kind": "kd"}, "kd"),
+        ({"kind": "kd", "feature": "crd"}, "kd+crd"),
+        ({"kind": "ce", "feature": "mse"}, "ce+mse"),
+        ({"kind": "kd", "distill_weight": 0.0}, "ce"),
+    ],
+)
+def test_name_of_a_loss(loss: dict[str, Any], name: str):
+    assert make(loss=loss).loss_name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epoch": 3}, "unknown recipe key 'epoch'.*'epochs'"),
+        ({"optimiser": {"learning_rat": 1}}, "optimiser.learning_rat.*learning_rate"),
+        ({"cache": None}, "learns from a cache, and none is named"),
+        ({"loss": {"kind": "ce"}, "dataset": None}, "needs a dataset of its own"),
+        ({"optimiser": {"name": "adamw", "nesterov": True}}, "nesterov"),
+        ({"schedule": {"name": "multistep"}}, "needs milestones"),
+        ({"schedule": {"name": "multistep", "milestones": [3, 2]}}, "must rise"),
+        ({"schedule": {"warmup_epochs": 11}}, "warm-up is longer than the run"),
+        ({"epochs": 0}, "'epochs'"),
+        ({"seed": -1}, "'seed'"),
+        ({"ema_decay": 1.0}, "'ema_decay'"),
+        ({"precision": "float8"}, "'precision'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str, Any], words: str):
+    import yaml
+
+    data = {"name": "mine", "cache": "c", "dataset": {"name": "digits"}, "epochs": 10} | changes
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(RecipeError, match=words) as caught:
+        load_train_recipe(str(tmp_path / "mine.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_values_are_what_determines_the_result():
+    recipe = make()
+    for same in ({"device": "cpu"}, {"out": "x"}, {"name": "other"}, {"data_dir": "d"}, {"cache": "elsewhere"},
+                 {"dataset": {"name": "cifar10"}}, {"compare_with_labels": True}):  # fmt: skip
+        assert make(**same).values() == recipe.values(), same
+    for different in ({"seed": 1}, {"epochs": 9}, {"student": "vgg8"}, {"precision": "bfloat16"},
+                      {"loss": {"kind": "dkd"}}, {"evaluate_every": 2}, {"batch_size": 63},
+                      {"num_views": 3}, {"label_fraction": 0.1}, {"fusion": {"teacher_weight": 0.5}}):  # fmt: skip
+        assert make(**different).values() != recipe.values(), different
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("resnet8X4", "resnet8x4"),
+        ("mobilenetv2", "MobileNetV2"),
+        ("shufflenetv1", "ShuffleV1"),
+        ("Torchvision:ResNet18", "torchvision:resnet18"),
+        ("TIMM:resnet10t", "timm:resnet10t"),
+        ("timm:Mine", "timm:Mine"),
+        ("Nobody's", "Nobody's"),
+    ],
+)
+def test_a_student_has_one_spelling(written: str, name: str):
+    assert make(student=written).values() == make(student=name).values()
+    assert make(student=name).student == name
+
+
+def test_on_labels_alone_dataset_and_views_count_but_not_where_they_are():
+    recipe = make(loss={"kind": "ce"})
+    assert recipe.values() != make(loss={"kind": "kd"}).values()
+    assert make(loss={"kind": "ce"}, cache="other").values() == recipe.values()
+    assert make(loss={"kind": "ce"}, dataset={"name": "digits", "data_dir": "x"}).values() == recipe.values()
+    assert make(loss={"kind": "ce"}, dataset={"name": "cifar10"}).values() != recipe.values()
+    assert make(loss={"kind": "ce"}, num_views=2).values() != recipe.values()
+    assert make(loss={"kind": "ce"}, views={"base_seed": 2}).values() != recipe.values()
+
+
+def test_twin_on_labels_differs_in_loss_alone():
+    recipe = make(compare_with_labels=True)
+    twin = recipe.on_labels(recipe.dataset, recipe.views, 4)
+    before, after = recipe.model_dump(), twin.model_dump()
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"cache", "loss", "num_views", "compare_with_labels"}
+    assert not twin.loss.needs_targets
+
+
+def test_folder_says_what_is_in_it_and_is_another_for_another_recipe():
+    recipe = make(student="timm:mobilenetv3_small_050.lamb_in1k")
+    folder = run_folder(recipe, recipe_digest({"recipe": recipe.values()}))
+    assert folder.parent.name == "runs"
+    assert folder.name.startswith("mine-timm_mobilenetv3_small_050.lamb_in1k-kd-")
+    assert folder != run_folder(recipe, recipe_digest({"recipe": make(seed=1).values()}))
+    assert str(run_folder(make(out="here"), "0" * 64)) == "here"
+
+
+def test_recipes_and_the_command_line_load_without_torch():
+    code = (
+        "import sys, train.cli, train.recipe; train.recipe.load_train_recipe('digits');"
+        "print([m for m in ('torch', 'timm', 'zarr', 'matplotlib', 'polars', 'sklearn') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def make(**changes: Any) -> TrainRecipe:
+    data: dict[str, Any] = {"name": "mine", "cache": "c", "dataset": {"name": "digits"}, "epochs": 10}
+    return TrainRecipe.model_validate(data | changes)

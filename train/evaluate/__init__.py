@@ -1,0 +1,5 @@
+"""How good a classifier is: accuracy, likelihood, calibration, confusions, robustness."""
+
+from train.evaluate.metrics import Evaluation, Meter, evaluate, evaluate_logits, predict
+
+__all__ = ["Evaluation", "Meter", "evaluate", "evaluate_logits", "predict"]

@@ -1,0 +1,1 @@
+"""Export students to formats that need no teacher-cache."""

@@ -1,0 +1,203 @@
+"""The formats of an exported student: how each is written, and how what was written is run again.
+
+Every file is written from the same module (`Deployed`) and read back with the loader that its users have.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache_tools.errors import RecipeError
+from cache_tools.format.recipe import Preprocessing
+from cache_tools.preprocess import affine, prepare
+from train.checkpoints import StudentCard, load_student
+
+Model = Callable[[Tensor], Tensor]
+INPUT, OUTPUT, CARD = "images", "logits", "card.json"
+
+
+class Deployed(nn.Module):
+    """A student in eval mode that reads uint8 pixels, or as it is where `preprocessing` is None.
+
+    Normalising inside, as weights of the model, leaves nothing that a caller could get wrong.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, student: nn.Module, preprocessing: Preprocessing | None) -> None:
+        super().__init__()
+        self.student, self._pixels = student, preprocessing is not None
+        if preprocessing is not None:
+            scale, shift = affine(preprocessing.mean, preprocessing.std, torch.device("cpu"))
+            self.register_buffer("scale", scale.clone())
+            self.register_buffer("shift", shift.clone())
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W], or what the student reads → logits float32 [N, classes]."""
+        return self.student(images.float() * self.scale + self.shift if self._pixels else images)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What every format is made from.
+
+    Attributes:
+        module: on the CPU.
+        checkpoint: the file that its weights are from.
+        card: written into every file.
+        image_size: (height, width).
+        batch_size: of the exported graphs; None for any.
+        preprocessing: what the student does to pixels.
+        pixels: whether the module reads uint8 pixels.
+    """
+
+    module: Deployed
+    checkpoint: Path
+    card: StudentCard
+    image_size: tuple[int, int]
+    batch_size: int | None
+    preprocessing: Preprocessing
+    pixels: bool
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """The card, and what the module reads, as text for a file's metadata."""
+        return self.card.to_metadata() | {"input": "pixels" if self.pixels else "normalised"}
+
+    @property
+    def extra_files(self) -> dict[str, str]:
+        """The same as the file that torch's archives take along."""
+        return {CARD: json.dumps(self.notes, ensure_ascii=False)}
+
+    def example(self) -> Tensor:
+        """A batch of the kind that the module reads. Two images: a batch of one would be taken for a constant."""
+        shape = (self.batch_size or 2, 3, *self.image_size)
+        return torch.zeros(shape, dtype=torch.uint8 if self.pixels else torch.float32)
+
+    @property
+    def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
+        """What torch.export is told of the batch."""
+        return None if self.batch_size else ({0: torch.export.Dim("batch", min=1)},)
+
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """The graph behind both torch.export and ONNX, made once."""
+        return torch.export.export(self.module, (self.example(),), dynamic_shapes=self.dynamic_shapes)
+
+
+def write_safetensors(source: Source, path: Path) -> None:
+    """The checkpoint itself: weights, and the card as metadata."""
+    path.write_bytes(source.checkpoint.read_bytes())
+
+
+def open_safetensors(path: Path, source: Source) -> Model:
+    model, card = load_student(path)
+    preprocessing = Preprocessing(mean=card.mean, std=card.std)
+    return lambda images: model(prepare(images, preprocessing) if images.dtype == torch.uint8 else images)
+
+
+def write_torchscript(source: Source, path: Path) -> None:
+    """A traced graph, for libtorch and what loads nothing else. Newer versions of torch call it deprecated."""
+    with _quiet():
+        traced = torch.jit.trace(source.module, source.example(), check_trace=False)
+        torch.jit.save(traced, str(path), _extra_files=source.extra_files)
+
+
+def open_torchscript(path: Path, source: Source) -> Model:
+    with _quiet():
+        return torch.jit.load(str(path), map_location="cpu")
+
+
+def write_torch_export(source: Source, path: Path) -> None:
+    """torch.export's archive, for Python, AOTInductor and ExecuTorch."""
+    torch.export.save(source.program, path, extra_files=source.extra_files)
+
+
+def open_torch_export(path: Path, source: Source) -> Model:
+    return torch.export.load(path).module()
+
+
+def write_onnx(source: Source, path: Path) -> None:
+    """One ONNX file, weights inside."""
+    with _quiet():
+        program = torch.onnx.export(
+            source.program,
+            (source.example(),),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=source.dynamic_shapes,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+        )
+    assert program is not None, "dynamo gives a program"
+    program.model.metadata_props.update(source.notes)
+    program.save(str(path), external_data=False)
+
+
+def open_onnx(path: Path, source: Source) -> Model:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file: its name in an export folder, its writer, and its own loader."""
+
+    file: str
+    write: Callable[[Source, Path], None]
+    open: Callable[[Path, Source], Model]
+
+
+FORMATS: dict[str, Format] = {
+    "safetensors": Format("model.safetensors", write_safetensors, open_safetensors),
+    "torchscript": Format("model.torchscript.pt", write_torchscript, open_torchscript),
+    "torch-export": Format("model.pt2", write_torch_export, open_torch_export),
+    "onnx": Format("model.onnx", write_onnx, open_onnx),
+}
+
+
+def require(formats: tuple[str, ...]) -> None:
+    """Check that the packages which formats need are there.
+
+    Raises:
+        RecipeError: the extra is missing.
+    """
+    if "onnx" not in formats:
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(
+            "ONNX needs packages that are not installed",
+            where="--format onnx",
+            found=error,
+            next_step="install them: pip install 'teacher-cache[onnx]', or leave this format out",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notices that TorchScript is deprecated and that a trace keeps constants: the result is compared."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning):
+            warnings.simplefilter("ignore", category)
+        yield

@@ -1,0 +1,217 @@
+"""A trained student as files that others run, each compared with the student on test images before it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from cache_tools.config import Frozen
+from cache_tools.console import Progress
+from cache_tools.errors import WeightsError
+from cache_tools.files import PARTIAL, output_folder, put_durably, sync_folder, sync_tree
+from cache_tools.format.recipe import Preprocessing
+from cache_tools.images.image_set import ImageSet
+from cache_tools.preprocess import prepare
+from train.checkpoints import load_student
+from train.evaluate.corruptions import evenly_spaced
+from train.evaluate.metrics import predict
+from train.export.config import CONFIG, ExportedFile, ExportReport, config
+from train.export.formats import FORMATS, Deployed, Model, Source, require
+from train.runs.folder import EXPORT
+from train.runs.stored import open_run
+
+_CHECKED_AT_ONCE = 128
+_CPU = torch.device("cpu")
+
+
+class ExportOptions(Frozen):
+    """What is exported, and how.
+
+    Attributes:
+        weights: None for those of the checkpoint file that is named, the last ones of a folder.
+        out: None for the folder `export` in the run's.
+        batch_size: of the graphs; None for any number of images.
+        input: `pixels`: uint8 [N, 3, H, W] in RGB, normalised inside; `normalised`: float32, by the caller.
+        samples: evenly spaced test images that every file is compared on.
+        tolerance: largest difference of a logit, relative to the largest logit (at least 1).
+    """
+
+    weights: Literal["last", "best", "ema"] | None = None
+    formats: tuple[Literal["safetensors", "torchscript", "torch-export", "onnx"], ...] = Field(
+        ("safetensors", "torchscript", "torch-export"), min_length=1
+    )
+    out: Path | None = None
+    batch_size: PositiveInt | None = None
+    input: Literal["pixels", "normalised"] = "pixels"
+    samples: PositiveInt = 1000
+    split: str | None = None
+    data_dir: Path | None = None
+    tolerance: PositiveFloat = 1e-4
+
+
+def export_student(path: Path | str, options: ExportOptions | None = None) -> ExportReport:
+    """Write a student of train-student in other formats, with `config.json`, which says what it is and how it compared.
+
+    An export replaces what an earlier one left in the folder, once all of its files have passed.
+
+    Args:
+        path: a run folder, or a checkpoint file in one.
+
+    Raises:
+        WeightsError: no such checkpoint, a network that a format cannot hold, or a file that computes something else.
+        CacheError: the subclass says what else is wrong: run, images, options, storage.
+    """
+    options = options or ExportOptions()
+    require(options.formats)
+    run, given = open_run(path)
+    which = options.weights or given or "last"
+    model, card = load_student(run.checkpoint(which))
+    folder = output_folder(options.out or run.folder / EXPORT, "export")
+    test = run.open_test(card, options.split, options.data_dir)
+    test = test.subset(evenly_spaced(len(test), options.samples))
+    preprocessing = Preprocessing(mean=card.mean, std=card.std)
+    pixels = options.input == "pixels"
+    source = Source(
+        module=Deployed(model, preprocessing if pixels else None),
+        checkpoint=run.checkpoint(which),
+        card=card,
+        image_size=test.image_size,
+        batch_size=options.batch_size,
+        preprocessing=preprocessing,
+        pixels=pixels,
+    )
+    with _staged(folder) as staged:
+        files = _export(source, test, options, staged)
+        report = ExportReport(
+            folder=folder,
+            student=card.architecture,
+            checkpoint=which,
+            epoch=card.epoch,
+            recipe_digest=card.recipe_digest,
+            input=options.input,
+            image_size=source.image_size,
+            batch_size=options.batch_size,
+            dataset=test.name,
+            split=test.split,
+            samples=len(test),
+            tolerance=options.tolerance,
+            files=files,
+        )
+        _publish(staged, folder, json.dumps(config(model, card, report), indent=2, ensure_ascii=False).encode())
+    return report
+
+
+def _export(source: Source, test: ImageSet, options: ExportOptions, staged: Path) -> tuple[ExportedFile, ...]:
+    """Write and compare one format after the other."""
+    formats = tuple(dict.fromkeys(options.formats))
+    title = f"export {source.card.architecture}"
+    with Progress(title, (1 + len(formats)) * len(test), "images") as progress:
+        progress.advance(0, "the student itself")
+        expected = predict(source.module.student, test, source.preprocessing, _CPU, advance=progress.advance)
+        files = []
+        for name in formats:
+            path = staged / FORMATS[name].file
+            progress.advance(0, f"writing {name}")
+            with _in_words(source, name, "written"), torch.no_grad():
+                FORMATS[name].write(source, path)
+            progress.advance(0, f"comparing {name}")
+            with _in_words(source, name, "loaded and run"), torch.inference_mode():
+                logits = torch.cat(list(_logits(FORMATS[name].open(path, source), source, test, progress)))
+            files.append(_compared(name, path, logits, expected, options.tolerance))
+    return tuple(files)
+
+
+def _logits(model: Model, source: Source, test: ImageSet, progress: Progress) -> Iterator[Tensor]:
+    """Batch by batch: of a single image first, then of many and of what is left, where any number may come."""
+    start, total = 0, len(test)
+    while start < total:
+        size = source.batch_size or (1 if start == 0 else _CHECKED_AT_ONCE)
+        images = torch.from_numpy(test.load(slice(start, min(start + size, total)))).contiguous()
+        count = len(images)
+        if source.batch_size:  # the last batch is filled up
+            images = images[torch.arange(size) % count]
+        yield model(images if source.pixels else prepare(images, source.preprocessing))[:count]
+        progress.advance(count)
+        start += count
+
+
+def _compared(name: str, path: Path, logits: Tensor, expected: Tensor, tolerance: float) -> ExportedFile:
+    """The entry of a file whose logits are those of the student.
+
+    Raises:
+        WeightsError: they are not.
+    """
+    if logits.shape != expected.shape:
+        difference, agreement = float("nan"), 0.0
+    else:
+        difference = float((logits - expected).abs().max())
+        agreement = float((logits.argmax(1) == expected.argmax(1)).double().mean())
+    allowed = tolerance * max(1.0, float(expected.abs().max()))
+    if not difference <= allowed:  # nor NaN
+        raise WeightsError(
+            "the exported model computes other logits than the student; nothing was kept",
+            where=f"{name}, {len(expected):,} test images",
+            expected=f"a largest difference of at most {allowed:.2g}",
+            found=f"{difference:.2g}, with the same answer on {agreement:.2%}",
+            next_step="export another format; --tolerance allows more where such a difference does not matter",
+        )
+    return ExportedFile(
+        format=name,
+        file=path.name,
+        file_bytes=path.stat().st_size,
+        max_difference=difference,
+        allowed_difference=allowed,
+        top1_agreement=agreement,
+    )
+
+
+@contextmanager
+def _in_words(source: Source, name: str, done: str) -> Iterator[None]:
+    """Whatever a third party's exporter or runtime raises, as an error that says which network and format it was."""
+    try:
+        yield
+    except (WeightsError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        alone = "" if source.batch_size else ", or a fixed --batch-size"
+        raise WeightsError(
+            f"this student cannot be {done} as {name}",
+            where=source.card.architecture,
+            found=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}".removesuffix(": "),
+            next_step=f"choose other formats with --format{alone}",
+        ) from error
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder on the same disk for what is not checked yet; gone afterwards, like what a killed process left."""
+    for leftover in folder.glob(f".*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staged = Path(tempfile.mkdtemp(prefix=".", suffix=PARTIAL, dir=folder))
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _publish(staged: Path, folder: Path, config: bytes) -> None:
+    """Put the checked files in the place of an earlier export; the config, which vouches for them, comes last."""
+    sync_tree(staged)
+    (folder / CONFIG).unlink(missing_ok=True)
+    for name in {entry.file for entry in FORMATS.values()} - {path.name for path in staged.iterdir()}:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).unlink()
+    for path in staged.iterdir():
+        path.replace(folder / path.name)
+    sync_folder(folder)
+    put_durably(folder / CONFIG, config)

@@ -1,0 +1,32 @@
+"""Distillation losses as plain functions, and the contrastive memory of CRD.
+
+Every loss is a batch mean unless it says otherwise.
+"""
+
+from train.losses.contrastive import ContrastiveMemory
+from train.losses.functions import (
+    cross_entropy,
+    dkd,
+    feature_cosine,
+    feature_mse,
+    kd,
+    pkt,
+    rkd,
+    standardise,
+    standardised_kd,
+)
+from train.losses.tail import kd_tail
+
+__all__ = [
+    "ContrastiveMemory",
+    "cross_entropy",
+    "dkd",
+    "feature_cosine",
+    "feature_mse",
+    "kd",
+    "kd_tail",
+    "pkt",
+    "rkd",
+    "standardise",
+    "standardised_kd",
+]

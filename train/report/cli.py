@@ -1,0 +1,51 @@
+"""`report-students`: the page of one or many runs, or of a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_tools.console import command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+@command
+def report_students(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders of train-student, or folders of sweeps.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The HTML file. Default: report.html, in the folder if it is a single one."),
+    ] = None,
+    title: Annotated[str, typer.Option("--title", help="Of the page. Default: what the runs have in common.")] = "",
+    open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Write one HTML page that compares runs: figures, accuracy against cost, curves, calibration, classes, commands.
+
+    The page is a single file that asks for nothing outside itself. Seeds of the same settings are put together.
+    """
+    from train.report.html import write_report
+    from train.report.trials import read_tables
+    from train.runs.folder import REPORT
+
+    folders, table = read_tables(runs)
+    path = write_report(
+        folders, out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)), trials=table, title=title
+    )
+    print(f"{path}: {path.stat().st_size / 1e3:,.0f} kB")
+    if open_it:
+        typer.launch(path.absolute().as_uri())
+
+
+def main() -> None:
+    """Entry point of `report-students`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The page's leaderboard: a table with a body per setting, its mean first, its seeds below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+
+from train.report.comparison import Comparison, Setting, label_names, short_names
+from train.report.records import FINISHED, TrialRecord
+from train.report.spread import Spread
+
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A figure in the table: how it is headed and written, and whether more of it is better."""
+
+    name: str
+    header: str
+    text: Format
+    rising: bool = False
+    deviation: bool = False
+    hint: str = ""
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _four(value: float) -> str:
+    return f"{value:.4f}" if value < 100 else f"{value:,.1f}"  # the NLL of a student that diverged
+
+
+COLUMNS = (
+    Column(name="top1", header="Top-1 %", text=_percent, rising=True, deviation=True, hint="test split, last epoch"),
+    Column(name="top5", header="Top-5 %", text=_percent, rising=True, deviation=True),
+    Column(name="nll", header="NLL", text=_four, deviation=True, hint="negative log-likelihood in nats"),
+    Column(name="ece", header="ECE", text=_four, deviation=True, hint="expected calibration error, 15 bins"),
+    Column(name="parameters", header="Parameters", text=lambda value: f"{value:,.0f}"),
+    Column(name="flops", header="MFLOPs", text=lambda value: f"{value / 1e6:,.1f}", hint="per image, forward"),
+    Column(name="latency_1_ms", header="Latency ms,|1 image", text=lambda value: f"{value:,.2f}"),
+    Column(name="latency_128_ms", header="Latency ms,|batch of 128", text=lambda value: f"{value:,.1f}"),
+    Column(name="train_s", header="Training|s", text=lambda value: f"{value:,.1f}", hint="steps alone"),
+    Column(
+        name="best_top1",
+        header="Best|top-1 %",
+        text=_percent,
+        rising=True,
+        hint="of all epochs, chosen on the test split: optimistic",
+    ),
+    Column(name="best_epoch", header="at|epoch", text=lambda value: f"{value:.0f}", rising=True),
+    Column(name="ema_top1", header="EMA|top-1 %", text=_percent, rising=True, hint="average of the weights"),
+)
+
+
+def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> str:
+    """The table.
+
+    Args:
+        anchors: trial → id of its own part of the page.
+    """
+    first, *others = COLUMNS
+    known = [column for column in others if any(column.name in one.figures for one in comparison.settings)]
+    table = _Table(comparison, [first, *known], anchors)
+    return "\n".join(
+        ['<table id="board">', f"<caption>{table.caption()}</caption>", "<thead>", table.head(), "</thead>"]
+        + [line for number, setting in enumerate(comparison.settings) for line in table.body(number, setting)]
+        + ["</table>"]
+    )
+
+
+class _Table:
+    def __init__(self, comparison: Comparison, columns: list[Column], anchors: Mapping[TrialRecord, str]) -> None:
+        self.comparison, self.columns, self.anchors = comparison, columns, anchors
+        self.several = any(len(setting.trials) > 1 for setting in comparison.settings)
+        self.intervals = any(spread.n > 1 for one in comparison.settings for spread in one.figures.values())
+        self.statuses = any(trial.status != FINISHED for trial in comparison.trials)
+        self.names = short_names(comparison.varied)
+
+    def caption(self) -> str:
+        text = "Test figures after the last epoch."
+        if self.intervals:
+            text += " Several seeds: mean ± standard deviation, and the 95 % confidence interval of the mean."
+        return text
+
+    def head(self) -> str:
+        cells = [_header("student", "Student", "ascending"), _header("loss", "Loss", "ascending", "own")]
+        cells += [_header(f"setting-{key}", escape(name), "ascending", "own") for key, name in self.names.items()]
+        cells += [self._head(column) for column in self.columns[:1]]
+        if self.intervals:
+            cells.append(_header("interval", "95 % interval", "ascending", "number", "sorted by its width"))
+        cells.append(_header("seed", "Seeds" if self.several else "Seed", "ascending", "number"))
+        if self.statuses:
+            cells.append(_header("status", "Status", "ascending"))
+        cells += [self._head(column) for column in self.columns[1:]]
+        return f"<tr>{''.join(cells)}</tr>"
+
+    def _head(self, column: Column) -> str:
+        first = "descending" if column.rising else "ascending"
+        kind = "number wide" if self.intervals and column.deviation else "number"
+        return _header(column.name, column.header, first, kind, column.hint)
+
+    def body(self, number: int, setting: Setting) -> Iterator[str]:
+        """A row of the setting; below it, if it has several, a row per seed."""
+        several = len(setting.trials) > 1
+        seeds = [f"setting-{number}-seed-{place}" for place in range(len(setting.trials))] if several else []
+        yield f'<tbody data-setting="{number}" data-student="{_e(setting.student)}" data-loss="{_e(setting.loss)}">'
+        kind = "setting" if setting.finished else "setting unfinished"
+        yield f'<tr class="{kind}">{"".join(self._setting(setting, seeds))}</tr>'
+        for trial, name in zip(setting.trials if several else (), seeds, strict=True):
+            yield f'<tr class="seed" id="{name}" hidden>{"".join(self._seed(trial))}</tr>'
+        yield "</tbody>"
+
+    def _setting(self, setting: Setting, seeds: list[str]) -> Iterator[str]:
+        first = setting.trials[0]
+        name = _e(setting.student)
+        link = name if seeds else f'<a href="#{self.anchors[first]}">{name}</a>'
+        names = label_names(self.comparison.varied)
+        parts = [setting.loss, *(f"{names[key]} {text}" for key, text in setting.varied.items())]
+        rest = " · ".join(f"<span>{_e(part)}</span>" for part in parts)
+        place = f'<span class="key"></span>{link}<span class="rest">{rest}</span>'
+        yield f'<th scope="row" data-value="{name}">{place}</th>'
+        yield _own_cell(setting.loss)
+        yield from (_own_cell(setting.varied[key]) for key in self.comparison.varied)
+        count = len(setting.seeds)
+        button = f'<button type="button" class="unfold" aria-expanded="false" aria-controls="{" ".join(seeds)}">'
+        text = (
+            f'{button}{count}<span class="aside"> seeds of {_e(setting.label)}</span></button>' if seeds else first.seed
+        )
+        middle = [f'<td class="number" data-value="{count if seeds else first.seed}">{text}</td>']
+        yield from self._figures(setting.figures, [*middle, _status(setting)] if self.statuses else middle)
+
+    def _seed(self, trial: TrialRecord) -> Iterator[str]:
+        yield f'<th scope="row"><a href="#{self.anchors[trial]}">{_e(trial.student)}, seed {trial.seed}</a></th>'
+        yield '<td class="own"></td>' * (1 + len(self.comparison.varied))
+        middle = [f'<td class="number">{trial.seed}</td>']
+        status = f"<td>{_marked(trial.status)}{_why(trial.error)}</td>"
+        figures = {name: Spread(n=1, mean=value) for name, value in trial.figures.items()}
+        yield from self._figures(figures, [*middle, status] if self.statuses else middle)
+
+    def _figures(self, figures: Mapping[str, Spread], middle: list[str]) -> Iterator[str]:
+        """Cells of all figures; `middle` are those that stand behind the first and its interval."""
+        first, *others = self.columns
+        yield self._figure(first, figures.get(first.name))
+        if self.intervals:
+            yield _interval(first, figures.get(first.name))
+        yield from middle
+        yield from (self._figure(column, figures.get(column.name)) for column in others)
+
+    def _figure(self, column: Column, found: Spread | None) -> str:
+        wide = " wide" if self.intervals and column.deviation else ""
+        if found is None:
+            return f'<td class="number{wide}">–{"<span class=deviation></span>" if wide else ""}</td>'
+        deviation = ""
+        if wide:
+            text = "" if found.std is None else f"±&#8239;{column.text(found.std)}"
+            deviation = f'<span class="deviation">{text}</span>'
+        return f'<td class="number{wide}" data-value="{found.mean!r}">{column.text(found.mean)}{deviation}</td>'
+
+
+def _header(name: str, text: str, first: str, kind: str = "", hint: str = "") -> str:
+    """A header that sorts; `first` is the direction that it sorts in when it is pressed first."""
+    title = f' title="{_e(hint)}"' if hint else ""
+    return (
+        f'<th scope="col" class="{kind}" data-key="{_e(name)}" data-first="{first}">'
+        f'<button type="button"{title}>{text.replace("|", " <br>")}</button></th>'
+    )
+
+
+def _own_cell(text: str) -> str:
+    """One of the cells that tell a setting from the others; on a phone they stand below its student."""
+    return f'<td class="own" data-value="{_e(text)}">{_e(text)}</td>'
+
+
+def _interval(column: Column, found: Spread | None) -> str:
+    if found is None or found.low is None or found.high is None:
+        return '<td class="number">–</td>'
+    width = found.high - found.low
+    return f'<td class="number" data-value="{width!r}">{column.text(found.low)} – {column.text(found.high)}</td>'
+
+
+def _status(setting: Setting) -> str:
+    finished = sum(trial.status == FINISHED for trial in setting.trials)
+    others = list(dict.fromkeys(trial.status for trial in setting.trials if trial.status != FINISHED))
+    text = _marked(FINISHED) if not others else ", ".join(map(_marked, others))
+    count = f" {finished} of {len(setting.trials)} finished" if len(setting.trials) > 1 and others else ""
+    why = _why(setting.trials[0].error) if len(setting.trials) == 1 else ""
+    return f'<td data-value="{_e(", ".join(others) or FINISHED)}">{text}{count}{why}</td>'
+
+
+def _marked(status: str) -> str:
+    return f'<span class="status status-{_e(status)}">{_e(status)}</span>'
+
+
+def _why(error: str) -> str:
+    return f' <span class="why">{_e(error)}</span>' if error else ""
+
+
+def _e(text: str) -> str:
+    return escape(text, quote=True)

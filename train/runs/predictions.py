@@ -1,0 +1,114 @@
+"""What a run's last weights say about each test image: enough for reliability diagrams and accuracies by class."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import nn
+
+from cache_tools.errors import DataError
+from cache_tools.files import put_durably
+from cache_tools.format.recipe import Preprocessing
+from cache_tools.images.image_set import ImageSet
+from cache_tools.preprocess import prepare
+from train.evaluate.metrics import CALIBRATION_BINS, batches, evaluating
+from train.runs.folder import PREDICTIONS
+
+_COLUMNS = {"label": pl.UInt32, "predicted": pl.UInt32, "confidence": pl.Float32}
+
+
+def store_predictions(
+    folder: Path,
+    model: nn.Module,
+    images: ImageSet | None,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    batch_size: int = 512,
+) -> None:
+    """Write `test.parquet` into a run folder: a row per test image, in the split's order.
+
+    Columns: label and predicted (uint32), confidence (float32, the probability of the predicted class). Nothing is
+    written without a test split.
+    """
+    if images is None:
+        return
+    rows = []
+    with evaluating(model, device):
+        for _, pixels in batches(images.load, len(images), batch_size, device):
+            rows.append(model(prepare(pixels, preprocessing)).float().softmax(dim=1).max(dim=1))
+    table = {
+        "label": np.asarray(images.labels),
+        "predicted": torch.cat([row.indices for row in rows]).cpu().numpy(),
+        "confidence": torch.cat([row.values for row in rows]).clamp_max(1.0).cpu().numpy(),
+    }
+    write_predictions(folder, pl.DataFrame(table))
+
+
+def write_predictions(folder: Path, predictions: pl.DataFrame) -> None:
+    """Write a table of label, predicted and confidence as `test.parquet`, atomically."""
+    buffer = io.BytesIO()
+    _typed(predictions).write_parquet(buffer, compression="zstd")
+    put_durably(folder / PREDICTIONS, buffer.getbuffer())
+
+
+def read_predictions(folder: Path) -> pl.DataFrame | None:
+    """The table of `store_predictions`, None where a run has none (an older one, or one without a test split).
+
+    Raises:
+        DataError: a damaged file.
+    """
+    path = folder / PREDICTIONS
+    if not path.is_file():
+        return None
+    try:
+        return _typed(pl.read_parquet(path))
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise _damaged(path, str(error).partition("\n")[0]) from error
+
+
+def reliability(predictions: pl.DataFrame, bins: int = CALIBRATION_BINS) -> pl.DataFrame:
+    """How often the answers are right that are given with a certain confidence.
+
+    Returns:
+        A row per bin [k ⁄ bins, (k + 1) ⁄ bins) of the confidence, 1.0 being in the last one: count, and the means
+        confidence and accuracy, null in an empty bin. Σ count · |accuracy − confidence| ⁄ Σ count is the ECE.
+    """
+    edges = np.linspace(0, 1, bins + 1, dtype=np.float32)
+    confidence = predictions["confidence"].to_numpy()
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    right = (predictions["label"] == predictions["predicted"]).to_numpy()
+    count = np.bincount(place, minlength=bins)
+    sums = {
+        "confidence": np.bincount(place, weights=confidence, minlength=bins),
+        "accuracy": np.bincount(place, weights=right, minlength=bins),
+    }
+    means = {name: np.divide(total, count, out=np.full(bins, np.nan), where=count > 0) for name, total in sums.items()}
+    return pl.DataFrame({"count": count, **means}).with_columns(pl.col("confidence", "accuracy").fill_nan(None))
+
+
+def class_accuracy(predictions: pl.DataFrame, num_classes: int) -> pl.DataFrame:
+    """A row per class: count, and accuracy, the share of its images that are recognised (null without images)."""
+    labels = predictions["label"].to_numpy()
+    right = (predictions["label"] == predictions["predicted"]).to_numpy()
+    count = np.bincount(labels, minlength=num_classes)
+    correct = np.bincount(labels, weights=right, minlength=num_classes)
+    accuracy = np.divide(correct, count, out=np.full(len(count), np.nan), where=count > 0)
+    return pl.DataFrame({"count": count, "accuracy": accuracy}).with_columns(pl.col("accuracy").fill_nan(None))
+
+
+def _typed(table: pl.DataFrame) -> pl.DataFrame:
+    return table.select(pl.col(name).cast(dtype) for name, dtype in _COLUMNS.items())
+
+
+def _damaged(path: Path, found: str) -> DataError:
+    return DataError(
+        "damaged predictions",
+        where=path,
+        expected=f"a parquet file with {', '.join(_COLUMNS)}",
+        found=found,
+        next_step="delete the file: the page is then made without them",
+    )

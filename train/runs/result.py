@@ -1,0 +1,113 @@
+"""What came out of a run, and how it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cache_tools.config import Frozen
+from cache_tools.errors import WeightsError
+from cache_tools.files import put_durably
+from train.evaluate.metrics import Evaluation
+from train.runs.folder import REPORT, RESULT
+
+
+class RunResult(Frozen):
+    """Stored as `result.json` beside what it is about.
+
+    Attributes:
+        folder: where the run is.
+        last, best, ema: on the test split: the weights of the last epoch, those with the best test top-1 of all
+            epochs (chosen on the test set, as papers do: an optimistic figure), and the average of weights.
+        teachers: top-1 of teacher, CLIP and fusion as the cache's preflight measured them.
+        labels_only: the same run on labels alone.
+        train_s: seconds spent in training steps, resumed parts included; opening, evaluation and writing are not.
+        environment: versions, device, threads.
+        command: what was run last.
+    """
+
+    name: str
+    student: str
+    parameters: int
+    loss: str
+    epochs: int
+    seed: int
+    folder: Path
+    recipe_digest: str
+    fingerprint: str | None
+    train_samples: int
+    test_split: str | None
+    last: Evaluation | None
+    best: Evaluation | None
+    best_epoch: int | None
+    ema: Evaluation | None = None
+    teachers: dict[str, Any] | None = None
+    labels_only: RunResult | None = None
+    train_s: float
+    environment: dict[str, str]
+    command: str
+
+    def save(self) -> None:
+        put_durably(self.folder / RESULT, self.model_dump_json(indent=2).encode())
+
+
+def load_result(folder: Path) -> RunResult | None:
+    """The result of a finished run, None if it is not finished.
+
+    Raises:
+        WeightsError: a damaged file.
+    """
+    try:
+        text = (folder / RESULT).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        result = RunResult.model_validate_json(text)
+    except ValueError as error:
+        raise WeightsError(
+            "damaged result", where=folder / RESULT, next_step="start this run again with --overwrite"
+        ) from error
+    return result.model_copy(update={"folder": folder})
+
+
+def summary(result: RunResult) -> str:
+    """The result as a table of a few lines."""
+    lines = [f"{'':<28}{'top-1':>8}{'top-5':>9}{'NLL':>9}{'ECE':>9}"]
+    teachers = result.teachers or {}
+    names = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "teacher + CLIP, fused"}
+    lines += [f"{label:<28}{teachers[key]:>8.2%}" for key, label in names.items() if key in teachers]
+    lines += _student_lines(result, "on labels" if result.loss == "ce" else "distilled")
+    if result.labels_only is not None:
+        lines += _student_lines(result.labels_only, "on labels alone")
+        if result.last and result.labels_only.last:
+            points = 100 * (result.last.top1 - result.labels_only.last.top1)
+            lines.append(f"{'distilled − on labels alone':<28}{points:>+8.2f} points of top-1, last epoch, one seed")
+    return "\n".join([*lines, "", *_notes(result)])
+
+
+def _student_lines(result: RunResult, how: str) -> list[str]:
+    best = f"best epoch ({result.best_epoch + 1})" if result.best_epoch is not None else ""
+    rows = ((f"{result.student} {how}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema))
+    return [f"{label:<28}{_figures(evaluation)}" for label, evaluation in rows if evaluation is not None]
+
+
+def _figures(evaluation: Evaluation) -> str:
+    top5 = "–" if evaluation.top5 is None else f"{evaluation.top5:.2%}"
+    return f"{evaluation.top1:>8.2%}{top5:>9}{evaluation.nll:>9.4f}{evaluation.ece:>9.4f}"
+
+
+def _notes(result: RunResult) -> list[str]:
+    notes = []
+    if result.last is not None:
+        notes.append(f"Students: {result.last.n:,} images of the {result.test_split} split, seed {result.seed}.")
+    else:
+        notes.append("There is no test split: nothing was evaluated.")
+    if (teachers := result.teachers) and "n" in teachers:
+        split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
+        notes.append(f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of {split}, when the cache was built.")
+    notes.append(
+        f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
+        f"{result.train_s:.1f} s of training on {result.environment.get('device', '?')}."
+    )
+    notes.append(f"Everything is in {result.folder}, and to be looked at in {result.folder / REPORT}")
+    return notes

@@ -1,0 +1,138 @@
+"""A run folder of `train-student` read back: its recipe, its checkpoints, and the images it is tested on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cache_tools.config import parse_yaml, validate
+from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
+from cache_tools.format.manifest import Manifest
+from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import DatasetRecipe
+from train import checkpoints
+from train.checkpoints import StudentCard
+from train.recipe import TrainRecipe
+from train.runs import folder
+
+CHECKPOINTS = {"last": checkpoints.LAST, "best": checkpoints.BEST, "ema": checkpoints.EMA}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """What a run folder says.
+
+    Attributes:
+        dataset: where training and test images came from.
+        manifest: of the cache it learned from, None for a run on labels alone.
+        cache: where that cache was: a path, or the URL of a remote one whose mirror is gone.
+    """
+
+    folder: Path
+    recipe: TrainRecipe
+    dataset: DatasetRecipe
+    manifest: Manifest | None
+    cache: Path | str | None
+
+    def checkpoint(self, which: str) -> Path:
+        """The file of the `last`, `best` or `ema` weights.
+
+        Raises:
+            RecipeError: no such kind.
+            WeightsError: the run has no such checkpoint (yet).
+        """
+        if which not in CHECKPOINTS:
+            raise RecipeError("no such checkpoint", where=which, expected=f"one of {', '.join(CHECKPOINTS)}")
+        path = self.folder / CHECKPOINTS[which]
+        if not path.is_file():
+            there = ", ".join(self.checkpoints()) or "none"
+            finish = "train it to the end with the same train-student command"
+            train = "train with --set ema_decay=0.999 to have one" if which == "ema" else finish
+            raise WeightsError(f"this run has no '{which}' checkpoint", where=self.folder, found=there, next_step=train)
+        return path
+
+    def checkpoints(self) -> list[str]:
+        """Which of last, best and ema there are."""
+        return [which for which, name in CHECKPOINTS.items() if (self.folder / name).is_file()]
+
+    def labels_only(self) -> Path | None:
+        """The folder of the same run on labels alone, if it was trained too."""
+        twin = self.folder / folder.LABELS_ONLY
+        return twin if (twin / checkpoints.LAST).is_file() else None
+
+    def open_test(
+        self, card: StudentCard, split: str | None = None, data_dir: Path | None = None, download: bool = False
+    ) -> ImageSet:
+        """The split it is evaluated on.
+
+        Args:
+            split: instead of the run's own test split.
+            data_dir, download: instead of where the images were, and whether to fetch them.
+
+        Raises:
+            DataError: no test split, missing images, or other classes than the student's.
+        """
+        wanted = split or self.dataset.test_split
+        if wanted is None:
+            raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
+        changes = {"data_dir": data_dir or self.dataset.data_dir, "download": download or self.dataset.download}
+        images = open_images(self.dataset.model_copy(update=changes).absolute(), wanted)
+        if images.class_names != card.class_names:
+            raise DataError(
+                "the images have other classes than the student",
+                where=f"{images.name}, split {wanted}",
+                expected=_abridged(card.class_names),
+                found=_abridged(images.class_names),
+            )
+        return images
+
+
+def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
+    """A run folder, or the one that a checkpoint file lies in; and which checkpoint the file is, None for a folder.
+
+    Raises:
+        NotFoundError: no run there.
+        FormatError, RecipeError: a damaged or newer recipe or manifest.
+    """
+    path = Path(path).expanduser()
+    which = next((kind for kind, name in CHECKPOINTS.items() if name == path.name and path.is_file()), None)
+    root = path.parent if which else path
+    recipe_file = root / folder.RECIPE
+    if not recipe_file.is_file():
+        raise NotFoundError(
+            "no run of train-student here",
+            where=path,
+            expected=f"a run folder, or {', '.join(CHECKPOINTS.values())} in one",
+            found="nothing" if not path.exists() else f"no {folder.RECIPE} in {root}",
+        )
+    try:
+        data = parse_yaml(recipe_file.read_text(encoding="utf-8"), "damaged recipe", where=recipe_file)
+    except UnicodeDecodeError as error:
+        raise RecipeError("damaged recipe", where=recipe_file, found=error) from error
+    recipe = validate(TrainRecipe, data, where=str(recipe_file))
+    manifest, cache = _read_cache(root / folder.CACHE) if recipe.loss.needs_targets else (None, None)
+    dataset = recipe.dataset if manifest is None else manifest.dataset
+    assert dataset is not None, "a recipe without targets has a dataset"
+    changes = {"data_dir": recipe.data_dir or dataset.data_dir, "download": recipe.download or dataset.download}
+    dataset = dataset.model_copy(update=changes)
+    return StoredRun(folder=root, recipe=recipe, dataset=dataset, manifest=manifest, cache=cache), which
+
+
+def _read_cache(path: Path) -> tuple[Manifest, Path | str]:
+    """The manifest that the run kept of its cache: the cache itself may be gone."""
+    try:
+        stored = json.loads(path.read_bytes())
+        cache, url = Path(stored["path"]), stored.get("url")
+        return Manifest.model_validate(stored["manifest"]), cache if url is None or cache.exists() else str(url)
+    except FileNotFoundError as error:
+        raise NotFoundError("this run does not say what it learned from", where=path) from error
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise CacheError("damaged record of the cache", where=path, found=str(error).splitlines()[0]) from error
+
+
+def _abridged(names: tuple[str, ...]) -> str:
+    return f"{len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"

@@ -1,0 +1,226 @@
+"""Experiment trackers that follow a run: TensorBoard, MLflow and Weights & Biases behind one small interface.
+
+A tracker only listens. What it is told is in the run's own files too, and nothing that it does reaches the training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cache_tools.errors import RecipeError
+from train.recipe import TrainRecipe
+from train.runs.folder import BOARD
+
+if TYPE_CHECKING:
+    from train.runs.result import RunResult
+
+Row = Mapping[str, float | int | None]
+State = dict[str, str]
+
+PROJECT = "teacher-cache"
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
+_MLFLOW_BATCH = 100  # parameters per request
+
+
+class Logger(Protocol):
+    """What a run tells a tracker. Any method may raise: the run goes on without this tracker."""
+
+    def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
+        """Open the tracker's own run.
+
+        Args:
+            folder: of our run.
+            stored: what an earlier start gave, so that a resumed run goes on where it was; None for a new one.
+
+        Returns:
+            How to find the tracker's run again: `stored` itself exactly if it is continued.
+        """
+
+    def epoch(self, row: Row) -> None:
+        """A finished epoch; figures that were not measured are None."""
+
+    def finish(self, result: RunResult | None) -> None:
+        """The end: with a result, or None for a run that was stopped and may go on later."""
+
+
+class TensorBoardLogger:
+    """Events in `tb` in the run folder."""
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
+        self._folder = folder / BOARD
+        return stored or {"folder": BOARD}
+
+    def epoch(self, row: Row) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer is None:  # what an earlier process wrote of this epoch and later ones is void
+            self._writer = SummaryWriter(str(self._folder), purge_step=row["epoch"])
+        for name, value in _figures(row):
+            self._writer.add_scalar(name, value, row["epoch"])
+        self._writer.flush()
+
+    def finish(self, result: RunResult | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class MLflowLogger:
+    """A run where MLflow's own settings say: `MLFLOW_TRACKING_URI`, or `mlflow.db` in the working folder."""
+
+    def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
+        import mlflow
+
+        uri = mlflow.get_tracking_uri() if stored is None else stored["tracking_uri"]
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        if stored is not None and self._reopened(stored["run_id"]):
+            self._run_id = stored["run_id"]
+            return stored
+        experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        tags = {"folder": str(folder.absolute()), "student": recipe.student, "loss": recipe.loss_name}
+        self._run_id = self._client.create_run(experiment, run_name=_title(recipe), tags=tags).info.run_id
+        params = [mlflow.entities.Param(key, text) for key, text in _flat(recipe.model_dump(mode="json"))]
+        for start in range(0, len(params), _MLFLOW_BATCH):
+            self._client.log_batch(self._run_id, params=params[start : start + _MLFLOW_BATCH])
+        return {"tracking_uri": uri, "run_id": self._run_id}
+
+    def epoch(self, row: Row) -> None:
+        step = row["epoch"]
+        assert isinstance(step, int), "epochs are counted"
+        self._log(dict(_figures(row)), step)
+
+    def finish(self, result: RunResult | None) -> None:
+        if result is not None:
+            self._log(_final(result), result.epochs - 1)
+        self._client.set_terminated(self._run_id, "KILLED" if result is None else "FINISHED")
+
+    def _log(self, figures: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now_ms = int(1000 * time.time())
+        self._client.log_batch(self._run_id, [Metric(name, value, now_ms, step) for name, value in figures.items()])
+
+    def _reopened(self, run_id: str) -> bool:
+        """Whether the run is still there; it runs again then."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self._client.get_run(run_id).info.lifecycle_stage != "active":
+                return False
+            self._client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return self._client.create_experiment(name)
+            except MlflowException:  # another run was quicker
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return found.experiment_id
+
+
+class WandbLogger:
+    """A run of Weights & Biases, offline where nobody is logged in: `wandb sync` sends it later."""
+
+    def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
+        import wandb
+
+        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=None if stored is None else stored["id"],
+            resume=None if stored is None else "allow",
+            name=_title(recipe),
+            config={**recipe.model_dump(mode="json"), "folder": str(folder.absolute())},
+            mode="offline" if offline else None,
+            reinit="create_new",  # students that train together have a run each
+            settings=wandb.Settings(console="off"),
+        )
+        return stored or {"id": self._run.id}
+
+    def epoch(self, row: Row) -> None:
+        step = row["epoch"]
+        assert isinstance(step, int), "epochs are counted"
+        self._run.log({"epoch": step, **dict(_figures(row))}, step=step)
+
+    def finish(self, result: RunResult | None) -> None:
+        if result is not None:
+            self._run.summary.update(_final(result))
+        self._run.finish(exit_code=0 if result is not None else 1)
+
+
+LOGGERS: dict[str, Callable[[], Logger]] = {
+    "tensorboard": TensorBoardLogger,
+    "mlflow": MLflowLogger,
+    "wandb": WandbLogger,
+}
+
+
+def chosen(recipe: TrainRecipe) -> tuple[str, ...]:
+    """The recipe's trackers, each once; TensorBoard, if it is installed, where the recipe names none.
+
+    Raises:
+        RecipeError: a tracker whose package is missing or does not import.
+    """
+    if recipe.loggers is None:
+        return ("tensorboard",) if _problem("tensorboard") is None else ()
+    for name in recipe.loggers:
+        if (problem := _problem(name)) is not None:
+            raise RecipeError(
+                f"logging to '{name}' needs a package that cannot be imported",
+                where="--log",
+                found=problem,
+                next_step=f"install it: pip install 'teacher-cache[{name}]', or leave it out",
+            )
+    return tuple(dict.fromkeys(recipe.loggers))
+
+
+def _problem(name: str) -> str | None:
+    """Why a tracker's package cannot be used; None if it can."""
+    try:
+        importlib.import_module(_MODULES[name])
+    except Exception as error:  # a broken package raises anything
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def _title(recipe: TrainRecipe) -> str:
+    return f"{recipe.name} {recipe.student} {recipe.loss_name} seed {recipe.seed}"
+
+
+def _figures(row: Row) -> Iterator[tuple[str, float]]:
+    """What was measured."""
+    return ((name, value) for name, value in row.items() if name != "epoch" and value is not None)
+
+
+def _final(result: RunResult) -> dict[str, float]:
+    """What is known only in the end."""
+    figures: dict[str, float] = {"parameters": result.parameters, "total_train_s": result.train_s}
+    if result.best is not None and result.best_epoch is not None:
+        figures |= {"best_test_top1": result.best.top1, "best_epoch": result.best_epoch}
+    return figures
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values as text."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

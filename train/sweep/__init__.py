@@ -1,0 +1,1 @@
+"""Many students from one cache: grids, searches, successive halving."""

@@ -1,0 +1,181 @@
+"""`sweep-students`: many students from one cache, in one command."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cache_tools.console import command
+from cache_tools.errors import RecipeError
+from cache_tools.memory import keep_freed_memory
+from train.sweep.options import read_sweep
+from train.sweep.recipe import SweepRecipe
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+@command
+def sweep_students(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="What trials have in common: a recipe of train-student, built-in or a YAML file. Default: digits."
+        ),
+    ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="The cache: path, URL, name or fingerprint.")] = None,
+    students: Annotated[
+        str | None, typer.Option("--students", help="Separated by commas: resnet8x4,wrn_16_2,timm:NAME.")
+    ] = None,
+    losses: Annotated[
+        str | None, typer.Option("--losses", help="Separated by commas, as for train-student --loss: richkd,kd,ce.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many, from the recipe's seed on.")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid", metavar="KEY=V1,V2", help="Values of a recipe key, or a range LOW..HIGH; may be repeated."
+        ),
+    ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option("--search", min=1, help="Try so many promising settings, not all: Optuna chooses them."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
+    sweep_file: Annotated[
+        Path | None,
+        typer.Option("--sweep", help="A YAML file with recipe, students, losses, grid, seeds, or trials; options win."),
+    ] = None,
+    asha: Annotated[
+        bool,
+        typer.Option("--asha", help="Stop the worse trials early (asynchronous successive halving). Only for search."),
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes. Default: what fills the CPU; one on a GPU.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="Where trials run: this machine, or a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            help="HOST:PORT, auto or local. Default: RAY_ADDRESS, else a cluster that runs here, else a new one.",
+        ),
+    ] = None,
+    ray_gpus: Annotated[
+        float | None,
+        typer.Option("--ray-gpus", min=0.01, help="GPUs of a Ray worker; 0.5 has two on each. Default: 1."),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the sweep. Default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep. Default: runs/sweep-NAME.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted, for all trials; --grid wins."),
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Train trials again whose folder holds a run of other settings or another cache."
+        ),
+    ] = False,
+    show_trials: Annotated[bool, typer.Option("--show-trials", help="List the trials and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all results as one JSON object.")] = False,
+) -> None:
+    """Train many students from one cache; those that see the same batches share them.
+
+    A trial is a run of train-student and gives the same numbers. Interrupt it at any time: the same command goes on,
+    and with more students, losses or seeds it trains those that are new.
+    """
+    for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
+        if value is not None and engine != "ray":
+            raise RecipeError("an option of Ray without its engine", where=f"{option} {value}", expected="--engine ray")
+    options = {
+        "cache": cache,
+        "epochs": epochs,
+        "device": device,
+        "data_dir": str(data_dir) if data_dir else None,
+    }
+    told = {
+        "students": None if students is None else _words("--students", students),
+        "losses": None if losses is None else _words("--losses", losses),
+        "seeds": seeds,
+        "name": name,
+    }
+    sweep = read_sweep(sweep_file, recipe, options, overrides or (), told, grid or (), search, asha)
+    folder = out or Path("runs") / f"sweep-{sweep.name}"
+    if show_trials:
+        if sweep.search is not None:
+            raise RecipeError("a search does not know its trials in advance", where="--show-trials")
+        from train.sweep.recipe import make_trials
+
+        for trial in make_trials(sweep, folder):
+            print(trial.name)
+        return
+    cluster = {"address": ray_address, "gpus": ray_gpus or 1.0} if engine == "ray" else None
+    _run(sweep, folder, workers, cluster, retry_failed, overwrite, as_json)
+
+
+def _run(
+    sweep: SweepRecipe,
+    folder: Path,
+    workers: int | None,
+    cluster: dict[str, Any] | None,
+    retry_failed: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    import sys
+
+    from cache_tools.console import resolve_device
+    from train.sweep.run import Engine, default_workers, run_sweep
+    from train.sweep.text import sweep_text
+    from train.sweep.workers import Processes
+
+    keep_freed_memory()
+    say = lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)  # noqa: E731
+    with ExitStack() as stack:
+        engine: Engine | None = None
+        if cluster is not None:
+            from train.sweep.ray.engine import OnRay
+
+            engine = stack.enter_context(OnRay(folder, **cluster, workers=workers, say=say))
+        elif (count := workers or default_workers(resolve_device(sweep.base.get("device", "auto")))) > 1:
+            engine = Processes(count, folder)
+        result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, overwrite=overwrite, say=say)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "folder": str(folder),
+                    "trials": result.trials.to_dicts(),
+                    "settings": result.settings.to_dicts(),
+                    "best": result.best and result.best._asdict(),
+                }
+            )
+        )
+    else:
+        print(sweep_text(result, sweep))
+
+
+def _words(option: str, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise RecipeError("no names", where=f"{option} '{text}'", expected="names separated by commas")
+    return words
+
+
+def main() -> None:
+    """Entry point of `sweep-students`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

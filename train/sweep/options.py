@@ -1,0 +1,131 @@
+"""The sweep that the options and the sweep file of `sweep-students` ask for. Options win over the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, Field
+
+from cache_tools.config import Frozen, parse_yaml, validate
+from cache_tools.errors import NotFoundError, RecipeError
+from train.recipe import TrainRecipe, load_train_recipe
+from train.sweep.recipe import SweepRecipe, refuse_doubles
+from train.sweep.search_recipe import Search, parse_range
+
+
+class _FileKeys(Frozen):
+    """What of a sweep file is used before there is a `SweepRecipe`, which looks at the rest."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    recipe: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    search: Search | None = None
+
+
+def read_sweep(
+    file: Path | None,
+    recipe: str | None,
+    options: Mapping[str, Any],
+    overrides: Sequence[str],
+    told: Mapping[str, Any],
+    grid: Sequence[str] = (),
+    search: int | None = None,
+    asha: bool = False,
+) -> SweepRecipe:
+    """Lay options over a sweep file, and both over a train recipe.
+
+    Args:
+        file: the sweep file, if any.
+        recipe: of `train-student`; None for the file's, or `digits`.
+        options: dotted recipe key → value, for all trials; None values are ignored.
+        overrides: `--set` items, which win over everything else of the recipe.
+        told: keys of a `SweepRecipe` and values that options give; None values are ignored.
+        grid: items of `--grid`, lists and ranges.
+        search: how many trials to search, if at all.
+        asha: whether to stop the worse trials early.
+
+    Raises:
+        NotFoundError, RecipeError: no such file or recipe, or something in them or in the options that cannot be.
+    """
+    stored = {} if file is None else load_sweep(file)
+    keys = validate(_FileKeys, stored, where=str(file))
+    settings = {key: value for key, value in keys.set.items() if options.get(key) is None}
+    items = [*_items(settings), *overrides]
+    base = load_train_recipe(recipe or keys.recipe or "digits", items, options)
+    data = {"name": base.name, **{key: value for key, value in stored.items() if key not in {"recipe", "set"}}}
+    data |= {"base": base.model_dump(mode="json"), "loss_settings": _loss_settings(base, items)}
+    data |= {key: value for key, value in told.items() if value is not None}
+    if search is not None:
+        data["search"] = {**(data.get("search") or {}), "trials": search}
+    data |= _axes(grid, data.get("search"))
+    if asha and not data.get("asha"):
+        data["asha"] = {}
+    return validate(SweepRecipe, data, where=str(file or "options"))
+
+
+def load_sweep(file: Path) -> dict[str, Any]:
+    """A sweep file (YAML) as plain data.
+
+    Raises:
+        NotFoundError, RecipeError: no such file, or no YAML mapping of a sweep in it.
+    """
+    try:
+        data = parse_yaml(file.read_text(), "a sweep file that cannot be read", where=file)
+    except FileNotFoundError as error:
+        raise NotFoundError("no such sweep file", where=file) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
+    if not isinstance(data, dict):
+        raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
+    if made := data.keys() & {"base", "loss_settings"}:  # of the `sweep.yaml` in a sweep's folder
+        raise RecipeError(
+            f"'{min(made)}' is not for a sweep file", where=file, expected="recipe: NAME or FILE, and set: {KEY: VALUE}"
+        )
+    return data
+
+
+def _items(settings: Mapping[str, Any]) -> list[str]:
+    """The `set` of a sweep file as items of `--set`."""
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
+        for key, value in settings.items()
+    ]
+
+
+def _loss_settings(base: TrainRecipe, items: Iterable[str]) -> dict[str, Any]:
+    """What `--set` says of the loss: it holds for losses by name too, which replace all else of the base's."""
+    keys = {item.partition("=")[0].strip() for item in items}
+    whole = base.loss.model_fields_set if "loss" in keys else set()
+    names = whole | {key.removeprefix("loss.") for key in keys if key.startswith("loss.")}
+    return {name: getattr(base.loss, name) for name in sorted(names)}
+
+
+def _axes(grid: Sequence[str], search: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`grid` and `search` of the options: ranges are for the search."""
+    lists: dict[str, Any] = {}
+    ranges: dict[str, Any] = {}
+    refuse_doubles((text.partition("=")[0].strip() for text in grid), "--grid ")
+    for text in grid:
+        key, _, values = text.partition("=")
+        found = parse_range(values)
+        if found is None:
+            lists |= [_axis(text)]
+        elif search is None:
+            raise RecipeError("a range is for a search", where=f"--grid {text}", next_step="give --search N, or values")
+        else:
+            ranges[key.strip()] = found
+    told = {"grid": lists} if lists else {}
+    if search is not None and ranges:
+        told["search"] = {**search, "space": {**search.get("space", {}), **ranges}}
+    return told
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    key, separator, values = text.partition("=")
+    if not separator or not key.strip() or not values.strip():
+        raise RecipeError("not KEY=VALUE,VALUE", where=f"--grid {text}", expected="such as lr=0.05,0.1")
+    return key.strip(), parse_yaml(f"[{values}]", "values that cannot be read", where=f"--grid {text}")

@@ -1,0 +1,283 @@
+"""What a user asks `sweep-students` for: a frozen recipe, and the trials that it stands for. No torch is needed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from cache_tools.config import Frozen, set_dotted, validate
+from cache_tools.errors import RecipeError
+from train.recipe import SETTING_ALIASES, TrainRecipe, named_loss
+from train.sweep.search_recipe import Axis, Search, larger_is_better
+
+
+class Asha(Frozen):
+    """Asynchronous successive halving (Li et al. 2020): a trial that is not among the best at a rung stops there.
+
+    Rungs are after `first_epochs`, `first_epochs · keep_one_in`, … epochs. A trial is compared with all that have come
+    as far by then; those of one batch stream come to a rung together. Only for search: what is stopped early has no
+    final figures, so means over seeds are not reported.
+
+    Attributes:
+        metric: a column of a run's metrics, such as `test_top1` or `test_nll`.
+        keep_one_in: of how many trials one goes on [η].
+        first_epochs: the first rung [r]; in a sweep by default one epoch after the base's warm-up, which tells little.
+    """
+
+    metric: str = "test_top1"
+    keep_one_in: PositiveInt = Field(3, ge=2)
+    first_epochs: PositiveInt = 1
+
+    @property
+    def larger_is_better(self) -> bool:
+        return larger_is_better(self.metric)
+
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs after which trials are compared, without the last epoch."""
+        found = [self.first_epochs]
+        while found[-1] * self.keep_one_in < epochs:
+            found.append(found[-1] * self.keep_one_in)
+        return [rung for rung in found if rung < epochs]
+
+
+class SweepRecipe(Frozen):
+    """Many runs of `train-student`: the product of students, losses, grid and seeds, or a list of trials.
+
+    Attributes:
+        base: what all trials have in common: a train recipe as plain data.
+        students: names as for `train-student --student`; the base's own by default.
+        losses: names as for `train-student --loss`; the base's own by default.
+        grid: dotted recipe keys (or `lr`, `temperature`, `weight_decay`) and their values.
+        seeds: how many, from the base's seed on, or which.
+        trials: settings of each trial, in place of the product; keys as in `grid`, and `student`, `loss`, `seed`.
+        asha: stop the worse trials early; None trains all to the end.
+        search: try promising settings in place of the whole product; students, losses and grid are choices then.
+        loss_settings: keys of `loss` and values that a loss by name takes too; what a trial sets itself wins.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: dict[str, Any]
+    students: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    seeds: PositiveInt | tuple[NonNegativeInt, ...] = 1
+    trials: tuple[dict[str, Any], ...] = ()
+    asha: Asha | None = None
+    search: Search | None = None
+    loss_settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_rung_in_the_warm_up(cls, data: Any) -> Any:
+        asha = data.get("asha") if isinstance(data, dict) else None
+        if isinstance(asha, dict) and "first_epochs" not in asha:
+            schedule = data.get("base", {}).get("schedule") or {}
+            return {**data, "asha": {**asha, "first_epochs": 1 + schedule.get("warmup_epochs", 0)}}
+        return data
+
+    @model_validator(mode="after")
+    def _a_product_or_a_list(self) -> SweepRecipe:
+        if self.trials and (self.students or self.losses or self.grid):
+            raise RecipeError(
+                "a sweep is a product or a list of trials, not both",
+                where=self.name,
+                expected="students, losses, grid; or trials",
+            )
+        if self.seeds == ():
+            raise RecipeError("a sweep without seeds", where="seeds")
+        empty = [key for key, values in self.grid.items() if not values]
+        if empty:
+            raise RecipeError("a grid key without values", where=f"grid.{empty[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_once(self) -> SweepRecipe:
+        named = [key for key, names in (("student", self.students), ("loss", self.losses)) if names]
+        refuse_doubles([*named, *self.grid], "grid.")
+        for number, trial in enumerate(self.trials):
+            refuse_doubles(trial, f"trials.{number}.")
+        if self.search is not None:
+            refuse_doubles(self.search.space, "search.space.")
+        elif "seed" in self.grid:
+            raise RecipeError(
+                "seeds are not for the grid",
+                where="grid.seed",
+                expected="--seeds N, from the recipe's seed on (--set seed=…), or seeds: [1, 2] in a sweep file",
+                found=list(self.grid["seed"]),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_named_loss_is_what_its_name_says(self) -> SweepRecipe:
+        named = "loss" in self.space() or any("loss" in trial for trial in self.trials)
+        if named and "kind" in self.loss_settings:
+            raise RecipeError(
+                "a loss by name and another kind for all trials",
+                where="loss.kind",
+                expected="losses by name, or --set loss.kind=…",
+                found=self.loss_settings["kind"],
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_search_of_one_seed(self) -> SweepRecipe:
+        if self.search is None:
+            return self
+        if self.trials:
+            raise RecipeError("a search makes its own trials", where=self.name, expected="search or trials")
+        if len(self.seed_numbers) > 1 or "seed" in self.space():
+            raise RecipeError(
+                "a search trains every trial with one seed",
+                where=self.name,
+                next_step="search without --seeds, then train the best settings with several: the search says how",
+            )
+        if twice := [key for key in self._axes() if key in self._searched()]:
+            raise RecipeError("searched twice", where=f"search.space.{twice[0]}", expected="one range or list")
+        if empty := [key for key, axis in self.space().items() if axis == ()]:
+            raise RecipeError("a searched key without values", where=f"search.space.{empty[0]}")
+        if not any(not isinstance(axis, tuple) or len(axis) > 1 for axis in self.space().values()):
+            raise RecipeError("nothing to search", where=self.name, next_step="give ranges, as in --grid lr=0.01..0.5")
+        return self
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        first = int(self.base.get("seed", 0))
+        return tuple(range(first, first + self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    def space(self) -> dict[str, Axis]:
+        """What a search chooses from, by dotted key."""
+        return {**self._axes(), **self._searched()}
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """What each trial has of its own, by dotted key, in the order in which trials are numbered."""
+        seeds = self.seed_numbers
+        if self.trials:
+            for trial in self.trials:
+                chosen = {SETTING_ALIASES.get(key, key): value for key, value in trial.items()}
+                yield from ([chosen] if "seed" in chosen else ({**chosen, "seed": seed} for seed in seeds))
+            return
+        axes = self._axes()
+        for values in itertools.product(*axes.values()):
+            for seed in seeds:
+                yield {**dict(zip(axes, values, strict=True)), "seed": seed}
+
+    def _axes(self) -> dict[str, tuple[Any, ...]]:
+        axes: dict[str, tuple[Any, ...]] = {}
+        if self.students:
+            axes["student"] = self.students
+        if self.losses:
+            axes["loss"] = self.losses
+        return axes | {SETTING_ALIASES.get(key, key): values for key, values in self.grid.items()}
+
+    def _searched(self) -> dict[str, Axis]:
+        return (
+            {}
+            if self.search is None
+            else {SETTING_ALIASES.get(key, key): axis for key, axis in self.search.space.items()}
+        )
+
+
+def refuse_doubles(keys: Iterable[str], where: str) -> None:
+    """Raises a RecipeError if two keys mean the same setting; `where` stands before the key there."""
+    meant: set[str] = set()
+    for key in keys:
+        if (full := SETTING_ALIASES.get(key, key)) in meant:
+            raise RecipeError("a setting is given twice", where=f"{where}{key}", expected=f"{full} once")
+        meant.add(full)
+
+
+class Trial(Frozen):
+    """One run of a sweep.
+
+    Attributes:
+        number: from 0.
+        settings: what tells it from the others, by dotted key; a loss by its name.
+        recipe: of its run; on its own `train-student` gives the same numbers with it.
+    """
+
+    number: NonNegativeInt
+    settings: dict[str, Any]
+    recipe: TrainRecipe
+
+    @property
+    def name(self) -> str:
+        """Short, and a file name. The number is not in it: a sweep that has grown finds what is finished."""
+        words = [
+            str(value) if key in {"student", "loss"} else _short(key, value) for key, value in self.settings.items()
+        ]
+        return re.sub(r"[^A-Za-z0-9._+=-]+", "_", "-".join(words))
+
+    @property
+    def folder(self) -> Path:
+        """Of its run."""
+        assert self.recipe.out is not None, "make_trials gives every trial its folder"
+        return self.recipe.out
+
+    @property
+    def loss(self) -> str:
+        return str(self.settings.get("loss", self.recipe.loss_name))
+
+
+def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
+    """The trials of a sweep, each with a run folder below `folder`.
+
+    A trial on labels alone (`ce`) sees the images and views of the base's cache, as `--compare-with-labels` does.
+
+    Raises:
+        RecipeError: a bad key or value, two trials that are the same.
+        NotFoundError, FormatError: no such cache.
+    """
+    trials: list[Trial] = []
+    seen: dict[str, str] = {}
+    for settings in sweep.settings():
+        trial = make_trial(sweep, settings, folder, len(trials))
+        values = str(trial.recipe.values())
+        if values in seen:
+            if settings.get("loss") == "ce":  # a grid over settings of other losses
+                continue
+            raise RecipeError("two trials of the sweep are the same", where=f"{seen[values]} and {trial.name}")
+        if trial.name in seen.values():
+            raise RecipeError("two trials of the sweep have the same name", where=trial.name)
+        seen[values] = trial.name
+        trials.append(trial)
+    return trials
+
+
+def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, number: int = 0) -> Trial:
+    """One trial of a sweep; raises as `make_trials`."""
+    recipe = _recipe(sweep, settings)
+    student = {"student": recipe.student} if "student" in settings else {}  # in one spelling
+    trial = Trial(number=number, settings={**settings, **student}, recipe=recipe)
+    out = folder / "trials" / trial.name
+    return trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
+
+
+def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
+    data: dict[str, Any] = {**copy.deepcopy(sweep.base), "name": sweep.name, "compare_with_labels": False}
+    on_labels = settings.get("loss") == "ce" and data.get("cache") is not None
+    if "loss" in settings and not on_labels:
+        data["loss"] = named_loss(str(settings["loss"])) | sweep.loss_settings
+    for key, value in settings.items():
+        if key != "loss":
+            set_dotted(data, key, list(value) if isinstance(value, tuple) else value)
+    recipe = validate(TrainRecipe, data, where=f"sweep {sweep.name}")
+    if not on_labels:
+        return recipe
+    from cache_tools.reader import TeacherCache
+
+    assert recipe.cache is not None, "looked at above"
+    manifest = TeacherCache.open(recipe.cache).manifest
+    located = {"data_dir": recipe.data_dir or manifest.dataset.data_dir, "download": recipe.download}
+    dataset = manifest.dataset.model_copy(update=located).absolute()
+    return recipe.on_labels(dataset, manifest.recipe.views, recipe.num_views or manifest.num_views)
+
+
+def _short(key: str, value: Any) -> str:
+    last = {full: short for short, full in SETTING_ALIASES.items()}.get(key, key.rpartition(".")[2])
+    return f"s{value}" if key == "seed" else f"{last}={value}"
