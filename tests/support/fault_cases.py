@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -329,20 +331,15 @@ def prepared(name: str, folder: Path, in_child: InChild, *, places: Path | None 
 
 
 def import_everything() -> None:
-    """What the commands import, once; nothing is opened, and no thread is started."""
-    import obstore  # noqa: F401
-    import open_clip  # noqa: F401
-    import timm  # noqa: F401
-    import torch
-
-    torch.set_num_threads(1)
-    from cache_tools import cli
-    from cache_tools.places import transfer  # noqa: F401
-    from pipeline import cli  # noqa: F401, F811
-    from pipeline.build import cache as build  # noqa: F401
-    from tests.support import cache_factory, tiny_build, tiny_run  # noqa: F401
-    from train.report import html  # noqa: F401
-    from train.sweep import cli as sweep_cli  # noqa: F401
+    """Import what the commands import, once; open nothing and start no thread."""
+    for module in (
+        "obstore", "open_clip", "timm", "torch", "cache_tools.cli", "cache_tools.derive.fuse", "cache_tools.derive.recode",
+        "cache_tools.integrity.local", "cache_tools.places.transfer", "pipeline.build.cache", "pipeline.cli",
+        "tests.support.cache_factory", "tests.support.tiny_build", "tests.support.tiny_run", "train.report.html",
+        "train.sweep.cli", "train.sweep.run",
+    ):  # fmt: skip
+        importlib.import_module(module)
+    sys.modules["torch"].set_num_threads(1)
 
 
 def _build_recipe(root: Path, in_child: InChild) -> str:
