@@ -333,11 +333,24 @@ def prepared(name: str, folder: Path, in_child: InChild, *, places: Path | None 
 def import_everything() -> None:
     """Import what the commands import, once; open nothing and start no thread."""
     for module in (
-        "obstore", "open_clip", "timm", "torch", "cache_tools.cli", "cache_tools.derive.fuse", "cache_tools.derive.recode",
-        "cache_tools.integrity.local", "cache_tools.places.transfer", "pipeline.build.cache", "pipeline.cli",
-        "tests.support.cache_factory", "tests.support.tiny_build", "tests.support.tiny_run", "train.report.html",
-        "train.sweep.cli", "train.sweep.run",
-    ):  # fmt: skip
+        "obstore",
+        "open_clip",
+        "timm",
+        "torch",
+        "cache_tools.cli",
+        "cache_tools.derive.fuse",
+        "cache_tools.derive.recode",
+        "cache_tools.integrity.local",
+        "cache_tools.places.transfer",
+        "pipeline.build.cache",
+        "pipeline.cli",
+        "tests.support.cache_factory",
+        "tests.support.tiny_build",
+        "tests.support.tiny_run",
+        "train.report.html",
+        "train.sweep.cli",
+        "train.sweep.run",
+    ):
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)
 
