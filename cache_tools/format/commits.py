@@ -19,6 +19,9 @@ from cache_tools.format.arrays import target_arrays
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe
 
+BlockId = tuple[int, int]
+"""(view, block)"""
+
 COMMITS = "commits"
 PARAMETERS = "view_parameters"
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
@@ -49,8 +52,8 @@ def committed_blocks(commits: npt.NDArray[np.uint64], manifest: Manifest) -> npt
     return (commits[: manifest.num_views] != 0).all(axis=-1)
 
 
-def missing_pairs(committed: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(view, block) of what is not committed, in order of view, then block."""
+def missing_blocks(committed: npt.NDArray[np.bool_]) -> list[BlockId]:
+    """The blocks that are not committed, in order of view, then block."""
     return [(int(view), int(block)) for view, block in np.argwhere(~committed)]
 
 
@@ -59,16 +62,16 @@ def file_name(view: int, block: int) -> str:
     return f"c.{view}.{block}.0"
 
 
-def parse_file_name(name: str) -> tuple[int, int] | None:
-    """(view, block) of a commit file; None for another file."""
+def parse_file_name(name: str) -> BlockId | None:
+    """The block that a file of `commits` commits; None for any other file."""
     match = _FILE_NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
-def committed_pairs(names: Iterable[str], manifest: Manifest) -> list[tuple[int, int]]:
-    """(view, block) of every commit file that the manifest promises, ascending."""
-    pairs = (pair for name in names if (pair := parse_file_name(name)) is not None)
-    return sorted(pair for pair in pairs if pair[0] < manifest.num_views and pair[1] < manifest.num_blocks)
+def parse_file_names(names: Iterable[str], manifest: Manifest) -> list[BlockId]:
+    """The blocks that these files commit, ascending; files of blocks that the manifest does not have are ignored."""
+    found = (block for name in names if (block := parse_file_name(name)) is not None)
+    return sorted((view, block) for view, block in found if view < manifest.num_views and block < manifest.num_blocks)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -180,7 +180,7 @@ def views_done(path: Path, manifest: Manifest) -> list[int]:
 
 def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
     """The views of which every block has one of these commit files."""
-    counts = Counter(view for view, _ in commits.committed_pairs(names, manifest))
+    counts = Counter(view for view, _ in commits.parse_file_names(names, manifest))
     return sorted(view for view, count in counts.items() if count == manifest.num_blocks)
 
 

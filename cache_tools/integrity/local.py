@@ -162,7 +162,7 @@ class _Reader:
     def committed(self) -> list[tuple[int, int]]:
         """Blocks with a commit file."""
         with translated(self.path / commits.COMMITS):
-            return commits.committed_pairs(os.listdir(self.path / commits.COMMITS), self.manifest)
+            return commits.parse_file_names(os.listdir(self.path / commits.COMMITS), self.manifest)
 
     def constant_problems(self) -> list[Problem]:
         """Labels, keys and constants: readable, finite, and those of the recipe."""

@@ -86,7 +86,7 @@ class _Blocks:
 
     def committed(self) -> list[tuple[int, int]]:
         found = (Entry(key, 0, 0.0) for key in self._place.keys(commits.COMMITS))
-        return commits.committed_pairs(commit_names(found), self._manifest)
+        return commits.parse_file_names(commit_names(found), self._manifest)
 
     @contextmanager
     def at_hand(self, view: int, block: int) -> Iterator[None]:

@@ -120,7 +120,7 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
     columns = table.shape[2]
     found = np.zeros((manifest.num_views, manifest.num_blocks, columns), dtype=np.uint64)
     with translated(folder):
-        pairs = commits.committed_pairs(os.listdir(folder), manifest)
+        pairs = commits.parse_file_names(os.listdir(folder), manifest)
     if not pairs:
         return found
     views, blocks = np.array(pairs).T

@@ -121,10 +121,10 @@ class CacheWriter:
             remove_leftovers(path)
         return cls(path, manifest)
 
-    def missing_blocks(self) -> list[tuple[int, int]]:
+    def missing_blocks(self) -> list[commits.BlockId]:
         """(view, block) of every block that is not committed, in order; one read of `commits`."""
         stored = read_commits(self._commits, self.path, self.manifest)
-        return commits.missing_pairs(commits.committed_blocks(stored, self.manifest))
+        return commits.missing_blocks(commits.committed_blocks(stored, self.manifest))
 
     def write_block(
         self, view: int, block: int, arrays: Mapping[str, npt.NDArray[np.floating[Any]]], parameter_digest: int
