@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import typer
 
-from cache_tools.console import resolve_device
+from cache_tools.console import cpu_model, device_name, resolve_device
 from cache_tools.memory import keep_freed_memory
 
 Times = dict[str, list[float]]  # variant → seconds in each round
@@ -131,17 +130,11 @@ def _medians(times: Times) -> dict[str, float]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu: {_cpu_name()}",
+        "device": device_name(device) if device.type == "cuda" else f"cpu: {cpu_model()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "timm", "open_clip_torch", "zarr")},
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _turned(names: list[str], number: int) -> list[str]:

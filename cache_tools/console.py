@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, Self
 
@@ -117,6 +119,29 @@ def resolve_device(name: str) -> torch.device:
                 next_step="use --device cpu, or a machine with a CUDA build of torch and a GPU",
             )
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of the GPU, or the model of the processor and the number of threads that torch uses."""
+    import torch
+
+    return device_name(device) if device.type == "cuda" else f"{cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def cpu_model() -> str:
+    """The model of the processor; where there is no /proc/cpuinfo, its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Progress:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cache_tools.config import Frozen
-from cache_tools.console import resolve_device
+from cache_tools.console import device_name, resolve_device
 from cache_tools.format.arrays import constant_shapes, target_arrays
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
@@ -111,7 +111,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     row_bytes = sum(spec.stored.row_bytes for spec in specs)
     constants = sum(4 * int(np.prod(shape)) for shape in constant_shapes(identity).values())
     return Plan(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        device=device_name(device),
         samples=len(images),
         views=recipe.num_views,
         bytes=recipe.num_views * len(images) * row_bytes + constants + 24 * len(images),

@@ -18,7 +18,7 @@ import torch
 
 from cache_tools.codecs import Codec, TopK
 from cache_tools.codecs.presets import TargetCodecs
-from cache_tools.console import Progress, resolve_device
+from cache_tools.console import Progress, device_name, resolve_device
 from cache_tools.derive.blocks import BlockReader, Rows
 from cache_tools.derive.lineage import Source, lineage, open_source
 from cache_tools.errors import IncompleteError
@@ -29,7 +29,6 @@ from cache_tools.integrity.replay import Place, Replay, TargetReplay
 from cache_tools.reader import TeacherCache
 from cache_tools.store.encoding import Encoder, fitted
 from cache_tools.targets import ViewTargets, constants_for, fused
-from pipeline.build.cache import device_name
 from pipeline.networks.pair import TeacherPair, view_pixels
 from pipeline.networks.stored import load_stored_pair
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.config import Frozen
+from cache_tools.console import device_name
 from cache_tools.errors import RecipeError
 from cache_tools.memory import lacks_memory
 
@@ -92,7 +93,7 @@ def measure(
         flops=flops,
         latency=latency,
         image_size=image_size,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=device_name(device),
         threads=torch.get_num_threads(),
     )
 

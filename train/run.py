@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from cache_tools.config import dump_yaml
-from cache_tools.console import Progress, resolve_device
+from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.files import put_durably
 from cache_tools.memory import memory_told
@@ -280,21 +280,12 @@ def _evaluation(row: dict[str, Any], prefix: str) -> Evaluation | None:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
-        "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
+        "device": describe_device(device),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "timm", "numpy", "zarr")},
         "platform": platform.platform(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 Outcome = TypeVar("Outcome")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from cache_tools.alignment import make_canaries
 from cache_tools.codecs.presets import resolve_codecs
-from cache_tools.console import resolve_device
+from cache_tools.console import device_name, resolve_device
 from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
@@ -32,8 +32,6 @@ from pipeline.build.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
 
 if TYPE_CHECKING:
-    import torch
-
     from cache_tools.store.writer import CacheWriter
     from pipeline.networks.pair import TeacherPair
 
@@ -228,10 +226,3 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
 def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
     """The test split where there is one: on its training images a teacher looks better than it is."""
     return open_images(recipe.dataset, recipe.dataset.test_split) if recipe.dataset.test_split else images
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the name of the GPU: goes into provenance."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_tools.console import Progress, resolve_device
+from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import DataError
 from cache_tools.files import output_folder
 from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
@@ -93,7 +93,7 @@ class _Evaluator:
             shifted_folder=self.options.shifted,
             teachers=self._agreement(student),
             precision=self.options.precision,
-            device=_device_name(self.device),
+            device=describe_device(self.device),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )
         report.save(files)
@@ -172,7 +172,3 @@ class _Evaluator:
         title = f"{student.title}, {figures.checkpoint} weights: {figures.evaluation.top1:.2%} of "
         title += f"{figures.evaluation.n:,} images right, {self.images.name} {self.images.split}"
         return plot_confusion(matrix, self.images.class_names, title)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
