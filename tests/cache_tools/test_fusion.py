@@ -12,9 +12,9 @@ from cache_tools import fusion
 from cache_tools.errors import PreflightError
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import PromptEnsemble
+from tests.support.golden_cases import FUSED_SCALES, FUSED_WEIGHTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FUSED_WEIGHTS, FUSED_SCALES = (0, 0.3, 0.7, 1), (1, 100)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:

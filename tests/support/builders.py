@@ -18,7 +18,7 @@ from pipeline.recipe import BuildRecipe
 
 DEADLINE_S = 240.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pipeline.build.blocks", "pipeline.build.open_output", "tests.tiny_build"])
+_CONTEXT.set_forkserver_preload(["pipeline.build.blocks", "pipeline.build.open_output", "tests.support.tiny_build"])
 
 
 class Builder:

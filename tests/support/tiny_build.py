@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pipeline.recipe import BuildRecipe
 from tests.support import tiny_run
@@ -56,3 +58,29 @@ def prepare(root: Path, *, train: int = 150) -> Path:
     tiny_run.write_pictures(root / "pictures", train=train)
     write_teacher(root / "teacher.safetensors")
     return root
+
+
+def constant_teacher(folder: Path) -> Path:
+    """A teacher that gives every image the same answer."""
+    path = write_teacher(folder / "constant.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        weights = {name: torch.zeros_like(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    save_file(weights, path, metadata)
+    return path
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, without half-written ones."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not file.name.endswith(".partial")
+    }
+
+
+def arrays_of(path: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which holds the date."""
+    files = files_of(path)
+    del files["zarr.json"]
+    return files

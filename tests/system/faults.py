@@ -22,7 +22,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support import fault_cases
+from tests.support.child import Child, in_child
 from tests.support.fault_cases import Case, Found
 
 MAX_CHAIN = 3
@@ -51,50 +51,6 @@ class Instant:
         if self.after_s is not None:
             return f"{self.after_s:.4f} s"
         return f"{'after' if self.done else 'before'} call {self.call}"
-
-
-class Child:
-    """A forked process that runs `function`; its JSON result, or its traceback, comes through a pipe."""
-
-    def __init__(self, function: Callable[[], Any], log: Path | None = None) -> None:
-        self._out, into = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._out)
-            code = 1
-            try:
-                if log is not None:
-                    _redirect(log)
-                answer = json.dumps({"result": _plain(function())})
-                code = 0
-            except SystemExit as leaving:
-                answer = json.dumps({"exit": leaving.code})
-            except BaseException:
-                answer = json.dumps({"error": traceback.format_exc()})
-            os.write(into, answer.encode())
-            os._exit(code)
-        os.close(into)
-
-    def kill(self) -> bool:
-        """Whether it was still running."""
-        os.kill(self.pid, signal.SIGKILL)
-        return self.wait() is None
-
-    def wait(self) -> dict[str, Any] | None:
-        """What it said, None if it was killed."""
-        with os.fdopen(self._out, "rb") as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(self.pid, 0)
-        return None if os.WIFSIGNALED(status) else json.loads(answer)
-
-
-def in_child(function: Callable[[], Any], log: Path | None = None) -> Any:
-    """The result of `function`, run in a process of its own; what it prints goes to `log`."""
-    answer = Child(function, log).wait()
-    assert answer is not None, "a child was killed"
-    if "result" not in answer:
-        raise RuntimeError(answer.get("error") or f"exit code {answer['exit']}")
-    return answer["result"]
 
 
 def kill_again_and_again(case: Case, kills: int, chance: random.Random) -> Iterator[dict[str, Any]]:
@@ -231,16 +187,6 @@ def _trap(called: Callable[[bool], None]) -> None:
         setattr(os, name, wrapped(getattr(os, name)))
     for name in ("put", "delete"):
         setattr(obstore, name, wrapped(getattr(obstore, name)))
-
-
-def _plain(value: Any) -> Any:
-    return vars(value) if isinstance(value, Found) else value
-
-
-def _redirect(log: Path) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
 
 
 def main() -> None:

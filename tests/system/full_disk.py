@@ -25,8 +25,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support import fault_cases
+from tests.support.child import Child, in_child
 from tests.support.fault_cases import Case, Found
-from tests.system.faults import Child, in_child
 
 DISK = "16m"
 # What is about to be written, as FOLDER/FILE, when the disk is full: the n-th file that matches.

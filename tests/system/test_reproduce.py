@@ -20,8 +20,7 @@ from cache_tools.home.registry import HOME_VARIABLE
 from cache_tools.reader import TeacherCache
 from pipeline import recipe as build_recipes
 from pipeline.recipe import BuildRecipe, load_build_recipe
-from tests.pipeline.networks import test_clip
-from tests.support import cifar_files, mdistiller_files
+from tests.support import cifar_files, mdistiller_files, tiny_clip
 from train import recipe as train_recipes
 from train.checkpoints import load_state
 from train.recipe import TrainRecipe, load_train_recipe
@@ -67,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv(HOME_VARIABLE, str(root / "home"))
         cifar_files.write_cifar100(root / "data", patch)
         mdistiller_files.write_tree(root / "download_ckpts", "resnet32x4", "vgg13", "wrn_40_2")
-        test_clip.make_folder(root / "tiny-clip")
+        tiny_clip.make_folder(root / "tiny-clip")
         yield root
 
 

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cache_tools import fusion
-from tests.cache_tools.test_fusion import FUSED_SCALES, FUSED_WEIGHTS
-from tests.train.losses.test_losses import BATCHES, FEATURE_CASES, LOGIT_CASES, TOTAL_CASES
-from tests.train.test_students import REFERENCE_LOGITS
+from tests.support.golden_cases import (
+    BATCHES,
+    FEATURE_CASES,
+    FUSED_SCALES,
+    FUSED_WEIGHTS,
+    LOGIT_CASES,
+    REFERENCE_LOGITS,
+    TOTAL_CASES,
+)
 from train.feed import Batch, BatchTargets
 from train.losses.contrastive import Components
 from train.objective import Objective

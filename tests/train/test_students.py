@@ -17,22 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
+from tests.support.golden_cases import REFERENCE_LOGITS
 from train.recipe import ZOO_NAMES
 from train.students import create_student, student_names
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYOUTS: dict[str, Any] = json.loads((GOLDEN / "models.json").read_text())
 OUTPUTS = np.load(GOLDEN / "models.npz")
-
-# Logits [0, :3] and [1, -3:] of the reference implementation for the golden input and rule-filled weights: the
-# networks that models.npz leaves out.
-REFERENCE_LOGITS = {
-    "resnet32x4": [60.602394, -54.188591, -24.100077, -123.41932, 80.625092, 119.9209],
-    "ResNet50": [156.36108, 180.07579, -1.7617612, -45.514931, 122.30332, -155.27585],
-    "wrn_40_1": [104.68266, 85.235397, -82.654716, 84.528954, 213.69447, 47.076477],
-    "vgg13": [1.0763783, -0.23295091, -1.1708648, 1.1413172, -0.42885798, -0.7702173],
-    "ShuffleV2": [-4.873446, 3.6049855, -6.8608189, -11.88026, 3.1732936, -1.4701443],
-}
 
 
 def rule_values(key: str, shape: torch.Size, number: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import itertools
 import json
@@ -22,37 +21,24 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from cache_tools.analysis.figures import NonTargetConsistency, Stability, entropy, js_divergence, row_chunks
 from cache_tools.analysis.stats import Folder, TeacherStats, analyse
 from cache_tools.errors import IncompleteError, NotFoundError, RecipeError, StorageError
-from cache_tools.images.arrays import ArrayImages
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.stats_case import (
+    CHOICE,
+    CLASSES,
+    CONFIDENT,
+    SCALE,
+    VIEWS,
+    labelled_images,
+    reference_summary,
+    softmax,
+    write_cache,
+)
 
-CLASSES, VIEWS, SOURCES = 7, 3, ("teacher", "clip", "fusion")
+SOURCES = ("teacher", "clip", "fusion")
+
 Logits = dict[str, np.ndarray]
-
-
-def labelled_images(num_classes: int = CLASSES) -> ArrayImages:
-    """The last class has no sample, the one before it a single one."""
-    images = tiny_images(60, num_classes)
-    labels = np.random.default_rng(5).integers(0, num_classes - 2, 60)
-    labels[17] = num_classes - 2
-    return dataclasses.replace(images, labels=labels)
-
-
-def write_cache(path: Path, images: ArrayImages, **recipe: Any) -> TeacherCache:
-    """Targets that lean towards the labels, so that there are right, wrong, confident and unsure answers."""
-    manifest = tiny_manifest(images, num_views=VIEWS, linear_head=False, clip_dim=24, codec="float32", **recipe)
-    targets = tiny_targets(manifest)
-    for name in ("teacher_logits", "fused_logits"):
-        if name in targets:
-            targets[name] = targets[name] / 2
-            targets[name][:, np.arange(len(images)), images.labels] += 3
-    writer = create(path, manifest, images)
-    if "clip_features" in targets:
-        embeddings = TeacherCache(path).constant("class_embeddings")
-        targets["clip_features"] += 6 * embeddings[images.labels]
-    write(writer, targets)
-    return TeacherCache(path)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +49,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
 @pytest.fixture(scope="module")
 def fused_cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     return write_cache(tmp_path_factory.mktemp("stats") / "f.zarr", labelled_images(), store="fused")
-
-
-# The CLIP of this cache at its scale of 100 is sure of everything; at 12 all quadrants are populated.
-SCALE, CONFIDENT = 12.0, 0.6
-CHOICE = FusionChoice(clip_scale=SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -89,39 +70,11 @@ def reference_logits(cache: TeacherCache, view: int) -> Logits:
     return {"teacher": teacher, "clip": clip, "fusion": 0.7 * teacher + 0.3 * clip}
 
 
-def softmax(logits: np.ndarray) -> list[float]:
-    exponentials = [math.exp(value - max(logits)) for value in logits]
-    return [value / sum(exponentials) for value in exponentials]
-
-
 def row_of(table: pl.DataFrame, **where: Any) -> dict[str, Any]:
     for name, value in where.items():
         table = table.filter(pl.col(name).is_null() if value is None else pl.col(name) == value)
     (row,) = table.to_dicts()
     return row
-
-
-def reference_summary(rows: list[np.ndarray], labels: list[int]) -> dict[str, float]:
-    """Plain loops over samples; a bin of the confidence at a time."""
-    sums: Counter[str] = Counter()
-    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
-    for row, label in zip(rows, labels, strict=True):
-        p = softmax(row)
-        confidence, said = max((value, -number) for number, value in enumerate(p))
-        right = -said == label
-        sums["top1"] += right
-        sums["top5"] += sum(value > p[label] for value in p) < 5
-        sums["nll"] -= math.log(p[label])
-        sums["brier"] += sum((value - (number == label)) ** 2 for number, value in enumerate(p))
-        sums["confidence"] += confidence
-        sums["entropy"] -= sum(value * math.log(value) for value in p if value > 0)
-        sure = "confident" if confidence >= CONFIDENT else "unsure"
-        sums[f"{sure}_{'right' if right else 'wrong'}"] += 1
-        bins[min(int(confidence * 15), 14)].append((confidence, right))
-    for members in bins:
-        if members:
-            sums["ece"] += abs(sum(right - confidence for confidence, right in members))
-    return {name: value / len(rows) for name, value in sums.items()}
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -24,7 +24,7 @@ from cache_tools.analysis.stats_plots import (
 )
 from cache_tools.analysis.tables import QUADRANTS
 from cache_tools.plotting import new_figure, shorten
-from tests.cache_tools.analysis.test_stats import CHOICE, CONFIDENT, labelled_images, write_cache
+from tests.support.stats_case import CHOICE, CONFIDENT, labelled_images, write_cache
 
 ALL = {"quadrants.png", "reliability.png", "class_gains.png", "consistency.png", "stability.png"}
 

@@ -26,8 +26,8 @@ from cache_tools.errors import IncompleteError, NotFoundError, RecipeError
 from cache_tools.format.recipe import FusionRecipe, PromptEnsemble
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
-from tests.cache_tools.analysis.test_stats import labelled_images, reference_summary, softmax, write_cache
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.stats_case import labelled_images, reference_summary, softmax, write_cache
 
 WEIGHTS = [0.0, 0.25, 0.5, 0.75, 1.0]
 SCALES = (["model", "match"], [1.0, 5.0, 20.0])

@@ -26,6 +26,7 @@ from pipeline.build.output import Output
 from tests.support import tiny_build
 from tests.support.builders import Builder, wait_for_blocks
 from tests.support.s3_server import new_bucket
+from tests.support.tiny_build import arrays_of
 
 SAMPLES, VIEWS, ROWS = 150, 5, 16
 BLOCKS = VIEWS * -(-SAMPLES // ROWS)
@@ -201,12 +202,6 @@ def check(place: Place, clean: dict[str, bytes], tmp_path: Path) -> None:
         # Half a claim of a builder that was killed while it wrote: it goes with the first builder a while later.
         assert [file for path in hidden for file in path.rglob("*") if not file.name.endswith(PARTIAL)] == []
         assert [path.name for path in hidden if path.name != claims_of(place).name] == []
-
-
-def arrays_of(path: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which holds the date."""
-    place = LocalPlace(path)
-    return {key: place.read(key) for key in sorted(place.keys()) if key != "zarr.json"}
 
 
 def all_pairs() -> set[tuple[int, int]]:

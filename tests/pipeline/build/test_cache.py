@@ -23,6 +23,7 @@ from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
 from pipeline.networks.pair import load_pair
 from tests.support import tiny_build, tiny_run
+from tests.support.tiny_build import arrays_of, constant_teacher, files_of
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[3]
@@ -194,34 +195,6 @@ def test_cuda_gives_the_targets_of_the_cpu(root: Path, tmp_path, store: str):
     cpu, cuda = (TeacherCache.open(tmp_path / f"{name}.zarr").load_view(2) for name in ("cpu", "cuda"))
     torch.testing.assert_close(cuda.logits(slice(None)), cpu.logits(slice(None)), rtol=2e-2, atol=2e-2)  # TF32
     torch.testing.assert_close(cuda.features(slice(None)), cpu.features(slice(None)), rtol=2e-2, atol=2e-2)
-
-
-def constant_teacher(folder: Path) -> Path:
-    """A teacher that gives every image the same answer."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    path = tiny_build.write_teacher(folder / "constant.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        weights = {name: torch.zeros_like(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    save_file(weights, path, metadata)
-    return path
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(path)): file.read_bytes()
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not file.name.endswith(".partial")
-    }
-
-
-def arrays_of(path: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which holds the date."""
-    files = files_of(path)
-    del files["zarr.json"]
-    return files
 
 
 def test_projections_are_those_of_the_recipe(built: TeacherCache):

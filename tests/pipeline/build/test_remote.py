@@ -34,6 +34,7 @@ from tests.support.builders import Builder
 from tests.support.cache_factory import create, tiny_images, tiny_manifest
 from tests.support.flaky_proxy import flaky_proxy
 from tests.support.s3_server import new_bucket
+from tests.support.tiny_build import arrays_of
 
 SAMPLES, VIEWS, ROWS = 60, 4, 16
 
@@ -72,11 +73,6 @@ def same_as(clean: dict[str, bytes], url: str, tmp_path: Path) -> None:
     assert arrays_of(tmp_path / "copy.zarr") == clean
     parent = open_place(url.rpartition("/")[0])
     assert [entry.key for entry in parent.entries() if entry.key.startswith(".")] == [], "claims are left"
-
-
-def arrays_of(path: Path) -> dict[str, bytes]:
-    place = LocalPlace(path)
-    return {key: place.read(key) for key in sorted(place.keys()) if key != "zarr.json"}
 
 
 def leftovers(home: Path) -> list[str]:

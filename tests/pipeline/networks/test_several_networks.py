@@ -22,9 +22,9 @@ from pipeline.networks.pair import TeacherPair, load_pair
 from pipeline.networks.teachers import load_teacher
 from pipeline.online import LiveTeachers
 from pipeline.recipe import BuildRecipe
-from tests.pipeline.build.test_cache import arrays_of, constant_teacher
 from tests.support import tiny_build, tiny_run
 from tests.support.fusion_by_hand import clip_row, fused_by_hand, mean, unit
+from tests.support.tiny_build import arrays_of, constant_teacher
 from tests.support.tiny_clip import make_folder
 from train.data import open_data
 from train.losses.contrastive import Components

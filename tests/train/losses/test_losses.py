@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache_tools.errors import RecipeError
+from tests.support.golden_cases import BATCHES, FEATURE_CASES, LOGIT_CASES, TOTAL_CASES, Data
 from train import losses
 from train.losses import contrastive
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-BATCHES = ("b16_c20", "b8_c100")
-Data = dict[str, Tensor]
 
 
 def load(name: str) -> Data:
@@ -37,38 +36,6 @@ def value_and_grad(loss: Callable[[Tensor], Tensor], student: Tensor) -> tuple[T
     value = loss(student)
     (grad,) = torch.autograd.grad(value, student)
     return value.detach(), grad
-
-
-def richkd_logit(scale: float) -> Callable[[Data, Tensor], Tensor]:
-    return lambda d, s: 3 * losses.kd(s, 0.7 * d["teacher_logits"] + 0.3 * scale * d["clip_cosine"], 3.0)
-
-
-LOGIT_CASES: dict[str, Callable[[Data, Tensor], Tensor]] = {
-    "ce": lambda d, s: losses.cross_entropy(s, d["labels"]),
-    "kd_T4": lambda d, s: losses.kd(s, d["teacher_logits"], 4.0),
-    "kd_total_T4_ce0.1_kd0.9": lambda d, s: (
-        0.1 * losses.cross_entropy(s, d["labels"]) + 0.9 * losses.kd(s, d["teacher_logits"], 4.0)
-    ),
-    "richkd_logit_a0.7_T3_w3_scale1": richkd_logit(1.0),
-    "richkd_logit_a0.7_T3_w3_scale100": richkd_logit(100.0),
-    "dkd_a1_b8_T4": lambda d, s: losses.dkd(s, d["teacher_logits"], d["labels"], 1.0, 8.0, 4.0),
-    "lskd_T2_w9": lambda d, s: 9 * losses.standardised_kd(s, d["teacher_logits"], 2.0),
-}
-FEATURE_CASES: dict[str, Callable[[Data, Tensor], Tensor]] = {
-    "feature_mse": lambda d, s: losses.feature_mse(s, d["teacher_features"]),
-    "feature_cosine": lambda d, s: losses.feature_cosine(s, d["teacher_features"]),
-    "rkd_d25_a50": lambda d, s: losses.rkd(s, d["teacher_features"], 25.0, 50.0),
-    "pkt": lambda d, s: losses.pkt(s, d["teacher_features"]),
-}
-TOTAL_CASES: dict[str, Callable[[Data, Tensor], Tensor]] = {
-    "lskd_total_T2_ce0.1_kd9": lambda d, s: (
-        0.1 * losses.cross_entropy(s, d["labels"]) + 9 * losses.standardised_kd(s, d["teacher_logits"], 2.0)
-    ),
-    "lsdkd_total_a9_b72_T2_ce1_epoch30_warmup20": lambda d, s: (
-        losses.cross_entropy(s, d["labels"])
-        + losses.dkd(losses.standardise(s), losses.standardise(d["teacher_logits"]), d["labels"], 9.0, 72.0, 2.0)
-    ),
-}
 
 
 @pytest.mark.parametrize("batch", BATCHES)
