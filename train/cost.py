@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.config import Frozen
@@ -112,8 +113,9 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     Raises:
         RecipeError: images that the network cannot take.
     """
-    with _taking(image_size), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(_images(1, image_size, next(model.parameters()).device))
+    images = _images(1, image_size, next(model.parameters()).device)
+    with _taking(image_size), torch.inference_mode(), _unfused_attention(), FlopCounterMode(display=False) as counter:
+        model(images)
     return counter.get_total_flops()
 
 
@@ -128,6 +130,22 @@ def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
     """
     with _taking(image_size), torch.inference_mode():
         model(_images(1, image_size, next(model.parameters()).device))
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Compute attention as matrix products, which torch's counter knows on every device and in every version.
+
+    Of the fused kernels it knows some, depending on the version: before torch 2.15 not the CPU's, and in no version
+    the one that `nn.MultiheadAttention` uses in eval mode.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cache_tools.errors import RecipeError
 from train.cost import LEAST_RUNS, MOST_RUNS, count_flops, measure
@@ -41,6 +44,18 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(query, key, value).mean((1, 2))
 
 
+class MultiheadAttention(nn.Module):
+    """torch's own module, two heads over pixels as tokens; in eval mode it has a fused kernel of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2).repeat(1, 1, 2)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+
 class Slow(nn.Module):
     """Takes at least 3 ms per image."""
 
@@ -61,15 +76,53 @@ def test_parameters_and_flops_by_hand():
     assert cost.flops == 2 * (wide + grouped + 12 * 5)
 
 
-def test_attention_is_counted():
+@pytest.mark.parametrize("backend", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_is_counted_whichever_kernel_is_selected(backend: SDPBackend | None) -> None:
     tokens, width = 6 * 4, 8
     projections, scores_and_mixing = tokens * 3 * 24, 2 * tokens * tokens * width
-    assert count_flops(Attention().eval(), (6, 4)) == 2 * (projections + scores_and_mixing)
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        assert count_flops(Attention().eval(), (6, 4)) == 2 * (projections + scores_and_mixing)
+
+
+def test_attention_is_counted_on_devices_without_data() -> None:
+    """On the meta device, and on a GPU that a fake mode pretends."""
+    counted = count_flops(Attention().eval(), (6, 4))
+    with torch.device("meta"):
+        assert count_flops(Attention().eval(), (6, 4)) == counted
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), torch.device(device):
+            assert count_flops(Attention().eval(), (6, 4)) == counted
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_multihead_attention_is_counted_with_and_without_its_fast_path(fast_path: bool) -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    try:
+        tokens, width = 6 * 4, 6
+        projections, scores_and_mixing = tokens * width * 4 * width, 2 * tokens * tokens * width
+        assert count_flops(MultiheadAttention().eval(), (6, 4)) == 2 * (projections + scores_and_mixing)
+        assert torch.backends.mha.get_fastpath_enabled() is fast_path
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "torchvision:vit_b_32"])
+def test_transformers_count_the_same_with_data_and_without(name: str) -> None:
+    size = (160, 160) if name.startswith("timm") else (224, 224)
+    with torch.device("meta"):
+        without = count_flops(create_student(name, 10).eval(), size)
+    assert count_flops(create_student(name, 10).eval(), size) == without
 
 
 def test_known_networks():
-    """Multiply-accumulates as others count them, in billions: timm's table at 224 × 224, resnet56 on CIFAR."""
-    expected = {("timm:resnet18", 224): 1.82, ("timm:vit_tiny_patch16_224", 224): 1.26, ("resnet56", 32): 0.126}
+    """Multiply-accumulates as others count them, in billions: timm and torchvision at 224 × 224, resnet56 on CIFAR."""
+    expected = {
+        ("timm:resnet18", 224): 1.82,
+        ("timm:vit_tiny_patch16_224", 224): 1.26,
+        ("torchvision:vit_b_16", 224): 17.56,
+        ("resnet56", 32): 0.126,
+    }
     for (name, size), giga in expected.items():
         with torch.device("meta"):  # shapes are enough
             student = create_student(name, 1000 if size == 224 else 10).eval()
