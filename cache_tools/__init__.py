@@ -9,12 +9,13 @@ Heavy modules load on first use, so that `cache-tools ls` and every `--help` ans
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
 __all__ = ["CacheError", "TeacherCache", "ViewTargets", "__version__"]
 
 if TYPE_CHECKING:
     from cache_tools.errors import CacheError
     from cache_tools.reader import TeacherCache, ViewTargets
+
+    __version__: str
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from cache_tools.errors import CacheError
 
         return CacheError
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("teacher-cache")
     if name in {"TeacherCache", "ViewTargets"}:
         from cache_tools import reader
 
