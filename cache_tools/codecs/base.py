@@ -1,7 +1,7 @@
-"""What every codec of target rows is: a frozen value that turns float32 rows into small arrays and back.
+"""The base of every codec: a frozen value that encodes float32 rows into small arrays and decodes them again.
 
-A codec says which zarr arrays it needs (`arrays`), makes them (`encode`) and reads them (`decode`). Nothing here needs
-torch before something is decoded.
+A codec lists the zarr arrays it needs (`arrays`), fills them (`encode`) and reads them (`decode`). torch is imported
+only for decoding.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     import torch
 
 Rows = npt.NDArray[np.float32]
-Stored = Mapping[str, Any]  # suffix → numpy array or tensor [B, width]
-Constants = Mapping[str, Rows]
+Encoded = dict[str, npt.NDArray[Any]]  # suffix → array [B, width of that array]
+Stored = Mapping[str, Any]  # the same, as numpy arrays or as tensors
+Constants = Mapping[str, Any]  # suffix → float32 array or tensor
 NO_CONSTANTS: Constants = MappingProxyType({})
 
 Pack = Literal["zstd", "blosc", "pcodec"]
-# Blosc's shuffle takes the bytes of 16-bit codes apart, the high ones of which are nearly all zero; higher levels look
-# for repetitions, which codes do not have, and find worse Huffman tables. pcodec models the numbers: 5 to 15 % denser,
-# but tensorstore cannot read it. No zarr `transpose` before pcodec: numcodecs 0.16 scrambles what is not in C order.
+# Blosc's shuffle separates the bytes of 16-bit codes; nearly all the high ones are zero. Higher levels look for
+# repetitions, which codes do not have, and find worse Huffman tables. pcodec models the numbers: 5 to 15 % denser,
+# but tensorstore cannot read it. No zarr `transpose` before pcodec: numcodecs 0.16 scrambles arrays that are not in
+# C order.
 _PACKED: dict[Pack, dict[str, Any]] = {
     "zstd": {"name": "zstd", "configuration": {"level": 1, "checksum": False}},
     "blosc": {
@@ -47,18 +49,18 @@ _PACKED: dict[Pack, dict[str, Any]] = {
         },
     },
 }
-FILL = {"int8": -128, "int16": -32768, "uint8": 255, "float16": float("nan"), "float32": float("nan")}
+FILL_VALUES = {"int8": -128, "int16": -32768, "uint8": 255, "float16": float("nan"), "float32": float("nan")}
 
 
 class StoredArray(Frozen):
     """One zarr array [V, N, width] that a codec needs.
 
     Attributes:
-        suffix: what follows the name of the target; "" for the array that has the target's own name.
-        dtype: of numpy.
-        fill_value: of chunks that are not there; never the first number of a row, so that a missing chunk shows.
-        attributes: what another reader needs to make sense of the numbers (`scale_factor` where that is all).
-        pack: how bytes are made small.
+        suffix: follows the name of the target in the array's name; "" for the array named like the target.
+        dtype: a numpy dtype.
+        fill_value: stands for missing chunks; never the first number of a row, so that a missing chunk is noticed.
+        attributes: zarr attributes that let other readers interpret the numbers (`scale_factor` where one is enough).
+        pack: the compression.
     """
 
     suffix: str = ""
@@ -72,13 +74,13 @@ class StoredArray(Frozen):
         """Keywords of `zarr.Group.create_array`: dtype, codecs (with crc32c), fill value, attributes.
 
         Raises:
-            FormatError: packed with pcodec, which is not installed.
+            FormatError: the array is packed with pcodec, which is not installed.
         """
         self.check_readable()
         if self.pack == "pcodec":
             serializer, compressors = _PACKED["pcodec"], []
         else:
-            # zarr writes little-endian by itself, and an endianness for single bytes is an error elsewhere.
+            # zarr writes little-endian by default; other readers reject an endianness for single bytes.
             endian = {} if np.dtype(self.dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
             serializer = {"name": "bytes", **endian}
             packed = _PACKED[self.pack]
@@ -94,7 +96,7 @@ class StoredArray(Frozen):
         }
 
     def check_readable(self) -> None:
-        """Raise FormatError if it is packed with pcodec, which is not installed."""
+        """Raise FormatError if the array is packed with pcodec and pcodec is not installed."""
         if self.pack == "pcodec" and importlib.util.find_spec("pcodec") is None:
             raise FormatError(
                 "arrays packed with pcodec need a package that is not installed",
@@ -103,12 +105,12 @@ class StoredArray(Frozen):
             )
 
     def is_fill(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Which of these numbers, the first ones of rows, mean that a chunk is not there."""
+        """Whether each of `values`, the first numbers of rows, marks a missing chunk."""
         return np.isnan(values) if isinstance(self.fill_value, float) else values == self.fill_value
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row before compression: what it takes on the device."""
+        """Bytes of a row before compression, as it lies in the memory of a device."""
         return self.width * self._itemsize
 
     @property
@@ -117,19 +119,19 @@ class StoredArray(Frozen):
 
 
 class Codec(Frozen, ABC):
-    """How rows [B, width] of one target are stored. Subclasses are told apart by their field `codec`.
+    """How rows [B, width] of one target are stored. The field `codec` of a subclass tells it from the others.
 
-    A codec whose parameters come from data (`constant_shapes` not empty) is given them as `constants` in every call;
-    `fit` makes them, once per cache.
+    Some codecs have parameters that come from data (`constant_shapes` is not empty). `fit` computes them once per
+    cache; every other call takes them as `constants`.
     """
 
     @property
     def lossless(self) -> bool:
-        """Whether decoding gives back float32 rows bit by bit."""
+        """Whether decoding returns float32 rows bit for bit."""
         return False
 
     def for_width(self, width: int) -> Codec:
-        """The codec of rows of `width` numbers: itself, unless reading takes the width."""
+        """The codec for rows of `width` numbers: itself, unless decoding needs to know the width."""
         return self
 
     @abstractmethod
@@ -137,43 +139,82 @@ class Codec(Frozen, ABC):
         """The zarr arrays for a target of `width` numbers per row."""
 
     def constant_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Suffixes and shapes of the float32 arrays that hold for all rows."""
+        """Suffixes and shapes of the float32 constants, which hold for all rows."""
         return {}
 
     def fit(self, sample: Rows) -> dict[str, Rows]:
-        """The constants, from a sample of rows [S, width]."""
+        """Compute the constants from a sample of rows [S, width]."""
         return {}
 
-    @abstractmethod
     def encode(
         self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        """What is stored of rows [B, width]: suffix → array, in the dtypes and widths of `arrays`.
+    ) -> Encoded:
+        """Encode rows [B, width] into arrays of the dtypes and widths that `arrays` lists.
 
         Args:
-            values: floating numbers.
-            where: for messages.
+            values: floating-point numbers.
+            where: names the rows in error messages.
 
         Raises:
-            FormatError: numbers that are not finite or out of range. Nothing ever wraps.
+            FormatError: a number is not finite or is out of range. Codes never wrap around.
         """
+        return self._encode(finite_rows(values, where, self._width(constants, where)), constants, where)
 
-    @abstractmethod
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
-        """Rows [B, width] float32, on the device of `stored`: those at `index`, or all. New memory, always."""
+    def decode(self, stored: Stored, constants: Constants = NO_CONSTANTS, index: Any = None) -> torch.Tensor:
+        """Decode rows [B, width] to float32 on the device of `stored`: the rows at `index`, or all.
+
+        The result never shares memory with `stored`.
+        """
+        return self._decode(gather(stored, index), constants)
 
     @abstractmethod
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
-        """How far a decoded number can be from `values` [B, width], broadcastable to that shape."""
+        """The largest error of decoding `values` [B, width], in an array that broadcasts to that shape."""
+
+    @abstractmethod
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
+        """Encode finite rows."""
+
+    @abstractmethod
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
+        """Decode all rows of `parts`, which may share memory with the stored arrays."""
+
+    def _width(self, constants: Constants, where: str) -> int | None:
+        """The width that rows must have; None if any will do."""
+        return None
 
 
-def checked(values: npt.NDArray[Any], where: str, width: int | None = None) -> Rows:
-    """Rows as finite float32.
+def gather(stored: Stored, index: Any = None) -> dict[str, torch.Tensor]:
+    """The rows at `index`, or all, of every stored array, as tensors in their own dtypes.
+
+    Args:
+        index: a slice, a boolean mask or numbers: a tensor on any device, an array, a list or a range.
+    """
+    import torch
+
+    tensors = {suffix: torch.as_tensor(array) for suffix, array in stored.items()}
+    if index is None:
+        return tensors
+    if isinstance(index, slice):
+        return {suffix: rows[index] for suffix, rows in tensors.items()}
+    numbers = index if isinstance(index, torch.Tensor) else torch.as_tensor(np.asarray(index))
+    if numbers.dtype == torch.bool:
+        return {suffix: rows[numbers.to(rows.device)] for suffix, rows in tensors.items()}
+    return {suffix: rows.index_select(0, numbers.to(rows.device).long()) for suffix, rows in tensors.items()}
+
+
+def new_float32(rows: torch.Tensor) -> torch.Tensor:
+    """A float32 copy, even of float32 rows: decoding works in place and must not touch the stored arrays."""
+    import torch
+
+    return rows.to(torch.float32, copy=True)
+
+
+def finite_rows(values: npt.NDArray[Any], where: str, width: int | None = None) -> Rows:
+    """Convert rows to float32 and check them.
 
     Raises:
-        FormatError: not a floating [B, width], or a number that is not finite (in float32).
+        FormatError: the array is not a floating-point [B, width], or a number is not finite in float32.
     """
     values = np.asarray(values)
     if values.ndim != 2 or values.dtype.kind != "f" or (width is not None and values.shape[1] != width):
@@ -183,16 +224,16 @@ def checked(values: npt.NDArray[Any], where: str, width: int | None = None) -> R
             expected=f"floating [rows, {width if width is not None else 'width'}]",
             found=f"{values.dtype} {list(values.shape)}",
         )
-    with np.errstate(over="ignore"):  # found and named below
+    with np.errstate(over="ignore"):  # infinite numbers are reported below
         rows = np.ascontiguousarray(values, dtype=np.float32)
     expected, next_step = "finite", "check the weights and the precision"
-    if values.dtype == np.float16:  # a build halves its rows on the device: what was too large is infinite by now
+    if values.dtype == np.float16:  # a build converts rows to half precision on the device; overflow is infinite here
         expected, next_step = "finite, within ±65504", f"store float32 (--codec float32), or {next_step}"
-    refuse(~np.isfinite(rows), values, where, expected, next_step)
+    reject(~np.isfinite(rows), values, where, expected, next_step)
     return rows
 
 
-def refuse(wrong: npt.NDArray[np.bool_], values: npt.NDArray[Any], where: str, expected: str, next_step: str) -> None:
+def reject(wrong: npt.NDArray[np.bool_], values: npt.NDArray[Any], where: str, expected: str, next_step: str) -> None:
     """Raise FormatError that names the first number for which `wrong` is set, if there is one."""
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -205,34 +246,15 @@ def refuse(wrong: npt.NDArray[np.bool_], values: npt.NDArray[Any], where: str, e
         )
 
 
-def to_codes(scaled: npt.NDArray[Any], dtype: str, values: npt.NDArray[Any], where: str, limits: str) -> Any:
-    """Round to whole numbers of a signed dtype; its lowest number stays free for `FILL`.
+def round_to_int16(
+    scaled: npt.NDArray[Any], values: npt.NDArray[Any], where: str, limits: str
+) -> npt.NDArray[np.int16]:
+    """Round to whole numbers within ±32767; −32768 is the fill value.
 
     Args:
-        scaled: what to round, [B, width].
-        values, limits: the numbers themselves and what they may be, for the message.
+        scaled: the numbers to round, [B, width].
+        values, limits: the numbers before scaling and their allowed range, for the error message.
     """
     codes = np.rint(scaled)
-    largest = np.iinfo(dtype).max
-    refuse(~(np.abs(codes) <= largest), values, where, limits, "choose a larger step, or store float16")
-    return codes.astype(dtype)
-
-
-def taken(stored: Stored, suffix: str, index: Any) -> torch.Tensor:
-    """Rows of one stored array as a tensor in its own dtype."""
-    import torch
-
-    rows = torch.as_tensor(stored[suffix])
-    if index is None or isinstance(index, slice):
-        return rows if index is None else rows[index]
-    index = torch.as_tensor(np.asarray(index) if not isinstance(index, torch.Tensor) else index)
-    if index.dtype == torch.bool:
-        return rows[index.to(rows.device)]
-    return rows.index_select(0, index.to(rows.device).long())
-
-
-def on(device: torch.device, constant: Any) -> torch.Tensor:
-    """A constant as a tensor on a device; a no-op where it is there already."""
-    import torch
-
-    return torch.as_tensor(constant).to(device)
+    reject(~(np.abs(codes) <= 32767), values, where, limits, "choose a larger step, or store float16")
+    return codes.astype(np.int16)

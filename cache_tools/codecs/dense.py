@@ -1,4 +1,4 @@
-"""Codecs that store every number of a row by itself: floating, whole steps, companded steps."""
+"""Codecs that store each number of a row separately: floating point, whole steps, companded steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from cache_tools.codecs.base import (
-    FILL,
+    FILL_VALUES,
     NO_CONSTANTS,
     Codec,
     Constants,
-    Stored,
+    Encoded,
+    Rows,
     StoredArray,
-    checked,
-    refuse,
-    taken,
-    to_codes,
+    new_float32,
+    reject,
+    round_to_int16,
 )
 
 if TYPE_CHECKING:
@@ -35,21 +35,16 @@ class Float16(Codec):
     codec: Literal["float16"] = "float16"
 
     def arrays(self, width: int) -> tuple[StoredArray, ...]:
-        return (StoredArray(width=width, dtype=self.codec, fill_value=FILL[self.codec]),)
+        return (StoredArray(width=width, dtype=self.codec, fill_value=FILL_VALUES[self.codec]),)
 
-    def encode(
-        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        rows = checked(values, where)
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
         with np.errstate(over="ignore"):
             halves = rows.astype(np.float16)
-        refuse(~np.isfinite(halves), rows, where, "within ±65504", "store float32 (--codec float32)")
+        reject(~np.isfinite(halves), rows, where, "within ±65504", "store float32 (--codec float32)")
         return {"": halves}
 
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
-        return _new_float32(taken(stored, "", index))
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
+        return new_float32(parts[""])
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
         """2⁻¹¹ of the number, and half the smallest subnormal."""
@@ -66,17 +61,13 @@ class Float32(Codec):
         return True
 
     def arrays(self, width: int) -> tuple[StoredArray, ...]:
-        return (StoredArray(width=width, dtype=self.codec, fill_value=FILL[self.codec]),)
+        return (StoredArray(width=width, dtype=self.codec, fill_value=FILL_VALUES[self.codec]),)
 
-    def encode(
-        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        return {"": checked(values, where)}
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
+        return {"": rows}
 
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
-        return _new_float32(taken(stored, "", index))
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
+        return new_float32(parts[""])
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
         return np.zeros((1, 1))
@@ -92,20 +83,17 @@ class FixedStep(Codec):
     def arrays(self, width: int) -> tuple[StoredArray, ...]:
         attributes: dict[str, float | int | str] = {"scale_factor": self.step}
         return (
-            StoredArray(width=width, dtype="int16", fill_value=FILL["int16"], attributes=attributes, pack=self.pack),
+            StoredArray(
+                width=width, dtype="int16", fill_value=FILL_VALUES["int16"], attributes=attributes, pack=self.pack
+            ),
         )
 
-    def encode(
-        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        rows = checked(values, where)
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
         limits = f"within ±{self.step * 32767:g}"
-        return {"": to_codes(rows / np.float64(self.step), "int16", rows, where, limits)}
+        return {"": round_to_int16(rows / np.float64(self.step), rows, where, limits)}
 
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
-        return _new_float32(taken(stored, "", index)).mul_(self.step)
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
+        return new_float32(parts[""]).mul_(self.step)
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
         """Half a step."""
@@ -119,22 +107,17 @@ class RowStep(Codec):
 
     def arrays(self, width: int) -> tuple[StoredArray, ...]:
         return (
-            StoredArray(width=width, dtype="int8", fill_value=FILL["int8"]),
-            StoredArray(suffix="_scale", width=1, dtype="float32", fill_value=FILL["float32"]),
+            StoredArray(width=width, dtype="int8", fill_value=FILL_VALUES["int8"]),
+            StoredArray(suffix="_scale", width=1, dtype="float32", fill_value=FILL_VALUES["float32"]),
         )
 
-    def encode(
-        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        rows = checked(values, where)
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
         scale = self._scale(rows)
         codes = np.rint(rows / scale.astype(np.float64))
         return {"": np.clip(codes, -127, 127).astype(np.int8), "_scale": scale}
 
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
-        return _new_float32(taken(stored, "", index)).mul_(taken(stored, "_scale", index))
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
+        return new_float32(parts[""]).mul_(parts["_scale"])
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
         """Half a step of the row."""
@@ -204,28 +187,23 @@ class Companded(Codec):
             StoredArray(
                 width=width,
                 dtype="uint8" if by_max else "int16",
-                fill_value=FILL["uint8"] if by_max else FILL["int16"],
+                fill_value=FILL_VALUES["uint8"] if by_max else FILL_VALUES["int16"],
                 attributes={"step": self.step, "spread": self.spread, "decode": meaning},
                 pack="zstd" if by_max else self.pack,
             ),
         )
 
-    def encode(
-        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        rows = checked(values, where)
-        with np.errstate(over="ignore"):  # out of range, and said so below
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
+        with np.errstate(over="ignore"):  # codes out of range are reported below
             codes = np.rint(self.levels * np.expm1(self._relative(rows) / self.spread))
         wrong = (codes < -self._largest) | (codes > (0 if self.reference == "max" else 32767))
         limits = f"{self.lowest:.1f} to {self.highest:.1f} of the row's {self.reference}"
-        refuse(wrong, rows, where, limits, "choose a larger spread, or store float16")
+        reject(wrong, rows, where, limits, "choose a larger spread, or store float16")
         return {"": (-codes).astype(np.uint8) if self.reference == "max" else codes.astype(np.int16)}
 
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
         sign = -1.0 if self.reference == "max" else 1.0
-        logits = _new_float32(taken(stored, "", index)).mul_(sign / self.levels).log1p_().mul_(self.spread)
+        logits = new_float32(parts[""]).mul_(sign / self.levels).log1p_().mul_(self.spread)
         return logits.sub_(logits.mean(dim=1, keepdim=True))
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
@@ -245,9 +223,3 @@ class Companded(Codec):
         wide = rows.astype(np.float64)
         reference = wide.max if self.reference == "max" else wide.mean
         return wide - reference(axis=1, keepdims=True)
-
-
-def _new_float32(rows: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return rows.to(torch.float32, copy=True)

@@ -10,17 +10,16 @@ import numpy.typing as npt
 from pydantic import Field
 
 from cache_tools.codecs.base import (
-    FILL,
+    FILL_VALUES,
     NO_CONSTANTS,
     Codec,
     Constants,
+    Encoded,
     Rows,
-    Stored,
     StoredArray,
-    checked,
-    on,
-    taken,
-    to_codes,
+    finite_rows,
+    new_float32,
+    round_to_int16,
 )
 from cache_tools.codecs.dense import FLOAT32_SLACK
 from cache_tools.errors import FormatError
@@ -53,7 +52,9 @@ class FeatureSteps(Codec):
     def arrays(self, width: int) -> tuple[StoredArray, ...]:
         attributes: dict[str, float | int | str] = {"decode": f"code * the steps in the array of this name + '{STEPS}'"}
         return (
-            StoredArray(width=width, dtype="int16", fill_value=FILL["int16"], attributes=attributes, pack=self.pack),
+            StoredArray(
+                width=width, dtype="int16", fill_value=FILL_VALUES["int16"], attributes=attributes, pack=self.pack
+            ),
         )
 
     def constant_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
@@ -65,7 +66,7 @@ class FeatureSteps(Codec):
         Raises:
             FormatError: a sample without spread, or of numbers that are not finite.
         """
-        rows = checked(sample, "sample")
+        rows = finite_rows(sample, "sample")
         deviation = rows.astype(np.float64).std(axis=0)
         typical = np.median(deviation[deviation > 0]) if (deviation > 0).any() else 0.0
         if not typical > 0:
@@ -88,7 +89,7 @@ class FeatureSteps(Codec):
         Args:
             head_CD: weights of the linear head, or class embeddings, [C, width]; rows of several stacked.
         """
-        head = checked(head_CD, "head").astype(np.float64)
+        head = finite_rows(head_CD, "head").astype(np.float64)
         head = head - head.mean(axis=0)
         metric = head.T @ head
         level = np.trace(metric) / len(metric)
@@ -96,24 +97,20 @@ class FeatureSteps(Codec):
         upper = np.linalg.cholesky(np.linalg.inv(metric)).T
         return {FEEDBACK: np.ascontiguousarray(upper / np.diag(upper)[:, None], dtype=np.float32)}
 
-    def encode(
-        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        """As `Codec.encode`; rounding knows the head if `head_feedback` is among the constants; else to nearest."""
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
+        """Round with feedback if the constants have the matrix of `head_feedback`, otherwise to the nearest code."""
         steps = _steps(constants, where)
-        rows = checked(values, where, len(steps))
-        limits = "within 32767 steps of its column"
-        if FEEDBACK not in constants:
-            return {"": to_codes(rows / steps.astype(np.float64), "int16", rows, where, limits)}
-        return {"": to_codes(_round_with_feedback(rows, steps, constants[FEEDBACK]), "int16", rows, where, limits)}
+        if FEEDBACK in constants:
+            scaled = _round_with_feedback(rows, steps, constants[FEEDBACK])
+        else:
+            scaled = rows / steps.astype(np.float64)
+        return {"": round_to_int16(scaled, rows, where, "within 32767 steps of its column")}
 
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
         import torch
 
-        codes = taken(stored, "", index)
-        return codes.to(torch.float32, copy=True).mul_(on(codes.device, _steps(constants, "target")))
+        codes = parts[""]
+        return new_float32(codes).mul_(torch.as_tensor(_steps(constants, "target")).to(codes.device))
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
         """Half a step; with feedback, and what half a step of each earlier column can move this one by."""
@@ -121,6 +118,9 @@ class FeatureSteps(Codec):
         if FEEDBACK in constants:
             half = np.abs(np.triu(constants[FEEDBACK]).astype(np.float64)).T @ half  # its diagonal is 1
         return half * 1.001 + FLOAT32_SLACK * np.abs(values).astype(np.float64)
+
+    def _width(self, constants: Constants, where: str) -> int:
+        return len(_steps(constants, where))
 
 
 def _steps(constants: Mapping[str, Any], where: str) -> Any:

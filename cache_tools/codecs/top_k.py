@@ -9,7 +9,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, PositiveInt, model_validator
 
-from cache_tools.codecs.base import FILL, NO_CONSTANTS, Codec, Constants, Stored, StoredArray, checked, taken
+from cache_tools.codecs.base import (
+    FILL_VALUES,
+    NO_CONSTANTS,
+    Codec,
+    Constants,
+    Encoded,
+    Rows,
+    Stored,
+    StoredArray,
+    gather,
+)
 from cache_tools.errors import FormatError
 
 if TYPE_CHECKING:
@@ -107,13 +117,10 @@ class TopK(Codec):
         return (
             StoredArray(width=stored, dtype="uint8", fill_value=PAD, attributes=attributes),
             StoredArray(suffix="_gaps", width=stored, dtype="int16", fill_value=0, pack="blosc"),
-            StoredArray(suffix="_tail", width=1, dtype="float32", fill_value=FILL["float32"]),
+            StoredArray(suffix="_tail", width=1, dtype="float32", fill_value=FILL_VALUES["float32"]),
         )
 
-    def encode(
-        self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS, *, where: str = "target"
-    ) -> dict[str, npt.NDArray[Any]]:
-        rows = checked(values, where, self._classes)
+    def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
         log_p = _log_softmax(rows.astype(np.float64) / self.temperature)
         kept = self._kept(log_p)
         log_tail = _log_sum(np.where(kept, NOTHING, log_p))
@@ -137,8 +144,6 @@ class TopK(Codec):
         Raises:
             FormatError: another temperature than the stored one, at which the tail's mass is not known.
         """
-        import torch
-
         if temperature is not None and temperature != self.temperature:
             raise FormatError(
                 "top-k targets are for one temperature",
@@ -146,19 +151,11 @@ class TopK(Codec):
                 found=temperature,
                 next_step="train at that temperature, or store dense targets",
             )
-        gaps = taken(stored, "_gaps", index).long()
-        classes = torch.where(gaps > 0, gaps.cumsum(dim=1) - 1, self._classes)
-        codes = taken(stored, "", index).float()
-        log_p = torch.log1p(codes / -self._levels) * self.spread
-        return SparseTargets(
-            classes, torch.where(gaps > 0, log_p, NOTHING), taken(stored, "_tail", index).float().squeeze(1)
-        )
+        return self._sparse(gather(stored, index))
 
-    def decode(
-        self, stored: Stored, constants: Constants | Mapping[str, torch.Tensor] = NO_CONSTANTS, index: Any = None
-    ) -> torch.Tensor:
+    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
         """Mean-centred logits [B, C] whose tail is even: softmax(logits / temperature) are the probabilities."""
-        targets = self.sparse(stored, index)
+        targets = self._sparse(parts)
         missing = (self._classes - (targets.classes < self._classes).sum(dim=1)).clamp_min(1)
         even = targets.log_tail - missing.log()
         dense = even[:, None].repeat(1, self._classes + 1)
@@ -172,6 +169,17 @@ class TopK(Codec):
         half_cell = (root + 0.5 / self._levels) ** self.spread - root**self.spread
         clamped = ((self._levels - self._largest + 0.5) / self._levels) ** self.spread
         return np.where(self._kept(log_p), np.maximum(half_cell * 1.001, clamped) + 1e-5, np.exp(log_p))
+
+    def _sparse(self, parts: Mapping[str, torch.Tensor]) -> SparseTargets:
+        import torch
+
+        gaps = parts["_gaps"].long()
+        classes = torch.where(gaps > 0, gaps.cumsum(dim=1) - 1, self._classes)
+        log_p = torch.log1p(parts[""].float() / -self._levels) * self.spread
+        return SparseTargets(classes, torch.where(gaps > 0, log_p, NOTHING), parts["_tail"].float().squeeze(1))
+
+    def _width(self, constants: Constants, where: str) -> int:
+        return self._classes
 
     @property
     def _classes(self) -> int:
