@@ -13,6 +13,17 @@ from cache_tools.config import builtin_names, dump_yaml
 from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
 from pipeline.recipe import BuildRecipe, load_build_recipe
+from train.options import (
+    DataDir,
+    Device,
+    Download,
+    ForwardBatchSize,
+    Overrides,
+    Precision,
+    RecipeArgument,
+    ResultAsJson,
+    ShowRecipe,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -20,9 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 @command
 def build_cache(
-    recipe: Annotated[
-        str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
-    ] = "digits",
+    recipe: RecipeArgument = "digits",
     views: Annotated[
         int | None, typer.Option("--views", help="Number of cached views; more than a cache has adds to it.")
     ] = None,
@@ -66,18 +75,12 @@ def build_cache(
             ".zarr. Default: one per fingerprint in $TEACHER_CACHE_HOME (~/.cache/teacher-cache).",
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")] = None,
-    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")] = False,
-    precision: Annotated[
-        str | None,
-        typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision)."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated."),
-    ] = None,
+    device: Device = None,
+    batch_size: ForwardBatchSize = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    precision: Precision = None,
+    overrides: Overrides = None,
     plan: Annotated[
         bool,
         typer.Option("--plan", help="Time a few batches, say what the cache would cost and when it pays, and stop."),
@@ -86,8 +89,8 @@ def build_cache(
         str, typer.Option("--plan-student", help="With --plan: the student that is to be trained.")
     ] = "resnet8x4",
     plan_epochs: Annotated[int, typer.Option("--plan-epochs", min=1, help="With --plan: its epochs.")] = 240,
-    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    show_recipe: ShowRecipe = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Run a teacher and CLIP once over every (image, view) and store their fused targets.
 

@@ -10,6 +10,18 @@ import typer
 from cache_tools.config import dump_yaml
 from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
+from train.options import (
+    Cache,
+    DataDir,
+    Device,
+    Download,
+    Epochs,
+    Overrides,
+    Precision,
+    RecipeArgument,
+    ResultAsJson,
+    ShowRecipe,
+)
 from train.recipe import load_train_recipe, named_loss
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -18,12 +30,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 @command
 def train_student(
-    recipe: Annotated[
-        str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
-    ] = "digits",
-    cache: Annotated[
-        str | None, typer.Option("--cache", help="The cache: a path, a URL, a name or a fingerprint.")
-    ] = None,
+    recipe: RecipeArgument = "digits",
+    cache: Cache = None,
     student: Annotated[
         str | None, typer.Option("--student", help="resnet8, wrn_16_2, …, timm:NAME or torchvision:NAME.")
     ] = None,
@@ -34,16 +42,14 @@ def train_student(
             help="ce (labels alone, no cache), kd, dkd, standardised_kd, crd, richkd-l, richkd-f, richkd (kd and crd).",
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
+    epochs: Epochs = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the schedule.")] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed of the first weights, the order and dropout.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision).")
-    ] = None,
+    device: Device = None,
+    precision: Precision = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run. Default: one per recipe below runs/.")
     ] = None,
@@ -61,8 +67,8 @@ def train_student(
         float | None,
         typer.Option("--label-fraction", help="Part of each class that keeps its label; targets are for all."),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")] = False,
+    data_dir: DataDir = None,
+    download: Download = False,
     compare_with_labels: Annotated[
         bool | None,
         typer.Option(help="Also train the same student on labels alone, and compare."),
@@ -73,12 +79,10 @@ def train_student(
             "--log", help="tensorboard, mlflow, wandb (several: a,b) or none. Default: tensorboard where installed."
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated.")
-    ] = None,
-    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")] = False,
+    overrides: Overrides = None,
+    show_recipe: ShowRecipe = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is in the folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Train a student from cached targets, or from labels alone with --loss ce.
 

@@ -10,6 +10,7 @@ import typer
 from cache_tools.config import validate
 from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
+from train.options import DataDir, Device, Download, ForwardBatchSize, ReportAsJson, RunArgument
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -17,7 +18,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 @command
 def evaluate_student(
-    run: Annotated[Path, typer.Argument(help="A run folder of train-student, or a checkpoint file in one.")],
+    run: RunArgument,
     checkpoint: Annotated[
         str | None,
         typer.Option("--checkpoint", help="last, best or ema: whose details are shown. Default: last, or the file."),
@@ -45,19 +46,19 @@ def evaluate_student(
         bool,
         typer.Option("--teachers", help="Compare with the cache's teacher, CLIP and fusion (needs their weights)."),
     ] = False,
-    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    data_dir: DataDir = None,
+    download: Download = False,
+    device: Device = "auto",
     precision: Annotated[
         str, typer.Option("--precision", help="Of the student's forward passes: float32, bfloat16 or float16.")
     ] = "float32",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per forward pass.")] = 512,
+    batch_size: ForwardBatchSize = 512,
     workers: Annotated[
         int | None,
         typer.Option("--workers", help="Processes that make corrupted images. Default: one per core."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the report. Default: RUN/evaluation.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    as_json: ReportAsJson = False,
 ) -> None:
     """Evaluate a student on test images: accuracy, likelihood, calibration, confusions, robustness, its teachers.
 

@@ -10,6 +10,7 @@ import typer
 from cache_tools.config import validate
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
+from train.options import DataDir, ReportAsJson, RunArgument
 
 if TYPE_CHECKING:
     from train.export.config import ExportReport
@@ -20,7 +21,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 @command
 def export_student(
-    run: Annotated[Path, typer.Argument(help="A run folder of train-student, or a checkpoint file in one.")],
+    run: RunArgument,
     weights: Annotated[
         str | None, typer.Option("--weights", help="last, best or ema. Default: last, or the file's.")
     ] = None,
@@ -44,8 +45,8 @@ def export_student(
     split: Annotated[
         str | None, typer.Option("--split", help="Compare on this split, not the run's test split.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    data_dir: DataDir = None,
+    as_json: ReportAsJson = False,
 ) -> None:
     """Write a trained student in formats that need no teacher-cache, with a config.json.
 

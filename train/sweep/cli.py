@@ -12,6 +12,7 @@ import typer
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
 from cache_tools.memory import keep_freed_memory
+from train.options import Cache, DataDir, Device, Epochs
 from train.sweep.options import read_sweep
 from train.sweep.recipe import SweepRecipe
 
@@ -27,7 +28,7 @@ def sweep_students(
             help="What trials have in common: a recipe of train-student, built-in or a YAML file. Default: digits."
         ),
     ] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="The cache: path, URL, name or fingerprint.")] = None,
+    cache: Cache = None,
     students: Annotated[
         str | None, typer.Option("--students", help="Separated by commas: resnet8x4,wrn_16_2,timm:NAME.")
     ] = None,
@@ -45,7 +46,7 @@ def sweep_students(
         int | None,
         typer.Option("--search", min=1, help="Try so many promising settings, not all: Optuna chooses them."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
+    epochs: Epochs = None,
     sweep_file: Annotated[
         Path | None,
         typer.Option("--sweep", help="A YAML file with recipe, students, losses, grid, seeds, or trials; options win."),
@@ -71,8 +72,8 @@ def sweep_students(
         float | None,
         typer.Option("--ray-gpus", min=0.01, help="GPUs of a Ray worker; 0.5 has two on each. Default: 1."),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
-    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")] = None,
+    device: Device = None,
+    data_dir: DataDir = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the sweep. Default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep. Default: runs/sweep-NAME.")] = None,
     overrides: Annotated[

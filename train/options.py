@@ -1,0 +1,31 @@
+"""Command-line options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder of train-student, or a checkpoint file in one.")]
+
+Cache = Annotated[str | None, typer.Option("--cache", help="The cache: a path, a URL, a name or a fingerprint.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")]
+Download = Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")]
+
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")]
+ForwardBatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision).")
+]
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated.")
+]
+ShowRecipe = Annotated[bool, typer.Option("--show-recipe", help="Print the full recipe and stop.")]
+ResultAsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+ReportAsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
