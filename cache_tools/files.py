@@ -16,7 +16,7 @@ from typing import Any
 from cache_tools.errors import FormatError, StorageError
 
 MAX_METADATA_BYTES = 64 << 20
-MAX_FILE_BYTES = (1 << 30) + (1 << 28)  # the largest chunk (limits.MAX_CHUNK_BYTES) and what packing may add
+MAX_FILE_BYTES = (1 << 30) + (1 << 28)  # the largest chunk (format.stored.MAX_CHUNK_BYTES) and what packing may add
 
 
 def check_file(path: Path, limit: int | None = None) -> None:

@@ -23,11 +23,12 @@ class Canary(Frozen):
 class Manifest(Finite):
     """Recipe, geometry and provenance; stored as the zarr group's attribute `teacher_cache`.
 
-    `constants_digest` covers the arrays that hold for all samples and views. Computed on another machine they may
-    differ in their last bits: blocks of caches whose constants differ must not be mixed. Empty in older caches.
+    `constants_digest` covers the constants, the arrays that hold for all samples and views. Computed on another machine
+    they may differ in their last bits, and blocks of caches with different constants must not be mixed. It is empty
+    until the cache is created.
     """
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     fingerprint: str
     name: str
     recipe: CacheRecipe

@@ -134,12 +134,12 @@ class CacheRecipe(Frozen):
     @property
     def fingerprint(self) -> str:
         """64 hex digits of sha256 over the canonical JSON of this recipe and the format version."""
-        return recipe_fingerprint(FORMAT_VERSION, self.model_dump(mode="json"))
+        return recipe_fingerprint(self.model_dump(mode="json"))
 
 
-def recipe_fingerprint(format_version: int, recipe: Any) -> str:
-    """`CacheRecipe.fingerprint` from a recipe as plain JSON: 64 hex digits of sha256."""
-    return hashlib.sha256(canonical_json({"format_version": format_version, "recipe": recipe})).hexdigest()
+def recipe_fingerprint(recipe: Any) -> str:
+    """`CacheRecipe.fingerprint` of a recipe as plain JSON."""
+    return hashlib.sha256(canonical_json({"format_version": FORMAT_VERSION, "recipe": recipe})).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:

@@ -27,7 +27,6 @@ from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
-from cache_tools.format.recipe import FORMAT_VERSION
 from cache_tools.store.create import constants_digest, metadata_files
 from cache_tools.store.group import check_chunks, open_array, open_group, read_manifest, read_whole, translated
 
@@ -178,7 +177,7 @@ class _Reader:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
         constants = {name: found[name] for name in shapes if name in found}
         expected = self.manifest.constants_digest
-        if expected and constants.keys() == shapes.keys() and constants_digest(constants) != expected:
+        if constants.keys() == shapes.keys() and constants_digest(constants) != expected:
             what = "the arrays that hold for all samples are not those that the manifest was written for"
             problems.append(Problem(where=str(self.path), what=what, cure="copy"))
         identity = self.manifest.recipe.dataset
@@ -254,9 +253,8 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             found = found | {"shape": expected["shape"]}
         if found != expected:
             keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-            old_manifest = name == METADATA and manifest.format_version != FORMAT_VERSION  # not ours to write anew
-            cure: Cure = "copy" if old_manifest else "metadata"
-            yield Problem(where=str(file), what=f"metadata is not what it should be: {', '.join(keys)}", cure=cure)
+            what = f"metadata is not what it should be: {', '.join(keys)}"
+            yield Problem(where=str(file), what=what, cure="metadata")
 
 
 def _longer(found: dict[str, Any], expected: dict[str, Any]) -> bool:

@@ -103,7 +103,7 @@ class StoredConstants(Mapping[str, npt.NDArray[np.float32]]):
     def __init__(self, group: zarr.Group, path: Path, manifest: Manifest, layouts: Layouts) -> None:
         self._group, self._path, self._manifest, self._layouts = group, path, manifest, layouts
         self._names = tuple(sorted(constant_shapes(manifest.recipe)))
-        self._checked, self._checking = not manifest.constants_digest, threading.Lock()
+        self._checked, self._checking = False, threading.Lock()
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         if name not in self._names:

@@ -18,7 +18,6 @@ from cache_tools.format import commits
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Canary, Manifest
-from cache_tools.format.recipe import FORMAT_VERSION
 from cache_tools.format.stored import MANIFEST_KEY, check_limits, manifest_attribute
 from cache_tools.store.create import StoredConstants, check_constants, check_samples, constants_digest, lay_out
 from cache_tools.store.encoding import Encoder
@@ -108,14 +107,6 @@ class CacheWriter:
                 expected=f"fingerprint {fingerprint[:12]}",
                 found=manifest.fingerprint[:12],
                 next_step="choose another --out, leave --out away, or remove that cache",
-            )
-        if manifest.format_version != FORMAT_VERSION:
-            raise FormatError(
-                "nothing can be added to a cache of an older format",
-                where=path,
-                expected=f"format version {FORMAT_VERSION}",
-                found=manifest.format_version,
-                next_step="`cache-tools recode` makes one of this format from it",
             )
         with translated(path):
             remove_leftovers(path)

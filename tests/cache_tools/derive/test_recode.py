@@ -19,7 +19,6 @@ from cache_tools.derive.codec_spec import codecs_for
 from cache_tools.derive.lineage import lineage
 from cache_tools.derive.recode import Recoded, recode
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, StorageError
-from cache_tools.format.recipe import FORMAT_VERSION
 from cache_tools.home import registry
 from cache_tools.integrity.local import verify
 from cache_tools.places import LocalPlace
@@ -194,19 +193,6 @@ def test_its_place_in_the_home(source: TeacherCache, tmp_path: Path, monkeypatch
     done = recode(source, codecs_for("float16", source.recipe), "tiny-float16")
     assert done.path == registry.cache_path("tiny-float16", done.fingerprint)
     assert TeacherCache.open("tiny-float16").recipe.derived_from == source.manifest.fingerprint
-
-
-@pytest.mark.parametrize("store", ["fused", "components"])
-def test_caches_of_the_first_format_become_ones_of_this(store: str, tmp_path: Path) -> None:
-    old = TeacherCache.open(Path(__file__).parents[2] / "golden/caches" / f"version-1-{store}.zarr")
-    assert old.manifest.format_version == 1
-    convert(old, str(old.recipe.codecs), tmp_path / "c")
-    new = TeacherCache.open(tmp_path / "c")
-    assert new.manifest.format_version == FORMAT_VERSION
-    assert new.recipe.derived_from == old.manifest.fingerprint
-    for name in old.targets:
-        for view in range(old.num_views):
-            np.testing.assert_array_equal(old.read_array(name, view), new.read_array(name, view))
 
 
 # Warnings and refusals

@@ -9,21 +9,17 @@ import pytest
 from typer.testing import CliRunner
 
 from cache_tools.cli import app
-from cache_tools.errors import FormatError
-from cache_tools.format.recipe import FORMAT_VERSION
 from cache_tools.home.registry import record
 from cache_tools.integrity.local import verify
 from cache_tools.reader import TeacherCache
-from cache_tools.store.writer import CacheWriter
 
 FOLDER = Path(__file__).parents[2] / "golden" / "caches"
-OLD = ("version-1-fused", "version-1-components")
-NAMES = (*OLD, "version-2-fused", "version-2-compact", "version-2-top-k")
+NAMES = ("version-2-fused", "version-2-compact", "version-2-top-k")
 
 
 def written(name: str) -> dict[str, np.ndarray]:
     """What went into a cache, by target, and its fingerprint."""
-    with np.load(FOLDER / f"{name[: len('version-1')]}.npz") as file:
+    with np.load(FOLDER / "version-2.npz") as file:
         return {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
 
 
@@ -32,7 +28,7 @@ def test_a_kept_cache_reads_as_it_was_written(name: str) -> None:
     cache, expected = TeacherCache.open(FOLDER / f"{name}.zarr"), written(name)
     assert cache.manifest.fingerprint == str(expected.pop("fingerprint"))
     assert cache.is_complete
-    assert cache.manifest.format_version == int(name[len("version-")])
+    assert cache.manifest.format_version == 2
     for target, values in expected.items():
         for view in range(cache.num_views):
             found = cache.read_array(target, view)
@@ -50,13 +46,6 @@ def test_a_kept_cache_is_sound_and_can_be_looked_at(name: str) -> None:
     for command in ("info", "verify"):
         result = CliRunner().invoke(app, [command, str(FOLDER / f"{name}.zarr")])
         assert result.exit_code == 0, result.output
-
-
-@pytest.mark.parametrize("name", OLD)
-def test_nothing_is_added_to_a_cache_of_an_older_format(name: str) -> None:
-    path = FOLDER / f"{name}.zarr"
-    with pytest.raises(FormatError, match=f"older format.*expected format version {FORMAT_VERSION}.*recode"):
-        CacheWriter.resume(path, TeacherCache.open(path).manifest.fingerprint)
 
 
 def _decoded() -> dict[str, np.ndarray]:
