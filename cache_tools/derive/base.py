@@ -23,7 +23,7 @@ from cache_tools.console import Progress
 from cache_tools.derive.blocks import BlockReader
 from cache_tools.derive.lineage import Source
 from cache_tools.errors import MismatchError, StorageError
-from cache_tools.format import commits
+from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe
 from cache_tools.home import registry
@@ -35,7 +35,6 @@ from cache_tools.store.writer import CacheWriter, check_free
 MAX_WORKERS = 4
 _OF_A_BUILD = {"inputs", "grown"}  # by `inputs` a build recognises its own cache
 
-Pair = tuple[int, int]
 Constants = Mapping[str, npt.NDArray[np.float32]]
 Convert = Callable[[int, slice], Mapping[str, npt.NDArray[Any]]]
 
@@ -113,7 +112,7 @@ def derive(
     writer = _open_or_create(source, path, manifest, constants)
     manifest = writer.manifest
     missing = writer.missing_blocks()
-    ready = [(view, block) for view, block in missing if source.holds(view, manifest.block(block))]
+    ready = [each for each in missing if source.holds(each.view, manifest.block(each.block))]
     total, made = manifest.num_views * manifest.num_blocks, 0
     if ready:
         with Progress(title, total, "blocks", done=total - len(missing)) as progress:
@@ -166,20 +165,20 @@ def _open_or_create(
 
 
 def _write_all(
-    source: BlockReader, writer: CacheWriter, pairs: list[Pair], convert: Convert, progress: Progress
+    source: BlockReader, writer: CacheWriter, blocks: list[BlockId], convert: Convert, progress: Progress
 ) -> int:
     """Write blocks, a few at a time: checking, encoding and packing leave the interpreter lock alone.
 
     Processes that make the same cache at once share them. Gives how many were written here.
     """
 
-    def is_there(pair: Pair) -> bool:
-        return (writer.path / commits.COMMITS / commits.file_name(*pair)).exists()
+    def is_there(block: BlockId) -> bool:
+        return (writer.path / block.commit_key).exists()
 
-    def write(pair: Pair) -> None:
-        view, rows = pair[0], writer.manifest.block(pair[1])
-        writer.write_stored(*pair, convert(view, rows), source.parameter_digest(view, rows))
-        claims.release(pair)
+    def write(block: BlockId) -> None:
+        view, rows = block.view, writer.manifest.block(block.block)
+        writer.write_stored(*block, convert(view, rows), source.parameter_digest(view, rows))
+        claims.release(block)
 
     def finish(count: int) -> None:
         while len(pending) > count:
@@ -190,8 +189,8 @@ def _write_all(
     pending: list[Future[None]] = []
     with Claims(LocalPlace(writer.path)) as claims, ThreadPoolExecutor(workers, thread_name_prefix="derive") as pool:
         try:
-            for pair in claims.share(pairs, lambda: set(filter(is_there, pairs)), is_there):
-                pending.append(pool.submit(write, pair))
+            for block in claims.share(blocks, lambda: set(filter(is_there, blocks)), is_there):
+                pending.append(pool.submit(write, block))
                 made += 1
                 finish(workers)
             finish(0)

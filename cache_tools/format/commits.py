@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,22 @@ from cache_tools.format.arrays import target_arrays
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe
 
-BlockId = tuple[int, int]
-"""(view, block)"""
-
 COMMITS = "commits"
 PARAMETERS = "view_parameters"
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
 _FILE_NAME = re.compile(rf"c\.{_NUMBER}\.{_NUMBER}\.0")
+
+
+class BlockId(NamedTuple):
+    """One block of one view."""
+
+    view: int
+    block: int
+
+    @property
+    def commit_key(self) -> str:
+        """File of its commit, relative to the cache; the block is committed if and only if this file exists."""
+        return f"{COMMITS}/c.{self.view}.{self.block}.0"
 
 
 def columns(recipe: CacheRecipe, block_rows: int) -> list[str]:
@@ -54,24 +64,19 @@ def committed_blocks(commits: npt.NDArray[np.uint64], manifest: Manifest) -> npt
 
 def missing_blocks(committed: npt.NDArray[np.bool_]) -> list[BlockId]:
     """The blocks that are not committed, in order of view, then block."""
-    return [(int(view), int(block)) for view, block in np.argwhere(~committed)]
-
-
-def file_name(view: int, block: int) -> str:
-    """The file of one commit in the folder of `commits`; it exists if and only if the block is committed."""
-    return f"c.{view}.{block}.0"
+    return [BlockId(int(view), int(block)) for view, block in np.argwhere(~committed)]
 
 
 def parse_file_name(name: str) -> BlockId | None:
     """The block that a file of `commits` commits; None for any other file."""
     match = _FILE_NAME.fullmatch(name)
-    return (int(match[1]), int(match[2])) if match else None
+    return BlockId(int(match[1]), int(match[2])) if match else None
 
 
 def parse_file_names(names: Iterable[str], manifest: Manifest) -> list[BlockId]:
     """The blocks that these files commit, ascending; files of blocks that the manifest does not have are ignored."""
     found = (block for name in names if (block := parse_file_name(name)) is not None)
-    return sorted((view, block) for view, block in found if view < manifest.num_views and block < manifest.num_blocks)
+    return sorted(each for each in found if each.view < manifest.num_views and each.block < manifest.num_blocks)
 
 
 def ranges(numbers: Sequence[int]) -> str:

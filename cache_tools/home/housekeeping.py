@@ -14,7 +14,7 @@ from cache_tools.files import PARTIAL, remove_leftover, sync_folder
 from cache_tools.home.origin import origin_file
 from cache_tools.home.registry import CacheRecord, is_cache, used_file
 from cache_tools.places import LocalPlace
-from cache_tools.places.claims import EXPIRE_S, claims_of
+from cache_tools.places.claims import EXPIRE_S, claims_place
 
 
 class PruneRules(Frozen):
@@ -135,7 +135,7 @@ def _kept_because(record: CacheRecord, now_s: float) -> str | None:
 def _busy(path: Path, now_s: float) -> str | None:
     """Whether somebody who builds, stages or copies holds a fresh claim."""
     try:
-        newest = max((entry.modified_s for entry in claims_of(LocalPlace(path)).entries()), default=0.0)
+        newest = max((entry.modified_s for entry in claims_place(LocalPlace(path)).entries()), default=0.0)
     except OSError:
         return None
     return "being built, staged or copied right now" if now_s - newest < EXPIRE_S else None

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cache_tools.console import Progress, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
 from cache_tools.files import PARTIAL, rename_unless_taken, sync_folder
-from cache_tools.format import commits
+from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.home import registry
 from cache_tools.home.origin import OriginRecord, mirrors_of, read_origin, write_origin
@@ -28,7 +28,7 @@ from cache_tools.home.registry import is_cache
 from cache_tools.places import LocalPlace, Place, open_place
 from cache_tools.places.claims import Claims
 from cache_tools.places.metadata import check_same, copy_metadata, manifest_at
-from cache_tools.places.transfer import Pair, committed, copy_blocks
+from cache_tools.places.transfer import copy_blocks, list_committed
 from cache_tools.store.group import read_manifest
 
 OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
@@ -47,7 +47,7 @@ class Origin:
         self.mirror, self.bytes = mirror, 0
         self._record, self._checked = record, checked
         self._silent = silent or offline()
-        self._there: set[Pair] = set()
+        self._there: set[BlockId] = set()
 
     @property
     def url(self) -> str:
@@ -92,24 +92,24 @@ class Origin:
             )
         source, target = self._place(None), LocalPlace(self.mirror)
         there = self.committed(manifest)[view]
-        wanted = [(view, block) for block in range(manifest.num_blocks) if there[block]]
+        wanted = [BlockId(view, block) for block in range(manifest.num_blocks) if there[block]]
 
-        def is_here(pair: Pair) -> bool:
-            return (self.mirror / commits.COMMITS / commits.file_name(*pair)).exists()
+        def is_here(block: BlockId) -> bool:
+            return (self.mirror / block.commit_key).exists()
 
-        def here() -> set[Pair]:
-            return {pair for pair in wanted if is_here(pair)}
+        def here() -> set[BlockId]:
+            return {block for block in wanted if is_here(block)}
 
         done = here()
-        todo = [pair for pair in wanted if pair not in done]
+        todo = [block for block in wanted if block not in done]
         title = f"stage {manifest.name}, view {view}"
         with (
             Claims(target) as claims,
             Progress(title, len(wanted), "blocks", done=len(done), summary=True) as progress,
         ):
             moved = 0
-            for pair, sizes in copy_blocks(source, target, manifest, claims.share(todo, here, is_here)):
-                claims.release(pair)
+            for block, sizes in copy_blocks(source, target, manifest, claims.share(todo, here, is_here)):
+                claims.release(block)
                 moved += sum(sizes)
                 progress.advance(1, f"{moved / 1e6:,.1f} MB")
             progress.advance(len(wanted) - progress.done)  # what others staged meanwhile
@@ -133,8 +133,8 @@ class Origin:
         return place
 
     def _look(self, manifest: Manifest) -> None:
-        self._there = committed(self._place(PATIENCE_S))
-        promised = [pair for pair in self._there if pair[0] < self._record.views and pair[1] < manifest.num_blocks]
+        self._there = list_committed(self._place(PATIENCE_S))
+        promised = [each for each in self._there if each.view < self._record.views and each.block < manifest.num_blocks]
         if len(promised) == self._record.views * manifest.num_blocks:
             self._record = self._record.model_copy(update={"complete": True})
             _keep(self.mirror, self._record)

@@ -25,6 +25,7 @@ from cache_tools.errors import CacheError, FormatError
 from cache_tools.files import MAX_METADATA_BYTES, check_file, put_durably, sync_folder
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec, constant_shapes, target_arrays
+from cache_tools.format.commits import BlockId
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.store.create import constants_digest, metadata_files
@@ -71,7 +72,7 @@ class Verification(Frozen):
 class Repair(Frozen):
     """What `repair` did: blocks dropped, metadata written anew, and problems that it cannot cure."""
 
-    dropped: tuple[tuple[int, int], ...]
+    dropped: tuple[BlockId, ...]
     rewritten: tuple[str, ...]
     left: tuple[Problem, ...]
 
@@ -79,7 +80,7 @@ class Repair(Frozen):
 class Blocks(Protocol):
     """Blocks that are not in the folder of a cache until they are checked."""
 
-    def committed(self) -> list[tuple[int, int]]:
+    def committed(self) -> list[BlockId]:
         """(view, block) of those there are, ascending."""
 
     def at_hand(self, view: int, block: int) -> AbstractContextManager[None]:
@@ -100,20 +101,20 @@ def verify(path: Path, blocks: Blocks | None = None) -> Verification:
     damaged = {Path(problem.where).parent.name for problem in problems}
     reader = _Reader(path, manifest, damaged)
     problems += reader.constant_problems()
-    pairs = [] if commits.COMMITS in damaged else reader.committed() if blocks is None else blocks.committed()
+    listed = [] if commits.COMMITS in damaged else reader.committed() if blocks is None else blocks.committed()
 
-    def check(pair: tuple[int, int]) -> list[Problem]:
-        with nullcontext() if blocks is None else blocks.at_hand(*pair):
-            return reader.block_problems(*pair)
+    def check(block: BlockId) -> list[Problem]:
+        with nullcontext() if blocks is None else blocks.at_hand(*block):
+            return reader.block_problems(*block)
 
-    with ThreadPoolExecutor(WORKERS) as pool, Progress("verify", len(pairs), "blocks") as progress:
-        for found in pool.map(check, pairs):
+    with ThreadPoolExecutor(WORKERS) as pool, Progress("verify", len(listed), "blocks") as progress:
+        for found in pool.map(check, listed):
             problems += found
             progress.advance(1, f"{len(problems)} problems" if problems else "")
     return Verification(
         path=path,
         fingerprint=manifest.fingerprint,
-        blocks=len(pairs),
+        blocks=len(listed),
         blocks_total=manifest.num_views * manifest.num_blocks,
         bytes=reader.bytes,
         problems=tuple(problems),
@@ -131,8 +132,8 @@ def repair(path: Path, verification: Verification) -> Repair:
     for problem in verification.problems:
         with translated(problem.where):
             if problem.cure == "block" and problem.view is not None and problem.block is not None:
-                (path / commits.COMMITS / commits.file_name(problem.view, problem.block)).unlink(missing_ok=True)
-                dropped.add((problem.view, problem.block))
+                (path / BlockId(problem.view, problem.block).commit_key).unlink(missing_ok=True)
+                dropped.add(BlockId(problem.view, problem.block))
             elif problem.cure == "metadata":
                 expected = expected or metadata_files(manifest)
                 name = str(Path(problem.where).relative_to(path))
@@ -158,7 +159,7 @@ class _Reader:
             name: open_array(self._group, path, name, self._layouts) for name in names if name not in damaged
         }
 
-    def committed(self) -> list[tuple[int, int]]:
+    def committed(self) -> list[BlockId]:
         """Blocks with a commit file."""
         with translated(self.path / commits.COMMITS):
             return commits.parse_file_names(os.listdir(self.path / commits.COMMITS), self.manifest)
@@ -198,7 +199,7 @@ class _Reader:
         try:
             digests = self._read(table, (view, block)).tolist()
         except CacheError as error:
-            return [problem(f"{commits.COMMITS}/{commits.file_name(view, block)}", f"damaged commit: {error.what}")]
+            return [problem(BlockId(view, block).commit_key, f"damaged commit: {error.what}")]
         problems = []
         if digests[0] != self._parameter_digest(view, block):
             problems.append(problem(commits.COMMITS, "view parameters are not those of the recipe"))

@@ -18,6 +18,7 @@ from cache_tools.errors import FormatError
 from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes, target_arrays
+from cache_tools.format.commits import BlockId
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.home.listing import commit_names
@@ -56,8 +57,8 @@ def repair(place: Place, verification: Verification) -> Repair:
     dropped, rewritten = set(), []
     for problem in verification.problems:
         if problem.cure == "block" and problem.view is not None and problem.block is not None:
-            place.delete([f"{commits.COMMITS}/{commits.file_name(problem.view, problem.block)}"])
-            dropped.add((problem.view, problem.block))
+            place.delete([BlockId(problem.view, problem.block).commit_key])
+            dropped.add(BlockId(problem.view, problem.block))
         elif problem.cure == "metadata":
             name = problem.where.removeprefix(f"{place}/")
             place.put(name, json.dumps(expected[name], indent=2).encode())
@@ -84,14 +85,14 @@ class _Blocks:
             for _ in pool.map(self._bring, keys):
                 progress.advance(1)
 
-    def committed(self) -> list[tuple[int, int]]:
+    def committed(self) -> list[BlockId]:
         found = (Entry(key, 0, 0.0) for key in self._place.keys(commits.COMMITS))
         return commits.parse_file_names(commit_names(found), self._manifest)
 
     @contextmanager
     def at_hand(self, view: int, block: int) -> Iterator[None]:
-        keys = [key for spec in self._specs for key in block_files(spec, self._manifest, view, block)]
-        keys.append(f"{commits.COMMITS}/{commits.file_name(view, block)}")
+        keys = [key for spec in self._specs for key in block_files(spec, self._manifest, BlockId(view, block))]
+        keys.append(BlockId(view, block).commit_key)
         try:
             for key in keys:
                 self._bring(key)

@@ -137,7 +137,7 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
             except Exception as cause:
                 raise FormatError(
                     "damaged commit",
-                    where=folder / commits.file_name(view, block),
+                    where=path / commits.BlockId(view, block).commit_key,
                     next_step=f"remove this file: the same {manifest.recipe.made_by} command makes the block again",
                 ) from cause
         raise error
@@ -156,7 +156,7 @@ def damaged_block(
 ) -> FormatError:
     """An error about the block that sample `row` is in, with how to have it computed again."""
     block = row // manifest.block_rows
-    commit = path / commits.COMMITS / commits.file_name(view, block)
+    commit = path / commits.BlockId(view, block).commit_key
     return FormatError(
         what,
         where=f"{path / spec.name}, view {view}, block {block}",

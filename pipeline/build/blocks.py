@@ -21,13 +21,12 @@ import torch
 from cache_tools.codecs import Float16
 from cache_tools.console import Progress
 from cache_tools.format.arrays import targets
+from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
 from pipeline.build.output import Output
 from pipeline.networks.pair import TeacherPair
-
-Pair = tuple[int, int]
 
 
 def build_blocks(output: Output, images: ImageSet, pair: TeacherPair, batch_size: int) -> int:
@@ -47,7 +46,7 @@ def build_blocks(output: Output, images: ImageSet, pair: TeacherPair, batch_size
     return count
 
 
-def _build(output: Output, missing: list[Pair], images: ImageSet, pair: TeacherPair, batch_size: int) -> int:
+def _build(output: Output, missing: list[BlockId], images: ImageSet, pair: TeacherPair, batch_size: int) -> int:
     manifest, claims, on_cuda = output.manifest, Claims(output.place), pair.device.type == "cuda"
     total, left = manifest.num_views * manifest.num_samples, sum(_rows(manifest, block) for _, block in missing)
     pending: deque[Future[int]] = deque()
@@ -67,19 +66,19 @@ def _build(output: Output, missing: list[Pair], images: ImageSet, pair: TeacherP
                 _compute(batch, manifest, pair, buffers)
                 progress.advance(len(batch.samples), output.note)
                 if batch.samples[-1] + 1 == rows.stop:
-                    block = (batch.view, batch.block)
+                    block = BlockId(batch.view, batch.block)
                     pending.append(pool.submit(_store, output, claims, block, buffers, _copied(pair.device)))
             while pending and (len(pending) > output.writers + 1 or pending[0].done()):
                 count += pending.popleft().result()
-            noticed += _count_elsewhere(claims.elsewhere[noticed:], manifest, progress)
-        _count_elsewhere(claims.elsewhere[noticed:], manifest, progress)
+            noticed += _count_elsewhere(claims.done_by_others[noticed:], manifest, progress)
+        _count_elsewhere(claims.done_by_others[noticed:], manifest, progress)
         return count + sum(future.result() for future in pending)
 
 
-def _count_elsewhere(pairs: list[Pair], manifest: Manifest, progress: Progress) -> int:
+def _count_elsewhere(blocks: list[BlockId], manifest: Manifest, progress: Progress) -> int:
     """Add what others have finished to the progress; gives how many blocks that is."""
-    progress.advance(sum(_rows(manifest, block) for _, block in pairs))
-    return len(pairs)
+    progress.advance(sum(_rows(manifest, block) for _, block in blocks))
+    return len(blocks)
 
 
 def _compute(batch: LoadedBatch, manifest: Manifest, pair: TeacherPair, buffers: dict[str, torch.Tensor]) -> None:
@@ -93,31 +92,31 @@ def _compute(batch: LoadedBatch, manifest: Manifest, pair: TeacherPair, buffers:
         target.copy_(values.to(target.dtype), non_blocking=True)
 
 
-def _shared(output: Output, claims: Claims, missing: list[Pair]) -> Iterator[Pair]:
+def _shared(output: Output, claims: Claims, missing: list[BlockId]) -> Iterator[BlockId]:
     """The blocks to compute here; runs in the loading thread."""
-    for pair in claims.share(missing, output.committed, output.is_committed):
-        if output.at_hand(pair):
-            claims.release(pair)
-            claims.elsewhere.append(pair)
+    for block in claims.share(missing, output.committed, output.is_committed):
+        if output.at_hand(block):
+            claims.release(block)
+            claims.done_by_others.append(block)
         else:
-            yield pair
+            yield block
 
 
 def _store(
-    output: Output, claims: Claims, pair: Pair, buffers: dict[str, torch.Tensor], copied: torch.cuda.Event | None
+    output: Output, claims: Claims, block: BlockId, buffers: dict[str, torch.Tensor], copied: torch.cuda.Event | None
 ) -> int:
     """Write and commit a block, then give its claim up; runs in a writing thread. Gives the rows that were stored."""
     if copied is not None:
         copied.synchronize()
-    manifest, (view, block) = output.manifest, pair
-    rows = manifest.block(block)
+    manifest = output.manifest
+    rows = manifest.block(block.block)
     digest = manifest.recipe.views.parameter_digest(
-        np.arange(rows.start, rows.stop), view, manifest.recipe.dataset.image_size
+        np.arange(rows.start, rows.stop), block.view, manifest.recipe.dataset.image_size
     )
-    held = claims.holds(pair)
+    held = claims.holds(block)
     if held:  # else this builder stood still for so long that another took the block over
-        output.store(pair, {name: buffer.numpy() for name, buffer in buffers.items()}, digest)
-    claims.release(pair)
+        output.store(block, {name: buffer.numpy() for name, buffer in buffers.items()}, digest)
+    claims.release(block)
     return rows.stop - rows.start if held else 0
 
 
@@ -165,7 +164,7 @@ class BatchLoader:
         self,
         images: ImageSet,
         manifest: Manifest,
-        blocks: Iterable[tuple[int, int]],
+        blocks: Iterable[BlockId],
         batch_size: int,
         *,
         pin: bool,

@@ -25,7 +25,7 @@ from cache_tools.home import registry
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places import open_place
 from cache_tools.places.metadata import manifest_at
-from cache_tools.places.transfer import committed
+from cache_tools.places.transfer import list_committed
 from cache_tools.store.group import read_manifest
 from pipeline.build.destination import Destination, destination, names_a_cache
 from pipeline.networks.prompts import BUILTIN_SETS
@@ -57,7 +57,7 @@ def find_finished(recipe: BuildRecipe, images: ImageSet) -> Finished | None:
             and manifest.recipe.derived_from is None
             and manifest.recipe.dataset == images.identity()
             and manifest.num_views >= recipe.num_views
-            and committed(found.where.place) >= set(np.ndindex(manifest.num_views, manifest.num_blocks))
+            and list_committed(found.where.place) >= set(np.ndindex(manifest.num_views, manifest.num_blocks))
         ):
             return found
     return None

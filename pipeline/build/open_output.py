@@ -23,7 +23,7 @@ from cache_tools.home.staging import bring_metadata
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.claims import growing
 from cache_tools.places.metadata import copy_metadata, manifest_at
-from cache_tools.places.transfer import committed
+from cache_tools.places.transfer import list_committed
 from cache_tools.store.create import constants_digest
 from cache_tools.store.group import open_group, read_manifest, read_whole
 from cache_tools.store.writer import CacheWriter, check_free
@@ -126,7 +126,7 @@ def _adopt(place: Place, path: Path, there: Manifest) -> int:
     """Have the mirror say what the object store says: labels, constants, scales, views. Gives the bytes moved."""
     if registry.is_cache(path):
         here, mirror = read_manifest(path), LocalPlace(path)
-        if not _mixable(here, there) and committed(mirror):
+        if not _mixable(here, there) and list_committed(mirror):
             raise MismatchError(
                 "this machine has blocks of the same cache, but with other constants: they must not be mixed",
                 where=place,

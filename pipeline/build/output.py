@@ -15,16 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.console import Progress
-from cache_tools.format import commits
+from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.home.origin import OriginRecord, write_origin
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.claims import Claims
-from cache_tools.places.transfer import block_arrays, committed, copy_block, copy_blocks
+from cache_tools.places.transfer import block_arrays, copy_block, copy_blocks, list_committed
 from cache_tools.store.group import translated
 from cache_tools.store.writer import CacheWriter
-
-Pair = tuple[int, int]
 
 
 class Output:
@@ -45,23 +43,27 @@ class Output:
         self.place: Place = LocalPlace(writer.path)
         self.bytes_moved = 0
 
-    def missing(self) -> list[Pair]:
+    def missing(self) -> list[BlockId]:
         """Blocks that are not committed, in order."""
         done = self.committed()
-        return [pair for pair in np.ndindex(self.manifest.num_views, self.manifest.num_blocks) if pair not in done]
+        return [
+            block
+            for index in np.ndindex(self.manifest.num_views, self.manifest.num_blocks)
+            if (block := BlockId(*index)) not in done
+        ]
 
-    def committed(self) -> set[Pair]:
+    def committed(self) -> set[BlockId]:
         """All committed blocks, from one listing."""
-        return committed(self.place)
+        return list_committed(self.place)
 
-    def is_committed(self, pair: Pair) -> bool:
-        return self.place.has(_commit_key(pair))
+    def is_committed(self, block: BlockId) -> bool:
+        return self.place.has(block.commit_key)
 
-    def store(self, pair: Pair, arrays: Mapping[str, npt.NDArray[Any]], parameter_digest: int) -> None:
+    def store(self, block: BlockId, arrays: Mapping[str, npt.NDArray[Any]], parameter_digest: int) -> None:
         """Write a block and commit it; see `CacheWriter.write_block`."""
-        self._writer.write_block(*pair, arrays, parameter_digest)
+        self._writer.write_block(*block, arrays, parameter_digest)
 
-    def at_hand(self, pair: Pair) -> bool:
+    def at_hand(self, block: BlockId) -> bool:
         """Whether a block need not be computed, because it was just now brought to its place from the mirror."""
         return False
 
@@ -89,23 +91,23 @@ class MirroredOutput(Output):
         self._lock = threading.Lock()
         self._remember(complete=False)
 
-    def store(self, pair: Pair, arrays: Mapping[str, npt.NDArray[Any]], parameter_digest: int) -> None:
-        with self._here.alone(pair):  # this machine may build the same cache for itself, or stage it
-            if not self._mirror.has(_commit_key(pair)):
-                super().store(pair, arrays, parameter_digest)
-        self._push(pair)
+    def store(self, block: BlockId, arrays: Mapping[str, npt.NDArray[Any]], parameter_digest: int) -> None:
+        with self._here.holding(block):  # this machine may build the same cache for itself, or stage it
+            if not self._mirror.has(block.commit_key):
+                super().store(block, arrays, parameter_digest)
+        self._push(block)
 
-    def at_hand(self, pair: Pair) -> bool:
-        if not self._mirror.has(_commit_key(pair)):
+    def at_hand(self, block: BlockId) -> bool:
+        if not self._mirror.has(block.commit_key):
             return False
-        self._push(pair)
+        self._push(block)
         return True
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep the mirror from being tidied away, and first push what an earlier run left there."""
         with Claims(self._mirror) as self._here:
-            self._here.keep()
+            self._here.prevent_pruning()
             with Claims(self.place) as claims:
                 self._push_the_rest(claims)
             yield
@@ -116,21 +118,21 @@ class MirroredOutput(Output):
         return f"{self.bytes_moved / 1e6:,.1f} MB moved"
 
     def _push_the_rest(self, claims: Claims) -> None:
-        ready = sorted(committed(self._mirror) & set(self.missing()))
+        ready = sorted(list_committed(self._mirror) & set(self.missing()))
 
-        def claimed() -> Iterator[Pair]:
-            for pair in ready:
-                if not claims.claim(pair):
+        def claimed() -> Iterator[BlockId]:
+            for block in ready:
+                if not claims.claim(block):
                     continue
-                if self.is_committed(pair):
-                    claims.release(pair)
+                if self.is_committed(block):
+                    claims.release(block)
                 else:
-                    yield pair
+                    yield block
 
         if ready:
             with Progress("push", len(ready), "blocks") as progress:
-                for pair, sizes in copy_blocks(self._mirror, self.place, self.manifest, claimed()):
-                    claims.release(pair)
+                for block, sizes in copy_blocks(self._mirror, self.place, self.manifest, claimed()):
+                    claims.release(block)
                     self._count(sizes)
                     progress.advance(1, self.note)
 
@@ -143,13 +145,9 @@ class MirroredOutput(Output):
         with translated(self.path):
             write_origin(self.path, record)
 
-    def _push(self, pair: Pair) -> None:
-        self._count(copy_block(self._mirror, self.place, self.manifest, self._arrays, *pair))
+    def _push(self, block: BlockId) -> None:
+        self._count(copy_block(self._mirror, self.place, self.manifest, self._arrays, block))
 
     def _count(self, sizes: list[int]) -> None:
         with self._lock:
             self.bytes_moved += sum(sizes)
-
-
-def _commit_key(pair: Pair) -> str:
-    return f"{commits.COMMITS}/{commits.file_name(*pair)}"

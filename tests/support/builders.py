@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from cache_tools.places import Place
-from cache_tools.places.transfer import committed
+from cache_tools.places.transfer import list_committed
 from pipeline.build.cache import BuildResult, build_cache
 from pipeline.recipe import BuildRecipe
 
@@ -62,7 +62,7 @@ class Builder:
 def wait_for_blocks(place: Place, count: int) -> int:
     """Wait until so many blocks are committed; gives how many there are."""
     deadline = time.monotonic() + DEADLINE_S
-    while (found := len(committed(place))) < count:
+    while (found := len(list_committed(place))) < count:
         assert time.monotonic() < deadline, f"{found} of {count} blocks"
         time.sleep(0.005)
     return found

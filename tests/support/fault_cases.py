@@ -82,13 +82,13 @@ class Case:
     def watch(self, target: str, stop: int) -> list[tuple[int, int]]:
         """What a reader sees as committed until a byte arrives at `stop`; what it reads is that of the clean run."""
         from cache_tools.places import open_place
-        from cache_tools.places.transfer import committed
+        from cache_tools.places.transfer import list_committed
         from cache_tools.reader import TeacherCache
 
         seen: set[tuple[int, int]] = set()
         clean, place = TeacherCache.open(self._clean), open_place(target)
         while not select.select([stop], [], [], POLL_S)[0]:
-            new = committed(place) - seen if _is_there(target) else set()
+            new = list_committed(place) - seen if _is_there(target) else set()
             if new and not _is_url(target):
                 found = _compare(TeacherCache(Path(target)), clean, sorted(new))
                 assert not found.problems, found.problems

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from cache_tools.errors import StorageError
+from cache_tools.format.commits import BlockId
 from cache_tools.integrity.local import verify
 from cache_tools.places import LocalPlace, Place, RemotePlace, open_place
 from cache_tools.places.claims import Claims
-from cache_tools.places.transfer import committed, copy_cache
+from cache_tools.places.transfer import copy_cache, list_committed
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.flaky_proxy import FAILURES, FlakyProxy, flaky_proxy
 from tests.support.s3_server import new_bucket
@@ -66,13 +67,13 @@ def test_every_request_is_repeated_until_it_is_answered(proxy: FlakyProxy, place
 
 def test_a_claim_whose_answer_got_lost_is_held(proxy: FlakyProxy, place: Place) -> None:
     proxy.fail(0.2)
-    pairs = [(0, block) for block in range(6)]
+    blocks = [BlockId(0, block) for block in range(6)]
     with Claims(place) as claims:
-        assert [claims.claim(pair) for pair in pairs] == [True] * 6
+        assert [claims.claim(block) for block in blocks] == [True] * 6
         with Claims(place) as other:
-            assert not any(other.claim(pair) for pair in pairs)
-        for pair in pairs:
-            claims.release(pair)
+            assert not any(other.claim(block) for block in blocks)
+        for block in blocks:
+            claims.release(block)
 
 
 def test_push_and_pull_through_a_store_that_fails_a_fifth(
@@ -97,7 +98,7 @@ def test_a_store_that_fails_for_good_is_one_clear_error(proxy: FlakyProxy, place
         copy_cache(cache, impatient)
     assert "\n" not in str(caught.value)
     proxy.fail(0.0)
-    assert committed(place) == {(0, block) for block in range(MANIFEST.num_blocks)}
+    assert list_committed(place) == {(0, block) for block in range(MANIFEST.num_blocks)}
     assert copy_cache(cache, place).blocks_there == MANIFEST.num_blocks
 
 
@@ -116,7 +117,7 @@ def test_a_killed_copy_goes_on(
     process.kill()
     process.wait()
     proxy.go_on()
-    there = committed(target)
+    there = list_committed(target)
     assert len(there) < BLOCKS
     for key, data in files(target).items():  # every file is whole or not there
         assert data == cache.read(key)

@@ -12,7 +12,7 @@ import zarr
 
 from cache_tools.derive.blocks import BlockReader
 from cache_tools.errors import FormatError, IncompleteError
-from cache_tools.format.commits import file_name
+from cache_tools.format.commits import BlockId
 from cache_tools.reader import TeacherCache
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 
@@ -123,7 +123,7 @@ def test_a_commit_of_other_views_is_found(path: Path, tmp_path: Path) -> None:
     row = np.asarray(table[1, 1])
     row[0] ^= np.uint64(2)
     table[1, 1] = row
-    assert (copy / "commits" / file_name(1, 1)).is_file()
+    assert (copy / BlockId(1, 1).commit_key).is_file()
     with pytest.raises(FormatError, match="commits, view 1, block 1"):
         BlockReader(TeacherCache.open(copy)).read(1, slice(16, 32))
 

@@ -22,7 +22,7 @@ from cache_tools.errors import FormatError, IncompleteError, MismatchError, Stor
 from cache_tools.home import registry
 from cache_tools.integrity.local import verify
 from cache_tools.places import LocalPlace
-from cache_tools.places.claims import GROW, claims_of, newest_claims
+from cache_tools.places.claims import GROW, claims_place, newest_claims
 from cache_tools.reader import TeacherCache
 from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.store.writer import CacheWriter
@@ -310,7 +310,7 @@ def test_it_grows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     whole, claimed = CacheWriter.grow, []
 
     def grow(writer: CacheWriter, *arguments: Any, **options: Any) -> CacheWriter:
-        claimed.append(GROW in newest_claims(claims_of(LocalPlace(writer.path))))
+        claimed.append(GROW in newest_claims(claims_place(LocalPlace(writer.path))))
         return whole(writer, *arguments, **options)
 
     monkeypatch.setattr(CacheWriter, "grow", grow)

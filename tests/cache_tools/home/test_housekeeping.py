@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cache_tools.errors import RecipeError, StorageError, UnknownFormatError
+from cache_tools.errors import StorageError, UnknownFormatError
+from cache_tools.format.commits import BlockId
 from cache_tools.home import housekeeping, registry
 from cache_tools.home.housekeeping import PruneRules
 from cache_tools.places import LocalPlace, transfer
@@ -78,7 +79,7 @@ def test_a_removed_cache_is_gone_without_a_trace(home: Path) -> None:
 
 def test_what_is_being_built_or_no_cache_stays(home: Path) -> None:
     with Claims(LocalPlace(home / "half.zarr")) as claims:
-        claims.claim((0, 0))
+        claims.claim(BlockId(0, 0))
         found = housekeeping.candidates(registry.list_caches(home), PruneRules(incomplete=True), now_s=time.time())
         assert [candidate.kept_because for candidate in found] == ["being built, staged or copied right now"]
         with pytest.raises(StorageError, match="being built, staged or copied right now: nothing was removed"):
@@ -192,7 +193,7 @@ def test_what_is_kept_takes_its_room(home: Path) -> None:
     """What cannot go does not count as gone."""
     sizes = {record.name: record.size_bytes for record in registry.list_caches(home)}
     with Claims(LocalPlace(home / "a.zarr")) as claims:
-        claims.claim((0, 0))
+        claims.claim(BlockId(0, 0))
         records = registry.list_caches(home)
         now_s = time.time()
         rules = PruneRules(older_than_s=now_s - NOW + 25 * DAY, keep_bytes=sum(sizes.values()) - sizes["b"])
@@ -201,25 +202,3 @@ def test_what_is_kept_takes_its_room(home: Path) -> None:
         assert [each.record.name for each in found if each.kept_because] == ["a"]
         assert going == ["b"]
         assert housekeeping.bytes_left(records, {home / "b.zarr"}) == rules.keep_bytes
-
-
-@pytest.mark.parametrize(("text", "value"), [("30d", 30 * DAY), ("1.5h", 5400), ("90 m", 5400), ("2w", 14 * DAY)])
-def test_times(text: str, value: float) -> None:
-    assert housekeeping.seconds(text) == value
-
-
-@pytest.mark.parametrize(("text", "value"), [("100GB", 10**11), ("1.5 mb", 1_500_000), ("7B", 7)])
-def test_sizes(text: str, value: int) -> None:
-    assert housekeeping.num_bytes(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "30", "d", "-3d", "3y", "1e3d", "30 d d", "3D"])
-def test_what_is_no_time_is_one_clear_error(text: str) -> None:
-    with pytest.raises(RecipeError, match="a time such as 30d"):
-        housekeeping.seconds(text)
-
-
-@pytest.mark.parametrize("text", ["", "30", "GB", "-1GB", "1PB", "1 G"])
-def test_what_is_no_size_is_one_clear_error(text: str) -> None:
-    with pytest.raises(RecipeError, match="a size such as 100GB"):
-        housekeeping.num_bytes(text)

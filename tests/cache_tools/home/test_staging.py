@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, NotFoundError, StorageError
+from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Fusion
 from cache_tools.home import origin, registry
 from cache_tools.home.origin import read_origin
@@ -497,11 +498,11 @@ def test_a_builder_of_the_same_cache_is_waited_for(proxy: FlakyProxy, url: str) 
     mirror = registry.cache_path("tiny", MANIFEST.fingerprint)
     writer = create(mirror, MANIFEST, IMAGES)
     with Claims(LocalPlace(mirror)) as claims, ThreadPoolExecutor(1) as pool:
-        assert claims.claim((1, 2))
+        assert claims.claim(BlockId(1, 2))
         loading = pool.submit(lambda: TeacherCache.open(url).load_view(1))
         assert proxy.reached(lambda: len(data_requests(proxy)) >= 2 * (BLOCKS - 1), timeout_s=300)
         write(writer, tiny_targets(MANIFEST), [(1, 2)])
-        claims.release((1, 2))
+        claims.release(BlockId(1, 2))
         loading.result(timeout=300)
     assert "fused_logits/c.1.2.0" not in data_requests(proxy)
 

@@ -11,7 +11,7 @@ from cache_tools.errors import FormatError, NotFoundError, StorageError
 from cache_tools.integrity import local as integrity
 from cache_tools.integrity.remote import repair, verify
 from cache_tools.places import LocalPlace, Place, open_place, remote
-from cache_tools.places.transfer import committed, copy_cache
+from cache_tools.places.transfer import copy_cache, list_committed
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.support.s3_server import new_bucket
@@ -88,12 +88,12 @@ def test_repaired_and_pushed_again(place: Place, cache: LocalPlace) -> None:
     assert result.exit_code == 1
     assert f"{place}/fused_logits view 1, block 2: " in result.stdout
     assert "would drop 1 blocks and write 1 metadata" in CliRunner().invoke(app, ["repair", str(place)]).stdout
-    assert len(committed(place)) == BLOCKS, "nothing was done without --yes"
+    assert len(list_committed(place)) == BLOCKS, "nothing was done without --yes"
     done = CliRunner().invoke(app, ["repair", str(place), "--yes"]).stdout
     assert "dropped view 1, block 2" in done
     assert "Run this once more" in done
     assert "Push a sound copy of the cache" in done
-    assert committed(place) == {(v, b) for v in range(3) for b in range(5)} - {(1, 2)}
+    assert list_committed(place) == {(v, b) for v in range(3) for b in range(5)} - {(1, 2)}
     assert copy_cache(cache, place).blocks == 1
     assert verify(place).sound
     assert {entry.key: place.read(entry.key) for entry in place.entries()}.keys() == {e.key for e in cache.entries()}

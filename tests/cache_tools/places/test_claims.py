@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from cache_tools.format.commits import BlockId
 from cache_tools.places import LocalPlace, Place, open_place
-from cache_tools.places.claims import GROW, Claims, claim_text, claims_of, growing
+from cache_tools.places.claims import GROW, Claims, claim_content, claims_place, growing
 from tests.support.s3_server import new_bucket
 
-TEXT = "from cache_tools.places.claims import claim_text; print(claim_text('x').decode())"
-BLOCKS = [(view, block) for view in range(3) for block in range(4)]
+TEXT = "from cache_tools.places.claims import claim_content; print(claim_content('x').decode())"
+BLOCKS = [BlockId(view, block) for view in range(3) for block in range(4)]
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -27,24 +28,24 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 def test_a_block_is_claimed_once(place: Place) -> None:
     with Claims(place) as first, Claims(place) as second:
-        assert first.claim((0, 1))
-        assert not second.claim((0, 1))
-        assert second.claim((0, 2))
-        first.release((0, 1))
-        assert second.claim((0, 1))
-    assert list(claims_of(place).entries()) == []
+        assert first.claim(BlockId(0, 1))
+        assert not second.claim(BlockId(0, 1))
+        assert second.claim(BlockId(0, 2))
+        first.release(BlockId(0, 1))
+        assert second.claim(BlockId(0, 1))
+    assert list(claims_place(place).entries()) == []
 
 
 def test_an_expired_claim_is_taken_over_by_exactly_one(place: Place) -> None:
     foreign = json.dumps({"owner": "x", "host": "another-host", "pid": 1}).encode()
-    claims_of(place).put("0.0.0", foreign)
+    claims_place(place).put("0.0.0", foreign)
     with Claims(place, expire_s=3600) as patient:
-        assert not patient.claim((0, 0))
+        assert not patient.claim(BlockId(0, 0))
     builders = [Claims(place, expire_s=_let_expire(place, "0.0.0")) for _ in range(4)]
     winners: list[int] = []
 
     def take(number: int) -> None:
-        if builders[number].claim((0, 0)):
+        if builders[number].claim(BlockId(0, 0)):
             winners.append(number)
 
     threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
@@ -53,53 +54,53 @@ def test_an_expired_claim_is_taken_over_by_exactly_one(place: Place) -> None:
     for thread in threads:
         thread.join()
     assert len(winners) == 1
-    builders[winners[0]].release((0, 0))
-    assert list(claims_of(place).entries()) == []
+    builders[winners[0]].release(BlockId(0, 0))
+    assert list(claims_place(place).entries()) == []
 
 
 def test_a_claim_of_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", TEXT], capture_output=True, check=True)
-    claims_of(LocalPlace(tmp_path)).put("0.0.0", gone.stdout)
+    claims_place(LocalPlace(tmp_path)).put("0.0.0", gone.stdout)
     with Claims(LocalPlace(tmp_path)) as claims:
-        assert claims.claim((0, 0))
+        assert claims.claim(BlockId(0, 0))
 
 
 def test_a_process_that_its_parent_has_not_buried_is_dead(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", TEXT], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    claims_of(LocalPlace(tmp_path)).put("0.0.0", process.stdout.read())
+    claims_place(LocalPlace(tmp_path)).put("0.0.0", process.stdout.read())
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with Claims(LocalPlace(tmp_path)) as claims:
-        assert claims.claim((0, 0))
+        assert claims.claim(BlockId(0, 0))
     process.wait()
 
 
 def test_the_number_of_a_dead_process_may_be_that_of_another_now(tmp_path: Path) -> None:
-    claim = json.loads(claim_text("x"))
+    claim = json.loads(claim_content("x"))
     assert claim["pid"] == os.getpid()
-    claims_of(LocalPlace(tmp_path)).put("0.0.0", json.dumps(claim).encode())
-    claims_of(LocalPlace(tmp_path)).put("0.1.0", json.dumps(claim | {"started": "1"}).encode())
+    claims_place(LocalPlace(tmp_path)).put("0.0.0", json.dumps(claim).encode())
+    claims_place(LocalPlace(tmp_path)).put("0.1.0", json.dumps(claim | {"started": "1"}).encode())
     with Claims(LocalPlace(tmp_path)) as claims:
-        assert not claims.claim((0, 0))
-        assert claims.claim((0, 1))
+        assert not claims.claim(BlockId(0, 0))
+        assert claims.claim(BlockId(0, 1))
 
 
 def test_process_numbers_of_another_machine_mean_nothing_here(tmp_path: Path) -> None:
-    claim = json.loads(claim_text("x")) | {"machine": "localhost", "started": "1"}
-    claims_of(LocalPlace(tmp_path)).put("0.0.0", json.dumps(claim).encode())
+    claim = json.loads(claim_content("x")) | {"machine": "localhost", "started": "1"}
+    claims_place(LocalPlace(tmp_path)).put("0.0.0", json.dumps(claim).encode())
     with Claims(LocalPlace(tmp_path)) as claims:
-        assert not claims.claim((0, 0))
+        assert not claims.claim(BlockId(0, 0))
 
 
 def test_a_builder_that_stood_still_knows_that_it_lost_its_block(place: Place) -> None:
     with Claims(place, expire_s=3600) as still:
-        assert still.claim((0, 0))
-        assert still.holds((0, 0))
-        claims_of(place).put("0.0.1", b"of the builder that took it over")
-        assert not still.holds((0, 0))
-        assert not still.holds((0, 1))
-        still.release((0, 0))
-        assert [entry.key for entry in claims_of(place).entries()] == ["0.0.1"]
+        assert still.claim(BlockId(0, 0))
+        assert still.holds(BlockId(0, 0))
+        claims_place(place).put("0.0.1", b"of the builder that took it over")
+        assert not still.holds(BlockId(0, 0))
+        assert not still.holds(BlockId(0, 1))
+        still.release(BlockId(0, 0))
+        assert [entry.key for entry in claims_place(place).entries()] == ["0.0.1"]
 
 
 def test_where_there_are_no_hard_links_claims_work_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +109,8 @@ def test_where_there_are_no_hard_links_claims_work_too(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "link", no_links)
     with Claims(LocalPlace(tmp_path)) as first, Claims(LocalPlace(tmp_path)) as second:
-        assert first.claim((0, 0))
-        assert not second.claim((0, 0))
+        assert first.claim(BlockId(0, 0))
+        assert not second.claim(BlockId(0, 0))
 
 
 def test_one_builder_at_a_time_holds_a_claim_alone(place: Place) -> None:
@@ -117,7 +118,7 @@ def test_one_builder_at_a_time_holds_a_claim_alone(place: Place) -> None:
     most: list[int] = []
 
     def work(number: int) -> None:
-        with Claims(place) as claims, claims.alone((0, 0)):
+        with Claims(place) as claims, claims.holding(BlockId(0, 0)):
             inside.append(number)
             most.append(len(inside))
             time.sleep(0.02)
@@ -134,64 +135,64 @@ def test_one_builder_at_a_time_holds_a_claim_alone(place: Place) -> None:
 def test_who_grows_a_cache_is_alone_also_when_builders_end(place: Place) -> None:
     with growing(place):
         with Claims(place) as builder:  # the one who does the first block
-            assert next(builder.share(BLOCKS, lambda: {(0, 1)}, lambda pair: False)) == (0, 0)
+            assert next(builder.share(BLOCKS, lambda: {BlockId(0, 1)}, lambda block: False)) == (0, 0)
         with Claims(place) as another:
-            assert list(another.share(BLOCKS, lambda: set(BLOCKS), lambda pair: True)) == []
+            assert list(another.share(BLOCKS, lambda: set(BLOCKS), lambda block: True)) == []
         with Claims(place) as late:
             assert not late.claim(GROW)
     with growing(place):
         pass
-    assert list(claims_of(place).entries()) == []
+    assert list(claims_place(place).entries()) == []
 
 
 def test_any_number_may_keep_a_place(place: Place) -> None:
     with Claims(place) as first:
-        first.keep()
+        first.prevent_pruning()
         with Claims(place) as second:
-            second.keep()
-            second.keep()
-            assert len(list(claims_of(place).entries())) == 3
-        assert len(list(claims_of(place).entries())) == 1
-    assert list(claims_of(place).entries()) == []
+            second.prevent_pruning()
+            second.prevent_pruning()
+            assert len(list(claims_place(place).entries())) == 3
+        assert len(list(claims_place(place).entries())) == 1
+    assert list(claims_place(place).entries()) == []
 
 
 def test_a_claim_is_renewed_while_it_is_held(tmp_path: Path) -> None:
     place = LocalPlace(tmp_path)
     with Claims(place, heartbeat_s=0.05) as claims:
-        assert claims.claim((0, 0))
-        first = next(claims_of(place).entries()).modified_s
+        assert claims.claim(BlockId(0, 0))
+        first = next(claims_place(place).entries()).modified_s
         deadline = time.monotonic() + 20
-        while next(claims_of(place).entries()).modified_s == first:
+        while next(claims_place(place).entries()).modified_s == first:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
 def test_a_damaged_claim_expires_like_any_other(tmp_path: Path) -> None:
     place = LocalPlace(tmp_path)
-    claims_of(place).put("0.0.0", b"\x00not json")
-    claims_of(place).put("notes.txt", b"of somebody")
+    claims_place(place).put("0.0.0", b"\x00not json")
+    claims_place(place).put("notes.txt", b"of somebody")
     with Claims(place) as claims:
-        assert not claims.claim((0, 0))
+        assert not claims.claim(BlockId(0, 0))
     os.utime(tmp_path.with_name(f".{tmp_path.name}.claims") / "0.0.0", (0, 0))
     with Claims(place) as claims:
-        assert claims.claim((0, 0))
+        assert claims.claim(BlockId(0, 0))
 
 
 @pytest.mark.parametrize("builders", [2, 4])
 def test_builders_share_the_blocks_without_double_work(place: Place, builders: int) -> None:
-    done: dict[tuple[int, int], int] = {}
+    done: dict[BlockId, int] = {}
     lock = threading.Lock()
 
     def work() -> None:
         with Claims(place) as claims:
             mine = 0
-            for pair in claims.share(BLOCKS, lambda: set(done), done.__contains__):
+            for block in claims.share(BLOCKS, lambda: set(done), done.__contains__):
                 time.sleep(0.01)
                 with lock:
-                    done[pair] = done.get(pair, 0) + 1
-                claims.release(pair)
+                    done[block] = done.get(block, 0) + 1
+                claims.release(block)
                 mine += 1
-            assert mine + len(claims.elsewhere) == len(BLOCKS)
+            assert mine + len(claims.done_by_others) == len(BLOCKS)
 
     threads = [threading.Thread(target=work) for _ in range(builders)]
     for thread in threads:
@@ -199,41 +200,41 @@ def test_builders_share_the_blocks_without_double_work(place: Place, builders: i
     for thread in threads:
         thread.join()
     assert done == dict.fromkeys(BLOCKS, 1)
-    assert list(claims_of(place).entries()) == []
+    assert list(claims_place(place).entries()) == []
 
 
 def test_claims_that_killed_builders_left_on_committed_blocks_are_removed(place: Place) -> None:
     """Also where they have not expired: nobody takes these over."""
-    claims_of(place).put("0.0.0", b"of another host")
-    claims_of(place).put("0.1.0", b"of another host, at work")
-    done = {(0, 0), (0, 2)}
+    claims_place(place).put("0.0.0", b"of another host")
+    claims_place(place).put("0.1.0", b"of another host, at work")
+    done = {BlockId(0, 0), BlockId(0, 2)}
     with Claims(place) as claims:
-        assert list(claims.share([(0, 0), (0, 2)], lambda: done, done.__contains__)) == []
-        assert claims.elsewhere == [(0, 0), (0, 2)]
-    assert [entry.key for entry in claims_of(place).entries()] == ["0.1.0"]
+        assert list(claims.share([BlockId(0, 0), BlockId(0, 2)], lambda: done, done.__contains__)) == []
+        assert claims.done_by_others == [(0, 0), (0, 2)]
+    assert [entry.key for entry in claims_place(place).entries()] == ["0.1.0"]
 
 
 def test_what_a_builder_was_writing_when_it_was_killed_does_not_keep_the_folder(tmp_path: Path) -> None:
     folder = tmp_path.with_name(f".{tmp_path.name}.claims")
     with Claims(LocalPlace(tmp_path)) as claims:
-        assert claims.claim((0, 0))
+        assert claims.claim(BlockId(0, 0))
         (folder / "0.1.0.1.abc.partial").write_text("")
         os.utime(folder / "0.1.0.1.abc.partial", (0, 0))
     assert not folder.exists()
 
 
 def test_a_builder_that_gives_up_while_it_waits_leaves_nothing(tmp_path: Path) -> None:
-    claims_of(LocalPlace(tmp_path)).put("0.0.0", b"of another host")
-    handed_out: list[tuple[int, int]] = []
+    claims_place(LocalPlace(tmp_path)).put("0.0.0", b"of another host")
+    handed_out: list[BlockId] = []
     claims = Claims(LocalPlace(tmp_path))
     waiting = threading.Event()
 
-    def look() -> set[tuple[int, int]]:
+    def look() -> set[BlockId]:
         waiting.set()
         return set()
 
     def loader() -> None:
-        handed_out.extend(claims.share([(0, 0)], look, lambda pair: False))
+        handed_out.extend(claims.share([BlockId(0, 0)], look, lambda block: False))
 
     thread = threading.Thread(target=loader)
     with claims:
@@ -242,20 +243,21 @@ def test_a_builder_that_gives_up_while_it_waits_leaves_nothing(tmp_path: Path) -
     thread.join(timeout=20)
     assert not thread.is_alive()
     assert handed_out == []
-    assert [entry.key for entry in claims_of(LocalPlace(tmp_path)).entries()] == ["0.0.0"]
+    assert [entry.key for entry in claims_place(LocalPlace(tmp_path)).entries()] == ["0.0.0"]
 
 
 def test_a_block_of_a_builder_that_dies_is_done_by_another(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from cache_tools.places.claims import Claims; "
+        "from cache_tools.format.commits import BlockId; "
         "from cache_tools.places import LocalPlace; claims = Claims(LocalPlace(Path(sys.argv[1]))); "
-        "print(claims.claim((0, 0)), flush=True); time.sleep(600)"
+        "print(claims.claim(BlockId(0, 0)), flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"True\n"
     with Claims(LocalPlace(tmp_path)) as claims:
-        shared = claims.share([(0, 0), (0, 1)], set, lambda pair: False)
+        shared = claims.share([BlockId(0, 0), BlockId(0, 1)], set, lambda block: False)
         assert next(shared) == (0, 1)
         process.kill()
         process.wait()
@@ -266,7 +268,7 @@ def _let_expire(place: Place, key: str) -> float:
     """Age a claim; gives the age from which it is void. The four who want it may take seconds on a busy machine."""
     if isinstance(place, LocalPlace):
         long_ago = time.time() - 120
-        os.utime(claims_of(place).path / key, (long_ago, long_ago))
+        os.utime(claims_place(place).path / key, (long_ago, long_ago))
         return 60
     time.sleep(7.1)  # the dates of an object store cannot be set, and tell whole seconds
     return 6

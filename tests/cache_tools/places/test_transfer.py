@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, RecipeError, StorageError
+from cache_tools.format.commits import BlockId
 from cache_tools.integrity.local import verify
 from cache_tools.places import LocalPlace, Place, metadata, open_place, transfer
 from cache_tools.places.claims import Claims
-from cache_tools.places.transfer import committed, copy_cache
+from cache_tools.places.transfer import copy_cache, list_committed
 from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
@@ -121,7 +122,7 @@ def test_only_what_is_missing_is_copied(place: Place, tmp_path: Path) -> None:
     write(writer, targets, missing[:5])
     first = copy_cache(LocalPlace(tmp_path / "cache"), place)
     assert (first.blocks, first.blocks_missing) == (5, total - 5)
-    assert committed(place) == set(missing[:5])
+    assert list_committed(place) == set(missing[:5])
     write(writer, targets, missing[5:])
     second = copy_cache(LocalPlace(tmp_path / "cache"), place)
     assert (second.blocks, second.blocks_there, second.blocks_missing) == (total - 5, 5, 0)
@@ -165,7 +166,7 @@ def test_a_damaged_block_does_not_travel(cache: Path, place: Place, name: str) -
     (cache / name).write_bytes(data)
     with pytest.raises(FormatError, match=r"view 1, block 2.*Remove commits/c\.1\.2\.0"):
         copy_cache(LocalPlace(cache), place)
-    assert (1, 2) not in committed(place)
+    assert (1, 2) not in list_committed(place)
 
 
 def test_rows_of_another_commit_do_not_travel(cache: Path, place: Place) -> None:
@@ -205,8 +206,8 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
     target, met, read_file = LocalPlace(tmp_path / "target"), threading.Event(), metadata.read_file
     claim, put_group = Claims.claim, threading.Event()
 
-    def claim_and_tell(claims: Claims, pair: tuple[int, int]) -> bool:
-        done = claim(claims, pair)
+    def claim_and_tell(claims: Claims, block: BlockId) -> bool:
+        done = claim(claims, block)
         if not done:
             met.set()
         return done
@@ -220,7 +221,7 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
             assert met.wait(60)
         return read_file(source, key, limit)
 
-    late: list[Future[transfer.Moved]] = []
+    late: list[Future[transfer.CopySummary]] = []
     monkeypatch.setattr(Claims, "claim", claim_and_tell)
     monkeypatch.setattr(metadata, "read_file", read_and_meet)
     with ThreadPoolExecutor(1) as pool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,11 +12,12 @@ from cache_tools.alignment import check_canaries
 from cache_tools.console import Progress
 from cache_tools.errors import DataError, StorageError
 from cache_tools.files import PARTIAL
+from cache_tools.format.commits import BlockId
 from cache_tools.images import open_images
 from cache_tools.integrity.local import verify
 from cache_tools.places import LocalPlace, Place, open_place
-from cache_tools.places.claims import Claims, claims_of
-from cache_tools.places.transfer import committed, copy_cache
+from cache_tools.places.claims import Claims, claims_place
+from cache_tools.places.transfer import copy_cache, list_committed
 from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter
 from pipeline.build.blocks import _store
@@ -80,12 +80,12 @@ def test_what_killed_builders_leave_is_taken_over(root: Path, clean: dict[str, b
     first.wait_until_paused()
     wait_for_blocks(place, 6)
     first.kill()
-    before = committed(place)
+    before = list_committed(place)
     assert len(before) == 6
     running = [start(root, tmp_path, out, number) for number in (1, 2, 0)]
     wait_for_blocks(place, len(before) + 6)
     running[0].kill()
-    left = sum(rows(pair) for pair in all_pairs() - committed(place))
+    left = sum(rows(block) for block in all_blocks() - list_committed(place))
     images = sum(builder.result().images for builder in running[1:])
     assert left <= images <= VIEWS * SAMPLES - sum(map(rows, before))
     check(place, clean, tmp_path)
@@ -103,7 +103,7 @@ def test_one_cache_made_and_grown_by_several(root: Path, tmp_path: Path, out: Pa
     images = open_images(cache.manifest.dataset)
     check_canaries(cache, images)
     assert {canary.view for canary in cache.manifest.canaries} == {0, 1, 2, 3}
-    assert not list(claims_of(open_place(out)).entries())
+    assert not list(claims_place(open_place(out)).entries())
 
 
 def test_growing_tells_who_and_when_and_watches_the_new_views(root: Path, tmp_path: Path):
@@ -179,12 +179,12 @@ def test_a_block_that_another_builder_took_over_is_not_written(root: Path, tmp_p
     arrays = {"fused_logits": torch.zeros(count, 3), "fused_features": torch.zeros(count, 16)}
     before = arrays_of(tmp_path / "c")
     with Claims(output.place) as claims:
-        assert claims.claim((1, 2))
-        claims_of(output.place).put("1.2.1", b"of the builder that took it over")
+        assert claims.claim(BlockId(1, 2))
+        claims_place(output.place).put("1.2.1", b"of the builder that took it over")
         assert _store(output, claims, (1, 2), arrays, None) == 0
         assert arrays_of(tmp_path / "c") == before
-        claims_of(output.place).delete(["1.2.1"])
-        assert claims.claim((1, 2))
+        claims_place(output.place).delete(["1.2.1"])
+        assert claims.claim(BlockId(1, 2))
         assert _store(output, claims, (1, 2), arrays, None) == count
     assert output.is_committed((1, 2))
 
@@ -196,17 +196,17 @@ def check(place: Place, clean: dict[str, bytes], tmp_path: Path) -> None:
     found = arrays_of(tmp_path / "copy.zarr")
     assert found.keys() == clean.keys()
     assert [name for name in clean if found[name] != clean[name]] == []
-    assert not list(claims_of(place).entries())
+    assert not list(claims_place(place).entries())
     if isinstance(place, LocalPlace):
         hidden = [path for path in place.path.parent.iterdir() if path.name.startswith(".")]
         # Half a claim of a builder that was killed while it wrote: it goes with the first builder a while later.
         assert [file for path in hidden for file in path.rglob("*") if not file.name.endswith(PARTIAL)] == []
-        assert [path.name for path in hidden if path.name != claims_of(place).name] == []
+        assert [path.name for path in hidden if path.name != claims_place(place).name] == []
 
 
-def all_pairs() -> set[tuple[int, int]]:
-    return set(np.ndindex(VIEWS, BLOCKS // VIEWS))
+def all_blocks() -> set[BlockId]:
+    return {BlockId(view, block) for view in range(VIEWS) for block in range(BLOCKS // VIEWS)}
 
 
-def rows(pair: tuple[int, int]) -> int:
-    return min(ROWS, SAMPLES - pair[1] * ROWS)
+def rows(block: BlockId) -> int:
+    return min(ROWS, SAMPLES - block.block * ROWS)

@@ -18,9 +18,9 @@ from cache_tools.home import housekeeping, registry
 from cache_tools.home.origin import read_origin
 from cache_tools.integrity.local import verify
 from cache_tools.places import LocalPlace, open_place
-from cache_tools.places.claims import GROW, claims_of, newest_claims
+from cache_tools.places.claims import GROW, claims_place, newest_claims
 from cache_tools.places.metadata import manifest_at
-from cache_tools.places.transfer import committed, copy_cache
+from cache_tools.places.transfer import copy_cache, list_committed
 from cache_tools.reader import TeacherCache
 from pipeline.build.blocks import build_blocks
 from pipeline.build.cache import build_cache
@@ -129,7 +129,7 @@ def test_more_views_are_added_there_from_any_machine(root, url, tmp_path, monkey
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "another-home"))
     grown = build_cache(recipe(root, url, num_views=3))
     assert grown.images == 2 * SAMPLES, "what is there is neither computed again nor pulled"
-    assert {view for view, _ in committed(LocalPlace(grown.path))} == {1, 2}
+    assert {view for view, _ in list_committed(LocalPlace(grown.path))} == {1, 2}
     everything = TeacherCache.open(grown.path)
     everything.load_view(0)  # comes from the store
     assert everything.complete_views == (0, 1, 2)
@@ -151,7 +151,7 @@ def test_a_cache_and_its_mirror_grow_alone(root, url, monkeypatch):
 
     def grow(writer, *arguments):
         places = (open_place(url), LocalPlace(writer.path))
-        claimed.extend(GROW in newest_claims(claims_of(place)) for place in places)
+        claimed.extend(GROW in newest_claims(claims_place(place)) for place in places)
         return whole(writer, *arguments)
 
     monkeypatch.setattr(cache, "_grow", grow)
@@ -169,7 +169,7 @@ def test_a_builder_killed_at_random_requests_goes_on(root, clean, url, tmp_path,
             assert proxy.full.wait(120)
             builder.kill()
             proxy.go_on()
-            progress.append(len(committed(place)))
+            progress.append(len(list_committed(place)))
         assert progress == sorted(progress), "a committed block was lost"
         assert progress[-1] > 0, "no kill came after a commit: the test shows nothing"
         Builder(recipe(root, url)).result()
