@@ -1,53 +1,49 @@
-"""What the pictures of `cache-tools` share: colours, titles, axes. Figures are made without pyplot: no global state."""
+"""Colours, titles and axes that every matplotlib figure shares. Figures are made without pyplot: no global state."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+# Okabe and Ito's palette: people with any common colour blindness can tell the colours apart.
+BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+LIGHT_BLUE, LIGHT_ORANGE = "#8CCBF0", "#F2C667"
+INK, DARK_GREY, GREY, LIGHT_GREY, GRID = "#222222", "#666666", "#8a8a8a", "#c8c8c8", "#e3e3e3"
 
-
-# Okabe and Ito's colours, told apart with every common colour blindness; markers and order say the same again.
-COLOURS = {"teacher": "#0072B2", "clip": "#E69F00", "fusion": "#009E73"}
+# By source of the predictions; markers and order repeat what the colours say.
+COLOURS = {"teacher": BLUE, "clip": ORANGE, "fusion": GREEN}
 MARKERS = {"teacher": "s", "clip": "^", "fusion": "o"}
-NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
-INK, FAINT, GRID = "#222222", "#666666", "#e3e3e3"
+LABELS = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
 
 
 def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
-    """A figure in inches at 140 dpi, with a bold title and a line below it that says what it was made of."""
+    """A figure of `width` × `height` inches at 140 dpi, with a bold title and a subtitle that names the data."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
-    # Constrained layout keeps room for suptitle only: the second line is part of it, restyled below.
+    # Constrained layout reserves room for suptitle only, so the suptitle ends in an empty line for the subtitle.
     figure.suptitle(f"{plain(title)}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, linespacing=1.3)
-    figure.text(0.01, 1.0 - 0.36 / height, plain(subtitle), ha="left", va="top", fontsize=9.5, color=FAINT)
+    figure.text(0.01, 1.0 - 0.36 / height, plain(subtitle), ha="left", va="top", fontsize=9.5, color=DARK_GREY)
     return figure
 
 
-def dress(axes: Any, *, grid: str = "y") -> None:
-    """No frame above and right, a light grid behind."""
-    axes.grid(axis=grid, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def style_axes(axes: Any, *, grid: str = "y") -> None:
+    """Draw a light grid, no frame above and right, and dark tick labels."""
+    light_grid(axes, grid)
     axes.tick_params(labelsize=10, colors=INK)
 
 
-def plain(text: str) -> str:
-    """A text with names of the user's, as matplotlib has to have it: dollar signs would start a formula."""
-    return text.replace("$", r"\$")
-
-
-def shorten(text: str, most: int = 22) -> str:
-    """A class name that fits beside an axis, plain."""
-    return plain(text if len(text) <= most else f"{text[: most - 1]}…")
+def light_grid(axes: Any, grid: str = "y") -> None:
+    """Draw a light grid behind the data along `grid` (x, y or both), and no frame above and right."""
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def legend_above(axes: Any, patches: list[tuple[str, str]], points: Sequence[tuple[str, str, str]] = ()) -> None:
-    """One line of keys above the axes: coloured patches, then markers."""
+    """Put a legend of one line above the axes: (label, colour) patches, then (label, colour, marker) points."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -62,12 +58,18 @@ def legend_above(axes: Any, patches: list[tuple[str, str]], points: Sequence[tup
     )  # fmt: skip
 
 
-# Okabe and Ito's colours, told apart with every common colour blindness.
-BLUE, VERMILLION, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8a8a8a", "#222222"
+def plain(text: str) -> str:
+    """Escape dollar signs in a user's text, which would start a formula in matplotlib."""
+    return text.replace("$", r"\$")
+
+
+def shorten(text: str, max_length: int = 22) -> str:
+    """Cut a class name to fit beside an axis, and escape it."""
+    return plain(text if len(text) <= max_length else f"{text[: max_length - 1]}…")
 
 
 def png(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG file."""
+    """Render a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,35 @@ import polars as pl
 
 from cache_tools.analysis.stats import About, TeacherStats, put_file
 from cache_tools.analysis.tables import CALIBRATION_BINS, QUADRANTS
-from cache_tools.plotting import COLOURS, FAINT, INK, MARKERS, NAMES, dress, legend_above, new_figure, shorten
+from cache_tools.plotting import (
+    BLUE,
+    COLOURS,
+    DARK_GREY,
+    INK,
+    LABELS,
+    LIGHT_BLUE,
+    LIGHT_GREY,
+    LIGHT_ORANGE,
+    MARKERS,
+    VERMILLION,
+    legend_above,
+    new_figure,
+    png,
+    shorten,
+    style_axes,
+)
 
+# Up to this many classes, each has a line with its name.
+NAMED_CLASSES = 40
+# For more classes, the names of the highest and the lowest few.
+_NAMED_EXTREMES = 6
 # Below this lies what float32 leaves of equal views: a curve that starts high at the left edge has such samples.
 _LEAST_DIVERGENCE = 1e-6
 _QUADRANTS = {
-    "confident_right": ("confident and right", "#0072B2", "white"),
-    "unsure_right": ("unsure and right", "#8CCBF0", INK),
-    "unsure_wrong": ("unsure and wrong", "#F2C667", INK),
-    "confident_wrong": ("confident and wrong", "#D55E00", "white"),
+    "confident_right": ("confident and right", BLUE, "white"),
+    "unsure_right": ("unsure and right", LIGHT_BLUE, INK),
+    "unsure_wrong": ("unsure and wrong", LIGHT_ORANGE, INK),
+    "confident_wrong": ("confident and wrong", VERMILLION, "white"),
 }
 
 
@@ -42,9 +61,7 @@ def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
         if figure is None:
             path.unlink(missing_ok=True)
             continue
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        put_file(path, picture.getbuffer())
+        put_file(path, png(figure))
         written.append(path)
     return written
 
@@ -52,7 +69,7 @@ def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
 def draw_quadrants(stats: TeacherStats) -> Any:
     """Stacked bars, one per source: confident or unsure, right or wrong."""
     sources = stats.about.sources
-    figure = new_figure(10, 1.7 + 0.75 * len(sources), "Confident or unsure, right or wrong", subtitle(stats.about))
+    figure = new_figure(10, 1.7 + 0.75 * len(sources), "Confident or unsure, right or wrong", _subtitle(stats.about))
     axes = figure.subplots()
     overall = {row["source"]: row for row in stats.summary.filter(pl.col("view").is_null()).to_dicts()}
     for height, source in enumerate(reversed(sources)):
@@ -66,11 +83,11 @@ def draw_quadrants(stats: TeacherStats) -> Any:
             else:
                 narrow.append(f"{label} {share:.2f} %")
             left += share
-        axes.text(100, height + 0.36, ", ".join(narrow), ha="right", va="bottom", fontsize=9, color=FAINT)
-    axes.set_yticks(range(len(sources)), [NAMES[source] for source in reversed(sources)])
+        axes.text(100, height + 0.36, ", ".join(narrow), ha="right", va="bottom", fontsize=9, color=DARK_GREY)
+    axes.set_yticks(range(len(sources)), [LABELS[source] for source in reversed(sources)])
     axes.set(xlim=(0, 100), ylim=(-0.45, len(sources) - 0.35))
     axes.set_xlabel("share of all predictions, %", fontsize=10)
-    dress(axes, grid="x")
+    style_axes(axes, grid="x")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=11)
     legend_above(axes, [(label, colour) for label, colour, _ in _QUADRANTS.values()])
@@ -80,7 +97,7 @@ def draw_quadrants(stats: TeacherStats) -> Any:
 def draw_reliability(stats: TeacherStats) -> Any:
     """Accuracy in each bin of the confidence, side by side; below it how many predictions a bin holds."""
     sources = stats.about.sources
-    figure = new_figure(max(9.0, 1.0 + 3.2 * len(sources)), 5.0, "Reliability", subtitle(stats.about))
+    figure = new_figure(max(9.0, 1.0 + 3.2 * len(sources)), 5.0, "Reliability", _subtitle(stats.about))
     panels = figure.subplots(2, len(sources), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     overall = stats.reliability.filter(pl.col("view").is_null())
     ece = {row["source"]: row["ece"] for row in stats.summary.filter(pl.col("view").is_null()).to_dicts()}
@@ -93,15 +110,15 @@ def draw_reliability(stats: TeacherStats) -> Any:
         upper.bar(centre, accuracy, width=width, color=COLOURS[source], alpha=0.85, label="accuracy")
         upper.bar(
             centre, confidence - accuracy, bottom=accuracy, width=width, label="gap to the confidence",
-            facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.9,
+            facecolor="none", edgecolor=VERMILLION, hatch="////", linewidth=0.9,
         )  # fmt: skip
         upper.plot([0, 1], [0, 1], color=INK, linewidth=1.1, linestyle="--")
-        upper.set_title(f"{NAMES[source]}: ECE {ece[source]:.4f}", loc="left", fontsize=11, color=INK)
+        upper.set_title(f"{LABELS[source]}: ECE {ece[source]:.4f}", loc="left", fontsize=11, color=INK)
         lower.bar(centre, share, width=width, color=COLOURS[source], alpha=0.85)
         lower.set_xlabel("confidence", fontsize=10)
         for axes in (upper, lower):
-            axes.axvline(stats.about.confident, color=FAINT, linewidth=1, linestyle=":")
-            dress(axes)
+            axes.axvline(stats.about.confident, color=DARK_GREY, linewidth=1, linestyle=":")
+            style_axes(axes)
         upper.set(xlim=(0, 1), ylim=(0, 1))
     panels[0, 0].set_ylabel("accuracy", fontsize=10)
     panels[1, 0].set_ylabel("share, %", fontsize=10)
@@ -114,7 +131,7 @@ def draw_reliability(stats: TeacherStats) -> Any:
 def draw_stability(stats: TeacherStats) -> Any:
     """Left: how often all views agree on the top-1. Right: how far a sample's views are apart, as a distribution."""
     sources = stats.about.sources
-    figure = new_figure(10, 4.2, f"Stability over {len(stats.about.views)} views", subtitle(stats.about))
+    figure = new_figure(10, 4.2, f"Stability over {len(stats.about.views)} views", _subtitle(stats.about))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.9))
     same = {row["source"]: row["same_top1"] for row in stats.stability.to_dicts()}
     least, keys = 0.1, []
@@ -128,9 +145,9 @@ def draw_stability(stats: TeacherStats) -> Any:
             np.maximum(divergence, _LEAST_DIVERGENCE), cumulative, where="post", color=COLOURS[source], linewidth=2,
             marker=MARKERS[source], markevery=0.125,
         )  # fmt: skip
-        keys.append((f"{NAMES[source]}, mean {divergence.mean():.4f}", COLOURS[source], MARKERS[source]))
+        keys.append((f"{LABELS[source]}, mean {divergence.mean():.4f}", COLOURS[source], MARKERS[source]))
         least = min(least, max(divergence[0], _LEAST_DIVERGENCE))
-    left.set_xticks(range(len(sources)), [NAMES[source] for source in sources])
+    left.set_xticks(range(len(sources)), [LABELS[source] for source in sources])
     left.set(ylim=(0, 112), yticks=range(0, 101, 20))
     left.set_title("Same top-1 in all views, % of samples", loc="left", fontsize=11, color=INK)
     right.set(xscale="log", ylim=(0, 103), xlim=(least / 1.3, np.log(len(stats.about.views))))
@@ -138,13 +155,8 @@ def draw_stability(stats: TeacherStats) -> Any:
     right.set_ylabel("samples at or below, %", fontsize=10)
     legend_above(right, [], keys)
     for axes in (left, right):
-        dress(axes)
+        style_axes(axes)
     return figure
-
-
-# Up to so many classes each has a line with its name.
-NAMED_CLASSES = 40
-_NAMED_EXTREMES = 6
 
 
 def draw_gains(stats: TeacherStats) -> Any:
@@ -153,10 +165,10 @@ def draw_gains(stats: TeacherStats) -> Any:
     teacher, clip = (100 * rows[f"gain_over_{name}"].to_numpy() for name in ("teacher", "clip"))
     few = len(rows) <= NAMED_CLASSES
     height = 1.7 + 0.27 * len(rows) if few else 5.0
-    figure = new_figure(10, height, "Gain of the fusion, class by class", subtitle(stats.about))
+    figure = new_figure(10, height, "Gain of the fusion, class by class", _subtitle(stats.about))
     axes = figure.subplots()
     place = np.arange(len(rows))
-    colours = np.where(teacher >= 0, COLOURS["teacher"], "#D55E00")
+    colours = np.where(teacher >= 0, COLOURS["teacher"], VERMILLION)
     if few:
         axes.barh(place, teacher, color=colours, height=0.7, label="over the teacher")
         axes.plot(clip, place, "^", color=COLOURS["clip"], markeredgecolor=INK, markersize=7, linewidth=0)
@@ -170,10 +182,10 @@ def draw_gains(stats: TeacherStats) -> Any:
         axes.set_ylabel("points of top-1", fontsize=10)
         axes.axhline(0, color=INK, linewidth=1)
         _ranks(axes, rows["class"].to_list(), [f"{gain:+.1f}" for gain in teacher])
-    dress(axes, grid="x" if few else "y")
+    style_axes(axes, grid="x" if few else "y")
     legend_above(
         axes,
-        [("over the teacher", COLOURS["teacher"]), ("below the teacher", "#D55E00")],
+        [("over the teacher", COLOURS["teacher"]), ("below the teacher", VERMILLION)],
         [("over CLIP", COLOURS["clip"], "^")],
     )
     return figure
@@ -188,7 +200,7 @@ def draw_consistency(stats: TeacherStats) -> Any:
     others = [source for source in stats.about.sources if source != "fusion"]
     if not others:
         return _consistency_ranks(stats, rows, title)
-    figure = new_figure(10, 5.4, title, subtitle(stats.about))
+    figure = new_figure(10, 5.4, title, _subtitle(stats.about))
     y = rows["fusion_consistency"].to_numpy()
     columns = [rows[f"{source}_consistency"].to_numpy() for source in others]
     low, high = (bound(y.tolist() + [edge(x) for x in columns]) for bound, edge in ((min, np.min), (max, np.max)))
@@ -198,39 +210,45 @@ def draw_consistency(stats: TeacherStats) -> Any:
         axes.plot(x, y, MARKERS[source], color=COLOURS[source], markersize=5, alpha=0.75)
         share = 100 * (y > x).mean()
         axes.set_title(f"fusion higher in {share:.0f} % of {len(rows)} classes", loc="left", fontsize=11, color=INK)
-        axes.set_xlabel(f"consistency of {'the teacher' if source == 'teacher' else NAMES[source]}", fontsize=10)
+        axes.set_xlabel(f"consistency of {'the teacher' if source == 'teacher' else LABELS[source]}", fontsize=10)
         axes.set(xlim=limits, ylim=limits, aspect="equal")
-        dress(axes, grid="both")
+        style_axes(axes, grid="both")
     figure.axes[0].set_ylabel("consistency of the fusion", fontsize=10)
     return figure
 
 
 def _consistency_dots(stats: TeacherStats, rows: pl.DataFrame, title: str) -> Any:
-    figure = new_figure(10, 1.9 + 0.27 * len(rows), title, subtitle(stats.about))
+    figure = new_figure(10, 1.9 + 0.27 * len(rows), title, _subtitle(stats.about))
     axes = figure.subplots()
     place = np.arange(len(rows))
     columns = np.stack([rows[f"{source}_consistency"].to_numpy() for source in stats.about.sources])
-    axes.hlines(place, columns.min(axis=0), columns.max(axis=0), color="#c8c8c8", linewidth=2.5, zorder=1)
+    axes.hlines(place, columns.min(axis=0), columns.max(axis=0), color=LIGHT_GREY, linewidth=2.5, zorder=1)
     for source, values in zip(stats.about.sources, columns, strict=True):
         axes.plot(
-            values, place, MARKERS[source], color=COLOURS[source], markersize=8, markeredgecolor="white", zorder=2
+            values,
+            place,
+            MARKERS[source],
+            color=COLOURS[source],
+            markersize=8,
+            markeredgecolor="white",
+            zorder=2,
         )
     axes.set_yticks(place, [shorten(name) for name in rows["class"]])
     axes.set(ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlabel("mean pairwise cosine similarity of non-target distributions", fontsize=10)
-    dress(axes, grid="both")
-    legend_above(axes, [], [(NAMES[s], COLOURS[s], MARKERS[s]) for s in stats.about.sources])
+    style_axes(axes, grid="both")
+    legend_above(axes, [], [(LABELS[s], COLOURS[s], MARKERS[s]) for s in stats.about.sources])
     return figure
 
 
 def _consistency_ranks(stats: TeacherStats, rows: pl.DataFrame, title: str) -> Any:
-    figure = new_figure(10, 5.0, title, subtitle(stats.about))
+    figure = new_figure(10, 5.0, title, _subtitle(stats.about))
     axes = figure.subplots()
     values = rows["fusion_consistency"].to_numpy()
     axes.bar(np.arange(len(rows)), values, color=COLOURS["fusion"], width=1.0)
     axes.set_ylabel("consistency of the fusion", fontsize=10)
     _ranks(axes, rows["class"].to_list(), [f"{value:.3f}" for value in values])
-    dress(axes)
+    style_axes(axes)
     return figure
 
 
@@ -245,7 +263,7 @@ def _ranks(axes: Any, names: list[str], figures: list[str]) -> None:
     axes.set_xlabel(f"{len(names)} classes, sorted", fontsize=10)
 
 
-def subtitle(about: About) -> str:
+def _subtitle(about: About) -> str:
     """Dataset, rows, threshold, temperature: stands in every picture."""
     views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
     return (

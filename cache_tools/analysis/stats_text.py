@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cache_tools.analysis.stats import About, TeacherStats
+from cache_tools.plotting import LABELS
 
-NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
 _MOST_CLASSES, _MOST_VIEWS, _TOP_ROWS = 24, 8, 10
 
 _PERCENT = ("top1", "top5", "confidence", "confident_right", "unsure_right", "unsure_wrong", "confident_wrong")
@@ -86,7 +86,7 @@ def _overall(stats: TeacherStats) -> Table:
     overall = {row["source"]: row for row in stats.summary.filter(pl.col("view").is_null()).to_dicts()}
     sources = stats.about.sources
     views = "over all views" if len(stats.about.views) > 1 else f"view {stats.about.views[0]}"
-    table = new_table(views, [NAMES[source] for source in sources])
+    table = new_table(views, [LABELS[source] for source in sources])
     for key, name in rows.items():
         show = percent if key in _PERCENT else number
         if any(overall[source][key] is not None for source in sources):
@@ -113,7 +113,7 @@ def _by_view(stats: TeacherStats) -> Table:
     table = new_table("view", [name for name, _ in figures.values()])
     shown = stats.about.views[:_MOST_VIEWS]
     for row in stats.summary.filter(pl.col("view").is_in(shown)).sort("view", maintain_order=True).to_dicts():
-        view = f"{row['view']} {NAMES[row['source']]}"
+        view = f"{row['view']} {LABELS[row['source']]}"
         table.add_row(view, *[show(row[key]) for key, (_, show) in figures.items()])
     if len(shown) < len(stats.about.views):
         table.add_row(f"… {len(stats.about.views) - len(shown)} more views in --json")
@@ -123,7 +123,7 @@ def _by_view(stats: TeacherStats) -> Table:
 def _reliability(stats: TeacherStats) -> Table:
     """Bins without any prediction are left out; the gap is accuracy minus mean confidence, in points."""
     sources = stats.about.sources
-    table = new_table("bin", [f"{NAMES[s]} {name}" for s in sources for name in ("share %", "top-1 %", "gap")])
+    table = new_table("bin", [f"{LABELS[s]} {name}" for s in sources for name in ("share %", "top-1 %", "gap")])
     overall = stats.reliability.filter(pl.col("view").is_null())
     total = int(overall.filter(pl.col("source") == "fusion")["n"].sum())
     for rows in overall.partition_by("bin", maintain_order=True):
@@ -145,9 +145,9 @@ def _classes(stats: TeacherStats) -> Iterable[Table]:
     rows = stats.classes.sort("gain_over_teacher" if others else "fusion_accuracy", descending=True, nulls_last=True)
     half = _MOST_CLASSES // 2
     pieces = [rows] if len(rows) <= _MOST_CLASSES else [rows.head(half), rows.tail(half)]
-    titles = ["samples", *[f"{NAMES[s]} top-1" for s in sources], *[f"gain over {NAMES[s]}" for s in others]]
+    titles = ["samples", *[f"{LABELS[s]} top-1" for s in sources], *[f"gain over {LABELS[s]}" for s in others]]
     accuracy = new_table("class", titles)
-    consistency = new_table("class: non-target consistency", [NAMES[s] for s in sources])
+    consistency = new_table("class: non-target consistency", [LABELS[s] for s in sources])
     for place, piece in enumerate(pieces):
         if place:
             for table in (accuracy, consistency):
@@ -182,7 +182,7 @@ def _disagreement(stats: TeacherStats) -> Table:
 
 def _confusions(stats: TeacherStats) -> Table:
     sources = stats.about.sources
-    table = new_table("label → said instead, share of the label", [f"{NAMES[s]}" for s in sources])
+    table = new_table("label → said instead, share of the label", [f"{LABELS[s]}" for s in sources])
     for row in stats.confusions.head(_TOP_ROWS).to_dicts():
         shares = [percent(row[f"{s}_share"]) for s in sources]
         table.add_row(f"{row['class']} → {row['said_class']}", *shares)

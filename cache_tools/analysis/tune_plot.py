@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from cache_tools.analysis.tune import OFFICIAL_SCALE, TuneResult
-from cache_tools.plotting import FAINT, INK, dress, new_figure
+from cache_tools.plotting import BLUE, DARK_GREY, INK, YELLOW, new_figure, style_axes
 
 # Steps of NLL above the best: fine where settings compete, coarse where they are hopeless.
 _STEPS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 def plot_surface(result: TuneResult, path: Path) -> None:
@@ -57,7 +56,7 @@ def _surface(figure: Any, axes: Any, result: TuneResult) -> None:
     _known_scales(axes, result)
     axes.plot(result.own_weight, result.own_scale, "o", color="white", markeredgecolor=INK, markeredgewidth=1.8,
               markersize=11, label="as the cache was built", clip_on=False, zorder=4)  # fmt: skip
-    axes.plot(result.chosen_weight, result.chosen_scale.value, "*", color="#F0E442", markeredgecolor=INK, markersize=19,
+    axes.plot(result.chosen_weight, result.chosen_scale.value, "*", color=YELLOW, markeredgecolor=INK, markersize=19,
               label="chosen", clip_on=False, zorder=5)  # fmt: skip
     _legend(axes)
     axes.tick_params(labelsize=10)
@@ -80,7 +79,8 @@ def _known_scales(axes: Any, result: TuneResult) -> None:
         axes.annotate(
             f"{name} {value:.3g}", xy=(1.0, value), xycoords=("axes fraction", "data"),
             xytext=(1.025, height), textcoords="axes fraction", va="center", fontsize=9.5, color=INK,
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.8, "relpos": (0, 0.5)},
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": DARK_GREY, "linewidth": 0.8, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -93,12 +93,12 @@ def _curve(axes: Any, result: TuneResult) -> None:
     else:
         x, y = list(result.weights), nll[:, 0]
         axes.set_xlabel(f"teacher weight α, at CLIP scale {result.scales[0].value:.4g}", fontsize=10)
-    axes.plot(x, y, "-o", color=_COLOURS[0], linewidth=2, markersize=4)
+    axes.plot(x, y, "-o", color=BLUE, linewidth=2, markersize=4)
     best = int(np.argmin(y))
-    axes.plot(x[best], y[best], "*", color="#F0E442", markeredgecolor=INK, markersize=19, label="chosen", zorder=5)
+    axes.plot(x[best], y[best], "*", color=YELLOW, markeredgecolor=INK, markersize=19, label="chosen", zorder=5)
     axes.set_ylabel("NLL, nats", fontsize=10)
     _legend(axes)
-    dress(axes)
+    style_axes(axes)
 
 
 def _legend(axes: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cache_tools.plotting import BLUE, GREY, INK, VERMILLION, plain, png
+from cache_tools.plotting import BLUE, GREY, INK, VERMILLION, light_grid, plain, png
 from train.evaluate.corruptions import CORRUPTIONS, SEVERITIES
 
 if TYPE_CHECKING:
@@ -68,7 +68,5 @@ def _dress(axes: Any) -> None:
     axes.set_xticks((0, *SEVERITIES), ("clean", *map(str, SEVERITIES)))
     axes.set_ylim(0, 103)
     axes.set_yticks((0, 25, 50, 75, 100))
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    light_grid(axes)
     axes.tick_params(labelsize=9)

@@ -7,21 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_tools.plotting import plain
+from cache_tools.plotting import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY_BLUE, VERMILLION, light_grid, plain
 
 if TYPE_CHECKING:
     import polars
 
-# Okabe and Ito's colours, told apart with every common colour blindness; the line style says the same again.
+# The line style repeats what the colour says.
 _LOSSES = {
-    "loss": ("total", "#000000", "-"),
-    "loss_ce": ("cross entropy", "#0072B2", "--"),
-    "loss_logit": ("logit term", "#D55E00", "-."),
-    "loss_feature": ("feature term", "#009E73", ":"),
+    "loss": ("total", BLACK, "-"),
+    "loss_ce": ("cross entropy", BLUE, "--"),
+    "loss_logit": ("logit term", VERMILLION, "-."),
+    "loss_feature": ("feature term", GREEN, ":"),
 }
-_ACCURACY_COLOUR = "#0072B2"
-_REFERENCE_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_INK = "#222222"
+_ACCURACY_COLOUR = BLUE
+_REFERENCE_COLOURS = (VERMILLION, GREEN, PURPLE, ORANGE, SKY_BLUE, BLACK)
 
 
 def plot_curves(
@@ -74,7 +73,7 @@ def _plot_accuracy(axes: Any, history: polars.DataFrame, references: dict[str, f
     percent = [100 * value for value in values]
     axes.set_title("Test top-1, %", loc="left", fontsize=11)
     if not percent and not references:
-        axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center", color=_INK)
+        axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center", color=INK)
         return
     labels = []
     for (name, value), colour in zip(references.items(), _cycle(_REFERENCE_COLOURS, len(references)), strict=True):
@@ -111,7 +110,7 @@ def _label_right(axes: Any, labels: list[tuple[float, str, str]], low: float, hi
             text,
             xy=(1.0, value), xycoords=("axes fraction", "data"),
             xytext=(1.04, height), textcoords=("axes fraction", "data"),
-            color=_INK, fontsize=10, va="center", annotation_clip=False,
+            color=INK, fontsize=10, va="center", annotation_clip=False,
             fontweight="bold" if text.startswith("student") else "normal",
             arrowprops={
                 "arrowstyle": "-", "color": colour, "linewidth": 1.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5),
@@ -144,9 +143,7 @@ def _dress(axes: Any, history: polars.DataFrame) -> None:
     epochs = _epochs(history)
     if epochs:
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    light_grid(axes)
     axes.tick_params(labelsize=10)
 
 
