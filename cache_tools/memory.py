@@ -1,4 +1,4 @@
-"""Memory of the process and of the device: what a network frees and asks for again stays, what it has left goes."""
+"""Memory of the process and of the device: keep freed buffers, release unused ones, recognise that memory ran out."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# As allocators of the CPU and libraries of CUDA say it.
-_LACKING = re.compile("out of memory|allocate memory|enough memory|alloc_failed", re.IGNORECASE)
 _LARGEST_KEPT, _MOST_KEPT = 1 << 30, (1 << 31) - 1
+# Messages of the CPU's allocators and of the CUDA libraries.
+_OUT_OF_MEMORY = re.compile("out of memory|allocate memory|enough memory|alloc_failed", re.IGNORECASE)
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc reuse large freed buffers (up to 1 GiB each, 2 GiB in all) instead of giving them back to the system.
+    """Let glibc reuse large freed buffers (up to 1 GiB each, 2 GiB in all) instead of returning them to the system.
 
-    By default every activation of 32 MB or more is a new mapping, whose pages the kernel clears one fault at a time:
-    a sixth of the time of a CPU's forward passes. It holds for the whole process, so it is for commands, not for
-    libraries.
+    By default every activation of 32 MB or more is a new mapping, whose pages the kernel clears one fault at a time.
+    That takes a sixth of the time of forward passes on a CPU. The setting holds for the whole process, so commands
+    make it and libraries do not.
 
     Returns:
-        Whether it was set; False, and nothing is changed, where the C library is not glibc.
+        True if it was set; False, with nothing changed, where the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -40,8 +40,8 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
 
 
-def free_memory(device: torch.device) -> None:
-    """Give back what nobody holds any more: tracebacks and optimisers are in cycles, CUDA keeps blocks for later."""
+def release_memory(device: torch.device) -> None:
+    """Collect garbage (tracebacks and optimisers are in reference cycles) and empty CUDA's cache of free blocks."""
     gc.collect()
     if device.type == "cuda":
         import torch
@@ -49,24 +49,24 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, of the process or of the device."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error means that the process or the device ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and _LACKING.search(str(error)[:300]) is not None
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)[:300]) is not None
 
 
 @contextmanager
-def memory_told(where: str, next_step: str) -> Iterator[None]:
-    """What lacks memory inside is one clear error.
+def raise_on_out_of_memory(where: str, next_step: str) -> Iterator[None]:
+    """Turn every kind of out-of-memory error inside the block into a DeviceError.
 
     Raises:
-        DeviceError: memory did not suffice.
+        DeviceError: memory ran out.
     """
     try:
         yield
     except Exception as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         found = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DeviceError("memory does not suffice", where=where, found=found, next_step=next_step) from error

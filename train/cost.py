@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cache_tools.config import Frozen
 from cache_tools.console import device_name
 from cache_tools.errors import RecipeError
-from cache_tools.memory import lacks_memory
+from cache_tools.memory import is_out_of_memory
 
 BATCH_SIZES = (1, 128)
 WARM_UP, LEAST_RUNS, MOST_RUNS = 3, 5, 200
@@ -153,7 +153,7 @@ def _taking(image_size: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for its strides, or not the size of a ViT
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         size = f"{image_size[0]} × {image_size[1]} pixels"

@@ -20,7 +20,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.files import put_durably
-from cache_tools.memory import memory_told
+from cache_tools.memory import raise_on_out_of_memory
 from cache_tools.reader import TeacherCache
 from train import checkpoints
 from train.checkpoints import StudentCard
@@ -78,7 +78,7 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
             return finished
         feed = data.feed(recipe, device)
         smaller = "train with a smaller --batch-size or student, or where there is more memory"
-        with closing(feed), memory_told(f"{recipe.student} on {device}", smaller):
+        with closing(feed), raise_on_out_of_memory(f"{recipe.student} on {device}", smaller):
             run = Run(data, recipe, device, path, digest, feed.steps_per_epoch)
             [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
             if isinstance(outcome, Exception):

@@ -1,4 +1,4 @@
-"""Keeping freed memory: the second of two large allocations costs no page faults."""
+"""cache_tools.memory: reuse of freed buffers, and which errors mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cache_tools.errors import DeviceError
-from cache_tools.memory import keep_freed_memory, lacks_memory, memory_told
+from cache_tools.memory import is_out_of_memory, keep_freed_memory, raise_on_out_of_memory
 
 FAULTS = """
 import resource, sys, numpy
@@ -25,26 +25,26 @@ print(first, second)
 """
 
 
-def counted(how: str) -> list[int]:
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+def page_faults(mode: str) -> list[int]:
+    done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
     return [int(word) for word in done.stdout.split()]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_a_freed_buffer_is_used_again():
-    first, second = counted("kept")
+def test_a_freed_buffer_is_reused() -> None:
+    first, second = page_faults("kept")
     assert second < first / 4
-    first, second = counted("given back")
+    first, second = page_faults("returned")
     assert second > first / 2
 
 
-def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
+def test_nothing_changes_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
 
 
 @pytest.mark.parametrize(
-    ("error", "lacking"),
+    ("error", "expected"),
     [
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
@@ -58,7 +58,7 @@ def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
         (ValueError("out of memory"), False),
     ],
 )
-def test_only_what_lacks_memory_is_told_so(error: Exception, lacking: bool) -> None:
-    assert lacks_memory(error) is lacking
-    with pytest.raises(DeviceError if lacking else type(error)), memory_told("resnet8 on cpu", "take less"):
+def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+    with pytest.raises(DeviceError if expected else type(error)), raise_on_out_of_memory("resnet8 on cpu", "take less"):
         raise error

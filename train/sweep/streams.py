@@ -16,7 +16,7 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
-from cache_tools.memory import free_memory, lacks_memory
+from cache_tools.memory import is_out_of_memory, release_memory
 from cache_tools.reader import TeacherCache
 from cache_tools.views.recipe import ViewRecipe
 from train.data import Opener, TrainingData, open_data
@@ -73,7 +73,7 @@ def _train(opened: Sequence[_Opened], lead: TrainingData, device: torch.device, 
         if crowded:
             names = ", ".join(trial.name for trial, _ in crowded)
             warn(f"too little memory for {len(group)} trials side by side, later and fewer at a time: {names}")
-            free_memory(device)
+            release_memory(device)
             half = len(crowded) if len(crowded) < len(group) else (len(crowded) + 1) // 2
             waiting += [part for part in (crowded[:half], crowded[half:]) if part]
 
@@ -115,7 +115,7 @@ def _train_side_by_side(
     ]
     crowded = []
     for one, reason in ended:
-        if len(opened) > 1 and lacks_memory(reason):
+        if len(opened) > 1 and is_out_of_memory(reason):
             crowded.append(one)
         else:
             _fail(one[0].folder, reason)
@@ -155,7 +155,7 @@ def _fail(path: Path, error: Exception) -> None:
     text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
     message = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {text[:300]}"
     diverged = any(words in message for words in ("diverged", "logits are not finite"))
-    kind = "diverged" if diverged else "memory" if lacks_memory(error) else "error"
+    kind = "diverged" if diverged else "memory" if is_out_of_memory(error) else "error"
     Failure(kind=kind, message=message).save(path)
 
 
