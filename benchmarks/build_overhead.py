@@ -39,7 +39,7 @@ from cache_tools.format.arrays import default_block_rows
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from pipeline.build.cache import build_cache, resolve
-from pipeline.networks.pair import TeacherPair, load_pair
+from pipeline.networks.ensemble import TeacherEnsemble, load_ensemble
 from pipeline.recipe import BuildRecipe
 
 CLOCK = (
@@ -64,8 +64,8 @@ def main(
         options = {"num_views": views, "batch_size": batch_size, "device": str(device)}
         recipe = build_recipe(dataset, overrides, Path(folder) / "cache", **options)
         images = open_images(recipe.dataset)
-        pair = _load(recipe, images, device)
-        batches = _view_batches(recipe, images, pair)
+        ensemble = _load(recipe, images, device)
+        batches = _view_batches(recipe, images, ensemble)
         costs = interleaved(
             {
                 "build": lambda number: _build(recipe),
@@ -105,33 +105,33 @@ def _build(recipe: BuildRecipe) -> Cost:
     return taken
 
 
-def _view_batches(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> list[torch.Tensor]:
+def _view_batches(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> list[torch.Tensor]:
     """View pixels of every batch that a build of this recipe computes, on the device."""
-    block_rows = recipe.block_rows or default_block_rows(resolve(recipe, images, pair))
+    block_rows = recipe.block_rows or default_block_rows(resolve(recipe, images, ensemble))
     batches = []
     for view in range(recipe.num_views):
         for block in range(0, len(images), block_rows):
             end = min(block + block_rows, len(images))
             for start in range(block, end, recipe.batch_size):
                 rows = slice(start, min(start + recipe.batch_size, end))
-                pixels = torch.from_numpy(images.load(rows)).to(pair.device)
+                pixels = torch.from_numpy(images.load(rows)).to(ensemble.device)
                 batches.append(recipe.views.apply(pixels, range(rows.start, rows.stop), view))
     return batches
 
 
 def _bare(recipe: BuildRecipe, images: ImageSet, batches: list[torch.Tensor], device: torch.device) -> Cost:
     """What the networks alone take, freshly loaded as in a build, so that both sides start alike."""
-    pair = _load(recipe, images, device)
+    ensemble = _load(recipe, images, device)
 
     def forward() -> None:
         for pixels in batches:
-            pair.outputs(pixels)
+            ensemble.outputs(pixels)
 
     return cost(forward, device)
 
 
-def _load(recipe: BuildRecipe, images: ImageSet, device: torch.device) -> TeacherPair:
-    return load_pair(recipe.teachers, recipe.clips, recipe.fusion, images, recipe.dataset, device, recipe.precision)
+def _load(recipe: BuildRecipe, images: ImageSet, device: torch.device) -> TeacherEnsemble:
+    return load_ensemble(recipe.teachers, recipe.clips, recipe.fusion, images, recipe.dataset, device, recipe.precision)
 
 
 if __name__ == "__main__":

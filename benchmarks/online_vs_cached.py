@@ -36,7 +36,7 @@ from students import Epochs, build, cached_fusion, new_student, opened, train_re
 
 from cache_tools.console import command
 from cache_tools.preprocess import prepare
-from pipeline.networks.pair import TeacherPair, load_pair
+from pipeline.networks.ensemble import TeacherEnsemble, load_ensemble
 from pipeline.online import LiveTeachers
 from pipeline.recipe import BuildRecipe
 from train.data import TrainingData
@@ -70,9 +70,9 @@ def main(
         recipe = train_recipe(cache, student, batch_size, rounds, device)
         data = opened(recipe, device)
         assert data.cache is not None
-        pair = _pair(built, data, device)
+        ensemble = _ensemble(built, data, device)
         kept = CachedTargets(data.cache, device, logits=True, features=False)
-        online = Epochs(data, recipe, LiveTeachers(pair), recipe.loss, device)
+        online = Epochs(data, recipe, LiveTeachers(ensemble), recipe.loss, device)
         cached = Epochs(data, recipe, kept, recipe.loss, device)
         batches = list(cached.feed.epoch(0))
         bare = BareStudent(data, recipe, device)
@@ -81,7 +81,7 @@ def main(
                 {
                     "online": online.cost,
                     "cached": cached.cost,
-                    "teachers": lambda number: cost(lambda: _forward(pair, batches), device),
+                    "teachers": lambda number: cost(lambda: _forward(ensemble, batches), device),
                     "student": lambda number: cost(lambda: bare.epoch(batches), device),
                 },
                 rounds,
@@ -128,13 +128,13 @@ class BareStudent:
             self._optimiser.step()
 
 
-def _forward(pair: TeacherPair, batches: list[Batch]) -> None:
+def _forward(ensemble: TeacherEnsemble, batches: list[Batch]) -> None:
     for batch in batches:
-        pair.outputs(batch.pixels)
+        ensemble.outputs(batch.pixels)
 
 
-def _pair(built: BuildRecipe, data: TrainingData, device: torch.device) -> TeacherPair:
-    return load_pair(
+def _ensemble(built: BuildRecipe, data: TrainingData, device: torch.device) -> TeacherEnsemble:
+    return load_ensemble(
         built.teachers,
         built.clips,
         built.fusion,
@@ -142,7 +142,7 @@ def _pair(built: BuildRecipe, data: TrainingData, device: torch.device) -> Teach
         data.dataset,
         device,
         built.precision,
-        how=cached_fusion(data),
+        fusion=cached_fusion(data),
     )
 
 

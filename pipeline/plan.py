@@ -21,7 +21,7 @@ from cache_tools.preprocess import prepare
 from cache_tools.units import human_bytes
 from pipeline.build.cache import resolve
 from pipeline.build.destination import destination
-from pipeline.networks.pair import load_pair
+from pipeline.networks.ensemble import load_ensemble
 from pipeline.recipe import BuildRecipe
 from train.students import create_student
 
@@ -95,16 +95,16 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     """
     device = resolve_device(recipe.device)
     images = open_images(recipe.dataset)
-    pair = load_pair(
+    ensemble = load_ensemble(
         recipe.teachers, recipe.clips, recipe.fusion, images, recipe.dataset, device, recipe.precision,
         batch_size=recipe.batch_size,
     )  # fmt: skip
-    identity = resolve(recipe, images, pair)
+    identity = resolve(recipe, images, ensemble)
     targets_per_s = _rate(
         images,
         recipe.batch_size,
         device,
-        lambda pixels, index: pair.targets(recipe.views.apply(pixels, index, 1), recipe.store),
+        lambda pixels, index: ensemble.targets(recipe.views.apply(pixels, index, 1), recipe.store),
     )
     student_per_s = _rate(images, STUDENT_BATCH, device, _student_step(student, recipe, images, device))
     specs = target_arrays(identity, recipe.block_rows or 1)

@@ -29,8 +29,8 @@ from cache_tools.integrity.replay import Place, Replay, TargetReplay
 from cache_tools.reader import TeacherCache
 from cache_tools.store.encoding import Encoder, fitted
 from cache_tools.targets import ViewTargets, constants_for, fused
-from pipeline.networks.pair import TeacherPair, view_pixels
-from pipeline.networks.stored import load_stored_pair
+from pipeline.networks.ensemble import TeacherEnsemble, view_pixels
+from pipeline.networks.stored import load_stored_ensemble
 
 BATCH = 64
 
@@ -52,8 +52,8 @@ def replay(cache: TeacherCache, images: ImageSet, count: int, *, seed: int = 0, 
     chosen = resolve_device(device)
     drawn = _draw(cache, count, seed)
     sources = lineage(cache.manifest)
-    pair = load_stored_pair(cache.manifest, images, chosen, where=cache.path)
-    recompute = _Recompute(cache, sources, pair, images)
+    ensemble = load_stored_ensemble(cache.manifest, images, chosen, where=cache.path)
+    recompute = _Recompute(cache, sources, ensemble, images)
     compared = {name: Comparison(name, spec.codec) for name, spec in cache.targets.items()}
     reader, total = BlockReader(cache), sum(len(index) for index in drawn.values())
     with Progress("replay", total, "rows") as progress:
@@ -110,18 +110,20 @@ class _Again(NamedTuple):
 class _Recompute:
     """From (view, samples) to the rows of a cache, through every cache that it was made from."""
 
-    def __init__(self, cache: TeacherCache, sources: Sequence[Source], pair: TeacherPair, images: ImageSet) -> None:
-        self._recipe, self._pair, self._images = cache.recipe, pair, images
-        self._constants: Rows = pair.constants("components")
+    def __init__(
+        self, cache: TeacherCache, sources: Sequence[Source], ensemble: TeacherEnsemble, images: ImageSet
+    ) -> None:
+        self._recipe, self._ensemble, self._images = cache.recipe, ensemble, images
+        self._constants: Rows = ensemble.constants("components")
         ways = [(source.store, self._encoder_of(source)) for source in reversed(sources)]
         self._ways = [*ways, (cache.recipe.store, Encoder(cache.recipe, cache.constant))]
         self._how, parts = Fusion.stored(cache.manifest), self._like("components", TargetCodecs())
         self._tensors = constants_for(self._how, parts, lambda name: torch.from_numpy(self._constants[name]))
 
     def rows(self, view: int, index: npt.NDArray[np.int64]) -> _Again:
-        pixels = view_pixels(self._images, self._recipe.views, index, view, self._pair.device)
+        pixels = view_pixels(self._images, self._recipe.views, index, view, self._ensemble.device)
         store = self._ways[0][0]
-        values = {name: rows.cpu().numpy() for name, rows in self._pair.targets(pixels, store).items()}
+        values = {name: rows.cpu().numpy() for name, rows in self._ensemble.targets(pixels, store).items()}
         plain = values
         for (_, encoder), (following, _) in pairwise(self._ways):
             values = encoder.decode(encoder.encode(values))

@@ -26,10 +26,10 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
 from pipeline.build.output import Output
-from pipeline.networks.pair import TeacherPair
+from pipeline.networks.ensemble import TeacherEnsemble
 
 
-def build_blocks(output: Output, images: ImageSet, pair: TeacherPair, batch_size: int) -> int:
+def build_blocks(output: Output, images: ImageSet, ensemble: TeacherEnsemble, batch_size: int) -> int:
     """Have every block committed, by this builder or by others at work on the same cache.
 
     Returns:
@@ -42,12 +42,12 @@ def build_blocks(output: Output, images: ImageSet, pair: TeacherPair, batch_size
     count = 0
     with output.working():
         while missing := output.missing():  # again only if a block was taken from a builder that stood still
-            count += _build(output, missing, images, pair, batch_size)
+            count += _build(output, missing, images, ensemble, batch_size)
     return count
 
 
-def _build(output: Output, missing: list[BlockId], images: ImageSet, pair: TeacherPair, batch_size: int) -> int:
-    manifest, claims, on_cuda = output.manifest, Claims(output.place), pair.device.type == "cuda"
+def _build(output: Output, missing: list[BlockId], images: ImageSet, ensemble: TeacherEnsemble, batch_size: int) -> int:
+    manifest, claims, on_cuda = output.manifest, Claims(output.place), ensemble.device.type == "cuda"
     total, left = manifest.num_views * manifest.num_samples, sum(_rows(manifest, block) for _, block in missing)
     pending: deque[Future[int]] = deque()
     count = noticed = 0
@@ -62,12 +62,12 @@ def _build(output: Output, missing: list[BlockId], images: ImageSet, pair: Teach
             if batch is not None:
                 rows = manifest.block(batch.block)
                 if batch.samples[0] == rows.start:
-                    buffers = _host_buffers(manifest, rows.stop - rows.start, pair.device)
-                _compute(batch, manifest, pair, buffers)
+                    buffers = _host_buffers(manifest, rows.stop - rows.start, ensemble.device)
+                _compute(batch, manifest, ensemble, buffers)
                 progress.advance(len(batch.samples), output.note)
                 if batch.samples[-1] + 1 == rows.stop:
                     block = BlockId(batch.view, batch.block)
-                    pending.append(pool.submit(_store, output, claims, block, buffers, _copied(pair.device)))
+                    pending.append(pool.submit(_store, output, claims, block, buffers, _copied(ensemble.device)))
             while pending and (len(pending) > output.writers + 1 or pending[0].done()):
                 count += pending.popleft().result()
             noticed += _count_elsewhere(claims.done_by_others[noticed:], manifest, progress)
@@ -81,12 +81,14 @@ def _count_elsewhere(blocks: list[BlockId], manifest: Manifest, progress: Progre
     return len(blocks)
 
 
-def _compute(batch: LoadedBatch, manifest: Manifest, pair: TeacherPair, buffers: dict[str, torch.Tensor]) -> None:
+def _compute(
+    batch: LoadedBatch, manifest: Manifest, ensemble: TeacherEnsemble, buffers: dict[str, torch.Tensor]
+) -> None:
     """A batch through the networks, and its rows into the buffers of its block."""
-    pixels = batch.pixels.to(pair.device, non_blocking=True)
+    pixels = batch.pixels.to(ensemble.device, non_blocking=True)
     views = manifest.recipe.views.apply(pixels, batch.samples, batch.view)
     start = int(batch.samples[0]) - manifest.block(batch.block).start
-    for name, values in pair.targets(views, manifest.recipe.store).items():
+    for name, values in ensemble.targets(views, manifest.recipe.store).items():
         # Converted on the device, so that half-precision rows cross the bus at half the bytes.
         target = buffers[name][start : start + len(batch.samples)]
         target.copy_(values.to(target.dtype), non_blocking=True)

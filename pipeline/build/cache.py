@@ -33,7 +33,7 @@ from pipeline.recipe import BuildRecipe
 
 if TYPE_CHECKING:
     from cache_tools.store.writer import CacheWriter
-    from pipeline.networks.pair import TeacherPair
+    from pipeline.networks.ensemble import TeacherEnsemble
 
 Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
 
@@ -76,10 +76,10 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
 
     from pipeline.build.blocks import build_blocks
     from pipeline.build.open_output import open_output
-    from pipeline.networks.pair import load_pair
+    from pipeline.networks.ensemble import load_ensemble
 
     device = resolve_device(recipe.device)
-    pair = load_pair(
+    ensemble = load_ensemble(
         recipe.teachers,
         recipe.clips,
         recipe.fusion,
@@ -89,7 +89,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         recipe.precision,
         batch_size=recipe.batch_size,
     )
-    identity = resolve(recipe, images, pair)
+    identity = resolve(recipe, images, ensemble)
     if identity.codecs.caution:
         say(f"note: {identity.codecs.caution}")
     where = destination(recipe, identity.fingerprint)
@@ -97,29 +97,29 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         where,
         identity,
         recipe.num_views,
-        create=lambda path: _create(path, recipe, identity, images, pair, say),
-        grow=lambda writer: _grow(writer, recipe, images, pair),
+        create=lambda path: _create(path, recipe, identity, images, ensemble, say),
+        grow=lambda writer: _grow(writer, recipe, images, ensemble),
     )
     manifest = output.manifest
     result = BuildResult(*where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved)
-    pair.use_scales(manifest.clip_scales)
+    ensemble.use_scales(manifest.clip_scales)
     missing = output.missing()
     if not missing:
         say(f"{where} is complete: nothing to do")
         return result
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     start = time.monotonic()
-    count = build_blocks(output, images, pair, recipe.batch_size)
+    count = build_blocks(output, images, ensemble, recipe.batch_size)
     return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
 
 
-def resolve(recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheRecipe:
+def resolve(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheRecipe:
     """The recipe with every name replaced by what it stands for: content digests, resolved preprocessing, prompts."""
     return CacheRecipe(
         dataset=images.identity(),
         views=recipe.views,
-        teachers=_weighted([teacher.identity for teacher in pair.teachers], pair.fusion.teacher_weights),
-        clips=_weighted([clip.identity for clip in pair.clips], pair.fusion.clip_weights),
+        teachers=_weighted([teacher.identity for teacher in ensemble.teachers], ensemble.fusion.teacher_weights),
+        clips=_weighted([clip.identity for clip in ensemble.clips], ensemble.fusion.clip_weights),
         fusion=recipe.fusion,
         store=recipe.store,
         codecs=resolve_codecs(recipe.codec, len(images.class_names)),
@@ -138,7 +138,7 @@ def _create(
     recipe: BuildRecipe,
     identity: CacheRecipe,
     images: ImageSet,
-    pair: TeacherPair,
+    ensemble: TeacherEnsemble,
     say: Callable[[str], None],
 ) -> CacheWriter:
     """Make an empty cache, once its teachers have shown what they can."""
@@ -146,7 +146,9 @@ def _create(
 
     preflight = None
     if recipe.preflight_samples:
-        preflight = run_preflight(pair, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size)
+        preflight = run_preflight(
+            ensemble, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size
+        )
         say(f"preflight: {preflight}")
     manifest = Manifest(
         fingerprint=identity.fingerprint,
@@ -155,10 +157,10 @@ def _create(
         dataset=recipe.dataset.absolute(),  # so that it is found from any working directory
         num_views=recipe.num_views,
         block_rows=recipe.block_rows or default_block_rows(identity),
-        clip_scales=pair.fusion.clip_scales,
+        clip_scales=ensemble.fusion.clip_scales,
         canaries=make_canaries(recipe.views, images, recipe.num_views),
         build_recipe=recipe.model_dump(mode="json"),
-        provenance=_circumstances("created", pair)
+        provenance=_circumstances("created", ensemble)
         | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs_digest(recipe)},
     )
     return CacheWriter.create(
@@ -166,47 +168,47 @@ def _create(
         manifest,
         labels=images.labels,
         sample_keys=images.keys,
-        constants=_constants(recipe, identity, images, pair),
+        constants=_constants(recipe, identity, images, ensemble),
     )
 
 
-def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, pair: TeacherPair) -> CacheWriter:
+def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheWriter:
     """Room for more views, with canaries of their own and a note of when and by what they were added."""
     before = writer.manifest.num_views
     return writer.grow(
         recipe.num_views,
         canaries=make_canaries(recipe.views, images, recipe.num_views, first=before),
-        note=_circumstances("date", pair) | {"views": [before, recipe.num_views]},
+        note=_circumstances("date", ensemble) | {"views": [before, recipe.num_views]},
     )
 
 
-def _circumstances(date: str, pair: TeacherPair) -> dict[str, Any]:
+def _circumstances(date: str, ensemble: TeacherEnsemble) -> dict[str, Any]:
     """What provenance says of a run; `date` is the name of its date."""
     return {
         date: datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
-        "device": device_name(pair.device),
+        "device": device_name(ensemble.device),
         "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
         "python": platform.python_version(),
     }
 
 
 def _constants(
-    recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet, pair: TeacherPair
+    recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet, ensemble: TeacherEnsemble
 ) -> dict[str, np.ndarray]:
     """What holds for all samples and views, codecs fitted. What a codec cannot hold shows here, not hours later."""
     from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
-    from pipeline.networks.pair import view_pixels
+    from pipeline.networks.ensemble import view_pixels
 
-    constants = pair.constants(recipe.store)
+    constants = ensemble.constants(recipe.store)
     if identity.codecs.floating:
         return constants
     index = sample_rows(len(images))
     rows: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(index), recipe.batch_size):
         piece = index[start : start + recipe.batch_size]
-        for name, values in pair.targets(
-            view_pixels(images, recipe.views, piece, 0, pair.device), recipe.store
+        for name, values in ensemble.targets(
+            view_pixels(images, recipe.views, piece, 0, ensemble.device), recipe.store
         ).items():
             rows.setdefault(name, []).append(values.float().cpu().numpy())
     sample = {name: np.concatenate(parts) for name, parts in rows.items()}

@@ -16,7 +16,7 @@ from cache_tools.images.image_set import ImageSet
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.networks.pair import PairOutput, TeacherPair
+    from pipeline.networks.ensemble import EnsembleOutput, TeacherEnsemble
 
 
 class Preflight(Frozen):
@@ -46,31 +46,26 @@ class Preflight(Frozen):
         return f" ({', '.join(f'{top1:.2%}' for top1 in members)})" if len(members) > 1 else ""
 
 
-def run_preflight(pair: TeacherPair, images: ImageSet, limit: int, batch_size: int) -> Preflight:
+def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch_size: int) -> Preflight:
     """Measure every network, both groups and their fusion on up to `limit` evenly spaced clean samples.
 
     Raises:
         PreflightError: a teacher is no better than chance (wrong weights, wrong class order or wrong normalisation).
     """
-    import numpy as np
     import torch
 
-    from pipeline.networks.pair import clean_batches, labelled_sample
+    from pipeline.networks.ensemble import clean_batches, evenly_spaced
 
-    index = labelled_sample(images, limit)
+    index = evenly_spaced(images, limit)
     correct: list[torch.Tensor] = []
     with Progress("preflight", len(index), "images") as progress:
-        for pixels, rows in zip(
-            clean_batches(images, index, batch_size, pair.device),
-            np.split(index, range(batch_size, len(index), batch_size)),
-            strict=True,
-        ):
-            labels = torch.from_numpy(images.labels[rows]).to(pair.device)
-            correct.append((_guesses(pair, pair.outputs(pixels)) == labels).sum(1))
+        for rows, pixels in clean_batches(images, index, batch_size, ensemble.device):
+            labels = torch.from_numpy(images.labels[rows]).to(ensemble.device)
+            correct.append((_guesses(ensemble, ensemble.outputs(pixels)) == labels).sum(1))
             progress.advance(len(rows))
     teacher_top1, clip_top1, fusion_top1, *each = (torch.stack(correct).sum(0).double() / len(index)).tolist()
-    names = [array_name("teacher", number) for number in range(len(pair.teachers))]
-    names += [array_name("clip", number) for number in range(len(pair.clips))]
+    names = [array_name("teacher", number) for number in range(len(ensemble.teachers))]
+    names += [array_name("clip", number) for number in range(len(ensemble.clips))]
     result = Preflight(
         teacher_top1=teacher_top1,
         clip_top1=clip_top1,
@@ -79,29 +74,29 @@ def run_preflight(pair: TeacherPair, images: ImageSet, limit: int, batch_size: i
         split=images.split,
         n=len(index),
     )
-    _refuse_chance(result, len(images.class_names), pair)
+    _refuse_chance(result, len(images.class_names), ensemble)
     return result
 
 
-def _guesses(pair: TeacherPair, output: PairOutput) -> torch.Tensor:
+def _guesses(ensemble: TeacherEnsemble, output: EnsembleOutput) -> torch.Tensor:
     """int64 [3 + networks, B]: the classes that teachers, CLIPs, their fusion, and then each network favour."""
     import torch
 
-    fused, _ = pair.fuse(*output)
-    logits = [pair.teacher_logits(output.teachers), pair.clip_logits(output.clips), fused]
-    logits += [teacher.logits for teacher in output.teachers] + pair.scaled_logits(output.clips)
+    fused, _ = ensemble.fuse(*output)
+    logits = [ensemble.teacher_logits(output.teachers), ensemble.clip_logits(output.clips), fused]
+    logits += [teacher.logits for teacher in output.teachers] + ensemble.scaled_logits(output.clips)
     return torch.stack([each.argmax(1) for each in logits])
 
 
-def _refuse_chance(result: Preflight, num_classes: int, pair: TeacherPair) -> None:
+def _refuse_chance(result: Preflight, num_classes: int, ensemble: TeacherEnsemble) -> None:
     """Two standard deviations of a guesser above 1/C is the least that each teacher must reach."""
     chance = 1.0 / num_classes
     bound = chance + 2.0 * math.sqrt(chance * (1.0 - chance) / result.n)
-    for number, teacher in enumerate(pair.teachers):
+    for number, teacher in enumerate(ensemble.teachers):
         top1 = result.networks[array_name("teacher", number)]
         if top1 > bound:
             continue
-        which = f", teacher {number + 1} of {len(pair.teachers)}" if len(pair.teachers) > 1 else ""
+        which = f", teacher {number + 1} of {len(ensemble.teachers)}" if len(ensemble.teachers) > 1 else ""
         raise PreflightError(
             "the teacher is no better than chance, so its cache would be worth nothing",
             where=f"{teacher.identity.architecture}{which}",

@@ -13,8 +13,8 @@ from cache_tools.errors import NotFoundError
 from cache_tools.format.recipe import Precision
 from cache_tools.images.image_set import ImageSet
 from cache_tools.refusion import FusionChoice
-from pipeline.networks.pair import TeacherPair
-from pipeline.networks.stored import load_stored_pair
+from pipeline.networks.ensemble import TeacherEnsemble
+from pipeline.networks.stored import load_stored_ensemble
 from train.runs.stored import StoredRun
 
 
@@ -43,7 +43,7 @@ class Agreement(Frozen):
 
 def load_teachers(
     run: StoredRun, images: ImageSet, device: torch.device, precision: Precision | None = None
-) -> TeacherPair:
+) -> TeacherEnsemble:
     """Teacher and CLIP of the cache that a run learned from, fused as the run fused them.
 
     Args:
@@ -57,20 +57,20 @@ def load_teachers(
     manifest = run.manifest
     if manifest is None:
         raise NotFoundError("a run on labels alone has no teachers", where=run.folder, next_step="leave --teachers out")
-    how = None
+    fusion = None
     if run.recipe.fusion != FusionChoice():
         from cache_tools.reader import TeacherCache
 
         assert run.cache is not None, "a run with a manifest had a cache"
-        how = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
-    return load_stored_pair(
-        manifest, images, device, where=run.folder, how=how, precision=precision, otherwise="leave --teachers out"
+        fusion = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
+    return load_stored_ensemble(
+        manifest, images, device, where=run.folder, fusion=fusion, precision=precision, otherwise="leave --teachers out"
     )
 
 
 def agreement(
     student_NC: Tensor,
-    pair: TeacherPair,
+    ensemble: TeacherEnsemble,
     images: ImageSet,
     batch_size: int = 256,
     advance: Callable[[int], None] | None = None,
@@ -85,10 +85,10 @@ def agreement(
     sums = torch.zeros(len(_SOURCES), 6, dtype=torch.float64, device=student_NC.device)
     for start in range(0, len(images), batch_size):
         rows = slice(start, min(start + batch_size, len(images)))
-        pixels = torch.from_numpy(images.load(rows)).to(pair.device, non_blocking=True)
-        teachers, clips = pair.outputs(pixels)
-        fused, _ = pair.fuse(teachers, clips)
-        sources = (pair.teacher_logits(teachers), pair.clip_logits(clips), fused)
+        pixels = torch.from_numpy(images.load(rows)).to(ensemble.device, non_blocking=True)
+        teachers, clips = ensemble.outputs(pixels)
+        fused, _ = ensemble.fuse(teachers, clips)
+        sources = (ensemble.teacher_logits(teachers), ensemble.clip_logits(clips), fused)
         sums += torch.stack([_counts(student_NC[rows], source, labels[rows]) for source in sources])
         if advance is not None:
             advance(rows.stop - rows.start)

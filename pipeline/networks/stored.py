@@ -15,7 +15,7 @@ from cache_tools.format.manifest import Fusion, Manifest
 from cache_tools.format.recipe import ClipIdentity, Precision, TeacherIdentity
 from cache_tools.images.image_set import ImageSet
 from pipeline.networks.clip import Clip, load_clip
-from pipeline.networks.pair import TeacherPair, load_pair
+from pipeline.networks.ensemble import TeacherEnsemble, load_ensemble
 from pipeline.networks.teachers import Teacher
 from pipeline.recipe import BuildRecipe, ClipSpec
 
@@ -24,22 +24,22 @@ Identity = TeacherIdentity | ClipIdentity
 _USE = ("config_digest", "feature_dim", "linear_head", "preprocessing")
 
 
-def load_stored_pair(
+def load_stored_ensemble(
     manifest: Manifest,
     images: ImageSet,
     device: torch.device,
     *,
     where: object,
-    how: Fusion | None = None,
+    fusion: Fusion | None = None,
     precision: Precision | None = None,
     otherwise: str | None = None,
-) -> TeacherPair:
+) -> TeacherEnsemble:
     """All networks of a cache with its prompts, on a device.
 
     Args:
         images: whose classes and canvas the networks are loaded for.
         where: the cache, for messages.
-        how: how they are fused, as the cache was if None.
+        fusion: how their outputs are fused; None for the fusion of the cache.
         precision: of the forward passes, the cache's own if None.
         otherwise: what a user can do who has not these networks, for messages.
 
@@ -48,7 +48,7 @@ def load_stored_pair(
         WeightsError: weights that are missing, or not those the cache was built with; another preprocessing.
     """
     recipe, built = _build_recipe(manifest, where, otherwise), manifest.recipe
-    pair = load_pair(
+    ensemble = load_ensemble(
         recipe.teachers,
         _with_stored_prompts(recipe, built.clips),
         built.fusion,
@@ -56,13 +56,13 @@ def load_stored_pair(
         recipe.dataset,
         device,
         precision or built.precision,
-        how=how or Fusion.stored(manifest),
+        fusion=fusion or Fusion.stored(manifest),
     )
-    networks: list[Teacher | Clip] = [*pair.teachers, *pair.clips]
+    networks: list[Teacher | Clip] = [*ensemble.teachers, *ensemble.clips]
     identities: list[Identity] = [*built.teachers, *built.clips]
     for network, identity in zip(networks, identities, strict=True):
         _check_identity(network, identity, otherwise)
-    return pair
+    return ensemble
 
 
 def load_stored_clips(
@@ -71,7 +71,7 @@ def load_stored_clips(
     """The CLIPs of a cache with other prompt templates, and the class words that they had.
 
     Raises:
-        As `load_stored_pair`, and RecipeError for templates without exactly one `{}`.
+        As `load_stored_ensemble`, and RecipeError for templates without exactly one `{}`.
     """
     recipe, built = _build_recipe(manifest, where, None), manifest.recipe
     clips = []

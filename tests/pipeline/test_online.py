@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cache_tools.images import open_images
 from pipeline.build.cache import build_cache
-from pipeline.networks.pair import load_pair
+from pipeline.networks.ensemble import load_ensemble
 from pipeline.online import LiveTeachers
 from pipeline.recipe import load_build_recipe
 from train.data import TrainingData, open_data
@@ -52,8 +52,8 @@ def recipe(root: Path, name: str, **loss: object) -> TrainRecipe:
 def live(data: TrainingData) -> TrainingData:
     """The same images and views, with both networks in the process instead of the cache."""
     build = load_build_recipe("digits")
-    pair = load_pair(build.teacher, build.clip, build.fusion, data.images, build.dataset, CPU, "float32")
-    return replace(data, targets=LiveTeachers(pair), cache=None)
+    ensemble = load_ensemble(build.teacher, build.clip, build.fusion, data.images, build.dataset, CPU, "float32")
+    return replace(data, targets=LiveTeachers(ensemble), cache=None)
 
 
 def train(root: Path, cache: str, name: str, *, online: bool = False, **loss: object) -> tuple[dict, list[float]]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cache_tools.errors import RecipeError
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
-from pipeline.networks.pair import load_pair
+from pipeline.networks.ensemble import load_ensemble
 from pipeline.online import LiveTeachers
 from tests.support import tiny_build, tiny_run
 from train import checkpoints
@@ -135,8 +135,8 @@ def test_live_teachers_give_the_same_run(tmp_path):
         recipe = tiny_run.recipe(built.path, tmp_path / name, loss=RICHKD, epochs=2, batch_size=32)
         data = open_data(recipe, CPU)
         if name == "live":
-            pair = load_pair(build.teacher, build.clip, build.fusion, data.images, data.dataset, CPU, "float32")
-            data = replace(data, targets=LiveTeachers(pair), cache=None)
+            ensemble = load_ensemble(build.teacher, build.clip, build.fusion, data.images, data.dataset, CPU, "float32")
+            data = replace(data, targets=LiveTeachers(ensemble), cache=None)
         train_on(data, recipe, CPU)
         losses[name] = pl.read_parquet(tmp_path / name / "metrics.parquet")["loss_feature"].to_list()
     assert losses["cached"] == losses["live"]

@@ -21,7 +21,7 @@ from cache_tools.errors import (
 from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
-from pipeline.networks.pair import load_pair
+from pipeline.networks.ensemble import load_ensemble
 from tests.support import tiny_build, tiny_run
 from tests.support.tiny_build import arrays_of, constant_teacher, files_of
 
@@ -43,16 +43,16 @@ def built(root: Path) -> TeacherCache:
 def test_rows_are_the_fused_targets_of_their_view(root: Path, built: TeacherCache):
     recipe = tiny_build.recipe(root)
     images = open_images(recipe.dataset)
-    pair = load_pair(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
+    ensemble = load_ensemble(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
     index = torch.tensor([149, 3, 77])
     for view in range(3):
         pixels = built.recipe.views.apply(torch.from_numpy(images.load(index.numpy())), index, view)
-        (teacher,), (clip,) = pair.outputs(pixels)
-        mixed = 0.7 * teacher.logits.double() + 0.3 * pair.clips[0].identity.logit_scale * clip.cosine.double()
+        (teacher,), (clip,) = ensemble.outputs(pixels)
+        mixed = 0.7 * teacher.logits.double() + 0.3 * ensemble.clips[0].identity.logit_scale * clip.cosine.double()
         expected = mixed - mixed.mean(1, keepdim=True)
         targets = built.load_view(view)
         torch.testing.assert_close(targets.logits(index).double(), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(targets.features(index), pair.fuse([teacher], [clip])[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(targets.features(index), ensemble.fuse([teacher], [clip])[1], rtol=1e-4, atol=1e-5)
 
 
 def test_views_differ_and_the_manifest_tells_everything(root: Path, built: TeacherCache):
@@ -82,8 +82,8 @@ def test_match_brings_clip_to_the_teachers_spread(root: Path):
     build_cache(tiny_build.recipe(root, fusion={"clip_scale": "match", "feature_dim": 16}, num_views=1, out=path))
     recipe = tiny_build.recipe(root)
     images = open_images(recipe.dataset)
-    pair = load_pair(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
-    (teacher,), (clip,) = pair.outputs(torch.from_numpy(images.load(slice(None))))
+    ensemble = load_ensemble(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
+    (teacher,), (clip,) = ensemble.outputs(torch.from_numpy(images.load(slice(None))))
     spread = teacher.logits.double().std(1).mean() / clip.cosine.double().std(1).mean()
     assert TeacherCache.open(path).manifest.clip_scale == pytest.approx(float(spread), rel=1e-3)
 

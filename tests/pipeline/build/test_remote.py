@@ -27,7 +27,7 @@ from pipeline.build.cache import build_cache
 from pipeline.build.destination import destination
 from pipeline.build.output import MirroredOutput
 from pipeline.cli import app
-from pipeline.networks.pair import TeacherPair
+from pipeline.networks.ensemble import TeacherEnsemble
 from pipeline.plan import make_plan
 from tests.support import tiny_build
 from tests.support.builders import Builder
@@ -245,13 +245,13 @@ class OtherMachine:
     """Constants as another machine would compute them: the last bits differ."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-        whole = TeacherPair.constants
+        whole = TeacherEnsemble.constants
 
-        def constants(pair: TeacherPair, store: str):
-            found = whole(pair, store)  # type: ignore[arg-type]
+        def constants(ensemble: TeacherEnsemble, store: str):
+            found = whole(ensemble, store)  # type: ignore[arg-type]
             return found | {"class_embeddings": np.nextafter(found["class_embeddings"], np.float32(2))}
 
-        monkeypatch.setattr(TeacherPair, "constants", constants)
+        monkeypatch.setattr(TeacherEnsemble, "constants", constants)
         monkeypatch.setenv("TEACHER_CACHE_HOME", str(home))
 
 

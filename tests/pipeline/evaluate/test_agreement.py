@@ -45,14 +45,14 @@ def softmax(row: np.ndarray) -> np.ndarray:
 
 
 def test_figures_equal_counting(run: StoredRun, images: ImageSet):
-    pair = load_teachers(run, images, CPU)
+    ensemble = load_teachers(run, images, CPU)
     rng = np.random.default_rng(0)
     student = rng.normal(0, 2, (len(images), 3)).astype(np.float32)
     advanced: list[int] = []
-    found = agreement(torch.from_numpy(student), pair, images, batch_size=8, advance=advanced.append)
+    found = agreement(torch.from_numpy(student), ensemble, images, batch_size=8, advance=advanced.append)
     assert advanced == [8, 8, 5]
-    (teacher,), (clip,) = pair.outputs(torch.from_numpy(images.load(slice(None))))
-    scaled = pair.fusion.clip_scale * clip.cosine
+    (teacher,), (clip,) = ensemble.outputs(torch.from_numpy(images.load(slice(None))))
+    scaled = ensemble.fusion.clip_scale * clip.cosine
     fused = 0.7 * teacher.logits + 0.3 * scaled
     sources = {"teacher": teacher.logits, "CLIP": scaled, "fusion": fused}
     assert [row.source for row in found] == list(sources)
@@ -77,18 +77,18 @@ def test_figures_equal_counting(run: StoredRun, images: ImageSet):
 
 
 def test_a_student_that_is_its_teacher_agrees_with_it(run: StoredRun, images: ImageSet):
-    pair = load_teachers(run, images, CPU)
-    (teacher,), _ = pair.outputs(torch.from_numpy(images.load(slice(None))))
-    same = agreement(teacher.logits, pair, images, batch_size=len(images))[0]
+    ensemble = load_teachers(run, images, CPU)
+    (teacher,), _ = ensemble.outputs(torch.from_numpy(images.load(slice(None))))
+    same = agreement(teacher.logits, ensemble, images, batch_size=len(images))[0]
     assert (same.agreement, same.follows_when_wrong, same.right_when_wrong) == (1.0, 1.0, 0.0)
     assert same.kl == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_fusion_is_the_runs_own(run: StoredRun, images: ImageSet):
-    pair = load_teachers(run, images, CPU)
-    assert pair.fusion.teacher_weight == 0.7
+    ensemble = load_teachers(run, images, CPU)
+    assert ensemble.fusion.teacher_weight == 0.7
     assert run.manifest is not None
-    assert pair.fusion.clip_scales == run.manifest.clip_scales
+    assert ensemble.fusion.clip_scales == run.manifest.clip_scales
     choice = FusionChoice(teacher_weight=0.2, clip_scale=5.0)
     other = StoredRun(
         folder=run.folder,

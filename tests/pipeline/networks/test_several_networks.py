@@ -18,7 +18,7 @@ from cache_tools.refusion import FusionChoice
 from pipeline.build.cache import build_cache, resolve
 from pipeline.build.preflight import run_preflight
 from pipeline.networks.clip import load_clip
-from pipeline.networks.pair import TeacherPair, load_pair
+from pipeline.networks.ensemble import TeacherEnsemble, load_ensemble
 from pipeline.networks.teachers import load_teacher
 from pipeline.online import LiveTeachers
 from pipeline.recipe import BuildRecipe
@@ -61,9 +61,9 @@ def recipe(root: Path, **changes: Any) -> BuildRecipe:
     return tiny_build.recipe(root, **(data | changes))
 
 
-def loaded(recipe: BuildRecipe) -> tuple[ImageSet, TeacherPair]:
+def loaded(recipe: BuildRecipe) -> tuple[ImageSet, TeacherEnsemble]:
     images = open_images(recipe.dataset)
-    return images, load_pair(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
+    return images, load_ensemble(recipe.teacher, recipe.clip, recipe.fusion, images, recipe.dataset, CPU, "float32")
 
 
 def with_ensemble(ensemble: str) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def test_rows_are_what_four_networks_alone_say_fused_by_hand(
         np.testing.assert_allclose(targets.features(index), features, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("ensemble", ["embedding", "probabilities"])
+@pytest.mark.parametrize("prompt_ensemble", ["embedding", "probabilities"])
 def test_live_networks_give_the_rows_of_a_float32_cache_bit_for_bit(
-    root: Path, caches: dict[str, TeacherCache], ensemble: str
+    root: Path, caches: dict[str, TeacherCache], prompt_ensemble: str
 ) -> None:
-    images, pair = loaded(recipe(root, fusion=with_ensemble(ensemble)))
-    live, cache = LiveTeachers(pair), caches[ensemble]
+    images, ensemble = loaded(recipe(root, fusion=with_ensemble(prompt_ensemble)))
+    live, cache = LiveTeachers(ensemble), caches[prompt_ensemble]
     for view in range(3):
         index = torch.from_numpy(np.random.default_rng(view).permutation(SAMPLES)[:48])
         pixels = cache.recipe.views.apply(torch.from_numpy(images.load(index.numpy())), index, view)
@@ -124,7 +124,7 @@ def test_live_networks_give_the_rows_of_a_float32_cache_bit_for_bit(
         assert torch.equal(batch.logits, targets.logits(index))
         assert torch.equal(batch.features, targets.features(index))
         own = caches["components"].load_view(view).component_features(index)
-        assert all(torch.equal(*pair) for pair in zip(batch.components, own, strict=True))
+        assert all(torch.equal(live, stored) for live, stored in zip(batch.components, own, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_live_networks_are_fused_as_a_component_cache_read_in_another_way(
     root: Path, caches: dict[str, TeacherCache], choice: dict[str, Any]
 ) -> None:
     plan, components = recipe(root), caches["components"]
-    how, images = FusionChoice(**choice).resolve(components), open_images(plan.dataset)
-    pair = load_pair(plan.teacher, plan.clip, plan.fusion, images, plan.dataset, CPU, "float32", how=how)
+    fusion, images = FusionChoice(**choice).resolve(components), open_images(plan.dataset)
+    ensemble = load_ensemble(plan.teacher, plan.clip, plan.fusion, images, plan.dataset, CPU, "float32", fusion=fusion)
     pixels = components.recipe.views.apply(torch.from_numpy(images.load(slice(48))), range(48), 2)
-    batch, targets = LiveTeachers(pair).batch(torch.arange(48), pixels), components.load_view(2, fusion=how)
+    batch, targets = LiveTeachers(ensemble).batch(torch.arange(48), pixels), components.load_view(2, fusion=fusion)
     torch.testing.assert_close(batch.logits, targets.logits(slice(48)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(batch.features, targets.features(slice(48)), rtol=1e-5, atol=1e-6)
 
@@ -151,9 +151,9 @@ def test_components_agree_with_fused_caches_and_with_the_equations(caches: dict[
     components = caches["components"]
     assert {"teacher_features_2", "clip_features_2"} <= {file.parent.name for file in components.path.glob("*/c.*")}
     for ensemble in ("embedding", "probabilities"):
-        how = FusionChoice(prompt_ensemble=ensemble).resolve(components)
+        fusion = FusionChoice(prompt_ensemble=ensemble).resolve(components)
         for view in range(3):
-            derived, fused = components.load_view(view, fusion=how), caches[ensemble].load_view(view)
+            derived, fused = components.load_view(view, fusion=fusion), caches[ensemble].load_view(view)
             torch.testing.assert_close(derived.logits(EVERYTHING), fused.logits(EVERYTHING), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(derived.features(EVERYTHING), fused.features(EVERYTHING), rtol=1e-5, atol=1e-6)
             expected = fused_by_hand(components, view, prompt_ensemble=ensemble)
@@ -176,8 +176,8 @@ def test_the_manifest_names_every_network(root: Path, caches: dict[str, TeacherC
 def test_match_gives_every_clip_the_spread_of_the_mixed_teachers(root: Path, tmp_path: Path) -> None:
     plan = recipe(root, fusion={"clip_scale": "match", "feature_dim": 16}, num_views=1, out=tmp_path / "match")
     scales = TeacherCache.open(build_cache(plan).path).manifest.clip_scales
-    images, pair = loaded(recipe(root))
-    teachers, clips = pair.outputs(torch.from_numpy(images.load(EVERYTHING)))
+    images, ensemble = loaded(recipe(root))
+    teachers, clips = ensemble.outputs(torch.from_numpy(images.load(EVERYTHING)))
     mixed = 0.3 * teachers[0].logits.double() + 0.7 * teachers[1].logits.double()
     spread = mixed.std(1, correction=0).mean()
     for scale, clip in zip(scales, clips, strict=True):
@@ -231,16 +231,16 @@ def test_a_run_learns_from_all_of_them(root: Path, caches: dict[str, TeacherCach
 
 def test_the_preflight_measures_every_network_the_groups_and_the_fusion(root: Path) -> None:
     """Labels that each teacher gets right every other time, because these are not trained."""
-    images, pair = loaded(recipe(root))
-    teachers, clips = pair.outputs(torch.from_numpy(images.load(EVERYTHING)))
+    images, ensemble = loaded(recipe(root))
+    teachers, clips = ensemble.outputs(torch.from_numpy(images.load(EVERYTHING)))
     z = [said.logits for said in teachers] + [
-        clip.identity.logit_scale * said.cosine for clip, said in zip(pair.clips, clips, strict=True)
+        clip.identity.logit_scale * said.cosine for clip, said in zip(ensemble.clips, clips, strict=True)
     ]
     z += [0.3 * z[0] + 0.7 * z[1], 0.6 * z[2] + 0.4 * z[3]]
     z += [0.7 * z[4] + 0.3 * z[5]]
     images.labels[0::2], images.labels[1::2] = z[0].argmax(1)[0::2], z[1].argmax(1)[1::2]
     top1 = [float((each.argmax(1).numpy() == images.labels).mean()) for each in z]
-    result = run_preflight(pair, images, SAMPLES, 32)
+    result = run_preflight(ensemble, images, SAMPLES, 32)
     assert list(result.networks) == ["teacher", "teacher_2", "clip", "clip_2"]
     assert list(result.networks.values()) == pytest.approx(top1[:4])
     assert (result.teacher_top1, result.clip_top1, result.fusion_top1) == pytest.approx(tuple(top1[4:]))
@@ -248,9 +248,9 @@ def test_the_preflight_measures_every_network_the_groups_and_the_fusion(root: Pa
 
 
 def test_a_preflight_of_one_teacher_and_one_clip_is_as_short_as_ever(root: Path) -> None:
-    images, pair = loaded(tiny_build.recipe(root))
-    images.labels[:] = pair.outputs(torch.from_numpy(images.load(EVERYTHING))).teachers[0].logits.argmax(1)
-    assert "teacher 100.00%, CLIP " in str(run_preflight(pair, images, SAMPLES, 32))
+    images, ensemble = loaded(tiny_build.recipe(root))
+    images.labels[:] = ensemble.outputs(torch.from_numpy(images.load(EVERYTHING))).teachers[0].logits.argmax(1)
+    assert "teacher 100.00%, CLIP " in str(run_preflight(ensemble, images, SAMPLES, 32))
 
 
 def test_each_teacher_must_beat_chance_by_itself(root: Path, tmp_path: Path) -> None:
