@@ -98,3 +98,11 @@ class StorageError(CacheError):
 
 class DeviceError(CacheError):
     """A device that this machine does not have."""
+
+
+class OutOfMemoryError(DeviceError):
+    """A process or a device that has too little memory for the work."""
+
+
+class DivergedError(CacheError):
+    """A loss or logits that are NaN or infinite."""

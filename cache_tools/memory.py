@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cache_tools.errors import DeviceError
+from cache_tools.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
     import torch
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# torch raises a plain RuntimeError when an allocation on the CPU or inside a CUDA library fails.
+_ALLOCATION_FAILED = re.compile("out of memory|allocate memory|enough memory|alloc_failed", re.IGNORECASE)
 _LARGEST_KEPT, _MOST_KEPT = 1 << 30, (1 << 31) - 1
-# Messages of the CPU's allocators and of the CUDA libraries.
-_OUT_OF_MEMORY = re.compile("out of memory|allocate memory|enough memory|alloc_failed", re.IGNORECASE)
 
 
 def keep_freed_memory() -> bool:
@@ -49,24 +49,35 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def drop_tracebacks(error: Exception) -> Exception:
+    """Clear the tracebacks of an error and of its causes: their frames hold every tensor of the failed work."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error means that the process or the device ran out of memory."""
+    """Whether an error of Python, torch or CUDA says that the process or the device ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)[:300]) is not None
+    return isinstance(error, RuntimeError) and _ALLOCATION_FAILED.search(str(error)[:300]) is not None
 
 
 @contextmanager
 def raise_on_out_of_memory(where: str, next_step: str) -> Iterator[None]:
-    """Turn every kind of out-of-memory error inside the block into a DeviceError.
+    """Turn every form of running out of memory into one error.
 
     Raises:
-        DeviceError: memory ran out.
+        OutOfMemoryError: too little memory for the work inside.
     """
     try:
         yield
+    except OutOfMemoryError:
+        raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         found = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DeviceError("memory does not suffice", where=where, found=found, next_step=next_step) from error
+        raise OutOfMemoryError("not enough memory", where=where, found=found, next_step=next_step) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cache_tools.errors import RecipeError
+from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
+from cache_tools.memory import raise_on_out_of_memory
 from cache_tools.preprocess import prepare
 from train.feed import Batch, Feed, mixed_seed
 from train.objective import Objective
@@ -63,7 +64,7 @@ class Learner:
             Means over the samples: `loss`, its terms, and `train_top1` in training mode.
 
         Raises:
-            RecipeError: the loss is not a finite number any more.
+            DivergedError: the loss is not a finite number any more.
         """
         self.begin_epoch(epoch)
         for batch in feed.epoch(epoch):
@@ -141,6 +142,12 @@ def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     return prepare(batch.pixels.contiguous(memory_format=torch.channels_last), preprocessing)
 
 
+def explain_out_of_memory(recipe: TrainRecipe, device: torch.device) -> AbstractContextManager[None]:
+    """Inside, running out of memory raises an OutOfMemoryError that names the student and says what to change."""
+    next_step = "train with a smaller --batch-size or student, or where there is more memory"
+    return raise_on_out_of_memory(f"{recipe.student} on {device}", next_step)
+
+
 @contextmanager
 def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
     """Settings under which a run repeats; what they were before, random state included, is restored afterwards.
@@ -193,7 +200,7 @@ class _Means:
 def _finite(means: dict[str, float], epoch: int) -> dict[str, float]:
     if all(map(math.isfinite, means.values())):
         return means
-    raise RecipeError(
+    raise DivergedError(
         "the training diverged: the loss is not a finite number",
         where=f"epoch {epoch + 1}",
         found=", ".join(f"{name} {value:g}" for name, value in means.items() if name != "train_top1"),

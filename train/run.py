@@ -20,7 +20,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.files import put_durably
-from cache_tools.memory import raise_on_out_of_memory
+from cache_tools.memory import drop_tracebacks
 from cache_tools.reader import TeacherCache
 from train import checkpoints
 from train.checkpoints import StudentCard
@@ -28,7 +28,7 @@ from train.cost import check_images
 from train.data import TrainingData, open_data
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
-from train.loop import Learner, repeatable
+from train.loop import Learner, explain_out_of_memory, repeatable
 from train.objective import Objective
 from train.recipe import TrainRecipe, recipe_digest, run_folder
 from train.report.html import write_report
@@ -77,8 +77,7 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
         if (finished := load_result(path)) is not None:
             return finished
         feed = data.feed(recipe, device)
-        smaller = "train with a smaller --batch-size or student, or where there is more memory"
-        with closing(feed), raise_on_out_of_memory(f"{recipe.student} on {device}", smaller):
+        with closing(feed), explain_out_of_memory(recipe, device):
             run = Run(data, recipe, device, path, digest, feed.steps_per_epoch)
             [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
             if isinstance(outcome, Exception):
@@ -334,7 +333,7 @@ def train_group(
                 if isinstance(mean, Exception):
                     outcomes[number] = mean
                     continue
-                row = _or_error(partial(runs[number].finish_epoch, mean, train_s, samples), alone=len(runs) == 1)
+                row = _or_error(runs[number], partial(runs[number].finish_epoch, mean, train_s, samples), len(runs))
                 if isinstance(row, Exception):
                     outcomes[number] = row
                     continue
@@ -342,19 +341,20 @@ def train_group(
                 progress.advance(0, _note(row, epochs))
         for number, (run, log) in enumerate(zip(runs, logs, strict=True)):
             if number not in outcomes:
-                result = _or_error(run.result, alone=len(runs) == 1)
+                result = _or_error(run, run.result, len(runs))
                 outcomes[number] = result if isinstance(result, Exception) else log.finish(result)
         return [outcomes[number] for number in range(len(runs))]
 
 
-def _or_error(work: Callable[[], Outcome], *, alone: bool) -> Outcome | Exception:
+def _or_error(run: Run, work: Callable[[], Outcome], count: int) -> Outcome | Exception:
     """What `work` gives, or the error that concerns no other run: logits that are no numbers, memory, …"""
     try:
-        return work()
+        with explain_out_of_memory(run.recipe, run.device):
+            return work()
     except (StorageError, OSError):
         raise
     except Exception as error:
-        return error if alone else error.with_traceback(None)  # which holds tensors, and others need the memory
+        return error if count == 1 else drop_tracebacks(error)  # the other runs need the memory
 
 
 def _note(row: dict[str, Any], epochs: int) -> str:

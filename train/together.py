@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cache_tools.errors import CacheError
 from cache_tools.format.recipe import Preprocessing
+from cache_tools.memory import drop_tracebacks
 from train.feed import Batch, Feed
-from train.loop import Learner, model_inputs
+from train.loop import Learner, explain_out_of_memory, model_inputs
 
 Outcome = dict[str, float] | Exception
 Turn = list[tuple[Batch, Tensor]]
@@ -73,8 +74,9 @@ class _Lane:
     def take(self, turn: Turn) -> None:
         if self._error is not None:
             return
+        device = self._learner.device
         try:
-            with self._own_random(), self._own_stream(turn):
+            with self._own_random(), self._own_stream(turn), explain_out_of_memory(self._learner.recipe, device):
                 for batch, inputs in turn:
                     self._learner.step(batch, inputs)
         except Exception as error:
@@ -92,7 +94,7 @@ class _Lane:
 
     def _fail(self, error: Exception) -> None:
         """Keep the message and let go of the memory that others need: the traceback holds every tensor of the step."""
-        self._error = error if self._alone else error.with_traceback(None)
+        self._error = error if self._alone else drop_tracebacks(error)
         self._learner.optimiser.zero_grad(set_to_none=True)
         if self._learner.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from cache_tools.errors import DeviceError
+from cache_tools.errors import OutOfMemoryError
 from cache_tools.memory import is_out_of_memory, keep_freed_memory, raise_on_out_of_memory
 
 FAULTS = """
@@ -44,7 +44,7 @@ def test_nothing_changes_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "out_of_memory"),
     [
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
@@ -58,7 +58,17 @@ def test_nothing_changes_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch
         (ValueError("out of memory"), False),
     ],
 )
-def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
-    with pytest.raises(DeviceError if expected else type(error)), raise_on_out_of_memory("resnet8 on cpu", "take less"):
+def test_every_way_to_run_out_of_memory_is_one_error(error: Exception, out_of_memory: bool) -> None:
+    expected = OutOfMemoryError if out_of_memory else type(error)
+    assert is_out_of_memory(error) is out_of_memory
+    with pytest.raises(expected), raise_on_out_of_memory("resnet8 on cpu", "take less"):
         raise error
+
+
+def test_the_error_names_the_innermost_work() -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match="resnet8 on cpu"),
+        raise_on_out_of_memory("a sweep", "wait"),
+        raise_on_out_of_memory("resnet8 on cpu", "take less"),
+    ):
+        raise MemoryError

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cache_tools.errors import RecipeError
+from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.reader import TeacherCache
 from tests.support import cache_factory
@@ -230,7 +230,7 @@ def test_means_are_over_samples_not_batches(cache: TeacherCache):
 
 def test_a_diverged_run_stops_with_advice(cache: TeacherCache):
     learner, feed = make_learner(make_recipe(optimiser={"learning_rate": 1e30}), cache)
-    with pytest.raises(RecipeError, match=r"diverged.*epoch 1.*lower --lr"):
+    with pytest.raises(DivergedError, match=r"diverged.*epoch 1.*lower --lr"):
         learner.train_epoch(feed, 0, lambda count: None)
 
 

@@ -21,6 +21,7 @@ from cache_tools.errors import (
     IncompleteError,
     MismatchError,
     NotFoundError,
+    OutOfMemoryError,
     RecipeError,
     StorageError,
     WeightsError,
@@ -370,7 +371,7 @@ def refusals() -> dict[str, tuple[type[CacheError], str]]:
         "no CUDA": (DeviceError, "CUDA"),
         "float16 on a CPU": (RecipeError, "float16"),
         "images of another size": (RecipeError, "cannot take such images .16 × 16 pixels.*--student"),
-        "no memory": (DeviceError, "memory does not suffice .resnet8 on cpu.*--batch-size"),
+        "no memory": (OutOfMemoryError, "not enough memory .resnet8 on cpu.*--batch-size"),
         "damaged state": (WeightsError, "--overwrite"),
         "damaged result": (WeightsError, "--overwrite"),
     }

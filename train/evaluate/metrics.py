@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache_tools.config import Frozen
-from cache_tools.errors import DataError, WeightsError
+from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
@@ -59,7 +59,7 @@ def evaluate(
         precision: of the forward passes (autocast); the figures are always computed from float32 logits.
 
     Raises:
-        WeightsError: logits that are not finite.
+        DivergedError: logits that are not finite.
         DataError: a split without images, or an image that cannot be decoded.
     """
     meter = Meter(device)
@@ -102,7 +102,7 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
     """Evaluate logits [N, C] (any floating type) against labels int64 [N], both on one device.
 
     Raises:
-        WeightsError: logits that are not finite.
+        DivergedError: logits that are not finite.
         DataError: no samples.
     """
     meter = Meter(logits.device)
@@ -145,13 +145,13 @@ class Meter:
         """The figures of everything added so far.
 
         Raises:
-            WeightsError: logits that are not finite.
+            DivergedError: logits that are not finite.
             DataError: no samples.
         """
         if not self._count:
             raise DataError("no images to evaluate on", next_step="choose another test split")
         if not bool(self._finite):
-            raise WeightsError(
+            raise DivergedError(
                 "the network's logits are not finite",
                 expected="numbers",
                 found="NaN or infinity",

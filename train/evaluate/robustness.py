@@ -85,7 +85,7 @@ def robustness(
         `Evaluation`.
 
     Raises:
-        WeightsError: logits that are not finite.
+        DivergedError: logits that are not finite.
     """
     labels = torch.from_numpy(corrupted.labels).to(device)
     rows = []

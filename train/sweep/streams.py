@@ -11,23 +11,24 @@ from typing import Any
 import torch
 
 from cache_tools.console import warn
-from cache_tools.errors import CacheError
+from cache_tools.errors import CacheError, DivergedError, OutOfMemoryError
 from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
-from cache_tools.memory import is_out_of_memory, release_memory
+from cache_tools.memory import drop_tracebacks, release_memory
 from cache_tools.reader import TeacherCache
 from cache_tools.views.recipe import ViewRecipe
 from train.data import Opener, TrainingData, open_data
 from train.feed import CachedTargets, Feed, open_feed
-from train.loop import repeatable
+from train.loop import explain_out_of_memory, repeatable
 from train.run import Run, claimed_run, run_device, train_group
 from train.runs.outcome import Failure, settled
 from train.runs.result import RunResult
 from train.sweep.halving import Contest
 from train.sweep.recipe import Trial
 
+_KINDS: dict[type[Exception], str] = {DivergedError: "diverged", OutOfMemoryError: "memory"}
 _Opened = tuple[Trial, TrainingData]
 
 
@@ -105,17 +106,18 @@ def _train_side_by_side(
             if settled(path):
                 continue
             try:
-                run = Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch)
+                with explain_out_of_memory(trial.recipe, device):
+                    run = Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch)
                 runs.append(((trial, data), run))
             except Exception as error:  # no such student, no memory
-                ended.append(((trial, data), error.with_traceback(None)))
+                ended.append(((trial, data), drop_tracebacks(error)))
         outcomes = _outcomes([run for _, run in runs], feed, contest)
     ended += [
         (one, outcome) for (one, _), outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Exception)
     ]
     crowded = []
     for one, reason in ended:
-        if len(opened) > 1 and is_out_of_memory(reason):
+        if len(opened) > 1 and isinstance(reason, OutOfMemoryError):
             crowded.append(one)
         else:
             _fail(one[0].folder, reason)
@@ -154,9 +156,7 @@ def _same_images(data: TrainingData, lead: TrainingData) -> bool:
 def _fail(path: Path, error: Exception) -> None:
     text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
     message = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {text[:300]}"
-    diverged = any(words in message for words in ("diverged", "logits are not finite"))
-    kind = "diverged" if diverged else "memory" if is_out_of_memory(error) else "error"
-    Failure(kind=kind, message=message).save(path)
+    Failure(kind=_KINDS.get(type(error), "error"), message=message).save(path)
 
 
 def batch_streams(trials: Sequence[Trial]) -> list[list[Trial]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cache_tools.errors import DataError, WeightsError
+from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
@@ -87,7 +87,7 @@ def test_certain_and_wrong_costs_its_full_margin() -> None:
 def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
     logits = torch.zeros(8, 6)
     logits[3, 2] = bad
-    with pytest.raises(WeightsError, match="not finite"):
+    with pytest.raises(DivergedError, match="not finite"):
         evaluate_logits(logits, torch.zeros(8, dtype=torch.int64))
 
 
@@ -143,7 +143,7 @@ def test_modes_are_restored_after_an_error(digits: ImageSet) -> None:
             return torch.full((len(pixels), 10), math.nan)
 
     model = Broken()
-    with pytest.raises(WeightsError):
+    with pytest.raises(DivergedError):
         evaluate(model, digits, PREPROCESSING, CPU)
     assert model.training
 

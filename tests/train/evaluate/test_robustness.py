@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cache_tools.errors import WeightsError
+from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
 from tests.support import corrupted_folder
 from train.evaluate.corruptions import CORRUPTIONS, KINDS, SEVERITIES, Corrupted, open_corrupted
@@ -70,7 +70,7 @@ def test_logits_that_are_not_finite_are_an_error(corrupted: Corrupted):
         def forward(self, pixels: Tensor) -> Tensor:
             return torch.full((len(pixels), 7), torch.nan)
 
-    with pytest.raises(WeightsError, match="not finite"):
+    with pytest.raises(DivergedError, match="not finite"):
         robustness(Broken(), corrupted, BYTES, CPU)
 
 

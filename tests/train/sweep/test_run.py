@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_tools.errors import DataError, NotFoundError, RecipeError, StorageError, WeightsError
+from cache_tools.errors import DataError, NotFoundError, OutOfMemoryError, RecipeError, StorageError, WeightsError
 from tests.support import tiny_run
 from train.recipe import LossRecipe, load_train_recipe
 from train.run import train_student
@@ -209,7 +209,7 @@ def test_trials_that_do_not_fit_together_are_halved_until_they_do(
     def small(runs: Any, *args: Any, **options: Any) -> Any:
         sizes.append(len(runs))
         if len(runs) > 2:
-            return [MemoryError("no room") for _ in runs]
+            return [OutOfMemoryError("no room") for _ in runs]
         return train(runs, *args, **options)
 
     monkeypatch.setattr(sweep_group, "train_group", small)
