@@ -27,6 +27,7 @@ from cache_tools.config import Frozen, validate
 
 __all__ = [
     "CODECS",
+    "CODECS_VERSION",
     "NO_CONSTANTS",
     "AnyCodec",
     "Codec",
@@ -43,6 +44,8 @@ __all__ = [
     "TopK",
     "parse_codec",
 ]
+
+CODECS_VERSION = 1  # raise when a codec stores other bytes for the same rows; see pipeline/build/known.py
 
 AnyCodec = Annotated[
     Float16 | Float32 | FixedStep | RowStep | Companded | FeatureSteps | TopK, Field(discriminator="codec")

@@ -10,6 +10,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from cache_tools.config import Frozen
 
+IMAGES_VERSION = 1  # raise when the canvas of some image file changes; see pipeline/build/known.py
+
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 # Mean and std per RGB channel on [0, 1], over the train split. Digits, Fashion-MNIST: over the 32 × 32 canvas,

@@ -1,9 +1,12 @@
-"""Is the cache of a recipe complete already? Answered without loading a network, or even torch.
+"""Find out whether the cache of a recipe is complete already, without loading a network or importing torch.
 
-A fingerprint is made of what networks are once they are loaded. All of that follows from the recipe, the bytes of the
-files that it names, and the code that reads them: a digest over these is in the manifest's provenance, and whoever
-finds it there, with the same samples, has found the same recipe. Where it is not there the networks are loaded, and the
-fingerprint decides.
+The fingerprint of a cache can only be computed from loaded networks. But everything in it follows from the recipe, the
+files that the recipe names, and the code and libraries that read them. `inputs_digest` covers these, and a build stores
+it in the manifest's provenance. A complete cache with the same digest and the same samples is the cache of the recipe.
+Otherwise the networks are loaded, and the fingerprint decides.
+
+Rule: a change of code that changes what is stored or how a network is identified raises the version constant beside
+that code (`CODE_VERSIONS`). Changes of docstrings, messages or speed do not.
 """
 
 from __future__ import annotations
@@ -18,24 +21,37 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cache_tools.codecs import CODECS_VERSION
 from cache_tools.errors import FormatError, NotFoundError, StorageError
 from cache_tools.format.manifest import Manifest
-from cache_tools.format.recipe import FORMAT_VERSION
+from cache_tools.format.recipe import FORMAT_VERSION, FUSION_VERSION, PREPROCESSING_VERSION
 from cache_tools.home import registry
 from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import IMAGES_VERSION
 from cache_tools.places import open_place
 from cache_tools.places.metadata import manifest_at
 from cache_tools.places.transfer import list_committed
 from cache_tools.store.group import read_manifest
 from pipeline.build.destination import Destination, destination, names_a_cache
+from pipeline.networks import NETWORKS_VERSION
 from pipeline.networks.prompts import BUILTIN_SETS
 from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, resolve_path
 from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec
+from train.zoo import ZOO_VERSION
 
-INPUTS = "inputs"  # of the provenance
-MAX_BYTES = 4 << 30  # beyond that, loading one file of a tree is faster than reading the tree
+INPUTS = "inputs"  # the key in the provenance
+MAX_BYTES = 4 << 30  # hashing more than this takes longer than loading the one file that is needed
+CODE_VERSIONS = {  # the views have theirs in their recipe
+    "format": FORMAT_VERSION,
+    "images": IMAGES_VERSION,
+    "preprocessing": PREPROCESSING_VERSION,
+    "networks": NETWORKS_VERSION,
+    "zoo": ZOO_VERSION,
+    "fusion": FUSION_VERSION,
+    "codecs": CODECS_VERSION,
+}
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "safetensors", "numpy")
-_VALUES = {"views", "teacher", "clip", "fusion", "store", "codec", "precision"}
+_VALUE_FIELDS = {"views", "teacher", "clip", "fusion", "store", "codec", "precision"}
 
 
 class Finished(NamedTuple):
@@ -46,45 +62,44 @@ class Finished(NamedTuple):
 
 
 def find_finished(recipe: BuildRecipe, images: ImageSet) -> Finished | None:
-    """The complete cache of these inputs, if one is where the recipe would build it."""
+    """The complete cache of this recipe, if it lies where the recipe would build it."""
     inputs = inputs_digest(recipe)
     if inputs is None:
         return None
-    for found in _candidates(recipe):
-        manifest = found.manifest
+    for candidate in _candidates(recipe):
+        manifest = candidate.manifest
         if (
             manifest.provenance.get(INPUTS) == inputs
             and manifest.recipe.derived_from is None
             and manifest.recipe.dataset == images.identity()
             and manifest.num_views >= recipe.num_views
-            and list_committed(found.where.place) >= set(np.ndindex(manifest.num_views, manifest.num_blocks))
+            and list_committed(candidate.where.place) >= set(np.ndindex(manifest.num_views, manifest.num_blocks))
         ):
-            return found
+            return candidate
     return None
 
 
 def inputs_digest(recipe: BuildRecipe) -> str | None:
-    """32 hex digits over all that networks and values come from, the images apart.
+    """32 hex digits over everything that determines networks and values, except the images.
 
-    None where it cannot be told from files alone: weights that a library or a hub looks after.
+    None where files do not determine it: weights that a library or a hub manages.
     """
     files = _files(recipe)
     if files is None or sum(path.stat().st_size for path in files) > MAX_BYTES:
         return None
-    chosen = {
-        "format_version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in LIBRARIES},
-        **{key: value for key, value in recipe.model_dump(mode="json").items() if key in _VALUES},
+    inputs = {
+        "code": CODE_VERSIONS,
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "recipe": recipe.model_dump(mode="json", include=_VALUE_FIELDS),
     }
-    digest = hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=16)
-    for path in [*files, *_code()]:
-        content = hashlib.blake2b(path.read_bytes()).digest()
-        digest.update(path.name.encode() + b"\0" + content)
+    digest = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16)
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + hashlib.blake2b(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def _candidates(recipe: BuildRecipe) -> Iterator[Finished]:
-    """Caches that may be the recipe's, as far as names tell. What is wrong with one, the build will say."""
+    """Caches that may be the recipe's, judged by their names. Unreadable ones are left to the build to report."""
     if recipe.out is not None and names_a_cache(recipe.out):
         with suppress(NotFoundError, FormatError):
             manifest = manifest_at(open_place(recipe.out))
@@ -97,14 +112,14 @@ def _candidates(recipe: BuildRecipe) -> Iterator[Finished]:
 
 
 def _fingerprints(name: str) -> Iterator[str]:
-    """Of the caches of the home whose names begin so. Most are others', and one of these may be out of reach."""
+    """Fingerprints of the caches in the cache home whose names begin with `name`, unreadable ones left out."""
     for path in sorted(registry.cache_home().glob(f"{name}-*{registry.SUFFIX}")):
         with suppress(NotFoundError, FormatError, StorageError):
             yield read_manifest(path).fingerprint
 
 
 def _files(recipe: BuildRecipe) -> list[Path] | None:
-    """Every file that teachers, CLIPs and prompts are read from, in a fixed order; None if not all are known."""
+    """Every file that teachers, CLIPs and prompts are read from, in a fixed order; None if any of them is unknown."""
     found: list[Path] = []
     for path in [*map(_teacher_path, recipe.teachers), *map(_clip_path, recipe.clips)]:
         if path is None or not path.exists():
@@ -123,9 +138,3 @@ def _clip_path(spec: ClipSpec) -> Path | None:
     if spec.name.startswith(FOLDER_PREFIX):
         return resolve_path(spec.name.removeprefix(FOLDER_PREFIX))
     return None if spec.name.startswith(HUB_PREFIX) or spec.weights is None else resolve_path(spec.weights)
-
-
-def _code() -> list[Path]:
-    """The sources that turn files into networks: another version may read them in another way."""
-    root = Path(__file__).parents[2]
-    return sorted(path for package in ("cache_tools", "pipeline", "train") for path in root.glob(f"{package}/**/*.py"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from cache_tools.config import dump_yaml
 from cache_tools.errors import MismatchError, StorageError
@@ -15,7 +19,8 @@ from cache_tools.store.group import read_manifest
 from pipeline.build import known
 from pipeline.build.cache import build_cache
 from pipeline.build.known import find_finished, inputs_digest
-from pipeline.recipe import BuildRecipe
+from pipeline.networks.ensemble import load_ensemble, view_pixels
+from pipeline.recipe import BuildRecipe, load_build_recipe
 from tests.support import tiny_build
 
 ROOT = Path(__file__).parents[3]
@@ -133,13 +138,87 @@ def test_what_a_library_looks_after_cannot_be_told_from_files(root: Path, change
     assert inputs_digest(recipe(root, **changes)) is None
 
 
-def test_other_code_may_read_the_same_files_in_another_way(root: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("part", known.CODE_VERSIONS)
+def test_another_code_version_leaves_the_decision_to_the_fingerprint(
+    root: Path, monkeypatch: pytest.MonkeyPatch, part: str
+):
+    before = inputs_digest(recipe(root))
+    monkeypatch.setitem(known.CODE_VERSIONS, part, known.CODE_VERSIONS[part] + 1)
+    assert inputs_digest(recipe(root)) != before
+
+
+def test_a_cache_of_another_code_version_is_found_by_its_fingerprint(root: Path, monkeypatch: pytest.MonkeyPatch):
     build_cache(recipe(root))
     assert found(recipe(root))
-    (root / "changed.py").write_text("")
-    monkeypatch.setattr(known, "_code", lambda: [root / "changed.py"])
+    monkeypatch.setitem(known.CODE_VERSIONS, "networks", known.CODE_VERSIONS["networks"] + 1)
     assert not found(recipe(root))
-    assert build_cache(recipe(root)).images == 0, "the networks decide then: they are the same"
+    assert build_cache(recipe(root)).images == 0, "the loaded networks have the same fingerprint"
+
+
+def test_a_docstring_keeps_the_digest_and_a_raised_version_changes_it(root: Path, tmp_path: Path):
+    """In a copy of the packages, whose sources are edited on disk."""
+    copy, file = tmp_path / "copy", root / "tiny.yaml"
+    for package in ("cache_tools", "train", "pipeline"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    file.write_text(dump_yaml(recipe(root)))
+    before = digest_in(copy, file)
+    assert before == inputs_digest(recipe(root))
+    ensemble, networks = (copy / "pipeline" / "networks" / name for name in ("ensemble.py", "__init__.py"))
+    ensemble.write_text(ensemble.read_text().replace('"""All teachers', '"""Every teacher, all teachers', 1))
+    assert digest_in(copy, file) == before
+    networks.write_text(networks.read_text().replace("NETWORKS_VERSION = 1", "NETWORKS_VERSION = 2", 1))
+    assert digest_in(copy, file) != before
+
+
+def digest_in(packages: Path, recipe_file: Path) -> str:
+    """`inputs_digest` of a recipe file, computed by the packages in a folder."""
+    code = "import sys; from pipeline.build.known import inputs_digest; from pipeline.recipe import load_build_recipe; "
+    code += "print(inputs_digest(load_build_recipe(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(recipe_file)]
+    return subprocess.run(
+        command, cwd=packages, capture_output=True, text=True, check=True, env=isolated()
+    ).stdout.strip()
+
+
+def isolated() -> dict[str, str]:
+    """The environment without PYTHONPATH: packages are found in the working folder."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def test_the_shipped_networks_have_their_pinned_identities_and_targets():
+    """If this fails, the same files give another cache: raise the version constant of the code that changed."""
+    digits = load_build_recipe("digits")
+    images = open_images(digits.dataset)
+    ensemble = load_ensemble(
+        digits.teachers, digits.clips, digits.fusion, images, digits.dataset, torch.device("cpu"), digits.precision
+    )
+    (teacher,), (clip,) = ensemble.teachers, ensemble.clips
+    preprocessing = {"interpolation": "bicubic", "mean": (0.3058,) * 3, "std": (0.3241,) * 3}
+    assert teacher.identity.model_dump() == {
+        "architecture": "resnet20",
+        "weights_digest": "1a6fa80d0469a6a0679b2e947f2e5803ee2f89d7bbfcdd92d396d1da67369fd5",
+        "feature_dim": 64,
+        "linear_head": True,
+        "preprocessing": {"size": None, **preprocessing},
+        "weight": 1.0,
+    }
+    assert clip.identity.model_dump(exclude={"templates", "class_names"}) == {
+        "architecture": "local-dir:digits-clip",
+        "config_digest": "6713823914a6e704a83c0aa863b66c69cbf518c973e27293a25572d5470ece00",
+        "weights_digest": "900a542c0554a3d37aac3106127f80fa4bf0ce849794fc3d4e81898bd5e2fa1a",
+        "feature_dim": 64,
+        "logit_scale": pytest.approx(14.104365, rel=1e-6),
+        "preprocessing": {"size": (32, 32), **preprocessing},
+        "weight": 1.0,
+    }
+    index = np.array([0])
+    targets = ensemble.targets(view_pixels(images, digits.views, index, 1, ensemble.device), "fused")
+    assert targets["fused_logits"][0].tolist() == pytest.approx(
+        [13.81, -8.33, -0.04, -7.7, 1.39, -1.09, 1.77, -1.87, 1.5, 0.56], abs=0.02
+    )
+    assert targets["fused_features"][0, :6].tolist() == pytest.approx(
+        [0.2092, 0.0323, -0.0155, -0.1254, -0.0098, 0.2004], abs=1e-3
+    )
 
 
 def test_a_damaged_cache_is_left_to_the_build(root: Path):
