@@ -1,4 +1,4 @@
-"""Look at a file before it is read: what is shared may hold anything."""
+"""Files and folders: check before reading, replace atomically, flush to the disk, remove leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from cache_tools.errors import FormatError, StorageError
 
 MAX_METADATA_BYTES = 64 << 20
 MAX_FILE_BYTES = (1 << 30) + (1 << 28)  # the largest chunk (format.stored.MAX_CHUNK_BYTES) and what packing may add
+PARTIAL = ".partial"  # the suffix of files and folders that are not finished
+LEFTOVER_AGE_S = 3600.0
 
 
 def check_file(path: Path, limit: int | None = None) -> None:
-    """Nothing for a file, a folder, or nothing at all: reading it says what is wrong.
+    """Check a file before reading it. A missing file or a folder passes: reading reports those.
 
     Args:
-        limit: the most bytes that it can have.
+        limit: the largest size in bytes that the file may have.
 
     Raises:
-        FormatError: a pipe, device or socket, which reading might wait for for ever, or a file that is too large.
+        FormatError: the path is a pipe, device or socket, on which reading might block, or the file is too large.
     """
     try:
         status = os.stat(path)
@@ -41,16 +43,15 @@ def check_file(path: Path, limit: int | None = None) -> None:
 
 
 def too_large(where: object, limit: int, size: int) -> FormatError:
-    """What to raise of a file that has more bytes than it can have."""
+    """The error for a file of `size` bytes where at most `limit` are possible."""
     return FormatError("a file is larger than it can be", where=where, expected=f"at most {limit:,} bytes", found=size)
 
 
-PARTIAL = ".partial"
-LEFTOVER_AGE_S = 3600.0
-
-
 def put_durably(path: Path, data: Any) -> None:
-    """Replace a file atomically; its bytes are on the disk before its name is, and its name before this returns."""
+    """Replace a file atomically and durably.
+
+    The bytes are on the disk before the file gets its name, and the name is on the disk before this returns.
+    """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
@@ -65,10 +66,13 @@ def put_durably(path: Path, data: Any) -> None:
 
 
 def output_folder(folder: Path, what: str) -> Path:
-    """A folder for something to be written, made now: a place that cannot be written is better known before the work.
+    """Create the folder for an output, so that a folder that cannot be written fails before the work starts.
+
+    Args:
+        what: names the output in the error message.
 
     Raises:
-        StorageError: a file is there.
+        StorageError: there is a file at `folder`.
     """
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"a file is where the {what} should be", where=folder, next_step="choose another --out")
@@ -77,7 +81,7 @@ def output_folder(folder: Path, what: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk; quietly nothing where the file system cannot."""
+    """Flush the names in a folder to the disk; do nothing where the file system cannot."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -102,8 +106,8 @@ def sync_tree(root: Path) -> None:
         sync_folder(Path(folder))
 
 
-def rename_unless_taken(temporary: Path, path: Path) -> None:
-    """Rename a folder into place; leave it where it is if another process was faster."""
+def rename_unless_exists(temporary: Path, path: Path) -> None:
+    """Rename a folder to `path`; leave it if another process has created `path` first."""
     try:
         os.rename(temporary, path)
     except OSError as error:
@@ -112,19 +116,19 @@ def rename_unless_taken(temporary: Path, path: Path) -> None:
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove what killed processes left behind: half-written files and half-made caches, when an hour old.
+    """Remove unfinished files and copies of a cache that killed processes left, if they are an hour old.
 
-    The age keeps what another builder is writing right now.
+    Younger ones may belong to another builder that is still writing.
     """
-    own = f".{escape(cache.name)}.*{PARTIAL}"
-    for path in (*cache.glob(f"*/*{PARTIAL}"), *cache.glob(f"*{PARTIAL}"), *leftovers(cache.parent, own)):
+    copies = f".{escape(cache.name)}.*{PARTIAL}"
+    for path in (*cache.glob(f"*/*{PARTIAL}"), *cache.glob(f"*{PARTIAL}"), *find_leftovers(cache.parent, copies)):
         with suppress(FileNotFoundError):  # another process removes it
             if _age_s(path) > LEFTOVER_AGE_S:
                 remove_leftover(path)
 
 
-def leftovers(home: Path, pattern: str = f".*{PARTIAL}") -> list[Path]:
-    """What killed commands left behind in a folder of caches: half-made and half-removed ones, an hour old."""
+def find_leftovers(home: Path, pattern: str = f".*{PARTIAL}") -> list[Path]:
+    """Find half-built and half-removed caches, an hour old, that killed commands left in a folder of caches."""
     found = []
     for path in home.glob(pattern):
         with suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ import typer
 from cache_tools import units
 from cache_tools.console import command
 from cache_tools.errors import FormatError, NotFoundError, StorageError, UnknownFormatError
-from cache_tools.files import leftovers
+from cache_tools.files import find_leftovers
 from cache_tools.home import housekeeping, registry
 from cache_tools.home.sizes import size_and_time
 from cache_tools.places import LocalPlace, Place, is_remote, local_folder, open_place
@@ -88,7 +88,7 @@ def prune_command(
     records = registry.list_caches()
     found = housekeeping.candidates(records, rules)
     going = [candidate for candidate in found if candidate.kept_because is None]
-    left = {path: size_and_time(path)[0] for path in leftovers(registry.cache_home())} if incomplete else {}
+    left = {path: size_and_time(path)[0] for path in find_leftovers(registry.cache_home())} if incomplete else {}
     if yes:
         for candidate in going:
             housekeeping.remove(candidate.record.path)

@@ -92,7 +92,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove what `durable.leftovers` found.
+    """Remove what `files.find_leftovers` found.
 
     Raises:
         StorageError: no permission.

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cache_tools.console import Progress, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
-from cache_tools.files import PARTIAL, rename_unless_taken, sync_folder
+from cache_tools.files import PARTIAL, rename_unless_exists, sync_folder
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.home import registry
@@ -252,7 +252,7 @@ def bring_metadata(place: Place, mirror: Path, manifest: Manifest) -> list[int]:
         temporary = mirror.with_name(f".{mirror.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             sizes = copy_metadata(place, LocalPlace(temporary), manifest)
-            rename_unless_taken(temporary, mirror)
+            rename_unless_exists(temporary, mirror)
             sync_folder(mirror.parent)
         except OSError as error:
             raise storage_error(error) from error

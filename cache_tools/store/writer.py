@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import FormatError, MismatchError, StorageError
-from cache_tools.files import PARTIAL, remove_leftovers, rename_unless_taken, sync_folder, sync_tree
+from cache_tools.files import PARTIAL, remove_leftovers, rename_unless_exists, sync_folder, sync_tree
 from cache_tools.format import commits
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.layout import array_layouts
@@ -84,7 +84,7 @@ class CacheWriter:
             try:
                 lay_out(temporary, manifest, labels, sample_keys, constants)
                 sync_tree(temporary)
-                rename_unless_taken(temporary, path)
+                rename_unless_exists(temporary, path)
                 sync_folder(path.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -72,7 +72,7 @@ def test_what_killed_commands_left_is_pruned(home: Path) -> None:
         folder.mkdir()
         (folder / "labels").write_bytes(bytes(1000))
     os.utime(old, (0, 0))
-    assert f"would remove {old} (1 kB; left by a killed command)" in run(home, "prune", "--incomplete").stdout
+    assert f"would remove {old} (1.0 KB; left by a killed command)" in run(home, "prune", "--incomplete").stdout
     assert old.name not in run(home, "prune", "--older-than", "9999d", "--yes").stdout
     assert json.loads(run(home, "prune", "--incomplete", "--yes", "--json").stdout)["leftovers"] == [str(old)]
     assert not old.exists()
@@ -149,7 +149,7 @@ def test_what_is_kept_may_be_too_large(home: Path) -> None:
     (home / "cut.zarr").mkdir()
     (home / "cut.zarr" / "labels").write_bytes(bytes(3000))
     shown = run(home, "prune", "--keep-size", "2KB", "--yes").stdout
-    assert shown.endswith("The home is still larger than --keep-size: what is kept takes 3 kB.\n")
+    assert shown.endswith("The home is still larger than --keep-size: what is kept takes 3.0 KB.\n")
     assert not (home / NAME).exists()
 
 
