@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean help
+.PHONY: demo test test-fast test-slow check clean help
 
 help: ## list these targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +19,16 @@ demo: $(STAMP) ## build the embedded cache and train a student from it
 	TEACHER_CACHE_HOME=$${TEACHER_CACHE_HOME:-runs/demo/caches} $(BIN)/train-student
 
 # One worker more than there are cores: many tests wait for processes and servers that they have started.
-test: check ## static checks and the test suite
-	$(BIN)/pytest -n $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/pytest -n $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist worksteal
+
+test: check ## static checks, and all tests but those marked `slow`
+	$(PYTEST) -m "not slow"
+
+test-fast: $(STAMP) ## before each commit: the tests that take no second, without `medium`, `turns` and `slow`
+	$(PYTEST) -m "not medium and not turns and not slow"
+
+test-slow: $(STAMP) ## the tests marked `slow`, and the long turn of those marked `turns`
+	TEACHER_CACHE_LONG_TESTS=1 $(PYTEST) -m "slow or turns"
 
 check: $(STAMP) ## ruff, mypy, import contracts, hadolint
 	$(BIN)/ruff format --check .

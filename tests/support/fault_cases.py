@@ -377,28 +377,24 @@ def _source(root: Path, **recipe: Any) -> str:
 
 @contextmanager
 def _server_beside() -> Iterator[str]:
-    """A bucket on a real S3 server in a process of its own; the environment points to it."""
-    from tests.support.s3_server import new_bucket, s3_server
+    """Run an S3 server in a process of its own, point the environment to it, and yield the URL of a bucket."""
+    from tests.support.s3_server import environment, new_bucket, s3_server
 
-    out, into = os.pipe()
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)  # it logs every request
-        with s3_server():
-            settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-            os.write(into, json.dumps(settings).encode() + b"\n")
+        with s3_server() as variables:
+            os.write(writing, json.dumps(variables).encode() + b"\n")
             signal.pause()
         os._exit(0)
     try:
-        with os.fdopen(out, "rb") as pipe:
-            settings = json.loads(pipe.readline())
-        before = {name: os.environ.get(name) for name in settings}
-        os.environ.update(settings)
-        yield f"s3://{new_bucket()}"
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        with os.fdopen(reading, "rb") as pipe:
+            variables = json.loads(pipe.readline())
+        with environment(variables):
+            yield f"s3://{new_bucket()}"
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -14,7 +14,7 @@ import pytest
 
 from cache_tools.reader import TeacherCache
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
-from tests.support.s3_server import loopback
+from tests.support.s3_server import has_loopback
 from tests.system import full_disk
 
 KILLS = 8
@@ -32,13 +32,13 @@ def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def killed() -> list[dict[str, Any]]:
     """What became of all the commands that were killed."""
-    of = [name for name in KILLED if loopback() or not name.endswith("s3")]
+    of = [name for name in KILLED if has_loopback() or not name.endswith("s3")]
     return lines_of("faults.py", "--kills", str(KILLS), "--of", *of)
 
 
 @pytest.mark.parametrize("name", KILLED)
 def test_nothing_is_lost_or_made_up_by_kills(killed: list[dict[str, Any]], name: str) -> None:
-    if name.endswith("s3") and not loopback():
+    if name.endswith("s3") and not has_loopback():
         pytest.skip("needs the loopback interface")
     lines = [line for line in killed[:-1] if line["of"] == name]
     assert not any(line["problems"] for line in lines)
@@ -53,7 +53,7 @@ def test_nothing_is_lost_or_made_up_by_kills(killed: list[dict[str, Any]], name:
 
 def test_there_are_fifty_kills(killed: list[dict[str, Any]]) -> None:
     assert killed[-1]["kills"] == sum(killed[-1]["of"].values())
-    assert killed[-1]["kills"] >= (50 if loopback() else 30)
+    assert killed[-1]["kills"] >= (50 if has_loopback() else 30)
     assert killed[-1]["rows_compared"] > 5000
 
 

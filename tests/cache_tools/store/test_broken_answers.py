@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from cache_tools.places import open_place
-from tests.support.s3_server import loopback
+from tests.support.s3_server import has_loopback
 
-pytestmark = pytest.mark.skipif(not loopback(), reason="needs the loopback interface")
+pytestmark = pytest.mark.skipif(not has_loopback(), reason="needs the loopback interface")
 OLD, NEW = b"old " * 100, b"new " * 200
 
 

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import constants
 
 from pipeline.networks.references import hub_or_local_copies
-from tests.support.s3_server import loopback
+from tests.support.s3_server import has_loopback
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
-@pytest.mark.skipif(not loopback(), reason="needs the loopback interface")
+@pytest.mark.skipif(not has_loopback(), reason="needs the loopback interface")
 def test_a_hub_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -27,7 +27,7 @@ from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, processes, stopped_half_way
-from tests.support.s3_server import loopback, new_bucket
+from tests.support.s3_server import has_loopback, new_bucket
 from train.sweep.ray.engine import OnRay
 from train.sweep.ray.worker import KnownCache, Share, _found_here, _train
 from train.sweep.recipe import SweepRecipe
@@ -290,7 +290,7 @@ def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not loopback(), reason="needs the loopback interface")
+@pytest.mark.skipif(not has_loopback(), reason="needs the loopback interface")
 def test_the_command_starts_a_cluster_and_ends_it(cache: Path, tmp_path: Path) -> None:
     """Neither the home folder nor the working folder gets anything of Ray."""
     base = tiny_run.recipe(cache, tmp_path, epochs=1, loggers=()).model_dump(mode="json", exclude={"out"})
