@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-slow check clean help
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-fast test-slow test-oldest constraints-oldest check docs dist clean help
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -30,6 +32,28 @@ test-fast: $(STAMP) ## before each commit: the tests that take no second, withou
 test-slow: $(STAMP) ## the tests marked `slow`, and the long turn of those marked `turns`
 	TEACHER_CACHE_LONG_TESTS=1 $(PYTEST) -m "slow or turns"
 
+# Warnings are not errors here: old releases raise warnings that newer ones have fixed.
+test-oldest: BIN := $(OLDEST)/bin
+test-oldest: $(OLDEST)/.installed ## the tests of `make test` with the lowest versions that pyproject.toml allows
+	$(PYTEST) -m "not slow" -W default
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
+
+constraints-oldest: $(STAMP) ## write constraints-oldest.txt again, after a change of dependencies
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --extra dev --python-version 3.11 \
+		--no-annotate --custom-compile-command 'make constraints-oldest' pyproject.toml --output-file constraints-oldest.txt
+
+docs: $(STAMP) ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(STAMP) ## sdist and wheel in dist/, and the main job run from the wheel alone
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	WHEEL=$$(ls $(CURDIR)/dist/*.whl) $(BIN)/pytest tests/system/test_wheel.py
+
 check: $(STAMP) ## ruff, mypy, import contracts, hadolint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,4 +62,4 @@ check: $(STAMP) ## ruff, mypy, import contracts, hadolint
 	$(BIN)/hadolint Dockerfile
 
 clean: ## remove the environment and everything the demo made
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(OLDEST) runs/demo dist site

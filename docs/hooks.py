@@ -1,0 +1,46 @@
+"""Add the pages that live outside docs/ to the site, and make the links between pages fit the site.
+
+The Markdown files link to each other as they lie in the repository, so that they also work on a code host.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+# path in the repository -> page of the site
+OUTSIDE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "benchmarks.md",
+    "examples/README.md": "examples.md",
+}
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for source, page in OUTSIDE.items():
+        text = (ROOT / source).read_text()
+        files.append(File.generated(config, page, content=_relink(text, posixpath.dirname(source))))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return markdown if page.file.src_uri in OUTSIDE.values() else _relink(markdown, "docs")
+
+
+def _relink(text: str, folder: str) -> str:
+    """Links from a file in `folder` of the repository, as links between the pages of the site, which has one folder."""
+
+    def target(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, link[1]))
+        return OUTSIDE.get(path, path.removeprefix("docs/"))
+
+    return LINK.sub(target, text)
