@@ -1,4 +1,4 @@
-"""Recipes as frozen pydantic models: YAML files, built-in names, `--set key=value`, errors naming the nearest key."""
+"""Recipes as frozen pydantic models, read from YAML files, built-in names and `--set key=value`."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from cache_tools.errors import RecipeError
 
 
 class Frozen(BaseModel):
-    """A value: immutable, validated on construction, unknown keys refused."""
+    """An immutable model, validated on construction, that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 Recipe = TypeVar("Recipe", bound=Frozen)
 
-# Tags of a union of one value and a list of them: pydantic reports them as a part of the key, and no user wrote them.
+# Tags of unions. pydantic includes them in the location of an error; the user never wrote them.
 ONE, SEVERAL = "(one)", "(several)"
 NAME, FIELDS = "(name)", "(fields)"
 UNION_TAGS = (ONE, SEVERAL, NAME, FIELDS)
 
-# What safe_load raises: its own error for the grammar, others for a date such as 2020-13-45, a number without digits
-# (0b_) or with thousands of them, a value that is not what its tag says (!!bool 7), and lists in lists without end.
-_NO_VALUE = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# safe_load raises its own error for bad grammar, and others for a date such as 2020-13-45, a number without digits
+# (0b_) or with thousands of them, a value that contradicts its tag (!!bool 7), and lists nested without end.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def one_or_several(value: Any) -> str:
-    """The tag of a value for such a union."""
+    """Discriminator of a union of a value (`ONE`) and a list of such values (`SEVERAL`)."""
     return SEVERAL if isinstance(value, list | tuple) else ONE
 
 
 def name_or_fields(value: Any) -> str:
-    """The tag of a value for a union of names and of something with fields."""
+    """Discriminator of a union of a name (`NAME`) and a model with fields (`FIELDS`)."""
     return NAME if isinstance(value, str) else FIELDS
 
 
@@ -49,17 +49,17 @@ def load_recipe(
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Read a recipe and lay options over it.
+    """Read a recipe and apply options to it.
 
     Args:
         model: the recipe class.
         source: a built-in name (`digits`), a YAML file, or None for an empty recipe.
         builtin: the folder that holds the built-in `NAME.yaml` files.
-        overrides: `--set` items, `dotted.key=YAML value`; they win over everything else.
-        options: dotted key → value from plain command-line options; None values are ignored.
+        overrides: `--set` items, `dotted.key=YAML value`; they override everything else.
+        options: dotted key → value of a command-line option; None values are ignored.
 
     Raises:
-        RecipeError: unknown name, unreadable YAML, unknown key (with the nearest one), bad value.
+        RecipeError: an unknown name, unreadable YAML, an unknown key (the message suggests the nearest), a bad value.
     """
     data = {} if source is None else _read(source, builtin)
     for key, value in (options or {}).items():
@@ -74,12 +74,12 @@ def load_recipe(
 
 
 def builtin_names(builtin: Traversable) -> list[str]:
-    """Names of the built-in recipes in a folder, sorted."""
+    """The sorted names of the built-in recipes in a folder."""
     return sorted(entry.name.removesuffix(".yaml") for entry in builtin.iterdir() if entry.name.endswith(".yaml"))
 
 
 def validate(model: type[Recipe], data: Any, *, where: str) -> Recipe:
-    """Build `model` from plain data, turning pydantic's report into one clear RecipeError."""
+    """Build `model` from plain data; turn pydantic's report into one RecipeError."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -87,29 +87,29 @@ def validate(model: type[Recipe], data: Any, *, where: str) -> Recipe:
 
 
 def parse_yaml(text: str, what: str, *, where: object) -> Any:
-    """YAML as plain data.
+    """Parse YAML into plain data.
 
     Args:
-        what: to say of a text that cannot be read.
+        what: the message for text that cannot be parsed.
 
     Raises:
-        RecipeError: no YAML, or a value that Python cannot hold, or cannot print.
+        RecipeError: the text is not YAML, or Python cannot hold or print a value.
     """
     try:
         data = yaml.safe_load(text)
-        repr(data)  # thousands of hexadecimal digits are a number, of which no error could tell
+        repr(data)  # fails for a number of thousands of hexadecimal digits, which no error message could print
         return data
-    except _NO_VALUE as error:
+    except _YAML_ERRORS as error:
         raise RecipeError(what, where=where, expected="YAML", found=str(error)) from error
 
 
 def dump_yaml(recipe: BaseModel) -> str:
-    """The full recipe as YAML, defaults included: what `--show-recipe` prints and what is stored beside a result."""
+    """The full recipe as YAML, defaults included, as `--show-recipe` prints it and results store it."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
 def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dictionaries, in place; digits index lists."""
+    """Set `a.b.c` in nested dictionaries in place, where digits index lists."""
     *parents, last = key.split(".")
     node: Any = data
     for name in parents:
@@ -117,7 +117,7 @@ def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
             node = node[int(name)]
             continue
         if not isinstance(node, dict):
-            raise _not_below(node, key, name)
+            raise _no_such_parent(node, key, name)
         if node.get(name) is None:
             node[name] = {}
         node = node[name]
@@ -126,10 +126,10 @@ def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise _not_below(node, key, last)
+        raise _no_such_parent(node, key, last)
 
 
-def _not_below(node: Any, key: str, name: str) -> RecipeError:
+def _no_such_parent(node: Any, key: str, name: str) -> RecipeError:
     if not isinstance(node, list):
         return RecipeError("cannot set a key below a plain value", where=key, found=_abridged(node))
     return RecipeError(
@@ -179,7 +179,7 @@ def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) ->
             where=where,
             next_step=_hint(str(first["loc"][-1]), siblings) or f"known keys: {', '.join(siblings)}",
         )
-    if first["type"] == "value_error":  # a rule over several keys, in our own words; its input is the whole recipe
+    if first["type"] == "value_error":  # our own rule over several keys; its input is the whole recipe
         message = first["msg"].removeprefix("Value error, ")
         return RecipeError(f"bad value for '{key}'{more}: {message}", where=where)
     return RecipeError(
@@ -193,7 +193,7 @@ def _abridged(value: object) -> str:
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names at a location of a model; pydantic puts union tags and indices into locations, which are skipped."""
+    """Field names at a location of a model. Union tags and list indices, which pydantic adds, are skipped."""
     current: list[type[BaseModel]] = [model]
     for part in location:
         fields = [m.model_fields[str(part)] for m in current if str(part) in m.model_fields]

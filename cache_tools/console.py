@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line and exit code 2, progress on terminals and in logs, devices."""
+"""Shared by all commands: one-line errors with exit code 2, progress on terminals and in logs, devices."""
 
 from __future__ import annotations
 
@@ -18,28 +18,15 @@ from cache_tools.errors import CacheError, DeviceError, StorageError
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import Progress as RichProgress
 
 P = ParamSpec("P")
 LINE_EVERY_S = 10.0
 _STORAGE_ERRNOS = {
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EBUSY,
-}
-_FIRST_STEPS = {  # of who can help it
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY,
+}  # fmt: skip
+_FIRST_STEPS = {  # what the user can do first
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
     errno.EROFS: "make it writable",
@@ -51,41 +38,41 @@ _FIRST_STEPS = {  # of who can help it
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a typer command: CacheErrors and full or read-only disks become one line on stderr and exit code 2."""
+    """Decorate a typer command: a CacheError or a storage error becomes one line on stderr and exit code 2."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
+        for stream in (sys.stdout, sys.stderr):  # escape characters that the terminal cannot show
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
             function(*args, **kwargs)
         except CacheError as error:
-            leave(str(error), 2)
+            exit_with(str(error), 2)
         except KeyboardInterrupt:
-            leave("Interrupted. Run the same command again to go on from what is stored.", 130)
+            exit_with("Interrupted. Run the same command again to go on from what is stored.", 130)
         except OSError as error:
             if error.errno not in _STORAGE_ERRNOS:
                 raise
-            leave(str(storage_error(error)), 2)
+            exit_with(str(storage_error(error)), 2)
 
     return wrapper
 
 
-def leave(message: str, code: int) -> None:
+def exit_with(message: str, code: int) -> None:
     """Print one line on stderr and exit with `code`."""
     print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
 def warn(message: str) -> None:
-    """One line on stderr."""
+    """Print a warning as one line on stderr."""
     print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def storage_error(error: OSError) -> StorageError:
-    """An operating-system error about storage in our words."""
-    step = _FIRST_STEPS.get(error.errno or 0, "put it right")
+    """Turn an error of the operating system about storage into a StorageError."""
+    step = _FIRST_STEPS.get(error.errno or 0, "fix the cause")
     return StorageError(
         f"cannot write or read: {error.strerror or error}",
         where=error.filename,
@@ -94,10 +81,10 @@ def storage_error(error: OSError) -> StorageError:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device.
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        DeviceError: CUDA asked for where there is none, an index too high, or a name torch does not know.
+        DeviceError: torch does not know the name, or this machine has no such CUDA device.
     """
     import torch
 
@@ -145,28 +132,28 @@ def cpu_model() -> str:
 
 
 class Progress:
-    """A bar with rate and ETA on a terminal; elsewhere a plain line every ten seconds.
+    """A rich bar with rate and ETA on a terminal; a plain line every ten seconds elsewhere.
 
-    Use as a context manager; `advance(n)` after each piece of work, always from the same thread. Outside of the main
-    thread, and while another bar is on the screen, there are lines instead of a bar.
+    Use it as a context manager and call `advance(n)` after each piece of work, always from the same thread. Lines
+    replace the bar outside the main thread and while another bar is on the screen.
 
     Args:
-        summary: where there is no bar, print a line in the end even of what took less than two seconds.
+        summary: without a bar, print a last line even if the work took less than two seconds.
     """
 
-    _shown: ClassVar[bool] = False
+    _bar_is_shown: ClassVar[bool] = False
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0, summary: bool = False) -> None:
         self.title, self.total, self.unit, self.done, self.summary = title, total, unit, done, summary
         self._note = ""
         self._first, self._start = done, time.monotonic()
         self._last_line = self._start
-        alone = threading.current_thread() is threading.main_thread() and not Progress._shown
+        alone = threading.current_thread() is threading.main_thread() and not Progress._bar_is_shown
         self._bar = self._rich_bar() if alone and sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            Progress._shown = True
+            Progress._bar_is_shown = True
             self._bar.start()
         return self
 
@@ -175,12 +162,12 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-            Progress._shown = False
+            Progress._bar_is_shown = False
         elif kind is None and (self.summary or time.monotonic() - self._start > 2.0):
             self._print_line()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Say that `count` more units are done; `note` (a loss, a metric) stands behind the figures."""
+        """Count `count` more units as done; `note` (a loss, a metric) is shown after the figures."""
         self.done += count
         self._note = note or self._note
         if self._bar is not None:
@@ -190,7 +177,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second since the start of this run, work done before a resume left out."""
+        """Units per second since the start of this run, without the work done before a resume."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
     def _rate_text(self) -> str:
@@ -204,7 +191,7 @@ class Progress:
         line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self._rate_text()}{eta}{note}"
         print(line, file=sys.stderr, flush=True)
 
-    def _rich_bar(self):  # type: ignore[no-untyped-def]  # rich is imported late and left untyped
+    def _rich_bar(self) -> RichProgress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress

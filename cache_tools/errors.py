@@ -1,6 +1,6 @@
-"""One error tree: every message says what, where, expected, found and the next step.
+"""One error tree. Every message says what went wrong, where, what was expected and found, and what to do next.
 
-Commands print the message as it is and leave with exit code 2; a traceback means a bug in teacher-cache.
+Commands print the message and exit with code 2. A traceback means a bug in teacher-cache.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ class CacheError(Exception):
 
     Args:
         what: what went wrong, one sentence without a full stop.
-        where: file, key, array or device concerned.
+        where: the file, key, array or device.
         expected: what would have been right.
         found: what was there instead.
-        next_step: what the reader can do now, an imperative.
+        next_step: what the user can do, an imperative or a question.
     """
 
     def __init__(
@@ -47,62 +47,62 @@ class CacheError(Exception):
 
 
 def _abridged(text: str, most: int = MAX_PART) -> str:
-    """What came out of a file may be of any length."""
+    """Cut text to `most` characters: text from a file may be of any length."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def printable(text: str) -> str:
-    """Text that does nothing to a terminal: control characters and halves of characters as escapes."""
+    """Escape control characters and lone surrogates, so that the text cannot affect a terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class RecipeError(CacheError):
-    """A recipe, an option or a `--set` that cannot be understood."""
+    """A recipe, an option or a `--set` value is invalid."""
 
 
 class DataError(CacheError):
-    """A dataset that is missing, or an image that cannot be decoded."""
+    """A dataset is missing, or an image cannot be decoded."""
 
 
 class WeightsError(CacheError):
-    """A teacher, CLIP or student whose weights are missing or do not fit."""
+    """The weights of a teacher, CLIP or student are missing or do not fit."""
 
 
 class PreflightError(CacheError):
-    """Teachers that would make a useless cache."""
+    """The teachers would make a useless cache."""
 
 
 class FormatError(CacheError):
-    """A cache whose manifest or arrays are not what the format says."""
+    """The manifest or the arrays of a cache break the format."""
 
 
 class UnknownFormatError(FormatError):
-    """A manifest that is as it was written, but not by this version of teacher-cache."""
+    """An intact manifest in a format that this version of teacher-cache does not know."""
 
 
 class NotFoundError(CacheError):
-    """No cache of that path, name or fingerprint."""
+    """There is no cache of that path, name or fingerprint."""
 
 
 class IncompleteError(CacheError):
-    """A cache, or a view of it, that is not completely built yet."""
+    """A cache, or a view of it, is not completely built."""
 
 
 class MismatchError(CacheError):
-    """Dataset, views or recipe that are not the ones the cache was built with."""
+    """The dataset, views or recipe differ from those of the cache."""
 
 
 class StorageError(CacheError):
-    """A disk or store that is full, read-only or out of reach."""
+    """A disk or store is full, read-only or out of reach."""
 
 
 class DeviceError(CacheError):
-    """A device that this machine does not have."""
+    """This machine does not have the device."""
 
 
 class OutOfMemoryError(DeviceError):
-    """A process or a device that has too little memory for the work."""
+    """The process or the device ran out of memory."""
 
 
 class DivergedError(CacheError):
-    """A loss or logits that are NaN or infinite."""
+    """The loss or the logits are NaN or infinite."""

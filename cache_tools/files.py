@@ -1,4 +1,4 @@
-"""Files and folders: check before reading, replace atomically, flush to the disk, remove leftovers of killed processes."""
+"""Files and folders: check before reading, replace atomically, flush to the disk, remove what killed processes left."""
 
 from __future__ import annotations
 

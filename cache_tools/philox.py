@@ -1,8 +1,8 @@
 """Philox4x32-10, the counter-based generator behind every random choice that a cache depends on.
 
-A counter of four 32-bit words and a 64-bit key give four random words: no state, no order, no library version
-(Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11). Everything here is unsigned
-integer arithmetic, so it is the same on every machine.
+A counter of four 32-bit words and a 64-bit key give four random words, independent of state, order and library
+version (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11). Everything is unsigned
+integer arithmetic, so the words are the same on every machine.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def sample_words(seed: int, index: npt.NDArray[np.uint64], view: int, slot: int)
 
 
 def below(words: npt.NDArray[np.uint32], limit: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Integers in 0 … limit−1 by multiply-high, ⌊word · limit / 2³²⌋; 1 ≤ limit ≤ 2³¹, a number or one per word.
+    """Integers in 0 … limit−1 by multiply-high, ⌊word · limit / 2³²⌋; 1 ≤ limit ≤ 2³¹, one or one per word.
 
-    Each value's probability is off by less than limit / 2³² of itself: about 10⁻⁷ for the ranges of a view.
+    The probability of each value is off by less than limit / 2³² of itself: about 10⁻⁷ for the ranges of a view.
     """
     return ((words.astype(np.uint64) * np.asarray(limit, dtype=np.uint64)) >> _SHIFT).astype(np.int64)
 
 
 def chance(words: npt.NDArray[np.uint32], probability: float) -> npt.NDArray[np.bool_]:
-    """True with `probability`: word < round(probability · 2³²). One half is the top bit being clear."""
+    """True with `probability`: word < round(probability · 2³²). For one half, that is a clear top bit."""
     return words.astype(np.uint64) < np.uint64(round(probability * (1 << WORD_BITS)))
 
 

@@ -1,6 +1,6 @@
-"""What needs a network, found by name: `cache_tools` runs no model, but some of its commands have work for one.
+"""Functions that run a network, found by name: `cache_tools` itself runs none, but some of its commands need one.
 
-Entry points of the group `teacher_cache.plugins`; this package declares those of `pipeline` (pyproject.toml):
+They are entry points of the group `teacher_cache.plugins`. pyproject.toml declares those of `pipeline`:
 
 | name | function |
 |---|---|
@@ -20,20 +20,20 @@ GROUP = "teacher_cache.plugins"
 
 
 def load(name: str) -> Any:
-    """The function that is installed under `name`.
+    """Import the function that is installed under `name`.
 
     Raises:
-        NotFoundError: nothing of that name is installed, or what it needs is missing.
+        NotFoundError: no plugin of that name is installed, or its import fails.
     """
     found = entry_points(group=GROUP, name=name)
     if not found:
         installed = sorted({point.name for point in entry_points(group=GROUP)})
         raise NotFoundError(
-            "this needs a network, and the plugin that runs it is not installed",
+            "the plugin that runs this network is not installed",
             where=f"{GROUP}: {name}",
             expected="the package pipeline of teacher-cache",
             found=", ".join(installed) or "no plugins",
-            next_step="install teacher-cache anew, with pip, from where you have it",
+            next_step="reinstall teacher-cache with pip",
         )
     point = next(iter(found))
     try:
@@ -43,5 +43,5 @@ def load(name: str) -> Any:
             "a plugin cannot be imported",
             where=f"{GROUP}: {name} = {point.value}",
             found=f"{type(error).__name__}: {error}".splitlines()[0],
-            next_step="install teacher-cache anew, with pip, from where you have it",
+            next_step="reinstall teacher-cache with pip",
         ) from error

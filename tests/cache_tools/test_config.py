@@ -1,4 +1,4 @@
-"""Recipes: YAML, options and --set laid over each other; errors that name the key and the nearest right one."""
+"""Recipes: which of YAML, options and --set wins; errors that name the key and suggest the nearest valid one."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def failure(*overrides: str, source: str = "digits") -> str:
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist", "cifar100"])
-def test_built_in_recipes_load_and_round_trip(name: str, tmp_path: Path):
+def test_built_in_recipes_load_and_round_trip(name: str, tmp_path: Path) -> None:
     recipe = load_build_recipe(name)
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_yaml(recipe))
     assert load_build_recipe(str(copy)) == recipe
 
 
-def test_overrides_win_over_options_and_options_over_the_file():
+def test_overrides_win_over_options_and_options_over_the_file() -> None:
     recipe = load_build_recipe("digits", ["num_views=3", "views.base_seed=9"], {"num_views": 5, "store": "components"})
     assert (recipe.num_views, recipe.views.base_seed, recipe.store) == (3, 9, "components")
 
 
-def test_list_items_are_set_by_number():
+def test_list_items_are_set_by_number() -> None:
     recipe = load_build_recipe("fashion-mnist", ["views.ops.0.padding=3"])
     assert recipe.views.ops[0].model_dump()["padding"] == 3
 
@@ -41,13 +41,13 @@ def test_list_items_are_set_by_number():
 TWO = ["teacher=[{name: a}, {name: b}]", "clip=[{name: c}, {name: d}]"]
 
 
-def test_entries_of_a_list_of_teachers_are_set_by_number():
+def test_entries_of_a_list_of_teachers_are_set_by_number() -> None:
     recipe = load_build_recipe("digits", [*TWO, "teacher.0.name=x", "clip.1.templates=siglip"])
     assert [teacher.name for teacher in recipe.teachers] == ["x", "b"]
     assert [clip.templates for clip in recipe.clips] == ["richkd", "siglip"]
 
 
-def test_one_teacher_stays_one_in_what_is_shown():
+def test_a_single_teacher_is_dumped_as_one_and_not_as_a_list() -> None:
     recipe = load_build_recipe("digits", ["teacher.name=x", "clip=[{name: c, weight: 1.0}]"])
     assert recipe.teacher == recipe.teachers[0]
     shown = yaml.safe_load(dump_yaml(recipe))
@@ -68,7 +68,7 @@ def test_one_teacher_stays_one_in_what_is_shown():
         ("fusion.prompt_ensemble=mean", "'embedding', 'logits' or 'probabilities'"),
     ],
 )
-def test_mistakes_in_lists_of_networks_name_the_entry(override: str, words: str):
+def test_mistakes_in_lists_of_networks_name_the_entry(override: str, words: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_build_recipe("digits", [*TWO, override])
     assert words in str(caught.value)
@@ -84,18 +84,18 @@ def test_mistakes_in_lists_of_networks_name_the_entry(override: str, words: str)
         ("teacher.weigths=x", "teacher.weigths", "weights"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest(override: str, key: str, near: str):
+def test_an_unknown_key_is_refused_and_the_nearest_suggested(override: str, key: str, near: str) -> None:
     message = failure(override)
     assert f"{key}'" in message
     assert f"Did you mean '{near}'?" in message
 
 
-def test_a_key_like_no_other_lists_the_known_ones():
+def test_a_key_without_a_near_one_lists_the_known_keys() -> None:
     assert "Known keys: batch_size, block_rows" in failure("zzz=1")
 
 
 @pytest.mark.parametrize("scale", ["-1", "0", "-.inf"])
-def test_a_clip_scale_is_above_0(scale: str):
+def test_a_clip_scale_must_be_above_0(scale: str) -> None:
     failure(f"fusion.clip_scale={scale}")
     assert load_build_recipe("digits", ["fusion.clip_scale=1e-3"]).fusion.clip_scale == 1e-3
 
@@ -112,27 +112,27 @@ def test_a_clip_scale_is_above_0(scale: str):
         ("name=../x", "pattern"),
     ],
 )
-def test_bad_values_say_what_is_expected(override: str, words: str):
+def test_bad_values_say_what_is_expected(override: str, words: str) -> None:
     message = failure(override)
     assert words in message
     assert "Value error" not in message
 
 
-def test_long_input_is_abridged():
+def test_long_input_is_abridged() -> None:
     assert len(failure(f"num_views={'x' * 5000}")) < 400
 
 
 @pytest.mark.parametrize("item", ["num_views", "=3", "views.ops=[", "store.x=1"])
-def test_set_that_cannot_be_read(item: str):
+def test_malformed_set_items_are_refused(item: str) -> None:
     failure(item)
 
 
-def test_unknown_recipe_names_the_nearest():
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
     assert "Did you mean 'digits'?" in failure(source="digit")
 
 
-# Grammatical, and no value: a date, a number without digits, one with too many, wrong tags, too large, too deep.
-NO_VALUES = [
+# Valid grammar, invalid values: a date, a number without digits or with too many, wrong tags, too large, too deep.
+INVALID_VALUES = [
     "2020-13-45",
     "0b_",
     "9" * 5000,
@@ -145,8 +145,8 @@ NO_VALUES = [
 ]
 
 
-@pytest.mark.parametrize("text", NO_VALUES)
-def test_yaml_without_a_value_is_refused_in_one_line(text: str, tmp_path: Path):
+@pytest.mark.parametrize("text", INVALID_VALUES)
+def test_yaml_without_a_valid_value_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     assert "cannot read the value of --set" in failure(f"name={text}")
     path = tmp_path / "bad.yaml"
     path.write_text(f"name: {text}\n")
@@ -154,36 +154,36 @@ def test_yaml_without_a_value_is_refused_in_one_line(text: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "name: [", "just words"])
-def test_a_file_that_is_not_a_recipe(text: str, tmp_path: Path):
+def test_a_file_that_is_not_a_recipe_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     failure(source=str(path))
 
 
-def test_a_missing_file_is_named(tmp_path: Path):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "none.yaml" in failure(source=str(tmp_path / "none.yaml"))
 
 
-def test_recipes_are_frozen():
+def test_recipes_are_frozen() -> None:
     recipe = load_build_recipe("digits")
     with pytest.raises(ValueError, match="frozen"):
         recipe.num_views = 3  # type: ignore[misc]
 
 
-def test_an_empty_file_misses_its_required_keys(tmp_path: Path):
+def test_an_empty_file_is_refused_for_missing_keys(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")
     with pytest.raises(RecipeError, match="'name'"):
         load_recipe(BuildRecipe, str(path), builtin_recipes())
 
 
-def test_set_dotted_makes_missing_parents():
+def test_set_dotted_creates_missing_parents() -> None:
     data: dict = {"a": None}
     set_dotted(data, "a.b.c", 1)
     assert data == {"a": {"b": {"c": 1}}}
 
 
-def test_messages_have_all_parts():
+def test_messages_have_all_parts() -> None:
     error = CacheError("no such thing", where="x", expected="y", found="z", next_step="look there")
     assert str(error) == "no such thing (x); expected y; found z. Look there."
     assert yaml.safe_load(dump_yaml(load_build_recipe("digits")))["clip"]["templates"] == "richkd"

@@ -34,19 +34,19 @@ def reference(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, i
         ),
     ],
 )
-def test_known_answers(counter, key, expected):
+def test_known_answers(counter, key, expected) -> None:
     assert tuple(philox.philox4x32(counter, key).tolist()) == expected
     assert reference(counter, key) == expected
 
 
 @given(st.lists(st.tuples(WORD, WORD, WORD, WORD), min_size=1, max_size=20), st.integers(0, 2**64 - 1))
-def test_equals_the_reference(counters, key):
+def test_equals_the_reference(counters, key) -> None:
     words = philox.philox4x32(tuple(np.array(column) for column in zip(*counters, strict=True)), key)
     assert words.dtype == np.uint32
     assert [tuple(column) for column in words.T.tolist()] == [reference(counter, key) for counter in counters]
 
 
-def test_batches_and_shapes_do_not_matter():
+def test_batches_and_shapes_do_not_matter() -> None:
     count = 2 * philox._BATCH + 3
     many = philox.philox4x32((np.arange(count), 1, 2, 3), 4)
     assert many.shape == (4, count)
@@ -57,7 +57,7 @@ def test_batches_and_shapes_do_not_matter():
     assert philox.philox4x32((np.empty(0, dtype=np.int64), 0, 0, 0), 0).shape == (4, 0)
 
 
-def test_sample_words_splits_the_index_and_names_the_slot():
+def test_sample_words_splits_the_index_and_names_the_slot() -> None:
     index = np.array([5, 2**32 + 7, 2**63 - 1], dtype=np.uint64)
     words = philox.sample_words(99, index, view=3, slot=0x201)
     expected = [reference((int(i) & 0xFFFFFFFF, int(i) >> 32, 3, 0x201), 99) for i in index]
@@ -65,20 +65,20 @@ def test_sample_words_splits_the_index_and_names_the_slot():
 
 
 @given(st.lists(WORD, min_size=1, max_size=20), st.integers(1, 2**31))
-def test_below_is_multiply_high(words, limit):
+def test_below_is_multiply_high(words, limit) -> None:
     drawn = philox.below(np.array(words, dtype=np.uint32), limit)
     assert drawn.dtype == np.int64
     assert drawn.tolist() == [word * limit >> 32 for word in words]
     assert all(0 <= value < limit for value in drawn.tolist())
 
 
-def test_below_takes_a_limit_per_word():
+def test_below_takes_a_limit_per_word() -> None:
     words = np.array([0, 2**31, 2**32 - 1], dtype=np.uint32)
     assert philox.below(words, np.array([1, 10, 1000])).tolist() == [0, 5, 999]
 
 
 @given(WORD)
-def test_chance_is_a_threshold(word):
+def test_chance_is_a_threshold(word) -> None:
     words = np.array([word], dtype=np.uint32)
     assert philox.chance(words, 1.0).all()
     assert not philox.chance(words, 0.0).any()
@@ -86,7 +86,7 @@ def test_chance_is_a_threshold(word):
     assert bool(philox.chance(words, 0.3)[0]) == (word < round(0.3 * 2**32))
 
 
-def test_words_are_uniform_and_independent_enough():
+def test_words_are_uniform_and_independent_enough() -> None:
     """χ² of 16 cells for each of the four words, and of 8 × 8 cells for neighbouring samples, views and slots."""
     index = np.arange(64_000, dtype=np.uint64)
     words = philox.sample_words(0, index, 0, 0)

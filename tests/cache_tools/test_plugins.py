@@ -14,30 +14,30 @@ DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entr
 
 
 @pytest.mark.parametrize("name", sorted(DECLARED))
-def test_what_is_declared_is_installed_and_can_be_called(name: str) -> None:
+def test_declared_plugins_are_installed_and_callable(name: str) -> None:
     function = plugins.load(name)
     assert callable(function)
     assert f"{function.__module__}:{function.__name__}" == DECLARED[name]
 
 
-def test_the_docstring_lists_what_is_declared() -> None:
+def test_the_docstring_lists_the_declared_plugins() -> None:
     assert plugins.__doc__ is not None
     assert {line.split("`")[1] for line in plugins.__doc__.splitlines() if line.startswith("| `")} == set(DECLARED)
 
 
-def test_an_unknown_plugin_is_one_clear_error() -> None:
+def test_an_unknown_plugin_is_reported() -> None:
     with pytest.raises(NotFoundError, match=r"not installed \(teacher_cache.plugins: telepathy\).*templates.*with pip"):
         plugins.load("telepathy")
 
 
 @pytest.mark.parametrize("value", ["no_such_package.module:function", "cache_tools.errors:no_such_function"])
-def test_a_plugin_that_cannot_be_imported_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_a_plugin_whose_import_fails_is_reported(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     broken = EntryPoints([EntryPoint("replay", value, plugins.GROUP)])
     monkeypatch.setattr(plugins, "entry_points", lambda **wanted: broken.select(**wanted))
     with pytest.raises(NotFoundError, match=rf"cannot be imported \(.*replay = {value}\).*no_such.*with pip"):
         plugins.load("replay")
 
 
-def test_looking_for_plugins_imports_no_network() -> None:
+def test_importing_plugins_imports_no_network() -> None:
     code = "import sys; import cache_tools.plugins; print('torch' in sys.modules or 'pipeline' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -73,7 +73,7 @@ def reference_move(image, op, values):
     ids=lambda ops: "+".join(op["op"] for op in ops),
 )
 @pytest.mark.parametrize("size", [(32, 32), (9, 14)])
-def test_pad_crop_and_flip_equal_a_plain_per_image_reference(ops, size):
+def test_pad_crop_and_flip_equal_a_plain_per_image_reference(ops, size) -> None:
     images = photos(60, *size)
     made, drawn = run(ops, images, index=np.arange(60))
     for i, image in enumerate(images.numpy()):
@@ -86,7 +86,7 @@ def test_pad_crop_and_flip_equal_a_plain_per_image_reference(ops, size):
 @given(
     st.integers(2, 12), st.integers(2, 12), st.integers(0, 15), st.sampled_from(["reflect", 0, 255]), st.integers(0, 99)
 )
-def test_pad_crop_of_any_size_equals_the_reference(height, width, padding, fill, view):
+def test_pad_crop_of_any_size_equals_the_reference(height, width, padding, fill, view) -> None:
     if fill == "reflect":
         padding %= min(height, width)
     ops = [{"op": "pad-crop", "padding": padding, "fill": fill}, {"op": "flip"}]
@@ -136,7 +136,7 @@ def reference_jitter(image, strengths, values):
     ],
     ids="+".join,
 )
-def test_colour_jitter_equals_integer_arithmetic(strengths):
+def test_colour_jitter_equals_integer_arithmetic(strengths) -> None:
     images = photos(10, 7, 9)
     made, drawn = run([{"op": "colour-jitter", **strengths}], images)
     for i, image in enumerate(images.numpy()):
@@ -145,7 +145,7 @@ def test_colour_jitter_equals_integer_arithmetic(strengths):
     assert (made != images.numpy()).any()
 
 
-def test_colour_jitter_is_close_to_torchvision():
+def test_colour_jitter_is_close_to_torchvision() -> None:
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     images = photos(10, 16, 16)
     for name in ("brightness", "contrast", "saturation"):
@@ -155,7 +155,7 @@ def test_colour_jitter_is_close_to_torchvision():
             assert np.abs(made[i].astype(int) - expected.numpy().astype(int)).max() <= 2, name
 
 
-def test_hue_keeps_greys_and_swaps_channels_at_a_third():
+def test_hue_keeps_greys_and_swaps_channels_at_a_third() -> None:
     table = pixels._hue_table(torch.device("cpu"))
     assert table.sum(0).eq(65_536).all()
     assert table[:, 0].tolist() == [65_536, 0, 0]
@@ -176,7 +176,7 @@ def test_hue_keeps_greys_and_swaps_channels_at_a_third():
     assert max(third.flatten().tolist()[0::2]) <= 2
 
 
-def test_no_hue_weight_is_near_a_rounding_boundary():
+def test_no_hue_weight_is_near_a_rounding_boundary() -> None:
     """So that a mathematics library whose sine differs in the last digit makes the same table."""
     weights = np.array([pixels.hue_weights(step) for step in range(1024)])
     assert np.abs(weights - np.floor(weights) - 0.5).min() > 1e-6
@@ -197,7 +197,7 @@ def reference_resize(column, start, length, size):
 @pytest.mark.parametrize(
     ("source", "size"), [((12, 12), 12), ((9, 17), [5, 6]), ((6, 5), 13), ((40, 30), [7, 33]), ((1, 1), 3), ((5, 8), 1)]
 )
-def test_random_resized_crop_equals_integer_arithmetic(source, size):
+def test_random_resized_crop_equals_integer_arithmetic(source, size) -> None:
     images = photos(4, *source)
     made, drawn = run([{"op": "random-resized-crop", "size": size}], images, index=INDEX[:4])
     height, width = made.shape[2:]
@@ -211,7 +211,7 @@ def test_random_resized_crop_equals_integer_arithmetic(source, size):
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 300), st.data())
-def test_resampling_weights_add_up_and_stay_in_the_box(source, size, data):
+def test_resampling_weights_add_up_and_stay_in_the_box(source, size, data) -> None:
     length = data.draw(st.integers(1, source))
     place, weights = pixels.triangle_taps(torch.tensor([length]), source, size)
     assert weights.sum(2).eq(1 << 15).all()
@@ -223,7 +223,7 @@ def test_resampling_weights_add_up_and_stay_in_the_box(source, size, data):
 
 
 @pytest.mark.parametrize(("source", "size"), [(64, 32), (48, 48), (40, 97), (224, 64)])
-def test_random_resized_crop_is_close_to_pil_and_torchvision(source, size):
+def test_random_resized_crop_is_close_to_pil_and_torchvision(source, size) -> None:
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     from PIL import Image
 
@@ -242,7 +242,7 @@ def test_random_resized_crop_is_close_to_pil_and_torchvision(source, size):
 
 
 @pytest.mark.parametrize("fill", [0, 255, [10, 20, 30], "random"])
-def test_random_erasing_equals_slicing(fill):
+def test_random_erasing_equals_slicing(fill) -> None:
     images = photos(10, 20, 30)
     op = {"op": "random-erasing", "probability": 0.7, "fill": fill}
     made, drawn = run([op], images)
@@ -297,7 +297,7 @@ def noise(count, size):
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_pixels_are_pinned(name):
+def test_pixels_are_pinned(name) -> None:
     """A change here changes what every existing cache's students see: it needs a new ViewRecipe version."""
     recipe = ViewRecipe(base_seed=2024, ops=EVERY_OP[name])
     made = recipe.apply(noise(50, 32), range(100, 150), 2)
@@ -305,7 +305,7 @@ def test_pixels_are_pinned(name):
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_order_batch_size_chunks_threads_and_memory_layout_do_not_matter(name, monkeypatch):
+def test_order_batch_size_chunks_threads_and_memory_layout_do_not_matter(name, monkeypatch) -> None:
     recipe = ViewRecipe(base_seed=SEED, ops=EVERY_OP[name])
     images, index = noise(37, 32), torch.arange(37) * 3
     whole = recipe.apply(images, index, 5)
@@ -332,7 +332,7 @@ def test_order_batch_size_chunks_threads_and_memory_layout_do_not_matter(name, m
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_clean_first_gives_the_image_itself(name):
+def test_clean_first_gives_the_image_itself(name) -> None:
     images = photos(10, 32, 32)
     made, _ = run(EVERY_OP[name], images, view=0, clean_first=True)
     if "resized" in name or name == "imagenet":
@@ -347,7 +347,7 @@ def test_clean_first_gives_the_image_itself(name):
         np.testing.assert_array_equal(made, images.numpy())
 
 
-def test_worker_threads_leave_the_thread_count_of_others_alone():
+def test_worker_threads_leave_the_thread_count_of_others_alone() -> None:
     """In a process of its own: a thread that starts after a view was made gets the thread count that was set.
 
     And a fork makes views too; everything else stays out of OpenMP, which would not survive the fork.
@@ -373,7 +373,7 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_no_images_and_one_image():
+def test_no_images_and_one_image() -> None:
     for name, ops in EVERY_OP.items():
         recipe = ViewRecipe(ops=ops)
         size = recipe.output_size((32, 32))
@@ -392,12 +392,12 @@ def test_no_images_and_one_image():
     ],
     ids=["float", "grey", "one image", "numpy"],
 )
-def test_images_of_the_wrong_kind_are_refused(images):
+def test_images_of_the_wrong_kind_are_refused(images) -> None:
     with pytest.raises(DataError, match="uint8"):
         ViewRecipe(ops=["flip"]).apply(images, [0, 1], 0)
 
 
-def test_images_and_indices_must_match():
+def test_images_and_indices_must_match() -> None:
     with pytest.raises(DataError, match="expected 3 images; found 2"):
         ViewRecipe(ops=["flip"]).apply(noise(2, 8), [0, 1, 2], 0)
     with pytest.raises(RecipeError, match="padding below 4"):
@@ -406,7 +406,7 @@ def test_images_and_indices_must_match():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_cuda_makes_the_same_pixels(name, monkeypatch):
+def test_cuda_makes_the_same_pixels(name, monkeypatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     recipe = ViewRecipe(base_seed=SEED, ops=EVERY_OP[name])

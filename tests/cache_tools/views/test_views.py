@@ -60,7 +60,7 @@ SIDE = st.integers(1, 300)
 
 
 @given(INDEX, VIEW, st.randoms(use_true_random=False))
-def test_any_order_subset_and_batch_size_draws_the_same(index, view, random):
+def test_any_order_subset_and_batch_size_draws_the_same(index, view, random) -> None:
     whole = EVERYTHING.parameters(index, view, (32, 32))
     order = random.sample(range(len(index)), random.randint(1, len(index)))
     some = EVERYTHING.parameters([index[i] for i in order], view, (32, 32))
@@ -73,7 +73,7 @@ def test_any_order_subset_and_batch_size_draws_the_same(index, view, random):
     assert all(alone[name].tolist() == [values[0]] for name, values in whole.items())
 
 
-def test_every_kind_of_index_is_the_same_index():
+def test_every_kind_of_index_is_the_same_index() -> None:
     expected = EVERYTHING.parameter_digest([3, 4, 5], 1, (32, 32))
     kinds = [
         range(3, 6),
@@ -86,7 +86,7 @@ def test_every_kind_of_index_is_the_same_index():
     assert ViewRecipe().parameter_digest([], 0, (1, 1)) > 0
 
 
-def test_another_process_draws_the_same_without_torch():
+def test_another_process_draws_the_same_without_torch() -> None:
     code = (
         "import sys; from cache_tools.views import ViewRecipe; "
         "recipe = ViewRecipe.model_validate_json(sys.argv[1]); "
@@ -99,14 +99,14 @@ def test_another_process_draws_the_same_without_torch():
     assert int(done.stdout) == EVERYTHING.parameter_digest(range(99, -1, -1), 7, (32, 40))
 
 
-def test_parameters_are_pinned():
+def test_parameters_are_pinned() -> None:
     """A change here changes every cache that exists: it needs a new ViewRecipe version."""
     first = {name: int(values[0]) for name, values in EVERYTHING.parameters([12_345], 3, (32, 32)).items()}
     assert first == PINNED_FIRST_SAMPLE
     assert EVERYTHING.parameter_digest(range(1000), 3, (32, 32)) == PINNED_DIGEST
 
 
-def test_the_digest_sees_every_input():
+def test_the_digest_sees_every_input() -> None:
     def digest(recipe=EVERYTHING, index=(0, 1), view=0, size=(32, 32)):
         return recipe.parameter_digest(index, view, size)
 
@@ -126,7 +126,7 @@ def test_the_digest_sees_every_input():
 
 
 @given(st.integers(0, 40), INDEX, VIEW)
-def test_pad_crop_and_flip_are_multiply_high_and_one_bit(padding, index, view):
+def test_pad_crop_and_flip_are_multiply_high_and_one_bit(padding, index, view) -> None:
     recipe = ViewRecipe(base_seed=5, ops=[{"op": "pad-crop", "padding": padding}, "flip"])
     drawn = recipe.parameters(index, view, (32, 32))
     words = sample_words(5, np.array(index, dtype=np.uint64), view, 0).astype(object)
@@ -136,7 +136,7 @@ def test_pad_crop_and_flip_are_multiply_high_and_one_bit(padding, index, view):
     assert drawn["1.flip.flipped"].tolist() == [1 - (int(word) >> 31) for word in gate]
 
 
-def test_offsets_and_flips_are_uniform():
+def test_offsets_and_flips_are_uniform() -> None:
     """χ² over all 81 offsets and 2 directions, at the 0.1 % point."""
     drawn = ViewRecipe(ops=["pad-crop", "flip"]).parameters(range(81_000), 0, (32, 32))
     cell = (drawn["0.pad-crop.top"] * 9 + drawn["0.pad-crop.left"]) * 2 + drawn["1.flip.flipped"]
@@ -148,7 +148,7 @@ def test_offsets_and_flips_are_uniform():
 
 
 @given(st.floats(0, 1), st.floats(0, 0.5), VIEW)
-def test_jitter_stays_within_its_strengths(strength, hue, view):
+def test_jitter_stays_within_its_strengths(strength, hue, view) -> None:
     op = {"op": "colour-jitter", "brightness": strength, "contrast": strength / 2, "saturation": strength, "hue": hue}
     drawn = ViewRecipe(ops=[op]).parameters(range(50), view, (8, 8))
     for name in ("brightness", "contrast", "saturation"):
@@ -157,7 +157,7 @@ def test_jitter_stays_within_its_strengths(strength, hue, view):
     assert np.abs(drawn["0.colour-jitter.hue"]).max() <= round(hue * 1024)
 
 
-def test_jitter_reaches_both_ends():
+def test_jitter_reaches_both_ends() -> None:
     op = {"op": "colour-jitter", "brightness": 1.0, "hue": 0.5}
     drawn = ViewRecipe(ops=[op]).parameters(range(50_000), 0, (8, 8))
     factors, turns = drawn["0.colour-jitter.brightness"], drawn["0.colour-jitter.hue"]
@@ -201,7 +201,7 @@ def reference_box(words, size, scale, ratio):
     st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted).filter(lambda pair: pair[1] > 1.01 * pair[0]),
     st.integers(0, 1000),
 )
-def test_boxes_equal_the_reference_and_stay_inside(size, scale, ratio, view):
+def test_boxes_equal_the_reference_and_stay_inside(size, scale, ratio, view) -> None:
     words = sample_words(1, np.arange(5, dtype=np.uint64), view, 0)
     drawn = view_ops.draw_box(words, size, tuple(scale), tuple(ratio))
     for i in range(5):
@@ -212,7 +212,7 @@ def test_boxes_equal_the_reference_and_stay_inside(size, scale, ratio, view):
         assert min(box["height"], box["width"]) >= 1
 
 
-def test_boxes_are_distributed_as_documented():
+def test_boxes_are_distributed_as_documented() -> None:
     op = {"op": "random-resized-crop", "size": 224}
     drawn = ViewRecipe(ops=[op]).parameters(range(20_000), 0, (224, 224))
     top, left, height, width = (drawn[f"0.random-resized-crop.{name}"] for name in ("top", "left", "height", "width"))
@@ -232,7 +232,7 @@ def test_boxes_are_distributed_as_documented():
         assert abs(place.std() - 1 / math.sqrt(12)) < 0.01
 
 
-def test_erasing_gates_by_probability():
+def test_erasing_gates_by_probability() -> None:
     op = {"op": "random-erasing", "probability": 0.25, "scale": [0.1, 0.2], "ratio": [0.5, 2], "fill": [1, 2, 3]}
     drawn = ViewRecipe(ops=[op]).parameters(range(40_000), 0, (64, 64))
     area = drawn["0.random-erasing.height"] * drawn["0.random-erasing.width"]
@@ -244,7 +244,7 @@ def test_erasing_gates_by_probability():
     np.testing.assert_array_equal(coloured["0.random-erasing.top"], drawn["0.random-erasing.top"])
 
 
-def test_ratio_table_is_exact():
+def test_ratio_table_is_exact() -> None:
     table = view_ops.ratio_table()
     assert len(table) == 2561
     for k in (*range(256), *range(-1280, 1281, 97)):
@@ -254,12 +254,12 @@ def test_ratio_table_is_exact():
 
 
 @given(st.lists(st.integers(0, 2**52 - 1), min_size=1), st.integers(0, 2**26 - 1))
-def test_integer_square_roots_are_exact(values, root):
+def test_integer_square_roots_are_exact(values, root) -> None:
     values = [*values, root * root, max(0, root * root - 1)]
     assert view_ops.integer_sqrt(np.array(values)).tolist() == [math.isqrt(value) for value in values]
 
 
-def test_clean_first_makes_view_0_neutral():
+def test_clean_first_makes_view_0_neutral() -> None:
     clean = EVERYTHING.model_copy(update={"clean_first": True})
     drawn = clean.parameters(range(3), 0, (32, 40))
     assert {name.split(".", 1)[1]: values.tolist() for name, values in drawn.items() if name[0] in "012"} == {
@@ -277,7 +277,7 @@ def test_clean_first_makes_view_0_neutral():
     assert EVERYTHING.parameters(range(3), 0, (32, 40)).keys() == drawn.keys()
 
 
-def test_seeds_views_and_positions_are_independent():
+def test_seeds_views_and_positions_are_independent() -> None:
     def flips(seed, view, ops):
         drawn = ViewRecipe(base_seed=seed, ops=ops).parameters(range(64), view, (8, 8))
         return tuple(list(drawn.values())[-1].tolist())
@@ -292,7 +292,7 @@ def test_seeds_views_and_positions_are_independent():
     assert len(different) == 5
 
 
-def test_recipes_round_trip():
+def test_recipes_round_trip() -> None:
     assert ViewRecipe.model_validate_json(EVERYTHING.model_dump_json()) == EVERYTHING
     assert ViewRecipe.model_validate(yaml.safe_load(dump_yaml(EVERYTHING))) == EVERYTHING
     assert json.loads(EVERYTHING.model_dump_json())["version"] == 1
@@ -322,31 +322,31 @@ def test_recipes_round_trip():
         {"ops": ["flip"] * 65},
     ],
 )
-def test_bad_recipes_are_refused(recipe):
+def test_bad_recipes_are_refused(recipe) -> None:
     with pytest.raises(ValidationError):
         ViewRecipe.model_validate(recipe)
     with pytest.raises(RecipeError):
         validate(ViewRecipe, recipe, where="a test")
 
 
-def test_a_misspelt_key_gets_the_nearest_one():
+def test_a_misspelt_key_gets_the_nearest_one() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'padding'"):
         validate(ViewRecipe, {"ops": [{"op": "pad-crop", "pading": 2}]}, where="a test")
 
 
 @pytest.mark.parametrize("index", [[-1], [2**63], [0.5], [[1, 2]], "ab", None, [[1], [2, 3]], [True]])
-def test_bad_indices_are_refused(index):
+def test_bad_indices_are_refused(index) -> None:
     with pytest.raises(DataError, match="ind"):
         ViewRecipe(ops=["flip"]).parameters(index, 0, (8, 8))
 
 
 @pytest.mark.parametrize("view", [-1, 2**32, 0.5, "0", None])
-def test_bad_views_are_refused(view):
+def test_bad_views_are_refused(view) -> None:
     with pytest.raises(DataError, match="view"):
         ViewRecipe(ops=["flip"]).parameters([0], view, (8, 8))
 
 
-def test_ops_that_do_not_fit_the_images_are_refused():
+def test_ops_that_do_not_fit_the_images_are_refused() -> None:
     recipe = ViewRecipe(
         ops=[{"op": "random-resized-crop", "size": 4}, {"op": "pad-crop", "padding": 4, "fill": "reflect"}]
     )
