@@ -1,4 +1,4 @@
-"""Read a cache: open it by path, name or fingerprint, and load whole views onto a device."""
+"""Read a cache: open it by path, name, fingerprint or URL, and load whole views onto a device."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.alignment import check_canaries, check_dataset, make_canaries, pixel_digest
+from cache_tools import alignment
 from cache_tools.console import resolve_device
-from cache_tools.errors import FormatError, IncompleteError, NotFoundError
+from cache_tools.errors import FormatError, NotFoundError
 from cache_tools.format import commits
 from cache_tools.format.arrays import targets
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
-from cache_tools.home import registry, staging
+from cache_tools.home import registry
+from cache_tools.home.origin import read_origin
 from cache_tools.places import is_remote
+from cache_tools.store.blocks import LocalBlocks
 from cache_tools.store.create import StoredConstants
 from cache_tools.store.group import (
     RESTORE,
     check_chunks,
     open_array,
     open_group,
-    read_commits,
     read_manifest,
     read_whole,
     translated,
@@ -34,14 +35,15 @@ from cache_tools.store.group import (
 if TYPE_CHECKING:
     import torch
 
+    from cache_tools.home.staging import Origin
     from cache_tools.images.image_set import ImageSet
     from cache_tools.targets import ViewTargets
 
-__all__ = ["TeacherCache", "ViewTargets", "make_canaries", "pixel_digest"]
+__all__ = ["TeacherCache", "ViewTargets"]
 
 
 def __getattr__(name: str) -> Any:
-    """`ViewTargets` comes with torch, which commands that only look at a cache do not wait for."""
+    """Import `ViewTargets` on first use: it needs torch, and commands that only look at a cache do not."""
     if name == "ViewTargets":
         from cache_tools.targets import ViewTargets
 
@@ -50,16 +52,20 @@ def __getattr__(name: str) -> Any:
 
 
 class TeacherCache:
-    """A cache, opened for reading. Cheap to open: arrays are read when a view is loaded.
+    """A cache, opened for reading. Opening is cheap: arrays are read when a view is loaded.
+
+    Args:
+        path: folder of the cache.
+        origin: the remote cache that this folder mirrors; blocks that the mirror lacks are staged from it.
 
     Attributes:
-        path: folder of the cache; of a remote one, its mirror in the cache home.
+        path: folder of the cache; for a remote cache, its mirror in the cache home.
         manifest: recipe, geometry and provenance.
-        targets: what is cached per (view, sample), by name, with its codec.
-        origin: what the mirror is staged from, view by view as they are needed; None for a local cache.
+        targets: what is cached for each (view, sample), by name, with its codec.
+        origin: the remote cache behind a mirror; None for a local cache.
     """
 
-    def __init__(self, path: Path, origin: staging.Origin | None = None) -> None:
+    def __init__(self, path: Path, origin: Origin | None = None) -> None:
         self.path, self.manifest, self.origin = path, read_manifest(path), origin
         self.targets = {spec.name: spec for spec in targets(self.recipe, self.manifest.block_rows)}
         self._specs = {array.name: array for spec in self.targets.values() for array in spec.arrays}
@@ -69,8 +75,10 @@ class TeacherCache:
         self._group = open_group(path, self._layouts)
         self._arrays = {name: open_array(self._group, path, name, self._layouts) for name in self._specs}
         self._constants = StoredConstants(self._group, path, self.manifest, self._layouts)
-        self._commit_table = open_array(self._group, path, commits.COMMITS, self._layouts)
-        self._commits_read: npt.NDArray[np.uint64] | None = None
+        table = open_array(self._group, path, commits.COMMITS, self._layouts)
+        self._blocks = (
+            LocalBlocks(path, self.manifest, table) if origin is None else origin.blocks(self.manifest, table)
+        )
 
     @classmethod
     def open(cls, reference: str | Path) -> TeacherCache:
@@ -78,18 +86,25 @@ class TeacherCache:
 
         Args:
             reference: a path, the name or fingerprint prefix (four hex digits or more) of a cache in the cache home, or
-                the URL of a remote one (`s3://…`, `gs://…`, `az://…`), of which a mirror is made in the cache home.
+                the URL of a remote cache (`s3://…`, `gs://…`, `az://…`), which gets a mirror in the cache home.
 
         Raises:
-            NotFoundError: nothing of that path, URL, name or fingerprint, or several.
-            FormatError: something that is not a cache, a damaged one, or one of an unknown format version.
-            StorageError: a store that does not answer, and of which nothing is staged.
+            NotFoundError: nothing has that path, URL, name or fingerprint, or several caches have it.
+            FormatError: not a cache, a damaged cache, or an unknown format version.
+            StorageError: the store does not answer and nothing of the cache is staged.
         """
         if is_remote(reference):
+            from cache_tools.home import staging
+
             origin = staging.connect(str(reference))
             return cls(origin.mirror, origin)
         path = registry.resolve(reference)
-        return cls(path, staging.origin_of(path))
+        record = read_origin(path)
+        if record is None or not record.of_a_mirror:
+            return cls(path)
+        from cache_tools.home import staging
+
+        return cls(path, staging.Origin(path, record))
 
     @property
     def recipe(self) -> CacheRecipe:
@@ -123,8 +138,8 @@ class TeacherCache:
 
     @property
     def complete_views(self) -> tuple[int, ...]:
-        """Views whose every block is committed (of a remote cache: there), ascending; read anew during a build."""
-        return tuple(int(view) for view in np.flatnonzero(self._committed().all(axis=1)))
+        """Views whose every block can be read, ascending. During a build, each call looks again."""
+        return tuple(int(view) for view in np.flatnonzero(self.committed_blocks().all(axis=1)))
 
     @property
     def is_complete(self) -> bool:
@@ -140,43 +155,47 @@ class TeacherCache:
         verify: bool = True,
         fusion: Fusion | None = None,
     ) -> ViewTargets:
-        """Read a whole view and put it on a device as it is stored; batches are decoded there.
+        """Read a whole view and copy it to a device as it is stored; batches are decoded there.
 
         Copies to CUDA start from pinned memory on the current stream and are not waited for.
 
         Args:
-            logits, features: which fused targets there are to be; the components of a component cache always are.
-            verify: compare what was read with the commits' checksums.
-            fusion: how a component cache is fused (`FusionChoice(…).resolve(cache)`), by default as it was built.
+            logits, features: which fused targets to load. The components of a component cache are always loaded.
+            verify: compare the data with the digests in the commits.
+            fusion: how to fuse a component cache (`FusionChoice(…).resolve(cache)`); by default as it was built.
 
         Raises:
             IncompleteError: the view is not completely built.
-            FormatError: stored bytes that are damaged, missing, or not those that were committed.
+            FormatError: stored bytes are damaged or missing, or differ from what was committed.
             NotFoundError: no such view.
             DeviceError: no such device.
         """
-        from cache_tools.targets import ViewTargets, constants_for, fused
+        from cache_tools.targets import ComponentView, FusedView, fusion_constants
 
-        target = resolve_device(str(device))
-        self._require_blocks(view, range(self.manifest.num_blocks))
+        target_device = resolve_device(str(device))
+        fusion = fusion or Fusion.stored(self.manifest)
         wanted = {"fused_logits": logits, "fused_features": features}
-        pin = target.type == "cuda"
-        how = fusion or Fusion.stored(self.manifest)
-        clip_view = view if how.clip_view is None else how.clip_view
-        self._require_blocks(clip_view, range(self.manifest.num_blocks))
         specs = {name: spec for name, spec in self.targets.items() if wanted.get(name, True)}
+        all_blocks = range(self.manifest.num_blocks)
+        self._blocks.require(view, all_blocks)
+        if fusion.clip_view is not None:
+            self._blocks.require(fusion.clip_view, all_blocks)
         arrays = {}
-        for name, spec in specs.items():
-            source = clip_view if name.startswith("clip_features") else view
+        for spec in specs.values():
+            source = spec.view_to_read(view, fusion.clip_view)
             for array in spec.arrays:
-                arrays[array.name] = self._load(array.name, source, pin, verify).to(target, non_blocking=True)
+                rows = self._load(array.name, source, pin=target_device.type == "cuda", verify=verify)
+                arrays[array.name] = rows.to(target_device, non_blocking=True)
+
+        def moved(constants: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: tensor.to(target_device) for name, tensor in constants.items()}
+
         if self.recipe.store == "fused":
             constants = {name: self._tensor(name) for spec in specs.values() for name in spec.constants}
-        else:
-            constants = constants_for(how, self.recipe, self._tensor)
-        moved = {name: tensor.to(target) for name, tensor in constants.items()}
-        found = ViewTargets(view, arrays, moved, how if self.recipe.store == "components" else None, specs)
-        return found if self.recipe.store == "fused" else fused(found, logits=logits, features=features)
+            return FusedView(view, arrays, moved(constants), specs)
+        constants = fusion_constants(fusion, self.recipe, self._tensor)
+        components = ComponentView(view, arrays, moved(constants), specs, fusion)
+        return components.fuse(logits=logits, features=features)
 
     def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Rows of one target, [rows, width] float32: plain zarr reads and the codec, the reference for `load_view`.
@@ -194,12 +213,12 @@ class TeacherCache:
         return spec.codec.decode(stored, constants).numpy()
 
     def read_stored(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[Any]:
-        """Rows of one array as they are stored, [rows, width]: one plain zarr read; errors as for `read_array`."""
+        """Rows of one array as stored, [rows, width]: one plain zarr read. Raises the errors of `read_array`."""
         if name not in self._specs:
             raise NotFoundError("no such array", where=self.path, expected=", ".join(self._specs), found=name)
         start, stop, _ = rows.indices(self.num_samples)
         size = self.manifest.block_rows
-        self._require_blocks(view, range(start // size, -(-stop // size)))
+        self._blocks.require(view, range(start // size, -(-stop // size)))
         check_chunks(self._specs[name], self.manifest, self.path, view, start, stop)
         with translated(f"{self.path / name}, view {view}"):
             values = np.asarray(self._arrays[name][view, rows])
@@ -211,16 +230,16 @@ class TeacherCache:
         """The digests of a committed block by column: `view_parameters`, then each stored array (see `commits`).
 
         Raises:
-            IncompleteError: not committed.
+            IncompleteError: the block is not committed.
             NotFoundError: no such view.
         """
-        self._require_blocks(view, range(block, block + 1))
-        assert self._commits_read is not None
-        return dict(zip([commits.PARAMETERS, *self._specs], self._commits_read[view, block].tolist(), strict=True))
+        self._blocks.require(view, range(block, block + 1))
+        digests = self._blocks.digests[view, block].tolist()
+        return dict(zip([commits.PARAMETERS, *self._specs], digests, strict=True))
 
     def committed_blocks(self) -> npt.NDArray[np.bool_]:
-        """Which blocks are committed, bool [V, blocks]; read anew while a build is under way."""
-        return self._committed()
+        """Which blocks can be read, bool [V, blocks]. During a build, each call looks again."""
+        return self._blocks.committed()
 
     def constant(self, name: str) -> npt.NDArray[np.float32]:
         """An array that holds for all samples and views, float32; see `arrays.constant_shapes`."""
@@ -230,24 +249,15 @@ class TeacherCache:
 
     def require_complete(self) -> None:
         """Raise IncompleteError unless every view is built."""
-        committed = self._committed()
-        if not committed.all():
-            done = int(committed.all(axis=1).sum())
-            raise IncompleteError(
-                "the cache is not completely built",
-                where=self._where,
-                expected=f"{self.num_views} views",
-                found=f"{done} complete, {int((~committed).sum())} of {committed.size} blocks missing",
-                next_step=f"run the same {self.recipe.made_by} command again: it goes on from what is stored",
-            )
+        self._blocks.require_all()
 
     def check_dataset(self, images: ImageSet) -> None:
-        """Raise MismatchError, saying what differs, unless these are the samples the cache was built from, in order."""
-        check_dataset(self, images)
+        """Raise MismatchError, naming the difference, unless the cache was built from these samples in this order."""
+        alignment.check_dataset(self, images)
 
     def check_canaries(self, images: ImageSet) -> None:
-        """Raise MismatchError unless view code and image decoding give the pixels that the teachers saw."""
-        check_canaries(self, images)
+        """Raise MismatchError unless image decoding and view code still make the pixels that the teachers saw."""
+        alignment.check_canaries(self, images)
 
     def __repr__(self) -> str:
         return (
@@ -267,50 +277,9 @@ class TeacherCache:
 
         return torch.from_numpy(self.constant(name))
 
-    def _load(self, name: str, view: int, pin: bool, verify: bool) -> torch.Tensor:
+    def _load(self, name: str, view: int, *, pin: bool, verify: bool) -> torch.Tensor:
         from cache_tools.store.loading import load_array
 
-        assert self._commits_read is not None
         column = 1 + list(self._specs).index(name)
-        digests = self._commits_read[view, :, column].tolist() if verify else None
+        digests = self._blocks.digests[view, :, column].tolist() if verify else None
         return load_array(self._arrays[name], self._specs[name], self.manifest, self.path, view, digests, pin=pin)
-
-    @property
-    def _where(self) -> str:
-        return str(self.path) if self.origin is None else self.origin.url
-
-    def _committed(self) -> npt.NDArray[np.bool_]:
-        """bool [V, blocks]: what can be read, of a remote cache once it is staged."""
-        here = self._here()
-        return here if self.origin is None or here.all() else here | self.origin.committed(self.manifest)
-
-    def _here(self) -> npt.NDArray[np.bool_]:
-        """bool [V, blocks]. A commit is never taken back, so a complete cache is looked at once."""
-        if self._commits_read is None or not (self._commits_read != 0).all():
-            self._commits_read = read_commits(self._commit_table, self.path, self.manifest)
-        return commits.committed_blocks(self._commits_read, self.manifest)
-
-    def _require_blocks(self, view: int, blocks: range) -> None:
-        if not 0 <= view < self.num_views:
-            raise NotFoundError("no such view", where=self.path, expected=f"0 to {self.num_views - 1}", found=view)
-        rows = slice(blocks.start, blocks.stop)
-        if self._known(view, rows) or self._here()[view, rows].all():
-            return
-        committed = self._committed()[view, rows]
-        if self.origin is not None and committed.all():
-            self.origin.stage(self.manifest, view)
-            committed = self._here()[view, rows]
-        missing = [blocks[number] for number in np.flatnonzero(~committed)]
-        if missing:
-            raise IncompleteError(
-                f"view {view} is not completely built",
-                where=self._where,
-                expected=f"{self.manifest.num_blocks} blocks",
-                found=f"{commits.ranges(missing)} missing",
-                next_step=f"run the same {self.recipe.made_by} command again: it goes on from what is stored",
-            )
-
-    def _known(self, view: int, rows: slice) -> bool:
-        """Whether an earlier look found these blocks here: a commit is never taken back."""
-        read = self._commits_read
-        return read is not None and bool(commits.committed_blocks(read, self.manifest)[view, rows].all())

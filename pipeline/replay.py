@@ -28,7 +28,7 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.integrity.replay import Place, Replay, TargetReplay
 from cache_tools.reader import TeacherCache
 from cache_tools.store.encoding import Encoder, fitted
-from cache_tools.targets import ViewTargets, constants_for, fused
+from cache_tools.targets import ComponentView, fusion_constants
 from pipeline.networks.ensemble import TeacherEnsemble, view_pixels
 from pipeline.networks.stored import load_stored_ensemble
 
@@ -118,7 +118,7 @@ class _Recompute:
         ways = [(source.store, self._encoder_of(source)) for source in reversed(sources)]
         self._ways = [*ways, (cache.recipe.store, Encoder(cache.recipe, cache.constant))]
         self._how, parts = Fusion.stored(cache.manifest), self._like("components", TargetCodecs())
-        self._tensors = constants_for(self._how, parts, lambda name: torch.from_numpy(self._constants[name]))
+        self._tensors = fusion_constants(self._how, parts, lambda name: torch.from_numpy(self._constants[name]))
 
     def rows(self, view: int, index: npt.NDArray[np.int64]) -> _Again:
         pixels = view_pixels(self._images, self._recipe.views, index, view, self._ensemble.device)
@@ -133,11 +133,9 @@ class _Recompute:
         return _Again(encoder.decode(encoder.encode(values)), values, plain, encoder.error_bound(values))
 
     def _fuse(self, view: int, rows: Rows) -> Rows:
-        parts = ViewTargets(
-            view, {name: torch.from_numpy(values) for name, values in rows.items()}, self._tensors, self._how
-        )
-        arrays = fused(parts).arrays
-        return {name: arrays[name].numpy() for name in ("fused_logits", "fused_features")}
+        arrays = {name: torch.from_numpy(values) for name, values in rows.items()}
+        fused = ComponentView(view, arrays, self._tensors, {}, self._how).fuse().arrays
+        return {name: fused[name].numpy() for name in ("fused_logits", "fused_features")}
 
     def _like(self, store: Store, codecs: TargetCodecs) -> CacheRecipe:
         return self._recipe.model_copy(update={"store": store, "codecs": codecs})

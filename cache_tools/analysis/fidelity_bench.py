@@ -31,7 +31,7 @@ from cache_tools.format.recipe import CacheRecipe
 from cache_tools.fusion import centre_rows
 from cache_tools.store.create import add_array
 from cache_tools.store.encoding import sample_rows
-from cache_tools.targets import ViewTargets, constants_for, fused
+from cache_tools.targets import ComponentView, FusedView, ViewTargets, fusion_constants
 
 STAGES = (100, 200)
 EVERYTHING = slice(None)
@@ -183,12 +183,13 @@ class Bench:
         specs = {spec.name: spec for spec in targets(recipe, 1)}
         arrays = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in stored.items()}
         tensors = {name: torch.from_numpy(values) for name, values in constants.items()}
+        view: ViewTargets
         if recipe.store == "fused":
-            view = ViewTargets(self.view, arrays, tensors, None, specs)
+            view = FusedView(self.view, arrays, tensors, specs)
         else:
-            how = Fusion.stored(self.source.cache.manifest)
-            held = constants_for(how, recipe, tensors.__getitem__)
-            view = fused(ViewTargets(self.view, arrays, held, how, specs))
+            fusion = Fusion.stored(self.source.cache.manifest)
+            constants_of_fusion = fusion_constants(fusion, recipe, tensors.__getitem__)
+            view = ComponentView(self.view, arrays, constants_of_fusion, specs, fusion).fuse()
         return centre_rows(view.logits(EVERYTHING)), view.features(EVERYTHING)
 
 

@@ -18,7 +18,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
-from cache_tools.targets import Index, ViewTargets
+from cache_tools.targets import ComponentView, Index
 
 _ALONE_POINTS = 41
 _ZOOMS = 2
@@ -161,11 +161,13 @@ class Passes:
                 done = advanced
         return [(total / (len(labels) * len(self._views))).cpu().numpy() for total in sums]
 
-    def _load(self, view: int) -> ViewTargets:
-        return self._cache.load_view(view, self._device, logits=False, features=False)
+    def _load(self, view: int) -> ComponentView:
+        targets = self._cache.load_view(view, self._device, logits=False, features=False)
+        assert isinstance(targets, ComponentView), "only component caches are tuned"
+        return targets
 
 
-def _clip_logits(targets: ViewTargets, index: Index, scaled: Sequence[Fusion]) -> Iterator[torch.Tensor]:
+def _clip_logits(targets: ComponentView, index: Index, scaled: Sequence[Fusion]) -> Iterator[torch.Tensor]:
     """The CLIPs' mixed logits [B, C] at each scale, one after the other.
 
     They are proportional to the scale, so all but `probabilities` are computed once.

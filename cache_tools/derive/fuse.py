@@ -30,7 +30,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice, matched_scales
 from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.store.writer import CacheWriter
-from cache_tools.targets import ViewTargets, constants_for, fused
+from cache_tools.targets import ComponentView, fusion_constants
 
 
 class Fused(Derived):
@@ -194,16 +194,16 @@ class _Fuser:
         def constant(name: str) -> torch.Tensor:
             return torch.from_numpy(prompts[name] if name in prompts else source.constants[name])
 
-        constants = constants_for(self.how, source.cache.recipe, constant)
+        constants = fusion_constants(self.how, source.cache.recipe, constant)
         self._tensors = {name: tensor.to(self._device) for name, tensor in constants.items()}
 
     def _fused(self, view: int, stored: Stored) -> Rows:
-        arrays = fused(self._parts(view, stored)).arrays
+        arrays = self._parts(view, stored).fuse().arrays
         return {name: arrays[name].cpu().numpy() for name in ("fused_logits", "fused_features")}
 
-    def _parts(self, view: int, stored: Mapping[str, npt.NDArray[Any]]) -> ViewTargets:
+    def _parts(self, view: int, stored: Mapping[str, npt.NDArray[Any]]) -> ComponentView:
         arrays = {name: torch.from_numpy(values).to(self._device) for name, values in stored.items()}
-        return ViewTargets(view, arrays, self._tensors, self.how, self.source.cache.targets)
+        return ComponentView(view, arrays, self._tensors, self.source.cache.targets, self.how)
 
 
 _FROM_SOURCE = ("teacher_projection", "clip_projection", "class_embeddings")

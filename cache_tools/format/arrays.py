@@ -47,8 +47,12 @@ class TargetSpec(Frozen):
 
     @property
     def constants(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what its codec needs beside the rows."""
+        """Names and shapes of the constants that its codec needs."""
         return {self.name + suffix: shape for suffix, shape in self.codec.constant_shapes(self.width).items()}
+
+    def view_to_read(self, view: int, clip_view: int | None) -> int:
+        """The view to read for `view`: CLIP's targets come from `clip_view` if a fusion sets one."""
+        return clip_view if clip_view is not None and self.name.startswith("clip_features") else view
 
 
 def array_name(name: str, network: int) -> str:

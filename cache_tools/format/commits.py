@@ -57,9 +57,10 @@ def content_digest(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], c
     return digest.hexdigest()
 
 
-def committed_blocks(commits: npt.NDArray[np.uint64], manifest: Manifest) -> npt.NDArray[np.bool_]:
-    """Which blocks are committed, bool [V, blocks], from the whole array or more views than the manifest promises."""
-    return (commits[: manifest.num_views] != 0).all(axis=-1)
+def committed_blocks(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which blocks are committed, bool [V, blocks], from digests [V, blocks, columns]."""
+    committed: npt.NDArray[np.bool_] = (digests != 0).all(axis=-1)
+    return committed
 
 
 def missing_blocks(committed: npt.NDArray[np.bool_]) -> list[BlockId]:

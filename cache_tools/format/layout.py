@@ -49,7 +49,7 @@ class ArrayLayout(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        return self.encoding["dtype"]
+        return str(self.encoding["dtype"])
 
     @property
     def codecs(self) -> list[str]:
@@ -58,12 +58,14 @@ class ArrayLayout(NamedTuple):
 
     @property
     def fill_value(self) -> np.generic:
-        return np.dtype(self.dtype).type(self.encoding["fill_value"])
+        scalar: type[np.generic] = np.dtype(self.dtype).type
+        return scalar(self.encoding["fill_value"])
 
     @property
     def endian(self) -> str | None:
         """Byte order of the plain numbers; None for single bytes and where a codec packs numbers."""
-        return self.encoding["serializer"].get("configuration", {}).get("endian")
+        endian: str | None = self.encoding["serializer"].get("configuration", {}).get("endian")
+        return endian
 
     @property
     def has_views(self) -> bool:

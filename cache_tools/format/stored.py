@@ -86,9 +86,10 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
 def check_limits(manifest: Manifest, *, where: object) -> None:
     """Raise FormatError unless every number of a manifest is within the limits and its parts fit together."""
     recipe = manifest.recipe
-    networks = (*recipe.teachers, *recipe.clips)
+    widths = [recipe.fusion.feature_dim]
+    widths += [teacher.feature_dim for teacher in recipe.teachers] + [clip.feature_dim for clip in recipe.clips]
     _check_count("classes", len(recipe.dataset.class_names), MAX_WIDTH, where)
-    _check_count("features", max(recipe.fusion.feature_dim, *(net.feature_dim for net in networks)), MAX_WIDTH, where)
+    _check_count("features", max(widths), MAX_WIDTH, where)
     _check_count("samples", manifest.num_samples, MAX_SAMPLES, where)
     _check_count("pixels along a side", max(recipe.dataset.image_size), MAX_SIDE, where)
     _check_count("rows per block", manifest.block_rows, MAX_BLOCK_ROWS, where)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +30,18 @@ from cache_tools.places import LocalPlace, Place, open_place
 from cache_tools.places.claims import Claims
 from cache_tools.places.metadata import check_same, copy_metadata, manifest_at
 from cache_tools.places.transfer import copy_blocks, list_committed
+from cache_tools.store.blocks import LocalBlocks
 from cache_tools.store.group import read_manifest
+
+if TYPE_CHECKING:
+    import zarr
 
 OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
 PATIENCE_S = 10.0
 
 
 class Origin:
-    """The remote cache behind a mirror. Made by `connect` and `origin_of`.
+    """The remote cache behind a mirror. Made by `connect`, or from the record beside a mirror.
 
     Attributes:
         mirror: folder of the mirror.
@@ -52,6 +57,10 @@ class Origin:
     @property
     def url(self) -> str:
         return self._record.url
+
+    def blocks(self, manifest: Manifest, table: zarr.Array[Any]) -> StagedBlocks:
+        """The blocks that a reader of the mirror has; `table` is the mirror's array `commits`."""
+        return StagedBlocks(self, manifest, table)
 
     def committed(self, manifest: Manifest) -> npt.NDArray[np.bool_]:
         """Which blocks the store has, bool [V, blocks]; asked anew until it has all.
@@ -140,6 +149,30 @@ class Origin:
             _keep(self.mirror, self._record)
 
 
+class StagedBlocks(LocalBlocks):
+    """The blocks of a remote cache. Those that its mirror lacks are staged when they are needed."""
+
+    def __init__(self, origin: Origin, manifest: Manifest, table: zarr.Array[Any]) -> None:
+        super().__init__(origin.mirror, manifest, table)
+        self.where, self._origin = origin.url, origin
+
+    def committed(self) -> npt.NDArray[np.bool_]:
+        """Which blocks are in the mirror or in the store, bool [V, blocks]."""
+        staged = super().committed()
+        return staged if staged.all() else staged | self._origin.committed(self._manifest)
+
+    def _missing(self, view: int, blocks: range) -> list[int]:
+        """Blocks that neither the mirror nor the store has. If there are none, stages the view."""
+        missing = super()._missing(view, blocks)
+        if not missing:
+            return []
+        in_store = self._origin.committed(self._manifest)[view]
+        if not in_store[missing].all():
+            return [block for block in missing if not in_store[block]]
+        self._origin.stage(self._manifest, view)
+        return super()._missing(view, blocks)
+
+
 def connect(url: str) -> Origin:
     """Open the cache at a URL: bring what every reader needs of it into its mirror.
 
@@ -186,12 +219,6 @@ def connect(url: str) -> Origin:
     origin = Origin(mirror, read_origin(mirror) or record, checked=True)
     origin.bytes = sum(sizes)
     return origin
-
-
-def origin_of(path: Path) -> Origin | None:
-    """What the mirror at `path` was staged from; None for any other cache. Asks no store."""
-    record = read_origin(path)
-    return Origin(path, record) if record is not None and record.of_a_mirror else None
 
 
 def offline() -> bool:

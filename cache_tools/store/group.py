@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,42 +105,6 @@ def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> np
 def quiet_numcodecs() -> None:
     """No warning that a codec is not in the zarr specification: who chose pcodec was told, who reads cannot help it."""
     warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
-
-
-def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
-    """All of `commits` that the manifest promises, uint64 [V, blocks, columns]; 0 where nothing is committed.
-
-    Only files that are there are read: a manifest may promise any number of blocks.
-
-    Raises:
-        FormatError: a damaged commit; names the file.
-    """
-    folder = path / commits.COMMITS
-    columns = table.shape[2]
-    found = np.zeros((manifest.num_views, manifest.num_blocks, columns), dtype=np.uint64)
-    with translated(folder):
-        pairs = commits.parse_file_names(os.listdir(folder), manifest)
-    if not pairs:
-        return found
-    views, blocks = np.array(pairs).T
-    try:
-        with translated(folder):
-            if len(pairs) == manifest.num_views * manifest.num_blocks:
-                return np.asarray(table[: manifest.num_views])
-            coordinates = (views[:, None], blocks[:, None], np.arange(columns)[None, :])
-            found[views, blocks] = np.asarray(table.get_coordinate_selection(coordinates)).reshape(-1, columns)
-    except FormatError as error:
-        for view, block in pairs:
-            try:
-                table[view, block]
-            except Exception as cause:
-                raise FormatError(
-                    "damaged commit",
-                    where=path / commits.BlockId(view, block).commit_key,
-                    next_step=f"remove this file: the same {manifest.recipe.made_by} command makes the block again",
-                ) from cause
-        raise error
-    return found
 
 
 def check_chunks(spec: ArraySpec, manifest: Manifest, path: Path, view: int, start: int, stop: int) -> None:

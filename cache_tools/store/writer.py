@@ -19,9 +19,10 @@ from cache_tools.format.arrays import target_arrays
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Canary, Manifest
 from cache_tools.format.stored import MANIFEST_KEY, check_limits, manifest_attribute
+from cache_tools.store.blocks import read_commits
 from cache_tools.store.create import StoredConstants, check_constants, check_samples, constants_digest, lay_out
 from cache_tools.store.encoding import Encoder
-from cache_tools.store.group import open_array, open_group, read_commits, read_manifest, translated
+from cache_tools.store.group import open_array, open_group, read_manifest, translated
 
 
 class CacheWriter:
@@ -115,7 +116,7 @@ class CacheWriter:
     def missing_blocks(self) -> list[commits.BlockId]:
         """(view, block) of every block that is not committed, in order; one read of `commits`."""
         stored = read_commits(self._commits, self.path, self.manifest)
-        return commits.missing_blocks(commits.committed_blocks(stored, self.manifest))
+        return commits.missing_blocks(commits.committed_blocks(stored))
 
     def write_block(
         self, view: int, block: int, arrays: Mapping[str, npt.NDArray[np.floating[Any]]], parameter_digest: int

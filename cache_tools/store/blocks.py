@@ -1,0 +1,132 @@
+"""Which blocks of a cache in a local folder are committed, and what their commits say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.errors import FormatError, IncompleteError, NotFoundError
+from cache_tools.format import commits
+from cache_tools.format.manifest import Manifest
+from cache_tools.store.group import translated
+
+if TYPE_CHECKING:
+    import zarr
+
+
+class LocalBlocks:
+    """The blocks of a cache in a local folder.
+
+    `StagedBlocks` (cache_tools.home.staging) has the same methods for the mirror of a remote cache.
+
+    Args:
+        table: the array `commits`.
+
+    Attributes:
+        where: names the cache in messages.
+        digests: `commits` as last read, uint64 [V, blocks, columns]; 0 where nothing is committed.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, table: zarr.Array[Any]) -> None:
+        self.where, self._path, self._manifest, self._table = str(path), path, manifest, table
+        self.digests = np.zeros((manifest.num_views, manifest.num_blocks, table.shape[2]), np.uint64)
+
+    def committed(self) -> npt.NDArray[np.bool_]:
+        """Which blocks can be read, bool [V, blocks]. Looks at the disk again while any is missing."""
+        if not self.digests.all():
+            self.digests = read_commits(self._table, self._path, self._manifest)
+        return commits.committed_blocks(self.digests)
+
+    def require(self, view: int, blocks: range) -> None:
+        """Make sure that these blocks of a view can be read.
+
+        Raises:
+            NotFoundError: no such view.
+            IncompleteError: some of them are not committed.
+        """
+        if not 0 <= view < self._manifest.num_views:
+            expected = f"0 to {self._manifest.num_views - 1}"
+            raise NotFoundError("no such view", where=self._path, expected=expected, found=view)
+        missing = self._missing(view, blocks)
+        if missing:
+            raise IncompleteError(
+                f"view {view} is not completely built",
+                where=self.where,
+                expected=f"{self._manifest.num_blocks} blocks",
+                found=f"{commits.ranges(missing)} missing",
+                next_step=self._continue,
+            )
+
+    def require_all(self) -> None:
+        """Raise IncompleteError unless every block can be read."""
+        committed = self.committed()
+        if not committed.all():
+            complete = int(committed.all(axis=1).sum())
+            raise IncompleteError(
+                "the cache is not completely built",
+                where=self.where,
+                expected=f"{self._manifest.num_views} views",
+                found=f"{complete} complete, {int((~committed).sum())} of {committed.size} blocks missing",
+                next_step=self._continue,
+            )
+
+    def _missing(self, view: int, blocks: range) -> list[int]:
+        """The blocks that cannot be read. A commit is never removed, so blocks that were found stay found."""
+        rows = slice(blocks.start, blocks.stop)
+        committed = commits.committed_blocks(self.digests[view, rows])
+        if not committed.all():
+            committed = LocalBlocks.committed(self)[view, rows]
+        return [blocks[number] for number in np.flatnonzero(~committed)]
+
+    @property
+    def _continue(self) -> str:
+        return f"run the same {self._manifest.recipe.made_by} command again: it continues from what is stored"
+
+
+def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
+    """All of `commits` that the manifest promises, uint64 [V, blocks, columns]; 0 where nothing is committed.
+
+    Reads only files that exist, because a manifest may promise any number of blocks.
+
+    Raises:
+        FormatError: a damaged commit; names the file.
+    """
+    folder = path / commits.COMMITS
+    columns = table.shape[2]
+    found = np.zeros((manifest.num_views, manifest.num_blocks, columns), dtype=np.uint64)
+    with translated(folder):
+        ids = commits.parse_file_names(os.listdir(folder), manifest)
+    if not ids:
+        return found
+    views, blocks = np.array(ids).T
+    try:
+        with translated(folder):
+            if len(ids) == manifest.num_views * manifest.num_blocks:
+                return np.asarray(table[: manifest.num_views])
+            coordinates = (views[:, None], blocks[:, None], np.arange(columns)[None, :])
+            found[views, blocks] = np.asarray(table.get_coordinate_selection(coordinates)).reshape(-1, columns)
+    except FormatError as error:
+        damaged = _find_damaged_commit(table, path, ids, manifest)
+        if damaged is None:
+            raise
+        raise damaged from error
+    return found
+
+
+def _find_damaged_commit(
+    table: zarr.Array[Any], path: Path, ids: list[commits.BlockId], manifest: Manifest
+) -> FormatError | None:
+    for block in ids:
+        try:
+            table[block.view, block.block]
+        except Exception:  # codecs raise anything
+            return FormatError(
+                "damaged commit",
+                where=path / block.commit_key,
+                next_step=f"remove this file: the same {manifest.recipe.made_by} command makes the block again",
+            )
+    return None
