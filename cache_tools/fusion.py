@@ -1,9 +1,9 @@
-"""Teachers and CLIPs become one target: prompt ensembles, scale alignment, fused logits, fused features.
+"""Fuse teachers and CLIPs into one target: prompt ensembles, CLIP scale, fused logits, fused features.
 
 Notation of the RichKD paper: z_F = α z_T + (1−α) z_C for logits, f_F = λ f_T + (1−λ) f_C for features; α is
-`teacher_weight`, λ is `feature_weight`. With several networks z_T, z_C, f_T and f_C are weighted means of a group.
-Building, reading components back and online training all call `fused_logits` and `fused_features`, so that they give
-the same numbers. Everything is float32, also under autocast.
+`teacher_weight`, λ is `feature_weight`. With several networks, z_T, z_C, f_T and f_C are weighted means of a group.
+Building a cache, reading components and online training all call `fused_logits` and `fused_features`, so they get the
+same numbers. Everything is float32, even under autocast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cache_tools.format.manifest import Fusion
     from cache_tools.format.recipe import PromptEnsemble
 
-# Counter word of every projection draw: no view has an operation in that slot, so the two never share a number.
+# Counter word of projection draws. No view operation uses this slot, so views and projections never share a number.
 _PROJECTION_SLOT = 0xFFFFFFFF
 
 
@@ -31,7 +31,7 @@ def class_embeddings(text_features_PCD: torch.Tensor) -> torch.Tensor:
     """One unit vector per class from P prompt embeddings: normalise(mean_p normalise(t_pc)).
 
     Args:
-        text_features_PCD: text embeddings [P, C, D], of any length.
+        text_features_PCD: text embeddings [P, C, D], not necessarily normalised.
 
     Returns:
         [C, D] float32, rows of unit length.
@@ -40,11 +40,12 @@ def class_embeddings(text_features_PCD: torch.Tensor) -> torch.Tensor:
 
 
 def prompt_embeddings(text_features_PCD: torch.Tensor, ensemble: PromptEnsemble) -> torch.Tensor:
-    """What image features are compared with, float32: the text side of `clip_logits`.
+    """The embeddings that `clip_logits` compares image features with, float32.
 
     Returns:
         `embedding`: [C, D], the class embeddings. `logits`: [C, D], the mean of the unit prompt embeddings, not
-        renormalised: a mean of logits over prompts is the logit of that mean. `probabilities`: [P, C, D], unit rows.
+        renormalised: the mean of the logits over prompts is the logit of that mean. `probabilities`: [P, C, D], unit
+        rows.
     """
     if ensemble == "embedding":
         return class_embeddings(text_features_PCD)
@@ -55,15 +56,15 @@ def prompt_embeddings(text_features_PCD: torch.Tensor, ensemble: PromptEnsemble)
 def clip_logits(image_features_ND: torch.Tensor, prompts: torch.Tensor, scale: float) -> torch.Tensor:
     """One CLIP's scaled logits, [N, C] float32.
 
-    With prompts [C, D] (`embedding`, `logits`): scale · cosine, z_C = 1/P Σ_p scale · cos(f, t_pc) for the latter.
-    With prompts [P, C, D] (`probabilities`): z_C = log 1/P Σ_p softmax_c(scale · cos(f, t_pc)). The softmax makes these
-    depend on the scale in more than length. One prompt at a time: temporaries are [N, C], however many prompts; in
-    float64, because exponentials in float32 depend in the last bit on where in a batch a row stands.
+    With prompts [C, D] (`embedding`, `logits`): scale · cosine, for `logits` z_C = 1/P Σ_p scale · cos(f, t_pc).
+    With prompts [P, C, D] (`probabilities`): z_C = log 1/P Σ_p softmax_c(scale · cos(f, t_pc)), which is not
+    proportional to the scale. Prompts are added one at a time, so temporaries stay [N, C]. The sum is in float64: the
+    last bit of a float32 exponential depends on the row's place in the batch.
 
     Args:
-        image_features_ND: of any length.
-        prompts: see `prompt_embeddings`.
-        scale: a number, see `resolve_clip_scale`.
+        image_features_ND: not necessarily normalised.
+        prompts: from `prompt_embeddings`.
+        scale: from `resolve_clip_scale`.
     """
     if prompts.ndim == 2:
         return scale * cosine(image_features_ND, prompts)
@@ -76,13 +77,13 @@ def clip_logits(image_features_ND: torch.Tensor, prompts: torch.Tensor, scale: f
 
 
 def cosine(image_features_ND: torch.Tensor, class_embeddings_CD: torch.Tensor) -> torch.Tensor:
-    """Raw cosines [N, C] float32 of image features (of any length) with unit class embeddings."""
+    """Raw cosines [N, C] float32 of image features, normalised here, with unit class embeddings."""
     with _full_precision(image_features_ND):
         return _unit(image_features_ND.float()) @ class_embeddings_CD.float().T
 
 
 def linear_logits(features_ND: torch.Tensor, weight_CD: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
-    """What a linear head says: z_T = f_T · Wᵀ + b, [N, C] float32."""
+    """Logits of a linear head: z_T = f_T · Wᵀ + b, [N, C] float32."""
     with _full_precision(features_ND):
         return F.linear(features_ND.float(), weight_CD.float(), bias_C.float())
 
@@ -92,30 +93,30 @@ def fuse_logits(
 ) -> torch.Tensor:
     """z_F = α z_T + (1−α) z_C with z_C = clip_scale · cosine; [N, C] float32, not centred.
 
-    `clip_scale` 1.0 is the paper's official code (raw cosines), 100 is about CLIP's own logits.
+    A `clip_scale` of 1.0 reproduces the paper's official code (raw cosines); CLIP's own is about 100.
     """
     return teacher_weight * teacher_NC.float() + (1.0 - teacher_weight) * (clip_scale * cosine_NC.float())
 
 
 def project(features_NE: torch.Tensor, projection_ED: torch.Tensor) -> torch.Tensor:
-    """normalise(f · P): features brought to the common width, rows of unit length, [N, D] float32."""
+    """normalise(f · P): features projected to the common width, rows of unit length, [N, D] float32."""
     with _full_precision(features_NE):
         return _unit(features_NE.float() @ projection_ED)
 
 
 def fuse_features(teacher_ND: torch.Tensor, clip_ND: torch.Tensor, feature_weight: float) -> torch.Tensor:
-    """f_F = λ f_T + (1−λ) f_C for features projected to one width; [N, D] float32, not renormalised."""
+    """f_F = λ f_T + (1−λ) f_C for projected features; [N, D] float32, not renormalised."""
     return feature_weight * teacher_ND.float() + (1.0 - feature_weight) * clip_ND.float()
 
 
 def centre_rows(logits_NC: torch.Tensor) -> torch.Tensor:
-    """Subtract each row's mean. Softmax does not see the shift; small numbers keep more bits in float16."""
+    """Subtract each row's mean. Softmax ignores the shift, and smaller numbers keep more bits in float16."""
     logits_NC = logits_NC.float()
     return logits_NC - logits_NC.mean(dim=1, keepdim=True)
 
 
 def mix(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Σ_i w_i x_i in float32. Parts of weight 0 are left out, and a part that is alone comes back unchanged."""
+    """Σ_i w_i x_i in float32. Parts of weight 0 are left out; if one part remains, it is returned unchanged."""
     chosen = [(part.float(), weight) for part, weight in zip(parts, weights, strict=True) if weight > 0.0]
     (total, first_weight), *others = chosen
     if others:
@@ -128,22 +129,22 @@ def mix(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor
 def mix_features(projected_ND: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """normalise(Σ_i w_i f_i) for unit rows of one width.
 
-    Renormalised, because features of different networks are nearly orthogonal once projected: their mean would be
-    short, and λ would weigh a group the less, the more networks it has.
+    Projected features of different networks are nearly orthogonal, so their mean is short. Without renormalisation a
+    group of more networks would count less in the λ-mix.
     """
     mixed = mix(projected_ND, weights)
     return mixed if sum(weight > 0.0 for weight in weights) == 1 else _unit(mixed)
 
 
-def fused_logits(teachers_NC: Sequence[torch.Tensor], clips_NC: Sequence[torch.Tensor], how: Fusion) -> torch.Tensor:
+def fused_logits(teachers_NC: Sequence[torch.Tensor], clips_NC: Sequence[torch.Tensor], fusion: Fusion) -> torch.Tensor:
     """z_F = α Σ_i w_i z_Ti + (1−α) Σ_j u_j z_Cj, rows mean-centred: exactly as cached, [N, C] float32.
 
     Args:
-        teachers_NC: logits of every teacher.
-        clips_NC: logits of every CLIP, scaled: see `clip_logits`.
+        teachers_NC: logits of each teacher.
+        clips_NC: scaled logits of each CLIP, from `clip_logits`.
     """
-    teacher_NC, clip_NC = mix(teachers_NC, how.teacher_weights), mix(clips_NC, how.clip_weights)
-    return centre_rows(fuse_logits(teacher_NC, clip_NC, how.teacher_weight, 1.0))
+    teacher_NC, clip_NC = mix(teachers_NC, fusion.teacher_weights), mix(clips_NC, fusion.clip_weights)
+    return centre_rows(fuse_logits(teacher_NC, clip_NC, fusion.teacher_weight, 1.0))
 
 
 def fused_features(
@@ -151,25 +152,25 @@ def fused_features(
     teacher_projections_ED: Sequence[torch.Tensor],
     clips_NE: Sequence[torch.Tensor],
     clip_projections_ED: Sequence[torch.Tensor],
-    how: Fusion,
+    fusion: Fusion,
 ) -> torch.Tensor:
     """f_F = λ f_T + (1−λ) f_C with f = normalise(Σ_i w_i normalise(f_i P_i)) for both groups: exactly as cached.
 
     Args:
-        teachers_NE, clips_NE: features of every network, each of its own width and of any length.
-        teacher_projections_ED, clip_projections_ED: of every network, to the common width, see `projection_matrix`.
+        teachers_NE, clips_NE: features of each network, of its own width and not necessarily normalised.
+        teacher_projections_ED, clip_projections_ED: projections to the common width, from `projection_matrix`.
 
     Returns:
         [N, D] float32.
     """
     groups = []
     for features, projections, weights in (
-        (teachers_NE, teacher_projections_ED, how.teacher_weights),
-        (clips_NE, clip_projections_ED, how.clip_weights),
+        (teachers_NE, teacher_projections_ED, fusion.teacher_weights),
+        (clips_NE, clip_projections_ED, fusion.clip_weights),
     ):
         projected = [project(each, projection) for each, projection in zip(features, projections, strict=True)]
         groups.append(mix_features(projected, weights))
-    return fuse_features(groups[0], groups[1], how.feature_weight)
+    return fuse_features(groups[0], groups[1], fusion.feature_weight)
 
 
 def resolve_clip_scale(
@@ -178,17 +179,17 @@ def resolve_clip_scale(
     teacher_NC: torch.Tensor | None = None,
     cosine_NC: torch.Tensor | None = None,
 ) -> float:
-    """The number that CLIP's cosines are multiplied with.
+    """The number that CLIP's cosines are multiplied by.
 
     Args:
-        choice: `model`: CLIP's own logit scale; `match`: mean over rows of the teacher logits' standard deviation
-            over that of the cosines, so that both spread alike; a number: itself.
+        choice: `model` for CLIP's own logit scale; `match` for the ratio of the standard deviations of the teacher
+            logits and of the cosines, each averaged over rows, so that both have the same spread; or the number itself.
         model_scale: CLIP's exp(log-scale).
-        teacher_NC, cosine_NC: logits (of several teachers: mixed) and cosines with the class embeddings, of the same
-            sample of images; only `match` needs them.
+        teacher_NC, cosine_NC: the teachers' mixed logits and the cosines with the class embeddings, for the same
+            images; only `match` needs them.
 
     Raises:
-        PreflightError: `match`, and CLIP (or the teacher) says the same for every class.
+        PreflightError: the choice is `match`, and the cosines or the teacher logits are equal for all classes.
     """
     if choice == "model":
         return float(model_scale)
@@ -210,13 +211,13 @@ def resolve_clip_scale(
 
 
 def projection_matrix(rows: int, cols: int, seed: int) -> np.ndarray:
-    """A fixed random projection, the same everywhere for one (rows, cols, seed).
+    """A fixed random projection: the same (rows, cols, seed) gives the same matrix on every machine.
 
-    Gaussian numbers (Box–Muller over Philox words, float64), then QR with the diagonal of R made positive:
-    uniformly distributed. Orthonormal columns when cols ≤ rows, else orthonormal rows.
+    Gaussian numbers (Box–Muller over Philox words, float64), then QR with the diagonal of R made positive, which gives
+    a uniform distribution. Columns are orthonormal if cols ≤ rows, otherwise rows are.
 
     Args:
-        rows: width of the features that come in.
+        rows: width of the features.
         cols: common width.
         seed: the Philox key; different seeds give independent matrices.
 
@@ -231,7 +232,7 @@ def projection_matrix(rows: int, cols: int, seed: int) -> np.ndarray:
 
 
 def _gaussian(count: int, seed: int) -> np.ndarray:
-    """`count` standard normal numbers in float64 (Box–Muller); each Philox block of four words makes four."""
+    """`count` standard normal numbers in float64 (Box–Muller), four from each Philox block of four words."""
     words = philox.sample_words(seed, np.arange(-(-count // 4), dtype=np.uint64), 0, _PROJECTION_SLOT)
     uniform = (words.astype(np.float64) + 0.5) / 2.0**32  # never 0, so the logarithm is finite
     radius = np.sqrt(-2.0 * np.log(uniform[0::2]))
@@ -245,5 +246,5 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _full_precision(tensor: torch.Tensor) -> torch.autocast:
-    """Matrix products in float32 even when the caller runs under autocast: a target must not depend on that."""
+    """Matrix products in float32 even under the caller's autocast, which must not change a target."""
     return torch.autocast(tensor.device.type, enabled=False)

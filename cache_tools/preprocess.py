@@ -1,4 +1,4 @@
-"""From the uint8 view canvas to what a network reads: resize, scale to [0, 1], normalise, on the pixels' device."""
+"""Turn the uint8 view canvas into the input of a network, on its device: resize, scale to [0, 1], normalise."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 def prepare(
     pixels_NCHW: torch.Tensor, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """A network's input from the view canvas, what `Preprocessing` says and nothing else.
+    """Turn the view canvas into the input of a network, as `Preprocessing` describes.
 
-    Where the canvas has another size: the shorter side (relative to the wanted size) is resampled as PIL does on
-    uint8 images, with antialias, then the centre is cropped. Memory format (channels_last or not) and device are
-    kept; nothing synchronises.
+    A canvas of another size is resampled until its shorter side (relative to the size in `preprocessing`) fits, as PIL
+    does for uint8 images, with antialias; then the centre is cropped. Memory format (channels_last or not) and device
+    are kept, and nothing synchronises.
 
     Args:
         pixels_NCHW: uint8 [B, 3, H, W].
-        dtype: of the result; the arithmetic is float32.
+        dtype: dtype of the result; the arithmetic is float32.
 
     Returns:
         [B, 3, h, w] on the same device: (pixels / 255 − mean) / std.
@@ -31,9 +31,9 @@ def prepare(
     scale, shift = affine(preprocessing.mean, preprocessing.std, pixels_NCHW.device)
     if preprocessing.size not in (None, tuple(pixels_NCHW.shape[2:])):
         pixels_NCHW = _resize(pixels_NCHW, preprocessing.size, preprocessing.interpolation)
-    if pixels_NCHW.is_cuda:  # one kernel that reads the bytes and writes the floats
+    if pixels_NCHW.is_cuda:  # one kernel reads the bytes and writes the floats
         return torch.addcmul(shift, pixels_NCHW, scale).to(dtype)
-    # On the CPU two in-place passes are faster than addcmul, and give the same bits with and without FMA units.
+    # On the CPU two in-place passes are faster than addcmul and give the same bits with and without FMA units.
     return pixels_NCHW.float().mul_(scale).add_(shift).to(dtype)
 
 
@@ -41,14 +41,14 @@ def prepare(
 def affine(
     mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 (scale, shift) [1, 3, 1, 1]: pixels · scale + shift = (pixels / 255 − mean) / std, kept on the device."""
-    with torch.inference_mode(False):  # made under inference mode they could not be used in training later
+    """float32 (scale, shift) [1, 3, 1, 1] on the device: pixels · scale + shift = (pixels / 255 − mean) / std."""
+    with torch.inference_mode(False):  # tensors made in inference mode cannot be used in training later
         mean64, std64 = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (mean, std))
         return (1 / (255 * std64)).float().to(device), (-mean64 / std64).float().to(device)
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Whole grey levels 0…255 of `size` = (height, width): uint8 on the CPU, float32 on CUDA."""
+    """Resize to (height, width). The result has whole grey levels 0…255: uint8 on the CPU, float32 on CUDA."""
     height, width = pixels.shape[2:]
     ratio = max(size[0] / height, size[1] / width)
     whole = (max(round(height * ratio), size[0]), max(round(width * ratio), size[1]))
@@ -56,16 +56,16 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> 
         pixels = F.interpolate(pixels, whole, mode="nearest-exact")  # PIL's choice of pixel
     elif pixels.is_cuda:
         pixels = _resample_in_passes(pixels, whole, interpolation)
-    else:  # PIL's own integer arithmetic, several times faster than float32; not available on CUDA
+    else:  # PIL's integer arithmetic, several times faster than float32; not available on CUDA
         pixels = F.interpolate(pixels, whole, mode=interpolation, align_corners=False, antialias=True)
     top, left = round((whole[0] - size[0]) / 2), round((whole[1] - size[1]) / 2)
     return pixels[:, :, top : top + size[0], left : left + size[1]]
 
 
 def _resample_in_passes(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """PIL's resampling in float32: along the width, then along the height, each time clamped and rounded to bytes.
+    """Resample as PIL does, in float32: the width, then the height, clamping and rounding to bytes after each.
 
-    In one pass bicubic overshoot at hard edges would differ from PIL by up to 26 grey levels.
+    In a single pass, bicubic overshoot at hard edges would differ from PIL by up to 26 grey levels.
     """
     values = pixels.float()
     for whole in ((pixels.shape[2], size[1]), size):

@@ -1,7 +1,7 @@
-"""Fuse the parts of a component cache in another way than it was built, without a forward pass.
+"""Fuse a component cache differently from how it was built, without a forward pass.
 
-A cache with `store: components` holds what each teacher and each CLIP said, so that weights, scale, prompts and the
-view that CLIP looks at are free to choose when it is read. Importable without torch.
+A cache with `store: components` holds the targets of each teacher and each CLIP. Weights, scale, prompts and the view
+that CLIP sees can therefore be chosen when it is read. Importable without torch.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ SHARE_TOLERANCE = 1e-6
 
 
 class FusionChoice(Frozen):
-    """What is fused differently from the cache's recipe; None keeps what the recipe says.
+    """Changes to the fusion of a cache's recipe; None keeps the recipe's choice.
 
     Attributes:
         teacher_weight: α of the logits, 1 for the teachers alone, 0 for CLIP alone.
         feature_weight: λ of the features.
         teacher_weights, clip_weights: share of each network in its group, in the order of the recipe, summing to 1.
-        clip_scale: what CLIP's cosines are multiplied with: `model`, `match` or a number (see `FusionRecipe`).
+        clip_scale: the factor of CLIP's cosines: `model`, `match` or a number (see `FusionRecipe`).
         prompt_ensemble: `embedding`, `logits` or `probabilities` (see `FusionRecipe`).
-        prompts: use only the prompt templates of these numbers, from 0, of every CLIP.
-        clip_view: CLIP's targets of this view stand for all views, as in the paper's official code, whose CLIP never
-            sees an augmented image; None takes them from the view that the student sees.
+        prompts: numbers, from 0, of the prompt templates to use, for every CLIP.
+        clip_view: use CLIP's targets of this view for all views, as the paper's official code does, whose CLIP never
+            sees an augmented image; None uses those of the view that the student sees.
     """
 
     teacher_weight: Share | None = None
@@ -49,7 +49,7 @@ class FusionChoice(Frozen):
     clip_view: NonNegativeInt | None = None
 
     @model_validator(mode="after")
-    def _weights_and_prompts_make_sense(self) -> FusionChoice:
+    def _check_weights_and_prompts(self) -> FusionChoice:
         for key in ("teacher_weights", "clip_weights"):
             weights = getattr(self, key)
             if weights is not None:
@@ -59,12 +59,12 @@ class FusionChoice(Frozen):
         return self
 
     def resolve(self, cache: TeacherCache) -> Fusion:
-        """The numbers that this choice means for a cache.
+        """This choice in numbers, for one cache.
 
         Raises:
-            NotFoundError: a fused cache, which keeps no parts to fuse again; or no such `clip_view` or prompt template.
+            NotFoundError: the cache is fused and has no components; or no such `clip_view` or prompt template.
             RecipeError: not one weight for each of the cache's networks, or a scale that is not above 0.
-            PreflightError: `match` where CLIP or the teacher says the same for every class.
+            PreflightError: the scale is `match`, and CLIP or the teacher gives all classes the same value.
         """
         if self != FusionChoice() and cache.recipe.store != "components":
             raise self._no_components(cache)
@@ -76,12 +76,12 @@ class FusionChoice(Frozen):
         return replace(fusion, clip_scales=_scales(cache, self.clip_scale, fusion))
 
     def _no_components(self, cache: TeacherCache) -> NotFoundError:
-        asked = ", ".join(name for name, value in self if value is not None)
+        changes = ", ".join(name for name, value in self if value is not None)
         scales = ", ".join(f"{scale:g}" for scale in cache.manifest.clip_scales)
         return NotFoundError(
-            "this cache cannot be fused in another way",
+            "this cache cannot be fused differently",
             where=cache.path,
-            expected=f"a cache with components, to change {asked}",
+            expected=f"a cache with components, to change {changes}",
             found=f"fused targets only, teacher weight {cache.recipe.fusion.teacher_weight:g}, CLIP scale {scales}",
             next_step="build one with --set store=components, or leave the fusion as it is",
         )
@@ -128,37 +128,37 @@ def check_shares(weights: Sequence[float], *, where: object) -> None:
 
 
 def check_clip_scale(scale: str | float, *, where: object) -> None:
-    """Raise RecipeError unless this is a name or a number above 0: below, CLIP's likeliest class is its unlikeliest.
+    """Raise RecipeError unless this is a name or a number above 0: a negative scale reverses CLIP's ranking of classes.
 
-    Not a rule of the recipes themselves: what was built or trained before there was one stays readable.
+    Recipes do not check this themselves, so that stored ones stay readable.
     """
     if not isinstance(scale, str) and not 0.0 < scale < float("inf"):
         raise RecipeError("bad CLIP scale", where=where, expected="model, match or a number above 0", found=scale)
 
 
 def matched_scales(targets: ViewTargets, clips: Sequence[ClipIdentity]) -> tuple[float, ...]:
-    """The scale `match` of every CLIP, on up to 2048 evenly spaced rows of a component cache's targets.
+    """The scale `match` of each CLIP, from up to 2048 evenly spaced samples of a component cache's view.
 
     Raises:
-        PreflightError: CLIP or the teacher says the same for every class.
+        PreflightError: CLIP or the teacher gives all classes the same value.
     """
-    from cache_tools import fusion
+    from cache_tools.fusion import resolve_clip_scale
 
     count = min(MATCH_SAMPLES, len(targets))
     rows = [number * len(targets) // count for number in range(count)]
     teacher_logits = targets.teacher_logits(rows)
     return tuple(
-        fusion.resolve_clip_scale("match", clip.logit_scale, teacher_logits, targets.cosine(rows, number))
+        resolve_clip_scale("match", clip.logit_scale, teacher_logits, targets.cosine(rows, number))
         for number, clip in enumerate(clips)
     )
 
 
-def _scales(cache: TeacherCache, choice: Literal["model", "match"] | float, how: Fusion) -> tuple[float, ...]:
-    """One number per CLIP; `match` looks at view 0, fused as `how` says."""
-    from cache_tools import fusion
+def _scales(cache: TeacherCache, choice: Literal["model", "match"] | float, fusion: Fusion) -> tuple[float, ...]:
+    """One number for each CLIP; `match` takes the teachers' weights and the prompts of `fusion`, on view 0."""
+    from cache_tools.fusion import resolve_clip_scale
 
     clips = cache.recipe.clips
     if choice != "match":
-        return tuple(fusion.resolve_clip_scale(choice, clip.logit_scale) for clip in clips)
-    targets = cache.load_view(0, logits=False, features=False, fusion=replace(how, clip_view=None))
+        return tuple(resolve_clip_scale(choice, clip.logit_scale) for clip in clips)
+    targets = cache.load_view(0, logits=False, features=False, fusion=replace(fusion, clip_view=None))
     return matched_scales(targets, clips)

@@ -307,7 +307,7 @@ def test_a_fused_cache_has_the_fusion_alone(fused_cache: TeacherCache) -> None:
     row = row_of(got.summary, source="fusion", view=None)
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-7)
     assert "gain_over_teacher" not in got.classes.columns
-    with pytest.raises(NotFoundError, match="cannot be fused in another way"):
+    with pytest.raises(NotFoundError, match="cannot be fused differently"):
         analyse(fused_cache, choice=CHOICE)
 
 

@@ -283,7 +283,7 @@ def test_tune_fusion_prints_options_that_the_other_commands_take(home: Path, tmp
     ("arguments", "message"),
     [
         (["tune-fusion", "digits"], "found fused targets only"),
-        (["stats", "digits", "--clip-scale", "1"], "cannot be fused in another way"),
+        (["stats", "digits", "--clip-scale", "1"], "cannot be fused differently"),
         (["stats", "half", "--clip-scale", "big"], "expected model, match or a number above 0; found big"),
         (["stats", "half", "--teacher-weight", "2"], "teacher_weight"),
         (["stats", "half", "--view", "first"], "expected the number of a view, or all; found first"),
