@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import open_clip
@@ -18,7 +17,7 @@ from cache_tools.format.recipe import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.networks.clip_source import ClipSource, load_network, needs_hub, resolve_source
 from pipeline.networks.prompts import prompt_class_name, render_prompts, template_set
-from pipeline.networks.references import hub_or_local_copies
+from pipeline.networks.references import load_local_first
 from pipeline.networks.weights import as_network_input, first_line, freeze, mixed_precision, weights_digest
 
 if TYPE_CHECKING:
@@ -158,9 +157,11 @@ def _embed_prompts(
 
 
 def _tokenizer(source: ClipSource) -> Any:
+    def load() -> Any:
+        return open_clip.get_tokenizer(source.model_name)
+
     try:
-        with hub_or_local_copies() if needs_hub(source) else nullcontext():
-            return open_clip.get_tokenizer(source.model_name)
+        return load_local_first(load) if needs_hub(source) else load()
     except Exception as error:  # tokenizers of the Hugging Face hub: network, missing files, missing packages
         raise WeightsError(
             "cannot load CLIP's tokenizer",

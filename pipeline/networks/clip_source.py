@@ -12,7 +12,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from cache_tools.errors import WeightsError
-from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, hub_or_local_copies, is_file_reference, resolve_path
+from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, is_file_reference, load_local_first, resolve_path
 from pipeline.networks.weights import first_line, nearest
 
 _NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # three numbers beside OpenAI's weights
@@ -72,12 +72,12 @@ def load_network(source: ClipSource) -> Any:
     """
     where = source.architecture if source.pretrained is None else f"{source.architecture}, {source.pretrained}"
     try:
-        with (
-            _quiet(),
-            hub_or_local_copies() if needs_hub(source) else nullcontext(),
-            _plain_weights(source.pretrained) as pretrained,
-        ):
-            return open_clip.create_model(source.model_name, pretrained, require_pretrained=True, weights_only=True)
+        with _quiet(), _plain_weights(source.pretrained) as pretrained:
+
+            def load() -> Any:
+                return open_clip.create_model(source.model_name, pretrained, require_pretrained=True, weights_only=True)
+
+            return load_local_first(load) if needs_hub(source) else load()
     except Exception as error:  # open_clip, huggingface_hub, safetensors and torch have no common error
         expected, found = _mismatch(error)
         if found is not None:
@@ -147,8 +147,8 @@ def _folder(reference: str) -> ClipSource:
 
 def _hub(name: str) -> ClipSource:
     try:
-        with _quiet(), hub_or_local_copies():
-            config = open_clip.get_model_config(name)
+        with _quiet():
+            config = load_local_first(lambda: open_clip.get_model_config(name))
     except Exception as error:  # huggingface_hub: no network, no such repository, not logged in
         raise WeightsError(
             "cannot get CLIP from the hub",

@@ -8,7 +8,7 @@ from torch import nn
 
 from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import Preprocessing
-from pipeline.networks.references import hub_or_local_copies
+from pipeline.networks.references import load_local_first
 from pipeline.networks.weights import class_count_error, first_line, nearest
 from train.students import create_student
 
@@ -83,8 +83,7 @@ def _torchvision(model: str, tag: str, num_classes: int) -> tuple[nn.Module, Pre
 
 def _download(name: str, num_classes: int, **options: Any) -> nn.Module:
     try:
-        with hub_or_local_copies():
-            return create_student(name, num_classes, **options)
+        return load_local_first(lambda: create_student(name, num_classes, **options))
     except WeightsError as error:
         raise WeightsError(
             "cannot get the teacher's pretrained weights",

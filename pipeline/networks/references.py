@@ -1,62 +1,47 @@
-"""What a recipe's words for weights mean: files, files of the package, or names in a library. No torch here."""
+"""What a recipe's names of weights refer to: files, files of the package, or entries of a library or hub. No torch."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from typing import TypeVar
+
+Loaded = TypeVar("Loaded")
 
 PACKAGE_PREFIX = "package:"
-HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"  # of CLIP names, as open_clip has them
+HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"  # of CLIP names, as in open_clip
 FILE_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".tgz"})
 
 
 def is_file_reference(reference: str) -> bool:
-    """Whether `reference` means a file (`package:FILE`, a path) rather than a library's tag."""
+    """Whether `reference` names a file (`package:FILE`, a path) rather than a library's tag."""
     path = Path(reference)
     return reference.startswith(PACKAGE_PREFIX) or path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
 
 
 def resolve_path(reference: str) -> Path:
-    """A path; `package:NAME` is a file or folder shipped in pipeline/assets."""
+    """The path of a reference; `package:NAME` is a file or folder in pipeline/assets."""
     if reference.startswith(PACKAGE_PREFIX):
         return Path(str(files("pipeline") / "assets" / reference.removeprefix(PACKAGE_PREFIX)))
     return Path(reference).expanduser()
 
 
-CONNECT_TIMEOUT_S = 3.0
+def load_local_first(load: Callable[[], Loaded]) -> Loaded:
+    """Call `load` with the hub's local copies only; if that fails, call it again with the network.
 
-
-@contextmanager
-def hub_or_local_copies() -> Iterator[None]:
-    """Let libraries use the hub; without a network they take local copies or fail at once.
-
-    Left alone, huggingface_hub tries for most of a minute and prints every attempt.
+    timm and open_clip do not pass `local_files_only` on to huggingface_hub. Its offline mode has the same effect on
+    every download inside `load`. A user's own `HF_HUB_OFFLINE=1` is respected.
     """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or _reachable(constants.ENDPOINT):
-        yield
-        return
+    if constants.HF_HUB_OFFLINE:
+        return load()
     constants.HF_HUB_OFFLINE = True
     try:
-        yield
+        return load()
+    except Exception:  # the libraries wrap the hub's LocalEntryNotFoundError in errors of many types
+        pass
     finally:
         constants.HF_HUB_OFFLINE = False
-
-
-def _reachable(endpoint: str) -> bool:
-    """Whether a connection can be opened; assumed where a proxy decides."""
-    address = urlsplit(endpoint)
-    if not address.hostname or {"all", address.scheme} & getproxies().keys():
-        return True
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
+    return load()

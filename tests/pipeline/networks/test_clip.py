@@ -25,6 +25,7 @@ from pipeline.networks.prompts import template_set
 from pipeline.networks.references import resolve_path
 from pipeline.networks.weights import weights_digest
 from pipeline.recipe import ClipSpec
+from tests.support.hub_copies import add_to_hub_cache, use_hub_cache
 from tests.support.tiny_clip import CONFIG, make_folder
 
 CPU = torch.device("cpu")
@@ -270,6 +271,16 @@ class TestBuiltinConfig:
         save_file({"logit_scale": torch.ones(1)}, path)
         with pytest.raises(WeightsError, match=r"Use ViT-B-32-quickgelu\."):
             load_clip(ClipSpec(name="ViT-B-32", weights=str(path)), CLASSES, CPU)
+
+
+def test_a_local_copy_of_a_hub_model_needs_no_network(
+    folder: Path, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_to_hub_cache(tmp_path, "org/tiny", *folder.iterdir())
+    use_hub_cache(monkeypatch, tmp_path)
+    loaded = load_clip(ClipSpec(name="hf-hub:org/tiny"), CLASSES, CPU)
+    assert loaded.identity.weights_digest == clip.identity.weights_digest
+    assert torch.equal(loaded.class_embeddings, clip.class_embeddings)
 
 
 class TestNames:

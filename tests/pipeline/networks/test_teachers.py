@@ -19,6 +19,7 @@ from cache_tools.preprocess import prepare
 from pipeline.networks.teachers import Teacher, load_teacher
 from pipeline.networks.weights import read_weights, weights_digest
 from pipeline.recipe import TeacherSpec
+from tests.support.hub_copies import add_to_hub_cache, use_hub_cache
 from train.checkpoints import StudentCard, save_student
 from train.students import create_student
 
@@ -311,6 +312,17 @@ class TestTimm:
     def test_unknown_name(self) -> None:
         with pytest.raises(RecipeError, match="'resnet50'"):
             load(TeacherSpec(name="timm:resnet5O", weights="pretrained"))
+
+    def test_a_local_copy_of_published_weights_needs_no_network(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        model = create_student("timm:test_resnet", 1000)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        add_to_hub_cache(tmp_path / "hub", "timm/test_resnet.r160_in1k", tmp_path / "model.safetensors")
+        use_hub_cache(monkeypatch, tmp_path / "hub")
+        thousand = tuple(str(i) for i in range(1000))
+        teacher = load(TeacherSpec(name="timm:test_resnet", weights="r160_in1k"), thousand)
+        assert teacher.identity.weights_digest == weights_digest(model)
 
     def test_no_network_is_one_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         import huggingface_hub.constants as hub
