@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import json
 import platform
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, ParamSpec, Self
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self
 
 from cache_tools.errors import CacheError, DeviceError, StorageError
 
@@ -63,6 +64,11 @@ def exit_with(message: str, code: int) -> None:
     """Print one line on stderr and exit with `code`."""
     print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def warn(message: str) -> None:

@@ -25,7 +25,7 @@ from cache_tools.errors import IncompleteError
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe, Precision, Store
 from cache_tools.images.image_set import ImageSet
-from cache_tools.integrity.replay import Place, Replay, TargetReplay
+from cache_tools.integrity.replay import NumberPosition, Replay, TargetReplay
 from cache_tools.reader import TeacherCache
 from cache_tools.store.encoding import Encoder, fitted
 from cache_tools.targets import ComponentView, fusion_constants
@@ -163,7 +163,7 @@ class Comparison:
         self._rows: list[Wide] = []  # [B, 2]: rms and largest difference beyond what the codecs explain
         self._numbers = self._same = 0
         self._sum = self._squares = self._differences = 0.0
-        self._largest, self._worst = -1.0, Place(view=0, sample=0, column=0)
+        self._largest, self._worst = -1.0, NumberPosition(view=0, sample=0, column=0)
 
     def add(
         self,
@@ -187,7 +187,7 @@ class Comparison:
         row, column = np.unravel_index(int(difference.argmax()), difference.shape)
         if difference[row, column] > self._largest:
             self._largest = float(difference[row, column])
-            self._worst = Place(view=view, sample=int(index[row]), column=int(column))
+            self._worst = NumberPosition(view=view, sample=int(index[row]), column=int(column))
 
     def verdict(self, tolerance: float) -> TargetReplay:
         mean = self._sum / self._numbers

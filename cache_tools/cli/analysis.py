@@ -1,63 +1,48 @@
-"""`cache-tools stats, tune-fusion`: what the teachers said, and how to fuse them. Runs no model, trains nothing."""
+"""`cache-tools stats, tune-fusion`: analyse the teachers' targets, and choose how to fuse them. Trains nothing."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cache_tools.cli.options import AsJson, Cache, Device, Temperature, View, parse_clip_scale, parse_views
 from cache_tools.config import validate
-from cache_tools.console import command
-from cache_tools.errors import RecipeError
-
-Reference = Annotated[
-    str, typer.Argument(metavar="CACHE", help="A path, a URL, a name, or 4+ digits of a fingerprint.")
-]
-View = Annotated[str, typer.Option("--view", help="The number of one view, or all complete ones.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="All logits are divided by it.")]
-Device = Annotated[str, typer.Option("--device", help="Where to compute: auto, cpu, cuda or cuda:N.")]
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Make these functions commands of `cache-tools`."""
-    app.command("stats")(command(stats_command))
-    app.command("tune-fusion")(command(tune_command))
+from cache_tools.console import print_json
 
 
 def stats_command(
-    reference: Reference,
+    reference: Cache,
     view: View = "all",
     confident: Annotated[
-        float, typer.Option("--confident", help="A prediction is confident from this probability on.")
+        float, typer.Option("--confident", help="Probability from which a prediction counts as confident.")
     ] = 0.8,
     temperature: Temperature = 1.0,
     teacher_weight: Annotated[
-        float | None, typer.Option("--teacher-weight", help="Fuse anew with this weight (component caches).")
+        float | None, typer.Option("--teacher-weight", help="Fuse again with this weight (component caches).")
     ] = None,
     clip_scale: Annotated[
-        str | None, typer.Option("--clip-scale", help="Fuse anew: model, match or a number (component caches).")
+        str | None, typer.Option("--clip-scale", help="Fuse again with model, match or a number (component caches).")
     ] = None,
     device: Device = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write tables (parquet), pictures (PNG) and stats.json to this folder.")
+        Path | None, typer.Option("--out", help="Write tables (parquet), plots (PNG) and stats.json to this folder.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Analyse what the teachers of a cache said: accuracy, calibration, classes, disagreement, stability.
+    """Analyse the targets of a cache: accuracy, calibration, classes, disagreement, stability.
 
-    For the teacher, CLIP and their fusion; a fused cache knows the fusion only. docs/analysis.md explains each figure.
+    For the teacher, CLIP and their fusion; a fused cache has the fusion only. docs/analysis.md explains each figure.
     On images that the teacher was trained on, the teacher looks better than it is.
     """
     from cache_tools.analysis import stats
     from cache_tools.reader import TeacherCache
     from cache_tools.refusion import FusionChoice
 
-    asked = {"teacher_weight": teacher_weight, "clip_scale": clip_scale_option(clip_scale)}
-    choice = validate(FusionChoice, asked, where="options")
-    views, cache = _views(view), TeacherCache.open(reference)
+    options = {"teacher_weight": teacher_weight, "clip_scale": parse_clip_scale(clip_scale)}
+    choice = validate(FusionChoice, options, where="options")
+    views, cache = parse_views(view), TeacherCache.open(reference)
     folder = None if out is None else stats.Folder(out)
     found = stats.analyse(
         cache,
@@ -74,17 +59,17 @@ def stats_command(
         folder.write(found)
         plot_all(found, folder.path)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        print_json(found.to_dict())
         return
     from cache_tools.analysis.stats_text import print_stats
 
     print_stats(found)
     if folder is not None:
-        print(f"Tables and pictures are in {folder.path}")
+        print(f"Tables and plots are in {folder.path}")
 
 
 def tune_command(
-    reference: Reference,
+    reference: Cache,
     weights: Annotated[
         str, typer.Option("--weights", help="Teacher weights to try: FIRST:LAST:STEP, or numbers with commas.")
     ] = "0:1:0.05",
@@ -92,33 +77,33 @@ def tune_command(
         str | None,
         typer.Option(
             "--scales",
-            help="CLIP scales to try: model, match, numbers, LOW:HIGH:COUNT (equal ratios), with commas. "
+            help="CLIP scales to try, with commas: model, match, numbers, LOW:HIGH:COUNT (equal ratios). "
             "[default: model,match,1 and a grid around them]",
         ),
     ] = None,
     holdout: Annotated[
-        float, typer.Option("--holdout", help="Share of the samples that choose nothing and judge the choice.")
+        float, typer.Option("--holdout", help="Share of the samples that are held out to judge the choice.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the two parts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split into the two parts.")] = 0,
     view: View = "all",
     temperature: Temperature = 1.0,
     device: Device = "auto",
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write the NLL surface as a picture (PNG).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Plot the NLL surface to this file (PNG).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Choose teacher weight and CLIP scale by the likelihood of the labels; trains nothing.
 
-    Needs a cache of components. Choose on images that the teacher was not trained on, such as a cache of
-    --set dataset.split='train[50000:]': on its own training images its likelihood flatters it.
+    Needs a component cache. Choose on images that the teacher was not trained on, such as a cache of
+    --set dataset.split='train[50000:]': on its own training images, the teacher's likelihood is too good.
     """
     from cache_tools.analysis import stats, tune, tune_grid
     from cache_tools.reader import TeacherCache
 
-    if plot is not None:  # no minutes of work for a picture that cannot be written
+    if plot is not None:  # fail before the work starts if the plot cannot be written
         stats.make_folder(plot.parent)
     result = tune.tune_fusion(
         TeacherCache.open(reference),
-        _views(view),
+        parse_views(view),
         weights=tune_grid.parse_weights(weights),
         scales=None if scales is None else tune_grid.parse_scales(scales),
         holdout=holdout,
@@ -131,32 +116,10 @@ def tune_command(
 
         plot_surface(result, plot)
     if as_json:
-        print(json.dumps(tune.to_json(result), indent=2, ensure_ascii=False))
+        print_json(tune.to_json(result))
         return
     from cache_tools.analysis.tune_text import print_tuning
 
     print_tuning(result)
     if plot is not None:
         print(f"The surface is in {plot}")
-
-
-def clip_scale_option(text: str | None) -> str | float | None:
-    """`model`, `match`, or a number above 0."""
-    if text in {None, "model", "match"}:
-        return text
-    try:
-        number = float(str(text))
-    except ValueError:
-        number = math.nan
-    if not 0.0 < number < math.inf:
-        raise RecipeError("bad --clip-scale", expected="model, match or a number above 0", found=text)
-    return number
-
-
-def _views(text: str) -> list[int] | None:
-    """None for all."""
-    if text == "all":
-        return None
-    if not text.isdecimal():
-        raise RecipeError("bad --view", expected="the number of a view, or all", found=text)
-    return [int(text)]

@@ -59,7 +59,7 @@ def describe(path: Path) -> CacheDetails:
     """
     manifest = read_manifest(path)
     return CacheDetails(
-        record=registry.record(path),
+        record=registry.read_record(path),
         complete_views=tuple(registry.views_done(path, manifest)),
         arrays=_arrays(manifest, lambda name: size_and_time(path / name)[0]),
         manifest=manifest,
@@ -82,7 +82,7 @@ def describe_remote(place: Place) -> CacheDetails:
         sizes[entry.key.partition("/")[0]] += entry.size
     return CacheDetails(
         record=record,
-        complete_views=tuple(complete_views(commit_names(entries), manifest)),
+        complete_views=tuple(complete_views(commit_names(entry.key for entry in entries), manifest)),
         arrays=_arrays(manifest, lambda name: sizes[name]),
         manifest=manifest,
     )

@@ -1,45 +1,36 @@
-"""`cache-tools fuse`: a fused cache from a component cache. No image goes through a network."""
+"""`cache-tools fuse`: make a fused cache from a component cache. No image goes through a network."""
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache_tools.cli.analysis import clip_scale_option
+from cache_tools.cli.options import AsJson, BlockRows, Cache, Device, NewFolder, parse_clip_scale
 from cache_tools.config import validate
-from cache_tools.console import command
+from cache_tools.console import print_json, warn
 from cache_tools.errors import RecipeError
 from cache_tools.places import local_folder
 
 if TYPE_CHECKING:
     from cache_tools.derive.fuse import Fused
 
-Reference = Annotated[
-    str, typer.Argument(metavar="CACHE", help="A path, a URL, a name, or 4+ digits of a fingerprint.")
-]
-
 _NUMBERS = re.compile(r"\d+(\s*,\s*\d+)*")
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Make these functions commands of `cache-tools`."""
-    app.command("fuse")(command(fuse_command))
-
-
 def fuse_command(
-    reference: Reference,
+    reference: Cache,
     teacher_weight: Annotated[
         float | None, typer.Option("--teacher-weight", help="The teacher's share of the fused logits (α in the paper).")
     ] = None,
     feature_weight: Annotated[
         float | None, typer.Option("--feature-weight", help="The teacher's share of the fused features (λ).")
     ] = None,
-    clip_scale: Annotated[str | None, typer.Option("--clip-scale", help="model, match or a number.")] = None,
+    clip_scale: Annotated[
+        str | None, typer.Option("--clip-scale", help="Scale of CLIP's logits: model, match or a number.")
+    ] = None,
     teacher_weights: Annotated[
         str | None, typer.Option("--teacher-weights", help="Share of each teacher, with commas; they sum to 1.")
     ] = None,
@@ -47,52 +38,45 @@ def fuse_command(
         str | None, typer.Option("--clip-weights", help="Share of each CLIP, with commas; they sum to 1.")
     ] = None,
     prompt_ensemble: Annotated[
-        str | None, typer.Option("--prompt-ensemble", help="embedding, logits or probabilities.")
+        str | None, typer.Option("--prompt-ensemble", help="What is averaged: embedding, logits or probabilities.")
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             "--prompts",
-            help="Numbers of the cache's prompt templates (0,3,5), or others: richkd, openai, siglip or a file. "
-            "CLIP is loaded for those that the cache does not have.",
+            help="Numbers of the cache's prompt templates (0,3,5), or other templates: richkd, openai, siglip or a "
+            "file. CLIP is loaded for templates that the cache does not have.",
         ),
     ] = None,
     codec: Annotated[
-        str | None, typer.Option("--codec", help="How targets are stored, such as float16. Default: as the source's.")
+        str | None, typer.Option("--codec", help="How targets are stored, such as float16. Default: as in the source.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Of the new cache. Default: the source's, and -fused.")
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option("--out", help="Folder of the new cache. Default: one per fingerprint in the cache home."),
-    ] = None,
-    block_rows: Annotated[
-        int | None, typer.Option("--block-rows", min=1, help="Rows per block. Default: those of the source.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where to compute: auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the new cache. [default: NAME-fused]")] = None,
+    out: NewFolder = None,
+    block_rows: BlockRows = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
-    """Make a fused cache from a component cache: another weight, CLIP scale or prompt set, no pass over images.
+    """Make a fused cache from a component cache with another weight, CLIP scale or set of prompts.
 
-    Interrupt it at any time: the same command goes on, and adds what a source that has grown has more.
+    You can interrupt it: the same command continues. When the source has grown, it fuses the new blocks.
     """
     from cache_tools.derive.fuse import fuse
     from cache_tools.reader import TeacherCache
     from cache_tools.refusion import FusionChoice
 
-    numbers, templates = _prompts(prompts)
-    asked = {
+    numbers, templates = _parse_prompts(prompts)
+    options = {
         "teacher_weight": teacher_weight,
         "feature_weight": feature_weight,
-        "clip_scale": clip_scale_option(clip_scale),
-        "teacher_weights": _shares("--teacher-weights", teacher_weights),
-        "clip_weights": _shares("--clip-weights", clip_weights),
+        "clip_scale": parse_clip_scale(clip_scale),
+        "teacher_weights": _parse_shares("--teacher-weights", teacher_weights),
+        "clip_weights": _parse_shares("--clip-weights", clip_weights),
         "prompt_ensemble": prompt_ensemble,
         "prompts": numbers,
     }
-    choice = validate(FusionChoice, asked, where="options")
-    with warnings.catch_warnings():  # said below, once
+    choice = validate(FusionChoice, options, where="options")
+    with warnings.catch_warnings():  # printed below, once
         warnings.filterwarnings("ignore", "top-k targets at temperature")
         done = fuse(
             TeacherCache.open(reference),
@@ -105,15 +89,15 @@ def fuse_command(
             device=device,
         )
     if caution := done.manifest.recipe.codecs.caution:
-        print(f"warning: {caution}", file=sys.stderr)
+        warn(caution)
     if as_json:
-        print(json.dumps(_summary(done), indent=2, ensure_ascii=False))
+        print_json(_to_json(done))
     else:
-        _tell(done)
+        _print_result(done)
 
 
-def _prompts(text: str | None) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """Numbers of stored templates, or templates."""
+def _parse_prompts(text: str | None) -> tuple[list[int] | None, tuple[str, ...] | None]:
+    """The value of `--prompts`: numbers of stored templates, or templates."""
     if text is None:
         return None, None
     if _NUMBERS.fullmatch(text.strip()):
@@ -123,7 +107,7 @@ def _prompts(text: str | None) -> tuple[list[int] | None, tuple[str, ...] | None
     return None, plugins.load("templates")(text)
 
 
-def _shares(option: str, text: str | None) -> list[float] | None:
+def _parse_shares(option: str, text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
@@ -134,7 +118,7 @@ def _shares(option: str, text: str | None) -> list[float] | None:
         ) from error
 
 
-def _summary(done: Fused) -> dict[str, Any]:
+def _to_json(done: Fused) -> dict[str, Any]:
     manifest = done.manifest
     return done.model_dump(mode="json", exclude={"manifest"}) | {
         "num_views": manifest.num_views,
@@ -147,7 +131,7 @@ def _summary(done: Fused) -> dict[str, Any]:
     }
 
 
-def _tell(done: Fused) -> None:
+def _print_result(done: Fused) -> None:
     manifest, fusion = done.manifest, done.manifest.recipe.fusion
     scales = ", ".join(f"{scale:g}" for scale in manifest.clip_scales)
     templates = ", ".join(str(len(clip.templates)) for clip in manifest.recipe.clips)
@@ -155,7 +139,7 @@ def _tell(done: Fused) -> None:
         f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}, CLIP scale {scales}, "
         f"{templates} prompt templates ({fusion.prompt_ensemble})"
     )
-    there = f", {done.blocks_there} were there" if done.blocks_there else ""
+    there = f", {done.blocks_there} already there" if done.blocks_there else ""
     print(f"{done.blocks} blocks fused{there}: {done.path}")
     if done.blocks_missing:
         print(f"{done.blocks_missing} blocks are not in {done.source} yet: run this again when they are")

@@ -90,14 +90,14 @@ def remote_record(place: Place, entries: Iterable[Entry] | None = None) -> Remot
     common = {"size_bytes": sum(entry.size for entry in files), "modified_s": times, "used_s": times}
     if manifest is None:
         return RemoteRecord(url=str(place), name=place.name.removesuffix(SUFFIX), **failure, **common)
-    done = len(complete_views(commit_names(files), manifest))
+    done = len(complete_views(commit_names(entry.key for entry in files), manifest))
     return RemoteRecord(url=str(place), **summary(manifest), views_done=done, **common)
 
 
-def commit_names(entries: Iterable[Entry]) -> list[str]:
+def commit_names(keys: Iterable[str]) -> list[str]:
     """Names of the commit files among the files of a cache."""
     folder = f"{commits.COMMITS}/"
-    return [entry.key.removeprefix(folder) for entry in entries if entry.key.startswith(folder)]
+    return [key.removeprefix(folder) for key in keys if key.startswith(folder)]
 
 
 def _matches(pattern: str | None, text: str) -> bool:

@@ -90,18 +90,18 @@ def list_caches(home: Path | None = None) -> list[CacheRecord]:
         raise NotFoundError("no such folder", where=home, next_step="check the path")
     home = home or cache_home()
     if is_cache(home):
-        return [record(home)]
+        return [read_record(home)]
     try:
         named = (path for path in home.glob(f"*{SUFFIX}") if not path.name.startswith("."))
         folders = sorted(path for path in named if not _is_empty(path))
     except OSError as error:
         raise storage_error(error) from error
     with Sizes(home) as sizes:
-        records = [record(path, sizes.of(path)) for path in folders]
+        records = [read_record(path, sizes.of(path)) for path in folders]
     return sorted(records, key=lambda found: (found.name, str(found.path)))
 
 
-def record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
+def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
     """What there is to know about one cache without reading its arrays.
 
     Args:

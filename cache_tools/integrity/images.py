@@ -1,9 +1,9 @@
-"""Are the images of a cache still those that its teachers saw? What training asks first, as a report."""
+"""Check that images are still those that a cache's teachers saw: what training checks first, as a report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache_tools.alignment import aligned, check_canaries
 from cache_tools.config import Frozen
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class ImagesCheck(Frozen):
-    """Contents, labels and classes against the dataset digest; pixels of a few views against the canaries.
+    """Contents, labels and classes compared with the dataset digest, and pixels of a few views with the canaries.
 
     Attributes:
-        same_order: the samples are in the order of the cache; if not, they were found by their contents.
-        canaries: how many views had their pixels compared.
-        problem: what differs first.
+        same_order: the samples are in the order of the cache; if not, they were matched by their contents.
+        canaries: number of views whose pixels were compared.
+        problem: the first difference.
     """
 
     dataset: str
@@ -34,10 +34,14 @@ class ImagesCheck(Frozen):
     def sound(self) -> bool:
         return self.problem is None
 
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and whether the images are sound."""
+        return self.model_dump(mode="json") | {"sound": self.sound}
+
     def __str__(self) -> str:
         if self.problem is not None:
             return f"images: {self.problem}"
-        order = "in the order of the cache" if self.same_order else "in another order, found by their contents"
+        order = "in the order of the cache" if self.same_order else "in another order, matched by their contents"
         return (
             f"images: {self.dataset}, {self.samples:,} samples {order}; the pixels of {self.canaries} views are those "
             "that the teachers saw"
@@ -48,10 +52,10 @@ def check_images(cache: TeacherCache, data_dir: Path | None = None) -> tuple[Ima
     """Open the images of a cache and compare them with what its manifest says.
 
     Args:
-        data_dir: where they are, if not where they were for the build.
+        data_dir: where they are, if they were moved since the build.
 
     Returns:
-        What was found, and the images in the order of the cache; none if they are not those of the cache.
+        the report, and the images in the order of the cache; None if they are not those of the cache.
 
     Raises:
         DataError: no images there, or some that cannot be decoded.

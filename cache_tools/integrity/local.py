@@ -1,8 +1,8 @@
-"""Is every stored byte what was committed? Find what is not and drop it, so that a build redoes just that.
+"""Check that every stored byte is what was committed, and drop damaged blocks, so that a build redoes only those.
 
 `verify` reads everything: the manifest against its digest, the metadata of every array against what this version would
-write, labels, keys and constants, and each committed block against its commit, the digest of its view parameters
-included.
+write, labels, keys and constants, and each committed block against its commit, including the digest of its view
+parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 
 from cache_tools.config import Frozen
@@ -34,7 +35,6 @@ from cache_tools.store.group import check_chunks, open_array, open_group, read_m
 WORKERS = 8
 METADATA = "zarr.json"
 
-
 Cure = Literal["block", "metadata", "copy"]
 
 
@@ -42,8 +42,8 @@ class Problem(Frozen):
     """One thing that is not as it should be.
 
     Attributes:
-        cure: `block`: drop the commit and build the block again; `metadata`: write it anew from the manifest; `copy`:
-            only a copy of the cache, or building it again, helps.
+        cure: `block`: drop the commit and compute the block again; `metadata`: rewrite it from the manifest; `copy`:
+            only a copy of the cache or a new build helps.
     """
 
     where: str
@@ -54,7 +54,7 @@ class Problem(Frozen):
 
 
 class Verification(Frozen):
-    """What `verify` found. `path` is a folder or a URL; `bytes` counts decoded bytes that were read and compared."""
+    """What `verify` found. `path` is a folder or a URL; `bytes` counts the decoded bytes that were compared."""
 
     path: Path | str
     fingerprint: str
@@ -65,33 +65,33 @@ class Verification(Frozen):
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong; blocks that are not built yet are not wrong."""
+        """Whether there are no problems; blocks that are not built yet are none."""
         return not self.problems
 
 
 class Repair(Frozen):
-    """What `repair` did: blocks dropped, metadata written anew, and problems that it cannot cure."""
+    """What `repair` did: blocks dropped, metadata files rewritten, and problems that it cannot repair."""
 
     dropped: tuple[BlockId, ...]
     rewritten: tuple[str, ...]
     left: tuple[Problem, ...]
 
 
-class Blocks(Protocol):
-    """Blocks that are not in the folder of a cache until they are checked."""
+class BlockSource(Protocol):
+    """Where the blocks are if they are not in the folder of the cache."""
 
     def committed(self) -> list[BlockId]:
-        """(view, block) of those there are, ascending."""
+        """The committed blocks, ascending."""
 
-    def at_hand(self, view: int, block: int) -> AbstractContextManager[None]:
-        """Have the files of one in the folder for the time of a `with` block. Several threads ask at once."""
+    def fetched(self, block: BlockId) -> AbstractContextManager[None]:
+        """Have the files of a block in the folder for the time of a `with` block. Called from several threads."""
 
 
-def verify(path: Path, blocks: Blocks | None = None) -> Verification:
+def verify(path: Path, source: BlockSource | None = None) -> Verification:
     """Check every stored byte of a cache, complete or half-built.
 
     Args:
-        blocks: where the blocks are, if not in the folder.
+        source: where the blocks are, if not in the folder.
 
     Raises:
         NotFoundError, FormatError: no cache, or a manifest so damaged that nothing else can be checked.
@@ -99,32 +99,35 @@ def verify(path: Path, blocks: Blocks | None = None) -> Verification:
     manifest = read_manifest(path)
     problems = list(_metadata_problems(path, manifest))
     damaged = {Path(problem.where).parent.name for problem in problems}
-    reader = _Reader(path, manifest, damaged)
-    problems += reader.constant_problems()
-    listed = [] if commits.COMMITS in damaged else reader.committed() if blocks is None else blocks.committed()
+    checker = _Checker(path, manifest, damaged)
+    problems += checker.constant_problems()
+    if commits.COMMITS in damaged:
+        blocks = []
+    else:
+        blocks = checker.committed() if source is None else source.committed()
 
     def check(block: BlockId) -> list[Problem]:
-        with nullcontext() if blocks is None else blocks.at_hand(*block):
-            return reader.block_problems(*block)
+        with nullcontext() if source is None else source.fetched(block):
+            return checker.block_problems(block)
 
-    with ThreadPoolExecutor(WORKERS) as pool, Progress("verify", len(listed), "blocks") as progress:
-        for found in pool.map(check, listed):
+    with ThreadPoolExecutor(WORKERS) as pool, Progress("verify", len(blocks), "blocks") as progress:
+        for found in pool.map(check, blocks):
             problems += found
             progress.advance(1, f"{len(problems)} problems" if problems else "")
     return Verification(
         path=path,
         fingerprint=manifest.fingerprint,
-        blocks=len(listed),
+        blocks=len(blocks),
         blocks_total=manifest.num_views * manifest.num_blocks,
-        bytes=reader.bytes,
+        bytes=checker.bytes,
         problems=tuple(problems),
     )
 
 
 def repair(path: Path, verification: Verification) -> Repair:
-    """Drop the commits of bad blocks and write damaged metadata anew; nothing sound is touched.
+    """Drop the commits of damaged blocks and rewrite damaged metadata; nothing sound is touched.
 
-    The same `build-cache` command then computes just those blocks.
+    The command that made the cache then computes only the dropped blocks.
     """
     manifest = read_manifest(path)
     dropped, rewritten = set(), []
@@ -132,12 +135,13 @@ def repair(path: Path, verification: Verification) -> Repair:
     for problem in verification.problems:
         with translated(problem.where):
             if problem.cure == "block" and problem.view is not None and problem.block is not None:
-                (path / BlockId(problem.view, problem.block).commit_key).unlink(missing_ok=True)
-                dropped.add(BlockId(problem.view, problem.block))
+                block = BlockId(problem.view, problem.block)
+                (path / block.commit_key).unlink(missing_ok=True)
+                dropped.add(block)
             elif problem.cure == "metadata":
                 expected = expected or metadata_files(manifest)
                 name = str(Path(problem.where).relative_to(path))
-                (path / name).parent.mkdir(exist_ok=True)  # the whole array may be gone
+                (path / name).parent.mkdir(exist_ok=True)  # the whole array may be missing
                 put_durably(path / name, json.dumps(expected[name], indent=2).encode())
                 sync_folder(path)
                 rewritten.append(name)
@@ -145,8 +149,8 @@ def repair(path: Path, verification: Verification) -> Repair:
     return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
 
 
-class _Reader:
-    """The arrays of a cache, except those whose metadata is damaged."""
+class _Checker:
+    """Checks the arrays of a cache, except those whose metadata is damaged."""
 
     def __init__(self, path: Path, manifest: Manifest, damaged: set[str]) -> None:
         self.path, self.manifest, self.bytes = path, manifest, 0
@@ -160,12 +164,12 @@ class _Reader:
         }
 
     def committed(self) -> list[BlockId]:
-        """Blocks with a commit file."""
+        """Blocks that have a commit file."""
         with translated(self.path / commits.COMMITS):
             return commits.parse_file_names(os.listdir(self.path / commits.COMMITS), self.manifest)
 
     def constant_problems(self) -> list[Problem]:
-        """Labels, keys and constants: readable, finite, and those of the recipe."""
+        """Check that labels, keys and constants are readable, finite, and those of the recipe."""
         found: dict[str, Any] = {}
         problems, shapes = [], constant_shapes(self.manifest.recipe)
         for name in ("labels", "sample_keys", *shapes):
@@ -178,7 +182,7 @@ class _Reader:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
         constants = {name: found[name] for name in shapes if name in found}
         expected = self.manifest.constants_digest
-        if constants.keys() == shapes.keys() and constants_digest(constants) != expected:
+        if expected and constants.keys() == shapes.keys() and constants_digest(constants) != expected:
             what = "the arrays that hold for all samples are not those that the manifest was written for"
             problems.append(Problem(where=str(self.path), what=what, cure="copy"))
         identity = self.manifest.recipe.dataset
@@ -189,43 +193,43 @@ class _Reader:
                 problems.append(Problem(where=str(self.path / "labels"), what=what, cure="copy"))
         return problems
 
-    def block_problems(self, view: int, block: int) -> list[Problem]:
-        """One committed block: its commit, then the rows of each array."""
+    def block_problems(self, block: BlockId) -> list[Problem]:
+        """Check one committed block: its commit, then its rows of each array."""
 
         def problem(name: str, what: str) -> Problem:
-            return Problem(where=str(self.path / name), what=what, cure="block", view=view, block=block)
+            return Problem(where=str(self.path / name), what=what, cure="block", view=block.view, block=block.block)
 
-        table = self._arrays[commits.COMMITS]
         try:
-            digests = self._read(table, (view, block)).tolist()
+            digests = self._read(self._arrays[commits.COMMITS], block).tolist()
         except CacheError as error:
-            return [problem(BlockId(view, block).commit_key, f"damaged commit: {error.what}")]
+            return [problem(block.commit_key, f"damaged commit: {error.what}")]
         problems = []
-        if digests[0] != self._parameter_digest(view, block):
+        if digests[0] != self._parameter_digest(block):
             problems.append(problem(commits.COMMITS, "view parameters are not those of the recipe"))
         for spec, digest in zip(self._specs, digests[1:], strict=True):
             if spec.name in self._damaged:
                 continue
-            if what := self._rows_trouble(spec, view, block, digest):
+            if what := self._row_problem(spec, block, digest):
                 problems.append(problem(spec.name, what))
         return problems
 
-    def _rows_trouble(self, spec: ArraySpec, view: int, block: int, digest: int) -> str | None:
-        selected = self.manifest.block(block)
+    def _row_problem(self, spec: ArraySpec, block: BlockId, digest: int) -> str | None:
+        selected = self.manifest.block(block.block)
         try:
-            check_chunks(spec, self.manifest, self.path, view, selected.start, selected.stop)
-            rows = self._read(self._arrays[spec.name], (view, selected))
+            check_chunks(spec, self.manifest, self.path, block.view, selected.start, selected.stop)
+            rows = self._read(self._arrays[spec.name], (block.view, selected))
         except CacheError as error:
             return error.what
         if not np.isfinite(rows).all():
             return "a number is not finite, or a chunk is missing"
         return None if commits.block_digest(rows) == digest else "stored rows are not those that were committed"
 
-    def _parameter_digest(self, view: int, block: int) -> int:
-        rows, recipe = self.manifest.block(block), self.manifest.recipe
-        return recipe.views.parameter_digest(np.arange(rows.start, rows.stop), view, recipe.dataset.image_size) or 1
+    def _parameter_digest(self, block: BlockId) -> int:
+        rows, recipe = self.manifest.block(block.block), self.manifest.recipe
+        index = np.arange(rows.start, rows.stop)
+        return recipe.views.parameter_digest(index, block.view, recipe.dataset.image_size) or 1
 
-    def _read(self, array: Any, selection: Any) -> np.ndarray:
+    def _read(self, array: Any, selection: Any) -> npt.NDArray[Any]:
         with translated(self.path):
             values = np.asarray(array[selection])
         with self._lock:
@@ -234,7 +238,7 @@ class _Reader:
 
 
 def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
-    """zarr.json of the group and of every array, field by field."""
+    """Check the zarr.json of the group and of every array, field by field."""
     for name, expected in metadata_files(manifest).items():
         file = path / name
         try:
@@ -250,7 +254,7 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             continue
         if name == METADATA:  # the manifest in it has a digest of its own
             found, expected = ({**each, "attributes": sorted(each["attributes"])} for each in (found, expected))
-        elif _longer(found, expected):  # a build that was growing the cache has not written its promise yet
+        elif _has_more_views(found, expected):  # a build is growing the cache and has not written its manifest yet
             found = found | {"shape": expected["shape"]}
         if found != expected:
             keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
@@ -258,8 +262,8 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem(where=str(file), what=what, cure="metadata")
 
 
-def _longer(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether an array has the promised shape with more views."""
+def _has_more_views(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether an array has the expected shape but for more views."""
     if not isinstance(found.get("shape"), list) or not found["shape"]:
         return False
     first, wanted = found["shape"][0], expected["shape"]

@@ -1,4 +1,4 @@
-"""What computing some rows of a cache again found: `pipeline.replay` makes it, `cache-tools verify` shows it."""
+"""The report on recomputed rows of a cache: `pipeline.replay` makes it, `cache-tools verify` prints it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from cache_tools.config import Frozen
 
 
-class Place(Frozen):
-    """One stored number: which view, which sample, which column of the row."""
+class NumberPosition(Frozen):
+    """Where one stored number is: its view, its sample and its column in the row."""
 
     view: int
     sample: int
@@ -19,15 +19,15 @@ class Place(Frozen):
 
 
 class TargetReplay(Frozen):
-    """One target: stored rows against recomputed ones that went through the same codec.
+    """One target: stored rows compared with recomputed rows that went through the same codec.
 
     Attributes:
-        largest, mean: of the absolute differences; of probabilities where the codec is `top-k`.
-        spread: root mean square of the recomputed numbers about their mean: what differences are to be seen against.
-        identical: share of the numbers that are the same bit by bit.
-        tolerance: what a row's root mean square difference may be, in spreads, the codec's own error not counted.
-        wrong_rows: rows that are further off than that and the codec explain.
-        worst: where the largest difference is.
+        largest, mean: of the absolute differences; differences of probabilities where the codec is `top-k`.
+        spread: root mean square of the recomputed numbers about their mean, the scale for judging differences.
+        identical: share of the numbers that are bit-identical.
+        tolerance: root mean square difference that a row may have beyond the codec's own error, in spreads.
+        wrong_rows: rows whose difference is larger than tolerance and codec allow.
+        worst: position of the largest difference.
     """
 
     target: str
@@ -37,7 +37,7 @@ class TargetReplay(Frozen):
     identical: float
     tolerance: float
     wrong_rows: int
-    worst: Place
+    worst: NumberPosition
 
     @property
     def sound(self) -> bool:
@@ -51,15 +51,15 @@ class TargetReplay(Frozen):
         if self.sound:
             return f"{self.target}: {figures}"
         rows = "1 row is" if self.wrong_rows == 1 else f"{self.wrong_rows} rows are"
-        return f"{self.target}: {rows} not what the teachers say, the worst at {self.worst}: {figures}"
+        return f"{self.target}: {rows} not what the teachers compute, the worst at {self.worst}: {figures}"
 
 
 class Replay(Frozen):
     """Rows of a cache, computed again.
 
     Attributes:
-        rows: how many (sample, view) pairs, drawn by `seed` from the complete views.
-        device, built_on: where they were computed now and then.
+        rows: number of (sample, view) rows, drawn by `seed` from the complete views.
+        device, built_on: the device that computed them now, and the one of the build.
         precision: of the forward passes.
     """
 
@@ -72,7 +72,7 @@ class Replay(Frozen):
 
     @property
     def sound(self) -> bool:
-        """Whether every target is what the teachers say, within precision and codec."""
+        """Whether every target is what the teachers compute, within precision and codec error."""
         return all(target.sound for target in self.targets)
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Replay(Frozen):
         return "\n".join([title, *(f"  {target}" for target in self.targets)])
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and what is sound."""
+        """All fields, and whether each target and the whole are sound."""
         targets = [target.model_dump(mode="json") | {"sound": target.sound} for target in self.targets]
         return self.model_dump(mode="json") | {"targets": targets, "sound": self.sound}
 

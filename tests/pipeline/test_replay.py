@@ -386,7 +386,7 @@ def test_the_command_tells_figures_and_leaves_with_1(built: Callable[..., Teache
     assert told[3].strip().startswith("fused_logits: largest difference ")
     bad = forged(cache, tmp_path / "forged", swap_two)
     told = run(bad.path, "--replay", ROWS, code=1).stdout
-    assert "fused_logits: 2 rows are not what the teachers say, the worst at view 1, sample" in told
+    assert "fused_logits: 2 rows are not what the teachers compute, the worst at view 1, sample" in told
     found = json.loads(run(bad.path, "--replay", ROWS, "--json", code=1).stdout)
     assert (found["sound"], found["images"]["sound"], found["replay"]["sound"]) == (False, True, False)
     assert found["problems"] == []
@@ -406,7 +406,7 @@ def test_renamed_and_shuffled_images_are_found_by_content(
     found = json.loads(run(cache.path, "--replay", 50, "--data-dir", pictures, "--json").stdout)
     assert found["images"]["same_order"] is False
     assert found["replay"]["sound"]
-    assert "in another order, found by their contents" in run(cache.path, "--images", "--data-dir", pictures).stdout
+    assert "in another order, matched by their contents" in run(cache.path, "--images", "--data-dir", pictures).stdout
 
 
 def test_other_images_are_said_and_nothing_is_replayed(
@@ -434,4 +434,4 @@ def test_damaged_bytes_come_first(built: Callable[..., TeacherCache], tmp_path: 
     cache = Path(shutil.copytree(built(codec="float32").path, tmp_path / "cache"))
     (cache / "fused_logits" / "c.1.0.0").unlink()
     told = run(cache, "--replay", 5, code=1).stdout
-    assert "images and teachers were not asked: repair the cache first" in told
+    assert "images and teachers were not checked: repair the cache first" in told

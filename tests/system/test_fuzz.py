@@ -127,7 +127,7 @@ def ask(path: Path, *questions: Callable[[Path], Any]) -> list[Any]:
     answers: list[Any] = []
     errors: list[str] = []
     with bounded():
-        found = registry.record(path)
+        found = registry.read_record(path)
         json.dumps(found.model_dump(mode="json"), ensure_ascii=False).encode()
         housekeeping.candidates([found], housekeeping.PruneRules(incomplete=True))
         for question in questions:

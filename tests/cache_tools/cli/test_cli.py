@@ -79,7 +79,7 @@ def test_ls_filters(home: Path, options: list[str], names: list[str]) -> None:
     assert [record["name"] for record in json.loads(run(home, "ls", "--json", *options).stdout)] == names
     table = run(home, "ls", *options).stdout
     assert [name for name in ("broken", "digits", "half") if f"{name} " in table] == names
-    assert names or table == f"No cache in {home} is like that.\n"
+    assert names or table == f"No cache in {home} matches.\n"
 
 
 def test_ls_of_a_bad_filter_is_one_clear_error(home: Path) -> None:

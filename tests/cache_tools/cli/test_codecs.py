@@ -102,8 +102,8 @@ def test_recode_makes_a_cache_beside_the_first_and_goes_on_with_it(home: Path) -
     assert cache.recipe.derived_from == TeacherCache.open("digits").manifest.fingerprint
     assert verify(cache.path).sound
     (cache.path / "commits/c.2.1.0").unlink()
-    assert run("recode", "digits", "--codec", "compact").stdout.startswith("1 block converted, 14 were there: ")
-    assert run("recode", "digits", "--codec", "compact").stdout.startswith("0 blocks converted, 15 were there: ")
+    assert run("recode", "digits", "--codec", "compact").stdout.startswith("1 block converted, 14 already there: ")
+    assert run("recode", "digits", "--codec", "compact").stdout.startswith("0 blocks converted, 15 already there: ")
     assert names(home) == {"digits", "parts", "digits-compact"}
 
 

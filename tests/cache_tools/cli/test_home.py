@@ -39,7 +39,7 @@ def test_pushed_to_a_bucket_and_pulled_into_another_home(home: Path, server: str
     pushed = json.loads(run(home, "push", "digits", bucket, "--json").stdout)
     assert pushed["target"] == f"{bucket}/{NAME}"
     assert pushed["blocks"] == 15
-    assert "0 blocks copied, 15 were there, 0 B moved" in run(home, "push", "digits", bucket).stdout
+    assert "0 blocks copied, 15 already there, 0 B written" in run(home, "push", "digits", bucket).stdout
     other = tmp_path / "other"
     run(other, "pull", f"{bucket}/{NAME}")
     assert run(other, "path", "digits").stdout.strip() == str(other / NAME)
@@ -59,7 +59,7 @@ def test_caches_of_a_bucket_are_listed_and_described(home: Path, server: str, tm
     header, line = run(other, "ls", bucket, "--complete", "--name", "dig").stdout.splitlines()
     assert header.split()[-1] == "modified"
     assert line.split()[:2] == ["digits", MANIFEST.fingerprint[:12]]
-    assert "is like that" in run(other, "ls", bucket, "--incomplete").stdout
+    assert "matches" in run(other, "ls", bucket, "--incomplete").stdout
     there, here = run(other, "info", f"{bucket}/{NAME}").stdout, run(home, "info", "digits").stdout
     assert there.splitlines()[0].endswith(f"{bucket}/{NAME}")
     assert there.splitlines()[1:] == here.replace(" on disk", " in the store").splitlines()[1:]
@@ -121,7 +121,7 @@ def test_pulled_into_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
     run(home, "pull", source, "--out", str(tmp_path / "one.zarr"))
     one = (tmp_path / "one.zarr").rename(tmp_path / "one")
     for command in (("pull", source, "--out", str(one)), ("push", source, str(one))):
-        assert "0 blocks copied, 15 were there" in run(home, *command).stdout
+        assert "0 blocks copied, 15 already there" in run(home, *command).stdout
     full = share.rename(tmp_path / "full.zarr")
     assert "the place is taken" in run(home, "pull", source, "--out", str(full), code=2).stderr
 
@@ -149,7 +149,7 @@ def test_what_is_kept_may_be_too_large(home: Path) -> None:
     (home / "cut.zarr").mkdir()
     (home / "cut.zarr" / "labels").write_bytes(bytes(3000))
     shown = run(home, "prune", "--keep-size", "2KB", "--yes").stdout
-    assert shown.endswith("The home is still larger than --keep-size: what is kept takes 3.0 KB.\n")
+    assert shown.endswith("The cache home is still larger than --keep-size: the caches that were kept take 3.0 KB.\n")
     assert not (home / NAME).exists()
 
 

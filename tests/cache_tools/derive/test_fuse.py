@@ -421,7 +421,7 @@ def test_the_command_makes_a_cache_that_is_found_by_name(
     assert made.recipe.fusion == FusionRecipe(teacher_weight=0.4, clip_scale="match", feature_dim=16)
     assert made.recipe.clip.templates == ("a photo of a {}.",)
     told = run(built.path, *options).stdout
-    assert f"0 blocks fused, 9 were there: {made.path}" in told
+    assert f"0 blocks fused, 9 already there: {made.path}" in told
     assert f"train-student --cache {made.path}" in told
 
 

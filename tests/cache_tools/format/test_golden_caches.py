@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cache_tools.cli import app
-from cache_tools.home.registry import record
+from cache_tools.home.registry import read_record
 from cache_tools.integrity.local import verify
 from cache_tools.reader import TeacherCache
 
@@ -42,7 +42,7 @@ def test_a_kept_cache_reads_as_it_was_written(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kept_cache_is_sound_and_can_be_looked_at(name: str) -> None:
     assert verify(FOLDER / f"{name}.zarr").problems == ()
-    assert record(FOLDER / f"{name}.zarr").complete
+    assert read_record(FOLDER / f"{name}.zarr").complete
     for command in ("info", "verify"):
         result = CliRunner().invoke(app, [command, str(FOLDER / f"{name}.zarr")])
         assert result.exit_code == 0, result.output

@@ -64,9 +64,9 @@ def test_rules_choose_by_age_use_state_and_size(home: Path) -> None:
 
 
 def test_using_a_cache_changes_neither_its_size_nor_its_age(home: Path) -> None:
-    before = registry.record(home / "a.zarr")
+    before = registry.read_record(home / "a.zarr")
     registry.mark_used(home / "a.zarr")
-    after = registry.record(home / "a.zarr")
+    after = registry.read_record(home / "a.zarr")
     assert (before.size_bytes, before.modified_s) == (after.size_bytes, after.modified_s)
     assert after.used_s > before.used_s
 
@@ -119,7 +119,7 @@ def test_what_is_being_copied_stays(home: Path, monkeypatch: pytest.MonkeyPatch)
     at_a_block(monkeypatch, 5, try_to_remove)
     transfer.copy_cache(source, target)
     assert not list(home.glob(".*.claims"))
-    assert registry.record(target.path).complete
+    assert registry.read_record(target.path).complete
     housekeeping.remove(target.path)
 
 
@@ -130,7 +130,7 @@ def test_a_copy_that_was_removed_meanwhile_is_no_success(home: Path, monkeypatch
         transfer.copy_cache(source, target)
     assert not list(home.glob(".*.claims"))
     transfer.copy_cache(source, target)
-    assert registry.record(target.path).complete
+    assert registry.read_record(target.path).complete
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_link_goes_alone(home: Path, tmp_path: Path) -> None:
         "c.zarr",
         "half.zarr",
     ]
-    assert registry.record(Path(elsewhere)).complete
+    assert registry.read_record(Path(elsewhere)).complete
 
 
 def test_what_is_kept_takes_its_room(home: Path) -> None:

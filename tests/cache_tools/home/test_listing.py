@@ -73,7 +73,7 @@ def test_the_caches_of_a_remote_folder(place: Place, tmp_path: Path) -> None:
     assert "not a teacher cache" in broken.problem
     assert (one.name, one.fingerprint, one.views_done, one.views_total) == ("half", half.fingerprint, 1, 3)
     assert (two.name, two.views_done, two.complete, two.url) == ("whole", 3, True, f"{place}/whole-0.zarr")
-    assert two.size_bytes == registry.record(tmp_path / "whole.zarr").size_bytes
+    assert two.size_bytes == registry.read_record(tmp_path / "whole.zarr").size_bytes
     assert two.modified_s > 0
     assert [record.name for record in list_remote(place.child("whole-0.zarr"))] == ["whole"], "a cache itself"
     assert list_remote(place.child("notes")) == []

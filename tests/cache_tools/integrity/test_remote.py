@@ -87,11 +87,11 @@ def test_repaired_and_pushed_again(place: Place, cache: LocalPlace) -> None:
     result = CliRunner().invoke(app, ["verify", str(place)])
     assert result.exit_code == 1
     assert f"{place}/fused_logits view 1, block 2: " in result.stdout
-    assert "would drop 1 blocks and write 1 metadata" in CliRunner().invoke(app, ["repair", str(place)]).stdout
+    assert "would drop 1 blocks and rewrite 1 metadata" in CliRunner().invoke(app, ["repair", str(place)]).stdout
     assert len(list_committed(place)) == BLOCKS, "nothing was done without --yes"
     done = CliRunner().invoke(app, ["repair", str(place), "--yes"]).stdout
     assert "dropped view 1, block 2" in done
-    assert "Run this once more" in done
+    assert "Run this command again: arrays" in done
     assert "Push a sound copy of the cache" in done
     assert list_committed(place) == {(v, b) for v in range(3) for b in range(5)} - {(1, 2)}
     assert copy_cache(cache, place).blocks == 1
