@@ -1,4 +1,4 @@
-"""Are these the samples and the pixels that the cache was built from? Asked before the first training step."""
+"""Check before training that samples and pixels are those that the cache was built from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_CANARIES = 16
 
 
 class CachedSamples(Protocol):
-    """What the checks ask of a cache; a `TeacherCache` is one."""
+    """The part of `TeacherCache` that the checks need."""
 
     @property
     def manifest(self) -> Manifest: ...
@@ -46,35 +46,36 @@ class CachedSamples(Protocol):
 
 
 def check_dataset(cache: CachedSamples, images: ImageSet) -> None:
-    """Compare a split with the one the cache was built from: canvas, class names, samples, contents, order, labels.
+    """Compare a split with the one the cache was built from: class names, samples, canvas, contents, labels, order.
 
     Raises:
-        MismatchError: says precisely what differs first.
+        MismatchError: names the first difference.
     """
-    expected, found = cache.recipe.dataset, images.identity()
-    if expected.content_digest == found.content_digest and expected.image_size == found.image_size:
+    built_from, given = cache.recipe.dataset, images.identity()
+    if built_from.content_digest == given.content_digest and built_from.image_size == given.image_size:
         return
-    what, want, have = _difference(cache, images) or ("its digest", expected.content_digest, found.content_digest)
+    difference = _difference(cache, images) or ("its digest", built_from.content_digest, given.content_digest)
+    what, expected, found = difference
     raise MismatchError(
         f"this dataset is not the one the cache was built from: {what}",
         where=f"{images.name}, split {images.split}",
-        expected=want,
-        found=have,
-        next_step=f"give the images of {expected.name}, split {expected.split}, that the cache was built from, "
+        expected=expected,
+        found=found,
+        next_step=f"use the images of {built_from.name}, split {built_from.split}, that the cache was built from, "
         "or build a cache of these",
     )
 
 
 def aligned(cache: CachedSamples, images: ImageSet) -> ImageSet:
-    """The samples of a split in the order of the cache, found by content key: files may be renamed or shuffled.
+    """Put the samples of a split into the order of the cache. Content keys identify them, so files may be renamed.
 
-    Labels go with the images. Where the same image is there several times, each takes one that has its label.
+    Labels move with their images. Copies of one image are told apart by their labels.
 
     Returns:
-        `images` itself if it is in the cache's order already.
+        `images` itself if it is already in the order of the cache.
 
     Raises:
-        MismatchError: not the same images, labels, classes or canvas; says precisely what differs first.
+        MismatchError: other images, labels, classes or canvas; names the first difference.
     """
     if cache.recipe.dataset.content_digest != images.content_digest and cache.class_names == images.class_names:
         rows = _matching_rows(cache, images)
@@ -84,10 +85,10 @@ def aligned(cache: CachedSamples, images: ImageSet) -> ImageSet:
 
 
 def check_canaries(cache: CachedSamples, images: ImageSet) -> None:
-    """Make the views of a few samples again and compare their pixels with those the teachers saw.
+    """Make a few views of samples again and compare their pixels with those that the teachers saw.
 
     Raises:
-        MismatchError: view code or image decoding has drifted; names the first view and sample.
+        MismatchError: view code or image decoding has changed; names the first view and sample.
     """
     for canary in cache.manifest.canaries:
         found = _canary(cache.recipe.views, images, canary.view, canary.index).pixel_digest
@@ -97,8 +98,8 @@ def check_canaries(cache: CachedSamples, images: ImageSet) -> None:
                 where=f"view {canary.view} of sample {canary.index}",
                 expected=f"pixel digest {canary.pixel_digest}",
                 found=found,
-                next_step="use the versions of teacher-cache and of the image libraries that `cache-tools info` shows, "
-                "or build the cache again",
+                next_step="install the versions of teacher-cache and of the image libraries that `cache-tools info` "
+                "shows, or build the cache again",
             )
 
 
@@ -127,7 +128,7 @@ def _canary(views: ViewRecipe, images: ImageSet, view: int, index: int) -> Canar
 
 
 def _difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
-    """What differs first: (what, expected, found)."""
+    """The first difference: (what, expected, found)."""
     return (
         _class_difference(cache.class_names, images.class_names)
         or _size_difference(cache, images)
@@ -142,7 +143,7 @@ def _class_difference(expected: tuple[str, ...], found: tuple[str, ...]) -> tupl
         return None
     if len(expected) != len(found):
         return "another number of classes", len(expected), len(found)
-    first = next(number for number, names in enumerate(zip(expected, found, strict=True)) if names[0] != names[1])
+    first = next(number for number, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
     what = "same classes in another order" if sorted(expected) == sorted(found) else "other class names"
     return f"{what}, first at class {first}", repr(expected[first]), repr(found[first])
 
@@ -157,28 +158,28 @@ def _size_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, objec
 
 
 def _content_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
-    """Images that are not there, whatever their order is."""
+    """Images of the cache that are missing from the split, in any order."""
     if np.array_equal(cache.sample_keys, images.keys):
         return None
-    lost, new = _not_among(cache.sample_keys, images.keys), _not_among(images.keys, cache.sample_keys)
-    if not lost:
+    missing, new = _unmatched(cache.sample_keys, images.keys), _unmatched(images.keys, cache.sample_keys)
+    if not missing:
         return None
     files = getattr(images, "files", None)
-    strange = images.keys[new[0]].tobytes().hex() if files is None else f"{files[new[0]]}, which it does not know"
-    what = f"other contents of {len(lost):,} samples, first at sample {lost[0]}"
-    return what, f"key {cache.sample_keys[lost[0]].tobytes().hex()}", strange
+    found = images.keys[new[0]].tobytes().hex() if files is None else f"{files[new[0]]}, which is not in the cache"
+    what = f"other contents of {len(missing):,} samples, first at sample {missing[0]}"
+    return what, f"key {cache.sample_keys[missing[0]].tobytes().hex()}", found
 
 
 def _label_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
-    """Labels that are not those of the same images, whatever their order is."""
-    here, there = _sort_by_content(images.keys, images.labels), _sort_by_content(cache.sample_keys, cache.labels)
-    differing = np.flatnonzero(images.labels[here] != cache.labels[there])
+    """Images that have another label than in the cache, in any order."""
+    of_images, of_cache = _sorted_rows(cache, images)
+    differing = np.flatnonzero(images.labels[of_images] != cache.labels[of_cache])
     if not len(differing):
         return None
-    first = differing[np.argmin(there[differing])]
-    what = f"other labels of {len(differing):,} samples, first at sample {there[first]}"
+    first = differing[np.argmin(of_cache[differing])]
+    what = f"other labels of {len(differing):,} samples, first at sample {of_cache[first]}"
     names = cache.class_names
-    return what, names[cache.labels[there[first]]], names[images.labels[here[first]]]
+    return what, names[cache.labels[of_cache[first]]], names[images.labels[of_images[first]]]
 
 
 def _order_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
@@ -190,32 +191,37 @@ def _order_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, obje
     return f"same images in another order, first at sample {first}", *keys
 
 
-def _not_among(keys: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> list[int]:
-    """Rows of keys that `others` has not, or not as often."""
+def _unmatched(keys: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> list[int]:
+    """Rows of `keys` without a counterpart in `others`; each row of `others` is the counterpart of one."""
     left = Counter(key.tobytes() for key in others)
-    lost = []
+    unmatched = []
     for row, key in enumerate(keys):
         if left[key.tobytes()] > 0:
             left[key.tobytes()] -= 1
         else:
-            lost.append(row)
-    return lost
+            unmatched.append(row)
+    return unmatched
 
 
 def _matching_rows(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int64] | None:
-    """For each sample of the cache the one of `images` with its content and label; None if they do not pair up."""
+    """For each sample of the cache, the row of `images` with its content and label; None if one has no match."""
     if cache.num_samples != len(images):
         return None
-    here, there = _sort_by_content(images.keys, images.labels), _sort_by_content(cache.sample_keys, cache.labels)
-    same_keys = np.array_equal(images.keys[here], cache.sample_keys[there])
-    if not same_keys or not np.array_equal(images.labels[here], cache.labels[there]):
+    of_images, of_cache = _sorted_rows(cache, images)
+    same_keys = np.array_equal(images.keys[of_images], cache.sample_keys[of_cache])
+    if not same_keys or not np.array_equal(images.labels[of_images], cache.labels[of_cache]):
         return None
-    rows = np.empty(len(here), np.int64)
-    rows[there] = here
+    rows = np.empty(len(of_images), np.int64)
+    rows[of_cache] = of_images
     return rows
 
 
+def _sorted_rows(cache: CachedSamples, images: ImageSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of the images, and rows of the cache, both sorted by content and label."""
+    return _sort_by_content(images.keys, images.labels), _sort_by_content(cache.sample_keys, cache.labels)
+
+
 def _sort_by_content(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Samples by content key, then label; those that are alike in both in their own order."""
+    """Rows sorted by content key, then label; a stable sort."""
     words = np.ascontiguousarray(keys).view(">u8")
     return np.lexsort((labels, words[:, 1], words[:, 0])).astype(np.int64)

@@ -1,1 +1,1 @@
-"""The cache format: recipe, manifest, arrays, layout, commits. Nothing here needs torch."""
+"""The cache format: recipe, manifest, arrays, layout, commits. Importable without torch."""

@@ -1,4 +1,4 @@
-"""Which arrays a cache has: names, shapes, chunks and blocks, all a function of its recipe."""
+"""The arrays of a cache: their names, shapes, chunks and blocks follow from its recipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ArraySpec(Frozen):
 
 
 class TargetSpec(Frozen):
-    """What is cached under one name: rows of `width` numbers, and the arrays that its codec stores them in."""
+    """One target: rows of `width` numbers, and the arrays in which its codec stores them."""
 
     name: str
     width: PositiveInt
@@ -56,25 +56,25 @@ class TargetSpec(Frozen):
 
 
 def array_name(name: str, network: int) -> str:
-    """What an array of a group's network `network`, from 0, is called: `NAME`, `NAME_2`, `NAME_3`, …"""
+    """The array `name` of one network of a group, counted from 0: `NAME`, `NAME_2`, `NAME_3`, …"""
     return name if network == 0 else f"{name}_{network + 1}"
 
 
 def targets(recipe: CacheRecipe, block_rows: int) -> tuple[TargetSpec, ...]:
-    """What a cache holds per (view, sample), in the order in which commits list its arrays.
+    """The targets of each (view, sample), in the order in which commits list their arrays.
 
     Raises:
-        FormatError: a codec that is not for rows of such a width.
+        FormatError: a codec that cannot store rows of this width.
     """
-    found = []
+    specs = []
     for name, width in _widths(recipe).items():
         codec = recipe.codecs.of(name).for_width(width)
         arrays = tuple(
             ArraySpec(target=name, stored=stored, chunk_rows=_chunk_rows(stored.row_bytes, block_rows))
             for stored in codec.arrays(width)
         )
-        found.append(TargetSpec(name=name, width=width, codec=codec, arrays=arrays))
-    return tuple(found)
+        specs.append(TargetSpec(name=name, width=width, codec=codec, arrays=arrays))
+    return tuple(specs)
 
 
 def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]:
@@ -83,10 +83,10 @@ def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]
 
 
 def constant_shapes(recipe: CacheRecipe) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the float32 arrays that hold for all samples and views.
+    """Names and shapes of the constants: float32 arrays that hold for all samples and views.
 
-    The projections and class embeddings are in every cache; `store: components` adds what turns features into logits.
-    Codecs that are fitted to the targets add what they found (`TargetSpec.constants`).
+    Every cache has projections and class embeddings. `store: components` adds the heads and text features that turn
+    features into logits. Codecs that are fitted to the targets add their parameters (`TargetSpec.constants`).
     """
     classes, width = len(recipe.dataset.class_names), recipe.fusion.feature_dim
     components = recipe.store == "components"
@@ -107,9 +107,9 @@ def constant_shapes(recipe: CacheRecipe) -> dict[str, tuple[int, ...]]:
 
 
 def default_block_rows(recipe: CacheRecipe) -> int:
-    """Rows per block: a power of two whose widest array is one chunk of at most 8 MiB, between 64 and 16 384.
+    """Rows per block: the largest power of two up to 16 384 with which the widest array has chunks of at most 8 MiB.
 
-    No more than the next power of two of the number of samples: chunks are stored and decoded at their full size.
+    At least 64, and otherwise no more than the samples need: chunks are stored and decoded at their full size.
     """
     widest = max(spec.stored.row_bytes for spec in target_arrays(recipe, MAX_BLOCK_ROWS))
     largest = max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, CHUNK_BYTES // widest))
@@ -118,7 +118,7 @@ def default_block_rows(recipe: CacheRecipe) -> int:
 
 
 def _widths(recipe: CacheRecipe) -> dict[str, int]:
-    """Numbers per row of each target, by name."""
+    """Numbers in a row of each target, by name."""
     classes = len(recipe.dataset.class_names)
     if recipe.store == "fused":
         return {"fused_logits": classes, "fused_features": recipe.fusion.feature_dim}
@@ -130,7 +130,7 @@ def _widths(recipe: CacheRecipe) -> dict[str, int]:
 
 
 def _chunk_rows(row_bytes: int, block_rows: int) -> int:
-    """Largest divisor of the block, by halving, whose chunk stays within 8 MiB."""
+    """Rows per chunk: the block, halved until a chunk has at most 8 MiB."""
     rows = block_rows
     while rows * row_bytes > CHUNK_BYTES and rows % 2 == 0:
         rows //= 2

@@ -1,8 +1,8 @@
-"""What a commit says: 64-bit digests of a block's stored rows. Nothing uncommitted is ever read.
+"""Commits: 64-bit digests of the stored rows of each block. Blocks without a commit are never read.
 
-`commits` is uint64 [V, blocks, 1 + number of target arrays], one chunk, hence one atomically replaced file, per block.
-Column 0 is the digest of the block's view parameters, the others are digests of its rows in the order of
-`arrays.target_arrays`. Zero, the fill value, stands for "not committed", so no digest is ever zero.
+The array `commits` is uint64 [V, blocks, 1 + number of target arrays]. Each block has one chunk, a file that is
+replaced atomically. Column 0 is the digest of the block's view parameters; the others are the digests of its rows, in
+the order of `arrays.target_arrays`. The fill value 0 means "not committed", so no digest is 0.
 """
 
 from __future__ import annotations

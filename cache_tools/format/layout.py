@@ -1,4 +1,4 @@
-"""How every array of a cache is stored: shape, dtype, chunks, codecs and dimensions, all a function of its manifest."""
+"""How each array of a cache is stored: shape, dtype, chunks, codecs and dimensions follow from the manifest."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ _DIMENSIONS = {
     "teacher_head_weight": ("class", "teacher_feature"),
     "teacher_head_bias": ("class",),
 }
-# Of another length for every network, so each has its own: tools that align arrays by dimension rely on that.
+# Each network has its own length of these, so also its own name: tools that align arrays by dimension rely on it.
 _OF_A_NETWORK = {"teacher_feature", "clip_feature", "prompt"}
 
 
 class ArrayLayout(NamedTuple):
-    """One array.
+    """How one array is stored.
 
     Attributes:
         dimensions: names of its axes.
-        encoding: `dtype`, `serializer`, `compressors`, `fill_value` and sometimes `attributes`, as zarr takes them.
+        encoding: arguments of zarr's `create_array`: `dtype`, `serializer`, `compressors`, `fill_value` and, for some
+            arrays, `attributes`.
     """
 
     shape: tuple[int, ...]
@@ -53,7 +54,7 @@ class ArrayLayout(NamedTuple):
 
     @property
     def codecs(self) -> list[str]:
-        """Names of the codecs that a chunk goes through when it is written, in order."""
+        """Names of the codecs of a chunk, in the order of writing."""
         return [codec["name"] for codec in (self.encoding["serializer"], *self.encoding["compressors"])]
 
     @property
@@ -63,7 +64,7 @@ class ArrayLayout(NamedTuple):
 
     @property
     def endian(self) -> str | None:
-        """Byte order of the plain numbers; None for single bytes and where a codec packs numbers."""
+        """Byte order of plain numbers; None for single bytes and for codecs that pack numbers themselves."""
         endian: str | None = self.encoding["serializer"].get("configuration", {}).get("endian")
         return endian
 
@@ -79,13 +80,13 @@ class ArrayLayout(NamedTuple):
 
     @property
     def chunk_names(self) -> list[str]:
-        """The files of all its chunks, by name: every one is there once the array is filled."""
+        """File names of all chunks; every file exists once the array is filled."""
         counts = (-(-length // chunk) for length, chunk in zip(self.shape, self.chunks, strict=True))
         return [".".join(("c", *map(str, index))) for index in np.ndindex(*counts)]
 
     @property
     def max_file_bytes(self) -> int:
-        """What the file of a chunk cannot exceed: codecs hardly lengthen what they cannot compress."""
+        """The most bytes that the file of a chunk can have: codecs add little to data that does not compress."""
         return self.chunk_bytes + self.chunk_bytes // 8 + (1 << 16)
 
 
@@ -93,7 +94,7 @@ Layouts = Mapping[str, ArrayLayout]
 
 
 def array_layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
-    """Every array of a cache, by name: labels, keys and constants first, then targets, then commits."""
+    """Layouts of all arrays of a cache, by name: labels, keys and constants first, then targets, then commits."""
     samples = manifest.num_samples
     shapes = {"labels": ((samples,), "int64"), "sample_keys": ((samples, 16), "uint8")}
     shapes |= {name: (shape, "float32") for name, shape in constant_shapes(manifest.recipe).items()}
@@ -114,16 +115,16 @@ def array_layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
 
 
 def target_layout(target: TargetSpec, spec: ArraySpec, shape: tuple[int, int]) -> ArrayLayout:
-    """One stored array of a target for `shape` = (views, samples)."""
+    """Layout of one stored array of a target; `shape` is (views, samples)."""
     axes = _dimensions(target.name)
-    if spec.width != target.width:  # numbers per row, or fewer than there are classes
+    if spec.width != target.width:  # columns of codes, not classes or features
         axes = (*axes[:-1], f"{spec.name}_column")
     chunks = (1, spec.chunk_rows, spec.width)
     return ArrayLayout((*shape, spec.width), chunks, axes, spec.stored.create_arguments())
 
 
 def _plain(name: str, dtype: str) -> dict[str, Any]:
-    """How whole numbers and constants are stored. What is absent cannot be taken for data: NaN, −1 for labels."""
+    """The encoding of labels, keys, constants and commits. Fill values cannot be data: NaN, or −1 for labels."""
     fill = float("nan") if dtype.startswith("float") else -1 if name == "labels" else 0
     endian = {} if np.dtype(dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
     zstd = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
@@ -136,7 +137,7 @@ def _plain(name: str, dtype: str) -> dict[str, Any]:
 
 
 def _dimensions(name: str) -> tuple[str, ...]:
-    """`clip_features_2` is along `clip_feature_2`; what all networks share keeps its name."""
+    """Dimension names. The axis of `clip_features_2` is `clip_feature_2`; axes that networks share keep one name."""
     if name.endswith(STEPS):
         return _dimensions(name.removesuffix(STEPS))[-1:]
     plain, suffix = re.fullmatch(r"(.+?)((?:_\d+)?)", name).groups()  # type: ignore[union-attr]

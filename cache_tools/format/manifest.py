@@ -1,4 +1,4 @@
-"""What a cache says of itself: its recipe, its geometry and where it comes from. Nothing here needs torch."""
+"""The manifest of a cache: recipe, geometry and provenance; and its fusion in plain numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cache_tools.images.recipe import DatasetRecipe
 
 
 class Canary(Frozen):
-    """Digest of one view's pixels, replayed before training: a drift in image decoding or view code stops the run."""
+    """Digest of one view of one sample. Training compares it first, and stops if image decoding or view code changed."""
 
     view: int
     index: int
@@ -49,12 +49,12 @@ class Manifest(Finite):
 
     @property
     def clip_scale(self) -> float:
-        """What the cosines of the first CLIP are multiplied with."""
+        """The factor of the first CLIP's cosines."""
         return self.clip_scales[0]
 
     @property
     def preflight(self) -> dict[str, Any] | None:
-        """Accuracies that the build measured first, if it did."""
+        """Accuracies measured before the build; None for a build without preflight."""
         found = self.provenance.get("preflight")
         return found if isinstance(found, dict) else None
 
@@ -78,15 +78,15 @@ class Manifest(Finite):
 
 @dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """How teachers and CLIPs are fused, in plain numbers: a recipe or a `FusionChoice` with everything resolved.
+    """How teachers and CLIPs are fused, in plain numbers: a `FusionRecipe` or a `FusionChoice`, resolved.
 
     Attributes:
         teacher_weight, feature_weight: α and λ.
         teacher_weights, clip_weights: share of each network in its group, summing to 1.
-        clip_scales: what the cosines of each CLIP are multiplied with.
-        prompt_ensemble: what is averaged over the prompt templates.
-        prompts: numbers of the templates that are used; None for all.
-        clip_view: the view that CLIP is taken from; None for the view that is loaded.
+        clip_scales: the factor of each CLIP's cosines.
+        prompt_ensemble: what is averaged over the prompt templates (see `FusionRecipe`).
+        prompts: numbers of the templates to use; None for all.
+        clip_view: the view to take CLIP's targets from; None for the view that is loaded.
     """
 
     teacher_weight: float
@@ -100,7 +100,7 @@ class Fusion:
 
     @classmethod
     def stored(cls, manifest: Manifest) -> Fusion:
-        """As the cache was built."""
+        """The fusion that the cache was built with."""
         recipe = manifest.recipe
         return cls(
             teacher_weight=recipe.fusion.teacher_weight,
@@ -113,5 +113,5 @@ class Fusion:
 
     @property
     def clip_scale(self) -> float:
-        """Of the first CLIP."""
+        """The scale of the first CLIP."""
         return self.clip_scales[0]

@@ -1,4 +1,4 @@
-"""Everything that determines the values of a cache, and its digest, the fingerprint. Nothing here needs torch."""
+"""The recipe, everything that determines the values of a cache, and its digest, the fingerprint."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ PromptEnsemble = Literal["embedding", "logits", "probabilities"]
 
 
 class Finite(Frozen):
-    """A value whose numbers are numbers: JSON as Python reads it knows NaN and Infinity."""
+    """A model without NaN and infinity, which Python's JSON would accept."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Preprocessing(Finite):
-    """What a network does to the uint8 view canvas: resize (or not), scale to [0, 1], normalise.
+    """How a network turns the uint8 view canvas into its input: resize, scale to [0, 1], normalise.
 
-    `size` is (height, width) in pixels, None for the canvas as it is. Mean and std are per RGB channel on [0, 1].
+    `size` is (height, width) in pixels; None keeps the canvas. Mean and std are per RGB channel, on [0, 1].
     """
 
     size: tuple[PositiveInt, PositiveInt] | None = None
@@ -44,9 +44,9 @@ class Preprocessing(Finite):
 
 
 class TeacherIdentity(Finite):
-    """A conventional teacher. With `linear_head` logits are features · weightᵀ + bias, both stored.
+    """A conventional teacher. With `linear_head`, logits are features · weightᵀ + bias; weight and bias are stored.
 
-    `weight` is its share of the teachers' logits and features; the shares of all teachers sum to 1.
+    The field `weight` is its share of the teachers' logits and features; the shares of all teachers sum to 1.
     """
 
     architecture: str
@@ -58,9 +58,10 @@ class TeacherIdentity(Finite):
 
 
 class ClipIdentity(Finite):
-    """A CLIP model with its prompts: every template (one `{}` each) with every class name, as they were rendered.
+    """A CLIP model with its prompts: each template (with one `{}`) filled with each class name.
 
-    `logit_scale` is its own exp(log-scale); `weight` its share among all CLIPs, as for teachers.
+    `class_names` are spelled as in the prompts. `logit_scale` is the model's exp(log-scale). `weight` is its share of
+    the CLIPs, as for teachers.
     """
 
     architecture: str
@@ -75,16 +76,16 @@ class ClipIdentity(Finite):
 
 
 class FusionRecipe(Finite):
-    """How teachers and CLIPs become one target (RichKD, equations for z_F and f_F).
+    """How teachers and CLIPs are fused into one target (RichKD, equations for z_F and f_F).
 
     logits: teacher_weight · teachers + (1 − teacher_weight) · CLIPs, the cosines of each CLIP times its scale [α]
     features: feature_weight · teachers + (1 − feature_weight) · CLIPs, projected to `feature_dim`, L2-normalised [λ]
     clip_scale: `model` (each CLIP's own logit scale), `match` (each brought to the spread of the teachers' mixed
-        logits) or a number above 0 (official: 1.0). Cosines are those of the embedding ensemble, whatever the
+        logits) or a number above 0 (official: 1.0). `match` uses cosines with the class embeddings for every
         `prompt_ensemble`.
     prompt_ensemble: what is averaged over the prompt templates: `embedding` (the text embeddings, as in the paper's
         code), `logits`, or `probabilities`.
-    projection_seed: teacher i, from 0, is projected with seed projection_seed + 2i, CLIP i with that seed + 1.
+    projection_seed: the projection of teacher i, from 0, has seed projection_seed + 2i, that of CLIP i the seed after.
     """
 
     teacher_weight: Share = 0.7
@@ -98,8 +99,8 @@ class FusionRecipe(Finite):
 class CacheRecipe(Frozen):
     """Everything that determines the cached values; its digest is the fingerprint.
 
-    `derived_from` is the fingerprint of the cache that this one was converted or fused from, without a teacher pass;
-    None for one that teachers filled.
+    `derived_from` is the fingerprint of the cache that this one was recoded or fused from without its teachers; None
+    for a cache built with teachers.
     """
 
     dataset: DatasetIdentity
@@ -114,7 +115,7 @@ class CacheRecipe(Frozen):
 
     @property
     def teacher(self) -> TeacherIdentity:
-        """The first teacher; mostly there is no other."""
+        """The first teacher, usually the only one."""
         return self.teachers[0]
 
     @property
@@ -132,7 +133,7 @@ class CacheRecipe(Frozen):
 
     @property
     def made_by(self) -> str:
-        """The command that makes such a cache and goes on with it, for messages."""
+        """The command that makes such a cache and continues it, for messages."""
         return "build-cache" if self.derived_from is None else "recode or fuse"
 
     @property
@@ -147,5 +148,5 @@ def recipe_fingerprint(recipe: Any) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """What digests are over: the same for equal values, whoever writes it."""
+    """The JSON that digests are computed from: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

@@ -1,4 +1,4 @@
-"""An empty cache: its zarr group and arrays, with labels, keys and constants, and what these must be."""
+"""Create an empty cache: a zarr group with its arrays, labels, keys and constants, and the checks of these."""
 
 from __future__ import annotations
 
@@ -22,50 +22,44 @@ from cache_tools.format.arrays import constant_shapes
 from cache_tools.format.layout import ArrayLayout, Layouts, array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.stored import MANIFEST_KEY, manifest_attribute
-from cache_tools.store.group import RESTORE, quiet_numcodecs, read_whole
+from cache_tools.store.group import RESTORE, ignore_numcodecs_warning, read_whole
 
 
-def lay_out(
+def create_empty(
     path: Path,
     manifest: Manifest,
     labels: npt.NDArray[Any],
     sample_keys: npt.NDArray[Any],
     constants: Mapping[str, npt.NDArray[Any]],
 ) -> None:
-    """Make an empty cache at `path`: manifest, labels, keys and constants written, no block committed."""
-    arrays = _empty(LocalStore(path), manifest)
+    """Create a cache at `path` with manifest, labels, keys and constants, and without any block."""
+    arrays = _create_arrays(LocalStore(path), manifest)
     for name, values in {"labels": labels, "sample_keys": sample_keys, **constants}.items():
         arrays[name][...] = values
 
 
 def metadata_files(manifest: Manifest) -> dict[str, Any]:
-    """What `lay_out` would write as zarr.json of the group and of every array: contents by file name."""
+    """The contents of every zarr.json that `create_empty` writes, by file name."""
     files: dict[str, Buffer] = {}
-    _empty(MemoryStore(files), manifest)
+    _create_arrays(MemoryStore(files), manifest)
     return {name: json.loads(content.to_bytes()) for name, content in files.items()}
 
 
-def _empty(store: Store, manifest: Manifest) -> dict[str, zarr.Array[Any]]:
-    """A group with every array and no chunk."""
-    group = zarr.create_group(store, attributes={MANIFEST_KEY: manifest_attribute(manifest)})
-    quiet_numcodecs()
-    return {name: add_array(group, name, layout) for name, layout in array_layouts(manifest).items()}
-
-
 def add_array(group: zarr.Group, name: str, layout: ArrayLayout) -> zarr.Array[Any]:
-    """One array, empty."""
+    """Add an empty array to a group."""
     return group.create_array(
         name,
         shape=layout.shape,
         chunks=layout.chunks,
         dimension_names=layout.dimensions,
-        chunk_key_encoding={"name": "default", "separator": "."},  # one folder per array: one flush covers a name
+        chunk_key_encoding={"name": "default", "separator": "."},  # all chunks in one folder: one flush covers them
         config={"write_empty_chunks": True},
         **layout.encoding,
     )
 
 
 def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt.NDArray[Any]) -> None:
+    """Raise FormatError unless labels and keys are those of the recipe's dataset."""
     samples = manifest.num_samples
     for name, array, shape, dtype in (
         ("labels", labels, (samples,), "int64"),
@@ -78,40 +72,47 @@ def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt
         raise FormatError("labels and keys are not those of the dataset in the recipe", where=identity.name)
 
 
+def check_constants(manifest: Manifest, constants: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raise FormatError unless these are the constants of the recipe, by name, shape and dtype, and finite."""
+    shapes = constant_shapes(manifest.recipe)
+    if set(constants) != set(shapes):
+        raise FormatError("wrong constants", expected=sorted(shapes), found=sorted(constants))
+    for name, shape in shapes.items():
+        array = constants[name]
+        if array.shape != shape or array.dtype.name != "float32" or not np.isfinite(array).all():
+            raise FormatError(
+                f"wrong constant {name}",
+                expected=f"finite float32 {list(shape)}",
+                found=f"{array.dtype} {list(array.shape)}",
+            )
+
+
 def constants_digest(constants: Mapping[str, npt.NDArray[np.float32]]) -> str:
     """32 hex digits over names and numbers: `Manifest.constants_digest`."""
     return _digest((name, constants[name]) for name in sorted(constants))
 
 
-def _digest(constants: Iterable[tuple[str, npt.NDArray[np.float32]]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, values in constants:
-        digest.update(f"{name} {list(values.shape)} ".encode())
-        digest.update(np.ascontiguousarray(values, dtype="<f4").data)
-    return digest.hexdigest()
-
-
 class StoredConstants(Mapping[str, npt.NDArray[np.float32]]):
-    """The arrays of a cache that hold for all samples and views, by name, each read when it is asked for.
+    """The constants of a cache by name, each read when it is asked for. Threads may read at the same time.
 
-    The first read compares them all with the manifest's digest: no commit covers them. Threads may read at once.
+    The first read compares all constants with the digest in the manifest, since no commit covers them.
 
     Raises:
-        FormatError: missing or damaged ones, or others than the manifest was written for.
+        FormatError: constants are missing, damaged or not those of the manifest.
     """
 
     def __init__(self, group: zarr.Group, path: Path, manifest: Manifest, layouts: Layouts) -> None:
         self._group, self._path, self._manifest, self._layouts = group, path, manifest, layouts
         self._names = tuple(sorted(constant_shapes(manifest.recipe)))
-        self._checked, self._checking = False, threading.Lock()
+        self._is_checked, self._lock = False, threading.Lock()
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         if name not in self._names:
             raise KeyError(name)
-        with self._checking:
-            if not self._checked:
+        with self._lock:
+            if not self._is_checked:
                 self._check()
-                self._checked = True
+                self._is_checked = True
         return self._read(name)
 
     def __contains__(self, name: object) -> bool:
@@ -128,22 +129,19 @@ class StoredConstants(Mapping[str, npt.NDArray[np.float32]]):
 
     def _check(self) -> None:
         if _digest((name, self._read(name)) for name in self._names) != self._manifest.constants_digest:
-            raise FormatError(
-                "heads, embeddings or steps are damaged",
-                where=self._path,
-                next_step=RESTORE,
-            )
+            raise FormatError("heads, embeddings or codec steps are damaged", where=self._path, next_step=RESTORE)
 
 
-def check_constants(manifest: Manifest, constants: Mapping[str, npt.NDArray[Any]]) -> None:
-    shapes = constant_shapes(manifest.recipe)
-    if set(constants) != set(shapes):
-        raise FormatError("wrong constants", expected=sorted(shapes), found=sorted(constants))
-    for name, shape in shapes.items():
-        array = constants[name]
-        if array.shape != shape or array.dtype.name != "float32" or not np.isfinite(array).all():
-            raise FormatError(
-                f"wrong constant {name}",
-                expected=f"finite float32 {list(shape)}",
-                found=f"{array.dtype} {list(array.shape)}",
-            )
+def _create_arrays(store: Store, manifest: Manifest) -> dict[str, zarr.Array[Any]]:
+    """Create the group and all its arrays, without any chunk."""
+    group = zarr.create_group(store, attributes={MANIFEST_KEY: manifest_attribute(manifest)})
+    ignore_numcodecs_warning()
+    return {name: add_array(group, name, layout) for name, layout in array_layouts(manifest).items()}
+
+
+def _digest(constants: Iterable[tuple[str, npt.NDArray[np.float32]]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in constants:
+        digest.update(f"{name} {list(values.shape)} ".encode())
+        digest.update(np.ascontiguousarray(values, dtype="<f4").data)
+    return digest.hexdigest()
