@@ -19,7 +19,7 @@ from pydantic import Field
 from cache_tools.analysis import fidelity
 from cache_tools.analysis.fidelity import fit_student
 from cache_tools.codecs import SparseTargets, TopK
-from cache_tools.codecs.presets import TargetCodecs, kind_of
+from cache_tools.codecs.presets import TargetCodecs, target_kind
 from cache_tools.config import Frozen
 from cache_tools.derive.blocks import BlockReader, Rows, Stored
 from cache_tools.derive.recode import Recoder, fit_sample, recoded_constants
@@ -167,7 +167,7 @@ class Bench:
             parts = {array.suffix: stored[array.name] for array in spec.arrays}
             fitted = {key.removeprefix(spec.name): constants[key] for key in spec.constants}
             decoded, truth = spec.codec.decode(parts, fitted), torch.from_numpy(self._decoded[spec.name])
-            if kind_of(spec.name) == "logits":
+            if target_kind(spec.name) == "logits":
                 decoded, truth = centre_rows(decoded), centre_rows(truth)
             size = sum(stored_bytes(spec, array, stored[array.name], samples) for array in spec.arrays)
             found[spec.name] = TargetCost(

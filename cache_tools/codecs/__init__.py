@@ -1,16 +1,16 @@
-"""How targets are stored: the codecs by name, and which to take.
+"""How targets are stored: the codecs by name, and what each is for.
 
 | codec | for | bytes per number |
 |---|---|---|
 | `float32`, `float16` | anything | 4; 2 |
 | `fixed-step` | logits or features of known scale | 2 before packing |
-| `row-step` | anything; a float32 scale per row | 1 |
+| `row-step` | anything | 1, and a float32 scale per row |
 | `companded` | logits: `reference: max` for few classes, `mean` for many | 1; 2 before packing |
-| `feature-steps` | features whose linear head is in the cache: logits are made from them | 2 before packing |
-| `top-k` | logits at temperature 1, thousands of classes; opt-in | none for most |
+| `feature-steps` | features whose linear head is in the cache, which turns them into logits | 2 before packing |
+| `top-k` | logits of thousands of classes at temperature 1; opt-in | none for most classes |
 
-`benchmarks/codec_table.py` measures bytes and gradient errors of all of them on real arrays. Those that do not say
-`pack: pcodec` open in every zarr v3 reader.
+`benchmarks/codec_table.py` measures their bytes and gradient errors on real arrays. Every zarr v3 reader opens arrays
+that are not packed with pcodec.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ CODECS: dict[str, type[Codec]] = {
 }
 
 
-class _Holder(Frozen):
-    codec: AnyCodec
-
-
 def parse_codec(data: Any, *, where: str = "codec") -> Codec:
-    """A codec from its plain form, `codec.model_dump(mode="json")`, or from its name alone.
+    """Make a codec from its fields, `codec.model_dump(mode="json")`, or from its name alone.
 
     Raises:
         RecipeError: an unknown codec or field, or a value out of range.
     """
-    plain = {"codec": data} if isinstance(data, str) else data
-    return validate(_Holder, {"codec": plain}, where=where).codec
+    fields = {"codec": data} if isinstance(data, str) else data
+    return validate(_CodecField, {"codec": fields}, where=where).codec
+
+
+class _CodecField(Frozen):
+    codec: AnyCodec

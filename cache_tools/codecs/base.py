@@ -106,7 +106,10 @@ class StoredArray(Frozen):
 
     def is_fill(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Whether each of `values`, the first numbers of rows, marks a missing chunk."""
-        return np.isnan(values) if isinstance(self.fill_value, float) else values == self.fill_value
+        matches: npt.NDArray[np.bool_] = (
+            np.isnan(values) if isinstance(self.fill_value, float) else values == self.fill_value
+        )
+        return matches
 
     @property
     def row_bytes(self) -> int:
@@ -255,6 +258,6 @@ def round_to_int16(
         scaled: the numbers to round, [B, width].
         values, limits: the numbers before scaling and their allowed range, for the error message.
     """
-    codes = np.rint(scaled)
+    codes: npt.NDArray[np.floating[Any]] = np.rint(scaled)
     reject(~(np.abs(codes) <= 32767), values, where, limits, "choose a larger step, or store float16")
     return codes.astype(np.int16)

@@ -25,12 +25,12 @@ from cache_tools.codecs.base import (
 if TYPE_CHECKING:
     import torch
 
-# Decoding multiplies in float32: a few units in the last place on top of the rounding to a code.
+# Decoding multiplies in float32, which adds a few units in the last place to the rounding error of the code.
 FLOAT32_SLACK = 4 * float(np.finfo(np.float32).eps)
 
 
 class Float16(Codec):
-    """Half precision: 11 significant bits, hardly compressible."""
+    """Half precision: 11 significant bits that hardly compress."""
 
     codec: Literal["float16"] = "float16"
 
@@ -47,8 +47,8 @@ class Float16(Codec):
         return new_float32(parts[""])
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
-        """2⁻¹¹ of the number, and half the smallest subnormal."""
-        return np.abs(values).astype(np.float64) * 2.0**-11 + 2.0**-25
+        """2⁻¹¹ of the number plus half the smallest subnormal."""
+        return _magnitude(values) * 2.0**-11 + 2.0**-25
 
 
 class Float32(Codec):
@@ -97,11 +97,11 @@ class FixedStep(Codec):
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
         """Half a step."""
-        return 0.5 * self.step + FLOAT32_SLACK * (np.abs(values).astype(np.float64) + self.step)
+        return 0.5 * self.step + FLOAT32_SLACK * (_magnitude(values) + self.step)
 
 
 class RowStep(Codec):
-    """int8 with a step for each row: value = code · scale, scale = largest magnitude of the row / 127."""
+    """int8 codes with a step per row: value = code · scale, scale = largest magnitude of the row / 127."""
 
     codec: Literal["row-step"] = "row-step"
 
@@ -120,34 +120,34 @@ class RowStep(Codec):
         return new_float32(parts[""]).mul_(parts["_scale"])
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
-        """Half a step of the row."""
+        """Half the step of the row."""
         scale = self._scale(np.asarray(values, dtype=np.float32)).astype(np.float64)
         return scale * (0.5 + 128 * FLOAT32_SLACK)
 
-    def _scale(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """[B, 1]; normal where a row is all (but) zeros, and 127 of it finite where a row has the largest float32."""
+    def _scale(self, rows: Rows) -> Rows:
+        """[B, 1]; never subnormal, even for a row of zeros, and so small that 127 of it are finite in float32."""
         limits = np.finfo(np.float32)
-        largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-        return np.clip(
-            largest / np.float32(127), limits.tiny, np.nextafter(limits.max / np.float32(127), np.float32(0))
-        )
+        largest: Rows = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+        highest = np.nextafter(limits.max / np.float32(127), np.float32(0))
+        scale: Rows = np.clip(largest / np.float32(127), limits.tiny, highest)
+        return scale
 
 
 class Companded(Codec):
     """Logits in steps that grow as the logit falls: `step` · e^(−z/spread) for a logit z above the row's reference.
 
-    A softmax at temperature T hardly feels an error of a logit whose probability, e^(z/T), is small. What is stored is
-    u = e^(z/spread) in equal steps of `step/spread`: code = round((u − 1) · spread/step). A `spread` between two and
-    four times the temperature suits that temperature and all lower ones.
+    An error of a logit hardly changes a softmax at temperature T if the probability of the logit, e^(z/T), is small.
+    The codec stores u = e^(z/spread) in equal steps of `step/spread`: code = round((u − 1) · spread/step). A `spread`
+    between two and four times the temperature suits that temperature and all lower ones.
 
-    Rows are decoded mean-centred; softmax does not see the shift.
+    Rows are decoded mean-centred; a softmax does not depend on the shift.
 
     Attributes:
-        step: of a logit at the reference, in logits.
-        spread: over how many logits the step grows e-fold.
+        step: the step of a logit at the reference.
+        spread: how many logits below the reference the step has grown e-fold.
         reference: `max`, the largest logit of the row: one byte, best for few classes (spread/step ≤ 256). `mean`: 16
-            bits that compress better where there are many classes.
-        pack: `blosc` or `pcodec` for 16 bits; single bytes are always packed with zstd.
+            bits that compress better when there are many classes.
+        pack: `blosc` or `pcodec` for 16-bit codes; single bytes are always packed with zstd.
     """
 
     codec: Literal["companded"] = "companded"
@@ -167,7 +167,7 @@ class Companded(Codec):
 
     @property
     def levels(self) -> float:
-        """Codes between the reference and minus infinity."""
+        """The number of codes between the reference and minus infinity."""
         return self.spread / self.step
 
     @property
@@ -207,19 +207,25 @@ class Companded(Codec):
         return logits.sub_(logits.mean(dim=1, keepdim=True))
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
-        """Against mean-centred `values`: half a step of u at each logit, plus the row's mean of that, for centring."""
+        """Against mean-centred `values`: half a step of u at each logit, plus its mean over the row."""
         u = np.exp(self._relative(np.asarray(values)) / self.spread)
         half_cell = -self.spread * np.log1p(-np.minimum(0.5 / (self.levels * u), 1 - 1e-6))
         slack = FLOAT32_SLACK * (np.abs(values).max(axis=1, keepdims=True) + 8 * self.spread * (1 + 1 / u))
-        return half_cell + half_cell.mean(axis=1, keepdims=True) + slack
+        bound: npt.NDArray[np.float64] = half_cell + half_cell.mean(axis=1, keepdims=True) + slack
+        return bound
 
     @property
     def _largest(self) -> int:
-        """Magnitude of the lowest code: u stays above zero, and 255 stays free for missing chunks."""
+        """The magnitude of the lowest code: u stays above zero, and 255 stays free as the fill value."""
         whole = int(np.ceil(self.levels)) - 1
         return min(whole, 254) if self.reference == "max" else whole
 
     def _relative(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        wide = rows.astype(np.float64)
+        wide: npt.NDArray[np.float64] = rows.astype(np.float64)
         reference = wide.max if self.reference == "max" else wide.mean
         return wide - reference(axis=1, keepdims=True)
+
+
+def _magnitude(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    magnitude: npt.NDArray[np.float64] = np.abs(values.astype(np.float64))
+    return magnitude

@@ -1,4 +1,4 @@
-"""Features in whole steps, from which the stored linear head (or class embeddings) makes the logits again."""
+"""Features in whole steps, which the stored linear head (or the class embeddings) turns into logits."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _BLOCK = 128
 
 
 class FeatureSteps(Codec):
-    """int16 codes with a step for each column, fitted to how far the features spread: value = code · step.
+    """int16 codes with a step per column, fitted to the deviation of the features: value = code · step.
 
     Attributes:
         resolution: steps per standard deviation.
-        spread: `common`: one step for all columns, from the geometric mean of their deviations. A linear head feels an
-            error alike in whichever column it is, so this gives the better logits for the bytes. `column`: each
-            column's own deviation.
-        damping: of the rounding that knows the head (`head_feedback`); more keeps the features, less the logits.
+        spread: `common`: one step for all columns, from the geometric mean of their deviations. An error changes the
+            logits of a linear head about equally in any column, so this gives better logits for the same bytes.
+            `column`: a step from each column's own deviation.
+        damping: of rounding with feedback (`head_feedback`). Higher values favour the features, lower ones the logits.
         pack: `blosc` or, about a tenth smaller, `pcodec`.
     """
 
@@ -61,33 +61,32 @@ class FeatureSteps(Codec):
         return {STEPS: (width,)}
 
     def fit(self, sample: Rows) -> dict[str, Rows]:
-        """Steps from a sample [S, width]; a thousand rows are enough.
+        """Compute the steps from a sample [S, width]; a thousand rows are enough.
 
         Raises:
-            FormatError: a sample without spread, or of numbers that are not finite.
+            FormatError: all rows of the sample are alike, or a number is not finite.
         """
         rows = finite_rows(sample, "sample")
         deviation = rows.astype(np.float64).std(axis=0)
         typical = np.median(deviation[deviation > 0]) if (deviation > 0).any() else 0.0
         if not typical > 0:
-            raise FormatError(
-                "features that are all alike have no spread to choose steps by", found=f"{len(rows)} rows"
-            )
-        # A column that rests in the sample may move elsewhere; its step must not be next to nothing.
+            raise FormatError("the sample has no spread to fit steps to", found=f"{len(rows)} equal rows")
+        # A column that is constant in the sample may vary elsewhere, so its step must not be tiny.
         deviation = np.maximum(deviation, 0.05 * typical)
         if self.spread == "common":
             deviation = np.full_like(deviation, np.exp(np.log(deviation).mean()))
         return {STEPS: (deviation / self.resolution).astype(np.float32)}
 
     def head_feedback(self, head_CD: Rows) -> dict[str, Rows]:
-        """What `encode` needs to hide rounding errors from a linear head: a constant, [width, width], never stored.
+        """A constant [width, width] that lets `encode` hide rounding errors from a linear head; it is never stored.
 
-        The error of each column is made up for in the columns after it, so that what remains lies where the head (and
-        a softmax behind it, which does not see a shift of all logits) looks least: successive interpolation in the
-        metric HᵀH + damping · mean eigenvalue, H the head with its mean row taken off. Same codes, same decoding.
+        The rounding error of each column is compensated in the columns after it. The remaining error lies in the
+        directions that change the logits least, up to a shift of all logits, which a softmax ignores. This is
+        successive interpolation in the metric HᵀH + damping · mean eigenvalue, where H is the head minus its mean row.
+        Codes and decoding stay the same.
 
         Args:
-            head_CD: weights of the linear head, or class embeddings, [C, width]; rows of several stacked.
+            head_CD: weights of the linear head, or class embeddings, [C, width]; several heads are stacked.
         """
         head = finite_rows(head_CD, "head").astype(np.float64)
         head = head - head.mean(axis=0)
@@ -113,11 +112,11 @@ class FeatureSteps(Codec):
         return new_float32(codes).mul_(torch.as_tensor(_steps(constants, "target")).to(codes.device))
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
-        """Half a step; with feedback, and what half a step of each earlier column can move this one by."""
-        half = _steps(constants, "target").astype(np.float64) / 2
+        """Half a step, plus, with feedback, the shift that half a step of each earlier column can cause."""
+        half: npt.NDArray[np.float64] = _steps(constants, "target").astype(np.float64) / 2
         if FEEDBACK in constants:
-            half = np.abs(np.triu(constants[FEEDBACK]).astype(np.float64)).T @ half  # its diagonal is 1
-        return half * 1.001 + FLOAT32_SLACK * np.abs(values).astype(np.float64)
+            half = np.abs(np.triu(constants[FEEDBACK]).astype(np.float64)).T @ half  # the diagonal is 1
+        return half * 1.001 + FLOAT32_SLACK * np.abs(values.astype(np.float64))
 
     def _width(self, constants: Constants, where: str) -> int:
         return len(_steps(constants, where))
@@ -132,10 +131,10 @@ def _steps(constants: Mapping[str, Any], where: str) -> Any:
 
 
 def _round_with_feedback(rows: Rows, steps: Rows, feedback: Rows) -> npt.NDArray[np.float32]:
-    """Whole numbers [B, D] whose multiples of `steps` differ from `rows` where the head does not look.
+    """Round rows to whole numbers [B, D] of steps; the error lies in directions that the head ignores.
 
-    Columns are rounded one after the other, each error spread over the later ones; blocks of columns, so that most of
-    the work is matrix products. Transposed inside: a column is then contiguous.
+    Columns are rounded one after the other, and each error is spread over the later columns. Blocks of columns make
+    most of the work matrix products. The arrays are transposed, so that a column is contiguous.
     """
     pending = np.ascontiguousarray(rows.T)
     codes = np.empty_like(pending)

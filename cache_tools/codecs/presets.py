@@ -1,4 +1,4 @@
-"""Which codec stores which targets of a cache, and pairs of codecs by name."""
+"""Which codec stores the logits and which the features of a cache, and presets for the two by name."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PresetName = Literal["float16", "float32", "compact", "dense", "coarse", "top-k"
 class TargetCodecs(Frozen):
     """How the logits and the features of a cache are stored.
 
-    A codec is given by its fields or by its name alone. Where features of a component cache have a linear head or class
-    embeddings, their logits are not stored: the codec of the features is that of both.
+    A codec is given by its fields or by its name alone. Features of a component cache that have a linear head or class
+    embeddings stand for their logits too: those are not stored, and only the codec of the features matters.
     """
 
     logits: AnyCodec = Float16()
@@ -47,32 +47,32 @@ class TargetCodecs(Frozen):
 
     @property
     def caution(self) -> str | None:
-        """What who stores targets so should know, one sentence."""
+        """A one-sentence warning for users of these codecs; None if there is nothing to warn of."""
         return self.logits.caution(self.logits.temperature) if isinstance(self.logits, TopK) else None
 
-    def of(self, target: str) -> AnyCodec:
-        """The codec of a target, by its name."""
-        return self.logits if kind_of(target) == "logits" else self.features
+    def for_target(self, target: str) -> AnyCodec:
+        """The codec of the target of that name."""
+        return self.logits if target_kind(target) == "logits" else self.features
 
     @property
-    def floating(self) -> bool:
-        """Whether targets are stored as floating numbers, whatever their range."""
+    def is_floating(self) -> bool:
+        """Whether targets are stored as floating-point numbers, which have no range to check."""
         return all(isinstance(codec, Float16 | Float32) for codec in (self.logits, self.features))
 
     def __str__(self) -> str:
-        """`float16`, or `companded logits, feature-steps features`."""
+        """`float16`, or `companded logits, feature-steps features` if the two differ."""
         if self.logits == self.features:
             return self.logits.codec
         return f"{self.logits.codec} logits, {self.features.codec} features"
 
 
-def kind_of(target: str) -> Literal["logits", "features"]:
-    """What a target is, by its name."""
+def target_kind(target: str) -> Literal["logits", "features"]:
+    """The kind of the target of that name."""
     return "logits" if target.startswith(("fused_logits", "teacher_logits")) else "features"
 
 
 def companded_for(num_classes: int, pack: Pack) -> Companded:
-    """Bytes relative to the largest logit for few classes; 16 bits relative to the mean, well packed, for many."""
+    """Single bytes relative to the largest logit for few classes; packed 16-bit codes relative to the mean for many."""
     if num_classes <= FEW_CLASSES:
         return Companded()
     return Companded(step=1 / 48, spread=12.0, reference="mean", pack="pcodec" if pack == "pcodec" else "blosc")
@@ -93,19 +93,19 @@ PRESETS: dict[PresetName, Callable[[int], TargetCodecs]] = {
 
 
 def resolve_codecs(choice: PresetName | TargetCodecs, num_classes: int) -> TargetCodecs:
-    """The codecs that a preset means for a number of classes; codecs that are spelt out stay as they are.
+    """The codecs of a preset for a number of classes; `TargetCodecs` are returned as they are.
 
     | preset | logits | features | opens in |
     |---|---|---|---|
     | `float16` | half precision | half precision | any zarr reader |
-    | `float32` | as computed | as computed | any zarr reader |
+    | `float32` | single precision | single precision | any zarr reader |
     | `compact` | companded | steps of 1/19 deviation | any zarr reader |
-    | `dense` | companded | the same | readers that have pcodec |
+    | `dense` | companded | steps of 1/19 deviation | readers that have pcodec |
     | `coarse` | companded | steps of 1/3.8 deviation | readers that have pcodec |
     | `top-k` | classes of probability ≥ 0.0005 | steps of 1/19 deviation | any zarr reader |
 
     Raises:
-        RecipeError: no such preset.
+        RecipeError: there is no such preset.
     """
     if isinstance(choice, TargetCodecs):
         return choice

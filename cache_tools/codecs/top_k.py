@@ -1,4 +1,4 @@
-"""The classes that matter and the exact mass of all others: for temperature 1, where few classes have a probability."""
+"""The most probable classes and the exact mass of all others: for temperature 1, where few classes matter."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from cache_tools.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
-NOTHING = -1e30  # log-probability of what has none: finite, and its exp is 0 in every precision
+NOTHING = -1e30  # the logarithm of probability 0: finite, and its exp is 0 in every precision
 PAD = 255
 MAX_CLASSES = 32767
 
 
 class SparseTargets(NamedTuple):
-    """Rows of teacher distributions at the codec's temperature, the classes of which are known in part.
+    """Rows of teacher distributions at the codec's temperature, with the probabilities of some classes.
 
     Attributes:
         classes: int64 [B, K], ascending; C where a row has fewer than K.
@@ -47,23 +47,23 @@ class SparseTargets(NamedTuple):
 class TopK(Codec):
     """The classes with at least `min_probability`, at most `max_classes` of them, and the mass of all others.
 
-    Opt-in: at temperatures above 1 most of the mass lies in the tail, and no gradient of the student sees how the
-    teacher spread it (see `caution`). `train.losses.kd_tail` is the loss for it; `decode` gives dense logits with an
-    even tail for all other losses.
+    Opt-in: at temperatures above 1 most of the mass lies in the tail, and the student gets no gradient from how the
+    teacher spread it (see `caution`). Use the loss `train.losses.kd_tail`; for all other losses `decode` gives dense
+    logits with an even tail.
 
-    For a given number of classes over a data set, one threshold for all rows keeps more of the gradient than a share of
-    mass for each: rows that are spread out cost most and give least.
+    For a given total number of kept classes, one threshold for all rows keeps more of the gradient than a fixed share
+    of mass per row: rows with a wide spread cost most and give least.
 
-    Stored: class numbers, ascending, as gaps to the one before (the first to −1; 0 where there is none);
-    log-probabilities as uint8 companded steps, code = round((1 − p^(1/spread)) · spread/step), 255 where there is none;
-    the tail's log-sum-exp minus that of all classes, as float32.
+    Stored arrays: ascending class numbers as gaps to the previous class (the first to −1; 0 for no class);
+    log-probabilities as uint8 companded steps, code = round((1 − p^(1/spread)) · spread/step), 255 for no class; the
+    tail's log-sum-exp minus that of all classes, as float32.
 
     Attributes:
-        min_probability: of a class that is kept, at `temperature`.
-        max_classes: width of the arrays; rows with more keep the largest.
-        step, spread: of the log-probabilities: `step` for p = 1, e-fold larger with every `spread` below.
-        temperature: at which probabilities are taken; a loss must use the same.
-        num_classes: of a row; see `for_width`.
+        min_probability: the smallest probability of a kept class, at `temperature`.
+        max_classes: the width of the arrays; rows with more such classes keep the most probable.
+        step, spread: of the log-probabilities: the step is `step` at p = 1 and e-fold larger every `spread` below.
+        temperature: of the probabilities; a loss must use the same.
+        num_classes: the number of classes of a row; see `for_width`.
     """
 
     codec: Literal["top-k"] = "top-k"
@@ -81,7 +81,7 @@ class TopK(Codec):
         return self
 
     def caution(self, temperature: float) -> str | None:
-        """What a user at this temperature has to know, one sentence; None at temperature 1."""
+        """A one-sentence warning for this temperature; None at temperature 1 and below."""
         if temperature <= 1.0:
             return None
         return (
@@ -94,11 +94,11 @@ class TopK(Codec):
         """The codec of rows of `width` classes.
 
         Raises:
-            FormatError: more classes than the int16 gaps can number.
+            FormatError: int16 gaps cannot number so many classes.
         """
         if width > MAX_CLASSES:
             raise FormatError(
-                "top-k is not for so many classes",
+                "too many classes for top-k",
                 where="codec",
                 expected=f"at most {MAX_CLASSES:,}",
                 found=f"{width:,}",
@@ -128,7 +128,7 @@ class TopK(Codec):
         width = min(self.max_classes, self._classes)
         gaps = np.zeros((len(rows), width), np.int16)
         stored = np.full((len(rows), width), PAD, np.uint8)
-        row, column = np.nonzero(kept)  # in order of row, then class
+        row, column = np.nonzero(kept)  # ordered by row, then by class
         rank = (np.cumsum(kept, axis=1) - 1)[row, column]
         before = np.where(rank == 0, -1, np.concatenate([[-1], column[:-1]]))
         gaps[row, rank] = column - before
@@ -136,13 +136,13 @@ class TopK(Codec):
         return {"": stored, "_gaps": gaps, "_tail": log_tail.astype(np.float32)}
 
     def sparse(self, stored: Stored, index: Any = None, *, temperature: float | None = None) -> SparseTargets:
-        """What `train.losses.kd_tail` takes, for the rows at `index` or all.
+        """The arguments of `train.losses.kd_tail` for the rows at `index`, or all.
 
         Args:
-            temperature: of the loss; None if it is the codec's.
+            temperature: of the loss; None for the codec's.
 
         Raises:
-            FormatError: another temperature than the stored one, at which the tail's mass is not known.
+            FormatError: the temperature is not the codec's, so the mass of the tail is unknown.
         """
         if temperature is not None and temperature != self.temperature:
             raise FormatError(
@@ -154,7 +154,7 @@ class TopK(Codec):
         return self._sparse(gather(stored, index))
 
     def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
-        """Mean-centred logits [B, C] whose tail is even: softmax(logits / temperature) are the probabilities."""
+        """Mean-centred logits [B, C] with an even tail: softmax(logits / temperature) are the probabilities."""
         targets = self._sparse(parts)
         missing = (self._classes - (targets.classes < self._classes).sum(dim=1)).clamp_min(1)
         even = targets.log_tail - missing.log()
@@ -163,7 +163,7 @@ class TopK(Codec):
         return logits - logits.mean(dim=1, keepdim=True)
 
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
-        """Of the probabilities of `sparse`, not of logits: half a step for a kept class, all of p for another."""
+        """A bound for the probabilities of `sparse`, not for logits: half a step for a kept class, p for any other."""
         log_p = _log_softmax(np.asarray(values, dtype=np.float64) / self.temperature)
         root = np.exp(log_p / self.spread)
         half_cell = (root + 0.5 / self._levels) ** self.spread - root**self.spread
@@ -192,16 +192,17 @@ class TopK(Codec):
 
     @property
     def _largest(self) -> int:
-        """The largest code of a class: below `levels`, which would be a probability of 0 and a logarithm of −inf."""
+        """The largest code of a class: below `levels`, which stands for probability 0 and the logarithm −inf."""
         return min(int(np.ceil(self._levels)) - 1, PAD - 1)
 
     def _kept(self, log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        """bool [B, C]: above the threshold, among the largest `max_classes`, always the largest one."""
+        """bool [B, C]: the largest class, and those above the threshold among the `max_classes` largest."""
         order = np.argsort(-log_p, axis=1, kind="stable")
         rank = np.empty_like(order)
         np.put_along_axis(rank, order, np.arange(log_p.shape[1])[None], axis=1)
         enough = log_p >= (np.log(self.min_probability) if self.min_probability > 0 else -np.inf)
-        return (rank == 0) | (enough & (rank < self.max_classes))
+        kept: npt.NDArray[np.bool_] = (rank == 0) | (enough & (rank < self.max_classes))
+        return kept
 
 
 def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -209,7 +210,7 @@ def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _log_sum(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Log-sum-exp of each row, [B, 1]; NOTHING where all of it is NOTHING."""
+    """Log-sum-exp of each row, [B, 1]; NOTHING for a row of NOTHING."""
     largest = logits.max(axis=1, keepdims=True)
     total = largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
     return np.where(largest <= NOTHING, NOTHING, total)

@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from cache_tools.codecs import CODECS, Codec, Companded, FeatureSteps, TopK, parse_codec
-from cache_tools.codecs.presets import PRESETS, TargetCodecs, kind_of, resolve_codecs
+from cache_tools.codecs.presets import PRESETS, TargetCodecs, resolve_codecs, target_kind
 from cache_tools.config import parse_yaml, validate
 from cache_tools.errors import RecipeError
 from cache_tools.format.arrays import targets
@@ -57,7 +57,7 @@ def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
 
 def kinds(recipe: CacheRecipe) -> tuple[str, ...]:
     """`logits`, `features` or both: what a cache stores."""
-    found = {kind_of(spec.name) for spec in targets(recipe, 1)}
+    found = {target_kind(spec.name) for spec in targets(recipe, 1)}
     return tuple(kind for kind in ("logits", "features") if kind in found)
 
 

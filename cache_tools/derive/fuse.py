@@ -138,7 +138,7 @@ class _Fuser:
         """Those of a new cache; a range that its codec cannot hold shows here, not many blocks later."""
         own = self.source.constants | self._prompts
         constants = {name: own[name] for name in constant_shapes(self.recipe) if name in own}
-        if not self.recipe.codecs.floating:
+        if not self.recipe.codecs.is_floating:
             rows = self._fused(0, self._sample)
             constants |= fit_codecs(self.recipe, rows)
             Encoder(self.recipe, constants.__getitem__).encode(rows, where="a sample of view 0")

@@ -68,7 +68,7 @@ def targets(recipe: CacheRecipe, block_rows: int) -> tuple[TargetSpec, ...]:
     """
     specs = []
     for name, width in _widths(recipe).items():
-        codec = recipe.codecs.of(name).for_width(width)
+        codec = recipe.codecs.for_target(name).for_width(width)
         arrays = tuple(
             ArraySpec(target=name, stored=stored, chunk_rows=_chunk_rows(stored.row_bytes, block_rows))
             for stored in codec.arrays(width)

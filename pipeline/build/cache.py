@@ -201,7 +201,7 @@ def _constants(
     from pipeline.networks.ensemble import view_pixels
 
     constants = ensemble.constants(recipe.store)
-    if identity.codecs.floating:
+    if identity.codecs.is_floating:
         return constants
     index = sample_rows(len(images))
     rows: dict[str, list[np.ndarray]] = {}

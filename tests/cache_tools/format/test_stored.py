@@ -161,10 +161,10 @@ def test_every_network_has_its_arrays() -> None:
 
 def test_top_k_of_more_classes_than_it_can_number_is_refused() -> None:
     recipe = sized(75, MAX_CLASSES + 1, codecs=resolve_codecs("top-k", MAX_CLASSES + 1))
-    with pytest.raises(FormatError, match=r"top-k is not for so many classes \(codec\).*Choose another codec"):
+    with pytest.raises(FormatError, match=r"too many classes for top-k \(codec\).*Choose another codec"):
         target_arrays(recipe, 16)
     forged = MANIFEST.model_copy(update={"recipe": recipe, "fingerprint": recipe.fingerprint})
-    with pytest.raises(FormatError, match=r"top-k is not for so many classes \(here\); expected at most 32,767"):
+    with pytest.raises(FormatError, match=r"too many classes for top-k \(here\); expected at most 32,767"):
         parse_manifest(stored(forged), where="here")
 
 
