@@ -5,6 +5,10 @@ Commands print the message and exit with code 2. A traceback means a bug in teac
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from typing import Any
+
 MAX_PART, MAX_PATH = 1200, 4200
 
 
@@ -106,3 +110,16 @@ class OutOfMemoryError(DeviceError):
 
 class DivergedError(CacheError):
     """The loss or the logits are NaN or infinite."""
+
+
+def error_to_data(error: CacheError) -> dict[str, str | None]:
+    """An error as plain data, to be sent to another process. `kind` is its class."""
+    parts = {part: getattr(error, part) for part in ("what", "where", "expected", "found", "next_step")}
+    return {"kind": type(error).__name__, **{key: None if part is None else str(part) for key, part in parts.items()}}
+
+
+def error_from_data(data: Mapping[str, Any]) -> CacheError:
+    """The error that `error_to_data` was given."""
+    parts = {key: data.get(key) for key in ("where", "expected", "found", "next_step")}
+    kind: type[CacheError] = getattr(sys.modules[__name__], str(data["kind"]), CacheError)
+    return kind(data["what"], **parts)

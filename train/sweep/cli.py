@@ -1,4 +1,4 @@
-"""`sweep-students`: many students from one cache, in one command."""
+"""`sweep-students`: train many students from one cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sweep_students(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="What trials have in common: a recipe of train-student, built-in or a YAML file. Default: digits."
+            help="The recipe that all trials share: a built-in train-student recipe or a YAML file. Default: digits."
         ),
     ] = None,
     cache: Cache = None,
@@ -35,7 +35,9 @@ def sweep_students(
     losses: Annotated[
         str | None, typer.Option("--losses", help="Separated by commas, as for train-student --loss: richkd,kd,ce.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many, from the recipe's seed on.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Number of seeds, starting at the recipe's seed.")
+    ] = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,7 +46,7 @@ def sweep_students(
     ] = None,
     search: Annotated[
         int | None,
-        typer.Option("--search", min=1, help="Try so many promising settings, not all: Optuna chooses them."),
+        typer.Option("--search", min=1, help="Number of settings to try instead of all; Optuna suggests them."),
     ] = None,
     epochs: Epochs = None,
     sweep_file: Annotated[
@@ -53,28 +55,31 @@ def sweep_students(
     ] = None,
     asha: Annotated[
         bool,
-        typer.Option("--asha", help="Stop the worse trials early (asynchronous successive halving). Only for search."),
+        typer.Option(
+            "--asha", help="Stop the worse trials early (asynchronous successive halving): to choose, not to report."
+        ),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes. Default: what fills the CPU; one on a GPU.")
+        int | None,
+        typer.Option("--workers", min=1, help="Number of processes. Default: as many as fill the CPU; one on a GPU."),
     ] = None,
     engine: Annotated[
-        Literal["local", "ray"], typer.Option("--engine", help="Where trials run: this machine, or a Ray cluster.")
+        Literal["local", "ray"], typer.Option("--engine", help="Where trials run: on this machine or on a Ray cluster.")
     ] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(
             "--ray-address",
-            help="HOST:PORT, auto or local. Default: RAY_ADDRESS, else a cluster that runs here, else a new one.",
+            help="HOST:PORT, auto or local. Default: RAY_ADDRESS, else a cluster on this machine, else a new one.",
         ),
     ] = None,
     ray_gpus: Annotated[
         float | None,
-        typer.Option("--ray-gpus", min=0.01, help="GPUs of a Ray worker; 0.5 has two on each. Default: 1."),
+        typer.Option("--ray-gpus", min=0.01, help="GPUs per Ray worker; 0.5 puts two workers on a GPU. Default: 1."),
     ] = None,
     device: Device = None,
     data_dir: DataDir = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the sweep. Default: the recipe's.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the sweep. Default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep. Default: runs/sweep-NAME.")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -83,34 +88,34 @@ def sweep_students(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
     overwrite: Annotated[
         bool,
-        typer.Option(
-            "--overwrite", help="Train trials again whose folder holds a run of other settings or another cache."
-        ),
+        typer.Option("--overwrite", help="Replace runs of other settings or of another cache in the trials' folders."),
     ] = False,
     show_trials: Annotated[bool, typer.Option("--show-trials", help="List the trials and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all results as one JSON object.")] = False,
 ) -> None:
-    """Train many students from one cache; those that see the same batches share them.
+    """Train many students from one cache. Students that need the same batches share them.
 
-    A trial is a run of train-student and gives the same numbers. Interrupt it at any time: the same command goes on,
-    and with more students, losses or seeds it trains those that are new.
+    Each trial is a run of train-student, with the same numbers. Interrupt it at any time: the same command resumes,
+    and with more students, losses or seeds it trains the new trials.
     """
     for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
         if value is not None and engine != "ray":
-            raise RecipeError("an option of Ray without its engine", where=f"{option} {value}", expected="--engine ray")
+            raise RecipeError(
+                "an option of Ray, but another engine", where=f"{option} {value}", expected="--engine ray"
+            )
     options = {
         "cache": cache,
         "epochs": epochs,
         "device": device,
         "data_dir": str(data_dir) if data_dir else None,
     }
-    told = {
+    sweep_keys = {
         "students": None if students is None else _words("--students", students),
         "losses": None if losses is None else _words("--losses", losses),
         "seeds": seeds,
         "name": name,
     }
-    sweep = read_sweep(sweep_file, recipe, options, overrides or (), told, grid or (), search, asha)
+    sweep = read_sweep(sweep_file, recipe, options, overrides or (), sweep_keys, grid or (), search, asha)
     folder = out or Path("runs") / f"sweep-{sweep.name}"
     if show_trials:
         if sweep.search is not None:
@@ -138,18 +143,18 @@ def _run(
     from cache_tools.console import resolve_device
     from train.sweep.run import Engine, default_workers, run_sweep
     from train.sweep.text import sweep_text
-    from train.sweep.workers import Processes
+    from train.sweep.workers import ProcessEngine
 
     keep_freed_memory()
     say = lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)  # noqa: E731
     with ExitStack() as stack:
         engine: Engine | None = None
         if cluster is not None:
-            from train.sweep.ray.engine import OnRay
+            from train.sweep.ray.engine import RayEngine
 
-            engine = stack.enter_context(OnRay(folder, **cluster, workers=workers, say=say))
+            engine = stack.enter_context(RayEngine(folder, **cluster, workers=workers, say=say))
         elif (count := workers or default_workers(resolve_device(sweep.base.get("device", "auto")))) > 1:
-            engine = Processes(count, folder)
+            engine = ProcessEngine(count, folder)
         result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, overwrite=overwrite, say=say)
     if as_json:
         print(
@@ -169,7 +174,7 @@ def _run(
 def _words(option: str, text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise RecipeError("no names", where=f"{option} '{text}'", expected="names separated by commas")
+        raise RecipeError("a list without names", where=f"{option} '{text}'", expected="names separated by commas")
     return words
 
 

@@ -1,7 +1,8 @@
-"""Asynchronous successive halving: which trials of a sweep stop at a rung, from what is in the folders of all.
+"""Asynchronous successive halving: which trials of a sweep stop at a rung.
 
-Nothing is kept but the runs' own metrics and a `stopped.json` in the folders of those that were stopped, so processes
-and machines need not talk to each other, and a sweep that was killed judges again what it had not judged.
+A decision reads the metrics in the run folders of all trials and writes `stopped.json` into the folders of those that
+stop. Nothing else is stored, so processes and machines need not talk to each other, and a sweep that was killed makes
+the missing decisions when it resumes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from train.runs.metrics import read_metrics
 from train.runs.outcome import last_value
 from train.sweep.recipe import Asha, Trial
 
+# Metrics of the test split start with one of these; `ema_` are those of the averaged weights.
+TEST_PREFIXES = ("test_", "ema_")
 
-class Contest(Frozen):
-    """The trials that compete, wherever they are trained.
+
+class Halving(Frozen):
+    """Successive halving over the trials of one sweep, whichever process trains them.
 
     Attributes:
-        folders: of all of them.
-        epochs: of the longest.
+        folders: run folders of all trials that are compared.
+        epochs: of the longest trial.
     """
 
     asha: Asha
@@ -35,8 +39,8 @@ class Contest(Frozen):
     epochs: int
 
     @classmethod
-    def among(cls, trials: Sequence[Trial], asha: Asha) -> Contest:
-        """The contest of a sweep's trials.
+    def of_trials(cls, trials: Sequence[Trial], asha: Asha) -> Halving:
+        """Halving over these trials.
 
         Raises:
             RecipeError: a trial has no test figures at the first rung, or none at all.
@@ -44,12 +48,12 @@ class Contest(Frozen):
         """
         check_metric(asha.metric, trials, "asha")
         for trial in trials:
-            measured = asha.metric.startswith(MEASURED)
-            if measured and asha.first_epochs < min(trial.recipe.evaluate_every, trial.recipe.epochs):
+            first_evaluation = min(trial.recipe.evaluate_every, trial.recipe.epochs)
+            if asha.metric.startswith(TEST_PREFIXES) and asha.first_epochs < first_evaluation:
                 raise RecipeError(
                     f"no {asha.metric} by epoch {asha.first_epochs}",
                     where=f"{trial.name}: evaluate_every={trial.recipe.evaluate_every}",
-                    next_step="evaluate more often (--set evaluate_every=1), or begin later (asha: {first_epochs: …})",
+                    next_step="evaluate more often (--set evaluate_every=1), or start later (asha: {first_epochs: …})",
                 )
         return cls(
             asha=asha,
@@ -57,77 +61,62 @@ class Contest(Frozen):
             epochs=max(trial.recipe.epochs for trial in trials),
         )
 
-    def stop(self, rung: int, standing: Sequence[Path]) -> set[Path]:
-        """Stop those that are not among the best 1/η of all that have reached a rung so far.
+    def stop(self, epochs: int, folders: Sequence[Path]) -> set[Path]:
+        """Stop the trials that are not among the best 1/η of all that have reached a rung so far.
 
         Args:
-            rung: finished epochs; anything that is no rung stops nobody.
-            standing: folders of the trials that have just finished this epoch.
+            epochs: number of finished epochs. Nothing stops unless this is a rung.
+            folders: run folders of the trials that have just finished this epoch.
+
+        Returns:
+            The folders of the trials that stop.
 
         Raises:
-            RecipeError: the metric is none of the runs' figures, or was not measured.
+            RecipeError: no such metric, or it was not measured.
             DataError: damaged metrics of a run.
         """
-        if rung not in self.asha.rungs(self.epochs):
+        if epochs not in self.asha.rungs(self.epochs):
             return set()
-        scores = {folder: score for folder in self.folders if (score := self._score(folder, rung)) is not None}
+        scores = {folder: score for folder in self.folders if (score := self._score(folder, epochs)) is not None}
         ranked = sorted(scores, key=lambda folder: scores[folder], reverse=True)
-        worse = set(ranked[math.ceil(len(ranked) / self.asha.keep_one_in) :]) & set(standing)
-        for folder in worse:
-            told = {**self.asha.model_dump(), "epochs": rung, "value": self._sign * scores[folder], "of": len(ranked)}
-            put_durably(folder / STOPPED, json.dumps(told, indent=2).encode())
-        return worse
+        stopped = set(ranked[math.ceil(len(ranked) / self.asha.keep_one_in) :]) & set(folders)
+        for folder in stopped:
+            value = self._sign * scores[folder]
+            decision = {**self.asha.model_dump(), "epochs": epochs, "value": value, "of": len(ranked)}
+            put_durably(folder / STOPPED, json.dumps(decision, indent=2).encode())
+        return stopped
 
     @property
     def _sign(self) -> float:
         return 1.0 if self.asha.larger_is_better else -1.0
 
-    def _score(self, folder: Path, rung: int) -> float | None:
-        """The metric at the last evaluated epoch up to the rung, larger is better; None before the rung."""
+    def _score(self, folder: Path, epochs: int) -> float | None:
+        """The metric at the last evaluation up to this epoch, signed so that larger is better; None before it."""
         metrics = read_metrics(folder)
-        if metrics is None or len(metrics) < rung:
+        if metrics is None or len(metrics) < epochs:
             return None
-        history = metrics.head(rung)
+        history = metrics.head(epochs)
         value = last_value(history, self.asha.metric, "asha.metric")
-        if value is None and history[self.asha.metric].null_count() == rung:  # such as the top-5 of five classes
+        if value is None and history[self.asha.metric].null_count() == epochs:  # such as the top-5 of five classes
             raise RecipeError(
-                f"no {self.asha.metric} by epoch {rung}",
+                f"no {self.asha.metric} by epoch {epochs}",
                 where=folder,
-                next_step="take another figure (asha: {metric: …} in the sweep file)",
+                next_step="choose another metric (asha: {metric: …} in the sweep file)",
             )
         return -math.inf if value is None else self._sign * value
 
 
-def forget_other_contests(trials: Sequence[Trial], asha: Asha | None) -> None:
-    """Let trials go on that were stopped in a contest with other rules, or in one where there is none any more."""
-    rules = None if asha is None else asha.model_dump()
-    for trial in trials:
-        file = trial.folder / STOPPED
-        try:
-            told = json.loads(file.read_bytes())
-            same = rules is not None and all(told.get(key) == value for key, value in rules.items())
-        except FileNotFoundError:
-            continue
-        except (ValueError, AttributeError):
-            same = False
-        if not same:
-            file.unlink(missing_ok=True)
-
-
-MEASURED = ("test_", "ema_")  # figures of the test split begin so; the second are those of the averaged weights
-
-
-def check_metric(metric: str, trials: Sequence[Trial], where: str) -> None:
-    """See to it that trials will have the figure that decides between them.
+def check_metric(metric: str, trials: Sequence[Trial], section: str) -> None:
+    """Check that every trial will have the metric that decides between trials.
 
     Args:
-        where: the metric is chosen: `asha` or `search`.
+        section: part of the sweep that names the metric: `asha` or `search`.
 
     Raises:
-        RecipeError: a figure of the test split for a trial without one, or of averaged weights where none are kept.
+        RecipeError: a test metric for a trial without a test split, or a metric of averaged weights without averaging.
         NotFoundError, FormatError: no such cache, or a damaged one.
     """
-    if not metric.startswith(MEASURED):
+    if not metric.startswith(TEST_PREFIXES):
         return
     datasets: dict[str, DatasetRecipe] = {}
     for trial in trials:
@@ -136,7 +125,7 @@ def check_metric(metric: str, trials: Sequence[Trial], where: str) -> None:
                 f"no {metric} without averaged weights",
                 where=trial.name,
                 expected="ema_decay",
-                next_step=f"--set ema_decay=0.999, or take another figure ({where}: {{metric: …}} in the sweep file)",
+                next_step=f"set ema_decay=0.999, or choose another metric ({section}: {{metric: …}} in the sweep file)",
             )
         dataset = _dataset(trial, datasets)
         if dataset.test_split is None:
@@ -145,17 +134,33 @@ def check_metric(metric: str, trials: Sequence[Trial], where: str) -> None:
                 where=trial.name,
                 expected="a dataset with a test_split",
                 found=f"{dataset.name} without one",
-                next_step=f"take a figure of training ({where}: {{metric: loss}} in the sweep file)",
+                next_step=f"choose a metric of training ({section}: {{metric: loss}} in the sweep file)",
             )
 
 
-def _dataset(trial: Trial, known: dict[str, DatasetRecipe]) -> DatasetRecipe:
-    """What a trial learns from; a cache is opened once."""
+def resume_stopped(trials: Sequence[Trial], asha: Asha | None) -> None:
+    """Let trials continue that were stopped by other rules than these; None lets all of them continue."""
+    rules = None if asha is None else asha.model_dump()
+    for trial in trials:
+        file = trial.folder / STOPPED
+        try:
+            decision = json.loads(file.read_bytes())
+            same_rules = rules is not None and all(decision.get(key) == value for key, value in rules.items())
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError):
+            same_rules = False
+        if not same_rules:
+            file.unlink(missing_ok=True)
+
+
+def _dataset(trial: Trial, datasets: dict[str, DatasetRecipe]) -> DatasetRecipe:
+    """The dataset of a trial; `datasets` keeps those of caches, so that each cache is opened once."""
     recipe = trial.recipe
     if not recipe.loss.needs_targets:
         assert recipe.dataset is not None, "a recipe without targets has a dataset"
         return recipe.dataset
     assert recipe.cache is not None, "a recipe with targets has a cache"
-    if recipe.cache not in known:
-        known[recipe.cache] = TeacherCache.open(recipe.cache).manifest.dataset
-    return known[recipe.cache]
+    if recipe.cache not in datasets:
+        datasets[recipe.cache] = TeacherCache.open(recipe.cache).manifest.dataset
+    return datasets[recipe.cache]

@@ -1,4 +1,4 @@
-"""The sweep that the options and the sweep file of `sweep-students` ask for. Options win over the file."""
+"""Read a sweep from the options of `sweep-students` and its sweep file. Options win over the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.sweep.search_recipe import Search, parse_range
 
 
 class _FileKeys(Frozen):
-    """What of a sweep file is used before there is a `SweepRecipe`, which looks at the rest."""
+    """Keys of a sweep file that are needed before there is a `SweepRecipe`, which validates the others."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -31,25 +31,25 @@ def read_sweep(
     recipe: str | None,
     options: Mapping[str, Any],
     overrides: Sequence[str],
-    told: Mapping[str, Any],
+    sweep_keys: Mapping[str, Any],
     grid: Sequence[str] = (),
     search: int | None = None,
     asha: bool = False,
 ) -> SweepRecipe:
-    """Lay options over a sweep file, and both over a train recipe.
+    """Apply options to a sweep file, and both to a train recipe.
 
     Args:
         file: the sweep file, if any.
-        recipe: of `train-student`; None for the file's, or `digits`.
+        recipe: of `train-student`; None for the file's recipe, or `digits`.
         options: dotted recipe key → value, for all trials; None values are ignored.
         overrides: `--set` items, which win over everything else of the recipe.
-        told: keys of a `SweepRecipe` and values that options give; None values are ignored.
-        grid: items of `--grid`, lists and ranges.
-        search: how many trials to search, if at all.
-        asha: whether to stop the worse trials early.
+        sweep_keys: key of `SweepRecipe` → value, from options; None values are ignored.
+        grid: `--grid` items, lists and ranges.
+        search: number of trials of a search; None for no search.
+        asha: stop the worse trials early.
 
     Raises:
-        NotFoundError, RecipeError: no such file or recipe, or something in them or in the options that cannot be.
+        NotFoundError, RecipeError: no such file or recipe, or a bad value in them or in the options.
     """
     stored = {} if file is None else load_sweep(file)
     keys = validate(_FileKeys, stored, where=str(file))
@@ -58,7 +58,7 @@ def read_sweep(
     base = load_train_recipe(recipe or keys.recipe or "digits", items, options)
     data = {"name": base.name, **{key: value for key, value in stored.items() if key not in {"recipe", "set"}}}
     data |= {"base": base.model_dump(mode="json"), "loss_settings": _loss_settings(base, items)}
-    data |= {key: value for key, value in told.items() if value is not None}
+    data |= {key: value for key, value in sweep_keys.items() if value is not None}
     if search is not None:
         data["search"] = {**(data.get("search") or {}), "trials": search}
     data |= _axes(grid, data.get("search"))
@@ -68,10 +68,10 @@ def read_sweep(
 
 
 def load_sweep(file: Path) -> dict[str, Any]:
-    """A sweep file (YAML) as plain data.
+    """Load a sweep file (YAML) as plain data.
 
     Raises:
-        NotFoundError, RecipeError: no such file, or no YAML mapping of a sweep in it.
+        NotFoundError, RecipeError: no such file, or it is no YAML mapping.
     """
     try:
         data = parse_yaml(file.read_text(), "a sweep file that cannot be read", where=file)
@@ -81,15 +81,17 @@ def load_sweep(file: Path) -> dict[str, Any]:
         raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
     if not isinstance(data, dict):
         raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
-    if made := data.keys() & {"base", "loss_settings"}:  # of the `sweep.yaml` in a sweep's folder
+    if stored := data.keys() & {"base", "loss_settings"}:  # keys of the `sweep.yaml` in a sweep's folder
         raise RecipeError(
-            f"'{min(made)}' is not for a sweep file", where=file, expected="recipe: NAME or FILE, and set: {KEY: VALUE}"
+            f"'{min(stored)}' is not for a sweep file",
+            where=file,
+            expected="recipe: NAME or FILE, and set: {KEY: VALUE}",
         )
     return data
 
 
 def _items(settings: Mapping[str, Any]) -> list[str]:
-    """The `set` of a sweep file as items of `--set`."""
+    """The `set` of a sweep file as `--set` items."""
     return [
         f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
         for key, value in settings.items()
@@ -97,31 +99,31 @@ def _items(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _loss_settings(base: TrainRecipe, items: Iterable[str]) -> dict[str, Any]:
-    """What `--set` says of the loss: it holds for losses by name too, which replace all else of the base's."""
+    """Settings of the loss from `--set`. A loss by name replaces the base's loss, but these still apply."""
     keys = {item.partition("=")[0].strip() for item in items}
-    whole = base.loss.model_fields_set if "loss" in keys else set()
-    names = whole | {key.removeprefix("loss.") for key in keys if key.startswith("loss.")}
+    all_fields = base.loss.model_fields_set if "loss" in keys else set()
+    names = all_fields | {key.removeprefix("loss.") for key in keys if key.startswith("loss.")}
     return {name: getattr(base.loss, name) for name in sorted(names)}
 
 
 def _axes(grid: Sequence[str], search: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`grid` and `search` of the options: ranges are for the search."""
+    """The sweep's `grid` and `search` from `--grid` items: lists go to the grid, ranges to the search."""
     lists: dict[str, Any] = {}
     ranges: dict[str, Any] = {}
     refuse_doubles((text.partition("=")[0].strip() for text in grid), "--grid ")
     for text in grid:
         key, _, values = text.partition("=")
-        found = parse_range(values)
-        if found is None:
+        parsed = parse_range(values)
+        if parsed is None:
             lists |= [_axis(text)]
         elif search is None:
             raise RecipeError("a range is for a search", where=f"--grid {text}", next_step="give --search N, or values")
         else:
-            ranges[key.strip()] = found
-    told = {"grid": lists} if lists else {}
+            ranges[key.strip()] = parsed
+    axes = {"grid": lists} if lists else {}
     if search is not None and ranges:
-        told["search"] = {**search, "space": {**search.get("space", {}), **ranges}}
-    return told
+        axes["search"] = {**search, "space": {**search.get("space", {}), **ranges}}
+    return axes
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""How far a sweep is whose trials are trained elsewhere: read from their folders."""
+"""Progress of a sweep whose trials are trained in other processes, read from the trials' folders."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from train.runs.metrics import epochs_logged
 from train.runs.outcome import settled
 from train.sweep.recipe import Trial
 
-LOOK_EVERY_S = 2.0
+READ_EVERY_S = 2.0
 
 
 class SweepProgress(Progress):
-    """A progress bar in epochs over all trials, with how many of them are settled; `look` as often as you like."""
+    """A progress bar over the epochs of all trials, with the number of settled trials."""
 
     def __init__(self, title: str, trials: Sequence[Trial]) -> None:
-        self._open, self._trials, self._looked = list(trials), len(trials), time.monotonic()
+        self._unsettled, self._num_trials, self._read_at = list(trials), len(trials), time.monotonic()
         done = self._epochs_done(trials)
-        self._closed = 0
+        self._settled_epochs = 0
         super().__init__(title, sum(trial.recipe.epochs for trial in trials), "epochs", done=done)
 
-    def look(self) -> None:
-        """Show what has been done since; reads files no more often than every two seconds."""
-        if time.monotonic() - self._looked >= LOOK_EVERY_S:
-            self._look()
+    def update(self) -> None:
+        """Show the progress so far. Cheap to call often: it reads files every two seconds at most."""
+        if time.monotonic() - self._read_at >= READ_EVERY_S:
+            self._update()
 
     def __exit__(self, *error: Any) -> None:
-        self._look(last=True)
+        self._update(last=True)
         super().__exit__(*error)
 
-    def _look(self, *, last: bool = False) -> None:
-        self._looked = time.monotonic()
-        for trial in [trial for trial in self._open if settled(trial.folder)]:
-            self._open.remove(trial)
-            self._closed += trial.recipe.epochs  # one that failed or was stopped has nothing left to do
-        done = self._closed + self._epochs_done(self._open)
-        note = f"{self._trials - len(self._open)} of {self._trials} trials done"
-        if last and self._bar is None:  # a line follows anyway
+    def _update(self, *, last: bool = False) -> None:
+        self._read_at = time.monotonic()
+        for trial in [trial for trial in self._unsettled if settled(trial.folder)]:
+            self._unsettled.remove(trial)
+            self._settled_epochs += trial.recipe.epochs  # a failed or stopped trial has no epochs left to train
+        done = self._settled_epochs + self._epochs_done(self._unsettled)
+        note = f"{self._num_trials - len(self._unsettled)} of {self._num_trials} trials done"
+        if last and self._bar is None:  # without a bar, leaving prints a line
             self.done, self._note = done, note
-        elif done > self.done or last:  # an epoch may take minutes, and a line that says nothing new is noise
+        elif done > self.done or last:  # in a log, print a line only if something changed
             self.advance(max(0, done - self.done), note)
 
     @staticmethod

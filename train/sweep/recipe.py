@@ -1,4 +1,4 @@
-"""What a user asks `sweep-students` for: a frozen recipe, and the trials that it stands for. No torch is needed."""
+"""The recipe of a sweep, and the trials that it describes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from train.sweep.search_recipe import Axis, Search, larger_is_better
 class Asha(Frozen):
     """Asynchronous successive halving (Li et al. 2020): a trial that is not among the best at a rung stops there.
 
-    Rungs are after `first_epochs`, `first_epochs · keep_one_in`, … epochs. A trial is compared with all that have come
-    as far by then; those of one batch stream come to a rung together. Only for search: what is stopped early has no
-    final figures, so means over seeds are not reported.
+    Rungs are after `first_epochs`, `first_epochs · keep_one_in`, … epochs. A trial is compared with all trials that
+    have reached the rung so far; trials of one batch stream reach it together. Use it to choose settings, not to report
+    figures: a stopped trial has no final figures, so there are no means over seeds.
 
     Attributes:
         metric: a column of a run's metrics, such as `test_top1` or `test_nll`.
-        keep_one_in: of how many trials one goes on [η].
-        first_epochs: the first rung [r]; in a sweep by default one epoch after the base's warm-up, which tells little.
+        keep_one_in: one of this many trials continues [η].
+        first_epochs: the first rung [r]. The default in a sweep is one epoch after the base's warm-up, because figures
+            during the warm-up say little.
     """
 
     metric: str = "test_top1"
@@ -39,26 +40,26 @@ class Asha(Frozen):
         return larger_is_better(self.metric)
 
     def rungs(self, epochs: int) -> list[int]:
-        """Epochs after which trials are compared, without the last epoch."""
-        found = [self.first_epochs]
-        while found[-1] * self.keep_one_in < epochs:
-            found.append(found[-1] * self.keep_one_in)
-        return [rung for rung in found if rung < epochs]
+        """Numbers of epochs after which trials are compared; the last epoch is none of them."""
+        rungs = [self.first_epochs]
+        while rungs[-1] * self.keep_one_in < epochs:
+            rungs.append(rungs[-1] * self.keep_one_in)
+        return [rung for rung in rungs if rung < epochs]
 
 
 class SweepRecipe(Frozen):
     """Many runs of `train-student`: the product of students, losses, grid and seeds, or a list of trials.
 
     Attributes:
-        base: what all trials have in common: a train recipe as plain data.
-        students: names as for `train-student --student`; the base's own by default.
-        losses: names as for `train-student --loss`; the base's own by default.
+        base: the train recipe that all trials share, as plain data.
+        students: names as for `train-student --student`; by default the base's student.
+        losses: names as for `train-student --loss`; by default the base's loss.
         grid: dotted recipe keys (or `lr`, `temperature`, `weight_decay`) and their values.
-        seeds: how many, from the base's seed on, or which.
-        trials: settings of each trial, in place of the product; keys as in `grid`, and `student`, `loss`, `seed`.
-        asha: stop the worse trials early; None trains all to the end.
-        search: try promising settings in place of the whole product; students, losses and grid are choices then.
-        loss_settings: keys of `loss` and values that a loss by name takes too; what a trial sets itself wins.
+        seeds: the number of seeds, starting at the base's seed, or a list of seeds.
+        trials: settings of each trial, instead of the product; keys as in `grid`, and `student`, `loss`, `seed`.
+        asha: stop the worse trials early; None trains all of them to the end.
+        search: try suggested settings instead of the whole product; students, losses and grid become choices.
+        loss_settings: keys and values of `loss` that also apply to a loss by name. A trial's own settings win.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -74,7 +75,7 @@ class SweepRecipe(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_rung_in_the_warm_up(cls, data: Any) -> Any:
+    def _first_rung_is_after_the_warm_up(cls, data: Any) -> Any:
         asha = data.get("asha") if isinstance(data, dict) else None
         if isinstance(asha, dict) and "first_epochs" not in asha:
             schedule = data.get("base", {}).get("schedule") or {}
@@ -82,7 +83,7 @@ class SweepRecipe(Frozen):
         return data
 
     @model_validator(mode="after")
-    def _a_product_or_a_list(self) -> SweepRecipe:
+    def _is_a_product_or_a_list(self) -> SweepRecipe:
         if self.trials and (self.students or self.losses or self.grid):
             raise RecipeError(
                 "a sweep is a product or a list of trials, not both",
@@ -97,7 +98,7 @@ class SweepRecipe(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _every_setting_once(self) -> SweepRecipe:
+    def _has_each_setting_once(self) -> SweepRecipe:
         named = [key for key, names in (("student", self.students), ("loss", self.losses)) if names]
         refuse_doubles([*named, *self.grid], "grid.")
         for number, trial in enumerate(self.trials):
@@ -114,11 +115,11 @@ class SweepRecipe(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _a_named_loss_is_what_its_name_says(self) -> SweepRecipe:
+    def _named_losses_keep_their_kind(self) -> SweepRecipe:
         named = "loss" in self.space() or any("loss" in trial for trial in self.trials)
         if named and "kind" in self.loss_settings:
             raise RecipeError(
-                "a loss by name and another kind for all trials",
+                "losses by name, and a kind for all trials",
                 where="loss.kind",
                 expected="losses by name, or --set loss.kind=…",
                 found=self.loss_settings["kind"],
@@ -126,7 +127,7 @@ class SweepRecipe(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _a_search_of_one_seed(self) -> SweepRecipe:
+    def _search_has_one_seed_and_a_space(self) -> SweepRecipe:
         if self.search is None:
             return self
         if self.trials:
@@ -135,7 +136,7 @@ class SweepRecipe(Frozen):
             raise RecipeError(
                 "a search trains every trial with one seed",
                 where=self.name,
-                next_step="search without --seeds, then train the best settings with several: the search says how",
+                next_step="search without --seeds, then train the best settings with several seeds: a search says how",
             )
         if twice := [key for key in self._axes() if key in self._searched()]:
             raise RecipeError("searched twice", where=f"search.space.{twice[0]}", expected="one range or list")
@@ -151,11 +152,11 @@ class SweepRecipe(Frozen):
         return tuple(range(first, first + self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
     def space(self) -> dict[str, Axis]:
-        """What a search chooses from, by dotted key."""
+        """The space of a search, by dotted key."""
         return {**self._axes(), **self._searched()}
 
     def settings(self) -> Iterator[dict[str, Any]]:
-        """What each trial has of its own, by dotted key, in the order in which trials are numbered."""
+        """The settings of each trial, by dotted key, in the order of the trials' numbers."""
         seeds = self.seed_numbers
         if self.trials:
             for trial in self.trials:
@@ -183,13 +184,13 @@ class SweepRecipe(Frozen):
         )
 
 
-def refuse_doubles(keys: Iterable[str], where: str) -> None:
-    """Raises a RecipeError if two keys mean the same setting; `where` stands before the key there."""
-    meant: set[str] = set()
+def refuse_doubles(keys: Iterable[str], prefix: str) -> None:
+    """Raise a RecipeError if two keys name the same setting; `prefix` goes before the key in the message."""
+    seen: set[str] = set()
     for key in keys:
-        if (full := SETTING_ALIASES.get(key, key)) in meant:
-            raise RecipeError("a setting is given twice", where=f"{where}{key}", expected=f"{full} once")
-        meant.add(full)
+        if (full := SETTING_ALIASES.get(key, key)) in seen:
+            raise RecipeError("a setting is given twice", where=f"{prefix}{key}", expected=f"{full} once")
+        seen.add(full)
 
 
 class Trial(Frozen):
@@ -197,8 +198,8 @@ class Trial(Frozen):
 
     Attributes:
         number: from 0.
-        settings: what tells it from the others, by dotted key; a loss by its name.
-        recipe: of its run; on its own `train-student` gives the same numbers with it.
+        settings: its own settings, by dotted key; a loss by its name.
+        recipe: of its run. `train-student` with this recipe gives the same numbers.
     """
 
     number: NonNegativeInt
@@ -207,7 +208,7 @@ class Trial(Frozen):
 
     @property
     def name(self) -> str:
-        """Short, and a file name. The number is not in it: a sweep that has grown finds what is finished."""
+        """A short name, also a file name. It has no number, so a larger sweep finds the trials that are finished."""
         words = [
             str(value) if key in {"student", "loss"} else _short(key, value) for key, value in self.settings.items()
         ]
@@ -215,7 +216,7 @@ class Trial(Frozen):
 
     @property
     def folder(self) -> Path:
-        """Of its run."""
+        """The run folder."""
         assert self.recipe.out is not None, "make_trials gives every trial its folder"
         return self.recipe.out
 
@@ -227,10 +228,10 @@ class Trial(Frozen):
 def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
     """The trials of a sweep, each with a run folder below `folder`.
 
-    A trial on labels alone (`ce`) sees the images and views of the base's cache, as `--compare-with-labels` does.
+    A trial on labels alone (`ce`) has the images and views of the base's cache, as with `--compare-with-labels`.
 
     Raises:
-        RecipeError: a bad key or value, two trials that are the same.
+        RecipeError: a bad key or value, or two equal trials.
         NotFoundError, FormatError: no such cache.
     """
     trials: list[Trial] = []
@@ -239,7 +240,7 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
         trial = make_trial(sweep, settings, folder, len(trials))
         values = str(trial.recipe.values())
         if values in seen:
-            if settings.get("loss") == "ce":  # a grid over settings of other losses
+            if settings.get("loss") == "ce":  # the grid varies a setting of other losses
                 continue
             raise RecipeError("two trials of the sweep are the same", where=f"{seen[values]} and {trial.name}")
         if trial.name in seen.values():
@@ -252,7 +253,7 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
 def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, number: int = 0) -> Trial:
     """One trial of a sweep; raises as `make_trials`."""
     recipe = _recipe(sweep, settings)
-    student = {"student": recipe.student} if "student" in settings else {}  # in one spelling
+    student = {"student": recipe.student} if "student" in settings else {}  # as the recipe spells it
     trial = Trial(number=number, settings={**settings, **student}, recipe=recipe)
     out = folder / "trials" / trial.name
     return trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
@@ -271,7 +272,7 @@ def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
         return recipe
     from cache_tools.reader import TeacherCache
 
-    assert recipe.cache is not None, "looked at above"
+    assert recipe.cache is not None, "the base has a cache"
     manifest = TeacherCache.open(recipe.cache).manifest
     located = {"data_dir": recipe.data_dir or manifest.dataset.data_dir, "download": recipe.download}
     dataset = manifest.dataset.model_copy(update=located).absolute()

@@ -1,7 +1,7 @@
-"""Search for hyper-parameters: ask Optuna for a few trials, train them side by side, tell what they came to.
+"""Search for hyper-parameters: ask Optuna for a few trials, train them side by side, tell Optuna their outcomes.
 
-Nothing of it is stored. The study is in memory, its sampler is seeded and the same trials come to the same values, so
-a search that is started again asks for the same trials and finds those of before in their folders.
+Nothing of the search is stored. Optuna's study is in memory, its sampler is seeded, and the same trials have the same
+outcomes. So a search that starts again asks for the same trials and finds the earlier ones trained in their folders.
 """
 
 from __future__ import annotations
@@ -31,45 +31,47 @@ class Best(NamedTuple):
     command: str
 
 
-class Found(NamedTuple):
-    """All trials of a search, each once, in the order in which they were suggested; the best, if one finished."""
+class SearchResult(NamedTuple):
+    """The trials of a search, each once, in the order of their suggestion; the best one, if any finished."""
 
     trials: list[Trial]
     best: Best | None
 
 
 Train = Callable[[Sequence[Trial], Sequence[Trial]], None]
-"""Is given new trials and those of before; afterwards each has a result, or why not, in its folder."""
+"""Trains new trials, given those and the earlier ones. Afterwards each has a result or a failure in its folder."""
 
 
-def run_search(sweep: SweepRecipe, folder: Path, train: Train, say: Callable[[str], None] = lambda text: None) -> Found:
-    """Ask for trials, have them trained, tell what they came to, until there are enough.
+def run_search(
+    sweep: SweepRecipe, folder: Path, train: Train, say: Callable[[str], None] = lambda text: None
+) -> SearchResult:
+    """Ask for trials, train them and report their outcomes, in rounds, until there are enough.
 
     Args:
         folder: of the sweep.
         say: receives one line per round.
     """
     search = sweep.search
-    assert search is not None, "asked for"
+    assert search is not None, "only a sweep with a search is searched"
     suggestions = Suggestions(search, sweep.space())
     trials: dict[str, Trial] = {}
     best: Best | None = None
     while len(suggestions) < search.trials:
-        first, before = len(suggestions), list(trials.values())
+        first, earlier = len(suggestions), list(trials.values())
         count = min(search.together, search.trials - first)
-        asked = [_known(sweep, suggestions.ask(), folder, trials) for _ in range(count)]
-        train(list(trials.values())[len(before) :], before)
-        for number, trial in enumerate(asked, start=first):
-            came_to = outcome(trial, search.metric)
-            suggestions.tell(number, came_to)
-            best = _better(best, trial, came_to, search.metric, folder)
+        suggested = [_trial_of(sweep, suggestions.ask(), folder, trials) for _ in range(count)]
+        train(list(trials.values())[len(earlier) :], earlier)
+        for number, trial in enumerate(suggested, start=first):
+            outcome = read_outcome(trial, search.metric)
+            suggestions.tell(number, outcome)
+            best = _better(best, trial, outcome, search.metric, folder)
         so_far = "" if best is None else f", best {best.metric} so far {best.value:.4f}: {best.trial}"
         say(f"{len(suggestions)} of {search.trials} suggestions, {len(trials)} different{so_far}")
-    return Found(list(trials.values()), best)
+    return SearchResult(list(trials.values()), best)
 
 
-def outcome(trial: Trial, metric: str) -> Outcome:
-    """What a trial's folder says that it came to."""
+def read_outcome(trial: Trial, metric: str) -> Outcome:
+    """The outcome of a trial, from its folder."""
     finished = load_result(trial.folder) is not None
     history = read_metrics(trial.folder) if finished or (trial.folder / STOPPED).exists() else None
     if history is None:
@@ -77,19 +79,19 @@ def outcome(trial: Trial, metric: str) -> Outcome:
     return Outcome("finished" if finished else "stopped", last_value(history, metric, "search.metric"), len(history))
 
 
-def _known(sweep: SweepRecipe, chosen: Mapping[str, Any], folder: Path, trials: dict[str, Trial]) -> Trial:
-    """The trial of these settings: the one that is in `trials` already, or a new one, put there."""
-    trial = make_trial(sweep, {**chosen, "seed": sweep.seed_numbers[0]}, folder, len(trials))
-    known = trials.setdefault(json.dumps(trial.recipe.values(), sort_keys=True), trial)
-    if known is trial and any(other.name == trial.name for other in trials.values() if other is not trial):
-        raise RecipeError("two trials of the search have the same name", where=trial.name)
-    return known
+def _trial_of(sweep: SweepRecipe, chosen: Mapping[str, Any], folder: Path, trials: dict[str, Trial]) -> Trial:
+    """The trial of these settings in `trials`; a new one is added."""
+    new = make_trial(sweep, {**chosen, "seed": sweep.seed_numbers[0]}, folder, len(trials))
+    trial = trials.setdefault(json.dumps(new.recipe.values(), sort_keys=True), new)
+    if trial is new and any(other.name == new.name for other in trials.values() if other is not new):
+        raise RecipeError("two trials of the search have the same name", where=new.name)
+    return trial
 
 
-def _better(best: Best | None, trial: Trial, came_to: Outcome, metric: str, folder: Path) -> Best | None:
-    """The trial, if it finished and is better than the best of before."""
-    value = came_to.value
-    if came_to.status != "finished" or value is None:
+def _better(best: Best | None, trial: Trial, outcome: Outcome, metric: str, folder: Path) -> Best | None:
+    """The trial if it finished and is better than the best so far, else the best so far."""
+    value = outcome.value
+    if outcome.status != "finished" or value is None:
         return best
     if best is not None and (value <= best.value if larger_is_better(metric) else value >= best.value):
         return best

@@ -1,4 +1,4 @@
-"""What a search for hyper-parameters asks for: ranges and choices, how many trials, by which sampler. No torch."""
+"""The recipe of a search for hyper-parameters: ranges and choices, number of trials, sampler. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pydantic import BeforeValidator, Discriminator, Field, NonNegativeInt, Posi
 from cache_tools.config import FIELDS, SEVERAL, Frozen
 from cache_tools.errors import RecipeError
 
-LOG_FROM = 10  # ranges that span so many times their lower end are searched on a log scale
-_STEPS = 1000  # of a range without a step: values are rounded to about this part of it, so that names stay short
+LOG_FROM = 10  # a range is searched on a log scale if its upper end is at least this many times its lower end
+_STEPS = 1000  # values of a range without a step are rounded to about this part of it, to keep names short
 
 
 class Range(Frozen):
-    """The numbers from `low` to `high`, both included: whole ones where both ends are.
+    """The numbers from `low` to `high`, both included: whole numbers if both ends are whole.
 
     Attributes:
-        log: search on a log scale; None does where `high` is at least ten times `low`, which is above 0.
-        step: only `low`, `low + step`, …
+        log: search on a log scale; None means where `low` is above 0 and `high` at least ten times `low`.
+        step: search only `low`, `low + step`, …
     """
 
     low: int | float
@@ -36,7 +36,7 @@ class Range(Frozen):
             )
         if self.log and self.low <= 0:
             raise RecipeError(
-                "a log scale begins above 0", where="search.space", expected="low above 0", found=self.low
+                "a log scale starts above 0", where="search.space", expected="low above 0", found=self.low
             )
         if self.log and self.step is not None:
             raise RecipeError("a log scale has no steps", where="search.space", expected="log or step")
@@ -53,12 +53,11 @@ class Range(Frozen):
         return self.log
 
     def rounded(self, value: float) -> float:
-        """The nearest number with no more digits than tell a thousandth of the range apart, within the range."""
+        """The value within the range, rounded to about a thousandth of it."""
         if self.whole:
             return round(value)
         if self.step is not None:
-            digits = 12  # what is exact in decimals looks like it
-            return float(f"{value:.{digits}g}")
+            return float(f"{value:.12g}")  # 0.65, not 0.6500000000000001
         spread = value * math.log(self.high / self.low) if self.on_log_scale else self.high - self.low
         near = round(value, math.ceil(-math.log10(spread / _STEPS)))
         return float(min(max(near, self.low), self.high))
@@ -73,13 +72,13 @@ Axis = Annotated[
 
 
 class Search(Frozen):
-    """A search in place of the product of all values: what is tried next depends on what came before.
+    """A search instead of the product of all values: the next trials depend on the outcomes of earlier ones.
 
     Attributes:
-        trials: suggestions in all; one that comes again is not trained again.
-        together: suggestions asked for at a time. They are trained side by side, and none knows of the others' results.
-        metric: what decides, at the last epoch: a column of a run's metrics, such as `test_top1` or `test_nll`.
-        sampler: Optuna's: `tpe` (tree-structured Parzen estimator), `gp` (Gaussian process), `qmc` (Sobol) or `random`.
+        trials: number of suggestions; settings that are suggested twice are trained once.
+        together: suggestions per round. They are trained side by side, without knowing each other's outcomes.
+        metric: a column of a run's metrics, such as `test_top1` or `test_nll`, taken at the last epoch.
+        sampler: of Optuna: `tpe` (tree-structured Parzen estimator), `gp` (Gaussian process), `qmc` (Sobol) or `random`.
         seed: of the sampler.
         space: dotted recipe keys (or `lr`, `temperature`, `weight_decay`), `student` or `loss`: a range (also as text,
             see `parse_range`) or a list of choices.
@@ -94,7 +93,7 @@ class Search(Frozen):
 
 
 def edges(space: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
-    """Settings in which every choice and both ends of every range occur: if these are right, so are all keys."""
+    """A few settings that contain every choice and both ends of every range, to check a space before a search."""
     values = {key: (axis.low, axis.high) if isinstance(axis, Range) else axis for key, axis in space.items()}
     first = {key: choices[0] for key, choices in values.items()}
     yield first
@@ -103,15 +102,15 @@ def edges(space: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
 
 
 def larger_is_better(metric: str) -> bool:
-    """Whether the trial with the larger value of a metric is the better one."""
+    """Whether a larger value of the metric is better."""
     return not any(word in metric for word in ("loss", "nll", "ece", "brier"))
 
 
 def parse_range(text: str) -> dict[str, Any] | None:
-    """`LOW..HIGH`, `LOW..HIGH:log`, `:linear` or `:STEP` as plain data for `Range`; None if it is none of these.
+    """Parse `LOW..HIGH`, with `:log`, `:linear` or `:STEP` after it, into plain data for `Range`; None without `..`.
 
     Raises:
-        RecipeError: ends or a scale that cannot be read.
+        RecipeError: the ends or the scale cannot be read.
     """
     low, dots, rest = text.partition("..")
     if not dots:

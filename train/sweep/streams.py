@@ -1,4 +1,7 @@
-"""Train the trials of a sweep that share a stream of batches; what one of them comes to is its own affair."""
+"""Trials that share a batch stream: which ones do, and how they are trained side by side.
+
+A trial succeeds or fails on its own; its result or failure is in its folder.
+"""
 
 from __future__ import annotations
 
@@ -25,155 +28,62 @@ from train.loop import explain_out_of_memory, repeatable
 from train.run import Run, claimed_run, run_device, train_group
 from train.runs.outcome import Failure, settled
 from train.runs.result import RunResult
-from train.sweep.halving import Contest
+from train.sweep.halving import Halving
 from train.sweep.recipe import Trial
 
-_KINDS: dict[type[Exception], str] = {DivergedError: "diverged", OutOfMemoryError: "memory"}
-_Opened = tuple[Trial, TrainingData]
-
-
-def train_stream(trials: Sequence[Trial], *, contest: Contest | None = None, images_of: Opener = open_images) -> None:
-    """Train trials of one batch stream, each in its folder; one that fails leaves `failed.json` there.
-
-    Args:
-        trials: of one element of `sweep_streams.batch_streams`.
-        contest: who competes for going on; None trains all to the end.
-
-    Raises:
-        CacheError: what concerns all of them: no such cache, other images than the cache's, a full disk.
-    """
-    device = run_device(trials[0].recipe)
-    opened = [(trial, open_data(trial.recipe, device, images_of)) for trial in trials]
-    lead = next((data for _, data in opened if data.cache is not None), opened[0][1])
-    together = [each for each in opened if _same_images(each[1], lead)]
-    apart = [each for each in opened if not _same_images(each[1], lead)]
-    _train(together, lead, device, contest)
-    for trial, data in apart:  # labels alone, and a dataset whose order is not the cache's
-        _train([(trial, data)], data, device, contest)
-
-
-def opener() -> Opener:
-    """Opens each split once; for the trials of a sweep."""
-    kept: dict[str, ImageSet] = {}
-
-    def images_of(dataset: DatasetRecipe, split: str | None) -> ImageSet:
-        key = f"{dataset.model_dump_json()} {split}"
-        if key not in kept:
-            kept[key] = open_images(dataset, split)
-        return kept[key]
-
-    return images_of
-
-
-def _train(opened: Sequence[_Opened], lead: TrainingData, device: torch.device, contest: Contest | None) -> None:
-    """Train trials side by side; those for which the memory did not suffice then have it to themselves."""
-    waiting = [opened]
-    while waiting:
-        group = waiting.pop(0)
-        crowded = _train_side_by_side(group, lead, device, contest)
-        if crowded:
-            names = ", ".join(trial.name for trial, _ in crowded)
-            warn(f"too little memory for {len(group)} trials side by side, later and fewer at a time: {names}")
-            release_memory(device)
-            half = len(crowded) if len(crowded) < len(group) else (len(crowded) + 1) // 2
-            waiting += [part for part in (crowded[:half], crowded[half:]) if part]
-
-
-def _train_side_by_side(
-    opened: Sequence[_Opened], lead: TrainingData, device: torch.device, contest: Contest | None
-) -> list[_Opened]:
-    """Train trials on one stream; gives those of several that lacked memory, other failures are in their folders."""
-    first = opened[0][0].recipe
-    targets = _targets_for_all(opened, lead, device)
-    ended: list[tuple[_Opened, Exception]] = []
-    with ExitStack() as stack:
-        stack.enter_context(repeatable(device, first.deterministic))
-        feed = open_feed(
-            lead.images,
-            lead.views,
-            lead.num_views,
-            targets,
-            batch_size=first.batch_size,
-            epochs=first.epochs,
-            seed=first.seed,
-            device=device,
-            known=lead.known,
-        )
-        stack.callback(feed.close)
-        runs: list[tuple[_Opened, Run]] = []
-        for trial, data in opened:
-            path, digest = stack.enter_context(claimed_run(data, trial.recipe))
-            if settled(path):
-                continue
-            try:
-                with explain_out_of_memory(trial.recipe, device):
-                    run = Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch)
-                runs.append(((trial, data), run))
-            except Exception as error:  # no such student, no memory
-                ended.append(((trial, data), drop_tracebacks(error)))
-        outcomes = _outcomes([run for _, run in runs], feed, contest)
-    ended += [
-        (one, outcome) for (one, _), outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Exception)
-    ]
-    crowded = []
-    for one, reason in ended:
-        if len(opened) > 1 and isinstance(reason, OutOfMemoryError):
-            crowded.append(one)
-        else:
-            _fail(one[0].folder, reason)
-    return crowded
-
-
-def _outcomes(runs: Sequence[Run], feed: Feed, contest: Contest | None) -> list[RunResult | Exception | None]:
-    if not runs:
-        return []
-    names = ", ".join(dict.fromkeys(run.recipe.student for run in runs))
-    title = f"{len(runs)} trials, seed {runs[0].recipe.seed}: {names}"[:72]
-    return train_group(runs, feed, title, **({} if contest is None else {"referee": contest.stop}))
-
-
-def _targets_for_all(opened: Sequence[tuple[Trial, TrainingData]], lead: TrainingData, device: torch.device) -> Any:
-    """The lead's targets with whatever any of the trials takes of them."""
-    if lead.cache is None:
-        return lead.targets
-    taking = [(trial, data) for trial, data in opened if data.cache is not None]
-    sparse = [data.targets.sparse_at for _, data in taking if isinstance(data.targets, CachedTargets)]
-    return CachedTargets(
-        lead.cache,
-        device,
-        logits=any(trial.recipe.loss.needs_logits for trial, _ in taking),
-        features=any(trial.recipe.loss.needs_features and data.components is None for trial, data in taking),
-        components=any(data.components is not None for _, data in taking),
-        fusion=taking[0][0].recipe.fusion.resolve(lead.cache),
-        sparse_at=next((temperature for temperature in sparse if temperature is not None), None),
-    )
-
-
-def _same_images(data: TrainingData, lead: TrainingData) -> bool:
-    return data.images.content_digest == lead.images.content_digest and len(data.images) == len(lead.images)
-
-
-def _fail(path: Path, error: Exception) -> None:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
-    message = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {text[:300]}"
-    Failure(kind=_KINDS.get(type(error), "error"), message=message).save(path)
+_FAILURE_KINDS: dict[type[Exception], str] = {DivergedError: "diverged", OutOfMemoryError: "memory"}
+_OpenTrial = tuple[Trial, TrainingData]
 
 
 def batch_streams(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Trials that can be trained side by side, in order of their first one.
+    """Group trials that can be trained side by side, in the order of each group's first trial.
 
-    They have images and views, the order of both, the batch size, the number of epochs and the device in common, and
-    one fusion of one cache. Trials on labels alone join those of a cache with the same dataset and views.
+    Trials of a group have the same images and views in the same order, the same batch size, number of epochs and
+    device, and the same fusion of the same cache. Trials on labels alone join a cache with the same dataset and views.
     """
     manifests: dict[str, Manifest] = {}
     streams: dict[str, list[Trial]] = {}
     for trial in trials:
-        streams.setdefault(_stream(trial, manifests), []).append(trial)
+        streams.setdefault(_stream_key(trial, manifests), []).append(trial)
     return [group for stream in streams.values() for group in _by_targets(stream)]
 
 
-def _stream(trial: Trial, manifests: dict[str, Manifest]) -> str:
-    """What trials of one stream have in common, as text."""
+def train_stream(trials: Sequence[Trial], *, halving: Halving | None = None, open_split: Opener = open_images) -> None:
+    """Train the trials of one batch stream, each in its folder; a failed trial leaves `failed.json` there.
+
+    Args:
+        trials: one group of `batch_streams`.
+        halving: stops trials early; None trains all of them to the end.
+        open_split: opens the images of a split.
+
+    Raises:
+        CacheError: an error that concerns all of them: no such cache, other images than the cache's, a full disk.
+    """
+    device = run_device(trials[0].recipe)
+    opened = [(trial, open_data(trial.recipe, device, open_split)) for trial in trials]
+    lead = next((data for _, data in opened if data.cache is not None), opened[0][1])
+    together = [one for one in opened if _has_same_images(one[1], lead)]
+    apart = [one for one in opened if not _has_same_images(one[1], lead)]
+    _train(together, lead, device, halving)
+    for trial, data in apart:  # on labels alone, with a dataset in another order than the cache
+        _train([(trial, data)], data, device, halving)
+
+
+def image_opener() -> Opener:
+    """A function like `open_images` that opens each split once."""
+    opened: dict[str, ImageSet] = {}
+
+    def open_split(dataset: DatasetRecipe, split: str | None) -> ImageSet:
+        key = f"{dataset.model_dump_json()} {split}"
+        if key not in opened:
+            opened[key] = open_images(dataset, split)
+        return opened[key]
+
+    return open_split
+
+
+def _stream_key(trial: Trial, manifests: dict[str, Manifest]) -> str:
+    """Everything that trials of one stream have in common, as text."""
     recipe = trial.recipe
     if recipe.loss.needs_targets:
         assert recipe.cache is not None, "a recipe with targets has a cache"
@@ -201,14 +111,113 @@ def _stream(trial: Trial, manifests: dict[str, Manifest]) -> str:
 
 
 def _by_targets(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Trials of one stream, those of another cache or fusion apart; who needs no targets joins the first."""
+    """Split a stream by cache and fusion; trials without targets join the first group."""
     groups: dict[str, list[Trial]] = {}
-    free = [trial for trial in trials if not trial.recipe.loss.needs_targets]
+    without_targets = [trial for trial in trials if not trial.recipe.loss.needs_targets]
     for trial in trials:
         if trial.recipe.loss.needs_targets:
             key = f"{trial.recipe.cache} {trial.recipe.fusion.model_dump_json()}"
             groups.setdefault(key, []).append(trial)
-    found = list(groups.values())
-    if not found:
-        return [free]
-    return [sorted([*found[0], *free], key=lambda trial: trial.number), *found[1:]]
+    if not groups:
+        return [without_targets]
+    first, *others = groups.values()
+    return [sorted([*first, *without_targets], key=lambda trial: trial.number), *others]
+
+
+def _train(opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.device, halving: Halving | None) -> None:
+    """Train trials side by side, and those that ran out of memory again, fewer at a time."""
+    waiting = [opened]
+    while waiting:
+        group = waiting.pop(0)
+        out_of_memory = _train_side_by_side(group, lead, device, halving)
+        if out_of_memory:
+            names = ", ".join(trial.name for trial, _ in out_of_memory)
+            warn(f"too little memory for {len(group)} trials side by side, later and fewer at a time: {names}")
+            release_memory(device)
+            smaller = len(out_of_memory) < len(group)
+            half = len(out_of_memory) if smaller else (len(out_of_memory) + 1) // 2
+            waiting += [part for part in (out_of_memory[:half], out_of_memory[half:]) if part]
+
+
+def _train_side_by_side(
+    opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.device, halving: Halving | None
+) -> list[_OpenTrial]:
+    """Train trials on one stream and save the failures.
+
+    Returns:
+        The trials that ran out of memory beside others; their failure is not saved.
+    """
+    first = opened[0][0].recipe
+    targets = _shared_targets(opened, lead, device)
+    failures: list[tuple[_OpenTrial, Exception]] = []
+    with ExitStack() as stack:
+        stack.enter_context(repeatable(device, first.deterministic))
+        feed = open_feed(
+            lead.images,
+            lead.views,
+            lead.num_views,
+            targets,
+            batch_size=first.batch_size,
+            epochs=first.epochs,
+            seed=first.seed,
+            device=device,
+            known=lead.known,
+        )
+        stack.callback(feed.close)
+        runs: list[tuple[_OpenTrial, Run]] = []
+        for trial, data in opened:
+            path, digest = stack.enter_context(claimed_run(data, trial.recipe))
+            if settled(path):
+                continue
+            try:
+                with explain_out_of_memory(trial.recipe, device):
+                    run = Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch)
+                runs.append(((trial, data), run))
+            except Exception as error:  # no such student, no memory
+                failures.append(((trial, data), drop_tracebacks(error)))
+        outcomes = _outcomes([run for _, run in runs], feed, halving)
+    failures += [
+        (one, outcome) for (one, _), outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Exception)
+    ]
+    out_of_memory = []
+    for one, failure in failures:
+        if len(opened) > 1 and isinstance(failure, OutOfMemoryError):
+            out_of_memory.append(one)
+        else:
+            _save_failure(one[0].folder, failure)
+    return out_of_memory
+
+
+def _outcomes(runs: Sequence[Run], feed: Feed, halving: Halving | None) -> list[RunResult | Exception | None]:
+    if not runs:
+        return []
+    names = ", ".join(dict.fromkeys(run.recipe.student for run in runs))
+    title = f"{len(runs)} trials, seed {runs[0].recipe.seed}: {names}"[:72]
+    return train_group(runs, feed, title, **({} if halving is None else {"referee": halving.stop}))
+
+
+def _shared_targets(opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.device) -> Any:
+    """One source with all the targets that any of the trials needs."""
+    if lead.cache is None:
+        return lead.targets
+    with_targets = [(trial, data) for trial, data in opened if data.cache is not None]
+    sparse = [data.targets.sparse_at for _, data in with_targets if isinstance(data.targets, CachedTargets)]
+    return CachedTargets(
+        lead.cache,
+        device,
+        logits=any(trial.recipe.loss.needs_logits for trial, _ in with_targets),
+        features=any(trial.recipe.loss.needs_features and data.components is None for trial, data in with_targets),
+        components=any(data.components is not None for _, data in with_targets),
+        fusion=with_targets[0][0].recipe.fusion.resolve(lead.cache),
+        sparse_at=next((temperature for temperature in sparse if temperature is not None), None),
+    )
+
+
+def _has_same_images(data: TrainingData, lead: TrainingData) -> bool:
+    return data.images.content_digest == lead.images.content_digest and len(data.images) == len(lead.images)
+
+
+def _save_failure(folder: Path, error: Exception) -> None:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+    message = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {text[:300]}"
+    Failure(kind=_FAILURE_KINDS.get(type(error), "error"), message=message).save(folder)

@@ -1,4 +1,4 @@
-"""Settings worth trying next, by Optuna's samplers. Optuna is imported only where a search begins."""
+"""Suggest settings to try next, with Optuna's samplers. Optuna is imported only when a search starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Status = Literal["finished", "stopped", "failed"]
 
 
 class Outcome(NamedTuple):
-    """What a trial came to: its metric (None where it has none) after so many epochs."""
+    """The outcome of a trial: its metric, None if it has none, after a number of epochs."""
 
     status: Status
     value: float | None
@@ -26,11 +26,11 @@ class Outcome(NamedTuple):
 
 
 class Suggestions:
-    """Settings worth trying, from an Optuna study of its own.
+    """Suggested settings, from an Optuna study of its own.
 
     Args:
         search: sampler, seed and metric.
-        space: dotted key → range or choices; what has one choice is in every suggestion.
+        space: dotted key → range or choices; a key with a single choice is in every suggestion.
 
     Raises:
         RecipeError: Optuna is not installed.
@@ -49,7 +49,7 @@ class Suggestions:
             self.study = optuna.create_study(direction=direction, sampler=sampler)
 
     def __len__(self) -> int:
-        """How many were asked for."""
+        """Number of suggestions so far."""
         return len(self._asked)
 
     def ask(self) -> dict[str, Any]:
@@ -61,7 +61,11 @@ class Suggestions:
         return {key: drawn[key] for key in self._order}
 
     def tell(self, number: int, outcome: Outcome) -> None:
-        """What suggestion `number` (from 0) came to: Optuna's COMPLETE, PRUNED with its last value, or FAIL."""
+        """Report the outcome of a suggestion: COMPLETE, PRUNED with its last value, or FAIL in Optuna's terms.
+
+        Args:
+            number: of the suggestion, from 0.
+        """
         trial = self._asked[number]
         with _quiet() as optuna:
             State = optuna.trial.TrialState
@@ -75,10 +79,10 @@ class Suggestions:
 
 
 def check_installed() -> None:
-    """Raises a RecipeError that says what to install where Optuna cannot be imported."""
+    """Raise a RecipeError that says what to install if Optuna cannot be imported."""
     try:
         importlib.import_module("optuna")
-    except Exception as error:  # a broken package raises anything
+    except Exception as error:  # a broken package may raise anything
         raise RecipeError(
             "a search needs Optuna, which cannot be imported",
             where="search",
@@ -89,7 +93,7 @@ def check_installed() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Optuna without its log and its warnings of what is experimental."""
+    """Optuna without its log and without its warnings about experimental features."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -106,7 +110,7 @@ def _sampler(search: Search) -> optuna.samplers.BaseSampler:
     from optuna import samplers
 
     makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        # Trials that are being trained count as poor ones, so that those asked for together differ.
+        # Trials without an outcome count as poor ones, so that suggestions of one round differ.
         "tpe": lambda: samplers.TPESampler(seed=search.seed, multivariate=True, constant_liar=True),
         "gp": lambda: samplers.GPSampler(seed=search.seed),
         "qmc": lambda: samplers.QMCSampler(seed=search.seed, scramble=True),
@@ -118,7 +122,7 @@ def _sampler(search: Search) -> optuna.samplers.BaseSampler:
 def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
     from optuna import distributions
 
-    if not isinstance(axis, Range):  # by place: a choice may be anything that YAML can say
+    if not isinstance(axis, Range):  # by index: choices may be lists or mappings, which Optuna does not take
         return distributions.CategoricalDistribution(range(len(axis)))
     if axis.whole:
         return distributions.IntDistribution(int(axis.low), int(axis.high), axis.on_log_scale, int(axis.step or 1))
@@ -133,10 +137,10 @@ def _chosen(axis: Axis, drawn: Any) -> Any:
 def _rounding(
     sampler: optuna.samplers.BaseSampler, space: Mapping[str, Axis], *, fixed: bool
 ) -> optuna.samplers.BaseSampler:
-    """The sampler with its numbers rounded before anybody sees them: Optuna records what is trained.
+    """Wrap a sampler so that its numbers are rounded: then Optuna records the values that are trained.
 
     Args:
-        fixed: tell the sampler the whole space from the first trial on, where it would wait for one to finish.
+        fixed: give the sampler the whole space from the first trial on. QMC would wait for a finished trial.
     """
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler

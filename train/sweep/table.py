@@ -1,4 +1,4 @@
-"""The results of a sweep as tables: a row per trial, and means over seeds with their Pareto fronts."""
+"""The results of a sweep as tables: a row per trial, and means over seeds with Pareto fronts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import polars as pl
 
 from train.cost import Cost
 from train.report.spread import interval_factor, pareto_front
-from train.report.trials import _SCHEMA, FIGURES, setting_columns
+from train.report.trials import COLUMNS, FIGURES, setting_columns
 from train.runs.folder import STOPPED
 from train.runs.metrics import epochs_logged
 from train.runs.outcome import load_failure
@@ -22,32 +22,33 @@ COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
 
 
 def trials_table(trials: Sequence[Trial], costs: dict[str, Cost]) -> pl.DataFrame:
-    """A row per trial from what is in their folders.
+    """One row per trial, read from the trials' folders.
 
     Columns: `trial`, `student`, `loss`, `seed`, one per other setting; `status` (`finished`, `failed`, `stopped`,
-    `waiting`), `error`; figures of the last epoch on the test split (null unless finished), costs, the exact `command`.
+    `waiting`), `error`; figures of the last epoch on the test split (null unless finished), costs, and the `command`
+    that trains the trial alone.
 
     Args:
         costs: by student.
     """
     rows = [_row(trial, costs.get(trial.recipe.student)) for trial in trials]
     table = pl.DataFrame(rows, infer_schema_length=None)
-    typed = table.with_columns(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
-    return typed.select(*_SCHEMA, *(name for name in typed.columns if name not in _SCHEMA))
+    typed = table.with_columns(pl.col(name).cast(dtype) for name, dtype in COLUMNS.items())
+    return typed.select(*COLUMNS, *(name for name in typed.columns if name not in COLUMNS))
 
 
 def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
-    """Finished trials, one row per setting: n, mean, standard deviation and half the 95 % interval of each figure.
+    """One row per setting over its finished trials: n, mean, standard deviation and half the 95 % interval.
 
-    The interval is Student's t over seeds; null for a single one. `pareto_COST` tells whether no other setting is at
-    least as good in top-1 and cheaper. Best top-1 first.
+    The interval is Student's t over seeds; null for a single seed. `pareto_COST` is true if no other setting has at
+    least the same top-1 at a lower cost. The best top-1 comes first.
     """
-    done = table.filter(pl.col("status") == "finished")
+    finished = table.filter(pl.col("status") == "finished")
     keys = setting_columns(table)
     means = [pl.col(name).mean().alias(name) for name in FIGURES]
     spread = [pl.col(name).std().alias(f"{name}_std") for name in FIGURES]
     costs = [pl.col(name).first() for name in COSTS]
-    groups = done.group_by(keys, maintain_order=True).agg(
+    groups = finished.group_by(keys, maintain_order=True).agg(
         pl.len().alias("n"), *means, *spread, *costs, pl.col("train_s").mean()
     )
     factors = [interval_factor(n) if n > 1 else None for n in groups["n"].to_list()]
@@ -64,7 +65,7 @@ def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
     folder = trial.folder
     result, failure = load_result(folder), load_failure(folder)
     status = "finished" if result else "failed" if failure else "stopped" if (folder / STOPPED).exists() else "waiting"
-    row: dict[str, Any] = dict.fromkeys(_SCHEMA)
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"trial": trial.name, "student": trial.recipe.student, "loss": trial.loss, "seed": trial.recipe.seed}
     row |= {"status": status, "error": failure.message if failure else None, "folder": str(folder)}
     row |= {"command": shlex.join(["train-student", str(folder / "recipe.yaml"), "--out", f"{folder}-alone"])}

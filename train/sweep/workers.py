@@ -1,8 +1,9 @@
-"""Share a sweep's trials among processes on this machine, and see to it that one that dies takes nothing with it."""
+"""Train the trials of a sweep in several processes on this machine. A process that dies affects no other."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,45 +11,45 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache_tools.errors import CacheError, StorageError
+from cache_tools.errors import CacheError, error_from_data, error_to_data
 from train.runs.outcome import Failure, settled
-from train.sweep.halving import Contest
+from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
 from train.sweep.recipe import Trial
-from train.sweep.streams import opener, train_stream
+from train.sweep.streams import image_opener, train_stream
 
 POLL_S = 0.2
-ERROR = "error: "
+_CACHE_ERROR = 2  # exit status of a process that has printed an error that concerns all trials
 
 
-class Processes:
-    """An engine (`sweep_run.Engine`) of several processes, each with a share of the trials.
+class ProcessEngine:
+    """An engine (`train.sweep.run.Engine`) of several processes, each with a share of the trials.
 
-    A process that dies (the system takes the memory back, a crash in native code) leaves checkpoints: its trials are
-    started again, each in a process of its own, and the one that dies again is the one that failed.
+    A process may die: the system takes its memory, or native code crashes. Its trials continue from their checkpoints,
+    each in a process of its own. A trial whose process dies again has failed.
 
     Args:
-        count: of processes at a time.
-        logs: folder for what they print.
+        count: number of processes at a time.
+        logs: folder of `workers.log`, which has everything that they print.
     """
 
     def __init__(self, count: int, logs: Path) -> None:
         self._count, self._logs = count, logs
 
-    def __call__(self, streams: Sequence[Sequence[Trial]], contest: Contest | None) -> None:
-        waiting = deque((share, False) for share in shares(streams, self._count))
+    def __call__(self, streams: Sequence[Sequence[Trial]], halving: Halving | None) -> None:
+        waiting = deque((share, False) for share in divide_streams(streams, self._count))
         running: dict[subprocess.Popen[bytes], tuple[list[Trial], bool]] = {}
         trials = [trial for stream in streams for trial in stream]
         with SweepProgress(f"sweep, {self._count} processes", trials) as progress:
             try:
                 while waiting or running:
                     while waiting and len(running) < self._count:
-                        share, alone = waiting.popleft()
-                        running[self._start(share, contest)] = (share, alone)
+                        share, is_retry = waiting.popleft()
+                        running[self._start(share, halving)] = (share, is_retry)
                     for process in [process for process in running if process.poll() is not None]:
-                        share, alone = running.pop(process)
-                        waiting.extend(self._after(process, share, alone))
-                    progress.look()
+                        share, is_retry = running.pop(process)
+                        waiting.extend((retry, True) for retry in self._retries(process, share, is_retry=is_retry))
+                    progress.update()
                     time.sleep(POLL_S)
             finally:
                 for process in running:
@@ -56,42 +57,44 @@ class Processes:
                 for process in running:
                     process.wait()
 
-    def _start(self, share: Sequence[Trial], contest: Contest | None) -> subprocess.Popen[bytes]:
+    def _start(self, share: Sequence[Trial], halving: Halving | None) -> subprocess.Popen[bytes]:
         self._logs.mkdir(parents=True, exist_ok=True)
-        rules = None if contest is None else contest.model_dump(mode="json")
-        job = json.dumps({"contest": rules, "trials": [trial.model_dump(mode="json") for trial in share]})
+        job = {
+            "halving": None if halving is None else halving.model_dump(mode="json"),
+            "trials": [trial.model_dump(mode="json") for trial in share],
+        }
         with open(self._logs / "workers.log", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "train.sweep.workers"], stdin=subprocess.PIPE, stdout=log, stderr=log
+                [sys.executable, "-m", "train.sweep.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
             )
         assert process.stdin is not None, "asked for a pipe"
-        process.stdin.write(job.encode())
+        process.stdin.write(json.dumps(job).encode())
         process.stdin.close()
         return process
 
-    def _after(
-        self, process: subprocess.Popen[bytes], share: list[Trial], alone: bool
-    ) -> list[tuple[list[Trial], bool]]:
-        """What is to be started again after a process has ended."""
-        if process.returncode == 2:  # an error that concerns all of them, told by the worker
-            lines = (self._logs / "workers.log").read_text(errors="replace").splitlines()
-            told = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]  # others are still printing
-            raise StorageError(
-                "a process of the sweep gave up",
-                where=self._logs / "workers.log",
-                found=told[-1] if told else "nothing",
-            )
-        left = [trial for trial in share if not settled(trial.folder)] if process.returncode != 0 else []
-        if alone and left:
-            how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
-            reason = ", probably for lack of memory" if process.returncode == -9 else ""
-            Failure(kind="died", message=f"its process ended with {how}{reason}, twice").save(left[0].folder)
+    def _retries(
+        self, process: subprocess.Popen[bytes], share: Sequence[Trial], *, is_retry: bool
+    ) -> list[list[Trial]]:
+        """The shares to start again after a process has ended.
+
+        Raises:
+            CacheError: the one that the process printed, which concerns all trials.
+        """
+        assert process.stdout is not None, "asked for a pipe"
+        with process.stdout as stream:
+            if process.returncode == _CACHE_ERROR and (line := stream.readline()):
+                raise error_from_data(json.loads(line))
+        unsettled = [trial for trial in share if not settled(trial.folder)] if process.returncode != 0 else []
+        if is_retry and unsettled:
+            end = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
+            cause = ", probably for lack of memory" if process.returncode == -9 else ""
+            Failure(kind="died", message=f"its process ended with {end}{cause}, twice").save(unsettled[0].folder)
             return []
-        return [([trial], True) for trial in left]
+        return [[trial] for trial in unsettled]
 
 
-def shares(streams: Sequence[Sequence[Trial]], count: int) -> list[list[Trial]]:
-    """Streams as they are while each process has one; what is left over is cut so that it, too, fills `count`."""
+def divide_streams(streams: Sequence[Sequence[Trial]], count: int) -> list[list[Trial]]:
+    """Divide streams among `count` workers. Streams stay whole, but for the last ones where they leave workers idle."""
     whole = len(streams) - len(streams) % count
     found = [list(stream) for stream in streams[:whole]]
     for stream in streams[whole:]:
@@ -102,18 +105,21 @@ def shares(streams: Sequence[Sequence[Trial]], count: int) -> list[list[Trial]]:
 
 
 def main() -> None:
-    """A worker: trains the trials that standard input names."""
+    """A worker process: train the trials that standard input names. Only an error goes to standard output, as JSON."""
     from cache_tools.memory import keep_freed_memory
 
+    errors = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what training prints goes to the log
     keep_freed_memory()
     job = json.load(sys.stdin)
     trials = [Trial.model_validate(trial) for trial in job["trials"]]
-    contest = None if job["contest"] is None else Contest.model_validate(job["contest"])
+    halving = None if job["halving"] is None else Halving.model_validate(job["halving"])
     try:
-        train_stream(trials, contest=contest, images_of=opener())
+        train_stream(trials, halving=halving, open_split=image_opener())
     except CacheError as error:
-        print(f"{ERROR}{error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        print(f"error: {error}", file=sys.stderr)
+        print(json.dumps(error_to_data(error)), file=errors, flush=True)
+        raise SystemExit(_CACHE_ERROR) from error
 
 
 if __name__ == "__main__":

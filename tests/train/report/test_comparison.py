@@ -68,7 +68,7 @@ def test_another_loss_does_not_make_all_its_settings_columns(tmp_path: Path) -> 
 
 def test_different_caches_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_run(tmp_path / "one", top1=0.95)
-    monkeypatch.setattr("tests.run_folders.FINGERPRINT", "abcdef0123" + "0" * 54)
+    monkeypatch.setattr("tests.support.run_folders.FINGERPRINT", "abcdef0123" + "0" * 54)
     second = write_run(tmp_path / "two", top1=0.9)
     found = compare(read_trials([first, second]))
     assert found.varied == ("cache",)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from cache_tools.errors import RecipeError
 from tests.support import tiny_run
 from train.runs.folder import STOPPED
-from train.sweep.halving import Contest
+from train.sweep.halving import Halving
 from train.sweep.recipe import Asha, SweepRecipe
-from train.sweep.run import SweepResult, in_process, run_sweep
-from train.sweep.workers import Processes
+from train.sweep.run import SweepResult, run_sweep, train_in_process
+from train.sweep.workers import ProcessEngine
 
 RATES = (1e-5, 0.02, 0.05, 0.1)
 RULES = Asha(metric="loss", keep_one_in=2, first_epochs=1)
@@ -75,10 +75,10 @@ def test_the_better_half_goes_on_at_each_rung(cache: Path, whole: SweepResult, t
 def test_whoever_comes_later_is_compared_with_all_before(cache: Path, whole: SweepResult, tmp_path: Path) -> None:
     """Trial after trial: the first passes every rung, and only a better one gets by it."""
 
-    def one_by_one(streams: Any, contest: Contest | None) -> None:
+    def one_by_one(streams: Any, halving: Halving | None) -> None:
         for stream in streams:
             for trial in stream:
-                in_process([[trial]], contest)
+                train_in_process([[trial]], halving)
 
     result = run_sweep(sweep(cache), tmp_path, engine=one_by_one)
     done = dict(result.trials.select("trial", "epochs_done").iter_rows())
@@ -95,7 +95,7 @@ def test_whoever_comes_later_is_compared_with_all_before(cache: Path, whole: Swe
 
 
 def test_processes_stop_trials_too(cache: Path, tmp_path: Path) -> None:
-    result = run_sweep(sweep(cache), tmp_path, engine=Processes(2, tmp_path))
+    result = run_sweep(sweep(cache), tmp_path, engine=ProcessEngine(2, tmp_path))
     statuses = result.trials["status"].to_list()
     assert set(statuses) == {"finished", "stopped"}
 
@@ -106,21 +106,21 @@ def test_a_sweep_killed_between_a_rung_and_its_verdict_judges_the_same(cache: Pa
     class Killed(Exception):
         pass
 
-    def cut(streams: Any, contest: Contest | None) -> None:
+    def cut(streams: Any, halving: Halving | None) -> None:
         """Comes to the first rung with one verdict written of two, as a crash would leave it."""
-        assert contest is not None
-        judged = contest.stop
+        assert halving is not None
+        stop_all = halving.stop
 
         def stop(rung: int, standing: Any) -> set[Path]:
-            worse = sorted(judged(rung, standing))
+            worse = sorted(stop_all(rung, standing))
             if worse:
                 (worse[0] / STOPPED).unlink()
                 (worse[0] / "metrics.parquet").unlink()  # and killed before the row of the last epoch, at that
                 raise Killed
             return set()
 
-        object.__setattr__(contest, "stop", stop)
-        in_process(streams, contest)
+        object.__setattr__(halving, "stop", stop)
+        train_in_process(streams, halving)
 
     with pytest.raises(Killed):
         run_sweep(sweep(cache), tmp_path / "cut", engine=cut)

@@ -9,7 +9,7 @@ import pytest
 
 from cache_tools.errors import RecipeError
 from tests.support import tiny_run
-from train.sweep.halving import Contest, check_metric
+from train.sweep.halving import Halving, check_metric
 from train.sweep.recipe import Asha, SweepRecipe, Trial, make_trials
 from train.sweep.run import run_sweep
 
@@ -49,7 +49,7 @@ def test_those_of_averaged_weights_need_these(base: dict[str, Any]) -> None:
 
 
 def test_a_figure_of_training_needs_neither(base: dict[str, Any]) -> None:
-    assert len(Contest.among(trials(base), Asha(metric="loss")).folders) == 2
+    assert len(Halving.of_trials(trials(base), Asha(metric="loss")).folders) == 2
 
 
 @pytest.mark.parametrize("kind", ["asha", "search"])

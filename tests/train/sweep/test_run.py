@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_tools.errors import DataError, NotFoundError, OutOfMemoryError, RecipeError, StorageError, WeightsError
+from cache_tools.errors import DataError, NotFoundError, OutOfMemoryError, RecipeError, WeightsError
 from tests.support import tiny_run
 from train.recipe import LossRecipe, load_train_recipe
 from train.run import train_student
 from train.runs.folder import METRICS, STOPPED
-from train.sweep.halving import Contest
+from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
 from train.sweep.recipe import Asha, SweepRecipe, make_trials
 from train.sweep.run import run_sweep
-from train.sweep.search import outcome
+from train.sweep.search import read_outcome
 from train.sweep.streams import batch_streams
 from train.sweep.table import over_seeds, trials_table
-from train.sweep.workers import Processes, shares
+from train.sweep.workers import ProcessEngine, divide_streams
 
 STUDENTS = ("resnet8", "ShuffleV2", "timm:resnet10t")
 
@@ -317,13 +315,14 @@ def test_one_that_cannot_be_evaluated_fails_alone(
     same_weights(alone.folder, tmp_path / "sweep/trials/resnet8-s0")
 
 
-def test_the_error_of_a_process_is_told(tmp_path: Path) -> None:
-    """Not what another one printed after it."""
-    (tmp_path / "workers.log").write_text("error: no such cache (x).\n1 trials, seed 0: 61.90%\n")
-    ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
-    ended.wait()
-    with pytest.raises(StorageError, match=r"gave up.*found no such cache \(x\)"):
-        Processes(2, tmp_path)._after(ended, [], alone=False)
+def test_an_error_of_a_process_is_raised_as_it_is(cache: Path, tmp_path: Path) -> None:
+    """Its class, message and place, whatever the process prints besides."""
+    (trial,) = make_trials(sweep(cache), tmp_path)
+    lost = trial.model_copy(update={"recipe": trial.recipe.model_copy(update={"cache": str(tmp_path / "lost.zarr")})})
+    with pytest.raises(NotFoundError, match="no cache here") as raised:
+        ProcessEngine(2, tmp_path)([[lost]], None)
+    assert raised.value.where == str(tmp_path / "lost.zarr")
+    assert f"error: {raised.value}" in (tmp_path / "workers.log").read_text()
 
 
 def test_processes_give_the_same_table(
@@ -333,7 +332,7 @@ def test_processes_give_the_same_table(
     recipe = sweep(cache, students=("resnet8", "wrn_16_1"), seeds=2)
     figures = ["trial", "top1", "nll", "ece", "best_epoch"]
     one = run_sweep(recipe, tmp_path / "one").trials.select(figures)
-    two = run_sweep(recipe, tmp_path / "two", engine=Processes(2, tmp_path / "two")).trials.select(figures)
+    two = run_sweep(recipe, tmp_path / "two", engine=ProcessEngine(2, tmp_path / "two")).trials.select(figures)
     assert one.equals(two)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sweep, 2 processes: ")]
     epochs = [int(line.split(": ")[1].split("/")[0]) for line in lines]
@@ -343,10 +342,10 @@ def test_processes_give_the_same_table(
 
 def test_shares_fill_the_processes() -> None:
     trials = [[SweepTrial(number) for number in range(8)]]
-    assert [len(share) for share in shares(trials, 3)] == [3, 3, 2]  # type: ignore[arg-type]
-    assert [len(share) for share in shares(trials * 4, 2)] == [8, 8, 8, 8]  # type: ignore[arg-type]
-    assert [len(share) for share in shares(trials * 3, 2)] == [8, 8, 4, 4]  # type: ignore[arg-type]
-    assert [len(share) for share in shares([trials[0][:1]], 3)] == [1]  # type: ignore[arg-type]
+    assert [len(share) for share in divide_streams(trials, 3)] == [3, 3, 2]  # type: ignore[arg-type]
+    assert [len(share) for share in divide_streams(trials * 4, 2)] == [8, 8, 8, 8]  # type: ignore[arg-type]
+    assert [len(share) for share in divide_streams(trials * 3, 2)] == [8, 8, 4, 4]  # type: ignore[arg-type]
+    assert [len(share) for share in divide_streams([trials[0][:1]], 3)] == [1]  # type: ignore[arg-type]
 
 
 class SweepTrial:
@@ -364,9 +363,9 @@ def test_damaged_metrics_are_none_or_one_clear_line(cache: Path, tmp_path: Path)
     assert (row["status"], row["epochs_done"]) == ("waiting", None)
     with SweepProgress("sweep", trials) as progress:
         assert progress.done == 0
-    contest = Contest.among(trials, Asha(metric="loss"))
+    halving = Halving.of_trials(trials, Asha(metric="loss"))
     (trial.folder / STOPPED).write_text("{}")
-    for judged in (lambda: contest.stop(1, [trial.folder]), lambda: outcome(trial, "loss")):
+    for judged in (lambda: halving.stop(1, [trial.folder]), lambda: read_outcome(trial, "loss")):
         with pytest.raises(DataError, match=r"damaged metrics.*metrics\.parquet"):
             judged()
 

@@ -26,7 +26,7 @@ from tests.support import tiny_run
 from train.report.trials import setting_columns
 from train.sweep import cli
 from train.sweep.recipe import SweepRecipe
-from train.sweep.run import SweepResult, in_process, run_sweep
+from train.sweep.run import SweepResult, run_sweep, train_in_process
 from train.sweep.search_recipe import Range, Search, edges, parse_range
 from train.sweep.suggest import Outcome, Suggestions
 
@@ -57,9 +57,9 @@ class Counted:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
-    def __call__(self, streams: Any, contest: Any) -> None:
+    def __call__(self, streams: Any, halving: Any) -> None:
         self.batches.append([trial.name for stream in streams for trial in stream])
-        in_process(streams, contest)
+        train_in_process(streams, halving)
 
 
 # What is suggested

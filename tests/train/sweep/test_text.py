@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from train.report.trials import _SCHEMA
+from train.report.trials import COLUMNS
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import SweepResult
 from train.sweep.table import over_seeds
@@ -16,8 +16,8 @@ from train.sweep.text import sweep_text
 def table(settings: list[dict[str, str]]) -> pl.DataFrame:
     """A finished trial of each of these settings, the best first."""
     told = {"student": "resnet8", "loss": "kd", "status": "finished", "parameters": 78_042}
-    rows = [{**dict.fromkeys(_SCHEMA), **told, "top1": 0.9 - 0.1 * place, **own} for place, own in enumerate(settings)]
-    return pl.DataFrame(rows, schema_overrides=_SCHEMA)
+    rows = [{**dict.fromkeys(COLUMNS), **told, "top1": 0.9 - 0.1 * place, **own} for place, own in enumerate(settings)]
+    return pl.DataFrame(rows, schema_overrides=COLUMNS)
 
 
 def test_settings_whose_keys_end_alike_have_a_column_each() -> None:

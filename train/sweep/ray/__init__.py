@@ -1,1 +1,1 @@
-"""Sweeps on a Ray cluster."""
+"""Train the trials of a sweep on a Ray cluster."""

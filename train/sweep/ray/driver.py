@@ -1,7 +1,7 @@
-"""The process that talks to Ray for `sweep_ray.OnRay`: shares come on standard input, outcomes go to standard output.
+"""The process that talks to Ray for `RayEngine`. It reads jobs from standard input and answers on standard output.
 
-Ray prints, changes the environment, installs handlers and, when a cluster goes away, aborts the process that is
-connected to it. All that stays here. One JSON object per line, in both directions.
+Ray prints, changes the environment, installs signal handlers and aborts the connected process when the cluster goes
+away. A process of its own keeps all that out of the command. Messages are JSON, one object per line.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from cache_tools.errors import CacheError, MismatchError, StorageError
-from train.sweep.ray.worker import as_data, probe, train_share, unseen, versions
+from cache_tools.errors import CacheError, MismatchError, StorageError, error_to_data
+from train.sweep.ray.worker import folder_not_seen, probe, train_share, versions
 
 CONNECT_S, PROBE_S = 10.0, 60.0
-OBJECT_STORE_BYTES = 100_000_000  # nothing goes through it
+OBJECT_STORE_BYTES = 100_000_000  # small, for nothing goes through it
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would upload the working folder
@@ -31,25 +31,25 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "PYTHONUNBUFFERED": "1",
 }
-_events: TextIO = sys.stdout
+_answers: TextIO = sys.stdout
 
 
 def main() -> None:
-    """Connect, then train what standard input names until it ends."""
-    global _events
-    _events = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what Ray prints goes where errors go
+    """Connect, then train the jobs that come on standard input until it ends."""
+    global _answers
+    _answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what Ray prints goes to the log
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
     threading.Thread(target=_read, args=(jobs,), daemon=True).start()
     try:
         hello = jobs.get()
         if hello is None:
             return
-        _tell({"nodes": connect(hello["address"], Path(hello["folder"]), hello["token"])})
+        _send({"nodes": connect(hello["address"], Path(hello["folder"]), hello["token"])})
         while (job := jobs.get()) is not None:
-            _tell({"died": run_shares(job)})
+            _send({"died": run_shares(job)})
     except CacheError as error:
-        _tell({"error": as_data(error)})
+        _send({"error": error_to_data(error)})
     except KeyboardInterrupt:
         pass
     finally:
@@ -57,68 +57,65 @@ def main() -> None:
 
 
 def connect(address: str | None, folder: Path, token: str) -> list[dict[str, Any]]:
-    """Join a cluster or start one, and look at its nodes.
+    """Join a cluster or start one, and check its nodes.
 
     Args:
-        address: HOST:PORT, `auto` (one that runs here), `local` (a new one); None for RAY_ADDRESS, else one that runs
-            here, else a new one.
-        folder, token: of the sweep, as `probe` takes them.
+        address: HOST:PORT, `auto` (the cluster on this machine) or `local` (a new one). None uses RAY_ADDRESS, else a
+            cluster on this machine, else a new one.
+        folder, token: as for `probe`.
 
     Returns:
-        name, CPUs and GPUs of every node.
+        Name, CPUs and GPUs of every node.
 
     Raises:
         StorageError: no cluster, or a node that does not answer or does not see the folder.
-        MismatchError: a node with other versions of what results depend on.
+        MismatchError: a node with another version of a package that results depend on.
     """
     import ray
 
     _join(address)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    found = [_look(node, folder, token) for node in nodes]
-    if blind := [each["host"] for each in found if not each["sees"]]:
-        raise unseen(folder.parent, blind)
-    mine = versions()
-    for each in found:
-        for package, theirs in each["versions"].items():
-            if theirs != mine[package]:
+    probes = [_probe(node, folder, token) for node in nodes]
+    if without_folder := [found["host"] for found in probes if not found["sees_folder"]]:
+        raise folder_not_seen(folder.parent, without_folder)
+    wanted = versions()
+    for found in probes:
+        for package, version in found["versions"].items():
+            if version != wanted[package]:
                 raise MismatchError(
                     f"a node of the Ray cluster has another version of {package}",
-                    where=each["host"],
-                    expected=mine[package],
-                    found=theirs,
+                    where=found["host"],
+                    expected=wanted[package],
+                    found=version,
                     next_step="install the same versions on all nodes",
                 )
     resources = [node["Resources"] for node in nodes]
     return [
-        {"host": each["host"], "cpus": has.get("CPU", 0.0), "gpus": has.get("GPU", 0.0)}
-        for each, has in zip(found, resources, strict=True)
+        {"host": found["host"], "cpus": of_node.get("CPU", 0.0), "gpus": of_node.get("GPU", 0.0)}
+        for found, of_node in zip(probes, resources, strict=True)
     ]
 
 
 def run_shares(job: Mapping[str, Any]) -> dict[str, str]:
-    """Train shares, each as a Tune trial that is started again once if its worker dies.
+    """Train shares, each as a Tune trial that restarts once if its worker dies. An error of a share is sent at once.
 
     Args:
         job: `shares` (JSON of `Share`), `cpus` and `gpus` of each, `at_once`, and the `folder` for Tune's own files.
 
     Returns:
-        by number of a share whose worker died again, how it did. An error that concerns all is told at once.
+        Number of a share whose worker died twice → the reason.
     """
     from ray import tune
 
     died: dict[str, str] = {}
 
-    class Watch(tune.Callback):
+    class Watch(tune.Callback):  # type: ignore[misc]  # Ray has no types
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             if result.get("error"):
-                _tell({"error": json.loads(result["error"])})
+                _send({"error": json.loads(result["error"])})
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            _note_death(trial.config["share"], trial.get_pickled_error() or trial.get_error())
-
-    def _note_death(share: int, error: object) -> None:
-        died[str(share)] = _reason(error)
+            died[str(trial.config["share"])] = _reason(trial.get_pickled_error() or trial.get_error())
 
     folder = Path(job["folder"])
     shutil.rmtree(folder / "tune", ignore_errors=True)
@@ -135,7 +132,7 @@ def run_shares(job: Mapping[str, Any]) -> dict[str, str]:
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     ).fit()
-    shutil.rmtree(folder / "tune", ignore_errors=True)  # what is worth keeping is in the folders of the trials
+    shutil.rmtree(folder / "tune", ignore_errors=True)  # results are in the folders of the sweep's trials
     return died
 
 
@@ -147,7 +144,7 @@ def _join(address: str | None) -> None:
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         if named not in {None, "auto", "local"}:
-            _answers(str(named))
+            _require_listener(str(named))
         if named is None:
             try:
                 ray.init(address="auto", **options)
@@ -157,12 +154,12 @@ def _join(address: str | None) -> None:
             ray.init(address=named, **options, **(local if named == "local" else {}))
     except CacheError:
         raise
-    except Exception as error:  # whatever Ray raises: other versions of it, no cluster, a node that is not of it
+    except Exception as error:  # Ray raises many types: for other versions, no cluster, a foreign node
         raise _unreachable(named, error) from error
 
 
-def _answers(address: str) -> None:
-    """Whether anything listens there; Ray itself would try for a minute, then abort."""
+def _require_listener(address: str) -> None:
+    """Raise if nothing listens at this address. Ray itself would try for a minute, then abort the process."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
@@ -180,47 +177,48 @@ def _unreachable(address: str | None, error: Exception) -> StorageError:
     )
 
 
-def _look(node: Mapping[str, Any], folder: Path, token: str) -> dict[str, Any]:
+def _probe(node: Mapping[str, Any], folder: Path, token: str) -> dict[str, Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-    remote = ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=there)(probe)
+    on_node = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+    remote = ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=on_node)(probe)
     try:
-        return ray.get(remote.remote(str(folder), token), timeout=PROBE_S)
-    except Exception as error:  # no package there, no answer
+        found: dict[str, Any] = ray.get(remote.remote(str(folder), token), timeout=PROBE_S)
+        return found
+    except Exception as error:  # teacher-cache is not installed there, or the node does not answer
         raise StorageError(
             "a node of the Ray cluster cannot take part in the sweep",
             where=node["NodeManagerHostname"],
             found=(str(error).strip().splitlines() or [type(error).__name__])[-1],
-            next_step="install teacher-cache there, in the same version",
+            next_step="install the same version of teacher-cache on it",
         ) from error
 
 
 def _reason(error: object) -> str:
-    """How a worker died, in one line."""
+    """Why a worker died, in one line."""
     from ray.exceptions import OutOfMemoryError, RayTaskError
 
     text = "" if error is None else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["for no reason that Ray knows"]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["Ray gives no reason"]
     if isinstance(error, OutOfMemoryError):
-        return "stopped by Ray: its node was short of memory"
+        return "Ray stopped it because its node was short of memory"
     if isinstance(error, RayTaskError):
         return lines[-1]
-    told = next((line for line in lines if line.startswith("The actor is dead because")), lines[0])
-    return told.partition(" Some common causes")[0]
+    reason = next((line for line in lines if line.startswith("The actor is dead because")), lines[0])
+    return reason.partition(" Some common causes")[0]
 
 
 def _read(jobs: queue.Queue[dict[str, Any] | None]) -> None:
-    """Jobs for the main thread; when standard input ends, whatever is going on is broken off."""
+    """Queue jobs for the main thread; interrupt it when standard input ends."""
     for line in sys.stdin:
         jobs.put(json.loads(line))
     jobs.put(None)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _tell(event: Mapping[str, Any]) -> None:
-    print(json.dumps(event), file=_events, flush=True)
+def _send(answer: Mapping[str, Any]) -> None:
+    print(json.dumps(answer), file=_answers, flush=True)
 
 
 def _shut_down() -> None:

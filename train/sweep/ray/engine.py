@@ -1,4 +1,4 @@
-"""Share a sweep's trials among the nodes of a Ray cluster. Ray itself is imported in another process."""
+"""The engine that trains a sweep's trials on the nodes of a Ray cluster. Ray is imported in another process only."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from cache_tools.home.origin import read_origin
 from cache_tools.places import is_remote
 from cache_tools.store.group import read_manifest
 from train.runs.outcome import Failure, settled
-from train.sweep.halving import Contest
+from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
 from train.sweep.ray.link import Driver
-from train.sweep.ray.worker import TOKEN, KnownCache, Share
+from train.sweep.ray.worker import TOKEN, Share, SourceCache
 from train.sweep.recipe import Trial
-from train.sweep.workers import shares
+from train.sweep.workers import divide_streams
 
 CONNECT_S = 180.0
 _PACKAGES = ("ray", "pandas", "pyarrow", "fsspec")  # of ray[tune]
 
 
-class OnRay:
-    """An engine (`sweep_run.Engine`) on a Ray cluster: a Tune trial for each share of a batch stream.
+class RayEngine:
+    """An engine (`train.sweep.run.Engine`) on a Ray cluster, with a Tune trial for each share of a batch stream.
 
-    A worker or node that dies leaves checkpoints: its share is started again, elsewhere if need be. A share whose
-    worker dies twice is cut into single trials, and the one whose worker dies twice then is the one that failed.
-    The cluster is joined when there is something to train. A context manager: in the end the cluster is left, or ended
-    if it was started here.
+    If a worker or node dies, its share continues from the checkpoints, on another node if necessary. A share whose
+    worker dies twice is divided into single trials; a single trial whose worker dies twice has failed.
+    The engine joins the cluster when there is something to train. It is a context manager: at the end it leaves the
+    cluster, and stops it if it has started it.
 
     Args:
-        folder: of the sweep, on a disk that all nodes see under this path; Ray's files and what workers print come to
-            `ray` in it.
-        address: HOST:PORT of a cluster that this machine is a node of, `auto` for one that runs here, `local` for a new
-            one; None takes RAY_ADDRESS, else one that runs here, else starts one.
-        workers: shares at a time; by default what the cluster has room for.
-        gpus: of each share where trials run on GPUs; 0.5 has two shares on each.
-        threads: of torch in each worker, and CPUs that are reserved for it; by default as many as in this process.
+        folder: of the sweep, on a disk that all nodes see under this path. Ray's files and the workers' logs are in
+            `ray` below it.
+        address: HOST:PORT of a cluster that this machine is a node of, `auto` for the one that runs on this machine,
+            `local` for a new one. None uses RAY_ADDRESS, else a cluster that runs on this machine, else a new one.
+        workers: number of shares at a time; by default as many as the cluster has room for.
+        gpus: per share where trials run on GPUs; 0.5 puts two shares on each.
+        threads: of torch in each worker, and CPUs reserved for it; by default as many as in this process.
         say: receives one line about the cluster.
 
     Raises:
         RecipeError: Ray is not installed.
-        StorageError: no cluster there, or a node that cannot take part or does not see the folder.
+        StorageError: no such cluster, or a node that cannot take part or does not see the folder.
         MismatchError: nodes with other versions.
     """
 
@@ -78,19 +78,20 @@ class OnRay:
         self._driver: Driver | None = None
         self.nodes: list[dict[str, Any]] = []
 
-    def __call__(self, streams: Sequence[Sequence[Trial]], contest: Contest | None) -> None:
-        driver = self._driver = self._driver or self._connect()  # not before there is something to train
-        todo = [trial for stream in streams for trial in stream]
-        gpus = self._gpus if self._takes_gpus(todo) else 0.0
+    def __call__(self, streams: Sequence[Sequence[Trial]], halving: Halving | None) -> None:
+        driver = self._driver = self._driver or self._connect()
+        trials = [trial for stream in streams for trial in stream]
+        gpus = self._gpus if self._uses_gpus(trials) else 0.0
         count = self._room(gpus)
-        waiting = shares(streams, count)
-        with SweepProgress(f"sweep on Ray, {count} workers", todo) as progress:
+        waiting = divide_streams(streams, count)
+        with SweepProgress(f"sweep on Ray, {count} workers", trials) as progress:
             while waiting:
-                driver.tell(self._job(waiting, contest, gpus, count))
-                died: dict[str, str] = driver.answer("died", meanwhile=progress.look)
-                waiting = [[trial] for number, how in died.items() for trial in _left(waiting[int(number)], how)]
+                driver.send(self._job(waiting, halving, gpus, count))
+                died: dict[str, str] = driver.receive("died", meanwhile=progress.update)
+                retried = [trial for share, reason in died.items() for trial in _retried(waiting[int(share)], reason)]
+                waiting = [[trial] for trial in retried]
 
-    def __enter__(self) -> OnRay:
+    def __enter__(self) -> RayEngine:
         return self
 
     def __exit__(
@@ -99,7 +100,7 @@ class OnRay:
         self.close()
 
     def close(self) -> None:
-        """Leave the cluster; workers that are still training are ended."""
+        """Leave the cluster and stop workers that are still training."""
         if self._driver is not None:
             self._driver.close()
             self._driver = None
@@ -109,22 +110,22 @@ class OnRay:
         put_durably(self._folder / TOKEN, self._token.encode())
         driver = Driver(self._folder / "driver.log")
         try:
-            driver.tell({"address": self._address, "folder": str(self._folder), "token": self._token})
-            self.nodes = driver.answer("nodes", limit_s=CONNECT_S)
+            driver.send({"address": self._address, "folder": str(self._folder), "token": self._token})
+            self.nodes = driver.receive("nodes", timeout_s=CONNECT_S)
         except BaseException:
             driver.close()
             raise
-        cpus, cards = (sum(node[kind] for node in self.nodes) for kind in ("cpus", "gpus"))
-        self._say(f"Ray: {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {cpus:g} CPUs, {cards:g} GPUs")
+        cpus, gpus = (sum(node[kind] for node in self.nodes) for kind in ("cpus", "gpus"))
+        self._say(f"Ray: {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {cpus:g} CPUs, {gpus:g} GPUs")
         return driver
 
     def _job(
-        self, waiting: Sequence[Sequence[Trial]], contest: Contest | None, gpus: float, count: int
+        self, shares: Sequence[Sequence[Trial]], halving: Halving | None, gpus: float, count: int
     ) -> dict[str, Any]:
-        caches: dict[str, KnownCache] = {}
-        jobs = [self._share(number, share, contest, caches) for number, share in enumerate(waiting)]
+        caches: dict[str, SourceCache] = {}
+        prepared = [self._share(number, share, halving, caches) for number, share in enumerate(shares)]
         return {
-            "shares": [job.model_dump_json() for job in jobs],
+            "shares": [share.model_dump_json() for share in prepared],
             "cpus": self._threads,
             "gpus": gpus,
             "at_once": count,
@@ -132,18 +133,18 @@ class OnRay:
         }
 
     def _share(
-        self, number: int, trials: Iterable[Trial], contest: Contest | None, caches: dict[str, KnownCache]
+        self, number: int, trials: Iterable[Trial], halving: Halving | None, caches: dict[str, SourceCache]
     ) -> Share:
-        placed = [_placed(trial) for trial in trials]
-        names = {trial.recipe.cache for trial in placed if trial.recipe.cache and not is_remote(trial.recipe.cache)}
+        absolute = [_with_absolute_paths(trial) for trial in trials]
+        names = {trial.recipe.cache for trial in absolute if trial.recipe.cache and not is_remote(trial.recipe.cache)}
         for name in names - caches.keys():
-            caches[name] = _known(name)
-        if contest is not None:
-            folders = tuple(_absolute(folder) for folder in contest.folders)
-            contest = contest.model_copy(update={"folders": folders})
+            caches[name] = _source_cache(name)
+        if halving is not None:
+            folders = tuple(_absolute(folder) for folder in halving.folders)
+            halving = halving.model_copy(update={"folders": folders})
         return Share(
-            trials=tuple(trial.model_dump(mode="json") for trial in placed),
-            contest=None if contest is None else contest.model_dump(mode="json"),
+            trials=tuple(trial.model_dump(mode="json") for trial in absolute),
+            halving=None if halving is None else halving.model_dump(mode="json"),
             threads=self._threads,
             folder=self._folder,
             token=self._token,
@@ -153,37 +154,37 @@ class OnRay:
             caches={name: caches[name] for name in names},
         )
 
-    def _takes_gpus(self, trials: Sequence[Trial]) -> bool:
+    def _uses_gpus(self, trials: Sequence[Trial]) -> bool:
         devices = {trial.recipe.device for trial in trials}
         for device in devices:
             if device.startswith("cuda:"):
                 raise DeviceError(
                     "Ray chooses the GPU of a trial", where=f"--device {device}", expected="auto, cpu or cuda"
                 )
-        there = any(node["gpus"] > 0 for node in self.nodes)
-        return "cuda" in devices or ("auto" in devices and there)
+        has_gpus = any(node["gpus"] > 0 for node in self.nodes)
+        return "cuda" in devices or ("auto" in devices and has_gpus)
 
     def _room(self, gpus: float) -> int:
-        """Shares at a time."""
+        """Number of shares at a time."""
         fits = [min(node["cpus"] // self._threads, node["gpus"] / gpus if gpus else math.inf) for node in self.nodes]
         room = sum(int(each) for each in fits)
         if self._workers is None and room == 0:
             raise DeviceError(
                 "no node of the Ray cluster has room for a trial",
                 where=", ".join(f"{node['host']}: {node['cpus']:g} CPUs, {node['gpus']:g} GPUs" for node in self.nodes),
-                expected=f"{self._threads} CPUs (torch's threads here) and {gpus:g} GPUs",
-                next_step="set OMP_NUM_THREADS to less, or give --workers if the cluster grows by itself",
+                expected=f"{self._threads} CPUs (as many as torch has threads) and {gpus:g} GPUs",
+                next_step="lower OMP_NUM_THREADS, or give --workers if the cluster grows by itself",
             )
         return self._workers or room
 
 
-def _left(share: Sequence[Trial], how: str) -> list[Trial]:
-    """What is to be started again of a share whose worker died twice, trial by trial."""
-    left = [trial for trial in share if not settled(trial.folder)]
+def _retried(share: Sequence[Trial], reason: str) -> list[Trial]:
+    """The trials of a share whose worker died twice that are trained again, one by one. A single trial has failed."""
+    unsettled = [trial for trial in share if not settled(trial.folder)]
     if len(share) > 1:
-        return left
-    for trial in left:
-        Failure(kind="died", message=f"its worker died twice: {how}").save(trial.folder)
+        return unsettled
+    for trial in unsettled:
+        Failure(kind="died", message=f"its worker died twice: {reason}").save(trial.folder)
     return []
 
 
@@ -196,8 +197,8 @@ def _require_ray() -> None:
         )
 
 
-def _placed(trial: Trial) -> Trial:
-    """A trial that means the same from any working folder."""
+def _with_absolute_paths(trial: Trial) -> Trial:
+    """The same trial for a process in another working folder."""
     recipe = trial.recipe
     changes = {
         "out": _absolute(trial.folder),
@@ -207,10 +208,10 @@ def _placed(trial: Trial) -> Trial:
     return trial.model_copy(update={"recipe": recipe.model_copy(update=changes)})
 
 
-def _known(reference: str) -> KnownCache:
+def _source_cache(reference: str) -> SourceCache:
     path = registry.resolve(reference)
     origin = read_origin(path)
-    return KnownCache(
+    return SourceCache(
         path=_absolute(path),
         fingerprint=read_manifest(path).fingerprint,
         url=None if origin is None else origin.url,
@@ -218,7 +219,7 @@ def _known(reference: str) -> KnownCache:
 
 
 def _absolute(path: Path) -> Path:
-    """Links are left alone: what they lead to may be called otherwise on another node."""
+    """An absolute path with its links: their targets may have other paths on another node."""
     return Path(os.path.abspath(path.expanduser()))
 
 

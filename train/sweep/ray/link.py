@@ -1,4 +1,4 @@
-"""The line to the process that talks to Ray (`ray_driver`): JSON there, JSON back, and what its silence means."""
+"""Start the process that talks to Ray (`train.sweep.ray.driver`), and exchange JSON messages with it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cache_tools.errors import StorageError
+from cache_tools.errors import StorageError, error_from_data
 from train.sweep.ray.driver import QUIET
-from train.sweep.ray.worker import from_data
 
 POLL_S, GOODBYE_S = 1.0, 20.0
 _DRIVER = "from train.sweep.ray.driver import main; main()"
 
 
 class Driver:
-    """A process of `ray_driver.main`.
+    """A process that runs `train.sweep.ray.driver.main`.
 
     Args:
-        log: file for what it and Ray print.
+        log: file for everything that the process and Ray print.
     """
 
     def __init__(self, log: Path) -> None:
@@ -34,8 +33,12 @@ class Driver:
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._process = self._start()
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send it something; an error if it is gone."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message.
+
+        Raises:
+            StorageError: the process has ended.
+        """
         assert self._process.stdin is not None, "asked for a pipe"
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
@@ -43,12 +46,18 @@ class Driver:
         except OSError as error:
             raise self._lost() from error
 
-    def answer(self, kind: str, *, limit_s: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> Any:
-        """What the process answers; an error that it tells is raised.
+    def receive(
+        self, kind: str, *, timeout_s: float | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Any:
+        """Wait for a message of this kind and return its content.
 
         Args:
-            limit_s: how long it may take.
+            timeout_s: None waits for any length of time.
             meanwhile: called every second.
+
+        Raises:
+            CacheError: the one that the process sent.
+            StorageError: the process has ended, or did not answer in time.
         """
         start = time.monotonic()
         while True:
@@ -56,19 +65,19 @@ class Driver:
                 event = self._events.get(timeout=POLL_S)
             except queue.Empty:
                 meanwhile()
-                if limit_s is not None and time.monotonic() - start > limit_s:
+                if timeout_s is not None and time.monotonic() - start > timeout_s:
                     raise self._lost() from None
                 continue
             if event is None:
                 raise self._lost()
             if "error" in event:
-                raise from_data(event["error"])
+                raise error_from_data(event["error"])
             return event[kind]
 
     def close(self) -> None:
-        """End it; it leaves the cluster, and workers that are still training are ended."""
+        """End the process. It leaves the cluster and stops workers that are still training."""
         assert self._process.stdin is not None, "asked for a pipe"
-        with suppress(OSError):  # it has ended already
+        with suppress(OSError):  # the process may have ended
             self._process.stdin.close()
         try:
             self._process.wait(GOODBYE_S)
@@ -86,19 +95,19 @@ class Driver:
                 stderr=log,
                 text=True,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is told to it by closing its standard input
+                start_new_session=True,  # Ctrl-C reaches it as the end of its standard input
             )
         assert process.stdout is not None, "asked for a pipe"
         threading.Thread(target=_read, args=(process.stdout, self._events), daemon=True).start()
         return process
 
     def _lost(self) -> StorageError:
-        told = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return StorageError(
             "the Ray cluster does not answer, or is gone",
             where=self._log,
-            found=told[-1] if told else "nothing",
-            next_step="the same command goes on from the last checkpoints once there is a cluster",
+            found=lines[-1] if lines else "nothing",
+            next_step="run the same command again once there is a cluster: it resumes from the last checkpoints",
         )
 
 

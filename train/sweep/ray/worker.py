@@ -1,6 +1,6 @@
-"""What runs on the nodes of a Ray cluster: a look at the node, and the training of a share of a sweep's trials.
+"""Functions that run on the nodes of a Ray cluster: `probe` checks a node, `train_share` trains trials of a sweep.
 
-Everything comes as plain data, and errors go back as plain data: nobody unpickles an exception.
+Arguments and errors travel as plain data, so that no process has to unpickle an exception.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_tools import errors
 from cache_tools.config import Frozen
-from cache_tools.errors import CacheError, NotFoundError, StorageError
+from cache_tools.errors import CacheError, NotFoundError, StorageError, error_to_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,15 +26,15 @@ if TYPE_CHECKING:
 
 PACKAGES = ("teacher-cache", "torch", "ray")
 TOKEN = "token"
-PATIENCE_S = 60.0
+WAIT_FOR_LOCK_S = 60.0
 
 
-class KnownCache(Frozen):
-    """A cache on a disk of the machine that started the sweep: what another must have, to have it too.
+class SourceCache(Frozen):
+    """A cache on a disk of the machine that started the sweep, for another node to find its own copy of it.
 
     Attributes:
         path: absolute.
-        url: of the remote cache that it is a mirror of.
+        url: of the remote cache that it mirrors.
     """
 
     path: Path
@@ -44,37 +43,37 @@ class KnownCache(Frozen):
 
 
 class Share(Frozen):
-    """Trials of one batch stream, to be trained in one worker.
+    """Trials of one batch stream that one worker trains.
 
     Attributes:
-        trials: `Trial`s as plain data; all their paths are absolute.
-        contest: `Contest` as plain data.
+        trials: `Trial`s as plain data, with absolute paths.
+        halving: `Halving` as plain data.
         threads: of torch.
-        folder: of Ray's part in the sweep's folder; `token` is what the file TOKEN in it says.
-        log: for what is printed, in that folder.
-        working_folder: where the sweep was started; taken where the node has it.
-        host: where the sweep was started.
-        caches: by what recipes call them.
+        folder: for Ray's files, in the sweep's folder; `token` is the content of the file TOKEN in it.
+        log: name of the file in that folder for everything the worker prints.
+        working_folder: in which the sweep was started; used if the node has it.
+        host: on which the sweep was started.
+        caches: by their name in the recipes.
     """
 
     trials: tuple[dict[str, Any], ...]
-    contest: dict[str, Any] | None
+    halving: dict[str, Any] | None
     threads: int
     folder: Path
     token: str
     log: str
     working_folder: Path
     host: str
-    caches: dict[str, KnownCache]
+    caches: dict[str, SourceCache]
 
 
 def probe(folder: str, token: str) -> dict[str, Any]:
-    """A node's name, the versions that results depend on, and whether it sees the sweep's folder."""
-    return {"host": socket.gethostname(), "versions": versions(), "sees": _reads(Path(folder), token)}
+    """A node's name, its versions, and whether it sees the sweep's folder: the one with this token in it."""
+    return {"host": socket.gethostname(), "versions": versions(), "sees_folder": _sees(Path(folder), token)}
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a node must have in common with the machine that starts a sweep."""
+    """Versions of the packages that must be the same on all nodes."""
     found = {}
     for package in PACKAGES:
         try:
@@ -85,7 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def train_share(config: Mapping[str, Any], *, shares: Sequence[str]) -> None:
-    """A Tune trial: trains the share with the number `config["share"]`, and reports the error that concerns all."""
+    """A Tune trial: train the share with the number `config["share"]`, and report an error that concerns all trials."""
     from ray import tune
 
     share = Share.model_validate_json(shares[config["share"]])
@@ -93,26 +92,14 @@ def train_share(config: Mapping[str, Any], *, shares: Sequence[str]) -> None:
         _train(share)
         problem = None
     except CacheError as error:
-        problem = as_data(error)
+        problem = error_to_data(error)
         if socket.gethostname() != share.host:
             problem["where"] = f"{problem['where'] or 'a node'}, on {socket.gethostname()}"
     tune.report({"error": "" if problem is None else json.dumps(problem)})
 
 
-def as_data(error: CacheError) -> dict[str, str | None]:
-    """An error as plain data."""
-    parts = {part: getattr(error, part) for part in ("what", "where", "expected", "found", "next_step")}
-    return {"kind": type(error).__name__, **{key: None if part is None else str(part) for key, part in parts.items()}}
-
-
-def from_data(data: Mapping[str, Any]) -> CacheError:
-    """The error that `as_data` was given."""
-    known = {key: data.get(key) for key in ("where", "expected", "found", "next_step")}
-    return getattr(errors, str(data["kind"]), StorageError)(data["what"], **known)
-
-
-def unseen(folder: Path, hosts: Iterable[str]) -> StorageError:
-    """The error of nodes that do not see the sweep's folder."""
+def folder_not_seen(folder: Path, hosts: Iterable[str]) -> StorageError:
+    """The error for nodes that do not see the sweep's folder."""
     return StorageError(
         "nodes of the Ray cluster do not see the folder of the sweep",
         where=folder,
@@ -123,68 +110,73 @@ def unseen(folder: Path, hosts: Iterable[str]) -> StorageError:
 
 
 def _train(share: Share) -> None:
-    if not _reads(share.folder, share.token):
-        raise unseen(share.folder.parent, [socket.gethostname()])
+    if not _sees(share.folder, share.token):
+        raise folder_not_seen(share.folder.parent, [socket.gethostname()])
     with _printing_to(share.folder / share.log):
         import torch
 
         from cache_tools.memory import keep_freed_memory
-        from train.sweep.halving import Contest
+        from train.sweep.halving import Halving
         from train.sweep.recipe import Trial
-        from train.sweep.streams import opener, train_stream
+        from train.sweep.streams import image_opener, train_stream
 
         os.chdir(share.working_folder if share.working_folder.is_dir() else share.folder.parent)
         keep_freed_memory()
-        torch.set_num_threads(share.threads)  # Ray sets OMP_NUM_THREADS to what it likes
+        torch.set_num_threads(share.threads)  # Ray changes OMP_NUM_THREADS
         trials = [_with_cache(Trial.model_validate(trial), share.caches) for trial in share.trials]
-        contest = None if share.contest is None else Contest.model_validate(share.contest)
-        _wait_for_the_dead([trial.folder for trial in trials])
-        train_stream(trials, contest=contest, images_of=opener())
+        halving = None if share.halving is None else Halving.model_validate(share.halving)
+        _wait_for_locks([trial.folder for trial in trials])
+        train_stream(trials, halving=halving, open_split=image_opener())
 
 
-def _with_cache(trial: Trial, caches: Mapping[str, KnownCache]) -> Trial:
-    """A trial whose cache this node finds: a folder with the same cache in it, or a URL."""
+def _with_cache(trial: Trial, caches: Mapping[str, SourceCache]) -> Trial:
+    """The trial with a reference to its cache that works on this node: a folder with the same cache, or a URL."""
     name = trial.recipe.cache
     if name is None or name not in caches:
         return trial
-    reference = _found_here(name, caches[name])
+    reference = find_cache(name, caches[name])
     return trial.model_copy(update={"recipe": trial.recipe.model_copy(update={"cache": reference})})
 
 
-def _found_here(reference: str, known: KnownCache) -> str:
+def find_cache(reference: str, source: SourceCache) -> str:
+    """The path, name or URL under which this node finds a cache.
+
+    Raises:
+        NotFoundError: the node does not have the cache, and the cache has no URL.
+    """
     from cache_tools.home.registry import resolve
     from cache_tools.store.group import read_manifest
 
-    for candidate in (str(known.path), reference):
+    for candidate in (str(source.path), reference):
         try:
-            if read_manifest(resolve(candidate)).fingerprint == known.fingerprint:
+            if read_manifest(resolve(candidate)).fingerprint == source.fingerprint:
                 return candidate
-        except CacheError:  # not here, or something else of that name
+        except CacheError:  # not on this node, or another cache
             continue
-    if known.url is not None:
-        return known.url
+    if source.url is not None:
+        return source.url
     raise NotFoundError(
         "a node of the Ray cluster does not have the cache",
-        where=known.path,
-        expected=f"fingerprint {known.fingerprint[:12]}, there or in the cache home",
+        where=source.path,
+        expected=f"fingerprint {source.fingerprint[:12]}, at this path or in the cache home",
         next_step="put the cache on a disk that all nodes share, or in an object store and name it by its URL",
     )
 
 
-def _reads(folder: Path, token: str) -> bool:
+def _sees(folder: Path, token: str) -> bool:
     try:
         return (folder / TOKEN).read_text() == token
     except OSError:
         return False
 
 
-def _wait_for_the_dead(folders: Sequence[Path]) -> None:
-    """A worker whose node was lost ends a moment after it; until then it holds its run folders."""
+def _wait_for_locks(folders: Sequence[Path]) -> None:
+    """Wait until run folders are free: a worker of a lost node keeps them locked for a moment, until it ends too."""
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows
         return
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + WAIT_FOR_LOCK_S
     for folder in folders:
         while (folder / ".lock").exists() and time.monotonic() < end:
             with open(folder / ".lock", "w") as lock:
@@ -193,7 +185,7 @@ def _wait_for_the_dead(folders: Sequence[Path]) -> None:
                     break
                 except OSError as error:
                     if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-                        break  # a file system without locks
+                        break  # the file system has no locks
             time.sleep(0.2)
 
 

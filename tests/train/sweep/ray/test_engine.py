@@ -28,8 +28,8 @@ from tests.support import tiny_run
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, processes, stopped_half_way
 from tests.support.s3_server import has_loopback, new_bucket
-from train.sweep.ray.engine import OnRay
-from train.sweep.ray.worker import KnownCache, Share, _found_here, _train
+from train.sweep.ray.engine import RayEngine
+from train.sweep.ray.worker import Share, SourceCache, _train, find_cache
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import SweepResult, run_sweep
 
@@ -78,7 +78,7 @@ def long_sweep(cache: Path) -> SweepRecipe:
 
 
 def on_ray(recipe: SweepRecipe, folder: Path, nodes: Cluster, **options: Any) -> SweepResult:
-    with OnRay(folder, nodes.address, threads=1, **options) as engine:
+    with RayEngine(folder, nodes.address, threads=1, **options) as engine:
         return run_sweep(recipe, folder, engine=engine)
 
 
@@ -173,7 +173,7 @@ def test_a_folder_that_nodes_do_not_see(
 
 def test_what_no_node_has_room_for(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
     room = r"no node.*1 CPUs, 0 GPUs.*expected 2 CPUs.*OMP_NUM_THREADS"
-    with OnRay(tmp_path, nodes.address, threads=2) as engine, pytest.raises(DeviceError, match=room):
+    with RayEngine(tmp_path, nodes.address, threads=2) as engine, pytest.raises(DeviceError, match=room):
         run_sweep(sweep(cache), tmp_path, engine=engine)
     gpu = tiny_run.recipe(cache, Path("unused"), device="cuda:0").model_dump(mode="json")
     with pytest.raises(DeviceError, match="Ray chooses the GPU"):
@@ -228,15 +228,15 @@ def test_a_lost_node_leaves_its_trials_to_the_other(
 
 
 def test_no_cluster_is_one_error(cache: Path, tmp_path: Path) -> None:
-    with OnRay(tmp_path, "127.0.0.2:9", threads=1) as engine, pytest.raises(StorageError, match="no Ray cluster"):
+    with RayEngine(tmp_path, "127.0.0.2:9", threads=1) as engine, pytest.raises(StorageError, match="no Ray cluster"):
         run_sweep(sweep(cache), tmp_path, engine=engine)
     with pytest.raises(RecipeError, match="Ray's client"):
-        OnRay(tmp_path, "ray://127.0.0.1:10001")
+        RayEngine(tmp_path, "ray://127.0.0.1:10001")
 
 
 def test_a_node_that_sees_another_folder_refuses(cache: Path, tmp_path: Path) -> None:
     share = Share(
-        trials=(), contest=None, threads=1, folder=tmp_path, token="ours", log="log", working_folder=tmp_path,
+        trials=(), halving=None, threads=1, folder=tmp_path, token="ours", log="log", working_folder=tmp_path,
         host="here", caches={},
     )  # fmt: skip
     for token in (None, "another sweep's"):
@@ -251,12 +251,12 @@ def test_a_node_takes_its_own_copy_only_if_it_is_the_same_cache(cache: Path, tmp
 
     fingerprint = read_manifest(cache).fingerprint
     elsewhere = tmp_path / "nowhere.zarr"
-    assert _found_here("tiny", KnownCache(path=cache, fingerprint=fingerprint)) == str(cache)
-    assert _found_here(str(cache), KnownCache(path=elsewhere, fingerprint=fingerprint)) == str(cache)
-    remote = KnownCache(path=elsewhere, fingerprint=fingerprint, url="s3://group/tiny.zarr")
-    assert _found_here("tiny", remote) == "s3://group/tiny.zarr"
+    assert find_cache("tiny", SourceCache(path=cache, fingerprint=fingerprint)) == str(cache)
+    assert find_cache(str(cache), SourceCache(path=elsewhere, fingerprint=fingerprint)) == str(cache)
+    remote = SourceCache(path=elsewhere, fingerprint=fingerprint, url="s3://group/tiny.zarr")
+    assert find_cache("tiny", remote) == "s3://group/tiny.zarr"
     with pytest.raises(NotFoundError, match="does not have the cache"):
-        _found_here(str(cache), KnownCache(path=elsewhere, fingerprint="0" * 64))
+        find_cache(str(cache), SourceCache(path=elsewhere, fingerprint="0" * 64))
 
 
 def test_other_versions_on_a_node_are_named(nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_other_versions_on_a_node_are_named(nodes: Cluster, tmp_path: Path, monk
         "driver.main()"
     )
     monkeypatch.setattr("train.sweep.ray.link._DRIVER", code)
-    with OnRay(tmp_path, nodes.address, threads=1) as engine, pytest.raises(MismatchError, match="another version"):
+    with RayEngine(tmp_path, nodes.address, threads=1) as engine, pytest.raises(MismatchError, match="another version"):
         engine([], None)
 
 
