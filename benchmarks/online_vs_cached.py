@@ -41,7 +41,8 @@ from pipeline.online import LiveTeachers
 from pipeline.recipe import BuildRecipe
 from train.data import TrainingData
 from train.feed import Batch, CachedTargets
-from train.loop import create_optimiser, repeatable
+from train.loop import repeatable
+from train.optim import create_optimiser
 from train.recipe import TrainRecipe
 
 CLOCK = (

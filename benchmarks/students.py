@@ -15,7 +15,7 @@ from pipeline.build.cache import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from train.data import TrainingData, open_data
 from train.feed import Feed, TargetSource
-from train.loop import Learner
+from train.loop import Learner, train_epoch
 from train.objective import Objective
 from train.recipe import LossRecipe, TrainRecipe
 from train.students import create_student
@@ -68,7 +68,7 @@ class Epochs:
 
     def cost(self, epoch: int) -> Cost:
         """What a whole epoch takes: its view read and made, every batch, every step."""
-        return cost(lambda: self.learner.train_epoch(self.feed, epoch, lambda count: None), self._device)
+        return cost(lambda: train_epoch([self.learner], self.feed, epoch, lambda count: None), self._device)
 
     def close(self) -> None:
         self.feed.close()

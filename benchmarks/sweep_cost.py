@@ -42,11 +42,10 @@ from students import build, opened, train_recipe
 from cache_tools.console import command
 from train.data import TrainingData
 from train.feed import Batch
-from train.loop import Learner, model_inputs, repeatable
+from train.loop import Learner, model_inputs, repeatable, train_epoch
 from train.objective import Objective
 from train.recipe import TrainRecipe
 from train.students import create_student
-from train.together import train_epoch_together
 
 CLOCK = (
     "together, separate: whole epochs, from reading the next view to the last update; bare: updates on normalised "
@@ -83,12 +82,12 @@ def main(
         kept: list[tuple[Batch, torch.Tensor]] = [(b, model_inputs(b, data.preprocessing)) for b in feed.epoch(0)]
 
         def together(epoch: int) -> None:
-            for outcome in train_epoch_together(learners["together"], feed, epoch, lambda count: None):
+            for outcome in train_epoch(learners["together"], feed, epoch, lambda count: None):
                 assert not isinstance(outcome, Exception), outcome
 
         def separate(epoch: int) -> None:
             for learner, own in zip(learners["separate"], feeds, strict=True):
-                learner.train_epoch(own, epoch, lambda count: None)
+                train_epoch([learner], own, epoch, lambda count: None)
 
         def bare(epoch: int) -> None:
             for learner in learners["bare"]:

@@ -1,36 +1,69 @@
-"""The training step, readable in one place, and everything that a run carries from one step to the next."""
+"""The training loop: an epoch of one or several students, and the step that each makes on each batch.
+
+Students that train together share the batches: pixels, targets and augmentation are made once. On a CPU each ends with
+the weights of a run of its own, bit for bit: it gets the same batches, and a random state of its own for dropout. A
+student that fails does not stop the others.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
-from cache_tools.memory import raise_on_out_of_memory
+from cache_tools.memory import drop_tracebacks, raise_on_out_of_memory
 from cache_tools.preprocess import prepare
 from train.feed import Batch, Feed, mixed_seed
 from train.objective import Objective
-from train.recipe import OptimiserRecipe, ScheduleRecipe, TrainRecipe
+from train.optim import create_optimiser, create_schedule
+from train.recipe import TrainRecipe
 
+EpochOutcome = dict[str, float] | Exception
+Turn = list[tuple[Batch, Tensor]]
+"""Batches that one student trains on before it is the next one's turn, each with `model_inputs` of it."""
+
+# On a CPU a student takes several steps in a row: its weights, gradients and momentum stay in the processor's cache.
+BATCHES_PER_TURN, BYTES_PER_TURN = 8, 64 << 20
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def train_epoch(
+    learners: Sequence[Learner], feed: Feed, epoch: int, advance: Callable[[int], None]
+) -> list[EpochOutcome]:
+    """Train every learner on all batches of an epoch.
+
+    Args:
+        learners: of the same dataset, views, batch size, seed and preprocessing.
+        advance: called with the number of images that all learners have just trained on.
+
+    Returns:
+        For each learner the means over the samples (`loss`, its terms, `train_top1` in training mode), or the error
+        that stopped it: a DivergedError, an OutOfMemoryError, or any other. Errors of the feed are raised.
+    """
+    alone = len(learners) == 1
+    participants = [_Participant(learner, epoch, alone=alone) for learner in learners]
+    batches = BATCHES_PER_TURN if not alone and feed.device.type == "cpu" else 1
+    for turn in _turns(feed.epoch(epoch), learners[0].preprocessing, batches):
+        for participant in participants:
+            participant.train(turn)
+        advance(sum(len(batch.labels) for batch, _ in turn))
+    return [participant.outcome(epoch) for participant in participants]
 
 
 class Learner:
     """A student with its objective, optimiser, schedule, average and gradient scaler.
 
     Args:
-        student: moved to `device`, its weights as they are.
-        steps_per_epoch: updates per epoch, which the schedule is counted in.
+        student: moved to `device`; its weights stay as they are.
+        steps_per_epoch: updates per epoch, the unit of the schedule.
     """
 
     def __init__(
@@ -54,26 +87,8 @@ class Learner:
         self.updates = 0
         self._means = _Means()
 
-    def train_epoch(self, feed: Feed, epoch: int, advance: Callable[[int], None]) -> dict[str, float]:
-        """One pass over the feed.
-
-        Args:
-            advance: told the size of each batch after its step has been issued.
-
-        Returns:
-            Means over the samples: `loss`, its terms, and `train_top1` in training mode.
-
-        Raises:
-            DivergedError: the loss is not a finite number any more.
-        """
-        self.begin_epoch(epoch)
-        for batch in feed.epoch(epoch):
-            self.step(batch, model_inputs(batch, self.preprocessing))
-            advance(len(batch.labels))
-        return self.end_epoch(epoch)
-
     def begin_epoch(self, epoch: int) -> None:
-        """Get ready for the steps of an epoch; seeds the global generators."""
+        """Prepare for the steps of an epoch, and seed the global random generators."""
         torch.manual_seed(mixed_seed(self.recipe.seed, epoch, 1))  # dropout and the like: a function of the epoch
         self.student.train()
         self.objective.train()
@@ -81,7 +96,11 @@ class Learner:
         self._means = _Means()
 
     def step(self, batch: Batch, inputs_NCHW: Tensor) -> None:
-        """Forward, loss, backward, update; `inputs_NCHW` are `model_inputs` of the batch."""
+        """Forward, loss, backward, update.
+
+        Args:
+            inputs_NCHW: `model_inputs` of the batch.
+        """
         self.schedule.step_update(self.updates)
         with self._autocast():
             logits, features = self._forward(inputs_NCHW)
@@ -96,12 +115,24 @@ class Learner:
         self._means.add(terms, logits, batch.labels)
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Means of the epoch's steps, see `train_epoch`."""
-        return _finite(self._means.compute(), epoch)
+        """Means over the epoch's samples, as in `train_epoch`.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        means = self._means.compute()
+        if all(map(math.isfinite, means.values())):
+            return means
+        raise DivergedError(
+            "the training diverged: the loss is not a finite number",
+            where=f"epoch {epoch + 1}",
+            found=", ".join(f"{name} {value:g}" for name, value in means.items() if name != "train_top1"),
+            next_step="train with a lower --lr, a warm-up (--set schedule.warmup_epochs=1) or --precision float32",
+        )
 
     @property
     def learning_rate(self) -> float:
-        """Of the last update."""
+        """The learning rate of the last update."""
         return float(self.optimiser.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +156,7 @@ class Learner:
         self.updates = state["updates"]
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, C], and the features [B, D] in front of the classifier if the loss has a term for them."""
+        """Logits [B, C], and the classifier's input [B, D] if the loss has a feature term."""
         if not self.recipe.loss.needs_features:
             return self.student(inputs), None
         student: Any = self.student  # timm's interface, which nn.Module does not declare
@@ -138,19 +169,13 @@ class Learner:
 
 
 def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
-    """What a student sees of a batch: float32 [B, 3, H, W] in channels_last."""
+    """The input of a student: float32 [B, 3, H, W] in channels_last."""
     return prepare(batch.pixels.contiguous(memory_format=torch.channels_last), preprocessing)
-
-
-def explain_out_of_memory(recipe: TrainRecipe, device: torch.device) -> AbstractContextManager[None]:
-    """Inside, running out of memory raises an OutOfMemoryError that names the student and says what to change."""
-    next_step = "train with a smaller --batch-size or student, or where there is more memory"
-    return raise_on_out_of_memory(f"{recipe.student} on {device}", next_step)
 
 
 @contextmanager
 def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
-    """Settings under which a run repeats; what they were before, random state included, is restored afterwards.
+    """Torch's settings for a run that repeats; afterwards they are as before, and so is the random state.
 
     On the CPU always deterministic (same machine, same number of threads). On CUDA only if asked for: otherwise cuDNN
     may choose the quickest algorithm.
@@ -178,13 +203,84 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[3]
 
 
+def explain_out_of_memory(recipe: TrainRecipe, device: torch.device) -> AbstractContextManager[None]:
+    """Inside, running out of memory raises an OutOfMemoryError that names the student and says what to change."""
+    next_step = "train with a smaller --batch-size or student, or where there is more memory"
+    return raise_on_out_of_memory(f"{recipe.student} on {device}", next_step)
+
+
+class _Participant:
+    """A learner during an epoch, kept apart from the others: its random state, its CUDA stream, its error."""
+
+    def __init__(self, learner: Learner, epoch: int, *, alone: bool) -> None:
+        self._learner, self._device, self._alone = learner, learner.device, alone
+        self._error: Exception | None = None
+        # With a stream each, the kernels of small students fill the gaps that the others leave.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" and not alone else None
+        learner.begin_epoch(epoch)
+        self._random_state = None if alone else _random_state(self._device)
+
+    def train(self, turn: Turn) -> None:
+        """Make a step on each batch of a turn, unless an earlier one failed."""
+        if self._error is not None:
+            return
+        explained = explain_out_of_memory(self._learner.recipe, self._device)
+        try:
+            with self._own_random_state(), self._own_stream(turn), explained:
+                for batch, inputs in turn:
+                    self._learner.step(batch, inputs)
+        except Exception as error:
+            self._fail(error)
+
+    def outcome(self, epoch: int) -> EpochOutcome:
+        """The means of the epoch, or the error that stopped the learner."""
+        if self._error is not None:
+            return self._error
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        try:
+            return self._learner.end_epoch(epoch)
+        except DivergedError as error:
+            return error
+
+    def _fail(self, error: Exception) -> None:
+        """Keep the error, and free the memory of the failed step for the others."""
+        self._error = error if self._alone else drop_tracebacks(error)
+        self._learner.optimiser.zero_grad(set_to_none=True)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        if self._random_state is None:
+            yield
+            return
+        _set_random_state(self._device, self._random_state)
+        yield
+        self._random_state = _random_state(self._device)
+
+    @contextmanager
+    def _own_stream(self, turn: Turn) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+        for tensor in _tensors(turn):  # made on the stream of the feed, used on this one
+            tensor.record_stream(self._stream)
+
+
 class _Means:
-    """Sums of the loss terms and of right answers, kept on the device and read once per epoch."""
+    """Running sums of the loss terms and of right answers, on the device; read once per epoch.
+
+    torchmetrics' MeanMetric would do the same in a metric per term, at several times the cost for every step.
+    """
 
     def __init__(self) -> None:
         self._count = 0
         self._names: list[str] = []
-        self._sums: Tensor | None = None  # made where it is added to: learners may have a CUDA stream each
+        self._sums: Tensor | None = None  # created by the first step, on its CUDA stream
 
     def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         right = (logits.detach().argmax(1) == labels).float().mean()
@@ -197,71 +293,33 @@ class _Means:
         return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
 
 
-def _finite(means: dict[str, float], epoch: int) -> dict[str, float]:
-    if all(map(math.isfinite, means.values())):
-        return means
-    raise DivergedError(
-        "the training diverged: the loss is not a finite number",
-        where=f"epoch {epoch + 1}",
-        found=", ".join(f"{name} {value:g}" for name, value in means.items() if name != "train_top1"),
-        next_step="train with a lower --lr, a warm-up (--set schedule.warmup_epochs=1) or --precision float32",
-    )
+def _turns(batches: Iterable[Batch], preprocessing: Preprocessing, most: int) -> Iterator[Turn]:
+    """Batches with their inputs, up to `most` in a turn and no more than fill BYTES_PER_TURN."""
+    turn: Turn = []
+    for batch in batches:
+        inputs = model_inputs(batch, preprocessing)
+        turn.append((batch, inputs))
+        if len(turn) == most or len(turn) * inputs.nbytes >= BYTES_PER_TURN:
+            yield turn
+            turn = []
+    if turn:
+        yield turn
 
 
-def create_optimiser(recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over the parameters that are trained; weight decay on all of them, as in the
-    reference implementations of the field."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    # One kernel on CUDA, which also leaves out the update after an overflow in float16 without asking the host.
-    fused = all(parameter.is_cuda for parameter in trained) or None
-    if recipe.name == "adamw":
-        return torch.optim.AdamW(
-            trained,
-            lr=recipe.learning_rate,
-            betas=(recipe.momentum, 0.999),
-            weight_decay=recipe.weight_decay,
-            fused=fused,
-        )
-    return torch.optim.SGD(
-        trained,
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        fused=fused,
-    )
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def create_schedule(
-    recipe: ScheduleRecipe, optimiser: torch.optim.Optimizer, epochs: int, steps_per_epoch: int
-) -> Scheduler:
-    """A timm schedule counted in updates: call `step_update(t)` before update `t` (from 0 over the whole run).
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
-    The learning rate is a function of `t` alone, so a resumed run needs no state of it. Cosine falls from the end of
-    the warm-up to `min_learning_rate` after the last update; multistep multiplies by `gamma` from the first update of
-    each milestone epoch on (epochs from 0, so milestone 150 leaves 150 epochs at the full rate). Warm-up rises
-    linearly over its epochs, from nearly nothing.
-    """
-    total, warmup = epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
-    first_rate = optimiser.param_groups[0]["lr"] / (warmup + 1)
-    if recipe.name == "cosine":
-        return CosineLRScheduler(
-            optimiser,
-            t_initial=max(total - warmup, 1),
-            lr_min=recipe.min_learning_rate,
-            warmup_t=warmup,
-            warmup_lr_init=first_rate,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-    milestones = recipe.milestones if recipe.name == "multistep" else ()
-    return MultiStepLRScheduler(
-        optimiser,
-        # timm compares milestones with t + 1: one more, so that update `milestone · steps_per_epoch` is the first one.
-        decay_t=[milestone * steps_per_epoch + 1 for milestone in milestones],
-        decay_rate=recipe.gamma,
-        warmup_t=warmup,
-        warmup_lr_init=first_rate,
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
+
+def _tensors(turn: Turn) -> Iterator[Tensor]:
+    for batch, inputs in turn:
+        yield from (batch.pixels, batch.labels, batch.index, inputs)
+        for value in (batch.labelled, *batch.targets):
+            parts = value if isinstance(value, tuple) else (value,)
+            yield from (part for part in parts if isinstance(part, Tensor))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,42 +11,11 @@ from torch import Tensor, nn
 from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
 from train import losses
+from train.feed import Batch
 from train.losses.contrastive import Components, ContrastiveTerm
 from train.losses.numerics import full_precision
 from train.losses.tail import kd_tail
 from train.recipe import LossRecipe
-
-
-class BatchTargets(Protocol):
-    """Targets of a batch, float32, None for what was not loaded.
-
-    Fused logits [B, C] (or what a top-k cache knows of them), fused features [B, D], and the features of each network
-    [B, ·], teachers before CLIPs.
-    """
-
-    @property
-    def logits(self) -> Tensor | SparseTargets | None: ...
-    @property
-    def features(self) -> Tensor | None: ...
-    @property
-    def components(self) -> tuple[Tensor, ...] | None: ...
-
-
-class Batch(Protocol):
-    """What the objective reads of a batch: labels and sample indices int64 [B], and the targets.
-
-    `labelled`, bool [B], tells real labels from stand-ins; None where all are real.
-    """
-
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def labelled(self) -> Tensor | None: ...
-    @property
-    def index(self) -> Tensor: ...
-    @property
-    def targets(self) -> BatchTargets: ...
-
 
 LOGIT_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor, Tensor], Tensor]] = {
     "kd": lambda recipe, student, target, labels: losses.kd(student, target, recipe.temperature),

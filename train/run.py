@@ -28,7 +28,7 @@ from train.cost import check_images
 from train.data import TrainingData, open_data
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
-from train.loop import Learner, explain_out_of_memory, repeatable
+from train.loop import Learner, explain_out_of_memory, repeatable, train_epoch
 from train.objective import Objective
 from train.recipe import TrainRecipe, recipe_digest, run_folder
 from train.report.html import write_report
@@ -38,7 +38,6 @@ from train.runs.metrics import RunLog, read_metrics
 from train.runs.predictions import store_predictions
 from train.runs.result import RunResult, load_result
 from train.students import create_student
-from train.together import train_epoch_together
 
 
 def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
@@ -298,7 +297,7 @@ def train_group(
     """Train what is left of every run; runs that are ahead wait for the others.
 
     Args:
-        runs: of one batch stream (`together.train_epoch_together`) and with the same number of epochs.
+        runs: of one batch stream (`loop.train_epoch`) and with the same number of epochs.
         title: of the progress bar.
         referee: asked before every epoch about the runs that would train in it.
 
@@ -327,7 +326,7 @@ def train_group(
             if not due:
                 continue
             start = time.perf_counter()
-            means = train_epoch_together([runs[number].learner for number in due], feed, epoch, progress.advance)
+            means = train_epoch([runs[number].learner for number in due], feed, epoch, progress.advance)
             train_s = (time.perf_counter() - start) / len(due)
             for number, mean in zip(due, means, strict=True):
                 if isinstance(mean, Exception):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ from torch import nn
 from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.reader import TeacherCache
-from tests.support import cache_factory
+from tests.support import cache_factory, tiny_run
+from train import loop
+from train.data import open_data
 from train.feed import CachedTargets, Feed, ResidentFeed, epoch_order, mixed_seed
-from train.loop import Learner, create_optimiser, create_schedule, repeatable
+from train.loop import Learner, repeatable, train_epoch
 from train.objective import Objective
+from train.optim import create_optimiser, create_schedule
 from train.recipe import OptimiserRecipe, ScheduleRecipe, TrainRecipe
+from train.students import create_student
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -105,7 +111,7 @@ def test_an_epoch_is_the_plain_loop(cache: TeacherCache):
     recipe = make_recipe(loss={"kind": "kd", "distill_weight": 2.0, "temperature": 4.0})
     learner, feed = make_learner(recipe, cache)
     student = copy.deepcopy(learner.student)
-    means = [learner.train_epoch(feed, epoch, lambda count: None) for epoch in range(2)]
+    means = [train_alone(learner, feed, epoch) for epoch in range(2)]
 
     images = cache_factory.tiny_images(SAMPLES, CLASSES)
     optimiser = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
@@ -145,7 +151,7 @@ def test_two_runs_are_the_same_bit_for_bit(cache: TeacherCache):
         learner, feed = make_learner(recipe, cache)
         for epoch in range(2):
             torch.rand(disturbance)
-            learner.train_epoch(feed, epoch, lambda count: None)
+            train_alone(learner, feed, epoch)
         results.append(learner.state_dict())
     assert_same(*results)
 
@@ -168,12 +174,12 @@ def test_going_on_from_a_state_is_going_on(cache: TeacherCache, optimiser: dict[
     for epoch in range(3):
         if epoch == 1:
             torch.save(through.state_dict(), tmp_path / "state.pt")
-        through.train_epoch(feed, epoch, lambda count: None)
+        train_alone(through, feed, epoch)
     torch.manual_seed(99)
     resumed, feed = make_learner(recipe, cache, Dropping())
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for epoch in (1, 2):
-        resumed.train_epoch(feed, epoch, lambda count: None)
+        train_alone(resumed, feed, epoch)
     assert_same(through.state_dict(), resumed.state_dict())
 
 
@@ -191,7 +197,7 @@ def test_average_of_weights_is_what_it_says(cache: TeacherCache):
             average[key] = decay * average[key] + (1 - decay) * value.float()
 
     for epoch in range(2):
-        learner.train_epoch(feed, epoch, follow)
+        train_alone(learner, feed, epoch, follow)
     assert count == 10
     assert learner.average is not None
     for key, value in learner.average.module.state_dict().items():
@@ -205,8 +211,8 @@ def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache):
     learner, feed = make_learner(make_recipe(precision="bfloat16", loss=loss), cache, Dropping())
     plain, plain_feed = make_learner(make_recipe(loss=loss), cache, Dropping())
     learner.student.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    means = learner.train_epoch(feed, 0, lambda count: None)
-    exact = plain.train_epoch(plain_feed, 0, lambda count: None)
+    means = train_alone(learner, feed, 0)
+    exact = train_alone(plain, plain_feed, 0)
     assert set(seen) == {torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in learner.student.parameters())
     assert means["loss"] == pytest.approx(exact["loss"], rel=0.05)
@@ -217,7 +223,7 @@ def test_means_are_over_samples_not_batches(cache: TeacherCache):
     """With a learning rate of next to nothing, the mean of the loss is the loss over the whole set, short batch too."""
     recipe = make_recipe(loss={"kind": "kd", "ce_weight": 1.0}, optimiser={"learning_rate": 1e-12, "weight_decay": 0.0})
     learner, feed = make_learner(recipe, cache, Steady())
-    means = learner.train_epoch(feed, 0, lambda count: None)
+    means = train_alone(learner, feed, 0)
     images = cache_factory.tiny_images(SAMPLES, CLASSES)
     pixels = cache.recipe.views.apply(torch.from_numpy(images.load(slice(None))), range(SAMPLES), 0)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
@@ -231,7 +237,7 @@ def test_means_are_over_samples_not_batches(cache: TeacherCache):
 def test_a_diverged_run_stops_with_advice(cache: TeacherCache):
     learner, feed = make_learner(make_recipe(optimiser={"learning_rate": 1e30}), cache)
     with pytest.raises(DivergedError, match=r"diverged.*epoch 1.*lower --lr"):
-        learner.train_epoch(feed, 0, lambda count: None)
+        train_alone(learner, feed, 0)
 
 
 def test_settings_are_put_back():
@@ -263,7 +269,7 @@ def test_settings_are_put_back():
 def test_no_step_waits_for_the_gpu(cache: TeacherCache, precision: str):
     recipe = make_recipe(loss={"kind": "kd", "feature": "crd"}, precision=precision, ema_decay=0.9)
     learner, feed = make_learner(recipe, cache, device=torch.device("cuda"))
-    learner.train_epoch(feed, 0, lambda count: None)
+    train_alone(learner, feed, 0)
     steps: list[int] = []
 
     def after_first(count: int) -> None:
@@ -271,11 +277,63 @@ def test_no_step_waits_for_the_gpu(cache: TeacherCache, precision: str):
         torch.cuda.set_sync_debug_mode("error" if len(steps) < 5 else "default")
 
     try:
-        means = learner.train_epoch(feed, 1, after_first)
+        means = train_alone(learner, feed, 1, after_first)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == 5
     assert math.isfinite(means["loss"])
+
+
+# several students on the same batches
+
+
+@pytest.fixture(scope="module")
+def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    return tiny_run.write_cache(folder / "tiny.zarr", tiny_run.write_pictures(folder / "pictures"))
+
+
+def train_together(cache: Path, count: int) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
+    """An epoch of `count` students: the number of images in each turn, and the weights."""
+    recipe = tiny_run.recipe(cache, Path("unused"), epochs=1)
+    data = open_data(recipe, CPU)
+    feed = data.feed(recipe, CPU)
+    turns: list[int] = []
+    learners = []
+    for number in range(count):
+        torch.manual_seed(number)
+        student: Any = create_student("resnet8", 3)
+        objective = Objective(recipe.loss, student.num_features, data.target_dim, 3, len(data.images), data.labels)
+        learners.append(Learner(recipe, student, objective, data.preprocessing, feed.steps_per_epoch, CPU))
+    outcomes = train_epoch(learners, feed, 0, turns.append)
+    feed.close()
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    return turns, [learner.student.state_dict() for learner in learners]
+
+
+BATCH_BYTES = 16 * 3 * tiny_run.SIDE * tiny_run.SIDE * 4
+
+
+@pytest.mark.parametrize(
+    ("batches", "size", "expected"),
+    [
+        (1, 64 << 20, [16, 16, 16, 2]),
+        (3, 64 << 20, [48, 2]),
+        (8, 64 << 20, [50]),
+        (8, 2 * BATCH_BYTES, [32, 18]),
+    ],
+)
+def test_turns_have_a_limited_size_which_changes_no_weights(
+    cache_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int, size: int, expected: list[int]
+) -> None:
+    alone, (weights,) = train_together(cache_path, 1)
+    assert alone == [16, 16, 16, 2], "a student on its own takes no turns"
+    monkeypatch.setattr(loop, "BATCHES_PER_TURN", batches)
+    monkeypatch.setattr(loop, "BYTES_PER_TURN", size)
+    turns, (first, second) = train_together(cache_path, 2)
+    assert turns == expected
+    assert all(torch.equal(first[name], weights[name]) for name in weights)
+    assert not all(torch.equal(first[name], second[name]) for name in weights)
 
 
 class Dropping(nn.Module):
@@ -306,6 +364,16 @@ class Steady(Dropping):
         return torch.relu(self.conv(images))
 
 
+def train_alone(
+    learner: Learner, feed: Feed, epoch: int, advance: Callable[[int], None] = lambda count: None
+) -> dict[str, float]:
+    """An epoch of a single student: its means, or its error raised."""
+    (outcome,) = train_epoch([learner], feed, epoch, advance)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
 def make_recipe(**changes: Any) -> TrainRecipe:
     data: dict[str, Any] = {
         "name": "loop",
@@ -321,8 +389,6 @@ def make_recipe(**changes: Any) -> TrainRecipe:
 def make_learner(
     recipe: TrainRecipe, cache: TeacherCache, student: nn.Module | None = None, device: torch.device = CPU
 ) -> tuple[Learner, Feed]:
-    from train.students import create_student
-
     torch.manual_seed(mixed_seed(recipe.seed))
     if student is None:
         network: Any = create_student(recipe.student, CLASSES)

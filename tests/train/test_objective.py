@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,25 +15,15 @@ from torch import Tensor
 from cache_tools.config import validate
 from cache_tools.errors import RecipeError
 from train import losses
+from train.feed import Batch, BatchTargets
 from train.losses.contrastive import Components
+from train.losses.numerics import unit_rows
 from train.objective import FEATURE_TERMS, LOGIT_TERMS, Objective
 from train.recipe import LossRecipe
 
 SAMPLES, CLASSES, STUDENT_DIM, TARGET_DIM = 60, 7, 12, 9
 LABELS = np.arange(SAMPLES) % CLASSES
-
-
-class Targets(NamedTuple):
-    logits: Tensor | None
-    features: Tensor | None
-    components: tuple[Tensor, ...] | None = None
-
-
-class Batch(NamedTuple):
-    labels: Tensor
-    index: Tensor
-    targets: Targets
-    labelled: Tensor | None = None
+NO_PIXELS = torch.empty(0)
 
 
 def make_objective(target_dim: int | None = TARGET_DIM, **recipe: object) -> Objective:
@@ -53,7 +43,8 @@ def make_step(seed: int) -> tuple[Tensor, Tensor, Batch]:
     logits, target_logits = (torch.randn(8, CLASSES, generator=generator) for _ in range(2))
     features = torch.randn(8, STUDENT_DIM, generator=generator)
     target_features = torch.randn(8, TARGET_DIM, generator=generator)
-    batch = Batch(torch.from_numpy(LABELS)[index], index, Targets(target_logits, target_features))
+    labels, targets = torch.from_numpy(LABELS)[index], BatchTargets(target_logits, target_features)
+    batch = Batch(NO_PIXELS, labels, index, targets)
     return logits.requires_grad_(), features.requires_grad_(), batch
 
 
@@ -68,9 +59,9 @@ def component_objective(components: Components, *, seed: int = 0, **recipe: obje
     )  # fmt: skip
 
 
-def component_targets(seed: int) -> Targets:
+def component_targets(seed: int) -> BatchTargets:
     generator = torch.Generator().manual_seed(seed)
-    return Targets(None, None, tuple(torch.randn(8, width, generator=generator) for width in COMPONENTS.widths))
+    return BatchTargets(None, None, tuple(torch.randn(8, width, generator=generator) for width in COMPONENTS.widths))
 
 
 KINDS = ("ce", "kd", "dkd", "standardised_kd", "standardised_dkd")
@@ -99,7 +90,7 @@ def test_each_term_is_its_loss_with_the_recipe_s_numbers() -> None:
     logits, features, batch = make_step(1)
     target, labels = batch.targets.logits, batch.labels
     assert target is not None
-    square = Batch(batch.labels, batch.index, Targets(target, torch.randn(8, STUDENT_DIM)))
+    square = Batch(NO_PIXELS, batch.labels, batch.index, BatchTargets(target, torch.randn(8, STUDENT_DIM)))
     numbers = {
         "temperature": 5.0, "distill_weight": 2.0, "dkd_alpha": 1.5, "dkd_beta": 6.0, "feature_weight": 0.5,
         "rkd_distance_weight": 3.0, "rkd_angle_weight": 4.0,
@@ -144,7 +135,7 @@ def train_steps(objective: Objective, steps: range, *, components: bool = False)
     values = []
     for k in steps:
         logits, features, batch = make_step(k)
-        terms = objective(logits, features, batch._replace(targets=component_targets(k)) if components else batch)
+        terms = objective(logits, features, replace(batch, targets=component_targets(k)) if components else batch)
         optimiser.zero_grad()
         terms["loss"].backward()
         optimiser.step()
@@ -245,7 +236,7 @@ def test_what_crd_embeds(source: str, weights: tuple[float, float], names: list[
     assert [name.removesuffix(".weight") for name in learned if name.endswith("weight")] == names
     assert [learned[f"{name}.weight"].shape[1] for name in names] == [STUDENT_DIM, *widths][: len(names)]
     logits, features, batch = make_step(0)
-    batch = batch._replace(targets=component_targets(0)._replace(features=batch.targets.features))
+    batch = replace(batch, targets=component_targets(0)._replace(features=batch.targets.features))
     objective(logits, features, batch)["loss"].backward()
     for name, value in learned.items():
         assert value.grad is not None, name
@@ -254,12 +245,12 @@ def test_what_crd_embeds(source: str, weights: tuple[float, float], names: list[
 
 def test_the_weights_of_components_decide_the_mix() -> None:
     logits, features, batch = make_step(0)
-    batch = batch._replace(targets=component_targets(0))
+    batch = replace(batch, targets=component_targets(0))
     teacher, clip = batch.targets.components or ()
     even = component_objective(COMPONENTS._replace(weights=(0.5, 0.5)))
     unit = even.get_submodule("contrast")._target_unit((teacher, clip))  # type: ignore[operator]
     embeds = [even.get_submodule(f"contrast.embed_targets.{number}") for number in range(2)]
-    wanted = losses.unit_rows(sum(losses.unit_rows(embed(x)) for embed, x in zip(embeds, (teacher, clip), strict=True)))
+    wanted = unit_rows(sum(unit_rows(embed(x)) for embed, x in zip(embeds, (teacher, clip), strict=True)))
     torch.testing.assert_close(unit, wanted)
     other = component_objective(COMPONENTS._replace(weights=(0.9, 0.1)))
     assert even(logits, features, batch)["loss"] != other(logits, features, batch)["loss"]
@@ -291,7 +282,7 @@ def test_only_crd_embeds_components() -> None:
 def test_labels_only_needs_no_targets() -> None:
     objective = make_objective(target_dim=None, kind="ce")
     logits, _, batch = make_step(5)
-    batch = batch._replace(targets=Targets(None, None))
+    batch = replace(batch, targets=BatchTargets(None, None))
     assert torch.equal(
         objective(logits, None, batch)["loss"].detach(), losses.cross_entropy(logits, batch.labels).detach()
     )
@@ -335,8 +326,8 @@ def test_a_step_never_waits_for_the_device() -> None:
     assert batch.targets.logits is not None
     assert batch.targets.features is not None
     components = tuple(part.cuda() for part in component_targets(0).components or ())
-    targets = Targets(batch.targets.logits.cuda(), batch.targets.features.cuda(), components)
-    there = Batch(batch.labels.cuda(), batch.index.cuda(), targets)
+    targets = BatchTargets(batch.targets.logits.cuda(), batch.targets.features.cuda(), components)
+    there = Batch(NO_PIXELS, batch.labels.cuda(), batch.index.cuda(), targets)
     logits, features = logits.detach().cuda(), features.detach().cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -286,7 +286,7 @@ def test_starting_over_is_a_new_run(notebook: type[Notebook], cache: Path, tmp_p
 
 
 def test_a_run_that_fails_is_not_finished(notebook: type[Notebook], monkeypatch, cache: Path, tmp_path):
-    interrupt(monkeypatch, train.run, "train_epoch_together", 2)
+    interrupt(monkeypatch, train.run, "train_epoch", 2)
     with pytest.raises(KeyboardInterrupt):
         train_student(tiny_run.recipe(cache, tmp_path / "run", loggers=["tensorboard"]))
     assert notebook.told == ["start", 0, "stopped"]

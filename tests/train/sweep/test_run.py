@@ -112,7 +112,7 @@ def test_a_trial_is_the_run_of_its_own_to_the_last_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropout, CRD's negatives, labels alone and another network side by side; then each by its recorded recipe."""
-    monkeypatch.setattr("train.together.TURN", 3)  # several turns in an epoch, the last one short
+    monkeypatch.setattr("train.loop.BATCHES_PER_TURN", 3)  # several turns in an epoch, the last one short
     recipe = sweep(
         cache,
         students=(),
@@ -168,12 +168,12 @@ def test_one_that_diverges_and_one_without_memory_fail_alone(
 def test_one_that_only_lacks_memory_beside_others_is_trained_on_its_own(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import train.together as together
+    import train.loop as loop
     import train.zoo.wrn as zoo
 
     forward = zoo.WideResNet.forward
     lanes = []
-    begin = together._Lane.__init__
+    begin = loop._Participant.__init__
 
     def counted(self: Any, learner: Any, epoch: int, *, alone: bool) -> None:
         lanes.append(alone)
@@ -184,7 +184,7 @@ def test_one_that_only_lacks_memory_beside_others_is_trained_on_its_own(
             torch.empty(1 << 50)  # a real allocation that the system refuses
         return forward(self, pixels)
 
-    monkeypatch.setattr(together._Lane, "__init__", counted)
+    monkeypatch.setattr(loop._Participant, "__init__", counted)
     monkeypatch.setattr(zoo.WideResNet, "forward", greedy)
     result = run_sweep(sweep(cache, students=("wrn_16_1", "resnet8")), tmp_path / "sweep")
     assert result.trials["status"].to_list() == ["finished", "finished"]
