@@ -3,7 +3,7 @@
 Every loss is a batch mean unless it says otherwise.
 """
 
-from train.losses.contrastive import ContrastiveMemory
+from train.losses.contrastive import ContrastiveMemory, NegativeSampler
 from train.losses.functions import (
     cross_entropy,
     dkd,
@@ -15,10 +15,12 @@ from train.losses.functions import (
     standardise,
     standardised_kd,
 )
+from train.losses.numerics import unit_rows
 from train.losses.tail import kd_tail
 
 __all__ = [
     "ContrastiveMemory",
+    "NegativeSampler",
     "cross_entropy",
     "dkd",
     "feature_cosine",
@@ -29,4 +31,5 @@ __all__ = [
     "rkd",
     "standardise",
     "standardised_kd",
+    "unit_rows",
 ]

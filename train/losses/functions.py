@@ -4,8 +4,6 @@
 two widths may differ); `labels` int64 [B]. Each returns a scalar tensor, differentiable with respect to the student,
 computed in float32 at least whatever autocast is on, and never waits for the device. Extreme finite logits give
 finite losses and gradients. p = softmax(target / T) and q = softmax(student / T) below.
-
-Contrastive distillation needs a memory and lives in `train.losses.contrastive`; it is exported here as well.
 """
 
 from __future__ import annotations
@@ -14,23 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.losses.contrastive import ContrastiveMemory, NegativeSampler
 from train.losses.numerics import full_precision, unit_rows
-
-__all__ = [
-    "ContrastiveMemory",
-    "NegativeSampler",
-    "cross_entropy",
-    "dkd",
-    "feature_cosine",
-    "feature_mse",
-    "kd",
-    "pkt",
-    "rkd",
-    "standardise",
-    "standardised_kd",
-    "unit_rows",
-]
 
 _STANDARDISE_EPS = 1e-7
 _PKT_EPS = 1e-7
