@@ -34,7 +34,7 @@ from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.preprocess import prepare
-from cache_tools.views.recipe import Flip, PadCrop, ViewRecipe
+from cache_tools.views import Flip, PadCrop, ViewRecipe
 from pipeline.networks.prompts import prompt_class_name, render_prompts, template_set
 
 CONTEXT_LENGTH = 24  # tokens; the longest of the prompts in use has about 15

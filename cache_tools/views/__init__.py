@@ -1,4 +1,4 @@
-"""Views: what augmentation seed `v` makes of a sample, the same on every machine and library version."""
+"""Views: the augmentation of a sample by seed `v`, identical on every machine and library version."""
 
 from cache_tools.views.ops import ColourJitter, Flip, Identity, PadCrop, RandomErasing, RandomResizedCrop, ViewOp
 from cache_tools.views.recipe import ViewRecipe

@@ -1,9 +1,9 @@
-"""The ops of a view: frozen recipes, and the integers each of them draws for a sample.
+"""The ops of a view: frozen recipes, and the integers that each op draws for a sample.
 
-An op draws whole numbers only, from the Philox words of its own slots, by integer arithmetic: offsets, sides, and
-fixed-point factors. `cache_tools/views/pixels.py` turns them into pixels, by integer arithmetic again. No torch here.
+An op draws whole numbers (offsets, sides, fixed-point factors) from the Philox words of its own slots by integer
+arithmetic. `cache_tools/views/pixels.py` applies them to pixels, again by integer arithmetic. No torch here.
 
-Changing what any op draws is a new version of ViewRecipe: caches that exist were built with this one.
+A change of what any op draws needs a new version of ViewRecipe: existing caches were built with this one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
     if limits[0] > limits[1]:
-        raise ValueError("the lower limit comes first")
+        raise ValueError("the lower limit must come first")
     return limits
 
 
@@ -52,31 +52,31 @@ Ratio = Annotated[
 
 
 class Op(Frozen):
-    """What every op answers; `count` is the number of samples, `size` the (height, width) it gets."""
+    """The interface of an op; `count` is the number of samples, `size` the (height, width) of its input."""
 
     def output_size(self, size: Size) -> Size:
-        """(height, width) it makes. Raises RecipeError if it cannot work on images of this size."""
+        """(height, width) of its output. Raises RecipeError if it cannot work on images of this size."""
         return size
 
     def draw(self, words: Words, size: Size) -> dict[str, Integers]:
-        """Parameter name → int64 [N]. `words(k)` are the four Philox words [4, N] of the op's slot k."""
+        """Draw the parameters: name → int64 [N]. `words(k)` are the four Philox words [4, N] of the op's slot k."""
         return {}
 
     def neutral(self, count: int, size: Size) -> dict[str, Integers]:
-        """The parameters that change nothing, same names and shapes."""
+        """The parameters that leave an image unchanged, with the names and shapes of `draw`."""
         return {}
 
 
 class Identity(Op):
-    """The image as it is."""
+    """Leave the image unchanged."""
 
     op: Literal["identity"] = "identity"
 
 
 class PadCrop(Op):
-    """Pad each side, crop the old size at a uniform offset: `top`, `left` in 0 … 2·padding. Words 0 and 1.
+    """Pad each side and crop the old size at a uniform offset: `top`, `left` in 0 … 2·padding. Words 0 and 1.
 
-    `fill` is a grey level, or `reflect` (mirror without repeating the edge pixel).
+    `fill` is a grey level or `reflect` (mirror without repeating the edge pixel).
     """
 
     op: Literal["pad-crop"] = "pad-crop"
@@ -103,7 +103,7 @@ class PadCrop(Op):
 
 
 class Flip(Op):
-    """Mirror left and right with `probability`: `flipped` is 0 or 1. Word 0; at one half, its top bit."""
+    """Mirror left and right with `probability`: `flipped` is 0 or 1. Word 0; at one half, its top bit decides."""
 
     op: Literal["flip"] = "flip"
     probability: Probability = 0.5
@@ -116,10 +116,10 @@ class Flip(Op):
 
 
 class ColourJitter(Op):
-    """Brightness, contrast, saturation, hue: always in this order, words 0 to 3.
+    """Change brightness, contrast, saturation and hue, in this order. Words 0 to 3.
 
-    The first three are factors in 1/65536, uniform in 1 ± strength; hue is a turn about the grey axis in 1/1024 of a
-    full turn, uniform in ± strength (0.5: every hue). Turning RGB keeps greys exactly and luma nearly; it is not HSV.
+    The first three are factors in 1/65536, uniform in 1 ± strength. Hue is a turn about the grey axis in 1/1024 of a
+    full turn, uniform in ± strength (0.5: every hue). The turn keeps greys exactly and luma nearly; it is not HSV.
     """
 
     op: Literal["colour-jitter"] = "colour-jitter"
@@ -145,9 +145,9 @@ class ColourJitter(Op):
 
 
 class RandomResizedCrop(Op):
-    """A box of random area and aspect ratio, resized to `size`: `top`, `left`, `height`, `width`. Words 0 to 3.
+    """Resize a box of random area and aspect ratio to `size`: `top`, `left`, `height`, `width`. Words 0 to 3.
 
-    See `draw_box` for its distribution. `size` is the side of a square, or (height, width).
+    `draw_box` describes the distribution. `size` is the side of a square, or (height, width).
     """
 
     op: Literal["random-resized-crop"] = "random-resized-crop"
@@ -167,10 +167,11 @@ class RandomResizedCrop(Op):
 
 
 class RandomErasing(Op):
-    """With `probability`, paint over a box drawn by `draw_box`; `height` and `width` are 0 where nothing is erased.
+    """Paint over a box of `draw_box` with `probability`; `height` and `width` are 0 where nothing is erased.
 
-    The box takes words 0 to 3 of draw 0. Draw 1 gives the gate (word 0) and, with `fill: random`, one random colour per
-    sample (words 1 to 3); otherwise `fill` is a grey level or an RGB colour. Always `red`, `green`, `blue`.
+    The box takes words 0 to 3 of draw 0. Draw 1 decides whether to erase (word 0) and, with `fill: random`, gives one
+    random colour per sample (words 1 to 3). Otherwise `fill` is a grey level or an RGB colour. The parameters always
+    have `red`, `green` and `blue`.
     """
 
     op: Literal["random-erasing"] = "random-erasing"
@@ -197,26 +198,26 @@ class RandomErasing(Op):
         return dict(zip(("red", "green", "blue"), drawn, strict=True))
 
 
-def _named(op: Any) -> Any:
-    """`flip` for `{op: flip}`: in YAML an op without options is just its name."""
+def _op_of_name(op: Any) -> Any:
+    """Accept `flip` for `{op: flip}`: in YAML an op without options may be its name alone."""
     return {"op": op} if isinstance(op, str) else op
 
 
 ViewOp = Annotated[
     Annotated[Identity | PadCrop | Flip | ColourJitter | RandomResizedCrop | RandomErasing, Field(discriminator="op")],
-    BeforeValidator(_named),
+    BeforeValidator(_op_of_name),
 ]
 
 
 def draw_box(
     words: npt.NDArray[np.uint32], size: Size, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> dict[str, Integers]:
-    """A box inside the image, from four words each: `top`, `left`, `height`, `width`.
+    """Draw a box inside the image from four words per sample: `top`, `left`, `height`, `width`.
 
-    The area is uniform over the whole numbers from scale[0] to scale[1] of the image (bounded by the largest box that
-    both the image and the ratios allow); width / height is log-uniform, in steps of 2^(1/256), over those of the
-    ratios with which that area fits into the image; the place is uniform. torchvision draws area and ratio freely and
-    rejects boxes that do not fit, up to ten times: large boxes are a little rarer there.
+    The area is uniform over the whole numbers from scale[0] to scale[1] of the image, bounded by the largest box that
+    both the image and the ratios allow. Width / height is log-uniform, in steps of 2^(1/256), over the ratios with
+    which that area fits into the image. The position is uniform. torchvision draws area and ratio freely and rejects
+    boxes that do not fit, up to ten times, so large boxes are a little rarer there.
     """
     height, width = size
     table = ratio_table()
@@ -225,7 +226,7 @@ def draw_box(
     largest = max(1, min(round(scale[1] * height * width), fits))
     smallest = max(1, min(round(scale[0] * height * width), largest))
     area = smallest + below(words[0], largest - smallest + 1)
-    # a box of this area is neither higher nor wider than the image for ratios in area / height² … width² / area
+    # a box of this area fits into the image for ratios in area / height² … width² / area
     first = np.clip(np.searchsorted(table, (area << RATIO_BITS) // (height * height)), low, high)
     last = np.clip(np.searchsorted(table, (width * width << RATIO_BITS) // area, side="right") - 1, first, high)
     fixed_ratio = table[first + below(words[1], last - first + 1)]
@@ -245,7 +246,7 @@ def rounded_sqrt(value: Integers, bits: int) -> Integers:
 
 
 def integer_sqrt(value: Integers) -> Integers:
-    """⌊√value⌋ for 0 ≤ value < 2⁵², exact whichever way the machine rounds its square root."""
+    """⌊√value⌋ for 0 ≤ value < 2⁵², exact however the machine rounds its square root."""
     root = np.sqrt(value.astype(np.float64)).astype(np.int64)
     root -= root * root > value
     root += (root + 1) * (root + 1) <= value
@@ -254,8 +255,8 @@ def integer_sqrt(value: Integers) -> Integers:
 
 @functools.cache
 def ratio_table() -> Integers:
-    """⌊2^(k/256) · 2¹⁶⌋ for k = −1280 … 1280 (1/32 to 32), ascending; by integer square roots, so exact everywhere."""
-    extra = 8  # bits below the fixed point, so that ratios under 1 keep theirs
+    """⌊2^(k/256) · 2¹⁶⌋ for k = −1280 … 1280 (1/32 to 32), ascending; integer square roots make it exact."""
+    extra = 8  # bits below the fixed point, so that ratios below 1 keep their precision
     octave = []
     for step in range(OCTAVE_STEPS):
         value = 1 << (step + (RATIO_BITS + extra) * OCTAVE_STEPS)
@@ -270,7 +271,7 @@ def ratio_table() -> Integers:
 
 
 def _ratio_range(ratio: tuple[float, float]) -> tuple[int, int]:
-    """Positions in the table of the smallest and largest ratio within the limits; if none is, the next below, twice."""
+    """Positions of the smallest and largest ratio within the limits; twice that of the next lower one if none is."""
     table = ratio_table()
     low = int(np.searchsorted(table, round(ratio[0] * (1 << RATIO_BITS))))
     high = int(np.searchsorted(table, round(ratio[1] * (1 << RATIO_BITS)), side="right")) - 1

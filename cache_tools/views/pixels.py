@@ -1,8 +1,8 @@
-"""Pixels of a view, on CPU and CUDA: uint8 in, uint8 out, integers all the way.
+"""The pixels of a view, on CPU and CUDA: uint8 in, uint8 out, in integer arithmetic only.
 
-Whole numbers leave no room for a library, a device, a thread count or a matmul precision setting to round
-differently, so the student's pixels are the teacher's, bit for bit. Parameters come from `cache_tools/views/ops.py`.
-Changing a result here is a new version of ViewRecipe.
+Integers cannot be rounded differently by a library, a device, a thread count or a matmul precision setting, so the
+student's pixels equal the teacher's bit for bit. `cache_tools/views/ops.py` draws the parameters. A change of any
+result here needs a new version of ViewRecipe.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ from cache_tools.views.ops import (
 if TYPE_CHECKING:
     from cache_tools.views.ops import Op
 
-
 Parameters = Mapping[str, Tensor]  # name → int64 [N], on the pixels' device
 
 BATCH_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # per temporary: a core's L2 cache in int32; 128 MiB
+COLOUR_BITS = 16
+LUMA = (19_595, 38_470, 7_471)  # ITU-R 601 in 1/65536, adding up to 65536
+WEIGHT_BITS = 15
 
 
 def apply(
     ops: tuple[Op, ...], drawn: Mapping[str, Integers], output_size: tuple[int, int], images_NCHW: Tensor
 ) -> Tensor:
-    """See `ViewRecipe.apply`. Works through the samples in sub-batches, so memory stays bounded.
+    """See `ViewRecipe.apply`. Samples are processed in sub-batches, so memory is bounded.
 
     Args:
-        drawn: `ViewRecipe.parameters` of the images' samples, of which there are as many as images.
+        drawn: `ViewRecipe.parameters` for the samples of the images, one per image.
     """
     device, size = images_NCHW.device, (images_NCHW.shape[2], images_NCHW.shape[3])
     parameters = _on_device(drawn, len(ops), device)
@@ -70,19 +72,23 @@ def apply(
 
 
 def check(images: Tensor, count: int) -> None:
-    """Raise DataError unless these are uint8 [count, 3, H, W]."""
+    """Raise DataError unless the images are uint8 [count, 3, H, W]."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError("views are made of uint8 RGB images", expected="torch.uint8 [N, 3, H, W]", found=found)
     if len(images) != count:
-        raise DataError("as many images as sample indices are needed", expected=f"{count} images", found=len(images))
+        raise DataError(
+            "the number of images differs from the number of sample indices",
+            expected=f"{count} images",
+            found=len(images),
+        )
 
 
 def move(images_NCHW: Tensor, steps: Sequence[tuple[Op, Parameters]]) -> Tensor:
-    """A run of pad-crops and flips as one gather; at most one fill level among them.
+    """Apply consecutive pad-crops and flips as one gather; they share at most one fill level.
 
-    Both ops move whole rows and columns, so their composition is a row map [N, H] and a column map [N, W]. Position H
-    (or W) of a map is a row (or column) of the fill level.
+    Both ops move whole rows and columns, so their composition is a row map [N, H] and a column map [N, W]. The value H
+    (or W) in a map stands for a row (or column) of the fill level.
     """
     count, channels, height, width = images_NCHW.shape
     device = images_NCHW.device
@@ -107,7 +113,7 @@ def move(images_NCHW: Tensor, steps: Sequence[tuple[Op, Parameters]]) -> Tensor:
 
 
 def erase(images_NCHW: Tensor, values: Parameters) -> Tensor:
-    """Each image's box painted in its colour."""
+    """Paint the box of each image in its colour."""
     height, width = images_NCHW.shape[2:]
     rows = _inside(values["top"], values["height"], height).view(-1, 1, height, 1)
     columns = _inside(values["left"], values["width"], width).view(-1, 1, 1, width)
@@ -115,109 +121,11 @@ def erase(images_NCHW: Tensor, values: Parameters) -> Tensor:
     return torch.where(rows & columns, colour[:, :, None, None], images_NCHW)
 
 
-def _change(pixels: Tensor, op: Op, values: Parameters) -> Tensor:
-    match op:
-        case ColourJitter():
-            return jitter(pixels, op, values)
-        case RandomResizedCrop():
-            return crop_and_resize(pixels, values, op.output_size((pixels.shape[2], pixels.shape[3])))
-        case RandomErasing():
-            return erase(pixels, values)
-        case Identity():
-            return pixels
-    raise AssertionError(f"no pixels for {op}")
-
-
-def _shifted(places_NL: Tensor, offset_N: Tensor, reflect: bool) -> Tensor:
-    """The map that reads `places` at l + offset; outside: mirrored, or L, which stands for the fill level."""
-    length = places_NL.shape[1]
-    at = torch.arange(length, device=places_NL.device) + offset_N[:, None]
-    if reflect:
-        last = length - 1
-        return places_NL.gather(1, last - (last - at.abs()).abs())
-    within = at.clamp(0, length - 1)
-    return torch.where(at == within, places_NL.gather(1, within), length)
-
-
-def _inside(start_N: Tensor, length_N: Tensor, size: int) -> Tensor:
-    """bool [N, size]: start ≤ place < start + length."""
-    place = torch.arange(size, device=start_N.device)
-    return (place >= start_N[:, None]) & (place < (start_N + length_N)[:, None])
-
-
-def _runs(ops: tuple[Op, ...]) -> list[list[tuple[int, Op]]]:
-    """(position, op) in order; neighbouring pad-crops and flips go together, unless they fill with different levels."""
-    runs: list[list[tuple[int, Op]]] = []
-    for position, op in enumerate(ops):
-        if isinstance(op, PadCrop | Flip) and runs and isinstance(runs[-1][0][1], PadCrop | Flip):
-            levels = {step.fill for _, step in [*runs[-1], (position, op)] if isinstance(step, PadCrop)} - {"reflect"}
-            if len(levels) < 2:
-                runs[-1].append((position, op))
-                continue
-        runs.append([(position, op)])
-    return runs
-
-
-def _widest(ops: tuple[Op, ...], size: tuple[int, int]) -> int:
-    """Elements per sample of the largest temporary."""
-    height, width = size
-    for op in ops:
-        size = op.output_size(size)
-        height, width = max(height, size[0]), max(width, size[1])
-    return 3 * height * width
-
-
-def _each(work: Callable[[int], None], starts: Sequence[int], device: torch.device) -> None:
-    """Sub-batches on the CPU go to threads that use one torch thread each.
-
-    Torch would split every small operation and wait for the slower half: on cores that are busy with training, or with
-    other processes, that waiting costs many times the work.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(starts) < 2:
-        for start in starts:
-            work(start)
-    else:
-        list(_workers(threads).map(work, starts))
-
-
-@functools.cache
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """A pool that stays, because torch's thread count, though each thread has its own, is also the default of new ones.
-
-    All workers start here, and the default is put back before anything else can start a thread with it.
-    """
-    pool = ThreadPoolExecutor(threads, "views", initializer=torch.set_num_threads, initargs=(1,))
-    started = threading.Barrier(threads)
-    list(pool.map(lambda _: started.wait(), range(threads)))
-    torch.set_num_threads(threads)
-    return pool
-
-
-os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked process has the pool but not its threads
-
-
-def _on_device(drawn: Mapping[str, Integers], ops: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """The parameters of each op, by name, in one copy that does not wait for the device."""
-    parameters: list[dict[str, Tensor]] = [{} for _ in range(ops)]
-    if drawn:
-        table = torch.from_numpy(np.stack(list(drawn.values())))
-        table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
-        for key, values in zip(drawn, table, strict=True):
-            position, _, name = key.split(".")
-            parameters[int(position)][name] = values
-    return parameters
-
-
-COLOUR_BITS = 16
-LUMA = (19_595, 38_470, 7_471)  # ITU-R 601 in 1/65536, adding up to 65536
-
-
 def jitter(images_NCHW: Tensor, op: ColourJitter, values: Mapping[str, Tensor]) -> Tensor:
-    """Brightness, contrast, saturation, hue, each rounded and clamped to 0 … 255.
+    """Change brightness, contrast, saturation and hue, each rounded and clamped to 0 … 255.
 
-    brightness x·f; contrast m + (x − m)·f for the image's rounded mean luma m; saturation l + (x − l)·f for the
-    pixel's luma l; hue: RGB turned about the grey axis. A strength of 0 is an exact identity, so it is skipped.
+    Brightness is x·f; contrast is m + (x − m)·f for the image's rounded mean luma m; saturation is l + (x − l)·f for
+    the pixel's luma l; hue turns RGB about the grey axis. A strength of 0 changes nothing, so the step is skipped.
     """
     pixels = images_NCHW.to(torch.int32, memory_format=torch.contiguous_format)
     factors = {
@@ -243,9 +151,16 @@ def jitter(images_NCHW: Tensor, op: ColourJitter, values: Mapping[str, Tensor]) 
     return pixels.to(torch.uint8)
 
 
+def crop_and_resize(images_NCHW: Tensor, values: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """Resize each image's box (`top`, `left`, `height`, `width`) to `size`: rows first, uint8 between the passes."""
+    pixels = _resample_rows(images_NCHW, values["top"], values["height"], size[0])
+    pixels = _resample_rows(pixels.transpose(2, 3).contiguous(), values["left"], values["width"], size[1])
+    return pixels.transpose(2, 3)
+
+
 def luma(pixels_NCHW: Tensor) -> Tensor:
-    """int32 [N, 1, H, W]: (19595 R + 38470 G + 7471 B + 2¹⁵) / 2¹⁶, rounded down: 0 … 255."""
-    red, green, blue = pixels_NCHW.split(1, dim=1)
+    """int32 [N, 1, H, W]: (19595 R + 38470 G + 7471 B + 2¹⁵) / 2¹⁶ rounded down, 0 … 255."""
+    red, green, blue = (pixels_NCHW[:, channel : channel + 1] for channel in range(3))
     total = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
     return total.add_(1 << COLOUR_BITS - 1).bitwise_right_shift_(COLOUR_BITS)
 
@@ -257,47 +172,18 @@ def hue_weights(step: int) -> tuple[float, float]:
     return (common - odd) * ONE, (common + odd) * ONE
 
 
-@functools.cache
-def _hue_table(device: torch.device) -> Tensor:
-    """int32 [3, 1024]: weights of a channel, the following and the previous one, for turns of k/1024, in 1/65536.
-
-    Rows of the rotation matrix about (1, 1, 1): ⅓ + ⅔ cos θ and ⅓ (1 − cos θ) ∓ sin θ / √3. They add up to 65536
-    exactly, so greys stay. No entry lies within 10⁻⁶ of a rounding boundary (a test), far beyond what mathematics
-    libraries differ by.
-    """
-    table = torch.empty(3, HUE_STEPS, dtype=torch.int32)
-    for step in range(HUE_STEPS):
-        following, previous = (round(value) for value in hue_weights(step))
-        table[:, step] = torch.tensor([ONE - following - previous, following, previous])
-    return table.to(device)
-
-
-def _to_grey_level(fixed: Tensor) -> Tensor:
-    """Fixed point with 16 fraction bits → the nearest whole number (halves up) in 0 … 255, in place."""
-    return fixed.add_(1 << COLOUR_BITS - 1).bitwise_right_shift_(COLOUR_BITS).clamp_(0, 255)
-
-
-WEIGHT_BITS = 15
-
-
-def crop_and_resize(images_NCHW: Tensor, values: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
-    """Each image's box (`top`, `left`, `height`, `width`), resized to `size`: rows first, uint8 between the passes."""
-    pixels = _resample_rows(images_NCHW, values["top"], values["height"], size[0])
-    pixels = _resample_rows(pixels.transpose(2, 3).contiguous(), values["left"], values["width"], size[1])
-    return pixels.transpose(2, 3)
-
-
 def triangle_taps(length_N: Tensor, source: int, size: int) -> tuple[Tensor, Tensor]:
-    """Where each output row looks, and how much: a triangle filter, widened when it shrinks (antialiased bilinear).
+    """The source rows of each output row and their weights: a triangle filter, widened for shrinking (antialiased).
 
-    Output row i of `size` has its centre at (i + ½)·length/size; source row j weighs 1 − |j + ½ − centre| / w with
-    w = max(1, length/size), if that is positive and j inside the box. Everything is multiplied by 2·max(length, size)
-    to be whole, then scaled to add up to 2¹⁵ exactly: rounded down, the rest to the (first) largest.
+    Output row i of `size` has its centre at (i + ½)·length/size. Source row j weighs 1 − |j + ½ − centre| / w with
+    w = max(1, length/size), if that is positive and j is inside the box. The weights are multiplied by
+    2·max(length, size), which makes them whole, and scaled to add up to 2¹⁵ exactly: they are rounded down, and the
+    (first) largest takes the rest.
 
     Args:
-        length_N: int64 [N], rows of each box.
-        source: rows of the image, an upper bound of every length.
-        size: rows wanted.
+        length_N: int64 [N], the number of rows of each box.
+        source: the number of rows of the image, an upper bound of every length.
+        size: the number of output rows.
 
     Returns:
         positions in the box int64 [N, size, K] (0 … length−1) and weights int32 [N, size, K].
@@ -312,17 +198,131 @@ def triangle_taps(length_N: Tensor, source: int, size: int) -> tuple[Tensor, Ten
     raw = (width - ((2 * place + 1) * size - centre).abs()).clamp(min=0)
     raw = torch.where((place >= 0) & (place < length), raw, 0)
     weights = torch.div(raw << WEIGHT_BITS, raw.sum(2, keepdim=True), rounding_mode="floor")
-    rank = raw * count - order  # distinct, so that exactly one is the largest
+    rank = raw * count - order  # all different, so exactly one is the largest
     rest = (1 << WEIGHT_BITS) - weights.sum(2, keepdim=True)
     weights = torch.where(rank == rank.amax(2, keepdim=True), weights + rest, weights)
     return torch.minimum(place.clamp(min=0), length - 1), weights.to(torch.int32)
 
 
-def _resample_rows(images_NCHW: Tensor, start_N: Tensor, length_N: Tensor, size: int) -> Tensor:
-    """uint8 [N, C, size, W]: rows start … start + length − 1 of each image resampled to `size` rows.
+def _change(pixels: Tensor, op: Op, values: Parameters) -> Tensor:
+    match op:
+        case ColourJitter():
+            return jitter(pixels, op, values)
+        case RandomResizedCrop():
+            return crop_and_resize(pixels, values, op.output_size((pixels.shape[2], pixels.shape[3])))
+        case RandomErasing():
+            return erase(pixels, values)
+        case Identity():
+            return pixels
+    raise AssertionError(f"no pixels for {op}")
 
-    A sum over the few rows that weigh something, element by element: exact in int32 (255 · 2¹⁵ < 2²³) whatever the
-    matmul settings are, and where images are larger than about 32 pixels, faster than a dense matmul.
+
+def _runs(ops: tuple[Op, ...]) -> list[list[tuple[int, Op]]]:
+    """(position, op) in order; neighbouring pad-crops and flips form one run unless their fill levels differ."""
+    runs: list[list[tuple[int, Op]]] = []
+    for position, op in enumerate(ops):
+        if isinstance(op, PadCrop | Flip) and runs and isinstance(runs[-1][0][1], PadCrop | Flip):
+            levels = {step.fill for _, step in [*runs[-1], (position, op)] if isinstance(step, PadCrop)} - {"reflect"}
+            if len(levels) < 2:
+                runs[-1].append((position, op))
+                continue
+        runs.append([(position, op)])
+    return runs
+
+
+def _widest(ops: tuple[Op, ...], size: tuple[int, int]) -> int:
+    """The number of elements per sample of the largest temporary."""
+    height, width = size
+    for op in ops:
+        size = op.output_size(size)
+        height, width = max(height, size[0]), max(width, size[1])
+    return 3 * height * width
+
+
+def _each(work: Callable[[int], None], starts: Sequence[int], device: torch.device) -> None:
+    """Call `work` for every sub-batch; on the CPU in threads that use one torch thread each.
+
+    Torch would split every small operation and wait for the slower half. On cores that are busy with training or with
+    other processes, that wait costs many times the work.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(starts) < 2:
+        for start in starts:
+            work(start)
+    else:
+        list(_workers(threads).map(work, starts))
+
+
+@functools.cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """A permanent pool: a worker that sets its own torch thread count also changes the default of new threads.
+
+    So all workers start here, and the default is restored before anything else can start a thread with it.
+    """
+    pool = ThreadPoolExecutor(threads, "views", initializer=torch.set_num_threads, initargs=(1,))
+    started = threading.Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))
+    torch.set_num_threads(threads)
+    return pool
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked process has the pool but not its threads
+
+
+def _on_device(drawn: Mapping[str, Integers], ops: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """The parameters of each op by name, copied to the device in one transfer that does not block."""
+    parameters: list[dict[str, Tensor]] = [{} for _ in range(ops)]
+    if drawn:
+        table = torch.from_numpy(np.stack(list(drawn.values())))
+        table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+        for key, values in zip(drawn, table, strict=True):
+            position, _, name = key.split(".")
+            parameters[int(position)][name] = values
+    return parameters
+
+
+def _shifted(places_NL: Tensor, offset_N: Tensor, reflect: bool) -> Tensor:
+    """The map `places` read at l + offset; outside it is mirrored, or L, which stands for the fill level."""
+    length = places_NL.shape[1]
+    at = torch.arange(length, device=places_NL.device) + offset_N[:, None]
+    if reflect:
+        last = length - 1
+        return places_NL.gather(1, last - (last - at.abs()).abs())
+    within = at.clamp(0, length - 1)
+    return torch.where(at == within, places_NL.gather(1, within), length)
+
+
+def _inside(start_N: Tensor, length_N: Tensor, size: int) -> Tensor:
+    """bool [N, size]: start ≤ place < start + length."""
+    place = torch.arange(size, device=start_N.device)
+    return (place >= start_N[:, None]) & (place < (start_N + length_N)[:, None])
+
+
+@functools.cache
+def _hue_table(device: torch.device) -> Tensor:
+    """int32 [3, 1024]: weights of a channel, the following and the previous one, for turns of k/1024, in 1/65536.
+
+    Rows of the rotation matrix about (1, 1, 1): ⅓ + ⅔ cos θ and ⅓ (1 − cos θ) ∓ sin θ / √3. They add up to 65536
+    exactly, so greys do not change. No entry lies within 10⁻⁶ of a rounding boundary (a test checks this), and
+    mathematics libraries differ by far less.
+    """
+    table = torch.empty(3, HUE_STEPS, dtype=torch.int32)
+    for step in range(HUE_STEPS):
+        following, previous = (round(value) for value in hue_weights(step))
+        table[:, step] = torch.tensor([ONE - following - previous, following, previous])
+    return table.to(device)
+
+
+def _to_grey_level(fixed: Tensor) -> Tensor:
+    """Round numbers with 16 fraction bits to the nearest whole number (halves up) in 0 … 255, in place."""
+    return fixed.add_(1 << COLOUR_BITS - 1).bitwise_right_shift_(COLOUR_BITS).clamp_(0, 255)
+
+
+def _resample_rows(images_NCHW: Tensor, start_N: Tensor, length_N: Tensor, size: int) -> Tensor:
+    """Resample rows start … start + length − 1 of each image to `size` rows: uint8 [N, C, size, W].
+
+    The sum over the few rows with a weight is exact in int32 (255 · 2¹⁵ < 2²³) for all matmul settings. For images
+    larger than about 32 pixels it is faster than a dense matmul.
     """
     count, channels, height, width = images_NCHW.shape
     place, weights = triangle_taps(length_N, height, size)

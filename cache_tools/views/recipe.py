@@ -1,8 +1,7 @@
 """A view is a function, not a file: (recipe, base seed, view, sample) → integer parameters → pixels.
 
-Counter-based random numbers and integer arithmetic make both steps the same on every machine, device and library
-version: a cache stores targets, and training makes the teacher's pixels again, bit for bit. Nothing here needs torch
-until `apply` is called.
+Counter-based random numbers and integer arithmetic give the same result on every machine, device and library version.
+So a cache stores targets only, and training recomputes the teacher's pixels bit for bit. Only `apply` needs torch.
 """
 
 from __future__ import annotations
@@ -19,19 +18,7 @@ from pydantic import Field
 from cache_tools.config import Frozen
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.philox import sample_words
-from cache_tools.views.ops import (
-    MAX_SIDE,
-    ColourJitter,
-    Flip,
-    Identity,
-    Integers,
-    PadCrop,
-    RandomErasing,
-    RandomResizedCrop,
-    Size,
-    ViewOp,
-    Words,
-)
+from cache_tools.views.ops import MAX_SIDE, Integers, Size, ViewOp, Words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,30 +27,19 @@ if TYPE_CHECKING:
 
     Index: TypeAlias = int | range | Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
-__all__ = [
-    "ColourJitter",
-    "Flip",
-    "Identity",
-    "PadCrop",
-    "RandomErasing",
-    "RandomResizedCrop",
-    "ViewOp",
-    "ViewRecipe",
-]
-
 MAX_OPS = 64
 DRAW_BITS = 8
 
 
 class ViewRecipe(Frozen):
-    """What augmentation seed `view` makes of a sample.
+    """How a view is made from a sample and the augmentation seed `view`.
 
     Attributes:
         version: of the drawing rules and the pixel arithmetic; a change of either is a new version.
         base_seed: the Philox key.
-        clean_first: view 0 is the clean image: every op gets its neutral parameters (a random resized crop: the whole
-            image, resized).
-        ops: applied in this order. An op at position p takes its k-th four words from the counter (sample index low,
+        clean_first: whether view 0 is the clean image: every op gets its neutral parameters, and a random resized crop
+            resizes the whole image.
+        ops: applied in this order. The op at position p takes its k-th four words from the counter (sample index low,
             sample index high, view, p · 256 + k).
     """
 
@@ -76,30 +52,30 @@ class ViewRecipe(Frozen):
         """(height, width) of a view of images of `image_size`.
 
         Raises:
-            RecipeError: an op that cannot work on images of this size.
+            RecipeError: an op cannot work on images of this size.
         """
         for op in self.ops:
             image_size = op.output_size(image_size)
         return image_size
 
     def parameters(self, index: Index, view: int, image_size: Size) -> dict[str, Integers]:
-        """Everything random about a view: `POSITION.OP.NAME` → int64 [N], in the order of `index`.
+        """All random parameters of a view: `POSITION.OP.NAME` → int64 [N], in the order of `index`.
 
         Args:
-            index: sample indices, 0 … 2⁶³−1, in any order; one number stands for one sample.
+            index: sample indices, 0 … 2⁶³−1, in any order; or a single index.
             view: 0 … 2³²−1.
             image_size: (height, width) of the source images.
 
         Raises:
-            DataError: an index or view that is negative or not a whole number.
-            RecipeError: an op that cannot work on images of this size.
+            DataError: an index or the view is negative or not a whole number.
+            RecipeError: an op cannot work on images of this size.
         """
         samples = _sample_index(index)
         number = _view_number(view)
         height, width = (int(side) for side in image_size)
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
             raise RecipeError(
-                "views cannot be made of images of this size",
+                "images of this size cannot be augmented",
                 expected=f"sides of 1 to {MAX_SIDE}",
                 found=f"{height}×{width}",
             )
@@ -116,9 +92,9 @@ class ViewRecipe(Frozen):
         return drawn
 
     def parameter_digest(self, index: Index, view: int, image_size: Size) -> int:
-        """What stands for a block's parameters in a cache: 64 bits of blake2b, never 0.
+        """The digest of a block's parameters that a cache stores: 64 bits of blake2b, never 0.
 
-        It covers version, view, image size, sample indices, and each parameter's name and values.
+        It covers the version, the view, the image size, the sample indices, and the name and values of each parameter.
         """
         samples = _sample_index(index)
         drawn = self.parameters(samples, view, image_size)
@@ -129,7 +105,7 @@ class ViewRecipe(Frozen):
         return int.from_bytes(digest.digest(), "little") or 1
 
     def apply(self, images_NCHW_u8: torch.Tensor, index: Index, view: int) -> torch.Tensor:
-        """The pixels of a view, exactly what the teachers saw.
+        """The pixels of a view, exactly as the teachers saw them.
 
         Args:
             images_NCHW_u8: uint8 [N, 3, H, W]; row i is sample `index[i]`. Any device.
@@ -140,8 +116,8 @@ class ViewRecipe(Frozen):
             uint8 [N, 3, *output_size] on the same device; never shares memory with the input.
 
         Raises:
-            DataError: wrong dtype or shape, or not as many images as indices.
-            RecipeError: an op that cannot work on images of this size.
+            DataError: the dtype or shape is wrong, or there are not as many images as indices.
+            RecipeError: an op cannot work on images of this size.
         """
         from cache_tools.views import pixels
 
@@ -156,7 +132,7 @@ class ViewRecipe(Frozen):
 
 
 def _sample_index(index: Index) -> Integers:
-    """Any kind of index as int64 [N]."""
+    """Convert any kind of index to int64 [N]."""
     try:
         array: npt.NDArray[Any] = np.asarray(index.cpu() if _is_tensor(index) else index)
     except (ValueError, OverflowError) as error:
@@ -178,7 +154,7 @@ def _sample_index(index: Index) -> Integers:
 
 
 def _is_tensor(index: Index) -> TypeGuard[torch.Tensor]:
-    """Without importing torch: whoever holds a tensor has imported it."""
+    """Does not import torch: a caller that holds a tensor has imported it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(index, torch.Tensor)
 

@@ -19,7 +19,7 @@ from cache_tools.images.image_set import sample_key
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.store.create import constants_digest
 from cache_tools.store.writer import CacheWriter
-from cache_tools.views.recipe import Flip, PadCrop, ViewRecipe
+from cache_tools.views import Flip, PadCrop, ViewRecipe
 
 PREPROCESSING = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 VIEWS = ViewRecipe(base_seed=7, clean_first=True, ops=(PadCrop(), Flip()))

@@ -14,7 +14,7 @@ import torch
 from cache_tools.errors import DataError, FormatError, RecipeError
 from cache_tools.images.image_set import ImageSet
 from cache_tools.reader import TeacherCache
-from cache_tools.views.recipe import ColourJitter, Flip, PadCrop, RandomResizedCrop, ViewRecipe
+from cache_tools.views import ColourJitter, Flip, PadCrop, RandomResizedCrop, ViewRecipe
 from tests.support import cache_factory
 from train import feed as feeds
 from train.feed import (

@@ -177,7 +177,7 @@ def test_hue_keeps_greys_and_swaps_channels_at_a_third() -> None:
 
 
 def test_no_hue_weight_is_near_a_rounding_boundary() -> None:
-    """So that a mathematics library whose sine differs in the last digit makes the same table."""
+    """So a mathematics library whose sine differs in the last digit gives the same table."""
     weights = np.array([pixels.hue_weights(step) for step in range(1024)])
     assert np.abs(weights - np.floor(weights) - 0.5).min() > 1e-6
 
@@ -291,14 +291,14 @@ PINNED_PIXELS = {
 
 
 def noise(count, size):
-    """Pixels that no library draws: position arithmetic, all 256 levels."""
+    """Pixels that depend on no library: position arithmetic, all 256 levels."""
     place = torch.arange(count * 3 * size * size, dtype=torch.int64)
     return ((place * place * 7_919 + place * 40_503 >> 7) & 255).to(torch.uint8).view(count, 3, size, size)
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
 def test_pixels_are_pinned(name) -> None:
-    """A change here changes what every existing cache's students see: it needs a new ViewRecipe version."""
+    """A change here changes the pixels of every existing cache: it needs a new ViewRecipe version."""
     recipe = ViewRecipe(base_seed=2024, ops=EVERY_OP[name])
     made = recipe.apply(noise(50, 32), range(100, 150), 2)
     assert hashlib.blake2b(made.numpy().tobytes(), digest_size=8).hexdigest() == PINNED_PIXELS[name]
@@ -332,7 +332,7 @@ def test_order_batch_size_chunks_threads_and_memory_layout_do_not_matter(name, m
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_clean_first_gives_the_image_itself(name) -> None:
+def test_clean_first_returns_the_image_unchanged(name) -> None:
     images = photos(10, 32, 32)
     made, _ = run(EVERY_OP[name], images, view=0, clean_first=True)
     if "resized" in name or name == "imagenet":
@@ -347,10 +347,10 @@ def test_clean_first_gives_the_image_itself(name) -> None:
         np.testing.assert_array_equal(made, images.numpy())
 
 
-def test_worker_threads_leave_the_thread_count_of_others_alone() -> None:
-    """In a process of its own: a thread that starts after a view was made gets the thread count that was set.
+def test_worker_threads_do_not_change_the_thread_count_of_others() -> None:
+    """In a separate process: a thread that starts after a view was made gets the thread count that was set.
 
-    And a fork makes views too; everything else stays out of OpenMP, which would not survive the fork.
+    A forked process can apply views too. The code avoids OpenMP otherwise, which would not survive the fork.
     """
     code = """
 import os, threading, numpy as np, torch
@@ -392,7 +392,7 @@ def test_no_images_and_one_image() -> None:
     ],
     ids=["float", "grey", "one image", "numpy"],
 )
-def test_images_of_the_wrong_kind_are_refused(images) -> None:
+def test_images_of_the_wrong_type_are_refused(images) -> None:
     with pytest.raises(DataError, match="uint8"):
         ViewRecipe(ops=["flip"]).apply(images, [0, 1], 0)
 

@@ -1,4 +1,4 @@
-"""View recipes and the integers they draw: any order, any batch, any process, the same."""
+"""View recipes and the integers they draw: the same in any order, any batch and any process."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cache_tools import views
 from cache_tools.config import dump_yaml, validate
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.philox import sample_words
 from cache_tools.views import ops as view_ops
-from cache_tools.views import recipe as views
 from cache_tools.views.recipe import ViewRecipe
 
 EVERYTHING = ViewRecipe(
@@ -60,7 +60,7 @@ SIDE = st.integers(1, 300)
 
 
 @given(INDEX, VIEW, st.randoms(use_true_random=False))
-def test_any_order_subset_and_batch_size_draws_the_same(index, view, random) -> None:
+def test_order_subset_and_batch_size_do_not_matter(index, view, random) -> None:
     whole = EVERYTHING.parameters(index, view, (32, 32))
     order = random.sample(range(len(index)), random.randint(1, len(index)))
     some = EVERYTHING.parameters([index[i] for i in order], view, (32, 32))
@@ -73,7 +73,7 @@ def test_any_order_subset_and_batch_size_draws_the_same(index, view, random) -> 
     assert all(alone[name].tolist() == [values[0]] for name, values in whole.items())
 
 
-def test_every_kind_of_index_is_the_same_index() -> None:
+def test_every_type_of_index_gives_the_same_parameters() -> None:
     expected = EVERYTHING.parameter_digest([3, 4, 5], 1, (32, 32))
     kinds = [
         range(3, 6),
@@ -86,7 +86,7 @@ def test_every_kind_of_index_is_the_same_index() -> None:
     assert ViewRecipe().parameter_digest([], 0, (1, 1)) > 0
 
 
-def test_another_process_draws_the_same_without_torch() -> None:
+def test_another_process_without_torch_draws_the_same() -> None:
     code = (
         "import sys; from cache_tools.views import ViewRecipe; "
         "recipe = ViewRecipe.model_validate_json(sys.argv[1]); "
@@ -100,13 +100,13 @@ def test_another_process_draws_the_same_without_torch() -> None:
 
 
 def test_parameters_are_pinned() -> None:
-    """A change here changes every cache that exists: it needs a new ViewRecipe version."""
+    """A change here breaks every existing cache: it needs a new ViewRecipe version."""
     first = {name: int(values[0]) for name, values in EVERYTHING.parameters([12_345], 3, (32, 32)).items()}
     assert first == PINNED_FIRST_SAMPLE
     assert EVERYTHING.parameter_digest(range(1000), 3, (32, 32)) == PINNED_DIGEST
 
 
-def test_the_digest_sees_every_input() -> None:
+def test_the_digest_depends_on_every_input() -> None:
     def digest(recipe=EVERYTHING, index=(0, 1), view=0, size=(32, 32)):
         return recipe.parameter_digest(index, view, size)
 
@@ -126,7 +126,7 @@ def test_the_digest_sees_every_input() -> None:
 
 
 @given(st.integers(0, 40), INDEX, VIEW)
-def test_pad_crop_and_flip_are_multiply_high_and_one_bit(padding, index, view) -> None:
+def test_pad_crop_and_flip_use_multiply_high_and_one_bit(padding, index, view) -> None:
     recipe = ViewRecipe(base_seed=5, ops=[{"op": "pad-crop", "padding": padding}, "flip"])
     drawn = recipe.parameters(index, view, (32, 32))
     words = sample_words(5, np.array(index, dtype=np.uint64), view, 0).astype(object)
@@ -232,7 +232,7 @@ def test_boxes_are_distributed_as_documented() -> None:
         assert abs(place.std() - 1 / math.sqrt(12)) < 0.01
 
 
-def test_erasing_gates_by_probability() -> None:
+def test_erasing_happens_with_its_probability() -> None:
     op = {"op": "random-erasing", "probability": 0.25, "scale": [0.1, 0.2], "ratio": [0.5, 2], "fill": [1, 2, 3]}
     drawn = ViewRecipe(ops=[op]).parameters(range(40_000), 0, (64, 64))
     area = drawn["0.random-erasing.height"] * drawn["0.random-erasing.width"]
@@ -259,7 +259,7 @@ def test_integer_square_roots_are_exact(values, root) -> None:
     assert view_ops.integer_sqrt(np.array(values)).tolist() == [math.isqrt(value) for value in values]
 
 
-def test_clean_first_makes_view_0_neutral() -> None:
+def test_view_0_is_neutral_with_clean_first() -> None:
     clean = EVERYTHING.model_copy(update={"clean_first": True})
     drawn = clean.parameters(range(3), 0, (32, 40))
     assert {name.split(".", 1)[1]: values.tolist() for name, values in drawn.items() if name[0] in "012"} == {
@@ -329,7 +329,7 @@ def test_bad_recipes_are_refused(recipe) -> None:
         validate(ViewRecipe, recipe, where="a test")
 
 
-def test_a_misspelt_key_gets_the_nearest_one() -> None:
+def test_the_nearest_key_is_suggested_for_a_misspelt_one() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'padding'"):
         validate(ViewRecipe, {"ops": [{"op": "pad-crop", "pading": 2}]}, where="a test")
 
@@ -346,7 +346,7 @@ def test_bad_views_are_refused(view) -> None:
         ViewRecipe(ops=["flip"]).parameters([0], view, (8, 8))
 
 
-def test_ops_that_do_not_fit_the_images_are_refused() -> None:
+def test_ops_that_cannot_work_on_the_images_are_refused() -> None:
     recipe = ViewRecipe(
         ops=[{"op": "random-resized-crop", "size": 4}, {"op": "pad-crop", "padding": 4, "fill": "reflect"}]
     )
