@@ -29,7 +29,7 @@ from cache_tools.store.group import (
     open_group,
     read_manifest,
     read_whole,
-    translated,
+    translate_errors,
 )
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class TeacherCache:
         size = self.manifest.block_rows
         self._blocks.require(view, range(start // size, -(-stop // size)))
         check_chunks(self._specs[name], self.manifest, self.path, view, start, stop)
-        with translated(f"{self.path / name}, view {view}"):
+        with translate_errors(f"{self.path / name}, view {view}"):
             values = np.asarray(self._arrays[name][view, rows])
         if self._specs[name].stored.is_fill(values[:, 0]).any():
             raise FormatError("a chunk is missing", where=f"{self.path / name}, view {view}", next_step=RESTORE)

@@ -27,7 +27,7 @@ from cache_tools.format.recipe import CacheRecipe, Precision, Store
 from cache_tools.images.image_set import ImageSet
 from cache_tools.integrity.replay import NumberPosition, Replay, TargetReplay
 from cache_tools.reader import TeacherCache
-from cache_tools.store.encoding import Encoder, fitted
+from cache_tools.store.encoding import Encoder, fitted_targets
 from cache_tools.targets import ComponentView, fusion_constants
 from pipeline.networks.ensemble import TeacherEnsemble, view_pixels
 from pipeline.networks.stored import load_stored_ensemble
@@ -143,7 +143,7 @@ class _Recompute:
     def _encoder_of(self, source: Source) -> Encoder:
         """What codecs were fitted to, only the source itself knows."""
         recipe = self._like(source.store, source.codecs)
-        if not fitted(recipe):
+        if not fitted_targets(recipe):
             return Encoder(recipe, self._constants.__getitem__)
         cache = open_source(source)
         return Encoder(cache.recipe, cache.constant)

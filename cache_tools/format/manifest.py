@@ -13,7 +13,7 @@ from cache_tools.images.recipe import DatasetRecipe
 
 
 class Canary(Frozen):
-    """Digest of one view of one sample. Training compares it first, and stops if image decoding or view code changed."""
+    """Digest of one view of one sample. Training compares it first: if decoding or view code changed, it stops."""
 
     view: int
     index: int

@@ -30,7 +30,7 @@ from cache_tools.format.commits import BlockId
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.store.create import constants_digest, metadata_files
-from cache_tools.store.group import check_chunks, open_array, open_group, read_manifest, read_whole, translated
+from cache_tools.store.group import check_chunks, open_array, open_group, read_manifest, read_whole, translate_errors
 
 WORKERS = 8
 METADATA = "zarr.json"
@@ -133,7 +133,7 @@ def repair(path: Path, verification: Verification) -> Repair:
     dropped, rewritten = set(), []
     expected: dict[str, Any] = {}
     for problem in verification.problems:
-        with translated(problem.where):
+        with translate_errors(problem.where):
             if problem.cure == "block" and problem.view is not None and problem.block is not None:
                 block = BlockId(problem.view, problem.block)
                 (path / block.commit_key).unlink(missing_ok=True)
@@ -165,7 +165,7 @@ class _Checker:
 
     def committed(self) -> list[BlockId]:
         """Blocks that have a commit file."""
-        with translated(self.path / commits.COMMITS):
+        with translate_errors(self.path / commits.COMMITS):
             return commits.parse_file_names(os.listdir(self.path / commits.COMMITS), self.manifest)
 
     def constant_problems(self) -> list[Problem]:
@@ -230,7 +230,7 @@ class _Checker:
         return recipe.views.parameter_digest(index, block.view, recipe.dataset.image_size) or 1
 
     def _read(self, array: Any, selection: Any) -> npt.NDArray[Any]:
-        with translated(self.path):
+        with translate_errors(self.path):
             values = np.asarray(array[selection])
         with self._lock:
             self.bytes += values.nbytes

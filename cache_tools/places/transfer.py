@@ -198,16 +198,16 @@ class SourceArray:
         from zarr.core.buffer import default_buffer_prototype
         from zarr.storage import MemoryStore
 
-        from cache_tools.store.bounded import checked
-        from cache_tools.store.group import quiet_numcodecs, translated
+        from cache_tools.store.bounded import check_array
+        from cache_tools.store.group import ignore_numcodecs_warning, translate_errors
 
-        quiet_numcodecs()
+        ignore_numcodecs_warning()
         buffer = default_buffer_prototype().buffer
         files = {key: buffer.from_bytes(data) for key, data in chunks.items()}
         files[f"{self._name}/{GROUP}"] = buffer.from_bytes(self._metadata)
-        with translated(self._where):
+        with translate_errors(self._where):
             array = zarr.open_array(MemoryStore(files), path=self._name, mode="r", zarr_format=3)
-            return np.asarray(checked(array, self._layout, self._where)[selection])
+            return np.asarray(check_array(array, self._layout, self._where)[selection])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format import commits
 from cache_tools.format.manifest import Manifest
-from cache_tools.store.group import translated
+from cache_tools.store.group import translate_errors
 
 if TYPE_CHECKING:
     import zarr
@@ -98,13 +98,13 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
     folder = path / commits.COMMITS
     columns = table.shape[2]
     found = np.zeros((manifest.num_views, manifest.num_blocks, columns), dtype=np.uint64)
-    with translated(folder):
+    with translate_errors(folder):
         ids = commits.parse_file_names(os.listdir(folder), manifest)
     if not ids:
         return found
     views, blocks = np.array(ids).T
     try:
-        with translated(folder):
+        with translate_errors(folder):
             if len(ids) == manifest.num_views * manifest.num_blocks:
                 return np.asarray(table[: manifest.num_views])
             coordinates = (views[:, None], blocks[:, None], np.arange(columns)[None, :])

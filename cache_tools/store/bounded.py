@@ -1,7 +1,7 @@
-"""Read arrays that others wrote: nothing but what the manifest promises, in no more memory than that takes.
+"""Read arrays from untrusted sources: only what the manifest describes, in no more memory than that needs.
 
-Metadata are compared with the layout before a chunk is read, so that only the few codecs of the format ever run. A
-chunk that would decode to anything but its own size is refused beforehand: a kilobyte can claim to be a terabyte.
+Metadata are compared with the layout before a chunk is read, so only the few codecs of the format ever run. A chunk
+whose header claims another size than a chunk's is refused before it is decoded: a kilobyte can claim to be a terabyte.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from cache_tools.format.layout import ArrayLayout
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-def checked(array: Any, layout: ArrayLayout, where: object) -> zarr.Array[Any]:
-    """The same array with codecs that decode nothing larger than a chunk, if it is what the manifest promises.
+def check_array(array: Any, layout: ArrayLayout, where: object) -> zarr.Array[Any]:
+    """Check an array against its layout; returns it with codecs that decode nothing larger than a chunk.
 
     Raises:
         FormatError: a group, or another shape, dtype, chunk shape, fill value or codec. An array with a view axis may
@@ -89,7 +89,7 @@ _BOUNDED: dict[type[Codec], type[Codec]] = {
 
 
 def _bounded(codec: Codec) -> Codec:
-    """The same codec as a subclass that refuses what is too large."""
+    """The same codec, as the subclass that refuses chunks of the wrong size."""
     kind = _BOUNDED.get(type(codec))
     if kind is None:
         return codec
@@ -99,7 +99,7 @@ def _bounded(codec: Codec) -> Codec:
 
 
 def _decode_into(data: npt.NDArray[Any], size: int | None, chunk_spec: Any, decode: Callable[..., Any]) -> Any:
-    """Decode bytes that say they are `size` long into a chunk's own memory; None if they do not say."""
+    """Decode bytes into the memory of one chunk, if `size`, the decoded size in their header, is that of a chunk."""
     expected = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
     if size != expected:
         raise ValueError(f"a chunk of {expected} bytes would decode to {'any size' if size is None else size}")
@@ -109,7 +109,7 @@ def _decode_into(data: npt.NDArray[Any], size: int | None, chunk_spec: Any, deco
 
 
 def _zstd_size(head: bytes) -> int | None:
-    """The size that the first bytes of a zstd frame promise (RFC 8878, 3.1.1.1)."""
+    """The decoded size in the header of a zstd frame (RFC 8878, 3.1.1.1); None if it has none."""
     if head[:4] != _ZSTD_MAGIC or len(head) < 6:
         raise ValueError("not a zstd frame")
     descriptor = head[4]

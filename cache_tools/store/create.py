@@ -129,7 +129,7 @@ class StoredConstants(Mapping[str, npt.NDArray[np.float32]]):
 
     def _check(self) -> None:
         if _digest((name, self._read(name)) for name in self._names) != self._manifest.constants_digest:
-            raise FormatError("heads, embeddings or codec steps are damaged", where=self._path, next_step=RESTORE)
+            raise FormatError("heads, embeddings or steps are damaged", where=self._path, next_step=RESTORE)
 
 
 def _create_arrays(store: Store, manifest: Manifest) -> dict[str, zarr.Array[Any]]:

@@ -1,4 +1,4 @@
-"""From target rows to the arrays of a cache: every target through its codec, with what codecs need beside the rows."""
+"""Encode target rows into the arrays of a cache with each target's codec, and fit codecs to a sample of rows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FIT_SAMPLES = 2048
 
 
 class Encoder:
-    """Encodes rows of the targets of one cache.
+    """Encodes and decodes rows of the targets of one cache.
 
     Args:
-        constant: gives an array that holds for all samples and views, by name (`arrays.constant_shapes`).
+        constant: returns a constant of the cache by name (`arrays.constant_shapes`).
 
     Attributes:
-        targets: by name.
-        constants: what each target's codec takes, by suffix; what makes its rounding know the head included.
+        targets: the targets, by name.
+        constants: the constants of each target's codec, by suffix, with the head that its rounding allows for.
     """
 
     def __init__(self, recipe: CacheRecipe, constant: Callable[[str], npt.NDArray[np.float32]]) -> None:
@@ -42,15 +42,15 @@ class Encoder:
                 self.constants[name] |= spec.codec.head_feedback(constant(head))
 
     def encode(self, rows: Mapping[str, Rows], *, where: str = "") -> dict[str, npt.NDArray[Any]]:
-        """What is stored, by array name.
+        """Encode rows of all targets into stored arrays, by name.
 
         Args:
-            rows: floating [B, width] for each target, B the same for all.
-            where: for messages, behind the name of the target.
+            rows: floating-point [B, width] for each target, with the same B.
+            where: follows the name of the target in messages.
 
         Raises:
-            FormatError: other targets or shapes than the cache has, integers, numbers that are not finite or that the
-                codec cannot hold.
+            FormatError: the cache has other targets or shapes; or integers, or numbers that are not finite or out of
+                the codec's range.
         """
         if set(rows) != set(self.targets):
             raise FormatError("wrong targets", where=where, expected=sorted(self.targets), found=sorted(rows))
@@ -60,7 +60,7 @@ class Encoder:
         return stored
 
     def encode_target(self, name: str, rows: Rows, *, where: str = "") -> dict[str, npt.NDArray[Any]]:
-        """What is stored of one target, by array name; arguments and errors as for `encode`."""
+        """Encode rows of one target into stored arrays, by name; arguments and errors as for `encode`."""
         spec, values = self.targets[name], np.asarray(rows)
         place = f"{name}, {where}" if where else name
         if values.ndim != 2 or values.shape[1] != spec.width or values.dtype.kind != "f":
@@ -74,7 +74,7 @@ class Encoder:
         return {name + suffix: part for suffix, part in parts.items()}
 
     def decode(self, stored: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
-        """What a reader makes of what is stored: rows [B, width] of each target."""
+        """Decode stored arrays, as a reader does, into rows [B, width] of each target."""
         rows = {}
         for name, spec in self.targets.items():
             parts = {array.suffix: stored[array.name] for array in spec.arrays}
@@ -82,32 +82,32 @@ class Encoder:
         return rows
 
     def error_bound(self, rows: Mapping[str, Rows]) -> dict[str, npt.NDArray[np.float64]]:
-        """How far decoded numbers can be from `rows` (`Codec.error_bound`), for each target [B, width]."""
+        """The largest errors of decoding `rows` (`Codec.error_bound`), [B, width] for each target."""
         return {
             name: np.broadcast_to(spec.codec.error_bound(rows[name], self.constants[name]), rows[name].shape)
             for name, spec in self.targets.items()
         }
 
 
-def fitted(recipe: CacheRecipe) -> tuple[TargetSpec, ...]:
-    """The targets whose codecs are fitted to a sample of rows before anything is stored."""
+def fitted_targets(recipe: CacheRecipe) -> tuple[TargetSpec, ...]:
+    """The targets whose codecs must be fitted to a sample of rows before a block is stored."""
     return tuple(spec for spec in targets(recipe, 1) if spec.constants)
 
 
 def fit_codecs(recipe: CacheRecipe, sample: Mapping[str, Rows]) -> dict[str, npt.NDArray[np.float32]]:
-    """The constants that codecs find in a sample of rows, by array name.
+    """Fit codecs to a sample of rows; returns their constants, by array name.
 
     Args:
-        sample: rows [S, width] of (at least) the targets that `fitted` names: those of `sample_rows` in view 0.
+        sample: rows [S, width] of at least the `fitted_targets`, at `sample_rows` of view 0.
 
     Raises:
-        FormatError: rows that are all alike, or not finite.
+        FormatError: rows are all equal or not finite.
     """
-    found: dict[str, npt.NDArray[np.float32]] = {}
-    for spec in fitted(recipe):
+    constants: dict[str, npt.NDArray[np.float32]] = {}
+    for spec in fitted_targets(recipe):
         parts = spec.codec.fit(np.asarray(sample[spec.name], dtype=np.float32))
-        found |= {spec.name + suffix: part for suffix, part in parts.items()}
-    return found
+        constants |= {spec.name + suffix: part for suffix, part in parts.items()}
+    return constants
 
 
 def sample_rows(num_samples: int, limit: int = FIT_SAMPLES) -> npt.NDArray[np.int64]:
@@ -117,7 +117,7 @@ def sample_rows(num_samples: int, limit: int = FIT_SAMPLES) -> npt.NDArray[np.in
 
 
 def _head_of(recipe: CacheRecipe, target: str) -> str | None:
-    """The constant that turns the features of a target into logits: a linear head, or class embeddings."""
+    """The constant that turns a target's features into logits: a linear head or class embeddings; None without one."""
     if recipe.store == "fused":
         return None
     for number, teacher in enumerate(recipe.teachers):

@@ -1,4 +1,4 @@
-"""Storage of a cache: the manifest, the zarr arrays on a local path, and storage or format trouble in our words."""
+"""Open the zarr group of a cache in a local folder: manifest, arrays, and their errors as CacheErrors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ RESTORE = "restore it from a copy, or remove the cache and build it again"
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the cache at `path`, from its zarr.json alone (no zarr import).
+    """Read the manifest of the cache at `path` from its zarr.json, without importing zarr.
 
     Raises:
-        NotFoundError: nothing there.
+        NotFoundError: nothing is there.
         FormatError: not a cache, or a damaged or unknown manifest.
-        StorageError: not readable.
+        StorageError: the file cannot be read.
     """
     file = path / "zarr.json"
     check_file(file, MAX_METADATA_BYTES)
@@ -56,68 +56,68 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def open_group(path: Path, layouts: Layouts, *, writable: bool = False) -> zarr.Group:
-    """The zarr group of the cache at `path`; a writable one flushes every write to the disk."""
+    """Open the zarr group of the cache at `path`. A writable group flushes every write to the disk."""
     import zarr
 
     from cache_tools.store.local import DurableStore, ReadStore
 
-    quiet_numcodecs()
+    ignore_numcodecs_warning()
     limits = {name: layout.max_file_bytes for name, layout in layouts.items()}
     store = (DurableStore if writable else ReadStore)(path, read_only=not writable, limits=limits)
-    with translated(path):
+    with translate_errors(path):
         return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3, use_consolidated=False)
 
 
 def open_array(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> zarr.Array[Any]:
-    """One array of a cache, checked against what the manifest promises.
+    """Open one array of a cache and check it against its layout.
 
     Raises:
-        FormatError: missing, or stored otherwise (`bounded.checked`).
+        FormatError: the array is missing or stored differently (`bounded.check_array`).
     """
-    from cache_tools.store.bounded import checked
+    from cache_tools.store.bounded import check_array
 
     where = path / name
-    with translated(where):
+    with translate_errors(where):
         try:
             array = group[name]
         except KeyError as error:
             raise FormatError("missing array", where=where, next_step=RESTORE) from error
-        return checked(array, layouts[name], where)
+        return check_array(array, layouts[name], where)
 
 
 def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> npt.NDArray[Any]:
-    """All of an array that holds for all samples and views, or for all views: labels, keys, constants.
+    """Read a whole array: labels, sample keys or a constant.
 
     Raises:
-        FormatError: missing, damaged, stored otherwise, or a number that is not finite.
+        FormatError: the array is missing, damaged or stored differently, or a number is not finite.
     """
     array = open_array(group, path, name, layouts)
     for chunk in layouts[name].chunk_names:
-        if not (path / name / chunk).exists():  # before there is memory for all of them
+        if not (path / name / chunk).exists():  # before memory is allocated for all chunks
             raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
-    with translated(path / name):
+    with translate_errors(path / name):
         values = np.asarray(array[...])
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise FormatError("a number is not finite", where=path / name, next_step=RESTORE)
     return values
 
 
-def quiet_numcodecs() -> None:
-    """No warning that a codec is not in the zarr specification: who chose pcodec was told, who reads cannot help it."""
+def ignore_numcodecs_warning() -> None:
+    """Silence zarr's warning that pcodec is not in its specification: our documentation of the codec says so."""
     warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
 
 
 def check_chunks(spec: ArraySpec, manifest: Manifest, path: Path, view: int, start: int, stop: int) -> None:
-    """Raise FormatError unless the files of samples `start` to `stop` are there: before there is memory for them."""
+    """Raise FormatError unless the chunk files of samples `start` to `stop` exist; before memory is allocated."""
     for chunk in range(start // spec.chunk_rows, -(-stop // spec.chunk_rows)):
         if not (path / spec.name / f"c.{view}.{chunk}.0").exists():
-            raise damaged_block("a chunk is missing", path, spec, manifest, view, chunk * spec.chunk_rows)
+            raise damaged_block_error("a chunk is missing", path, spec, manifest, view, chunk * spec.chunk_rows)
 
 
-def damaged_block(
+def damaged_block_error(
     what: str, path: Path, spec: ArraySpec, manifest: Manifest, view: int, row: int, found: object = None
 ) -> FormatError:
-    """An error about the block that sample `row` is in, with how to have it computed again."""
+    """An error that names the block of sample `row` and how to compute it again."""
     block = row // manifest.block_rows
     commit = path / commits.BlockId(view, block).commit_key
     return FormatError(
@@ -129,8 +129,8 @@ def damaged_block(
 
 
 @contextmanager
-def translated(where: object) -> Iterator[None]:
-    """Turn whatever zarr, its codecs and the operating system raise on reading or writing into a CacheError."""
+def translate_errors(where: object) -> Iterator[None]:
+    """Turn any error of zarr, its codecs or the operating system into a CacheError."""
     try:
         yield
     except CacheError:
@@ -141,7 +141,7 @@ def translated(where: object) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(where)
         raise storage_error(error) from error
-    except Exception as error:  # damaged bytes surface as anything: ValueError, KeyError, RuntimeError of a codec, …
+    except Exception as error:  # damaged bytes can cause any error: ValueError, KeyError, RuntimeError of a codec, …
         raise FormatError(
             "damaged or unreadable",
             where=where,

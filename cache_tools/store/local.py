@@ -1,4 +1,4 @@
-"""A zarr store that reads what can be a file of a cache, and nothing that would block or fill the memory."""
+"""zarr stores for a local folder: one that checks files before reading them, and one that also flushes its writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cache_tools.files import MAX_METADATA_BYTES, check_file, put_durably
 
 
 class ReadStore(LocalStore):
-    """A zarr LocalStore whose `get` refuses pipes, devices and files that are larger than they can be.
+    """A zarr LocalStore that refuses to read pipes, devices and files larger than a file of the cache can be.
 
     Args:
-        limits: array name → the most bytes that one of its chunk files can have.
+        limits: array name → the most bytes that its chunk files can have.
     """
 
     def __init__(self, root: Path, *, read_only: bool = True, limits: Mapping[str, int] | None = None) -> None:
@@ -40,10 +40,10 @@ class ReadStore(LocalStore):
 
 
 class DurableStore(ReadStore):
-    """A ReadStore whose `set` returns when the bytes and the name are on the disk.
+    """A ReadStore whose `set` returns only when the file and its name are on the disk.
 
-    zarr's own store replaces files atomically but leaves flushing to the operating system; a commit must never reach
-    the disk before the rows it vouches for, not even when the power fails.
+    zarr's own store replaces files atomically but leaves flushing to the operating system. A commit must not reach the
+    disk before its rows, even if the power fails.
     """
 
     async def set(self, key: str, value: Buffer) -> None:

@@ -20,13 +20,13 @@ from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Canary, Manifest
 from cache_tools.format.stored import MANIFEST_KEY, check_limits, manifest_attribute
 from cache_tools.store.blocks import read_commits
-from cache_tools.store.create import StoredConstants, check_constants, check_samples, constants_digest, lay_out
+from cache_tools.store.create import StoredConstants, check_constants, check_samples, constants_digest, create_empty
 from cache_tools.store.encoding import Encoder
-from cache_tools.store.group import open_array, open_group, read_manifest, translated
+from cache_tools.store.group import open_array, open_group, read_manifest, translate_errors
 
 
 class CacheWriter:
-    """The one who adds blocks to a cache. Get one from `create` or `resume`.
+    """Adds blocks to a cache. `create` and `resume` make one.
 
     Attributes:
         path: folder of the cache.
@@ -60,17 +60,17 @@ class CacheWriter:
     ) -> CacheWriter:
         """Make an empty cache.
 
-        It is made beside `path` and renamed into place, so that a killed `create` leaves nothing at `path`. If another
-        process made the same cache meanwhile, that one is opened.
+        It is made beside `path` and then renamed, so that a killed `create` leaves nothing at `path`. If another
+        process makes the same cache first, that one is opened.
 
         Args:
             labels: int64 [N].
             sample_keys: uint8 [N, 16].
-            constants: float32 arrays, those of `arrays.constant_shapes`.
+            constants: the float32 arrays of `arrays.constant_shapes`.
 
         Raises:
-            FormatError: labels, keys or constants that are not what the manifest says.
-            StorageError: something is at `path` already, or the disk is full or read-only.
+            FormatError: labels, keys or constants do not fit the manifest.
+            StorageError: `path` is not free, or the disk is full or read-only.
         """
         path = Path(path)
         check_limits(manifest, where=path)
@@ -78,12 +78,12 @@ class CacheWriter:
         check_constants(manifest, constants)
         check_free(path)
         manifest = manifest.model_copy(update={"constants_digest": constants_digest(constants)})
-        with translated(path):
+        with translate_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
             try:
-                lay_out(temporary, manifest, labels, sample_keys, constants)
+                create_empty(temporary, manifest, labels, sample_keys, constants)
                 sync_tree(temporary)
                 rename_unless_exists(temporary, path)
                 sync_folder(path.parent)
@@ -93,11 +93,11 @@ class CacheWriter:
 
     @classmethod
     def resume(cls, path: Path, fingerprint: str) -> CacheWriter:
-        """Open a cache to go on with it.
+        """Open a cache to add blocks to it.
 
         Raises:
             NotFoundError, FormatError: no cache there, or a damaged one.
-            MismatchError: the cache of another recipe.
+            MismatchError: the cache has another recipe.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -107,29 +107,31 @@ class CacheWriter:
                 where=path,
                 expected=f"fingerprint {fingerprint[:12]}",
                 found=manifest.fingerprint[:12],
-                next_step="choose another --out, leave --out away, or remove that cache",
+                next_step="choose another --out, leave out --out, or remove that cache",
             )
-        with translated(path):
+        with translate_errors(path):
             remove_leftovers(path)
         return cls(path, manifest)
 
     def missing_blocks(self) -> list[commits.BlockId]:
-        """(view, block) of every block that is not committed, in order; one read of `commits`."""
+        """Every block that is not committed, in order of view, then block. Reads `commits` once."""
         stored = read_commits(self._commits, self.path, self.manifest)
         return commits.missing_blocks(commits.committed_blocks(stored))
 
     def write_block(
         self, view: int, block: int, arrays: Mapping[str, npt.NDArray[np.floating[Any]]], parameter_digest: int
     ) -> None:
-        """Write one block of every target array, flush it, and commit it. Threads may write distinct blocks at once.
+        """Encode and write one block of all targets, flush it, and commit it.
+
+        Threads may write different blocks at the same time.
 
         Args:
-            arrays: floating [rows of the block, width] for each target; stored as the recipe's codecs say.
-            parameter_digest: of the block's view parameters (`ViewRecipe.parameter_digest`).
+            arrays: floating-point [rows of the block, width] for each target.
+            parameter_digest: digest of the block's view parameters (`ViewRecipe.parameter_digest`).
 
         Raises:
-            FormatError: targets, a view or a block that the cache does not have, wrong shapes, integers, numbers that
-                are not finite or beyond what the codec holds. Nothing is written then.
+            FormatError: the cache does not have these targets, this view or this block; or wrong shapes, integers, or
+                numbers that are not finite or out of the codec's range. Nothing is written.
             StorageError: the disk is full or read-only. The block stays uncommitted.
         """
         rows = self._rows(view, block)
@@ -139,7 +141,7 @@ class CacheWriter:
     def write_stored(
         self, view: int, block: int, arrays: Mapping[str, npt.NDArray[Any]], parameter_digest: int
     ) -> None:
-        """As `write_block`, for rows that are encoded already.
+        """As `write_block`, for rows that are already encoded.
 
         Args:
             arrays: [rows of the block, width] for each stored array, in its dtype.
@@ -157,8 +159,8 @@ class CacheWriter:
                     found=f"{values.dtype} {list(values.shape)}",
                 )
         commit = [parameter_digest or 1, *(commits.block_digest(arrays[spec.name]) for spec in self._specs)]
-        with translated(self.path):
-            # The store flushes each chunk before it returns (durable.py): the commit cannot overtake its rows.
+        with translate_errors(self.path):
+            # `DurableStore` flushes each chunk before it returns: rows are on the disk before their commit.
             for name, values in arrays.items():
                 self._arrays[name][view, rows] = values
             self._commits[view, block] = np.array(commit, dtype=np.uint64)
@@ -166,34 +168,34 @@ class CacheWriter:
     def grow(
         self, num_views: int, *, canaries: Sequence[Canary] = (), note: Mapping[str, Any] | None = None
     ) -> CacheWriter:
-        """The same cache with room for more views; with as many or fewer, itself.
+        """Add room for more views; returns a writer for the grown cache, or this one if it has enough views.
 
-        Views that another process has added since this writer was opened stay. Arrays are resized before the manifest
-        promises the views, so a reader never sees a promise without arrays.
+        Views that another process added meanwhile are kept. Arrays are resized before the manifest is changed, so that
+        a reader never finds views in the manifest that the arrays lack.
 
         Args:
-            canaries: those of the new views are added to those that are there.
-            note: what the list `grown` of the provenance is to say of this, plain JSON.
+            canaries: canaries of the new views, added to the existing ones.
+            note: plain JSON, appended to the list `grown` of the provenance.
         """
         if num_views <= self.manifest.num_views:
             return self
-        now = CacheWriter.resume(self.path, self.manifest.fingerprint)  # another process may have grown it since
-        there = now.manifest
-        if num_views <= there.num_views:
-            return now
-        added = (canary for canary in canaries if canary.view >= there.num_views)
-        update: dict[str, Any] = {"num_views": num_views, "canaries": (*there.canaries, *added)}
+        latest = CacheWriter.resume(self.path, self.manifest.fingerprint)  # another process may have grown it
+        stored = latest.manifest
+        if num_views <= stored.num_views:
+            return latest
+        added = (canary for canary in canaries if canary.view >= stored.num_views)
+        update: dict[str, Any] = {"num_views": num_views, "canaries": (*stored.canaries, *added)}
         if note is not None:
-            before = there.provenance.get("grown")
-            grown = [*(before if isinstance(before, list) else []), dict(note)]
-            update["provenance"] = {**there.provenance, "grown": grown}
-        manifest = there.model_copy(update=update)
+            notes = stored.provenance.get("grown")
+            grown = [*(notes if isinstance(notes, list) else []), dict(note)]
+            update["provenance"] = {**stored.provenance, "grown": grown}
+        manifest = stored.model_copy(update=update)
         check_limits(manifest, where=self.path)
-        with translated(self.path):
-            for array in (*now._arrays.values(), now._commits):
+        with translate_errors(self.path):
+            for array in (*latest._arrays.values(), latest._commits):
                 if array.shape[0] < num_views:
                     array.resize((num_views, *array.shape[1:]))
-            now._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
+            latest._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
         return CacheWriter.resume(self.path, manifest.fingerprint)
 
     def _rows(self, view: int, block: int) -> slice:
@@ -209,7 +211,7 @@ class CacheWriter:
 
 
 def check_free(path: Path) -> None:
-    """Raise StorageError unless `path` is free for a new cache: nothing there, or an empty folder."""
-    with translated(path):
+    """Raise StorageError unless `path` is free for a new cache: it does not exist or is an empty folder."""
+    with translate_errors(path):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise StorageError("cannot make a cache here: the place is taken", where=path, next_step="choose another")

@@ -21,7 +21,7 @@ from cache_tools.home.origin import OriginRecord, write_origin
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.claims import Claims
 from cache_tools.places.transfer import block_arrays, copy_block, copy_blocks, list_committed
-from cache_tools.store.group import translated
+from cache_tools.store.group import translate_errors
 from cache_tools.store.writer import CacheWriter
 
 
@@ -142,7 +142,7 @@ class MirroredOutput(Output):
         record = OriginRecord(
             url=str(self.place), fingerprint=manifest.fingerprint, views=manifest.num_views, complete=complete
         )
-        with translated(self.path):
+        with translate_errors(self.path):
             write_origin(self.path, record)
 
     def _push(self, block: BlockId) -> None:

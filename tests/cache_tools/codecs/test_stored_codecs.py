@@ -17,7 +17,7 @@ from cache_tools.integrity.local import verify
 from cache_tools.places import LocalPlace
 from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
-from cache_tools.store.encoding import Encoder, fit_codecs, fitted, sample_rows
+from cache_tools.store.encoding import Encoder, fit_codecs, fitted_targets, sample_rows
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 
 IMAGES = tiny_images()
@@ -107,14 +107,14 @@ def test_features_are_rounded_for_their_head(tmp_path: Path) -> None:
 
 def test_codecs_are_fitted_to_evenly_spaced_rows() -> None:
     manifest = tiny_manifest(IMAGES, codec="compact")
-    assert [spec.name for spec in fitted(manifest.recipe)] == ["fused_features"]
+    assert [spec.name for spec in fitted_targets(manifest.recipe)] == ["fused_features"]
     rows = tiny_targets(manifest)["fused_features"][0]
     found = fit_codecs(manifest.recipe, {"fused_features": rows})
     deviation = rows.astype(np.float64).std(axis=0)
     np.testing.assert_allclose(found["fused_features_steps"], np.exp(np.log(deviation).mean()) / 19, rtol=1e-6)
     assert sample_rows(10, 4).tolist() == [0, 2, 5, 7]
     assert sample_rows(3, 4).tolist() == [0, 1, 2]
-    assert not fitted(tiny_manifest(IMAGES).recipe)
+    assert not fitted_targets(tiny_manifest(IMAGES).recipe)
 
 
 def test_what_a_codec_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
