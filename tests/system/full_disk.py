@@ -1,16 +1,17 @@
-"""Fill the disk just before chosen writes, see one clear error, free some space, and see the command go on.
+"""Fill the disk just before chosen writes, check that the command reports it, free the disk, and run it again.
 
-    python tests/system/full_disk.py
+    python tests/system/full_disk.py --of build push
 
-The disk is a small one in memory, mounted in a namespace of this process's own: `unshare -rm` must be permitted. It is
-filled until the kernel says that there is no room, at a moment chosen by the file that is about to be written. The
-command must end with exit code 2 and one line that says so; what was committed is still there and nothing else can be
-read; after the space is freed the same command makes the cache of an undisturbed run. One JSON line per moment, then
-one with the sums; exit code 1 if anything is wrong.
+The disk is a small tmpfs, mounted in a mount namespace of this process: `unshare -rm` must be permitted. Before a
+chosen file is written, the disk is filled until the kernel refuses more. The command must end with exit code 2 and one
+line about the disk. Committed blocks must still be readable, and nothing else. After the space is freed, the same
+command must make the cache of an undisturbed run. Prints one JSON line per moment, then a summary; exits with 1 if
+anything is wrong.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -29,7 +30,7 @@ from tests.support.child import Child, in_child
 from tests.support.fault_cases import Case, Found
 
 DISK = "16m"
-# What is about to be written, as FOLDER/FILE, when the disk is full: the n-th file that matches.
+# Case → (name of the moment, pattern of FOLDER/FILE, n): the disk is full when the n-th matching file is written.
 MOMENTS: dict[str, list[tuple[str, str, int]]] = {
     "build": [
         ("making the cache", r"labels/c\.", 1),
@@ -58,8 +59,8 @@ MOMENTS: dict[str, list[tuple[str, str, int]]] = {
 
 
 def disturb(case: Case, moment: tuple[str, str, int], disk: Path) -> dict[str, Any]:
-    """One line about one moment."""
-    what, pattern, number = moment
+    """Run a case with a disk that is full at one moment; gives the line to print."""
+    name, pattern, number = moment
     target = in_child(lambda: case.new_target(0))
     answer = Child(lambda: _with_full_disk(case, target, pattern, number, disk), case.log).wait()
     problems = _complaints(answer, case.log.read_text())
@@ -68,23 +69,23 @@ def disturb(case: Case, moment: tuple[str, str, int], disk: Path) -> dict[str, A
     _ballast(disk).unlink(missing_ok=True)
     answer = Child(lambda: case.run(target), case.log).wait()
     if answer != {"result": None}:
-        problems.append(f"the command does not go on: {answer} {case.log.read_text()}")
+        problems.append(f"the second run failed: {answer} {case.log.read_text()}")
     whole = Found(**in_child(lambda: case.look(target, [], finished=True)))
     in_child(lambda: case.remove(target))
     problems += [*half.problems, *whole.problems]
-    return {"of": case.name, "full": what, "committed": half.committed, "blocks": half.blocks, "problems": problems}
+    return {"of": case.name, "full": name, "committed": half.committed, "blocks": half.blocks, "problems": problems}
 
 
-def run(folder: Path, disk: Path) -> int:
-    """All moments of all commands; gives the number of problems."""
+def run(folder: Path, disk: Path, names: list[str]) -> int:
+    """Every moment of some cases; gives the number of problems."""
     fault_cases.import_everything()
     lines = []
-    for name, moments in MOMENTS.items():
+    for name in names:
         with fault_cases.prepared(name, folder, in_child, places=disk) as case:
             clean = in_child(lambda case=case: case.new_target(None))
             in_child(lambda case=case, clean=clean: case.run(clean), case.log)
             in_child(lambda case=case, clean=clean: case.keep_clean(clean))
-            for moment in moments:
+            for moment in MOMENTS[name]:
                 lines.append(disturb(case, moment, disk))
                 print(json.dumps(lines[-1]), flush=True)
             in_child(lambda case=case, clean=clean: case.remove(clean))
@@ -142,12 +143,17 @@ def _complaints(answer: dict[str, Any] | None, log: str) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", nargs="+", default=list(MOMENTS), choices=list(MOMENTS))
+    parser.add_argument("--disk", type=Path, help="a small disk that is already mounted")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if len(sys.argv) == 2:
-            sys.exit(1 if run(Path(folder), Path(sys.argv[1])) else 0)
-        shell = f'mount -t tmpfs -o size={DISK} none "$1" && exec "$2" "$3" "$1"'
-        command = ["unshare", "-rm", "sh", "-c", shell, "sh", folder, sys.executable, __file__]
-        sys.exit(subprocess.run(command).returncode)
+        if options.disk is not None:
+            sys.exit(1 if run(Path(folder), options.disk, options.of) else 0)
+        mount_and_run = f'disk=$1; mount -t tmpfs -o size={DISK} none "$disk" && shift && exec "$@" --disk "$disk"'
+        command = [sys.executable, __file__, "--of", *options.of]
+        unshared = ["unshare", "-rm", "sh", "-c", mount_and_run, "sh", folder, *command]
+        sys.exit(subprocess.run(unshared).returncode)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.support.turns import slow
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SAMPLES = 359  # the test split of the digits
@@ -58,22 +59,13 @@ def start(script: str, *options: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def lines() -> dict[str, dict[str, Any]]:
-    """What each script printed. All run at once: most of their time goes into imports."""
-    running = {script: start(script, *SMALLEST, *MORE.get(script, ())) for script in SCRIPTS}
-    printed = {}
-    for script, process in running.items():
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        (line,) = out.splitlines()
-        printed[script] = json.loads(line)
-    return printed
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_benchmark_prints_one_line_of_figures(lines: dict[str, dict[str, Any]], script: str):
-    figures = lines[script]
+@pytest.mark.parametrize("script", ["target_overhead", *map(slow, sorted(SCRIPTS.keys() - {"target_overhead"}))])
+def test_a_benchmark_prints_one_line_of_figures(script: str):
+    process = start(script, *SMALLEST, *MORE.get(script, ()))
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (line,) = out.splitlines()
+    figures = json.loads(line)
     variants, ratios = SCRIPTS[script]
     assert figures["benchmark"] == script
     for of_clock, seconds in ((figures, figures["median_s"]), (figures["processor"], figures["median_processor_s"])):
@@ -89,6 +81,7 @@ def test_a_benchmark_prints_one_line_of_figures(lines: dict[str, dict[str, Any]]
     assert all(figures[key] for key in ("clock", "python", "torch", "timm", "open_clip_torch", "zarr"))
 
 
+@pytest.mark.slow
 def test_the_price_of_stopping_early_is_told(tmp_path: Path):
     """Two rates of which one is hopeless: what was saved, and where the one that was kept stands in the whole."""
     process = start("asha", *SMALLEST, "--rates", "0.0001,0.1", "--keep-one-in", "2", "--epochs", "3")

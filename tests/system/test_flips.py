@@ -21,10 +21,13 @@ from cache_tools.integrity.local import verify
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
+from tests.support.turns import LONG, slow, turns
 from train.checkpoints import LAST
 from train.cli import app as train_student
 
-FLIPS = 75
+pytestmark = pytest.mark.turns
+
+FLIPS, CRASHES = turns(25, 75), turns(3, 8)
 IMAGES = tiny_images(14, 4)
 CACHES: dict[str, dict[str, Any]] = {
     "fused": {},
@@ -93,6 +96,7 @@ def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path: Path, kind: st
     assert verify(cache).sound
 
 
+@pytest.mark.skipif(not LONG, reason="the short turn has fewer")
 def test_there_are_five_hundred_flips() -> None:
     assert FLIPS * len(CACHES) >= 500
 
@@ -102,7 +106,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"), train=20, test=6)
 
 
-@pytest.mark.parametrize("kind", ["fused", "dense components", "top-k"])
+@pytest.mark.parametrize("kind", ["fused", slow("dense components"), slow("top-k")])
 def test_no_student_learns_from_a_flipped_byte(tmp_path: Path, pictures: Path, kind: str) -> None:
     """The command ends with exit code 2, or with the very weights of a sound cache where nothing it read changed."""
     cache = tiny_run.write_cache(tmp_path / "cache", pictures, num_views=2, block_rows=8, **CACHES[kind])
@@ -154,7 +158,7 @@ COMMANDS = (
 def test_no_command_crashes(tmp_path: Path, command: list[str]) -> None:
     sound, cache = tmp_path / "sound", tmp_path / "cache"
     build(sound, tiny_manifest(IMAGES, num_views=2, block_rows=5, codec="compact", store="components"), IMAGES)
-    for file, offset, mask in places(sound, 8, seed=len(command[0])):
+    for file, offset, mask in places(sound, CRASHES, seed=len(command[0])):
         shutil.copytree(sound, cache)
         flip(cache / file.relative_to(sound), offset, mask)
         done = CliRunner().invoke(cache_tools, [part.replace("{}", str(cache)) for part in command])

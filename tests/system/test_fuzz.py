@@ -40,8 +40,10 @@ from cache_tools.store.group import read_manifest
 from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.hostile import DEEP, JUNK, Victim, bounded, changed_json, doubled_key, redigested, written
+from tests.support.turns import turns
 
 TIMES = int(os.environ.get("TEACHER_CACHE_FUZZ", "1"))
+pytestmark = pytest.mark.turns
 CASES = {"json": 600, "digested": 600, "text": 600, "metadata": 110, "chunks": 90, "files": 50, "commands": 40}
 IMAGES = tiny_images(12, 3)
 MANIFESTS = {
@@ -54,9 +56,9 @@ KINDS = st.sampled_from(["fused", "dense", "components", "top-k"])
 
 
 def fuzz(name: str) -> Callable[..., Any]:
-    """Settings: so many cases, the same ones in every run."""
+    """Settings: how many cases, and the same ones in every run."""
     return settings(
-        max_examples=CASES[name] * TIMES,
+        max_examples=turns(CASES[name] // 6, CASES[name] * TIMES),
         derandomize=TIMES == 1,
         deadline=None,
         database=None,

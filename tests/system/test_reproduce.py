@@ -26,8 +26,8 @@ from train.checkpoints import load_state
 from train.recipe import TrainRecipe, load_train_recipe
 from train.students import create_student
 
-# A dozen small trainings and three builds; the clock, not the work, is what a busy machine runs out of.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+# All commands are a dozen small trainings and five builds.
+pytestmark = pytest.mark.timeout(1800)
 
 TEXT = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
 APPS = {"build-cache": pipeline.cli.app, "train-student": train.cli.app}
@@ -70,11 +70,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
-@pytest.fixture(scope="module")
-def done(place: Path) -> list[tuple[list[str], dict[str, Any]]]:
-    """What every command of the page printed as JSON, in the order of the page."""
+def run(lines: list[list[str]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """What commands of the page print as JSON."""
     results = []
-    for program, *arguments in commands():
+    for program, *arguments in lines:
         extra = [*BUILD, "--json"] if program == "build-cache" else TRAIN
         printed = CliRunner().invoke(APPS[program], [*arguments, *extra])
         assert printed.exit_code == 0, f"{program} {shlex.join(arguments)}: {printed.stderr[-2000:]}"
@@ -82,6 +81,23 @@ def done(place: Path) -> list[tuple[list[str], dict[str, Any]]]:
     return results
 
 
+@pytest.fixture(scope="module")
+def done(place: Path) -> list[tuple[list[str], dict[str, Any]]]:
+    """What every command of the page printed, in the order of the page."""
+    return run(commands())
+
+
+@pytest.mark.medium
+def test_the_first_cache_and_its_first_student(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    (build, *_), (train, *_) = ([line for line in commands() if line[0] == program] for program in APPS)
+    (_, built), (_, trained) = run([build, [*train, "--out", str(tmp_path / "run")]])
+    assert (built["num_views"], built["images_computed"]) == (2, 64)
+    assert (trained["epochs"], trained["test_split"], trained["train_samples"]) == (1, "test", 32)
+    assert (trained["loss"], trained["student"]) == ("kd+crd", load_train_recipe(train[1]).student)
+
+
+@pytest.mark.slow
 def test_every_command_runs(done: list[tuple[list[str], dict[str, Any]]]) -> None:
     builds = [words[1] for words, _ in done if words[0] == "build-cache"]
     assert set(builds) == set(caches())
@@ -98,6 +114,7 @@ def test_every_command_runs(done: list[tuple[list[str], dict[str, Any]]]) -> Non
         assert result["train_samples"] == 32
 
 
+@pytest.mark.slow
 def test_every_pair_has_a_command_and_learns_from_both_networks(done: list[tuple[list[str], dict[str, Any]]]) -> None:
     plain = {words[1]: result for words, result in done if words[0] == "train-student" and len(words) == 2}
     assert set(plain) == set(pairs())
@@ -111,6 +128,7 @@ def test_every_pair_has_a_command_and_learns_from_both_networks(done: list[tuple
         assert (result["loss"], result["student"]) == ("kd+crd", load_train_recipe(name).student)
 
 
+@pytest.mark.slow
 def test_the_caches_hold_what_the_tree_has(done: list[tuple[list[str], dict[str, Any]]], place: Path) -> None:
     assert done
     for name in caches():
@@ -123,6 +141,7 @@ def test_the_caches_hold_what_the_tree_has(done: list[tuple[list[str], dict[str,
         assert len(cache.recipe.clip.templates) == 12
 
 
+@pytest.mark.slow
 def test_variants_do_what_the_page_says(done: list[tuple[list[str], dict[str, Any]]]) -> None:
     losses = [result["loss"] for words, result in done if words[0] == "train-student" and "--loss" in words]
     assert losses == ["kd", "ce+crd", "ce", "kd", "kd", "ce+crd", "dkd", "standardised_kd"]
@@ -211,6 +230,7 @@ def build(*arguments: object) -> Any:
     return CliRunner().invoke(pipeline.cli.app, [str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_file_folder_and_archive_make_the_same_cache(small: Path, tmp_path: Path) -> None:
     file = small / "cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth"
     prints = set()

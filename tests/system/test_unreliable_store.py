@@ -17,6 +17,7 @@ from cache_tools.places.transfer import copy_cache, list_committed
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.flaky_proxy import FAILURES, FlakyProxy, flaky_proxy
 from tests.support.s3_server import new_bucket
+from tests.support.turns import slow
 
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
@@ -102,7 +103,7 @@ def test_a_store_that_fails_for_good_is_one_clear_error(proxy: FlakyProxy, place
     assert copy_cache(cache, place).blocks_there == MANIFEST.num_blocks
 
 
-@pytest.mark.parametrize(("direction", "requests"), [("push", 17), ("push", 47), ("pull", 4), ("pull", 30)])
+@pytest.mark.parametrize(("direction", "requests"), [slow("push", 17), ("push", 47), ("pull", 4), slow("pull", 30)])
 def test_a_killed_copy_goes_on(
     proxy: FlakyProxy, place: Place, cache: LocalPlace, tmp_path: Path, direction: str, requests: int
 ) -> None:

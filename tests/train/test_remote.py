@@ -122,6 +122,7 @@ def test_a_run_without_a_network_from_what_is_staged(
     assert proxy.seen == []
 
 
+@pytest.mark.slow
 def test_several_runs_at_once_bring_each_view_once(proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path) -> None:
     runs = [tmp_path / f"{number}" / "run" for number in range(2)]
     for run in runs:

@@ -18,6 +18,7 @@ from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
 from tests.support.golden_cases import REFERENCE_LOGITS
+from tests.support.turns import slow
 from train.recipe import ZOO_NAMES
 from train.students import create_student, student_names
 
@@ -259,22 +260,22 @@ def test_timm_options_pass_through(tmp_path: Path) -> None:
 # --- torchvision -------------------------------------------------------------------------------------------------
 
 TORCHVISION = [  # one network of every class; sizes as small as each takes
-    ("alexnet", 64, 4, {}),
-    ("convnext_tiny", 32, 4, {}),
-    ("densenet121", 32, 4, {}),
+    slow("alexnet", 64, 4, {}),
+    slow("convnext_tiny", 32, 4, {}),
+    slow("densenet121", 32, 4, {}),
     ("efficientnet_b0", 32, 4, {}),
     ("googlenet", 32, 4, {"aux_logits": False, "init_weights": True}),
-    ("inception_v3", 75, 4, {"aux_logits": False, "init_weights": False}),
-    ("maxvit_t", 224, 4, {}),
+    slow("inception_v3", 75, 4, {"aux_logits": False, "init_weights": False}),
+    slow("maxvit_t", 224, 4, {}),
     ("mnasnet0_5", 32, 4, {}),
     ("mobilenet_v2", 32, 4, {}),
     ("mobilenet_v3_small", 32, 4, {}),
     ("regnet_x_400mf", 32, 4, {}),
     ("resnet18", 32, 4, {}),
     ("shufflenet_v2_x0_5", 32, 4, {}),
-    ("swin_t", 32, 4, {}),
-    ("vgg11", 32, 4, {"init_weights": False}),
-    ("vit_b_32", 64, 3, {"image_size": 64}),
+    slow("swin_t", 32, 4, {}),
+    slow("vgg11", 32, 4, {"init_weights": False}),
+    slow("vit_b_32", 64, 3, {"image_size": 64}),
 ]
 
 
@@ -306,7 +307,7 @@ def test_torchvision_student_trains_copies_and_reloads() -> None:
         assert torch.equal(copy.deepcopy(network)(batch), logits)
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "googlenet", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", slow("googlenet"), "mobilenet_v3_small"])
 def test_torchvision_pretrained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the download: the thousand classes, their replacement, GoogLeNet's aux heads and input range."""
     import torchvision

@@ -27,6 +27,7 @@ from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.support.s3_server import new_bucket
+from tests.support.turns import slow
 
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
@@ -465,7 +466,7 @@ def test_processes_that_stage_everything_bring_it_once(proxy: FlakyProxy, url: s
     assert {file.relative_to(mirror): file.read_bytes() for file in mirror.rglob("*") if file.is_file()} == copied
 
 
-@pytest.mark.parametrize("requests", [2, 12, 24, 35])
+@pytest.mark.parametrize("requests", [slow(2), 12, slow(24), slow(35)])
 def test_a_killed_stager_leaves_nothing_wrong_and_nothing_locked(
     proxy: FlakyProxy, url: str, local: Path, requests: int
 ) -> None:

@@ -15,6 +15,7 @@ from cache_tools.places.transfer import copy_cache, list_committed
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.support.s3_server import new_bucket
+from tests.support.turns import slow
 
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
@@ -107,7 +108,7 @@ def test_a_store_that_fails_is_not_a_damaged_cache(proxy: FlakyProxy, place: Pla
         verify(open_place(str(place)))
 
 
-@pytest.mark.parametrize("requests", [1, 14, 40])
+@pytest.mark.parametrize("requests", [slow(1), 14, slow(40)])
 def test_a_store_that_goes_away_in_between_is_one_error(
     proxy: FlakyProxy, place: Place, monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:

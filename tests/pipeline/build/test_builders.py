@@ -27,6 +27,7 @@ from tests.support import tiny_build
 from tests.support.builders import Builder, wait_for_blocks
 from tests.support.s3_server import new_bucket
 from tests.support.tiny_build import arrays_of
+from tests.support.turns import slow
 
 SAMPLES, VIEWS, ROWS = 150, 5, 16
 BLOCKS = VIEWS * -(-SAMPLES // ROWS)
@@ -60,7 +61,7 @@ def start(
     return Builder(recipe, pause_after, TEACHER_CACHE_HOME=tmp_path / f"home-{number}")
 
 
-@pytest.mark.parametrize("builders", [2, 4])
+@pytest.mark.parametrize("builders", [2, slow(4)])
 def test_builders_share_the_work(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str, builders: int):
     running = [start(root, tmp_path, out, number, pause_after=1) for number in range(2)]
     for builder in running:

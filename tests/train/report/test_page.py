@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.page_checks import NAMELESS, POOR_CONTRAST, TOO_WIDE
 from tests.support.run_folders import write_run, write_sweep
+from tests.support.turns import slow
 from train.report.html import write_report
 from train.report.spread import pareto_front
 from train.report.trials import read_table
@@ -138,6 +139,7 @@ def test_the_leaderboard_sorts_either_way(show) -> None:
     assert numbers(page, "top1")[0] == 92.5
 
 
+@pytest.mark.slow
 def test_intervals_sort_by_their_width(show) -> None:
     page = show("intervals")
     for order in (["resnet20", "resnet8", "vgg8"], ["vgg8", "resnet8", "resnet20"]):
@@ -145,6 +147,7 @@ def test_intervals_sort_by_their_width(show) -> None:
         assert [cell.split()[0] for cell in rows(page, "student")] == order
 
 
+@pytest.mark.slow
 def test_sorting_by_keyboard(show) -> None:
     page = show()
     page.locator("#board th[data-key=nll] button").focus()
@@ -158,6 +161,7 @@ def test_sorting_by_keyboard(show) -> None:
     assert names == ["resnet8", "resnet20", "resnet110", "ShuffleV1", "ShuffleV2", "vgg8", "wrn_16_2"], "8 before 110"
 
 
+@pytest.mark.slow
 def test_learning_rates_sort_by_size_and_are_not_broken_on_a_phone(show) -> None:
     page = show("searched", width=390)
     press_key = "#board th[data-key='setting-optimiser.learning_rate'] button"
@@ -204,6 +208,7 @@ def test_filters_act_on_the_table_the_plots_and_the_runs(show) -> None:
     expect(page.locator("#filter-clear")).to_be_disabled()
 
 
+@pytest.mark.slow
 def test_seeds_unfold(show) -> None:
     page = show()
     button = page.locator("#board .unfold").first
@@ -234,6 +239,7 @@ def test_the_front_in_the_page_is_the_front(show) -> None:
     assert page.locator("#cost figure").count() == 4
 
 
+@pytest.mark.slow
 def test_a_filtered_front_is_that_of_what_is_shown(show) -> None:
     page = show()
     caption = page.locator("#cost figcaption").first
@@ -242,6 +248,7 @@ def test_a_filtered_front_is_that_of_what_is_shown(show) -> None:
     expect(caption).to_contain_text("resnet8 · labels alone")
 
 
+@pytest.mark.slow
 def test_colours_are_given_and_taken(show) -> None:
     page = show()
     boxes = page.locator("#board .pick input")
@@ -257,6 +264,7 @@ def test_colours_are_given_and_taken(show) -> None:
     expect(page.locator("#top1 .plot .series:not(.other)")).to_have_count(8)
 
 
+@pytest.mark.slow
 def test_learning_curves_show_what_is_chosen(show) -> None:
     page = show()
     first = page.locator("#curves figure").first
@@ -268,6 +276,7 @@ def test_learning_curves_show_what_is_chosen(show) -> None:
     expect(first.locator("tbody tr")).to_have_count(31)
 
 
+@pytest.mark.slow
 def test_the_pointer_tells_the_nearest_point(show) -> None:
     page = show()
     mark = page.locator("#top1 .plot .series .mark:not(.open)").first
@@ -308,7 +317,7 @@ def test_themes(show) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["dark"]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", slow("dark")])
 def test_text_can_be_read(show, scheme: str) -> None:
     """WCAG AA: text has at least 4.5 times the luminance of its ground, or the other way round."""
     page = show(scheme=scheme)
@@ -316,8 +325,7 @@ def test_text_can_be_read(show, scheme: str) -> None:
     assert page.evaluate(POOR_CONTRAST) == []
 
 
-@pytest.mark.parametrize("name", ["sweep", "one"])
-@pytest.mark.parametrize("width", [360, 768])
+@pytest.mark.parametrize(("name", "width"), [("sweep", 360), slow("one", 360), slow("sweep", 768), slow("one", 768)])
 def test_nothing_is_wider_than_a_phone(show, name: str, width: int) -> None:
     page = show(name, width=width)
     for figure in page.locator("figure:visible").all():
@@ -328,6 +336,7 @@ def test_nothing_is_wider_than_a_phone(show, name: str, width: int) -> None:
     assert page.evaluate(TOO_WIDE) == []
 
 
+@pytest.mark.slow
 def test_plots_follow_the_width(show) -> None:
     page = show(width=1200)
     page.set_viewport_size({"width": 500, "height": 900})
@@ -350,6 +359,7 @@ def test_everything_has_a_name_for_screen_readers(show) -> None:
     assert all(later - earlier <= 1 for earlier, later in pairwise(order))
 
 
+@pytest.mark.slow
 def test_the_whole_page_can_be_reached_by_keyboard(show) -> None:
     page = show("one")
     page.keyboard.press("Tab")
@@ -363,6 +373,7 @@ def test_the_whole_page_can_be_reached_by_keyboard(show) -> None:
     assert {"leaderboard", "top1", "curves", "calibration", "classes", "runs"} <= reached
 
 
+@pytest.mark.slow
 def test_a_single_run_needs_no_filters(show) -> None:
     page = show("one")
     assert page.locator(".filters").count() == 0

@@ -239,6 +239,7 @@ def test_failed_and_stopped_trials_and_suggestions_that_come_again(cache: Path, 
     assert sum(map(len, counted.batches)) == len(rates)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_sigkill(cache: Path, tmp_path: Path) -> None:
     """Killed in its second round, it comes to the table of one that was left alone; then the best with other seeds."""
     base = tiny_run.recipe(cache, Path("unused"), epochs=12, loggers=()).model_dump(mode="json", exclude={"out"})

@@ -125,6 +125,7 @@ def test_a_killed_worker_is_started_again(
     same(there, undisturbed)
 
 
+@pytest.mark.slow
 def test_each_node_stages_a_remote_cache_once(
     nodes: Cluster, proxy: FlakyProxy, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_each_node_stages_a_remote_cache_once(
     same(there, run_sweep(sweep(cache, **of), tmp_path / "here"))
 
 
+@pytest.mark.slow
 def test_a_name_means_that_cache_in_the_home_of_each_node(
     nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_what_no_node_has_room_for(nodes: Cluster, cache: Path, tmp_path: Path) 
         on_ray(sweep(cache, base=gpu), tmp_path / "gpu", nodes)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_always_dies_is_a_failed_one(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
     killed: set[int] = set()
 
@@ -200,6 +203,7 @@ def test_a_trial_whose_worker_always_dies_is_a_failed_one(nodes: Cluster, cache:
     assert result.trials["error"][0] in (tmp_path / "ray" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_error_of_all_trials_is_told_as_it_is(nodes: Cluster, tmp_path: Path) -> None:
     """Images that have changed since the cache was built: the worker finds out."""
     pictures = tiny_run.write_pictures(tmp_path / "pictures")
@@ -211,6 +215,7 @@ def test_an_error_of_all_trials_is_told_as_it_is(nodes: Cluster, tmp_path: Path)
     assert str(far.value) == str(local.value)
 
 
+@pytest.mark.slow
 def test_a_lost_node_leaves_its_trials_to_the_other(
     nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
 ) -> None:
@@ -290,6 +295,7 @@ def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_loopback(), reason="needs the loopback interface")
 def test_the_command_starts_a_cluster_and_ends_it(cache: Path, tmp_path: Path) -> None:
     """Neither the home folder nor the working folder gets anything of Ray."""
