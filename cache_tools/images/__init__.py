@@ -1,7 +1,7 @@
-"""Open image sources: splits, and parts of them.
+"""Open image sources: whole splits and parts of them.
 
-Every source gives RGB uint8 NCHW on one canvas size. Arrays (digits, Fashion-MNIST, CIFAR) live in
-`image_arrays.py`, folders in `image_folder.py`. Nothing here imports torch, torchvision, scikit-learn or PIL.
+Every source gives RGB uint8 NCHW on a canvas of one size. `arrays.py` has the sources that fit in memory (digits,
+Fashion-MNIST, CIFAR), `folder.py` has folders. Opening imports no torch, torchvision, scikit-learn or PIL.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ _PART = re.compile(rf"(?P<split>[^\[\]]+)\[(?P<start>{_END}):(?P<stop>{_END})(?:
 
 
 def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
-    """Open a split or a part of one, `recipe.split` when None. Folders read every file (for the keys) but decode none.
+    """Open a split or a part of one. A folder's files are read for their keys, but not decoded.
+
+    Args:
+        split: None for `recipe.split`.
 
     Raises:
-        DataError: no such split, an empty part, missing or damaged files; says where it looked and what to do.
+        DataError: there is no such split, the part is empty, or files are missing or damaged.
     """
     wanted = split or recipe.split
-    whole = _PART.fullmatch(wanted)
-    if whole is None:
+    match = _PART.fullmatch(wanted)
+    if match is None:
         return _open_split(recipe, wanted)
-    images = _open_split(recipe, whole["split"])
-    start, stop = (_bound(whole[end], len(images)) for end in ("start", "stop"))
-    part = images.subset(slice(start, stop, int(whole["step"]) if whole["step"] else None), wanted)
+    images = _open_split(recipe, match["split"])
+    start, stop = (_bound(match[end], len(images)) for end in ("start", "stop"))
+    part = images.subset(slice(start, stop, int(match["step"]) if match["step"] else None), wanted)
     if len(part) == 0:
         raise DataError("that part of the split is empty", where=wanted, found=f"{len(images)} samples in all")
     return part
@@ -44,7 +47,7 @@ def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
 
 
 def _bound(text: str, count: int) -> int | None:
-    """One end of a slice over `count` samples: nothing, a number, or per cent of them."""
+    """One end of a slice over `count` samples, from nothing, a number, or a percentage of them."""
     if not text:
         return None
     return int(count * float(text[:-1]) / 100) if text.endswith("%") else int(text)

@@ -1,6 +1,6 @@
 """Image sources that fit in memory: the digits of scikit-learn, Fashion-MNIST, CIFAR-10 and CIFAR-100.
 
-Opened by `cache_tools.images.open_images`; all are 32 × 32.
+`cache_tools.images.open_images` opens them. All images are 32 × 32.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ArrayImages(ImageSet):
 def open_digits(recipe: DatasetRecipe, split: str) -> ArrayImages:
     """The 1797 handwritten digits of scikit-learn; every fifth one (index % 5 == 4) is the test split.
 
-    The 8 × 8 scans are brought to 32 × 32 by exact integer bilinear interpolation, their 0…16 to 0…255.
+    Exact integer bilinear interpolation enlarges the 8 × 8 scans to 32 × 32 and scales their levels 0…16 to 0…255.
     """
     train = _check_split(recipe, split)
     table = _digits_table()
@@ -66,7 +66,7 @@ def open_digits(recipe: DatasetRecipe, split: str) -> ArrayImages:
 
 
 def open_fashion_mnist(recipe: DatasetRecipe, split: str) -> ArrayImages:
-    """Fashion-MNIST from its IDX files, plain or gzipped; 28 × 28 scans, zero-padded by two pixels."""
+    """Fashion-MNIST from its IDX files, plain or gzipped; the 28 × 28 scans are zero-padded by two pixels."""
     prefix = "train" if _check_split(recipe, split) else "t10k"
     root = _data_dir(recipe)
     folders = [root, root / "FashionMNIST" / "raw", SYSTEM_FASHION_DIR]
@@ -76,7 +76,7 @@ def open_fashion_mnist(recipe: DatasetRecipe, split: str) -> ArrayImages:
     scans, labels = (_read_idx(_require(folders, name), dims) for name, dims in zip(names, (3, 1), strict=True))
     if len(scans) != len(labels) or scans.shape[1:] != (28, 28) or labels.max(initial=0) >= len(FASHION_NAMES):
         raise DataError(
-            "Fashion-MNIST images and labels do not fit together",
+            "Fashion-MNIST images and labels do not match",
             where=_require(folders, names[0]).parent,
             expected="as many labels 0…9 as images of 28 × 28",
             found=f"images {scans.shape}, {len(labels)} labels up to {labels.max(initial=0)}",
@@ -92,7 +92,7 @@ def open_cifar(recipe: DatasetRecipe, split: str) -> ArrayImages:
 
     cls: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[recipe.name]
     root = _data_dir(recipe)
-    if root.name == cls.base_folder:  # the folder with the batches itself was given
+    if root.name == cls.base_folder:  # the user gave the folder that holds the batches
         root = root.parent
     folder = root / cls.base_folder
     if recipe.download:
@@ -104,7 +104,7 @@ def open_cifar(recipe: DatasetRecipe, split: str) -> ArrayImages:
             f"{recipe.name} is damaged" if folder.is_dir() else f"{recipe.name} not found",
             where=folder,
             expected="the unpacked python version with the published MD5 sums",
-            next_step=_get_it(f"a --data-dir that contains {cls.base_folder}"),
+            next_step=_next_step(f"a --data-dir that contains {cls.base_folder}"),
         ) from error
     pixels = np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))
     return _array_images(recipe, split, tuple(dataset.classes), np.array(dataset.targets), pixels, pixels)
@@ -126,7 +126,7 @@ def _array_images(
     originals: np.ndarray,
     canvas: np.ndarray,
 ) -> ArrayImages:
-    """Keys come from `originals` (uint8 [N, …]), so they do not change with the canvas; grey becomes RGB."""
+    """An ArrayImages whose keys come from `originals` (uint8 [N, …]), not from the canvas; grey becomes RGB."""
     keys = b"".join(sample_key(row.data) for row in np.ascontiguousarray(originals))
     pixels = canvas if canvas.shape[1] == 3 else np.repeat(canvas, 3, axis=1)
     return ArrayImages(
@@ -143,7 +143,7 @@ def _array_images(
 def _enlarge(scans: np.ndarray) -> np.ndarray:
     """uint8 [N, 8, 8] in 0…16 → uint8 [N, 32, 32] in 0…255, half-pixel bilinear with clamped borders.
 
-    Weights are whole eighths per axis, so everything is integer arithmetic: the same on every machine.
+    Weights are whole eighths per axis, so integer arithmetic gives the same pixels on every machine.
     """
     weights = np.zeros((32, 8), np.int64)
     for row in range(32):
@@ -156,7 +156,7 @@ def _enlarge(scans: np.ndarray) -> np.ndarray:
 
 
 def _digits_table() -> np.ndarray:
-    """[1797, 65]: the levels of 8 × 8 pixels, then the digit. From scikit-learn's file: importing it takes a second."""
+    """[1797, 65]: the levels of 8 × 8 pixels, then the digit. Reads scikit-learn's file: its import takes a second."""
     package = find_spec("sklearn")
     for folder in (package.submodule_search_locations or ()) if package is not None else ():
         file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
@@ -184,13 +184,13 @@ def _require(folders: list[Path], name: str) -> Path:
             "Fashion-MNIST not found",
             where=f"{name}[.gz]",
             found=f"nothing in {', '.join(str(folder) for folder in folders)}",
-            next_step=_get_it("a --data-dir that contains the four files"),
+            next_step=_next_step("a --data-dir that contains the four files"),
         )
     return path
 
 
-def _get_it(place: str) -> str:
-    return f"give {place}, or --download to fetch it"
+def _next_step(place: str) -> str:
+    return f"give {place}, or add --download"
 
 
 def _read_idx(path: Path, dims: int) -> np.ndarray:
@@ -203,7 +203,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     shape = tuple(int(length) for length in header[1:])
     if header[0] != _IDX_MAGIC[dims] or len(data) != header.nbytes + int(np.prod(shape)):
         raise DataError(
-            "not a whole IDX file",
+            "not a complete IDX file",
             where=path,
             expected=f"magic 0x{_IDX_MAGIC[dims]:04x} and as many bytes as its header says",
             found=f"magic 0x{int(header[0]):04x}, {len(data)} bytes",
@@ -213,7 +213,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
 
 
 def _download(class_name: str, root: Path) -> None:
-    """Have torchvision download and check a dataset below `root`; nothing happens if it is there already."""
+    """Let torchvision download and check a dataset below `root`, unless it is there already."""
     from torchvision import datasets
 
     try:
@@ -229,10 +229,10 @@ def _download(class_name: str, root: Path) -> None:
 
 
 def _check_split(recipe: DatasetRecipe, split: str) -> bool:
-    """True for `train`, False for `test`.
+    """Return True for `train` and False for `test`.
 
     Raises:
-        DataError: anything else; the array sources have these two.
+        DataError: the split is neither.
     """
     if split not in {"train", "test"}:
         raise DataError(

@@ -1,7 +1,7 @@
-"""A folder of class sub-folders as an image source; opened by `cache_tools.images.open_images`.
+"""A folder of class sub-folders as an image source; `cache_tools.images.open_images` opens it.
 
-Opening reads every file once to hash it, and decodes none. Nothing broken is skipped: it is a DataError that
-names the file, when hashing if it can be seen then, else when the image is loaded.
+Opening reads every file once to hash it, and decodes none. A broken file is never skipped: it raises a DataError that
+names the file, while hashing if the damage shows then, otherwise when the image is loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER_IMAGE_SIZE = 224
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs, kept even where a program lifted that
+MAX_PIXELS = 178_956_970  # PIL's limit against decompression bombs, enforced even if a program has lifted it
 PROGRESS_FROM_FILES = 5000
 
 
@@ -52,12 +52,12 @@ class FolderImages(ImageSet):
                 raise DataError(
                     "image changed since the folder was opened",
                     where=self.files[sample],
-                    next_step="run the command again when nothing writes to the folder",
+                    next_step="run the command again when no program writes to the folder",
                 )
             pixels[row] = decode_image(data, self.image_size[0], self.files[sample]).transpose(2, 0, 1)
 
         with _whole_images_only(), ThreadPoolExecutor(_workers()) as pool:
-            for _ in pool.map(fill, range(len(chosen))):  # re-raises the first error in sample order
+            for _ in pool.map(fill, range(len(chosen))):  # raises the first error in sample order
                 pass
         return pixels
 
@@ -71,7 +71,8 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
     Classes and files are sorted by name. Files without an image extension and hidden ones are ignored.
 
     Raises:
-        DataError: missing folder, no classes, an empty class, an empty or unreadable file, a loop of links.
+        DataError: the folder is missing, has no classes or an empty class, a file is empty or unreadable, or links
+            form a loop.
     """
     root = _split_folder(recipe, split)
     classes = _class_names(root)
@@ -101,13 +102,14 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
 
 
 def decode_image(data: bytes, size: int, where: Path) -> np.ndarray:
-    """One encoded image as uint8 [size, size, 3].
+    """Decode an image to RGB uint8 [size, size, 3].
 
-    RGB (16-bit grey keeps its high byte, alpha is dropped), turned as EXIF says, the shorter side brought to
-    `size` by antialiased bicubic interpolation, centre crop: torchvision's Resize and CenterCrop on PIL images.
+    16-bit grey keeps its high byte, and alpha is dropped. The image is rotated according to EXIF, its shorter side is
+    resized to `size` by antialiased bicubic interpolation, and the centre is cropped, as torchvision's Resize and
+    CenterCrop do on PIL images.
 
     Raises:
-        DataError: anything that does not decode completely to 8 or 16 bits per channel.
+        DataError: the data do not decode completely to 8 or 16 bits per channel.
     """
     from PIL import Image, ImageOps
 
@@ -117,7 +119,7 @@ def decode_image(data: bytes, size: int, where: Path) -> np.ndarray:
                 raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS}")
             ImageOps.exif_transpose(image, in_place=True)
             return _fit(_as_rgb(image), size)
-    except Exception as error:  # decoders raise nearly anything on damaged bytes
+    except Exception as error:  # decoders raise almost any exception on damaged bytes
         raise DataError(
             "cannot decode an image",
             where=where,
@@ -140,7 +142,7 @@ def _as_rgb(image: Image) -> Image:
 
 
 def _fit(image: Image, size: int) -> np.ndarray:
-    """Resize and crop in one go: only what the crop shows is computed, however long the image is."""
+    """Resize and crop in one operation, which computes only the pixels inside the crop."""
     from PIL import Image as pil
 
     width, height = image.size
@@ -154,7 +156,7 @@ def _fit(image: Image, size: int) -> np.ndarray:
 
 @contextmanager
 def _whole_images_only() -> Iterator[None]:
-    """Some libraries have PIL accept truncated images, the rest grey, for the whole process; not here."""
+    """Refuse truncated images here, even if a library has told PIL to pad them with grey in the whole process."""
     from PIL import ImageFile
 
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
@@ -176,7 +178,7 @@ def _split_folder(recipe: DatasetRecipe, split: str) -> Path:
         where=root / split,
         expected=f"{root}/{split}/CLASS/IMAGE",
         found="no such folder" if not root.is_dir() else f"{root} without a folder {split}",
-        next_step="set data_dir and the splits; with test_split: null the classes may lie in data_dir itself",
+        next_step="set data_dir and the splits; with test_split: null the class folders may be in data_dir itself",
     )
 
 
@@ -214,7 +216,7 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
                 if path.is_dir():
                     yield from _walk(path, (*parents, identity))
                 elif _is_image_name(entry.name) or not path.exists():
-                    yield path  # a broken link may be a lost folder: reading it says so
+                    yield path  # a broken link may be a lost folder; reading it raises
     except OSError as error:
         raise DataError("cannot read a class folder", where=error.filename or folder, found=error.strerror) from error
 
@@ -229,8 +231,8 @@ def _hash_files(files: list[Path]) -> np.ndarray:
     def key_of(path: Path) -> bytes:
         return sample_key(_read(path))
 
-    progress: Any = Progress("hashing images", len(files), "images") if len(files) >= PROGRESS_FROM_FILES else None
-    with ThreadPoolExecutor(_workers()) as pool:
+    shown = Progress("hash images", len(files), "images") if len(files) >= PROGRESS_FROM_FILES else nullcontext()
+    with ThreadPoolExecutor(_workers()) as pool, shown as progress:
         for row, key in enumerate(pool.map(key_of, files)):
             keys[row] = np.frombuffer(key, np.uint8)
             if progress is not None:
@@ -239,7 +241,7 @@ def _hash_files(files: list[Path]) -> np.ndarray:
 
 
 def _read(path: Path) -> bytes:
-    """A regular file's bytes: a pipe or device named like an image would block for ever."""
+    """Read a regular file; a pipe or device named like an image would block forever."""
     try:
         data = path.read_bytes() if path.is_file() else None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One split of an image source, opened: which samples, in which order, with which labels and pixels."""
+"""An opened split of an image source: its samples in order, with their keys, labels and pixels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KEY_BYTES = 16
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageSet(ABC):
-    """One split of a source, opened.
+    """An opened split of an image source.
 
     Attributes:
-        class_names: as prompts use them, but with underscores kept; a label is an index into them.
+        class_names: as in prompts, but with underscores; a label is an index into them.
         labels: int64 [N].
-        keys: uint8 [N, 16], blake2b-128 of a sample's original bytes (its file for folders).
+        keys: uint8 [N, 16], blake2b-128 of a sample's original bytes (in a folder, of its file).
         image_size: (height, width) of the canvas.
     """
 
@@ -40,34 +40,34 @@ class ImageSet(ABC):
     @property
     @abstractmethod
     def resident(self) -> bool:
-        """Whether all pixels are in memory already, so that `load` costs an indexing at most."""
+        """Whether all pixels are in memory, so that `load` only indexes them."""
 
     @abstractmethod
     def load(self, index: np.ndarray | slice) -> np.ndarray:
         """Pixels uint8 [B, 3, H, W] at `index`; a slice of a resident source is a view: do not write to it.
 
         Raises:
-            DataError: an image that cannot be decoded, or that changed since the split was opened.
+            DataError: an image cannot be decoded, or it changed since the split was opened.
         """
 
     @cached_property
     def content_digest(self) -> str:
-        """32 hex digits over keys, labels and class names: equal when samples, order and labels are."""
+        """32 hex digits over keys, labels and class names: equal if samples, order and labels are equal."""
         names = json.dumps(self.class_names, ensure_ascii=True).encode()
         parts = (self.keys.tobytes(), self.labels.astype("<i8").tobytes(), names)
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
     def subset(self, rows: slice | np.ndarray, split: str | None = None) -> Self:
-        """The samples at `rows` (int indices or a slice), numbered anew from 0; `split` renames the split."""
+        """The samples at `rows` (int indices or a slice), renumbered from 0; `split` renames the split."""
         part = {"labels": self.labels[rows], "keys": self.keys[rows], **self._fields_at(rows)}
         return replace(self, split=split or self.split, **part)
 
     @abstractmethod
     def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
-        """What a source has per sample besides labels and keys, at `rows`."""
+        """The fields of a subclass that hold one entry per sample, at `rows`."""
 
     def identity(self) -> DatasetIdentity:
-        """What a cache records of this split, to recognise it later."""
+        """The identity by which a cache recognises this split later."""
         return DatasetIdentity(
             name=self.name,
             split=self.split,

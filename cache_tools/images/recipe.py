@@ -1,4 +1,4 @@
-"""Where images come from, as a user asks for it."""
+"""Which images to use: the source, its splits and its files; and the identity of an opened split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGES_VERSION = 1  # raise when the canvas of some image file changes; see pipe
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 # Mean and std per RGB channel on [0, 1], over the train split. Digits, Fashion-MNIST: over the 32 × 32 canvas,
-# as the tests recompute. CIFAR: the figures everybody uses. Folders: ImageNet's.
+# as a test recomputes. CIFAR: the customary figures. Folders: those of ImageNet.
 _NORMALISATION: dict[str, Normalisation] = {
     "digits": ((0.3058,) * 3, (0.3241,) * 3),
     "fashion-mnist": ((0.2190,) * 3, (0.3318,) * 3),
@@ -26,16 +26,16 @@ _NORMALISATION: dict[str, Normalisation] = {
 
 
 class DatasetRecipe(Frozen):
-    """Where images come from.
+    """The source of the images.
 
     Attributes:
         name: the source; `folder` is any folder of class sub-folders.
-        split: what is cached and trained on; `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it (Python's
-            slices, of samples in their order: take every k-th of a folder, whose classes come one after the other).
-        test_split: what is evaluated on, None for nothing; parts as in `split`.
-        data_dir: where the files are (`~` allowed); None for the source's usual place. Not needed for digits.
-        download: fetch what is missing (Fashion-MNIST, CIFAR).
-        image_size: side of the square canvas of a folder, 224 when None; the other sources have their own.
+        split: the split to cache and train on. `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it: Python
+            slices of the samples in order. The samples of a folder are sorted by class, so take every k-th.
+        test_split: the split to evaluate on, or a part; None for no evaluation.
+        data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits.
+        download: whether to download missing files (Fashion-MNIST, CIFAR).
+        image_size: side of the square canvas of a folder, 224 when None; the other sources have a fixed size.
     """
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
@@ -59,19 +59,14 @@ class DatasetRecipe(Frozen):
         return _NORMALISATION[self.name]
 
     def absolute(self) -> DatasetRecipe:
-        """The same recipe with an absolute data_dir, to be opened from any working directory."""
+        """The same recipe with an absolute data_dir, which can be opened from any working directory."""
         if self.data_dir is None:
             return self
         return self.model_copy(update={"data_dir": Path(os.path.abspath(self.data_dir.expanduser()))})
 
 
-def default_data_dir() -> Path:
-    """Where array sources are looked for, and downloaded to, without a data_dir."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "teacher-cache" / "datasets"
-
-
 class DatasetIdentity(Frozen):
-    """Which samples, in which order, with which labels. `content_digest` covers keys, labels and class names."""
+    """Identifies samples, their order and their labels. `content_digest` covers keys, labels and class names."""
 
     name: str
     split: str
@@ -79,3 +74,8 @@ class DatasetIdentity(Frozen):
     image_size: tuple[PositiveInt, PositiveInt]
     class_names: tuple[str, ...]
     content_digest: str
+
+
+def default_data_dir() -> Path:
+    """Where array sources are found and downloaded to if there is no data_dir."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "teacher-cache" / "datasets"

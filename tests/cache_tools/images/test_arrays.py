@@ -64,7 +64,7 @@ def test_recipe_is_validated_and_round_trips() -> None:
     assert DatasetRecipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
-def test_unknown_split_is_an_error() -> None:
+def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(DataError, match=r"no such split \(val\)"):
         open_images(DatasetRecipe(name="digits", split="val"))
 
@@ -83,7 +83,7 @@ def test_unknown_split_is_an_error() -> None:
         ("[10:20:3]", slice(10, 20, 3)),
     ],
 )
-def test_a_part_of_a_split_is_a_split(part: str, rows: slice) -> None:
+def test_a_part_of_a_split_is_opened_like_a_split(part: str, rows: slice) -> None:
     whole, images = open_images(DatasetRecipe(name="digits")), open_images(DatasetRecipe(name="digits"), f"train{part}")
     assert images.split == f"train{part}"
     assert np.array_equal(images.labels, whole.labels[rows])
@@ -97,7 +97,7 @@ def test_a_part_of_a_split_is_a_split(part: str, rows: slice) -> None:
     ("split", "words"),
     [("train[5000:]", "empty.*1438 samples"), ("train[1:2", "no such split"), ("train[a:b]", "no such split")],
 )
-def test_a_part_that_is_not_there_is_an_error(split: str, words: str) -> None:
+def test_an_empty_or_malformed_part_is_refused(split: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         open_images(DatasetRecipe(name="digits", split=split))
 
@@ -136,7 +136,7 @@ def test_digits_keys_are_hashes_of_the_scans() -> None:
     assert images.keys[1].tobytes() == hashlib.blake2b(scan, digest_size=16).digest()
 
 
-def test_content_digest_sees_every_change() -> None:
+def test_the_content_digest_depends_on_everything() -> None:
     images = open_images(DatasetRecipe(name="digits"), "test")
     fields = {name: getattr(images, name) for name in ("name", "split", "image_size", "pixels")}
 
@@ -238,7 +238,7 @@ def test_damaged_idx_files_are_named(fashion: Any, damage: str) -> None:
         open_images(recipe, "test")
 
 
-def test_missing_fashion_mnist_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_fashion_mnist_names_the_folders_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "SYSTEM_FASHION_DIR", tmp_path / "system")
     recipe = DatasetRecipe(name="fashion-mnist", data_dir=tmp_path / "data")
     with pytest.raises(DataError) as caught:
@@ -247,7 +247,7 @@ def test_missing_fashion_mnist_says_where_it_looked(tmp_path: Path, monkeypatch:
         assert word in str(caught.value)
 
 
-def test_failed_download_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "SYSTEM_FASHION_DIR", tmp_path / "system")
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://localhost:9/"])  # nobody answers there
     recipe = DatasetRecipe(name="fashion-mnist", data_dir=tmp_path / "data", download=True)
@@ -316,7 +316,7 @@ def test_cifar_in_the_published_layout(cifar: Any) -> None:
     assert open_images(inside).content_digest == open_images(recipe).content_digest
 
 
-def test_damaged_and_missing_cifar(cifar: Any, tmp_path: Path) -> None:
+def test_damaged_and_missing_cifar_are_reported(cifar: Any, tmp_path: Path) -> None:
     recipe, _ = cifar
     cls = CIFAR_CLASSES[recipe.name]
     batch = tmp_path / cls.base_folder / cls.test_list[0][0]

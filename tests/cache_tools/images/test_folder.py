@@ -84,7 +84,7 @@ def test_order_labels_and_keys(root: Path) -> None:
     assert open_images(recipe_for(moved)).content_digest == images.content_digest
 
 
-def test_the_order_is_that_of_torchvisions_image_folder(root: Path) -> None:
+def test_the_order_equals_torchvisions_image_folder(root: Path) -> None:
     (root / "train" / "cat" / "more").mkdir()
     photo(30, 30).save(root / "train" / "cat" / "more" / "9.png")
     reference = datasets.ImageFolder(str(root / "train"), allow_empty=True)
@@ -95,7 +95,7 @@ def test_the_order_is_that_of_torchvisions_image_folder(root: Path) -> None:
     assert ours == [sample for sample in reference.samples if sample[0] != hidden]
 
 
-def test_decoding_is_torchvisions_resize_and_centre_crop(root: Path) -> None:
+def test_decoding_equals_torchvisions_resize_and_centre_crop(root: Path) -> None:
     transform = transforms.Compose(
         [transforms.Resize(SIZE, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(SIZE)]
     )
@@ -232,7 +232,7 @@ KINDS = ["truncated jpeg", "only a jpeg header", "text", "zeros", "html", "decom
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("tolerant", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_image_is_an_error_that_names_it(
+def test_a_broken_image_is_named(
     root: Path, kind: str, tolerant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in a program whose libraries made PIL accept truncated images and images of any size."""
@@ -259,7 +259,7 @@ def test_floating_point_images_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["empty", "loop", "broken link", "broken folder link", "pipe", "folder loop", "unreadable"]
 )
-def test_files_that_are_no_files(root: Path, kind: str) -> None:
+def test_irregular_files_are_refused(root: Path, kind: str) -> None:
     bad = root / "train" / "cat" / "x.png"
     if kind == "empty":
         bad.touch()
@@ -294,7 +294,7 @@ def test_links_to_images_and_folders_are_followed(root: Path) -> None:
     assert len(images) == 13
 
 
-def test_folders_that_are_no_dataset(root: Path) -> None:
+def test_folders_without_a_dataset_are_refused(root: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         open_images(recipe_for(root / "missing"))
     with pytest.raises(DataError, match="without a folder val"):
@@ -315,7 +315,7 @@ def test_folders_that_are_no_dataset(root: Path) -> None:
         open_images(recipe_for(root))
 
 
-def test_a_file_that_changes_after_opening_is_noticed(root: Path) -> None:
+def test_a_file_that_changes_after_opening_is_refused(root: Path) -> None:
     images = open_images(recipe_for(root))
     photo(64, 33, seed=5).save(root / "train" / "ant" / "1.PNG")
     with pytest.raises(DataError, match=r"changed since.*1\.PNG"):
