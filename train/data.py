@@ -92,11 +92,11 @@ class TrainingData:
         )
 
 
-def open_data(recipe: TrainRecipe, device: torch.device, images_of: Opener = open_images) -> TrainingData:
+def open_data(recipe: TrainRecipe, device: torch.device, open_split: Opener = open_images) -> TrainingData:
     """Open and check what a recipe learns from.
 
     Args:
-        images_of: opens a split; by default anew every time.
+        open_split: opens a split; by default anew every time.
 
     Raises:
         NotFoundError, FormatError: no such cache, or a damaged one.
@@ -107,9 +107,9 @@ def open_data(recipe: TrainRecipe, device: torch.device, images_of: Opener = ope
     """
     if not recipe.loss.needs_targets:
         assert recipe.dataset is not None, "a recipe without targets has a dataset"
-        dataset = _located(recipe.dataset, recipe)
-        images = images_of(dataset, None)
-        test = _open_test(dataset, images, images_of)
+        dataset = recipe.locate(recipe.dataset)
+        images = open_split(dataset, None)
+        test = _open_test(dataset, images, open_split)
         if recipe.label_fraction < 1.0:
             images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
         return TrainingData(
@@ -124,14 +124,14 @@ def open_data(recipe: TrainRecipe, device: torch.device, images_of: Opener = ope
     cache = TeacherCache.open(recipe.cache)
     cache.require_complete()
     registry.mark_used(cache.path)
-    dataset = _located(cache.manifest.dataset, recipe)
-    images = aligned(cache, images_of(dataset, None))
+    dataset = recipe.locate(cache.manifest.dataset)
+    images = aligned(cache, open_split(dataset, None))
     cache.check_canaries(images)
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     components = _components(cache, fusion, loss)
     return TrainingData(
         images=images,
-        test=_open_test(dataset, images, images_of),
+        test=_open_test(dataset, images, open_split),
         dataset=dataset,
         views=cache.recipe.views,
         num_views=_num_views(cache, recipe),
@@ -209,15 +209,10 @@ def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:
     return wanted
 
 
-def _located(dataset: DatasetRecipe, recipe: TrainRecipe) -> DatasetRecipe:
-    changes = {"data_dir": recipe.data_dir or dataset.data_dir, "download": recipe.download or dataset.download}
-    return dataset.model_copy(update=changes).absolute()
-
-
-def _open_test(dataset: DatasetRecipe, images: ImageSet, images_of: Opener) -> ImageSet | None:
+def _open_test(dataset: DatasetRecipe, images: ImageSet, open_split: Opener) -> ImageSet | None:
     if dataset.test_split is None:
         return None
-    test = images_of(dataset, dataset.test_split)
+    test = open_split(dataset, dataset.test_split)
     if test.class_names != images.class_names:
         raise DataError(
             "the test split has other classes than the training split",

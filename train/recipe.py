@@ -249,6 +249,10 @@ class TrainRecipe(Frozen):
         kind = self.loss.kind if self.loss.needs_logits else "ce"
         return f"{kind}+{self.loss.feature}" if self.loss.needs_features else kind
 
+    def locate(self, dataset: DatasetRecipe) -> DatasetRecipe:
+        """`dataset` as this run opens it: with the recipe's own data_dir and download where it has them."""
+        return dataset.located(self.data_dir, self.download)
+
     def on_labels(self, dataset: DatasetRecipe, views: ViewRecipe, num_views: int) -> TrainRecipe:
         """The same run on labels alone: same images, same views, same schedule, same seed.
 

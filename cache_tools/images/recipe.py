@@ -64,6 +64,11 @@ class DatasetRecipe(Frozen):
             return self
         return self.model_copy(update={"data_dir": Path(os.path.abspath(self.data_dir.expanduser()))})
 
+    def located(self, data_dir: Path | None, download: bool = False) -> DatasetRecipe:
+        """The same dataset with its files in `data_dir`, if given, and fetched if either says so; absolute."""
+        changes = {"data_dir": data_dir or self.data_dir, "download": download or self.download}
+        return self.model_copy(update=changes).absolute()
+
 
 class DatasetIdentity(Frozen):
     """Identifies samples, their order and their labels. `content_digest` covers keys, labels and class names."""

@@ -60,10 +60,7 @@ def check_images(cache: TeacherCache, data_dir: Path | None = None) -> tuple[Ima
     Raises:
         DataError: no images there, or some that cannot be decoded.
     """
-    recipe = cache.manifest.dataset
-    if data_dir is not None:
-        recipe = recipe.model_copy(update={"data_dir": data_dir})
-    found = open_images(recipe)
+    found = open_images(cache.manifest.dataset.located(data_dir))
     identity = cache.recipe.dataset
     report = ImagesCheck(
         dataset=f"{identity.name}/{identity.split}",

@@ -36,11 +36,23 @@ def dataset(pictures: Path) -> DatasetRecipe:
 
 
 def write_cache(
-    path: Path, pictures: Path, *, blocks: int | None = None, drifted: bool = False, **manifest: Any
+    path: Path,
+    pictures: Path,
+    *,
+    blocks: int | None = None,
+    drifted: bool = False,
+    download: bool = False,
+    **manifest: Any,
 ) -> Path:
-    """A complete cache, or its first blocks; or one whose canaries have other pixels."""
+    """A complete cache, or its first blocks only.
+
+    Args:
+        drifted: store canaries of other pixels.
+        download: of the dataset in the manifest.
+    """
     images: Any = open_images(dataset(pictures))
-    built = cache_factory.tiny_manifest(images, **manifest).model_copy(update={"dataset": dataset(pictures)})
+    source = dataset(pictures).model_copy(update={"download": download})
+    built = cache_factory.tiny_manifest(images, **manifest).model_copy(update={"dataset": source})
     if drifted:
         wrong = tuple(canary.model_copy(update={"pixel_digest": "0" * 32}) for canary in built.canaries)
         built = built.model_copy(update={"canaries": wrong})

@@ -79,8 +79,7 @@ class StoredRun:
         wanted = split or self.dataset.test_split
         if wanted is None:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
-        changes = {"data_dir": data_dir or self.dataset.data_dir, "download": download or self.dataset.download}
-        images = open_images(self.dataset.model_copy(update=changes).absolute(), wanted)
+        images = open_images(self.dataset.located(data_dir, download), wanted)
         if images.class_names != card.class_names:
             raise DataError(
                 "the images have other classes than the student",
@@ -117,9 +116,8 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
     manifest, cache = _read_cache(root / folder.CACHE) if recipe.loss.needs_targets else (None, None)
     dataset = recipe.dataset if manifest is None else manifest.dataset
     assert dataset is not None, "a recipe without targets has a dataset"
-    changes = {"data_dir": recipe.data_dir or dataset.data_dir, "download": recipe.download or dataset.download}
-    dataset = dataset.model_copy(update=changes)
-    return StoredRun(folder=root, recipe=recipe, dataset=dataset, manifest=manifest, cache=cache), which
+    run = StoredRun(folder=root, recipe=recipe, dataset=recipe.locate(dataset), manifest=manifest, cache=cache)
+    return run, which
 
 
 def _read_cache(path: Path) -> tuple[Manifest, Path | str]:

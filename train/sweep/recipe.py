@@ -274,9 +274,9 @@ def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
 
     assert recipe.cache is not None, "the base has a cache"
     manifest = TeacherCache.open(recipe.cache).manifest
-    located = {"data_dir": recipe.data_dir or manifest.dataset.data_dir, "download": recipe.download}
-    dataset = manifest.dataset.model_copy(update=located).absolute()
-    return recipe.on_labels(dataset, manifest.recipe.views, recipe.num_views or manifest.num_views)
+    return recipe.on_labels(
+        recipe.locate(manifest.dataset), manifest.recipe.views, recipe.num_views or manifest.num_views
+    )
 
 
 def _short(key: str, value: Any) -> str:

@@ -90,11 +90,11 @@ def _stream_key(trial: Trial, manifests: dict[str, Manifest]) -> str:
         if recipe.cache not in manifests:
             manifests[recipe.cache] = TeacherCache.open(recipe.cache).manifest
         manifest = manifests[recipe.cache]
-        located = {"data_dir": recipe.data_dir or manifest.dataset.data_dir, "download": recipe.download}
-        dataset: DatasetRecipe | None = manifest.dataset.model_copy(update=located).absolute()
+        dataset: DatasetRecipe = manifest.dataset
         views: ViewRecipe = manifest.recipe.views
         num_views: int | None = recipe.num_views or manifest.num_views
     else:
+        assert recipe.dataset is not None, "a recipe without targets has a dataset"
         dataset, views, num_views = recipe.dataset, recipe.views, recipe.num_views
     shared = (
         recipe.epochs,
@@ -103,7 +103,7 @@ def _stream_key(trial: Trial, manifests: dict[str, Manifest]) -> str:
         recipe.device,
         recipe.deterministic,
         (recipe.label_fraction, recipe.label_seed, recipe.label_fraction < 1.0 and recipe.loss.needs_targets),
-        None if dataset is None else dataset.model_dump(mode="json"),
+        recipe.locate(dataset).model_dump(mode="json"),
         views.model_dump(mode="json"),
         num_views,
     )

@@ -13,7 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from cache_tools.errors import DataError, NotFoundError, OutOfMemoryError, RecipeError, WeightsError
+from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import DatasetRecipe
 from tests.support import tiny_run
+from train.data import open_data
 from train.recipe import LossRecipe, load_train_recipe
 from train.run import train_student
 from train.runs.folder import METRICS, STOPPED
@@ -22,7 +26,7 @@ from train.sweep.progress import SweepProgress
 from train.sweep.recipe import Asha, SweepRecipe, make_trials
 from train.sweep.run import run_sweep
 from train.sweep.search import read_outcome
-from train.sweep.streams import batch_streams
+from train.sweep.streams import batch_streams, image_opener
 from train.sweep.table import over_seeds, trials_table
 from train.sweep.workers import ProcessEngine, divide_streams
 
@@ -90,6 +94,26 @@ def test_what_differs_in_batches_is_apart(cache: Path, tmp_path: Path) -> None:
     listed = [{"batch_size": 8}, {"batch_size": 16}, {"epochs": 3}, {"num_views": 2}, {"lr": 0.3}]
     trials = make_trials(sweep(cache, students=(), trials=listed), tmp_path)
     assert [[trial.number for trial in stream] for stream in batch_streams(trials)] == [[0], [1, 4], [2], [3]]
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_trials_with_and_without_targets_open_each_split_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, download: bool
+) -> None:
+    opened: list[str | None] = []
+
+    def open_split(dataset: DatasetRecipe, split: str | None = None) -> ImageSet:
+        opened.append(split)
+        return open_images(dataset, split)
+
+    monkeypatch.setattr("train.sweep.streams.open_images", open_split)
+    cache = tiny_run.write_cache(tmp_path / "tiny.zarr", pictures, download=download)
+    trials = make_trials(sweep(cache, losses=("kd", "ce")), tmp_path)
+    assert len(batch_streams(trials)) == 1
+    open_once = image_opener()
+    for trial in trials:
+        open_data(trial.recipe, torch.device("cpu"), open_once)
+    assert opened == [None, "test"]
 
 
 @pytest.mark.parametrize(
