@@ -100,7 +100,7 @@ class TeacherCache:
             return cls(origin.mirror, origin)
         path = registry.resolve(reference)
         record = read_origin(path)
-        if record is None or not record.of_a_mirror:
+        if record is None or not record.is_mirror:
             return cls(path)
         from cache_tools.home import staging
 

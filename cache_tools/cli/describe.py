@@ -60,7 +60,7 @@ def describe(path: Path) -> CacheDetails:
     manifest = read_manifest(path)
     return CacheDetails(
         record=registry.read_record(path),
-        complete_views=tuple(registry.views_done(path, manifest)),
+        complete_views=tuple(registry.read_complete_views(path, manifest)),
         arrays=_arrays(manifest, lambda name: size_and_time(path / name)[0]),
         manifest=manifest,
     )

@@ -54,9 +54,9 @@ def list_command(
     place = LocalPlace(registry.cache_home()) if where is None else open_place(where)
     records: list[registry.CacheRecord] | list[describe.RemoteRecord]
     if isinstance(place, LocalPlace):
-        records = filters.of(registry.list_caches(None if where is None else place.path))
+        records = filters.apply(registry.list_caches(None if where is None else place.path))
     else:
-        records = filters.of(list_remote(place))
+        records = filters.apply(list_remote(place))
     if as_json:
         print_json([record.model_dump(mode="json") | {"complete": record.complete} for record in records])
     elif records:
@@ -133,7 +133,7 @@ def prune_command(
         incomplete=incomplete,
     )
     records = registry.list_caches()
-    found = housekeeping.candidates(records, rules)
+    found = housekeeping.find_candidates(records, rules)
     removed = [candidate for candidate in found if candidate.kept_because is None]
     partial = {path: size_and_time(path)[0] for path in find_leftovers(registry.cache_home())} if incomplete else {}
     if yes:
@@ -157,6 +157,6 @@ def prune_command(
     else:
         hint = "" if yes or not (removed or partial) else ". Add --yes to remove them."
         print(f"{len(removed)} caches, {human_bytes(freed)}{hint}")
-    left = housekeeping.bytes_left(records, {candidate.record.path for candidate in removed})
+    left = housekeeping.remaining_bytes(records, {candidate.record.path for candidate in removed})
     if rules.keep_bytes is not None and left > rules.keep_bytes:
         print(f"The cache home is still larger than --keep-size: the caches that were kept take {human_bytes(left)}.")

@@ -162,6 +162,6 @@ def _print_plan(found: Verification) -> None:
 def _how_to_restore_blocks(found: Verification) -> str:
     if not isinstance(found.path, Path):
         return "Push a sound copy of the cache: it brings the dropped blocks again."
-    if (origin := read_origin(found.path)) is not None and origin.of_a_mirror:
+    if (origin := read_origin(found.path)) is not None and origin.is_mirror:
         return "This is a mirror: the dropped blocks are staged again when they are needed."
     return f"Run the same {read_manifest(found.path).recipe.made_by} command: it computes the dropped blocks again."

@@ -1,4 +1,4 @@
-"""Make room in the cache home: which caches a rule would remove, and removing them. No torch or zarr here."""
+"""Make room in the cache home: find the caches that rules select, and remove them. Imports neither torch nor zarr."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cache_tools.places.claims import EXPIRE_S, claims_place
 
 
 class PruneRules(Frozen):
-    """What may go. Rules add up; without any nothing goes.
+    """Which caches to remove: those that any rule selects.
 
     Attributes:
-        older_than_s: written last longer ago than this.
-        unused_for_s: trained from (or built) last longer ago than this.
-        incomplete: half-built and damaged ones, and mirrors that are staged in part.
-        keep_bytes: of what is left, the least recently used until the home is no larger than this.
+        older_than_s: caches last written longer ago than this.
+        unused_for_s: caches last trained from or built longer ago than this.
+        incomplete: half-built and damaged caches, and partly staged mirrors.
+        keep_bytes: then the least recently used caches, until the home is no larger than this.
     """
 
     older_than_s: float | None = None
@@ -34,21 +34,23 @@ class PruneRules(Frozen):
 
 
 class Candidate(Frozen):
-    """A cache that a rule would remove, and why; `kept_because` says why it is left alone all the same."""
+    """A cache that a rule selects, and why. If it is kept all the same, `kept_because` says why."""
 
     record: CacheRecord
     reason: str
     kept_because: str | None = None
 
 
-def candidates(records: Sequence[CacheRecord], rules: PruneRules, *, now_s: float | None = None) -> list[Candidate]:
-    """The caches that the rules would remove, least recently used first; kept ones go on taking their room."""
+def find_candidates(
+    records: Sequence[CacheRecord], rules: PruneRules, *, now_s: float | None = None
+) -> list[Candidate]:
+    """The caches that the rules select, least recently used first. Kept ones count towards `keep_bytes`."""
     now_s = time.time() if now_s is None else now_s
     by_use = sorted(records, key=lambda record: record.used_s)
     chosen = {record.path: reason for record in by_use if (reason := _reason(record, rules, now_s))}
     kept = {record.path: _kept_because(record, now_s) for record in by_use}
     if rules.keep_bytes is not None:
-        left = bytes_left(records, {path for path in chosen if kept[path] is None})
+        left = remaining_bytes(records, {path for path in chosen if kept[path] is None})
         for record in by_use:
             if left <= rules.keep_bytes:
                 break
@@ -62,31 +64,31 @@ def candidates(records: Sequence[CacheRecord], rules: PruneRules, *, now_s: floa
     ]
 
 
-def bytes_left(records: Iterable[CacheRecord], going: Collection[Path]) -> int:
-    """What the others take, without those that are elsewhere and only linked to."""
-    staying = (record for record in records if record.path not in going)
-    return sum(record.size_bytes for record in staying if not record.path.is_symlink())
+def remaining_bytes(records: Iterable[CacheRecord], removed: Collection[Path]) -> int:
+    """The size of the other caches, without those that are elsewhere and only linked to."""
+    others = (record for record in records if record.path not in removed)
+    return sum(record.size_bytes for record in others if not record.path.is_symlink())
 
 
 def remove(path: Path) -> None:
-    """Remove a cache. It is renamed first: a reader finds all of it or none, and a killed removal leaves no half.
+    """Remove a cache, or only the link if `path` is a link to one.
 
-    Of a link to a cache only the link is removed.
+    The cache is renamed first: readers see all of it or nothing, even if the removal is killed.
 
     Raises:
-        StorageError: not a cache, being built right now, or no permission.
+        StorageError: not a cache, a cache that is being built, staged or copied, or no permission.
     """
     if not is_cache(path):
         raise StorageError("not a cache: nothing was removed", where=path, expected="a folder with zarr.json")
-    if busy := _busy(path, time.time()):
-        raise StorageError(f"{busy}: nothing was removed", where=path, next_step="try again when that is done")
+    if use := _use(path, time.time()):
+        raise StorageError(f"{use}: nothing was removed", where=path, next_step="try again when that is done")
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         path.rename(hidden)
         sync_folder(path.parent)
         remove_leftover(hidden)
-        for beside in (used_file(path), origin_file(path)):
-            beside.unlink(missing_ok=True)
+        for file in (used_file(path), origin_file(path)):
+            file.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error) from error
 
@@ -124,16 +126,16 @@ def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
 
 def _kept_because(record: CacheRecord, now_s: float) -> str | None:
     if not is_cache(record.path):
-        return "not a cache: without zarr.json it may be anything, such as a copy that was cut off"
+        return "not a cache: without zarr.json it may be anything, such as an interrupted copy"
     if record.path.is_symlink():
         return "a link: the cache is elsewhere"
     if record.unknown:
         return f"{record.unknown}: it may be sound"
-    return _busy(record.path, now_s)
+    return _use(record.path, now_s)
 
 
-def _busy(path: Path, now_s: float) -> str | None:
-    """Whether somebody who builds, stages or copies holds a fresh claim."""
+def _use(path: Path, now_s: float) -> str | None:
+    """Why a cache is in use, None if it is not: a process that builds, stages or copies it holds a fresh claim."""
     try:
         newest = max((entry.modified_s for entry in claims_place(LocalPlace(path)).entries()), default=0.0)
     except OSError:

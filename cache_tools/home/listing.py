@@ -1,4 +1,4 @@
-"""Which caches to list: filters, and the caches of a folder in an object store. Imports neither torch nor zarr."""
+"""List the caches of a folder in an object store, and filter lists of caches. Imports neither torch nor zarr."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import TypeVar
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError, NotFoundError
 from cache_tools.format import commits
-from cache_tools.home.registry import SUFFIX, Summary, complete_views, summary, trouble
+from cache_tools.home.registry import SUFFIX, Summary, complete_views, manifest_fields, problem_fields
 from cache_tools.places import Entry, Place
 from cache_tools.places.metadata import manifest_at
 
 WORKERS = 8
 
-Listed = TypeVar("Listed", bound=Summary)
+AnySummary = TypeVar("AnySummary", bound=Summary)
 
 
 class RemoteRecord(Summary):
-    """A cache in an object store. Nobody there notes when it is used: `used_s` is when it was written."""
+    """A cache in an object store. `used_s` is when it was last written: its use is not recorded."""
 
     url: str
 
 
 class Filters(Frozen):
-    """What to list; everything given must hold.
+    """Which caches to list; a cache must pass every filter.
 
     Attributes:
-        name, dataset, teacher: a part of it, in upper or lower case; `*` and `?` stand for anything.
-        complete: whether every view is there.
+        name, dataset, teacher: must contain this, ignoring case; `*` and `?` are wildcards.
+        complete: whether the cache must have every view, or must not.
         larger_than: bytes.
         unused_for_s: last used longer ago than this.
     """
@@ -43,8 +43,8 @@ class Filters(Frozen):
     larger_than: int | None = None
     unused_for_s: float | None = None
 
-    def of(self, records: Iterable[Listed], *, now_s: float | None = None) -> list[Listed]:
-        """The records that pass, in their order."""
+    def apply(self, records: Iterable[AnySummary], *, now_s: float | None = None) -> list[AnySummary]:
+        """The records that pass, in the order given."""
         now_s = time.time() if now_s is None else now_s
         return [record for record in records if self._passes(record, now_s)]
 
@@ -60,10 +60,10 @@ class Filters(Frozen):
 
 
 def list_remote(place: Place) -> list[RemoteRecord]:
-    """The caches directly below a place, by name, or the one that it is. Reads manifests and lists files.
+    """The caches directly below a place, by name, or the place itself if it is one. Reads manifests and lists files.
 
     Raises:
-        StorageError: a store that does not answer, or does not list.
+        StorageError: a store that does not answer, or cannot list its files.
     """
     if (single := remote_record(place)) is not None:
         return [single]
@@ -73,10 +73,10 @@ def list_remote(place: Place) -> list[RemoteRecord]:
 
 
 def remote_record(place: Place, entries: Iterable[Entry] | None = None) -> RemoteRecord | None:
-    """What there is to know about one cache without reading its arrays; None if there is none.
+    """Describe one cache without reading its arrays; None if there is none.
 
     Args:
-        entries: its files, if they are listed already.
+        entries: its files, if they are already listed.
     """
     manifest, failure = None, dict[str, str | None]()
     try:
@@ -84,14 +84,14 @@ def remote_record(place: Place, entries: Iterable[Entry] | None = None) -> Remot
     except NotFoundError:
         return None
     except FormatError as error:
-        failure = trouble(error)
+        failure = problem_fields(error)
     files = list(place.entries() if entries is None else entries)
-    times = max((entry.modified_s for entry in files), default=0.0)
-    common = {"size_bytes": sum(entry.size for entry in files), "modified_s": times, "used_s": times}
+    newest_s = max((entry.modified_s for entry in files), default=0.0)
+    common = {"size_bytes": sum(entry.size for entry in files), "modified_s": newest_s, "used_s": newest_s}
     if manifest is None:
         return RemoteRecord(url=str(place), name=place.name.removesuffix(SUFFIX), **failure, **common)
-    done = len(complete_views(commit_names(entry.key for entry in files), manifest))
-    return RemoteRecord(url=str(place), **summary(manifest), views_done=done, **common)
+    views = complete_views(commit_names(entry.key for entry in files), manifest)
+    return RemoteRecord(url=str(place), **manifest_fields(manifest), views_done=len(views), **common)
 
 
 def commit_names(keys: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which store the mirror of a remote cache was staged from: a small file beside it. Imports neither torch nor zarr."""
+"""Which URL a mirror was staged from: a small file beside the mirror. Imports neither torch nor zarr."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cache_tools.files import MAX_METADATA_BYTES, check_file, put_durably
 
 
 class OriginRecord(Frozen):
-    """What was known of the remote cache when it was last looked at.
+    """What was known of the remote cache when the store was last asked.
 
     Attributes:
         url: of the cache.
         fingerprint: of the cache that was there.
-        views: that its manifest promised; 0 if the home had all of them when the URL was opened: no mirror then.
+        views: that its manifest promised; 0 if the home already had all of them, so that nothing is staged.
         complete: whether all of these were committed; a commit is never taken back.
     """
 
@@ -28,18 +28,18 @@ class OriginRecord(Frozen):
     complete: bool = False
 
     @property
-    def of_a_mirror(self) -> bool:
-        """Whether views are staged from there; else it only says that the URL stands for a cache that is here."""
+    def is_mirror(self) -> bool:
+        """Whether views are staged from the URL; else the record only says that a local cache stands for the URL."""
         return self.views > 0
 
 
 def origin_file(path: Path) -> Path:
-    """Where the record is: beside the cache, since other zarr readers warn of strange files in it."""
+    """Where the record is: beside the cache, since other zarr readers warn of unknown files in it."""
     return path.absolute().with_name(f".{path.name}.origin")
 
 
 def read_origin(path: Path) -> OriginRecord | None:
-    """The record of a mirror or of what stands for a URL; None for any other cache, or where it cannot be read."""
+    """The record beside a cache; None if it has none, or one that cannot be read."""
     try:
         check_file(origin_file(path), MAX_METADATA_BYTES)
         return OriginRecord.model_validate_json(origin_file(path).read_bytes())
@@ -48,7 +48,7 @@ def read_origin(path: Path) -> OriginRecord | None:
 
 
 def write_origin(path: Path, record: OriginRecord) -> None:
-    """Keep the record of a mirror.
+    """Write the record beside a cache.
 
     Raises:
         OSError: a full or read-only disk.
@@ -57,7 +57,7 @@ def write_origin(path: Path, record: OriginRecord) -> None:
 
 
 def mirrors_of(url: str, home: Path) -> list[tuple[Path, OriginRecord]]:
-    """The mirrors of a URL in a cache home, or what stands for it there, the one that was staged last first."""
+    """The caches of a home that mirror a URL or stand for it, the most recently staged first."""
     found = []
     for file in home.glob(".*.origin"):
         path = home / file.name.removeprefix(".").removesuffix(".origin")

@@ -27,9 +27,11 @@ MIN_PREFIX = 4
 
 
 class Summary(Frozen):
-    """What `cache-tools ls` says of a cache.
+    """What `cache-tools ls` shows of a cache.
 
-    One that cannot be opened has a `problem` and little else: it is damaged, unless `unknown` says why it may be sound.
+    Attributes:
+        problem: why the cache cannot be opened; then most other fields are empty.
+        unknown: why a cache that cannot be opened may still be sound; None if it is damaged.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Summary(Frozen):
 
 
 class CacheRecord(Summary):
-    """A cache in a folder. `origin` is the URL that it is a mirror of: it has the views that were needed so far."""
+    """A cache in a folder. `origin` is the URL that it mirrors: then it has the views that were needed so far."""
 
     path: Path
     origin: str | None = None
@@ -63,7 +65,7 @@ def cache_home() -> Path:
 
 
 def cache_path(name: str, fingerprint: str) -> Path:
-    """Where the cache of a recipe lives: the same recipe finds it again, another recipe never does.
+    """Where the cache of a recipe is in the cache home: every recipe has its own path.
 
     Raises:
         RecipeError: a name that is not a plain file name.
@@ -74,17 +76,17 @@ def cache_path(name: str, fingerprint: str) -> Path:
 
 
 def is_cache(path: Path) -> bool:
-    """Whether something that calls itself a zarr group is at `path`; an empty folder is nothing."""
+    """Whether `path` is a folder with a zarr.json."""
     return os.path.isfile(path / "zarr.json")
 
 
 def list_caches(home: Path | None = None) -> list[CacheRecord]:
     """Every cache of the home or another folder, by name, then path; also half-built and damaged ones.
 
-    A folder that is a cache itself is the only one.
+    Of a folder that is a cache itself, only that cache.
 
     Raises:
-        NotFoundError: no such folder; a home that is not there yet has no caches.
+        NotFoundError: no such folder. A cache home that does not exist yet is empty.
     """
     if home is not None and not os.path.isdir(home):
         raise NotFoundError("no such folder", where=home, next_step="check the path")
@@ -102,10 +104,10 @@ def list_caches(home: Path | None = None) -> list[CacheRecord]:
 
 
 def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecord:
-    """What there is to know about one cache without reading its arrays.
+    """Describe one cache without reading its arrays.
 
     Args:
-        size: its `size_and_time`, if that is known.
+        size: its `size_and_time`, if known.
     """
     size_bytes, modified_s = size_and_time(path) if size is None else size
     origin = read_origin(path)
@@ -114,19 +116,19 @@ def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecor
     except CacheError as error:
         name = printable(re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX)))
         times = {"modified_s": modified_s, "used_s": max(modified_s, _used_s(path))}
-        return CacheRecord(path=path, name=name, size_bytes=size_bytes, **trouble(error), **times)
+        return CacheRecord(path=path, name=name, size_bytes=size_bytes, **problem_fields(error), **times)
     return CacheRecord(
         path=path,
-        origin=origin.url if origin is not None and origin.of_a_mirror else None,
-        **summary(manifest),
-        views_done=len(views_done(path, manifest)),
+        origin=origin.url if origin is not None and origin.is_mirror else None,
+        **manifest_fields(manifest),
+        views_done=len(read_complete_views(path, manifest)),
         size_bytes=size_bytes,
         modified_s=modified_s,
         used_s=max(modified_s, _used_s(path)),
     )
 
 
-def trouble(error: CacheError) -> dict[str, str | None]:
+def problem_fields(error: CacheError) -> dict[str, str | None]:
     """The fields of `Summary` that say why a cache cannot be opened."""
     unknown = None
     if isinstance(error, UnknownFormatError):
@@ -136,7 +138,7 @@ def trouble(error: CacheError) -> dict[str, str | None]:
     return {"problem": str(error), "unknown": unknown}
 
 
-def summary(manifest: Manifest) -> dict[str, Any]:
+def manifest_fields(manifest: Manifest) -> dict[str, Any]:
     """The fields of `Summary` that the manifest determines."""
     recipe = manifest.recipe
     return {
@@ -150,15 +152,15 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def mark_used(path: Path) -> None:
-    """Remember that a cache was used now, for `ls` and `prune`; nothing happens where that cannot be written."""
+    """Record that a cache is used now, for `ls` and `prune`. Does nothing where the home is read-only."""
     try:
         used_file(path).touch()
-    except OSError:  # a read-only share: its owner decides what is pruned
+    except OSError:  # on a read-only share, its owner decides what is pruned
         return
 
 
 def used_file(path: Path) -> Path:
-    """Its time says when a cache was used last. Beside the cache: other zarr readers warn of strange files in it."""
+    """The file whose time is the last use of a cache; beside it, since other zarr readers warn of unknown files."""
     return path.absolute().with_name(f".{path.name}.used")
 
 
@@ -169,8 +171,8 @@ def _used_s(path: Path) -> float:
         return 0.0
 
 
-def views_done(path: Path, manifest: Manifest) -> list[int]:
-    """Complete views, counted from the names of the commit files."""
+def read_complete_views(path: Path, manifest: Manifest) -> list[int]:
+    """The complete views of a cache, from the names of its commit files."""
     try:
         names = os.listdir(path / commits.COMMITS)
     except OSError:
@@ -179,13 +181,13 @@ def views_done(path: Path, manifest: Manifest) -> list[int]:
 
 
 def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
-    """The views of which every block has one of these commit files."""
+    """The views whose every block has one of these commit files."""
     counts = Counter(view for view, _ in commits.parse_file_names(names, manifest))
     return sorted(view for view, count in counts.items() if count == manifest.num_blocks)
 
 
 def resolve(reference: str | Path) -> Path:
-    """The folder a reference means: a path, or what `find` finds.
+    """The folder of the cache that a reference means: a path, or what `find` finds.
 
     Raises:
         NotFoundError: nothing, or several caches; a URL.
@@ -199,8 +201,8 @@ def resolve(reference: str | Path) -> Path:
     path = local_path(reference)
     looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
     if looks_like_path or (reference and is_cache(path)):
-        if not os.path.exists(path):  # unlike Path.exists it has no exception for names that cannot be
-            raise NotFoundError("no cache here", where=path, next_step=_known(list_caches()))
+        if not os.path.exists(path):  # Path.exists raises for names that no file can have
+            raise NotFoundError("no cache here", where=path, next_step=_advice(list_caches()))
         return path
     return find(str(reference)).path
 
@@ -208,10 +210,10 @@ def resolve(reference: str | Path) -> Path:
 def find(reference: str) -> CacheRecord:
     """The cache of the home with this name, fingerprint prefix (four hex digits or more) or `NAME-FINGERPRINT`.
 
-    Of several, the only complete one is meant.
+    If several match and exactly one is complete, it is that one.
 
     Raises:
-        NotFoundError: none, with near names; or several, with their fingerprints.
+        NotFoundError: none matches (the message has similar names), or several (it has their fingerprints).
     """
     caches = list_caches()
     matches = [found for found in caches if found.name == reference] or [
@@ -230,9 +232,7 @@ def find(reference: str) -> CacheRecord:
     near = difflib.get_close_matches(reference, sorted({found.name for found in caches}), n=3, cutoff=0.5)
     advice = f"did you mean {' or '.join(near)}; otherwise " if near else ""
     build = (
-        "run `cache-tools ls`"
-        if _is_hex(reference)
-        else "`cache-tools ls` lists what is there, `build-cache` makes more"
+        "run `cache-tools ls`" if _is_hex(reference) else "`cache-tools ls` lists the caches, `build-cache` makes more"
     )
     raise NotFoundError(
         "no such cache",
@@ -243,7 +243,7 @@ def find(reference: str) -> CacheRecord:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether nothing is there yet: whoever brings a cache may have made just its folder."""
+    """Whether a folder is empty: a process that is about to copy a cache may just have created it."""
     try:
         with os.scandir(folder) as found:
             return next(found, None) is None
@@ -266,7 +266,7 @@ def _is_hex(text: str) -> bool:
     return len(text) >= MIN_PREFIX and set(text) <= set(string.hexdigits)
 
 
-def _known(caches: list[CacheRecord]) -> str:
+def _advice(caches: list[CacheRecord]) -> str:
     names = sorted({found.name for found in caches})
     return (
         f"give another path, or a name: {', '.join(names)}"

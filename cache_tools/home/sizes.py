@@ -1,7 +1,7 @@
-"""How large caches are. Of those in a home this is remembered: a look at every file takes minutes on a network disk.
+"""The sizes of caches, kept in an index: to look at every file of a cache home takes minutes on a network disk.
 
-Files of a cache come and go by being renamed, which changes the time of their folder. So the sum over a cache's files
-holds as long as its folders keep their times. What was summed up is in a hidden file of the home.
+Files of a cache are created and replaced by renaming, which changes the time of their folder. So a cache's size is
+valid as long as the times of its folders are the same. The index is a hidden file of the home.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from cache_tools.errors import FormatError
 from cache_tools.files import MAX_METADATA_BYTES, PARTIAL, check_file
 
 INDEX = ".sizes.json"
-SETTLED_S = 2.0  # a folder that changed this recently may change again without another time
+SETTLED_S = 2.0  # a folder that changed this recently may change again within the resolution of its time
 
-_Known = dict[str, tuple[str, int, float]]  # name of the cache → times of its folders (digest), bytes, newest file
+_Index = dict[str, tuple[str, int, float]]  # name of the cache → digest of its folders' times, bytes, newest file (s)
 
 
 class Sizes:
-    """Sizes of the caches in a home. Use as a context manager: leaving it writes down what was summed up anew."""
+    """Sizes of the caches in a home. Use as a context manager: leaving it writes the index if it has changed."""
 
     def __init__(self, home: Path) -> None:
-        self._index, self._asked, self._changed = home / INDEX, _Known(), False
+        self._file, self._used, self._changed = home / INDEX, _Index(), False
         try:
-            check_file(self._index, MAX_METADATA_BYTES)
-            self._known = TypeAdapter(_Known).validate_json(self._index.read_bytes())
+            check_file(self._file, MAX_METADATA_BYTES)
+            self._known = TypeAdapter(_Index).validate_json(self._file.read_bytes())
         except (OSError, ValidationError, FormatError):
-            self._known = _Known()
+            self._known = _Index()
 
     def __enter__(self) -> Sizes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._changed or self._asked.keys() != self._known.keys():
+        if self._changed or self._used.keys() != self._known.keys():
             self._write()
 
     def of(self, path: Path) -> tuple[int, float]:
         """`size_and_time` of a cache in this home."""
         times, newest_s = _folder_times(path)
         if (known := self._known.get(path.name)) is not None and known[0] == times:
-            self._asked[path.name] = known
+            self._used[path.name] = known
             return known[1:]
         size_bytes, modified_s = size_and_time(path)
         if time.time() - newest_s > SETTLED_S:
-            self._asked[path.name], self._changed = (times, size_bytes, modified_s), True
+            self._used[path.name], self._changed = (times, size_bytes, modified_s), True
         return size_bytes, modified_s
 
     def _write(self) -> None:
-        temporary = self._index.with_name(f"{INDEX}.{uuid.uuid4().hex}{PARTIAL}")
+        temporary = self._file.with_name(f"{INDEX}.{uuid.uuid4().hex}{PARTIAL}")
         try:
-            temporary.write_text(json.dumps(self._asked))
-            temporary.replace(self._index)
-        except OSError:  # a read-only home: summed up again next time
+            temporary.write_text(json.dumps(self._used))
+            temporary.replace(self._file)
+        except OSError:  # a read-only home: the sizes are computed again next time
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
 def size_and_time(path: Path) -> tuple[int, float]:
-    """Bytes of all files, and when the newest was written; 0 where nothing can be read."""
+    """Bytes of all files of a folder, and when the newest was written; 0 for what cannot be read."""
     total, newest, folders = 0, 0.0, [str(path)]
     while folders:
         with suppress(OSError), os.scandir(folders.pop()) as found:
@@ -73,14 +73,14 @@ def size_and_time(path: Path) -> tuple[int, float]:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                     continue
-                with suppress(OSError):  # a builder has just renamed it
+                with suppress(OSError):  # a builder has just renamed the file
                     status = entry.stat()
                     total, newest = total + status.st_size, max(newest, status.st_mtime)
     return total, newest
 
 
 def _folder_times(path: Path) -> tuple[str, float]:
-    """A digest of the times of a cache's folders, and the latest of these times (s)."""
+    """A digest of the times of a cache's folders, and the latest of the times (s)."""
     times: dict[str, int] = {}
     with suppress(OSError):
         times[""] = path.stat().st_mtime_ns

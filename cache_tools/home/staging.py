@@ -1,8 +1,9 @@
-"""Read a cache straight from an object store: what is needed of it is staged in a mirror in the cache home.
+"""Read a cache from an object store: what a reader needs of it is staged in a mirror in the cache home.
 
-Opening brings metadata, labels, keys and constants; a view's blocks come when the view is first needed, each checked
-against its commit. The mirror is an ordinary half-built cache at every instant, where the same recipe would be built.
-Any number of processes may stage into it at once: each block is claimed, as builders do it, and comes once.
+Opening a URL stages metadata, labels, keys and constants. A view's blocks are staged when the view is first needed,
+each checked against its commit. The mirror is a valid half-built cache at every moment, in the place where the same
+recipe would be built. Processes that stage into one mirror at the same time claim blocks as builders do, so that each
+block is staged once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from cache_tools.errors import CacheError, MismatchError, NotFoundError, Storage
 from cache_tools.files import PARTIAL, rename_unless_exists, sync_folder
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
-from cache_tools.home import registry
 from cache_tools.home.origin import OriginRecord, mirrors_of, read_origin, write_origin
-from cache_tools.home.registry import is_cache
+from cache_tools.home.registry import cache_home, cache_path, is_cache, read_complete_views
 from cache_tools.places import LocalPlace, Place, open_place
 from cache_tools.places.claims import Claims
 from cache_tools.places.metadata import check_same, copy_metadata, manifest_at
@@ -40,19 +40,76 @@ OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
 PATIENCE_S = 10.0
 
 
+def connect(url: str) -> Origin:
+    """Open the cache at a URL: stage what every reader needs of it.
+
+    If the store does not answer, or TEACHER_CACHE_OFFLINE is set, an existing mirror is used alone.
+
+    Raises:
+        NotFoundError: no cache at the URL, or a folder of caches.
+        FormatError: something that is not a cache, or a damaged cache.
+        MismatchError: the cache home has the same cache, but half-built and in blocks of another size.
+        StorageError: the store does not answer and nothing is staged, or the disk is full.
+    """
+    url = url.rstrip("/")
+    existing = next(iter(mirrors_of(url, cache_home())), None)
+    if is_offline():
+        if existing is None:
+            raise NotFoundError(
+                f"nothing of this cache is staged, and {OFFLINE_VARIABLE} is set",
+                where=url,
+                next_step=f"unset {OFFLINE_VARIABLE}",
+            )
+        return Origin(*existing)
+    try:
+        place = open_place(url, patience_s=PATIENCE_S if existing else None)
+        manifest = manifest_at(place)
+    except NotFoundError as error:
+        raise _not_a_cache(open_place(url), error, existing and existing[0]) from error
+    except StorageError as error:
+        if existing is None:
+            raise
+        warn(f"{error} Continuing with what is staged in {existing[0]}")
+        return Origin(*existing, ask_store=False)
+    mirror = cache_path(manifest.name, manifest.fingerprint)
+    record = OriginRecord(url=url, fingerprint=manifest.fingerprint, views=manifest.num_views)
+    if _has_every_view(mirror, manifest):
+        nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
+        if read_origin(mirror) is None:
+            with suppress(OSError):  # a read-only home: the URL will be unknown while offline, that is all
+                write_origin(mirror, nothing_to_stage)
+        return Origin(mirror, nothing_to_stage)
+    sizes = stage_metadata(place, mirror, manifest)
+    before = read_origin(mirror)
+    if before is None or before.model_copy(update={"complete": False}) != record:
+        _write_record(mirror, record)
+    origin = Origin(mirror, read_origin(mirror) or record, checked=True)
+    origin.bytes = sum(sizes)
+    return origin
+
+
+def is_offline() -> bool:
+    """Whether TEACHER_CACHE_OFFLINE forbids requests to object stores."""
+    return os.environ.get(OFFLINE_VARIABLE, "").lower() not in {"", "0", "false", "no"}
+
+
 class Origin:
-    """The remote cache behind a mirror. Made by `connect`, or from the record beside a mirror.
+    """The remote cache that a mirror is staged from. Made by `connect`, or from the record beside a mirror.
+
+    Args:
+        checked: whether the cache in the store is known to be the mirror's.
+        ask_store: whether to ask the store which blocks it has; False if it just failed to answer.
 
     Attributes:
         mirror: folder of the mirror.
         bytes: staged by this process so far, metadata included.
     """
 
-    def __init__(self, mirror: Path, record: OriginRecord, *, checked: bool = False, silent: bool = False) -> None:
+    def __init__(self, mirror: Path, record: OriginRecord, *, checked: bool = False, ask_store: bool = True) -> None:
         self.mirror, self.bytes = mirror, 0
         self._record, self._checked = record, checked
-        self._silent = silent or offline()
-        self._there: set[BlockId] = set()
+        self._ask_store = ask_store and not is_offline()
+        self._in_store: set[BlockId] = set()
 
     @property
     def url(self) -> str:
@@ -63,90 +120,91 @@ class Origin:
         return StagedBlocks(self, manifest, table)
 
     def committed(self, manifest: Manifest) -> npt.NDArray[np.bool_]:
-        """Which blocks the store has, bool [V, blocks]; asked anew until it has all.
+        """Which blocks the store has, bool [V, blocks]. Asks the store until it has all of them.
 
-        Where the store does not answer, a warning, and what was known before.
+        If the store does not answer, prints a warning and gives what was known before.
 
         Raises:
-            CacheError: the store does not answer, or another cache is there by now, and no view is staged.
+            CacheError: no view is staged, and the store does not answer or has another cache now.
         """
-        if not self._record.complete and not self._silent:
+        if not self._record.complete and self._ask_store:
             try:
-                self._look(manifest)
+                self._list_store(manifest)
             except CacheError as error:
-                if not registry.views_done(self.mirror, manifest):
+                if not read_complete_views(self.mirror, manifest):
                     raise
-                self._silent = True
-                warn(f"{error} Going on with what is staged in {self.mirror}")
+                self._ask_store = False
+                warn(f"{error} Continuing with what is staged in {self.mirror}")
         table = np.zeros((manifest.num_views, manifest.num_blocks), bool)
         table[: self._record.views if self._record.complete else 0] = True
-        for view, block in self._there:
+        for view, block in self._in_store:
             if view < manifest.num_views and block < manifest.num_blocks:
                 table[view, block] = True
         return table
 
     def stage(self, manifest: Manifest, view: int) -> None:
-        """Bring the blocks of a view that the mirror lacks and the store has. Others who stage it now are waited for.
+        """Copy the blocks of a view that the store has and the mirror lacks. Waits for others who stage it now.
 
         Raises:
             StorageError: the store does not answer, the disk is full, or TEACHER_CACHE_OFFLINE is set.
-            MismatchError, NotFoundError: another cache, or none, is at the URL by now.
+            MismatchError, NotFoundError: another cache, or none, is at the URL now.
             FormatError: a damaged block in the store.
         """
-        if offline():
+        if is_offline():
             raise StorageError(
                 f"view {view} is not staged, and {OFFLINE_VARIABLE} is set",
                 where=self.mirror,
                 next_step=f"unset {OFFLINE_VARIABLE}, or `cache-tools pull` the cache while there is a network",
             )
         source, target = self._place(None), LocalPlace(self.mirror)
-        there = self.committed(manifest)[view]
-        wanted = [BlockId(view, block) for block in range(manifest.num_blocks) if there[block]]
+        in_store = self.committed(manifest)[view]
+        wanted = [BlockId(view, block) for block in range(manifest.num_blocks) if in_store[block]]
 
-        def is_here(block: BlockId) -> bool:
+        def is_staged(block: BlockId) -> bool:
             return (self.mirror / block.commit_key).exists()
 
-        def here() -> set[BlockId]:
-            return {block for block in wanted if is_here(block)}
+        def list_staged() -> set[BlockId]:
+            return set(filter(is_staged, wanted))
 
-        done = here()
-        todo = [block for block in wanted if block not in done]
+        staged = list_staged()
+        missing = [block for block in wanted if block not in staged]
         title = f"stage {manifest.name}, view {view}"
         with (
             Claims(target) as claims,
-            Progress(title, len(wanted), "blocks", done=len(done), summary=True) as progress,
+            Progress(title, len(wanted), "blocks", done=len(staged), summary=True) as progress,
         ):
-            moved = 0
-            for block, sizes in copy_blocks(source, target, manifest, claims.share(todo, here, is_here)):
+            copied_bytes = 0
+            claimed = claims.share(missing, list_staged, is_staged)
+            for block, sizes in copy_blocks(source, target, manifest, claimed):
                 claims.release(block)
-                moved += sum(sizes)
-                progress.advance(1, f"{moved / 1e6:,.1f} MB")
-            progress.advance(len(wanted) - progress.done)  # what others staged meanwhile
-        self.bytes += moved
+                copied_bytes += sum(sizes)
+                progress.advance(1, f"{copied_bytes / 1e6:,.1f} MB")
+            progress.advance(len(wanted) - progress.done)  # blocks that others staged meanwhile
+        self.bytes += copied_bytes
 
     def _place(self, patience_s: float | None) -> Place:
-        """The store, once it is known that the cache there is the mirror's."""
+        """The store, after a check that its cache is the one of the mirror."""
         place = open_place(self.url, patience_s=patience_s)
         if not self._checked:
             found = manifest_at(place)
             if found.fingerprint != self._record.fingerprint:
                 raise MismatchError(
-                    "another cache is at the origin of this mirror by now",
+                    "the URL that this mirror was staged from has another cache now",
                     where=self.url,
                     expected=f"fingerprint {self._record.fingerprint[:12]}",
                     found=found.fingerprint[:12],
                     next_step="open the new one by its URL",
                 )
-            check_same(read_manifest(self.mirror), found, LocalPlace(self.mirror))  # it may be built anew
+            check_same(read_manifest(self.mirror), found, LocalPlace(self.mirror))  # it may have been built again
             self._checked = True
         return place
 
-    def _look(self, manifest: Manifest) -> None:
-        self._there = list_committed(self._place(PATIENCE_S))
-        promised = [each for each in self._there if each.view < self._record.views and each.block < manifest.num_blocks]
-        if len(promised) == self._record.views * manifest.num_blocks:
+    def _list_store(self, manifest: Manifest) -> None:
+        self._in_store = list_committed(self._place(PATIENCE_S))
+        views, blocks = self._record.views, manifest.num_blocks
+        if sum(each.view < views and each.block < blocks for each in self._in_store) == views * blocks:
             self._record = self._record.model_copy(update={"complete": True})
-            _keep(self.mirror, self._record)
+            _write_record(self.mirror, self._record)
 
 
 class StagedBlocks(LocalBlocks):
@@ -173,107 +231,19 @@ class StagedBlocks(LocalBlocks):
         return super()._missing(view, blocks)
 
 
-def connect(url: str) -> Origin:
-    """Open the cache at a URL: bring what every reader needs of it into its mirror.
+def stage_metadata(place: Place, mirror: Path, manifest: Manifest) -> list[int]:
+    """Copy metadata, labels, keys and constants of a remote cache into its mirror, all or none.
 
-    Where the store does not answer, or TEACHER_CACHE_OFFLINE is set, the mirror alone, if there is one.
-
-    Raises:
-        NotFoundError: no cache there, or a folder of caches.
-        FormatError: something else is there, or a damaged cache.
-        MismatchError: the same cache is in the home already, half-built and in blocks of another size.
-        StorageError: the store does not answer and nothing is staged, or the disk is full.
-    """
-    url = url.rstrip("/")
-    known = next(iter(mirrors_of(url, registry.cache_home())), None)
-    if offline():
-        if known is None:
-            raise NotFoundError(
-                f"nothing of this cache is staged here, and {OFFLINE_VARIABLE} is set",
-                where=url,
-                next_step=f"unset {OFFLINE_VARIABLE}",
-            )
-        return Origin(*known)
-    try:
-        place = open_place(url, patience_s=PATIENCE_S if known else None)
-        manifest = manifest_at(place)
-    except NotFoundError as error:
-        raise _not_a_cache(open_place(url), error, known and known[0]) from error
-    except StorageError as error:
-        if known is None:
-            raise
-        warn(f"{error} Going on with what is staged in {known[0]}")
-        return Origin(*known, silent=True)
-    mirror = registry.cache_path(manifest.name, manifest.fingerprint)
-    record = OriginRecord(url=url, fingerprint=manifest.fingerprint, views=manifest.num_views)
-    if _is_here(mirror, manifest):
-        nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
-        if read_origin(mirror) is None:
-            with suppress(OSError):  # a read-only home: only without a network its URL will not be known
-                write_origin(mirror, nothing_to_stage)
-        return Origin(mirror, nothing_to_stage)
-    sizes = bring_metadata(place, mirror, manifest)
-    before = read_origin(mirror)
-    if before is None or before.model_copy(update={"complete": False}) != record:
-        _keep(mirror, record)
-    origin = Origin(mirror, read_origin(mirror) or record, checked=True)
-    origin.bytes = sum(sizes)
-    return origin
-
-
-def offline() -> bool:
-    """Whether TEACHER_CACHE_OFFLINE forbids to ask object stores."""
-    return os.environ.get(OFFLINE_VARIABLE, "").lower() not in {"", "0", "false", "no"}
-
-
-def _is_here(mirror: Path, manifest: Manifest) -> bool:
-    """Whether every view of a remote cache is here: staged, or built here in blocks or with constants of its own."""
-    if not registry.is_cache(mirror):
-        return False
-    found = read_manifest(mirror)
-    done = set(registry.views_done(mirror, found))
-    return found.fingerprint == manifest.fingerprint and set(range(manifest.num_views)) <= done
-
-
-def _not_a_cache(place: Place, error: NotFoundError, mirror: Path | None) -> NotFoundError:
-    """Nothing, or a folder of caches."""
-    names = place.folders()
-    if names:
-        listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        return NotFoundError(
-            "this is a folder, not a cache",
-            where=place,
-            expected="the URL of one cache",
-            found=listed,
-            next_step=f"give one of them ({place}/{names[0]}); `cache-tools ls {place}` lists them",
-        )
-    if mirror is not None:
-        return NotFoundError(
-            error.what, where=error.where, next_step=f"what was staged of it is in {mirror}: give that path"
-        )
-    return error
-
-
-def _keep(mirror: Path, record: OriginRecord) -> None:
-    try:
-        write_origin(mirror, record)
-    except OSError as error:
-        raise storage_error(error) from error
-
-
-def bring_metadata(place: Place, mirror: Path, manifest: Manifest) -> list[int]:
-    """Have a mirror hold the metadata, labels, keys and constants of the remote cache: it is none, or a whole one.
-
-    Any number of processes may do so at once: they come once.
+    Processes that do so at the same time copy them once.
 
     Returns:
-        sizes of the files that came.
+        sizes of the files copied.
 
     Raises:
         MismatchError: the same cache is there with other constants or blocks.
         StorageError: something else is there, a full or read-only disk, an unreachable store.
     """
-    with _alone(mirror):
+    with _locked(mirror):
         if is_cache(mirror):
             return copy_metadata(place, LocalPlace(mirror), manifest)
         temporary = mirror.with_name(f".{mirror.name}.{uuid.uuid4().hex}{PARTIAL}")
@@ -293,30 +263,65 @@ def bring_metadata(place: Place, mirror: Path, manifest: Manifest) -> list[int]:
 
 
 @contextmanager
-def _alone(mirror: Path) -> Iterator[None]:
-    """Keep other processes from bringing the same metadata. The system gives the lock up with the process."""
+def _locked(mirror: Path) -> Iterator[None]:
+    """Hold a lock on the folder of a mirror, created if need be. The system releases it when the process ends."""
     try:
         import fcntl
 
-        folder = _opened(mirror)
-    except ImportError:  # not on Windows: it comes twice
+        descriptor = _open_folder(mirror)
+    except ImportError:  # Windows has no fcntl: processes may copy the same metadata twice
         yield
         return
     except OSError as error:
         raise storage_error(error) from error
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        with suppress(OSError):  # not empty, unless nothing came
+        with suppress(OSError):  # fails unless the folder is still empty, because nothing was copied
             mirror.rmdir()
-        os.close(folder)
+        os.close(descriptor)
 
 
-def _opened(mirror: Path) -> int:
-    """A descriptor of the folder, made if need be; another process for which nothing came may just remove it."""
+def _open_folder(folder: Path) -> int:
+    """A descriptor of a folder, created if need be; tries again if another process removes the empty folder."""
     while True:
-        mirror.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            return os.open(mirror, os.O_RDONLY)
+            return os.open(folder, os.O_RDONLY)
+
+
+def _has_every_view(mirror: Path, manifest: Manifest) -> bool:
+    """Whether every view of a remote cache is here: staged, or built here, perhaps with other blocks or constants."""
+    if not is_cache(mirror):
+        return False
+    found = read_manifest(mirror)
+    complete = set(read_complete_views(mirror, found))
+    return found.fingerprint == manifest.fingerprint and set(range(manifest.num_views)) <= complete
+
+
+def _write_record(mirror: Path, record: OriginRecord) -> None:
+    try:
+        write_origin(mirror, record)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+def _not_a_cache(place: Place, error: NotFoundError, mirror: Path | None) -> NotFoundError:
+    """The error for a URL that has no cache, with advice if it is a folder of caches or has a mirror."""
+    names = place.folders()
+    if names:
+        listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        return NotFoundError(
+            "this is a folder, not a cache",
+            where=place,
+            expected="the URL of one cache",
+            found=listed,
+            next_step=f"give one of them ({place}/{names[0]}); `cache-tools ls {place}` lists them",
+        )
+    if mirror is not None:
+        return NotFoundError(
+            error.what, where=error.where, next_step=f"what was staged of it is in {mirror}: give that path"
+        )
+    return error

@@ -19,7 +19,7 @@ from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
-from cache_tools.home.staging import bring_metadata
+from cache_tools.home.staging import stage_metadata
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.claims import growing
 from cache_tools.places.metadata import copy_metadata, manifest_at
@@ -136,7 +136,7 @@ def _adopt(place: Place, path: Path, there: Manifest) -> int:
             )
         if not _mixable(here, there):
             _set_aside(path)
-    moved = sum(bring_metadata(place, path, there))
+    moved = sum(stage_metadata(place, path, there))
     _check_constants(path, place, there)
     return moved
 

@@ -131,7 +131,7 @@ def ask(path: Path, *questions: Callable[[Path], Any]) -> list[Any]:
     with bounded():
         found = registry.read_record(path)
         json.dumps(found.model_dump(mode="json"), ensure_ascii=False).encode()
-        housekeeping.candidates([found], housekeeping.PruneRules(incomplete=True))
+        housekeeping.find_candidates([found], housekeeping.PruneRules(incomplete=True))
         for question in questions:
             try:
                 answers.append(question(path))

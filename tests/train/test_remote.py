@@ -81,7 +81,7 @@ def test_the_student_is_that_of_the_local_cache(proxy: FlakyProxy, url: str, wei
 def test_only_the_views_and_arrays_of_the_run_come(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:
     train_student(tiny_run.recipe(url, tmp_path / "run", num_views=2, epochs=5))
     mirror = TeacherCache.open(url)
-    assert registry.views_done(mirror.path, mirror.manifest) == [0, 1]
+    assert registry.read_complete_views(mirror.path, mirror.manifest) == [0, 1]
 
 
 def test_a_store_that_fails_a_fifth_of_its_requests(

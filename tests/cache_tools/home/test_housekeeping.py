@@ -43,7 +43,7 @@ def chosen(home: Path, **rules: object) -> list[str]:
     records = registry.list_caches(home)
     return [
         found.record.name
-        for found in housekeeping.candidates(records, PruneRules.model_validate(rules), now_s=NOW)
+        for found in housekeeping.find_candidates(records, PruneRules.model_validate(rules), now_s=NOW)
         if found.kept_because is None
     ]
 
@@ -80,7 +80,7 @@ def test_a_removed_cache_is_gone_without_a_trace(home: Path) -> None:
 def test_what_is_being_built_or_no_cache_stays(home: Path) -> None:
     with Claims(LocalPlace(home / "half.zarr")) as claims:
         claims.claim(BlockId(0, 0))
-        found = housekeeping.candidates(registry.list_caches(home), PruneRules(incomplete=True), now_s=time.time())
+        found = housekeeping.find_candidates(registry.list_caches(home), PruneRules(incomplete=True), now_s=time.time())
         assert [candidate.kept_because for candidate in found] == ["being built, staged or copied right now"]
         with pytest.raises(StorageError, match="being built, staged or copied right now: nothing was removed"):
             housekeeping.remove(home / "half.zarr")
@@ -111,7 +111,7 @@ def test_what_is_being_copied_stays(home: Path, monkeypatch: pytest.MonkeyPatch)
     def try_to_remove() -> None:
         transfer.copy_cache(source, target)
         (found,) = (each for each in registry.list_caches(home) if each.path == target.path)
-        (candidate,) = housekeeping.candidates([found], PruneRules(keep_bytes=0))
+        (candidate,) = housekeeping.find_candidates([found], PruneRules(keep_bytes=0))
         assert candidate.kept_because == "being built, staged or copied right now"
         with pytest.raises(StorageError, match="copied right now: nothing was removed"):
             housekeeping.remove(target.path)
@@ -147,7 +147,9 @@ def test_a_cache_of_a_newer_version_is_not_damaged(home: Path, change: dict[str,
     file.write_text(json.dumps(group))
     records = registry.list_caches(home)
     for rules in (INCOMPLETE, PruneRules(keep_bytes=0)):
-        (found,) = (each for each in housekeeping.candidates(records, rules) if each.record.path == home / "a.zarr")
+        (found,) = (
+            each for each in housekeeping.find_candidates(records, rules) if each.record.path == home / "a.zarr"
+        )
         assert found.kept_because == why
 
 
@@ -168,7 +170,9 @@ def test_a_cache_that_cannot_be_read_now_stays(home: Path, monkeypatch: pytest.M
         return path.open("rb").read()
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    found = {each.record.path.name: each for each in housekeeping.candidates(registry.list_caches(home), INCOMPLETE)}
+    found = {
+        each.record.path.name: each for each in housekeeping.find_candidates(registry.list_caches(home), INCOMPLETE)
+    }
     assert found["a.zarr"].kept_because == "it cannot be read right now: it may be sound"
     assert found["half.zarr"].kept_because is None
 
@@ -197,8 +201,8 @@ def test_what_is_kept_takes_its_room(home: Path) -> None:
         records = registry.list_caches(home)
         now_s = time.time()
         rules = PruneRules(older_than_s=now_s - NOW + 25 * DAY, keep_bytes=sum(sizes.values()) - sizes["b"])
-        found = housekeeping.candidates(records, rules, now_s=now_s)
+        found = housekeeping.find_candidates(records, rules, now_s=now_s)
         going = [each.record.name for each in found if each.kept_because is None]
         assert [each.record.name for each in found if each.kept_because] == ["a"]
         assert going == ["b"]
-        assert housekeeping.bytes_left(records, {home / "b.zarr"}) == rules.keep_bytes
+        assert housekeeping.remaining_bytes(records, {home / "b.zarr"}) == rules.keep_bytes

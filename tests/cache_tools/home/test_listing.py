@@ -47,7 +47,7 @@ RECORDS = [
     ],
 )
 def test_filters_add_up(filters: dict[str, object], names: list[str]) -> None:
-    assert [record.name for record in Filters.model_validate(filters).of(RECORDS, now_s=10.5 * DAY)] == names
+    assert [record.name for record in Filters.model_validate(filters).apply(RECORDS, now_s=10.5 * DAY)] == names
 
 
 @pytest.fixture

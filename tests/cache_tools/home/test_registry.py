@@ -86,7 +86,7 @@ def test_views_done_is_what_the_reader_says(home: Path) -> None:
     writer = create(path, manifest, IMAGES)
     for number in rng.permutation(15):
         write(writer, tiny_targets(manifest), [pairs[number]])
-        assert tuple(registry.views_done(path, manifest)) == TeacherCache.open(path).complete_views
+        assert tuple(registry.read_complete_views(path, manifest)) == TeacherCache.open(path).complete_views
 
 
 def test_caches_are_found_by_name_fingerprint_or_path(home: Path) -> None:

@@ -241,7 +241,7 @@ def test_a_mirror_is_found_by_name_and_goes_on_staging(proxy: FlakyProxy, url: s
         assert cache.origin.url == url
         assert cache.is_complete
     cache.load_view(2)
-    assert registry.views_done(cache.path, MANIFEST) == [0, 2]
+    assert registry.read_complete_views(cache.path, MANIFEST) == [0, 2]
 
 
 def test_a_store_that_is_gone_after_staging(proxy: FlakyProxy, url: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -254,7 +254,7 @@ def test_a_store_that_is_gone_after_staging(proxy: FlakyProxy, url: str, capfd: 
         cache = TeacherCache.open(url)
         warning = capfd.readouterr().err
         assert warning.startswith("warning: the object store does not answer as it should")
-        assert f"Going on with what is staged in {cache.path}" in warning
+        assert f"Continuing with what is staged in {cache.path}" in warning
         assert len(warning.splitlines()) == 1
         cache.require_complete()
         cache.load_view(0)
@@ -295,7 +295,7 @@ def test_offline_no_store_is_asked(
     proxy: FlakyProxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TEACHER_CACHE_OFFLINE", "1")
-    with pytest.raises(NotFoundError, match="nothing of this cache is staged here, and TEACHER_CACHE_OFFLINE is set"):
+    with pytest.raises(NotFoundError, match="nothing of this cache is staged, and TEACHER_CACHE_OFFLINE is set"):
         TeacherCache.open(url)
     monkeypatch.setenv("TEACHER_CACHE_OFFLINE", "0")
     cache = TeacherCache.open(url)
@@ -328,7 +328,7 @@ def test_another_cache_at_the_url_has_another_mirror(proxy: FlakyProxy, url: str
     assert TeacherCache.open(url).manifest.fingerprint == other.fingerprint
     by_path = TeacherCache.open(first.path)
     by_path.load_view(0)
-    with pytest.raises(MismatchError, match="another cache is at the origin"):
+    with pytest.raises(MismatchError, match="staged from has another cache now"):
         by_path.load_view(1)
 
 
@@ -348,7 +348,7 @@ def test_the_same_cache_built_anew_at_the_url_is_not_mixed_in(proxy: FlakyProxy,
     by_name.load_view(0)
     with pytest.raises(MismatchError, match="must not be mixed"):
         by_name.load_view(1)
-    assert registry.views_done(by_name.path, MANIFEST) == [0]
+    assert registry.read_complete_views(by_name.path, MANIFEST) == [0]
 
 
 # What is no cache
