@@ -19,7 +19,7 @@ import torch
 from cache_tools.codecs import Codec, TopK
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.console import Progress, device_name, resolve_device
-from cache_tools.derive.blocks import BlockReader, Rows
+from cache_tools.derive.block_reader import BlockReader, Rows
 from cache_tools.derive.lineage import Source, lineage, open_source
 from cache_tools.errors import IncompleteError
 from cache_tools.format.manifest import Fusion

@@ -21,7 +21,7 @@ from cache_tools.analysis.fidelity import fit_student
 from cache_tools.codecs import SparseTargets, TopK
 from cache_tools.codecs.presets import TargetCodecs, target_kind
 from cache_tools.config import Frozen
-from cache_tools.derive.blocks import BlockReader, Rows, Stored
+from cache_tools.derive.block_reader import BlockReader, Rows, Stored
 from cache_tools.derive.recode import Recoder, fit_sample, recoded_constants
 from cache_tools.errors import FormatError
 from cache_tools.format.arrays import ArraySpec, TargetSpec, targets

@@ -13,7 +13,7 @@ from cache_tools.codecs.top_k import MAX_CLASSES
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.derive import codec_spec
-from cache_tools.derive.blocks import BlockReader
+from cache_tools.derive.block_reader import BlockReader
 from cache_tools.errors import FormatError, IncompleteError
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.recipe import CacheRecipe

@@ -1,7 +1,7 @@
-"""A cache made from another one, block by block, without a teacher pass: what converting and fusing have in common.
+"""Make a cache from another one, block by block, without a teacher pass: what recoding and fusing have in common.
 
-It goes on where it stopped, as a build does, and it grows when its source has grown. A block is written when the source
-holds its rows, and after these have been compared with their commits.
+An interrupted run can be continued, as a build can, and the new cache grows when its source has grown. A block is
+written once the source has its rows, after these were compared with their commits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
-from cache_tools.derive.blocks import BlockReader
+from cache_tools.derive.block_reader import BlockReader
 from cache_tools.derive.lineage import Source
 from cache_tools.errors import MismatchError, StorageError
 from cache_tools.format.commits import BlockId
@@ -33,17 +33,17 @@ from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter, check_free
 
 MAX_WORKERS = 4
-_OF_A_BUILD = {"inputs", "grown"}  # by `inputs` a build recognises its own cache
+_BUILD_ONLY = {"inputs", "grown"}  # provenance by which a build recognises its own cache
 
 Constants = Mapping[str, npt.NDArray[np.float32]]
 Convert = Callable[[int, slice], Mapping[str, npt.NDArray[Any]]]
 
 
 class Derived(Frozen):
-    """What making a cache from another one did.
+    """What a run that makes a cache from another one did.
 
     Attributes:
-        blocks: made now; `blocks_there` were there already, `blocks_missing` are not in the source yet.
+        blocks: made now; `blocks_there` existed already, `blocks_missing` are not in the source yet.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Derived(Frozen):
 def derived_manifest(
     cache: TeacherCache, recipe: CacheRecipe, name: str, *, block_rows: int | None = None, **changes: Any
 ) -> Manifest:
-    """The manifest of a cache that is made from another one: its images, views and canaries, and how it came about.
+    """The manifest of a cache that is made from another one: the same images, views and canaries, with provenance.
 
     Args:
         cache: the source.
@@ -67,9 +67,9 @@ def derived_manifest(
         changes: other fields of the manifest.
     """
     source = cache.manifest
-    kept = {key: value for key, value in source.provenance.items() if key not in _OF_A_BUILD}
+    kept = {key: value for key, value in source.provenance.items() if key not in _BUILD_ONLY}
     recipe = recipe.model_copy(update={"derived_from": source.fingerprint})
-    now = {
+    provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "versions": {package: version(package) for package in ("teacher-cache", "torch", "zarr")},
@@ -82,7 +82,7 @@ def derived_manifest(
         "recipe": recipe,
         "block_rows": block_rows or source.block_rows,
         "constants_digest": "",
-        "provenance": {**kept, **now},
+        "provenance": {**kept, **provenance},
     }
     return source.model_copy(update=update | changes)
 
@@ -96,17 +96,18 @@ def derive(
     *,
     title: str,
 ) -> Derived:
-    """Make the cache of `manifest` at `path`, or go on with it.
+    """Make the cache of `manifest` at `path`, or continue it.
 
     Args:
-        manifest: of a new cache; one that is there already keeps its own, and grows to as many views.
-        constants: those of a new cache (`arrays.constant_shapes`); not asked for where one is there.
-        convert: given the opened cache, gives what turns (view, rows) of the source into stored arrays by name.
+        manifest: of a new cache. An existing cache keeps its own, and grows to as many views.
+        constants: computes those of a new cache (`arrays.constant_shapes`); not called for an existing cache.
+        convert: given the opened cache, returns the function that converts (view, rows) of the source into stored
+            arrays by name.
         title: of the progress bar.
 
     Raises:
         MismatchError: another cache is at `path`.
-        FormatError: a damaged block in the source; what was written before it stays.
+        FormatError: a damaged block in the source; blocks written before it stay.
         StorageError: storage that is full or read-only.
     """
     writer = _open_or_create(source, path, manifest, constants)
@@ -117,7 +118,7 @@ def derive(
     if ready:
         with Progress(title, total, "blocks", done=total - len(missing)) as progress:
             made = _write_all(source, writer, ready, convert(writer), progress)
-            progress.advance(len(ready) - made)  # what others made meanwhile
+            progress.advance(len(ready) - made)  # blocks that others made meanwhile
     return Derived(
         path=path,
         name=manifest.name,
@@ -131,16 +132,16 @@ def derive(
 
 
 def require_same_constants(source: BlockReader, made: Constants, names: Iterable[str], path: Path) -> None:
-    """Raise MismatchError unless a cache at `path` has these constants of the source bit by bit.
+    """Raise MismatchError unless a cache at `path` has bit-identical constants of these names to the source.
 
     The same cache built on two machines may have heads or embeddings that differ in their last bits.
     """
     for name in sorted(names):
         if not np.array_equal(made[name], source.constants[name]):
             raise MismatchError(
-                "this cache was begun from another copy of the source, and blocks of both must not be mixed",
+                "this cache was started from another copy of the source, and blocks of both must not be mixed",
                 where=path / name,
-                next_step="go on from that copy, or choose another --out",
+                next_step="continue it from that copy, or choose another --out",
             )
 
 
@@ -148,15 +149,15 @@ def _open_or_create(
     source: BlockReader, path: Path, manifest: Manifest, constants: Callable[[], Constants]
 ) -> CacheWriter:
     if not registry.is_cache(path):
-        check_free(path)  # before the constants are worked out, not after it
+        check_free(path)  # fail before the constants are computed
         cache, found = source.cache, constants()
         try:
             return CacheWriter.create(
                 path, manifest, labels=cache.labels, sample_keys=cache.sample_keys, constants=found
             )
         except StorageError:
-            if not registry.is_cache(path):  # else another process was faster
-                raise
+            if not registry.is_cache(path):
+                raise  # else another process has just created the cache
     writer = CacheWriter.resume(path, manifest.fingerprint)
     if writer.manifest.num_views < manifest.num_views:
         with growing(LocalPlace(path)):
@@ -167,12 +168,12 @@ def _open_or_create(
 def _write_all(
     source: BlockReader, writer: CacheWriter, blocks: list[BlockId], convert: Convert, progress: Progress
 ) -> int:
-    """Write blocks, a few at a time: checking, encoding and packing leave the interpreter lock alone.
+    """Write blocks, a few at a time: checking, encoding and packing release the interpreter lock.
 
-    Processes that make the same cache at once share them. Gives how many were written here.
+    Processes that make the same cache at the same time share the blocks. Returns how many were written here.
     """
 
-    def is_there(block: BlockId) -> bool:
+    def is_committed(block: BlockId) -> bool:
         return (writer.path / block.commit_key).exists()
 
     def write(block: BlockId) -> None:
@@ -189,7 +190,7 @@ def _write_all(
     pending: list[Future[None]] = []
     with Claims(LocalPlace(writer.path)) as claims, ThreadPoolExecutor(workers, thread_name_prefix="derive") as pool:
         try:
-            for block in claims.share(blocks, lambda: set(filter(is_there, blocks)), is_there):
+            for block in claims.share(blocks, lambda: set(filter(is_committed, blocks)), is_committed):
                 pending.append(pool.submit(write, block))
                 made += 1
                 finish(workers)

@@ -1,12 +1,12 @@
-"""Codecs as they are typed: `compact`, `fixed-step:step=1/48,pack=pcodec`, `companded+feature-steps`.
+"""Parse codecs as users type them: `compact`, `fixed-step:step=1/48,pack=pcodec`, `companded+feature-steps`.
 
-| written | logits | features |
+| spec | codec of the logits | codec of the features |
 |---|---|---|
-| a preset | as it says for the number of classes | as it says |
-| a codec | the codec, unless it is one for features only | the codec, unless it is one for logits only |
-| `A+B` | A | B; either may be left out and stays as it is |
+| a preset | the preset's for this number of classes | the preset's |
+| a codec | this codec, unless it is for features only | this codec, unless it is for logits only |
+| `A+B` | A | B; a side that is left out keeps its codec |
 
-Parameters follow behind a colon, `key=value` with commas between; a value may be a fraction.
+Parameters follow a colon: `key=value`, with commas between. A value may be a fraction.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FRACTION = re.compile(r"([0-9.eE]+)/([0-9.eE]+)")
 
 
 def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
-    """What a spec means for a cache; what it does not speak of stays as it is.
+    """The codecs that a spec gives a cache; targets that it does not name keep theirs.
 
     Raises:
         RecipeError: unknown names or parameters, or a codec for which the cache has no targets.
@@ -41,14 +41,14 @@ def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
         }
     else:
         fields = {"logits": _codec(logits) if logits else None, "features": _codec(features) if features else None}
-    there = kinds(recipe)
-    changes = {key: codec for key, codec in fields.items() if codec is not None and key in there}
+    stored = kinds(recipe)
+    changes = {key: codec for key, codec in fields.items() if codec is not None and key in stored}
     if not changes:
         raise RecipeError(
             "this codec is for targets that the cache does not store",
             where=spec,
-            expected=f"a codec for {' and '.join(there)}",
-            found="the logits of this cache are made from its features" if "logits" not in there else None,
+            expected=f"a codec for {' and '.join(stored)}",
+            found="the logits of this cache are made from its features" if "logits" not in stored else None,
             next_step="name a preset or another codec",
         )
     plain = {key: codec.model_dump(mode="json") for key, codec in changes.items()}
@@ -56,21 +56,21 @@ def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
 
 
 def kinds(recipe: CacheRecipe) -> tuple[str, ...]:
-    """`logits`, `features` or both: what a cache stores."""
+    """The kinds of targets that a cache stores: `logits`, `features` or both."""
     found = {target_kind(spec.name) for spec in targets(recipe, 1)}
     return tuple(kind for kind in ("logits", "features") if kind in found)
 
 
 def choose(recipe: CacheRecipe, spec: str | None, logits: str | None, features: str | None) -> tuple[TargetCodecs, str]:
-    """The codecs of a spec, with those of the logits or the features named by themselves; and a label for file names.
+    """The codecs of a spec, or of single specs for logits and features; and a label of them for file names.
 
     Raises:
-        RecipeError: nothing is named, or see `codecs_for`.
+        RecipeError: no codec is given, or as `codecs_for`.
     """
     parts = [spec, f"{logits}+" if logits else None, f"+{features}" if features else None]
     chosen = [part for part in parts if part]
     if not chosen:
-        raise RecipeError("no codec is named", next_step=f"add --codec, such as one of {', '.join(PRESETS)}")
+        raise RecipeError("no codec is given", next_step=f"add --codec, such as one of {', '.join(PRESETS)}")
     for part in chosen:
         recipe = recipe.model_copy(update={"codecs": codecs_for(part, recipe)})
     names = [name.partition(":")[0].strip() for part in chosen for name in part.split("+")]

@@ -1,7 +1,7 @@
-"""A fused cache from the parts of a component cache: another weight, scale or set of prompts, no pass over images.
+"""Make a fused cache from a component cache, with other weights, scales or prompts and no pass over images.
 
-Its targets are those that training on the component cache with the same choice sees, stored. It is a cache of its own:
-the recipe has the weights, scale and prompts that were used, and the fingerprint of the source.
+It stores the targets that training on the component cache with the same choice would see. Its recipe has the weights,
+scales and prompts that were used, and the fingerprint of the source.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from cache_tools import fusion, plugins
 from cache_tools.console import resolve_device
 from cache_tools.derive.base import Convert, Derived, derive, derived_manifest, require_same_constants
-from cache_tools.derive.blocks import BlockReader, Rows, Stored
+from cache_tools.derive.block_reader import BlockReader, Rows, Stored
 from cache_tools.derive.codec_spec import codecs_for
 from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.format.arrays import array_name, constant_shapes
@@ -34,7 +34,7 @@ from cache_tools.targets import ComponentView, fusion_constants
 
 
 class Fused(Derived):
-    """`manifest` is that of the new cache."""
+    """What `fuse` did. `manifest` is the new cache's."""
 
     manifest: Manifest
 
@@ -50,33 +50,33 @@ def fuse(
     block_rows: int | None = None,
     device: str = "auto",
 ) -> Fused:
-    """Fuse every block of a component cache that is there, or go on where an earlier run stopped.
+    """Fuse every block that a component cache has, or continue an earlier run.
 
     Args:
-        choice: what is fused otherwise than the cache was built; `prompts` picks templates by number.
-        templates: prompt templates instead of the cache's. Those that it does not have are embedded by its CLIPs,
-            loaded through the plugin `text-features`.
-        codec: how the targets are stored (`codec_spec`), by default as the source's.
-        name: of the new cache, by default the source's with `-fused` behind it.
-        out: folder of the new cache, by default one of the cache home.
-        block_rows: of a new cache; None for those of the source.
+        choice: what differs from the fusion that the cache was built with; `prompts` picks templates by number.
+        templates: prompt templates instead of the cache's. New ones are embedded by its CLIPs, which the plugin
+            `text-features` loads.
+        codec: how the targets are stored (`codec_spec`), by default as in the source.
+        name: of the new cache, by default the source's followed by `-fused`.
+        out: folder of the new cache, by default its place in the cache home.
+        block_rows: of a new cache; None for the source's.
         device: where to compute.
 
     Raises:
-        NotFoundError: a fused cache, which has no parts; no such prompt template.
-        RecipeError: not one weight for each network, a `clip_view` (which no recipe of a cache knows), a bad codec.
-        WeightsError: other templates, and a CLIP with other weights than the cache's.
-        IncompleteError: a CLIP scale `match`, or a codec other than float16 and float32, and view 0 is not complete.
+        NotFoundError: a fused cache, which has no components; no such prompt template.
+        RecipeError: not one weight for each network, a `clip_view` (which cache recipes do not have), a bad codec.
+        WeightsError: new templates, and a CLIP whose weights are not the cache's.
+        IncompleteError: view 0 is not complete, and the CLIP scale is `match` or the codec is fitted to its rows.
         FormatError, MismatchError, StorageError: as `derive.derive`.
     """
-    how, recipe = _resolved(cache, choice), fused_recipe(cache, choice, templates, codec)
+    resolved, recipe = _resolve(cache, choice), fused_recipe(cache, choice, templates, codec)
     label = name or f"{cache.manifest.name}-fused"
     manifest = derived_manifest(cache, recipe, label, block_rows=block_rows)
     manifest.provenance["preflight"] = _preflight(cache, recipe)
     path = out or registry.cache_path(label, manifest.fingerprint)
-    fuser = _Fuser(BlockReader(cache), recipe, how, resolve_device(device))
+    fuser = _Fuser(BlockReader(cache), recipe, resolved, resolve_device(device))
     if not registry.is_cache(path):
-        manifest = manifest.model_copy(update={"clip_scales": fuser.begin()})
+        manifest = manifest.model_copy(update={"clip_scales": fuser.choose_scales()})
     done = derive(fuser.source, path, manifest, fuser.constants, fuser.convert, title="fuse")
     return Fused(**done.model_dump(), manifest=TeacherCache(path).manifest)
 
@@ -84,7 +84,7 @@ def fuse(
 def fused_recipe(
     cache: TeacherCache, choice: FusionChoice, templates: Sequence[str] | None = None, codec: str | None = None
 ) -> CacheRecipe:
-    """What determines the values of the fused cache, but for the source."""
+    """The recipe of the fused cache, without the fingerprint of its source."""
     source = cache.recipe
     fields = ("teacher_weight", "feature_weight", "clip_scale", "prompt_ensemble")
     changes = {key: getattr(choice, key) for key in fields if getattr(choice, key) is not None}
@@ -108,15 +108,16 @@ def fused_recipe(
 
 
 class _Fuser:
-    """Rows of a component cache as those of a fused one."""
+    """Converts rows of a component cache to rows of a fused cache."""
 
-    def __init__(self, source: BlockReader, recipe: CacheRecipe, how: Fusion, device: torch.device) -> None:
-        self.source, self.recipe, self.how, self._device = source, recipe, how, device
+    def __init__(self, source: BlockReader, recipe: CacheRecipe, resolved: Fusion, device: torch.device) -> None:
+        self.source, self.recipe, self._device = source, recipe, device
+        self._fusion = resolved
         old, new = source.cache.recipe.clips, recipe.clips
         self._changed = [number for number in range(len(new)) if old[number].templates != new[number].templates]
 
-    def begin(self) -> tuple[float, ...]:
-        """The CLIP scales of a new cache."""
+    def choose_scales(self) -> tuple[float, ...]:
+        """Choose the CLIP scales of a new cache, and fuse with them."""
         embeddings = {
             array_name("class_embeddings", number): fusion.class_embeddings(
                 torch.from_numpy(self._text_features[array_name("text_features", number)])
@@ -127,15 +128,15 @@ class _Fuser:
         choice = self.recipe.fusion.clip_scale
         if choice != "match":
             scales = tuple(fusion.resolve_clip_scale(choice, clip.logit_scale) for clip in self.recipe.clips)
-        elif self._scales_hold:
+        elif self._same_match:
             scales = self.source.cache.manifest.clip_scales
         else:
-            scales = matched_scales(self._parts(0, self._sample), self.recipe.clips)
-        self.how = replace(self.how, clip_scales=scales)
+            scales = matched_scales(self._component_view(0, self._sample), self.recipe.clips)
+        self._fusion = replace(self._fusion, clip_scales=scales)
         return scales
 
     def constants(self) -> Rows:
-        """Those of a new cache; a range that its codec cannot hold shows here, not many blocks later."""
+        """The constants of a new cache. Raises if its codec cannot represent the sample, before any block is written."""
         own = self.source.constants | self._prompts
         constants = {name: own[name] for name in constant_shapes(self.recipe) if name in own}
         if not self.recipe.codecs.is_floating:
@@ -145,34 +146,34 @@ class _Fuser:
         return constants
 
     def convert(self, writer: CacheWriter) -> Convert:
-        """A cache keeps the embeddings and scales that it began with."""
+        """Fuse with the embeddings and scales of the opened cache, which it keeps from its start."""
         made = BlockReader(TeacherCache(writer.path)).constants
         embeddings = {array_name("class_embeddings", number) for number in self._changed}
         shared = {name for name in made if name.startswith(_FROM_SOURCE)} - embeddings
         require_same_constants(self.source, made, shared, writer.path)
         text = {} if self.recipe.fusion.prompt_ensemble == "embedding" else self._text_features
         self._use(text | {name: made[name] for name in embeddings})
-        self.how = replace(self.how, clip_scales=writer.manifest.clip_scales)
+        self._fusion = replace(self._fusion, clip_scales=writer.manifest.clip_scales)
         encoder = Encoder(self.recipe, made.__getitem__)
         return lambda view, rows: encoder.encode(
             self._fused(view, self.source.read(view, rows)), where=f"view {view}, samples {rows.start}–{rows.stop - 1}"
         )
 
     @property
-    def _scales_hold(self) -> bool:
-        """Whether the source's own `match` is this one: nothing that it depends on has changed."""
+    def _same_match(self) -> bool:
+        """Whether the source already has the scales of `match`: nothing that they depend on has changed."""
         source = self.source.cache.recipe
         same_teachers = source.teacher_weights == self.recipe.teacher_weights
         return source.fusion.clip_scale == "match" and same_teachers and not self._changed
 
     @cached_property
     def _sample(self) -> Stored:
-        """Stored rows of view 0 for the scale `match` and for what codecs are fitted to."""
+        """Stored rows of view 0: the scale `match` and the codecs are fitted to them."""
         return self.source.sample(0, sample_rows(self.source.cache.num_samples))
 
     @cached_property
     def _text_features(self) -> Rows:
-        """[P, C, D] of each changed CLIP: rows of the source's where these are all, else embedded by the CLIP."""
+        """[P, C, D] of each changed CLIP: from the source if it has all the templates, else embedded by the CLIP."""
         cache, found = self.source.cache, {}
         embedded: list[npt.NDArray[np.float32]] | None = None
         for number in self._changed:
@@ -194,28 +195,28 @@ class _Fuser:
         def constant(name: str) -> torch.Tensor:
             return torch.from_numpy(prompts[name] if name in prompts else source.constants[name])
 
-        constants = fusion_constants(self.how, source.cache.recipe, constant)
+        constants = fusion_constants(self._fusion, source.cache.recipe, constant)
         self._tensors = {name: tensor.to(self._device) for name, tensor in constants.items()}
 
     def _fused(self, view: int, stored: Stored) -> Rows:
-        arrays = self._parts(view, stored).fuse().arrays
+        arrays = self._component_view(view, stored).fuse().arrays
         return {name: arrays[name].cpu().numpy() for name in ("fused_logits", "fused_features")}
 
-    def _parts(self, view: int, stored: Mapping[str, npt.NDArray[Any]]) -> ComponentView:
+    def _component_view(self, view: int, stored: Mapping[str, npt.NDArray[Any]]) -> ComponentView:
         arrays = {name: torch.from_numpy(values).to(self._device) for name, values in stored.items()}
-        return ComponentView(view, arrays, self._tensors, self.source.cache.targets, self.how)
+        return ComponentView(view, arrays, self._tensors, self.source.cache.targets, self._fusion)
 
 
 _FROM_SOURCE = ("teacher_projection", "clip_projection", "class_embeddings")
 
 
-def _resolved(cache: TeacherCache, choice: FusionChoice) -> Fusion:
-    """The choice in numbers, but for the scales; prompts become part of the constants."""
+def _resolve(cache: TeacherCache, choice: FusionChoice) -> Fusion:
+    """The fusion that a choice means, without the scales. Prompts are not in it: they become part of the constants."""
     if cache.recipe.store != "components":
         raise NotFoundError(
-            "a fused cache has no parts to fuse",
+            "a fused cache has no components to fuse",
             where=cache.path,
-            expected="a cache of components",
+            expected="a component cache",
             next_step="build one with `build-cache --store components`",
         )
     if choice.clip_view is not None:
@@ -235,7 +236,7 @@ def _templates(stored: tuple[str, ...], choice: FusionChoice, given: Sequence[st
 
 
 def _preflight(cache: TeacherCache, recipe: CacheRecipe) -> dict[str, Any] | None:
-    """The accuracies that the source's preflight measured, as far as they are those of this fusion."""
+    """The accuracies of the source's preflight that this fusion does not change."""
     source, found = cache.recipe, cache.manifest.provenance.get("preflight")
     if not isinstance(found, dict):
         return None

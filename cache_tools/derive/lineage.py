@@ -1,4 +1,4 @@
-"""Where a derived cache comes from: the caches between it and the teachers, as its provenance tells."""
+"""The caches between a derived cache and the teachers, as its provenance records them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 class Source(Frozen):
-    """What a derived cache says of the one that it was made from: `provenance.source` of its manifest.
+    """The cache that a derived cache was made from: `provenance.source` of its manifest.
 
-    `path` is where that was then; `source` is the one that it was made from itself.
+    Attributes:
+        path: where it was at that time.
+        source: the cache that it was made from itself.
     """
 
     name: str
@@ -35,7 +37,7 @@ class Source(Frozen):
 
     @classmethod
     def of(cls, cache: TeacherCache) -> Source:
-        """What a cache that is made from `cache` has to say of it."""
+        """The record that a cache made from `cache` keeps of it."""
         earlier = lineage(cache.manifest)
         return cls(
             name=cache.manifest.name,
@@ -51,10 +53,10 @@ class Source(Frozen):
 
 
 def lineage(manifest: Manifest) -> tuple[Source, ...]:
-    """The caches between a derived one and the teachers, the nearest first; none for a cache that teachers filled.
+    """The caches between a derived cache and the teachers, the nearest first; none for a cache that was built.
 
     Raises:
-        NotFoundError: a derived cache that does not say what it was made from.
+        NotFoundError: a derived cache without a record of its source.
     """
     expected = manifest.recipe.derived_from
     if expected is None:
@@ -73,7 +75,7 @@ def lineage(manifest: Manifest) -> tuple[Source, ...]:
 
 
 def open_source(source: Source) -> TeacherCache:
-    """The source of a derived cache: where it was then, or in the cache home.
+    """Open the source of a derived cache, at its recorded path or in the cache home.
 
     Raises:
         NotFoundError: in neither place.
@@ -84,10 +86,10 @@ def open_source(source: Source) -> TeacherCache:
         if registry.is_cache(path) and read_manifest(path).fingerprint == source.fingerprint:
             return TeacherCache(path)
     raise NotFoundError(
-        "the cache that this one was made from is not here",
+        "the cache that this one was made from is missing",
         where=source.path,
-        expected=f"{source.name}, fingerprint {source.fingerprint[:12]}, there or in {registry.cache_home()}",
-        next_step="bring it into the cache home with `cache-tools pull`",
+        expected=f"{source.name}, fingerprint {source.fingerprint[:12]}, at this path or in {registry.cache_home()}",
+        next_step="copy it into the cache home with `cache-tools pull`",
     )
 
 

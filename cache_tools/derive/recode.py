@@ -1,4 +1,4 @@
-"""The same targets stored by other codecs, without a teacher pass."""
+"""Store the targets of a cache with other codecs, without a teacher pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cache_tools.codecs import Codec, TopK
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.derive.base import Convert, Derived, derive, derived_manifest, require_same_constants
-from cache_tools.derive.blocks import BlockReader, Rows, Stored
+from cache_tools.derive.block_reader import BlockReader, Rows, Stored
 from cache_tools.format.arrays import constant_shapes, targets
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
@@ -22,7 +22,7 @@ from cache_tools.store.writer import CacheWriter
 
 
 class Recoded(Derived):
-    """`caution` says where a new cache looks more precise than it is."""
+    """What `recode` did. `caution` warns if the new cache looks more precise than it is."""
 
     caution: str | None = None
 
@@ -35,18 +35,18 @@ def recode(
     *,
     block_rows: int | None = None,
 ) -> Recoded:
-    """Make a cache of the same targets with other codecs, or go on with it, or bring it up to what its source holds.
+    """Make a cache of the same targets with other codecs, or continue it, or add what its source has gained.
 
     Codecs with steps are fitted as a build fits them: to evenly spaced samples of view 0.
 
     Args:
         name: of a new cache.
-        path: None for its place in the cache home.
-        block_rows: of a new cache; None for those of the source.
+        path: folder of the new cache; None for its place in the cache home.
+        block_rows: of a new cache; None for the source's.
 
     Raises:
         IncompleteError: view 0 of the source is not complete.
-        FormatError: numbers that a codec cannot hold, found in the sample before anything is made, or in a block; or a
+        FormatError: numbers that a codec cannot represent, in the sample (then nothing is made) or in a block; or a
             damaged block in the source.
         MismatchError, StorageError: as `derive.derive`.
     """
@@ -77,13 +77,13 @@ def recode(
 
 
 class Recoder:
-    """Turns what one cache stores into what another recipe stores.
+    """Converts the stored rows of a cache to other codecs.
 
-    A target whose codec stays (or is packed otherwise) is not rounded again: its arrays are taken as they are.
+    A target whose codec stays, or changes only its packing, is not rounded again: its arrays are copied.
 
     Attributes:
         recipe: the source's, with other codecs.
-        constants: what the new cache holds for all samples and views: `recoded_constants`.
+        constants: `recoded_constants` of the new cache.
     """
 
     def __init__(self, source: BlockReader, recipe: CacheRecipe, constants: Rows) -> None:
@@ -93,10 +93,10 @@ class Recoder:
         self._encoder = Encoder(recipe, constants.__getitem__)
 
     def stored(self, source: Mapping[str, npt.NDArray[Any]], *, where: str = "") -> Stored:
-        """The new arrays of some rows, by name, from those of the source.
+        """Convert some rows: the new arrays by name, from those of the source.
 
         Raises:
-            FormatError: numbers that a codec cannot hold.
+            FormatError: numbers that a codec cannot represent.
         """
         rows = self._source.decode(source, self._changed)
         found: Stored = {}
@@ -108,7 +108,7 @@ class Recoder:
         return found
 
     def caution(self, sample: Mapping[str, npt.NDArray[Any]]) -> str | None:
-        """What to know where the new cache would look more precise than it is; None where it does not.
+        """A warning if the new cache would look more precise than it is; else None.
 
         Args:
             sample: stored rows of the source.
@@ -121,20 +121,22 @@ class Recoder:
         if not finer:
             return None
         return (
-            f"{' and '.join(finer)}: that is finer than what is stored. What has been lost stays lost; only building "
-            "the cache again from its teachers brings it back"
+            f"{' and '.join(finer)}: the new codec is finer than the stored one. What was lost stays lost; only a new "
+            "build from the teachers restores it"
         )
 
     def _is_finer(self, name: str, rows: npt.NDArray[np.float32]) -> bool:
-        """Whether the new codec's error is smaller than that which these rows have already."""
+        """Whether the new codec's error is smaller than the error that these rows already have."""
         old, new = self._source.cache.targets[name], self._specs[name]
-        of_old = {key.removeprefix(name): self._source.constants[key] for key in old.constants}
-        of_new = {key.removeprefix(name): self.constants[key] for key in new.constants}
-        return float(new.codec.error_bound(rows, of_new).mean()) < float(old.codec.error_bound(rows, of_old).mean())
+        old_constants = {key.removeprefix(name): self._source.constants[key] for key in old.constants}
+        new_constants = {key.removeprefix(name): self.constants[key] for key in new.constants}
+        return float(new.codec.error_bound(rows, new_constants).mean()) < float(
+            old.codec.error_bound(rows, old_constants).mean()
+        )
 
 
 def changed_targets(source: BlockReader, recipe: CacheRecipe) -> list[str]:
-    """The targets whose numbers change when a cache is stored as `recipe` says."""
+    """The targets whose numbers change under the codecs of `recipe`."""
     old = source.cache.targets
     return [spec.name for spec in targets(recipe, 1) if _numbers(spec.codec) != _numbers(old[spec.name].codec)]
 
@@ -145,13 +147,13 @@ def fit_sample(source: BlockReader) -> Stored:
 
 
 def recoded_constants(source: BlockReader, recipe: CacheRecipe, sample: Callable[[], Stored]) -> Rows:
-    """What a cache of `recipe` holds for all samples and views: the source's, and the steps of new codecs.
+    """The constants of a cache of `recipe`: the source's, and the fitted steps of new codecs.
 
     Args:
-        sample: gives the rows of `fit_sample`; not asked for where nothing is fitted.
+        sample: returns the rows of `fit_sample`; not called if no codec is fitted.
 
     Raises:
-        FormatError: rows that are all alike.
+        FormatError: rows that are all equal.
     """
     new = _new_constants(source, recipe)
     fitted = fit_codecs(recipe, source.decode(sample())) if new else {}
@@ -164,5 +166,5 @@ def _new_constants(source: BlockReader, recipe: CacheRecipe) -> set[str]:
 
 
 def _numbers(codec: Codec) -> dict[str, Any]:
-    """What of a codec determines its numbers, not how they are packed."""
+    """The fields of a codec that determine its numbers, not their packing."""
     return codec.model_dump(exclude={"pack"})

@@ -16,7 +16,7 @@ from cache_tools.analysis.fidelity_bench import STAGES, Bench, CodecCost
 from cache_tools.analysis.fidelity_table import AS_IT_IS, CostTable, default_codecs, measure
 from cache_tools.analysis.fidelity_text import print_costs
 from cache_tools.codecs.top_k import MAX_CLASSES
-from cache_tools.derive.blocks import BlockReader
+from cache_tools.derive.block_reader import BlockReader
 from cache_tools.derive.codec_spec import codecs_for
 from cache_tools.derive.recode import recode
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError, RecipeError

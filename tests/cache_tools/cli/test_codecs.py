@@ -80,7 +80,7 @@ def test_fidelity_without_specs_shows_what_suits_the_cache(home: Path) -> None:
         (["fidelity", "digits", "--temperature", "nan"], "a number above 0"),
         (["fidelity", "digits", "--view", "3"], "no such view"),
         (["fidelity", "nothing"], "no such cache (nothing)"),
-        (["recode", "digits"], "no codec is named"),
+        (["recode", "digits"], "no codec is given"),
         (["recode", "digits", "--codec", "compact", "--name", "a/b"], "bad cache name"),
         (["recode", "digits", "--logits", "feature-steps"], "feature-steps are for features"),
         (["recode", "nothing", "--codec", "compact"], "no such cache (nothing)"),

@@ -98,5 +98,5 @@ def test_sides_named_by_themselves_win_and_make_the_label() -> None:
     assert codecs == TargetCodecs(logits=Float32(), features=FeatureSteps(resolution=8.0))
     assert label == "feature-steps"
     assert choose(FUSED, "fixed-step+row-step", None, None)[1] == "fixed-step-row-step"
-    with pytest.raises(RecipeError, match="no codec is named"):
+    with pytest.raises(RecipeError, match="no codec is given"):
         choose(FUSED, None, None, None)

@@ -312,7 +312,7 @@ def test_what_a_grown_source_has_more_is_added(tmp_path: Path) -> None:
 
 def test_a_fused_source_has_no_parts(built: TeacherCache, tmp_path: Path) -> None:
     made = fused(built, tmp_path / "made")
-    with pytest.raises(NotFoundError, match=r"a fused cache has no parts to fuse.*--store components"):
+    with pytest.raises(NotFoundError, match=r"a fused cache has no components to fuse.*--store components"):
         fuse(made, FusionChoice(), out=tmp_path / "again")
 
 

@@ -14,7 +14,7 @@ import pytest
 import cache_tools.files
 from cache_tools.alignment import make_canaries
 from cache_tools.codecs import Companded, FeatureSteps, TopK
-from cache_tools.derive.blocks import BlockReader
+from cache_tools.derive.block_reader import BlockReader
 from cache_tools.derive.codec_spec import codecs_for
 from cache_tools.derive.lineage import lineage
 from cache_tools.derive.recode import Recoded, recode

@@ -1,4 +1,4 @@
-"""Read a cache block by block, every block compared with its commit: what is measured or made into another cache."""
+"""Read a cache block by block, each compared with its commit, to measure it or to make another cache from it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cache_tools.console import Progress
 from cache_tools.errors import FormatError
 from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes
+from cache_tools.format.commits import BlockId
 from cache_tools.reader import TeacherCache
 
 Stored = dict[str, npt.NDArray[Any]]
@@ -21,7 +22,7 @@ Rows = dict[str, npt.NDArray[np.float32]]
 
 
 class BlockReader:
-    """The blocks that a cache held when this was made. What it gives has passed the checks of `cache-tools verify`.
+    """Reads the blocks that a cache had when the reader was made. Rows have passed the checks of `cache-tools verify`.
 
     Threads may read at the same time.
     """
@@ -29,7 +30,7 @@ class BlockReader:
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
         self._committed = cache.committed_blocks()
-        self._kept: tuple[tuple[int, int], Stored] | None = None
+        self._last_block: tuple[BlockId, Stored] | None = None
         self._lock = threading.Lock()
 
     @cached_property
@@ -42,7 +43,7 @@ class BlockReader:
         return view < self.cache.num_views and all(self._committed[view, block] for block in self._blocks(rows))
 
     def read(self, view: int, rows: slice) -> Stored:
-        """The stored arrays of these rows, by name. Blocks of another size than the cache's own are cut out of those.
+        """The stored arrays of these rows, by name. The rows may be part of a block, or of several.
 
         Raises:
             IncompleteError: not committed.
@@ -50,17 +51,17 @@ class BlockReader:
         """
         manifest, blocks = self.cache.manifest, self._blocks(rows)
         if len(blocks) == 1 and manifest.block(blocks[0]) == rows:
-            return self._read_block(view, blocks[0])
+            return self._read_block(BlockId(view, blocks[0]))
         pieces: dict[str, list[npt.NDArray[Any]]] = {}
         for block in blocks:
             start = manifest.block(block).start
             inside = slice(max(rows.start - start, 0), rows.stop - start)
-            for name, values in self._read_kept(view, block).items():
+            for name, values in self._read_again(BlockId(view, block)).items():
                 pieces.setdefault(name, []).append(values[inside])
         return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
     def decode(self, stored: Mapping[str, npt.NDArray[Any]], names: Iterable[str] | None = None) -> Rows:
-        """Rows [B, width] float32 of these targets, or of all, from what is stored of them."""
+        """Decode rows [B, width] float32 of these targets, or of all, from their stored arrays."""
         found = {}
         for name in self.cache.targets if names is None else names:
             spec = self.cache.targets[name]
@@ -70,7 +71,7 @@ class BlockReader:
         return found
 
     def sample(self, view: int, index: npt.NDArray[np.int64]) -> Stored:
-        """The stored rows at `index` (ascending) of one view, one block in memory at a time; errors as for `read`."""
+        """The stored rows at `index` (ascending) of one view, with one block in memory at a time; raises as `read`."""
         manifest = self.cache.manifest
         blocks = np.unique(index // manifest.block_rows).tolist()
         pieces: dict[str, list[npt.NDArray[Any]]] = {}
@@ -78,13 +79,13 @@ class BlockReader:
             for block in blocks:
                 rows = manifest.block(block)
                 inside = index[(index >= rows.start) & (index < rows.stop)] - rows.start
-                for name, values in self._read_block(view, block).items():
+                for name, values in self._read_block(BlockId(view, block)).items():
                     pieces.setdefault(name, []).append(values[inside])
                 progress.advance(1)
         return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
     def parameter_digest(self, view: int, rows: slice) -> int:
-        """What a commit of these rows says of their view parameters."""
+        """The digest of the view parameters of these rows, as a commit has it."""
         recipe = self.cache.recipe
         return recipe.views.parameter_digest(np.arange(rows.start, rows.stop), view, recipe.dataset.image_size) or 1
 
@@ -92,30 +93,30 @@ class BlockReader:
         size = self.cache.manifest.block_rows
         return range(rows.start // size, -(-rows.stop // size))
 
-    def _read_block(self, view: int, block: int) -> Stored:
-        rows = self.cache.manifest.block(block)
-        commit = self.cache.commit(view, block)
-        if commit.pop(commits.PARAMETERS) != self.parameter_digest(view, rows):
-            raise self._damaged(commits.COMMITS, view, block)
+    def _read_block(self, block: BlockId) -> Stored:
+        rows = self.cache.manifest.block(block.block)
+        commit = self.cache.commit(*block)
+        if commit.pop(commits.PARAMETERS) != self.parameter_digest(block.view, rows):
+            raise self._damaged(commits.COMMITS, block)
         stored = {}
         for name, digest in commit.items():
-            stored[name] = self.cache.read_stored(name, view, rows)
+            stored[name] = self.cache.read_stored(name, block.view, rows)
             if commits.block_digest(stored[name]) != digest:
-                raise self._damaged(name, view, block)
+                raise self._damaged(name, block)
         return stored
 
-    def _read_kept(self, view: int, block: int) -> Stored:
-        """The block that was read last is kept: smaller ones are cut from it one after the other."""
+    def _read_again(self, block: BlockId) -> Stored:
+        """As `_read_block`, but keeps the block that was read last: smaller blocks are cut from it one by one."""
         with self._lock:
-            if self._kept is None or self._kept[0] != (view, block):
-                self._kept = None
-                self._kept = (view, block), self._read_block(view, block)
-            return self._kept[1]
+            if self._last_block is None or self._last_block[0] != block:
+                self._last_block = None  # free its memory first
+                self._last_block = block, self._read_block(block)
+            return self._last_block[1]
 
-    def _damaged(self, name: str, view: int, block: int) -> FormatError:
+    def _damaged(self, name: str, block: BlockId) -> FormatError:
         return FormatError(
             "stored rows are not those that were committed",
-            where=f"{self.cache.path / name}, view {view}, block {block}",
+            where=f"{self.cache.path / name}, view {block.view}, block {block.block}",
             next_step=f"drop them (`cache-tools repair {self.cache.path} --yes`), make them again with the command "
             "that made this cache, then run this one again",
         )

@@ -1,4 +1,4 @@
-"""cache_tools/derive/blocks.py: rows come back as committed, whatever the cut; damage is found and named."""
+"""cache_tools/derive/block_reader.py: rows come back as committed, whatever the cut; damage is found and named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache_tools.derive.blocks import BlockReader
+from cache_tools.derive.block_reader import BlockReader
 from cache_tools.errors import FormatError, IncompleteError
 from cache_tools.format.commits import BlockId
 from cache_tools.reader import TeacherCache
