@@ -136,7 +136,7 @@ class _Fuser:
         return scales
 
     def constants(self) -> Rows:
-        """The constants of a new cache. Raises if its codec cannot represent the sample, before any block is written."""
+        """The constants of a new cache. Raises before any block is written if its codec cannot represent the sample."""
         own = self.source.constants | self._prompts
         constants = {name: own[name] for name in constant_shapes(self.recipe) if name in own}
         if not self.recipe.codecs.is_floating:

@@ -130,9 +130,8 @@ class Recoder:
         old, new = self._source.cache.targets[name], self._specs[name]
         old_constants = {key.removeprefix(name): self._source.constants[key] for key in old.constants}
         new_constants = {key.removeprefix(name): self.constants[key] for key in new.constants}
-        return float(new.codec.error_bound(rows, new_constants).mean()) < float(
-            old.codec.error_bound(rows, old_constants).mean()
-        )
+        old_error = float(old.codec.error_bound(rows, old_constants).mean())
+        return float(new.codec.error_bound(rows, new_constants).mean()) < old_error
 
 
 def changed_targets(source: BlockReader, recipe: CacheRecipe) -> list[str]:
