@@ -168,7 +168,7 @@ def test_what_the_source_was_fitted_to_is_asked_of_the_source(
     made = fuse(TeacherCache(steps), FusionChoice(), codec="float32", out=tmp_path / "made").path
     assert again(TeacherCache(made)).sound
     steps.rename(tmp_path / "elsewhere")
-    with pytest.raises(NotFoundError, match=r"made from is not here \(.*steps\).*cache-tools pull"):
+    with pytest.raises(NotFoundError, match=r"made from is missing \(.*steps\).*cache-tools pull"):
         again(TeacherCache(made))
     (tmp_path / "home").mkdir()
     (tmp_path / "elsewhere").rename(tmp_path / "home" / "found-by-fingerprint.zarr")

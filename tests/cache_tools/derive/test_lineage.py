@@ -51,7 +51,7 @@ def test_a_source_is_opened_where_it_was_or_from_the_home(
     chain[0].path.rename(tmp_path / "gone.zarr")
     chain[2].path.rename(chain[0].path)  # another cache in its place
     with pytest.raises(
-        NotFoundError, match=rf"made from is not here \(.*first.zarr\).*tiny, fingerprint {original.fingerprint[:12]}"
+        NotFoundError, match=rf"made from is missing \(.*first.zarr\).*tiny, fingerprint {original.fingerprint[:12]}"
     ):
         open_source(original)
     (tmp_path / "home").mkdir()
