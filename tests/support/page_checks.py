@@ -1,6 +1,6 @@
-"""What a page is asked in the browser, as functions of JavaScript; each gives a list of what is wrong."""
+"""Checks of a page in the browser, as JavaScript functions that return a list of problems."""
 
-# Text with less than 4.5 times the luminance of its ground, or the other way round (WCAG AA).
+# Text with a contrast ratio below 4.5 (WCAG AA).
 POOR_CONTRAST = """() => {
   const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const light = (colour) => {
@@ -8,7 +8,7 @@ POOR_CONTRAST = """() => {
     const [r, g, b] = channels(colour).map((channel) => linear(channel / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const ground = (element) => {
+  const background = (element) => {
     for (; element; element = element.parentElement) {
       const colour = getComputedStyle(element).backgroundColor;
       if ((channels(colour)[3] ?? 1) === 1) return colour;
@@ -19,7 +19,7 @@ POOR_CONTRAST = """() => {
     const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
     if (!own || !element.checkVisibility() || element.matches(":disabled, option, .aside")) continue;
     const style = getComputedStyle(element);
-    const colours = [element.ownerSVGElement ? style.fill : style.color, ground(element)];
+    const colours = [element.ownerSVGElement ? style.fill : style.color, background(element)];
     const [low, high] = colours.map(light).sort((x, y) => x - y);
     const contrast = (high + 0.05) / (low + 0.05);
     if (contrast < 4.5) poor.push([element.tagName, element.textContent.slice(0, 30), contrast]);
@@ -27,7 +27,7 @@ POOR_CONTRAST = """() => {
   return poor;
 }"""
 
-# Elements that reach out of the window, other than inside what scrolls by itself; and texts of plots that do.
+# Elements wider than the window, except inside scrolling boxes; and labels of plots that leave the window.
 TOO_WIDE = """() => {
   const out = (element) => {
     const { left, right, width } = element.getBoundingClientRect();
@@ -38,7 +38,7 @@ TOO_WIDE = """() => {
   return [...boxes, ...texts].filter((one) => one.checkVisibility() && out(one)).map((one) => one.outerHTML);
 }"""
 
-# Controls, pictures and regions that a screen reader could not name.
+# Controls, pictures and regions without a name for screen readers.
 NAMELESS = """() => {
   const kinds = "button, select, input, svg[role=img], [role=region], nav, form, table";
   const named = (element) => element.getAttribute("aria-label") || element.labels?.length || element.textContent.trim()

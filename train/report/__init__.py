@@ -1,4 +1,4 @@
-"""The HTML page that compares runs, and the figures behind it."""
+"""Compare runs, and write the HTML page that shows them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`report-students`: the page of one or many runs, or of a sweep."""
+"""`report-students`: write the page of runs and sweeps."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def report_students(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The HTML file. Default: report.html, in the folder if it is a single one."),
+        typer.Option("--out", help="The HTML file. Default: report.html, in the folder if there is only one."),
     ] = None,
-    title: Annotated[str, typer.Option("--title", help="Of the page. Default: what the runs have in common.")] = "",
-    open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    title: Annotated[
+        str, typer.Option("--title", help="Title of the page. Default: what the runs have in common.")
+    ] = "",
+    open_it: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write one HTML page that compares runs: figures, accuracy against cost, curves, calibration, classes, commands.
 
-    The page is a single file that asks for nothing outside itself. Seeds of the same settings are put together.
+    The page is a single file that loads nothing else. Runs that differ only in their seed are one row.
     """
     from train.report.html import write_report
     from train.report.trials import read_tables

@@ -1,4 +1,4 @@
-"""What the page's plots are drawn from, as plain data for its script."""
+"""The data of the page's plots, as plain data for its script."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from train.runs.predictions import class_accuracy, reliability
 
 CURVES = ("test_top1", "test_nll", "test_ece", "ema_top1", "loss", "loss_ce", "loss_logit", "loss_feature")
 COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
-_MOST_POINTS = 160  # of a curve: more would not be seen
+_MAX_POINTS = 160  # of a curve: a plot is not wide enough to show more
 
 
 def page_data(comparison: Comparison) -> dict[str, Any]:
-    """Settings in their order, each with its trials, and what all share.
+    """The settings in their order, each with its trials, and the data that all settings share.
 
-    Accuracies are in [0, 1], epochs count from 1; what is not known is null. What the page compares and tells in full,
-    top-1 and costs of the settings, is exact; what it only draws is rounded.
+    Accuracies are in [0, 1], epochs count from 1, unknown values are null. Top-1 and costs of the settings are exact,
+    because the page compares them and prints them in full. Other numbers are only drawn, so they are rounded.
     """
     names = class_names(comparison.trials)
     return {
         "settings": [_setting(setting, names) for setting in comparison.settings],
-        "references": [{"label": one.label, "top1": _short(one.top1)} for one in comparison.references],
+        "references": [{"label": one.label, "top1": _rounded(one.top1)} for one in comparison.references],
         "classes": None if names is None else {"names": list(names), "counts": _class_counts(comparison, names)},
     }
 
 
 def class_names(trials: Sequence[TrialRecord]) -> tuple[str, ...] | None:
-    """The classes of the trials that have predictions; of the most of them, if these differ."""
+    """The classes of the trials with predictions; if they differ, those of most trials."""
     found = Counter(trial.class_names for trial in trials if trial.predictions is not None and trial.class_names)
     return found.most_common(1)[0][0] if found else None
 
 
 def _setting(setting: Setting, names: tuple[str, ...] | None) -> dict[str, Any]:
     top1, predictions = setting.figures.get("top1"), _predictions(setting, None)
-    of_classes = None if names is None else _predictions(setting, names)
+    comparable = None if names is None else _predictions(setting, names)
     return {
         "label": setting.label,
         "status": FINISHED if setting.finished else setting.trials[0].status,
         "trials": [_trial(trial) for trial in setting.seeds],
         "top1": None if top1 is None else {key: getattr(top1, key) for key in ("mean", "low", "high")},
-        "ece": _short(setting.mean("ece")),
+        "ece": _rounded(setting.mean("ece")),
         "costs": {name: setting.mean(name) for name in COSTS},
         "reliability": None if predictions is None else _columns(reliability(predictions)),
         "classes": None
-        if of_classes is None or names is None
-        else [_short(value) for value in class_accuracy(of_classes, len(names))["accuracy"]],
+        if comparable is None or names is None
+        else [_rounded(value) for value in class_accuracy(comparable, len(names))["accuracy"]],
     }
 
 
@@ -60,13 +60,13 @@ def _trial(trial: TrialRecord) -> dict[str, Any]:
     return {
         "seed": trial.seed,
         "finished": trial.status == FINISHED,
-        "top1": _short(trial.figures.get("top1")),
+        "top1": _rounded(trial.figures.get("top1")),
         "curves": {} if trial.history is None else _curves(trial.history),
     }
 
 
 def _curves(history: pl.DataFrame) -> dict[str, Any]:
-    """Name → [epochs, values] where there are finite values; long curves are thinned evenly, ends kept."""
+    """Name → [epochs, values], finite values only. Long curves are thinned evenly and keep their ends."""
     curves = {}
     for name in CURVES:
         if name not in history.columns:
@@ -74,14 +74,14 @@ def _curves(history: pl.DataFrame) -> dict[str, Any]:
         points = history.select(pl.col("epoch") + 1, pl.col(name).cast(pl.Float64)).filter(pl.col(name).is_finite())
         if not len(points):
             continue
-        if len(points) > _MOST_POINTS:
-            points = points[np.linspace(0, len(points) - 1, _MOST_POINTS).round().astype(int).tolist()]
-        curves[name] = [points["epoch"].to_list(), [_short(value) for value in points[name]]]
+        if len(points) > _MAX_POINTS:
+            points = points[np.linspace(0, len(points) - 1, _MAX_POINTS).round().astype(int).tolist()]
+        curves[name] = [points["epoch"].to_list(), [_rounded(value) for value in points[name]]]
     return curves
 
 
 def _predictions(setting: Setting, names: tuple[str, ...] | None) -> pl.DataFrame | None:
-    """Those of all seeds that came to their end, pooled; with `names` only where the classes are these."""
+    """The predictions of all finished seeds in one table. With `names`, only of trials with these classes."""
     tables = [
         trial.predictions
         for trial in setting.seeds
@@ -91,18 +91,18 @@ def _predictions(setting: Setting, names: tuple[str, ...] | None) -> pl.DataFram
 
 
 def _class_counts(comparison: Comparison, names: tuple[str, ...]) -> list[int]:
-    """Test images of each class."""
+    """Number of test images of each class."""
     tables = (trial.predictions for trial in comparison.trials if trial.class_names == names)
     table = next(table for table in tables if table is not None)
     return class_accuracy(table, len(names))["count"].to_list()
 
 
 def _columns(table: pl.DataFrame) -> dict[str, list[float | None]]:
-    return {name: [_short(value) for value in table[name]] for name in table.columns}
+    return {name: [_rounded(value) for value in table[name]] for name in table.columns}
 
 
-def _short(value: float | None) -> float | None:
-    """Five digits are more than a picture shows; JSON has no NaN."""
+def _rounded(value: float | None) -> float | None:
+    """Five digits, which is more than a plot shows; None for NaN and infinity, which JSON does not have."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything that one or many runs found, to be opened from disk by any browser."""
+"""Write the page: a single HTML file with the results of one or many runs, for any browser."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from train.report.leaderboard import leaderboard
 from train.report.summary import facts, filters, headline, notices, run_details, summary
 from train.report.trials import read_trials
 
-# The template says of which files, in which order, its script is made: the page is of one version, even where the
-# package was updated while a run was going on.
+# The template names the files of its script, in order. Template and script are read together, so that the page is of
+# one version even if the package is updated while a run goes on.
 _SCRIPT = re.compile(r"\{\{script: ([\w. ]+)\}\}")
 
 
 def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None = None, title: str = "") -> Path:
     """Write the page of run folders of `train-student`, each with its twin on labels alone.
 
-    The file asks for nothing outside itself: styles, script and data are in it, and its own policy forbids the rest.
+    The file contains its styles, script and data, and its content security policy forbids it to load anything else.
 
     Args:
-        out: the HTML file; its folder is made if need be.
-        trials: a sweep's table (as `train.sweep.table` makes them). It adds what the folders
-            do not know (FLOPs, latency, status) and the trials without a folder; runs that only it names are read too.
-        title: of the page; made from the runs if empty.
+        out: the HTML file; its folder is created if it does not exist.
+        trials: a sweep's table (of `train.sweep.table`). It adds FLOPs, latency and status of runs, trials without a
+            folder, and runs that only the table names.
+        title: of the page; by default made from the runs.
 
     Returns:
         `out`.
@@ -45,7 +45,7 @@ def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None
     Raises:
         NotFoundError: a path that is no run folder.
         DataError: nothing to report, or a damaged file.
-        StorageError: a file in place of the folder of `out`.
+        StorageError: a file where the folder of `out` should be.
     """
     found = read_trials(runs, trials)
     if not found:
@@ -59,7 +59,7 @@ def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None
 
 
 def render(comparison: Comparison, title: str = "") -> str:
-    """The page as text."""
+    """The page as HTML text."""
     page = files("train.report") / "page"
     template = (page / "page.html").read_text(encoding="utf-8")
     names = _SCRIPT.search(template)
@@ -80,7 +80,7 @@ def render(comparison: Comparison, title: str = "") -> str:
         "board": leaderboard(comparison, anchors),
         "runs": run_details(comparison, anchors),
         "written": escape(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, teacher-cache {version('teacher-cache')}"),
-        # Inside a script element nothing but the end tag ends it.
+        # Only an end tag ends a script element, so it is enough to escape `<`.
         "data": json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "script": script,
     }
@@ -88,12 +88,12 @@ def render(comparison: Comparison, title: str = "") -> str:
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
-    """Every `{{name}}` of the template replaced, in one pass: what is put in is never searched."""
+    """The template with every `{{name}}` replaced, in one pass, so that values may contain `{{name}}`."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def _policy(script: str) -> str:
-    """Nothing is loaded, and no script runs but ours."""
+    """The content security policy: load nothing, and run only our script."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     sources = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
     return f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"

@@ -1,4 +1,4 @@
-"""The page's leaderboard: a table with a body per setting, its mean first, its seeds below."""
+"""The page's leaderboard: a table with a body per setting, first a row with its mean, below it a row per seed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A figure in the table: how it is headed and written, and whether more of it is better."""
+    """A figure in the table.
+
+    Attributes:
+        header: its text; a line break is written `|`.
+        text: formats a value.
+        larger_is_better: the column sorts the largest value first when it is first pressed.
+        has_deviation: the standard deviation stands beside the mean.
+        hint: tooltip of the header.
+    """
 
     name: str
     header: str
     text: Format
-    rising: bool = False
-    deviation: bool = False
+    larger_is_better: bool = False
+    has_deviation: bool = False
     hint: str = ""
 
 
@@ -30,36 +38,43 @@ def _percent(value: float) -> str:
 
 
 def _four(value: float) -> str:
-    return f"{value:.4f}" if value < 100 else f"{value:,.1f}"  # the NLL of a student that diverged
+    return f"{value:.4f}" if value < 100 else f"{value:,.1f}"  # a student that diverged has a huge NLL
 
 
 COLUMNS = (
-    Column(name="top1", header="Top-1 %", text=_percent, rising=True, deviation=True, hint="test split, last epoch"),
-    Column(name="top5", header="Top-5 %", text=_percent, rising=True, deviation=True),
-    Column(name="nll", header="NLL", text=_four, deviation=True, hint="negative log-likelihood in nats"),
-    Column(name="ece", header="ECE", text=_four, deviation=True, hint="expected calibration error, 15 bins"),
+    Column(
+        name="top1",
+        header="Top-1 %",
+        text=_percent,
+        larger_is_better=True,
+        has_deviation=True,
+        hint="test split, last epoch",
+    ),
+    Column(name="top5", header="Top-5 %", text=_percent, larger_is_better=True, has_deviation=True),
+    Column(name="nll", header="NLL", text=_four, has_deviation=True, hint="negative log-likelihood in nats"),
+    Column(name="ece", header="ECE", text=_four, has_deviation=True, hint="expected calibration error, 15 bins"),
     Column(name="parameters", header="Parameters", text=lambda value: f"{value:,.0f}"),
     Column(name="flops", header="MFLOPs", text=lambda value: f"{value / 1e6:,.1f}", hint="per image, forward"),
     Column(name="latency_1_ms", header="Latency ms,|1 image", text=lambda value: f"{value:,.2f}"),
     Column(name="latency_128_ms", header="Latency ms,|batch of 128", text=lambda value: f"{value:,.1f}"),
-    Column(name="train_s", header="Training|s", text=lambda value: f"{value:,.1f}", hint="steps alone"),
+    Column(name="train_s", header="Training|s", text=lambda value: f"{value:,.1f}", hint="training steps only"),
     Column(
         name="best_top1",
         header="Best|top-1 %",
         text=_percent,
-        rising=True,
-        hint="of all epochs, chosen on the test split: optimistic",
+        larger_is_better=True,
+        hint="of all epochs, chosen on the test split, hence optimistic",
     ),
-    Column(name="best_epoch", header="at|epoch", text=lambda value: f"{value:.0f}", rising=True),
-    Column(name="ema_top1", header="EMA|top-1 %", text=_percent, rising=True, hint="average of the weights"),
+    Column(name="best_epoch", header="at|epoch", text=lambda value: f"{value:.0f}", larger_is_better=True),
+    Column(name="ema_top1", header="EMA|top-1 %", text=_percent, larger_is_better=True, hint="average of the weights"),
 )
 
 
 def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> str:
-    """The table.
+    """The leaderboard as HTML.
 
     Args:
-        anchors: trial → id of its own part of the page.
+        anchors: trial → id of its section of the page.
     """
     first, *others = COLUMNS
     known = [column for column in others if any(column.name in one.figures for one in comparison.settings)]
@@ -74,36 +89,38 @@ def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
 class _Table:
     def __init__(self, comparison: Comparison, columns: list[Column], anchors: Mapping[TrialRecord, str]) -> None:
         self.comparison, self.columns, self.anchors = comparison, columns, anchors
-        self.several = any(len(setting.trials) > 1 for setting in comparison.settings)
-        self.intervals = any(spread.n > 1 for one in comparison.settings for spread in one.figures.values())
-        self.statuses = any(trial.status != FINISHED for trial in comparison.trials)
+        self.has_seeds = any(len(setting.trials) > 1 for setting in comparison.settings)
+        self.has_intervals = any(spread.n > 1 for one in comparison.settings for spread in one.figures.values())
+        self.has_statuses = any(trial.status != FINISHED for trial in comparison.trials)
         self.names = short_names(comparison.varied)
 
     def caption(self) -> str:
         text = "Test figures after the last epoch."
-        if self.intervals:
+        if self.has_intervals:
             text += " Several seeds: mean ± standard deviation, and the 95 % confidence interval of the mean."
         return text
 
     def head(self) -> str:
-        cells = [_header("student", "Student", "ascending"), _header("loss", "Loss", "ascending", "own")]
-        cells += [_header(f"setting-{key}", escape(name), "ascending", "own") for key, name in self.names.items()]
+        cells = [_header("student", "Student", "ascending"), _header("loss", "Loss", "ascending", "varied")]
+        cells += [_header(f"setting-{key}", escape(name), "ascending", "varied") for key, name in self.names.items()]
         cells += [self._head(column) for column in self.columns[:1]]
-        if self.intervals:
-            cells.append(_header("interval", "95 % interval", "ascending", "number", "sorted by its width"))
-        cells.append(_header("seed", "Seeds" if self.several else "Seed", "ascending", "number"))
-        if self.statuses:
+        if self.has_intervals:
+            cells.append(
+                _header("interval", "95 % interval", "ascending", "number", "sorts by the width of the interval")
+            )
+        cells.append(_header("seed", "Seeds" if self.has_seeds else "Seed", "ascending", "number"))
+        if self.has_statuses:
             cells.append(_header("status", "Status", "ascending"))
         cells += [self._head(column) for column in self.columns[1:]]
         return f"<tr>{''.join(cells)}</tr>"
 
     def _head(self, column: Column) -> str:
-        first = "descending" if column.rising else "ascending"
-        kind = "number wide" if self.intervals and column.deviation else "number"
+        first = "descending" if column.larger_is_better else "ascending"
+        kind = "number wide" if self.has_intervals and column.has_deviation else "number"
         return _header(column.name, column.header, first, kind, column.hint)
 
     def body(self, number: int, setting: Setting) -> Iterator[str]:
-        """A row of the setting; below it, if it has several, a row per seed."""
+        """A row of the setting and, if it has several trials, a row per trial."""
         several = len(setting.trials) > 1
         seeds = [f"setting-{number}-seed-{place}" for place in range(len(setting.trials))] if several else []
         yield f'<tbody data-setting="{number}" data-student="{_e(setting.student)}" data-loss="{_e(setting.loss)}">'
@@ -122,46 +139,46 @@ class _Table:
         rest = " · ".join(f"<span>{_e(part)}</span>" for part in parts)
         place = f'<span class="key"></span>{link}<span class="rest">{rest}</span>'
         yield f'<th scope="row" data-value="{name}">{place}</th>'
-        yield _own_cell(setting.loss)
-        yield from (_own_cell(setting.varied[key]) for key in self.comparison.varied)
+        yield _varied_cell(setting.loss)
+        yield from (_varied_cell(setting.varied[key]) for key in self.comparison.varied)
         count = len(setting.seeds)
         button = f'<button type="button" class="unfold" aria-expanded="false" aria-controls="{" ".join(seeds)}">'
         text = (
             f'{button}{count}<span class="aside"> seeds of {_e(setting.label)}</span></button>' if seeds else first.seed
         )
         middle = [f'<td class="number" data-value="{count if seeds else first.seed}">{text}</td>']
-        yield from self._figures(setting.figures, [*middle, _status(setting)] if self.statuses else middle)
+        yield from self._figures(setting.figures, [*middle, _status(setting)] if self.has_statuses else middle)
 
     def _seed(self, trial: TrialRecord) -> Iterator[str]:
         yield f'<th scope="row"><a href="#{self.anchors[trial]}">{_e(trial.student)}, seed {trial.seed}</a></th>'
-        yield '<td class="own"></td>' * (1 + len(self.comparison.varied))
+        yield '<td class="varied"></td>' * (1 + len(self.comparison.varied))
         middle = [f'<td class="number">{trial.seed}</td>']
-        status = f"<td>{_marked(trial.status)}{_why(trial.error)}</td>"
+        status = f"<td>{_badge(trial.status)}{_reason(trial.error)}</td>"
         figures = {name: Spread(n=1, mean=value) for name, value in trial.figures.items()}
-        yield from self._figures(figures, [*middle, status] if self.statuses else middle)
+        yield from self._figures(figures, [*middle, status] if self.has_statuses else middle)
 
     def _figures(self, figures: Mapping[str, Spread], middle: list[str]) -> Iterator[str]:
-        """Cells of all figures; `middle` are those that stand behind the first and its interval."""
+        """Cells of all figures; `middle` are the cells after the first figure and its interval."""
         first, *others = self.columns
         yield self._figure(first, figures.get(first.name))
-        if self.intervals:
+        if self.has_intervals:
             yield _interval(first, figures.get(first.name))
         yield from middle
         yield from (self._figure(column, figures.get(column.name)) for column in others)
 
-    def _figure(self, column: Column, found: Spread | None) -> str:
-        wide = " wide" if self.intervals and column.deviation else ""
-        if found is None:
+    def _figure(self, column: Column, spread: Spread | None) -> str:
+        wide = " wide" if self.has_intervals and column.has_deviation else ""
+        if spread is None:
             return f'<td class="number{wide}">–{"<span class=deviation></span>" if wide else ""}</td>'
         deviation = ""
         if wide:
-            text = "" if found.std is None else f"±&#8239;{column.text(found.std)}"
+            text = "" if spread.std is None else f"±&#8239;{column.text(spread.std)}"
             deviation = f'<span class="deviation">{text}</span>'
-        return f'<td class="number{wide}" data-value="{found.mean!r}">{column.text(found.mean)}{deviation}</td>'
+        return f'<td class="number{wide}" data-value="{spread.mean!r}">{column.text(spread.mean)}{deviation}</td>'
 
 
 def _header(name: str, text: str, first: str, kind: str = "", hint: str = "") -> str:
-    """A header that sorts; `first` is the direction that it sorts in when it is pressed first."""
+    """A header that sorts; `first` is the direction of the first press."""
     title = f' title="{_e(hint)}"' if hint else ""
     return (
         f'<th scope="col" class="{kind}" data-key="{_e(name)}" data-first="{first}">'
@@ -169,32 +186,32 @@ def _header(name: str, text: str, first: str, kind: str = "", hint: str = "") ->
     )
 
 
-def _own_cell(text: str) -> str:
-    """One of the cells that tell a setting from the others; on a phone they stand below its student."""
-    return f'<td class="own" data-value="{_e(text)}">{_e(text)}</td>'
+def _varied_cell(text: str) -> str:
+    """A value that differs between settings. On a phone these values are below the student instead."""
+    return f'<td class="varied" data-value="{_e(text)}">{_e(text)}</td>'
 
 
-def _interval(column: Column, found: Spread | None) -> str:
-    if found is None or found.low is None or found.high is None:
+def _interval(column: Column, spread: Spread | None) -> str:
+    if spread is None or spread.low is None or spread.high is None:
         return '<td class="number">–</td>'
-    width = found.high - found.low
-    return f'<td class="number" data-value="{width!r}">{column.text(found.low)} – {column.text(found.high)}</td>'
+    width = spread.high - spread.low
+    return f'<td class="number" data-value="{width!r}">{column.text(spread.low)} – {column.text(spread.high)}</td>'
 
 
 def _status(setting: Setting) -> str:
     finished = sum(trial.status == FINISHED for trial in setting.trials)
     others = list(dict.fromkeys(trial.status for trial in setting.trials if trial.status != FINISHED))
-    text = _marked(FINISHED) if not others else ", ".join(map(_marked, others))
+    text = _badge(FINISHED) if not others else ", ".join(map(_badge, others))
     count = f" {finished} of {len(setting.trials)} finished" if len(setting.trials) > 1 and others else ""
-    why = _why(setting.trials[0].error) if len(setting.trials) == 1 else ""
-    return f'<td data-value="{_e(", ".join(others) or FINISHED)}">{text}{count}{why}</td>'
+    reason = _reason(setting.trials[0].error) if len(setting.trials) == 1 else ""
+    return f'<td data-value="{_e(", ".join(others) or FINISHED)}">{text}{count}{reason}</td>'
 
 
-def _marked(status: str) -> str:
+def _badge(status: str) -> str:
     return f'<span class="status status-{_e(status)}">{_e(status)}</span>'
 
 
-def _why(error: str) -> str:
+def _reason(error: str) -> str:
     return f' <span class="why">{_e(error)}</span>' if error else ""
 
 

@@ -1,4 +1,4 @@
-"""Runs read back for comparison: what a run folder says about one student, finished or not."""
+"""Read run folders back for comparison, finished or not."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ _FIGURES = ("top1", "top5", "nll", "ece")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrialRecord:
-    """One student that was trained, or was to be.
+    """One training of one student, finished or not.
 
     Attributes:
-        status: `finished`; `unfinished`, of a run that was interrupted or still goes on; `stopped` early or `failed`,
-            of a sweep. `error` says why.
-        figures: what is known of top1, top5, nll, ece (test split, last epoch or, of a run that goes on, its last
+        status: `finished`; `unfinished` if it was interrupted or is still running; in a sweep also `stopped` early or
+            `failed`. `error` has the reason.
+        figures: the known ones of top1, top5, nll, ece (test split, last epoch; of an unfinished run its last
             evaluation), best_top1, best_epoch (counted from 1), ema_top1, parameters, flops, latency_1_ms,
             latency_128_ms, train_s.
-        settings: dotted recipe key → value of everything that determines the result, the seed left out; of a trial
-            without a folder, what the sweep's table says.
-        data: what the run identifies its images and targets by.
-        tested: images of the test split.
-        teachers: top-1 of teacher, CLIP and fusion, as `RunResult.teachers`.
+        settings: dotted recipe key → value of everything that determines the result, without the seed; of a trial
+            without a folder, the settings in the sweep's table.
+        data: identity of images and targets, as in the run's identity.
+        tested: number of images of the test split.
+        teachers: top-1 of teacher, CLIP and fusion, as in `RunResult.teachers`.
         fingerprint: of the cache; None for a run on labels alone.
-        folder: of the run; None if it did not come so far.
-        recipe: the run's own YAML.
+        folder: of the run; None if it was never created.
+        recipe: the run's YAML.
         history: a row per finished epoch.
         predictions: of the last weights, see `train.runs.predictions`.
-        twin_of: the folder of the run that it was trained beside, on labels alone.
+        twin_of: folder of the run that this run on labels alone belongs to.
     """
 
     name: str
@@ -73,16 +73,16 @@ class TrialRecord:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds a run; one that died before it had its recipe there never began."""
-    begun = any((path / name).is_file() for name in (folder.RECIPE, folder.RESULT))
-    return begun and (path / folder.IDENTITY).is_file()
+    """Whether a folder holds a run. A run that died before its recipe was written does not count."""
+    started = any((path / name).is_file() for name in (folder.RECIPE, folder.RESULT))
+    return started and (path / folder.IDENTITY).is_file()
 
 
 def read_run(path: Path) -> list[TrialRecord]:
-    """The run in a folder and, if there is one, its twin on labels alone.
+    """The run in a folder and, if it has one, its twin on labels alone.
 
     Raises:
-        NotFoundError: no run there.
+        NotFoundError: the folder holds no run.
         DataError, RecipeError, WeightsError: a damaged file.
     """
     trial, twin = _read_folder(path), path / folder.LABELS_ONLY
@@ -149,15 +149,15 @@ def _unfinished(recipe_file: Path, common: Mapping[str, Any]) -> TrialRecord:
 
 
 def known(figures: Mapping[str, float | None]) -> dict[str, float]:
-    """Those that there are, and are numbers."""
+    """The figures without None, NaN and infinity."""
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """What determined the run, as its folder keeps it."""
+    """The stored identity of a run: the recipe and data that determine its result."""
     file = path / folder.IDENTITY
     try:
-        identity = json.loads(file.read_bytes())
+        identity: Any = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(
             "no run of train-student here",
@@ -167,8 +167,7 @@ def _identity(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise DataError("damaged record of a run", where=file, found=str(error).partition("\n")[0]) from error
-    parts = [identity.get(key) for key in ("recipe", "data")] if isinstance(identity, dict) else []
-    if not parts or not all(isinstance(part, dict) for part in parts):
+    if not isinstance(identity, dict) or not all(isinstance(identity.get(key), dict) for key in ("recipe", "data")):
         raise DataError("damaged record of a run", where=file, expected="recipe and data")
     return identity
 

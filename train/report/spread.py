@@ -1,4 +1,4 @@
-"""What several seeds of the same settings say together, and which students nobody beats on both counts."""
+"""Mean and interval over seeds, and the Pareto front of students."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Mean of n values; of two or more, their standard deviation (n − 1) and the mean's 95 % confidence interval.
+    """Mean of n values; for n ≥ 2 also their standard deviation (n − 1) and the 95 % confidence interval of the mean.
 
-    The interval is Student's, mean ± t(0.975, n − 1) · std ⁄ √n: it takes the values for normally distributed.
+    The interval is Student's, mean ± t(0.975, n − 1) · std ⁄ √n: it assumes a normal distribution.
     """
 
     n: int
@@ -27,7 +27,7 @@ def spread(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, ma
     """The spread of at least one finite value.
 
     Args:
-        bounds: what the mean cannot leave; the interval, wide where there are few values, is cut off there.
+        bounds: range of possible means. The interval, which is wide for few values, is clipped to it.
     """
     n = len(values)
     mean = math.fsum(values) / n
@@ -40,15 +40,16 @@ def spread(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, ma
 
 def interval_factor(n: int) -> float:
     """Half the 95 % confidence interval of the mean of n ≥ 2 values, in standard deviations: t(0.975, n − 1) ⁄ √n."""
-    from scipy.special import stdtrit  # scikit-learn has it with it; slow to import
+    from scipy.special import stdtrit  # a dependency of scikit-learn; slow to import
 
     return float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) / math.sqrt(n)
 
 
 def pareto_front(costs: Sequence[float | None], values: Sequence[float | None]) -> list[bool | None]:
-    """Which entries no other entry beats: none has at most its cost and at least its value, and one of both better.
+    """Whether each entry is on the Pareto front.
 
-    Equal entries are on the front together. None where cost or value are not known.
+    It is if no other entry has at most its cost and at least its value, one of the two strictly better. Equal entries
+    are on the front together. None where cost or value is unknown.
     """
     points = [
         None if cost is None or value is None else (cost, -value) for cost, value in zip(costs, values, strict=True)

@@ -1,4 +1,4 @@
-"""The head of the page: what was compared, what came out of it, what to know before believing it; and the filters."""
+"""The text of the page around its table and plots: title, key figures, notices, filters, and a section per run."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from html import escape
 
-from train.report.comparison import Comparison, Reference, Setting, said
+from train.report.comparison import Comparison, Setting, displayed_loss
 from train.report.records import FINISHED, TrialRecord
 
-_FEW = 4  # settings that need no filter
+_FILTERS_FROM = 4  # settings; fewer need no filters
+_MAX_REFERENCES = 6
 
 
 def headline(comparison: Comparison) -> str:
     """A title from what the settings have in common."""
     names = list(dict.fromkeys(trial.name for trial in comparison.trials if trial.name))
     students = list(dict.fromkeys(setting.student for setting in comparison.settings))
-    what = students[0] if len(students) == 1 else f"{len(students)} students"
-    return f"{what} on {names[0]}" if len(names) == 1 else what
+    subject = students[0] if len(students) == 1 else f"{len(students)} students"
+    return f"{subject} on {names[0]}" if len(names) == 1 else subject
 
 
 def summary(comparison: Comparison) -> str:
-    """One line under the title: how much there is."""
+    """The line under the title: numbers of runs, epochs and test images."""
     trials, settings = len(comparison.trials), len(comparison.settings)
     parts = [f"{trials} run{'s' * (trials > 1)}" + (f" of {settings} settings" if trials > settings > 1 else "")]
     epochs = sorted({trial.epochs for trial in comparison.trials if trial.epochs})
@@ -34,10 +35,10 @@ def summary(comparison: Comparison) -> str:
 
 
 def facts(comparison: Comparison) -> str:
-    """The figures to take away, each with what it is: a description list."""
+    """The key figures, each with its name and a note, as a description list."""
     items = "\n".join(
-        f'<div class="{kind}"><dt>{escape(what)}</dt><dd>{escape(figure)} <small>{escape(note)}</small></dd></div>'
-        for kind, what, figure, note in _facts(comparison)
+        f'<div class="{kind}"><dt>{escape(name)}</dt><dd>{escape(figure)} <small>{escape(note)}</small></dd></div>'
+        for kind, name, figure, note in _facts(comparison)
     )
     return f'<dl class="facts">\n{items}\n</dl>' if items else ""
 
@@ -49,8 +50,8 @@ def notices(comparison: Comparison) -> str:
 
 
 def filters(comparison: Comparison) -> str:
-    """Search and choices above the leaderboard, where there is enough to choose from."""
-    if len(comparison.settings) < _FEW:
+    """The filters above the leaderboard; empty for a few settings."""
+    if len(comparison.settings) < _FILTERS_FROM:
         return ""
     students = list(dict.fromkeys(setting.student for setting in comparison.settings))
     losses = list(dict.fromkeys(setting.loss for setting in comparison.settings))
@@ -66,65 +67,12 @@ def filters(comparison: Comparison) -> str:
     )
 
 
-def _choice(name: str, title: str, values: list[str]) -> str:
-    options = "".join(f"<option>{escape(value)}</option>" for value in values)
-    disabled = " disabled" if len(values) < 2 else ""
-    return (
-        f'<label>{title} <select id="filter-{name}"{disabled}><option value="">all</option>{options}</select></label>'
-    )
-
-
-def _facts(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
-    """(kind, what, figure, note)"""
-    best = comparison.best
-    if best is not None:
-        top1 = best.figures["top1"]
-        seeds = "" if top1.n == 1 else f", mean of {top1.n} seeds"
-        what = "Best student" if len(comparison.settings) > 2 else "Student"
-        yield "first", f"{what}, top-1", _percent(top1.mean), best.label + seeds
-        twins = [one for one in comparison.settings if one.finished and one.loss != best.loss]
-        if len(comparison.settings) == 2 and twins and "top1" in twins[0].figures:
-            yield from _difference(best, twins[0])
-    for reference in _same(comparison.references):
-        note = "" if reference.n is None else f"{reference.n:,} {reference.split or 'labelled'} images"
-        label = reference.label[0].upper() + reference.label[1:]
-        yield "reference", label, _percent(reference.top1), note
-
-
-def _difference(best: Setting, other: Setting) -> Iterator[tuple[str, str, str, str]]:
-    top1 = other.figures["top1"].mean
-    yield "second", f"{other.label[0].upper()}{other.label[1:]}", _percent(top1), "in comparison"
-    yield "second", "Difference", f"{100 * (best.figures['top1'].mean - top1):+.2f}", "points of top-1"
-
-
-def _same(references: tuple[Reference, ...]) -> tuple[Reference, ...]:
-    """All of them, as long as they can be read at a glance."""
-    return references if len(references) <= 6 else ()
-
-
-def _notices(comparison: Comparison) -> Iterator[str]:
-    trials = comparison.trials
-    tests = {(trial.tested, trial.class_names) for trial in trials if trial.tested and trial.class_names}
-    if len(tests) > 1:
-        yield "These runs were tested on different images or classes: their figures do not compare."
-    others = Counter(trial.status for trial in trials if trial.status != FINISHED)
-    if others:
-        counts = ", ".join(f"{count} {status}" for status, count in others.items())
-        yield f"Of {len(trials)} runs {counts}: left out of means, intervals and Pareto fronts."
-    for setting in comparison.settings:
-        if seeds := setting.repeated:
-            yield f"{setting.label}: seed {', '.join(map(str, seeds))} was run more than once and counts once."
-    compared = [setting for setting in comparison.settings if setting.finished]
-    if len(compared) > 1 and all(len(setting.trials) == 1 for setting in compared):
-        yield "One seed each: small differences may be chance. Several seeds of the same settings give intervals."
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
-
-
 def run_details(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> str:
-    """A part to unfold for each trial, in the order of the settings."""
+    """A section that unfolds for each trial, in the order of the settings.
+
+    Args:
+        anchors: trial → id of its section.
+    """
     return "\n".join(
         line
         for number, setting in enumerate(comparison.settings)
@@ -133,35 +81,83 @@ def run_details(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
     )
 
 
+def _facts(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
+    """(kind, name, figure, note)"""
+    best = comparison.best
+    if best is not None:
+        top1 = best.figures["top1"]
+        seeds = "" if top1.n == 1 else f", mean of {top1.n} seeds"
+        name = "Best student" if len(comparison.settings) > 2 else "Student"
+        yield "first", f"{name}, top-1", _percent(top1.mean), best.label + seeds
+        twins = [one for one in comparison.settings if one.finished and one.loss != best.loss]
+        if len(comparison.settings) == 2 and twins and "top1" in twins[0].figures:
+            yield from _difference(best, twins[0])
+    if len(comparison.references) <= _MAX_REFERENCES:
+        for reference in comparison.references:
+            note = "" if reference.n is None else f"{reference.n:,} {reference.split or 'labelled'} images"
+            label = reference.label[0].upper() + reference.label[1:]
+            yield "reference", label, _percent(reference.top1), note
+
+
+def _difference(best: Setting, other: Setting) -> Iterator[tuple[str, str, str, str]]:
+    top1 = other.figures["top1"].mean
+    yield "second", f"{other.label[0].upper()}{other.label[1:]}", _percent(top1), "for comparison"
+    yield "second", "Difference", f"{100 * (best.figures['top1'].mean - top1):+.2f}", "points of top-1"
+
+
+def _notices(comparison: Comparison) -> Iterator[str]:
+    trials = comparison.trials
+    tests = {(trial.tested, trial.class_names) for trial in trials if trial.tested and trial.class_names}
+    if len(tests) > 1:
+        yield "These runs were tested on different images or classes, so their figures cannot be compared."
+    others = Counter(trial.status for trial in trials if trial.status != FINISHED)
+    if others:
+        counts = ", ".join(f"{count} {status}" for status, count in others.items())
+        yield f"Of {len(trials)} runs, {counts}: not in means, intervals and Pareto fronts."
+    for setting in comparison.settings:
+        if seeds := setting.repeated_seeds:
+            yield f"{setting.label}: seed {', '.join(map(str, seeds))} was run more than once and counts once."
+    compared = [setting for setting in comparison.settings if setting.finished]
+    if len(compared) > 1 and all(len(setting.trials) == 1 for setting in compared):
+        yield "One seed per setting: small differences may be chance. With several seeds the page shows intervals."
+
+
+def _choice(name: str, title: str, values: list[str]) -> str:
+    options = "".join(f"<option>{escape(value)}</option>" for value in values)
+    disabled = " disabled" if len(values) < 2 else ""
+    return (
+        f'<label>{title} <select id="filter-{name}"{disabled}><option value="">all</option>{options}</select></label>'
+    )
+
+
 def _trial(trial: TrialRecord, setting: int, label: str, anchor: str) -> Iterator[str]:
     top1 = trial.figures.get("top1")
-    figure = trial.status if trial.status != FINISHED else "" if top1 is None else f"{100 * top1:.2f} %"
+    figure = trial.status if trial.status != FINISHED else "" if top1 is None else _percent(top1)
     yield f'<details class="run" id="{anchor}" data-setting="{setting}">'
     name = f"{escape(label)}, seed {trial.seed}"
     yield f'<summary><span class="key"></span>{name}<span class="figure">{escape(figure)}</span></summary>'
     if trial.error:
         yield f'<p class="error"><strong>{escape(trial.status.capitalize())}:</strong> {escape(trial.error)}</p>'
     if trial.twin_of is not None:
-        yield "<p>The same student on labels alone, trained beside another run by that run's command.</p>"
+        yield "<p>The same student on labels alone, trained by the command of another run for comparison.</p>"
     if trial.command:
-        yield from _copied("Command", trial.command, "command")
+        yield from _with_copy_button("Command", trial.command, "command")
     yield "<dl>"
     for name, value in _trial_facts(trial):
         yield f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
     yield "</dl>"
     if trial.recipe:
-        yield from _copied("Recipe", trial.recipe.rstrip(), "recipe")
+        yield from _with_copy_button("Recipe", trial.recipe.rstrip(), "recipe")
     yield "</details>"
 
 
-def _copied(title: str, text: str, kind: str) -> Iterator[str]:
-    """A text with a button that copies it."""
+def _with_copy_button(title: str, text: str, kind: str) -> Iterator[str]:
     yield f'<div class="copied {kind}"><h3>{title}</h3><button type="button" class="copy">Copy {title.lower()}</button>'
     yield f'<pre tabindex="0"><code>{escape(text)}</code></pre></div>'
 
 
 def _trial_facts(trial: TrialRecord) -> Iterator[tuple[str, str]]:
-    yield "Loss", said(trial.loss)
+    yield "Loss", displayed_loss(trial.loss)
     if trial.epochs is not None:
         yield "Epochs", f"{trial.epochs:,}"
     if trial.folder is not None:
@@ -173,3 +169,7 @@ def _trial_facts(trial: TrialRecord) -> Iterator[tuple[str, str]]:
     versions = [f"{key} {value}" for key, value in trial.environment.items() if key not in names]
     if versions:
         yield "Versions", ", ".join(versions)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"

@@ -78,7 +78,7 @@ class Search(Frozen):
         trials: number of suggestions; settings that are suggested twice are trained once.
         together: suggestions per round. They are trained side by side, without knowing each other's outcomes.
         metric: a column of a run's metrics, such as `test_top1` or `test_nll`, taken at the last epoch.
-        sampler: of Optuna: `tpe` (tree-structured Parzen estimator), `gp` (Gaussian process), `qmc` (Sobol) or `random`.
+        sampler: `tpe` (tree-structured Parzen estimator), `gp` (Gaussian process), `qmc` (Sobol) or `random`.
         seed: of the sampler.
         space: dotted recipe keys (or `lr`, `temperature`, `weight_decay`), `student` or `loss`: a range (also as text,
             see `parse_range`) or a list of choices.

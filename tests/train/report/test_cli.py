@@ -1,4 +1,4 @@
-"""`report-students` as a user types it."""
+"""The `report-students` command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def invoke(*arguments: object):  # type: ignore[no-untyped-def]  # typer's resul
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_one_run_has_its_page_in_its_folder(tmp_path: Path) -> None:
+def test_the_page_of_one_run_is_in_its_folder(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     done = invoke(run)
     assert done.exit_code == 0, done.stderr
@@ -25,7 +25,7 @@ def test_one_run_has_its_page_in_its_folder(tmp_path: Path) -> None:
     assert "<h1>resnet8 on digits</h1>" in (run / "report.html").read_text()
 
 
-def test_several_runs_have_theirs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_of_several_runs_is_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [
         write_run(tmp_path / str(seed), seed=seed, student=student) for seed, student in enumerate(("vgg8", "vgg13"))
     ]
@@ -34,7 +34,7 @@ def test_several_runs_have_theirs_here(tmp_path: Path, monkeypatch: pytest.Monke
     assert "<h1>2 students on digits</h1>" in (tmp_path / "report.html").read_text()
 
 
-def test_a_sweep_and_a_run_under_a_title(tmp_path: Path) -> None:
+def test_a_sweep_and_a_run_with_a_title(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.9}, seeds=2)
     run = write_run(tmp_path / "run", student="vgg8")
     done = invoke(sweep, run, "--out", tmp_path / "new" / "page.html", "--title", "Both & more")
@@ -45,12 +45,12 @@ def test_a_sweep_and_a_run_under_a_title(tmp_path: Path) -> None:
     assert "tried to allocate 2.00 GiB" in text
 
 
-def test_open_shows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr("typer.launch", shown.append)
+def test_open_opens_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("typer.launch", opened.append)
     run = write_run(tmp_path / "run")
     assert invoke(run, "--open").exit_code == 0
-    assert shown == [(run / "report.html").as_uri()]
+    assert opened == [(run / "report.html").as_uri()]
 
 
 @pytest.mark.parametrize("what", ["nowhere", "empty", "file"])
@@ -64,7 +64,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, what: str) -> None:
     assert failed.stdout == ""
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     failed = invoke(write_run(tmp_path / "run"), "--out", tmp_path / "file" / "page.html")
     assert failed.exit_code == 2

@@ -1,4 +1,4 @@
-"""Which runs are seeds of the same settings, what settings differ in, and how they are called."""
+"""Group runs into settings, find what settings differ in, and label them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def labels(comparison: Comparison) -> list[str]:
     return [setting.label for setting in comparison.settings]
 
 
-def test_seeds_of_the_same_settings_go_together(tmp_path: Path) -> None:
+def test_seeds_of_the_same_settings_are_grouped(tmp_path: Path) -> None:
     found = compared(
         tmp_path,
         {"seed": 0, "top1": 0.90},
@@ -28,7 +28,7 @@ def test_seeds_of_the_same_settings_go_together(tmp_path: Path) -> None:
         {"seed": 1, "top1": 0.92},
         {"student": "resnet20", "top1": 0.95},
     )
-    assert labels(found) == ["resnet20", "resnet8"], "the best mean first"
+    assert labels(found) == ["resnet20", "resnet8"], "the best mean comes first"
     top1 = found.settings[1].figures["top1"]
     assert [trial.seed for trial in found.settings[1].trials] == [0, 1, 2]
     assert (top1.n, top1.mean, top1.std) == (3, pytest.approx(0.92), pytest.approx(0.02))
@@ -40,11 +40,11 @@ def test_the_same_seed_twice_is_one_observation(tmp_path: Path) -> None:
     found = compared(tmp_path, {"seed": 0, "top1": 0.90}, {"seed": 0, "top1": 0.90}, {"seed": 1, "top1": 0.94})
     (setting,) = found.settings
     assert (setting.figures["top1"].n, setting.figures["top1"].mean) == (2, pytest.approx(0.92))
-    assert setting.repeated == [0]
+    assert setting.repeated_seeds == [0]
     assert len(setting.trials) == 3
 
 
-def test_only_what_differs_is_told(tmp_path: Path) -> None:
+def test_labels_and_columns_show_only_differences(tmp_path: Path) -> None:
     found = compared(
         tmp_path,
         {"optimiser": {"learning_rate": 0.1}, "top1": 0.93},
@@ -60,13 +60,13 @@ def test_only_what_differs_is_told(tmp_path: Path) -> None:
     assert found.settings[3].varied == {"epochs": "6", "optimiser.learning_rate": "0.05"}
 
 
-def test_another_loss_does_not_make_all_its_settings_columns(tmp_path: Path) -> None:
+def test_weights_of_different_losses_are_not_columns(tmp_path: Path) -> None:
     found = compared(tmp_path, {"loss": "dkd"}, {"loss": "kd"}, {"loss": "ce"})
     assert found.varied == ()
     assert sorted(labels(found)) == ["dkd", "kd", "labels alone"]
 
 
-def test_different_caches_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_caches_are_in_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_run(tmp_path / "one", top1=0.95)
     monkeypatch.setattr("tests.support.run_folders.FINGERPRINT", "abcdef0123" + "0" * 54)
     second = write_run(tmp_path / "two", top1=0.9)
@@ -76,14 +76,14 @@ def test_different_caches_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [one.label for one in found.references][:2] == ["teacher (5b0f551f)", "CLIP (5b0f551f)"]
 
 
-def test_settings_that_cannot_be_told_apart_are_numbered(tmp_path: Path) -> None:
+def test_settings_with_equal_labels_are_numbered(tmp_path: Path) -> None:
     found = compared(tmp_path, {"deterministic": True, "evaluate_every": 2}, {"evaluate_every": 1, "top1": 0.8})
     assert labels(found) == ["resnet8 · deterministic true", "resnet8 · deterministic false"]
     found = compared(tmp_path / "again", {"evaluate_every": 2}, {"evaluate_every": 1, "top1": 0.8})
     assert labels(found) == ["resnet8", "resnet8 (2)"]
 
 
-def test_what_did_not_finish_counts_for_nothing(tmp_path: Path) -> None:
+def test_unfinished_runs_do_not_count(tmp_path: Path) -> None:
     found = compared(
         tmp_path,
         {"seed": 0, "top1": 0.90},
@@ -93,11 +93,11 @@ def test_what_did_not_finish_counts_for_nothing(tmp_path: Path) -> None:
     assert found.settings[0].figures["top1"].n == 1
     assert found.settings[0].figures["top1"].mean == pytest.approx(0.9)
     assert not found.settings[1].finished
-    assert found.settings[1].mean("top1") == pytest.approx(0.99), "it is told all the same"
+    assert found.settings[1].mean("top1") == pytest.approx(0.99), "it is still listed"
     assert found.best is found.settings[0]
 
 
-def test_a_failed_trial_joins_the_settings_it_would_have_had(tmp_path: Path) -> None:
+def test_a_failed_trial_joins_its_setting(tmp_path: Path) -> None:
     table = read_table(write_sweep(tmp_path / "sweep", {"resnet110": 0.9}, seeds=1))
     found = compare(read_trials([], table))
     setting = found.settings[0]

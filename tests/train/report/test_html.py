@@ -1,4 +1,4 @@
-"""The page's text: every figure is in it, it is HTML, it asks for nothing, and hostile names stay names."""
+"""The text of the page: it has every figure, is valid HTML, loads nothing, and escapes hostile names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOADING = {"src", "srcset", "poster", "data", "action", "formaction", "backgroun
 
 
 class Page(HTMLParser):
-    """A page taken apart: elements as (tag, attributes), the text of each cell, scripts; tags have to be closed."""
+    """A parsed page: elements as (tag, attributes), texts, scripts. Fails on tags that are not closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -94,23 +94,23 @@ def test_every_figure_of_every_run_is_in_the_page(tmp_path: Path) -> None:
     assert recipe in found.texts
 
 
-def test_what_failed_or_was_stopped_says_why(sweep: Page) -> None:
+def test_failed_and_stopped_trials_show_their_reason(sweep: Page) -> None:
     assert "CUDA out of memory: tried to allocate 2.00 GiB" in sweep.texts
     assert "not among the best half" in sweep.texts
-    assert "Of 14 runs 1 stopped, 1 failed: left out of means, intervals and Pareto fronts." in sweep.texts
+    assert "Of 14 runs, 1 stopped, 1 failed: not in means, intervals and Pareto fronts." in sweep.texts
 
 
-def test_the_headline_compares_with_a_twin_that_came_to_its_end(tmp_path: Path) -> None:
+def test_key_figures_compare_with_a_finished_twin_only(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", top1=0.9)
     twins = {
         ended: write_run(tmp_path / f"twin-{ended}", loss="ce", top1=0.8, finished=ended) for ended in (True, False)
     }
     for ended, twin in twins.items():
         texts = page(write_report([run, twin], tmp_path / "report.html")).texts
-        assert ("in comparison" in texts, "points of top-1" in texts) == (ended, ended)
+        assert ("for comparison" in texts, "points of top-1" in texts) == (ended, ended)
 
 
-def test_the_plots_have_their_data(sweep: Page) -> None:
+def test_the_page_has_the_data_of_the_plots(sweep: Page) -> None:
     settings = sweep.data["settings"]
     assert [setting["label"] for setting in settings[:2]] == ["vgg8 · kd", "vgg8 · labels alone"]
     best = settings[0]
@@ -121,11 +121,11 @@ def test_the_plots_have_their_data(sweep: Page) -> None:
     assert sum(best["reliability"]["count"]) == 3 * 400
     assert sum(sweep.data["classes"]["counts"]) == 400
     mean = sum(a * n for a, n in zip(best["classes"], sweep.data["classes"]["counts"], strict=True)) / 400
-    assert mean == pytest.approx(0.925, abs=0.01)  # other seeds have other labels
+    assert mean == pytest.approx(0.925, abs=0.01)  # each seed has other labels
     assert [one["label"] for one in sweep.data["references"]] == ["teacher", "CLIP", "fusion"]
 
 
-def test_what_the_plots_compare_is_exact(tmp_path: Path) -> None:
+def test_costs_in_the_data_are_exact(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / student, student=student, top1=0.9, parameters=parameters)
         for student, parameters in (("resnet8", 1_234_567), ("resnet20", 1_234_599))
@@ -140,14 +140,14 @@ def test_every_column_sorts(sweep: Page) -> None:
     assert "interval" in [head["data-key"] for head in heads]
 
 
-def test_long_curves_are_thinned_with_their_ends(tmp_path: Path) -> None:
+def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
     found = page(write_report([write_run(tmp_path / "run", epochs=1000)], tmp_path / "report.html"))
     epochs, values = found.data["settings"][0]["trials"][0]["curves"]["test_top1"]
     assert (epochs[0], epochs[-1], len(epochs), len(values)) == (1, 1000, 160, 160)
     assert epochs == sorted(set(epochs))
 
 
-def test_the_page_asks_for_nothing(sweep: Page) -> None:
+def test_the_page_loads_nothing(sweep: Page) -> None:
     for tag, attributes in sweep.elements:
         assert tag not in {"link", "img", "iframe", "object", "embed", "audio", "video", "source", "base"}, tag
         assert not LOADING & attributes.keys(), (tag, attributes)
@@ -157,7 +157,7 @@ def test_the_page_asks_for_nothing(sweep: Page) -> None:
     assert "@import" not in sweep.scripts["style"]
 
 
-def test_its_policy_lets_only_its_own_script_run(sweep: Page) -> None:
+def test_the_policy_allows_only_the_script_of_the_page(sweep: Page) -> None:
     (policy,) = [
         attributes["content"] for tag, attributes in sweep.elements if attributes.get("http-equiv") and tag == "meta"
     ]
@@ -168,7 +168,7 @@ def test_its_policy_lets_only_its_own_script_run(sweep: Page) -> None:
     assert not [attributes for _, attributes in sweep.elements if any(name.startswith("on") for name in attributes)]
 
 
-def test_tables_and_landmarks_say_what_they_are(sweep: Page) -> None:
+def test_tables_and_landmarks_are_labelled(sweep: Page) -> None:
     tags = [tag for tag, _ in sweep.elements]
     assert {"header", "nav", "main", "footer", "caption", "h1"} <= set(tags)
     assert tags.count("h1") == tags.count("main") == 1
@@ -184,7 +184,7 @@ def test_tables_and_landmarks_say_what_they_are(sweep: Page) -> None:
 HOSTILE = """</script><img src=x onerror="alert(1)"> {{script}} <!-- & ' " \\u003c $& \u2028 ${x}"""
 
 
-def test_hostile_names_stay_names(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     names = tuple(f"{HOSTILE} {label}" for label in range(10))
     runs = [
         write_run(tmp_path / "a", command=f"train-student {HOSTILE}", class_names=names),
@@ -194,13 +194,13 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
     tags = {tag for tag, _ in found.elements}
     assert "img" not in tags
     assert [tag for tag, _ in found.elements].count("script") == 2
-    assert found.texts.count(HOSTILE) == 2, "title and heading"
+    assert found.texts.count(HOSTILE) == 2, "in title and heading"
     assert f"train-student {HOSTILE}" in found.texts
     assert found.data["classes"]["names"] == list(names)
     assert found.data["settings"][1]["label"] == f"timm:{HOSTILE}"
 
 
-def test_a_diverged_run_is_still_json(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_left_out_of_the_data(tmp_path: Path) -> None:
     import polars as pl
 
     run = write_run(tmp_path / "run", finished=False)
@@ -210,7 +210,7 @@ def test_a_diverged_run_is_still_json(tmp_path: Path) -> None:
     assert found.data["settings"][0]["trials"][0]["curves"].keys().isdisjoint({"loss", "test_top1"})
 
 
-def test_runs_of_before_there_were_predictions(tmp_path: Path) -> None:
+def test_runs_without_predictions(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", predictions=False)
     found = page(write_report([run], tmp_path / "report.html"))
     assert found.data["classes"] is None
@@ -244,7 +244,7 @@ def test_train_student_writes_the_page_of_its_run_and_its_twin(tmp_path: Path) -
 
     (tmp_path / "run" / "report.html").unlink()
     train_student(recipe)
-    assert (tmp_path / "run" / "report.html").exists(), "an older run gets its page when it is asked for again"
+    assert (tmp_path / "run" / "report.html").exists(), "a finished run gets its page when the command runs again"
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
-"""The page in headless Chromium: driven by pointer and keyboard, in light and dark, on a phone, and cut off from any
-network. Skipped where Playwright or Chromium are not installed."""
+"""The page in headless Chromium: pointer, keyboard, themes, phone, no network.
+
+Skipped where Playwright or Chromium is not installed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from train.report.spread import pareto_front
 from train.report.trials import read_table
 
 playwright = pytest.importorskip("playwright.sync_api")
-expect = playwright.expect  # waits; the page's own policy forbids Playwright's other ways to
+expect = playwright.expect  # Playwright's other ways to wait need `eval`, which the policy of the page forbids
 expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
@@ -31,7 +33,7 @@ STUDENTS = {"resnet8": 0.85, "resnet20": 0.91, "wrn_16_2": 0.925, "vgg8": 0.93, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the page of a sweep (12 settings of up to 3 seeds) and of a single run with its twin."""
+    """A folder with pages: a sweep (12 settings of up to 3 seeds), a run with its twin, a search, three intervals."""
     folder = tmp_path_factory.mktemp("pages")
     sweep = write_sweep(folder / "sweep", STUDENTS, losses=("kd", "ce"))
     write_report([], folder / "sweep.html", trials=read_table(sweep), title="A sweep")
@@ -68,18 +70,18 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def show(browser: Any, folder: Path) -> Iterator[Any]:
-    """Opens a page by name; afterwards there was no message, no error, and no request but for the file itself."""
-    contexts, said, asked = [], [], []
+    """Open a page by name. Afterwards check that it printed no message or error and requested only its own file."""
+    contexts, messages, requested = [], [], []
 
     def opened(name: str = "sweep", width: int = 1200, scheme: str = "light") -> Any:
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
-        context.route("**/*", lambda route: asked.append(route.request.url) or route.continue_())
+        context.route("**/*", lambda route: requested.append(route.request.url) or route.continue_())
         page = context.new_page()
         page.set_default_timeout(20_000)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto((folder / f"{name}.html").as_uri())
         page.wait_for_selector(".plot svg[role=img]")
         return page
@@ -87,12 +89,12 @@ def show(browser: Any, folder: Path) -> Iterator[Any]:
     yield opened
     for context in contexts:
         context.close()
-    assert said == []
-    assert {url.partition("#")[0] for url in asked} <= {page.as_uri() for page in folder.glob("*.html")}
+    assert messages == []
+    assert {url.partition("#")[0] for url in requested} <= {page.as_uri() for page in folder.glob("*.html")}
 
 
 def rows(page: Any, key: str) -> list[str]:
-    """The cells of a column in the rows of settings that are shown, from the top."""
+    """The cells of a column in the visible rows of settings, from the top."""
     place = page.locator(f"#board thead th[data-key={key}]").evaluate("cell => cell.cellIndex")
     return [
         cell.strip() for cell in page.locator(f"#board tr.setting > :nth-child({place + 1}):visible").all_inner_texts()
@@ -109,33 +111,33 @@ def press(page: Any, key: str) -> None:
 
 
 def show_numbers(figure: Any) -> None:
-    """Unfold the table below a plot; browsers fill it a moment after the click."""
+    """Unfold the table below a plot. The page fills it a moment after the click."""
     figure.locator("details.numbers summary").click()
     expect(figure.locator("details.numbers tbody tr")).not_to_have_count(0)
 
 
 def rising(values: list[float | None]) -> bool:
-    """Sorted from small to large, what is not known last."""
+    """Whether values rise, with unknown values last."""
     known = [value for value in values if value is not None]
     return values == sorted(known) + [None] * (len(values) - len(known))
 
 
-def test_the_leaderboard_sorts_either_way(show) -> None:
+def test_the_leaderboard_sorts_in_both_directions(show) -> None:
     page = show()
     header = page.locator("#board th[data-key=parameters]")
     assert not rising(numbers(page, "parameters"))
     press(page, "parameters")
     assert rising(numbers(page, "parameters"))
     assert header.get_attribute("aria-sort") == "ascending"
-    assert None in numbers(page, "parameters"), "the failed one has none"
+    assert None in numbers(page, "parameters"), "the failed trial has none"
     press(page, "parameters")
     known = [value for value in numbers(page, "parameters") if value is not None]
     assert known == sorted(known, reverse=True)
-    assert numbers(page, "parameters")[-1] is None, "the unknown stays last"
+    assert numbers(page, "parameters")[-1] is None, "unknown values stay last"
     assert page.locator("#board [aria-sort]").count() == 1
     assert "sorted by Parameters, descending" in page.locator("#shown").inner_text()
     press(page, "top1")
-    assert page.locator("#board th[data-key=top1]").get_attribute("aria-sort") == "descending", "more of it is better"
+    assert page.locator("#board th[data-key=top1]").get_attribute("aria-sort") == "descending", "larger is better"
     assert numbers(page, "top1")[0] == 92.5
 
 
@@ -165,7 +167,7 @@ def test_sorting_by_keyboard(show) -> None:
 def test_learning_rates_sort_by_size_and_are_not_broken_on_a_phone(show) -> None:
     page = show("searched", width=390)
     press_key = "#board th[data-key='setting-optimiser.learning_rate'] button"
-    page.locator(press_key).evaluate("button => button.click()")  # the phone shows settings below the names
+    page.locator(press_key).evaluate("button => button.click()")  # a phone shows settings below the names
     shown = page.locator("#board tr.setting .rest").all_inner_texts()
     assert [re.search(r"lr (\S+)", " ".join(text.split()))[1] for text in shown] == [
         str(rate) for rate in sorted(RATES)
@@ -187,13 +189,13 @@ def test_learning_rates_sort_by_size_and_are_not_broken_on_a_phone(show) -> None
     assert broken == []
 
 
-def test_filters_act_on_the_table_the_plots_and_the_runs(show) -> None:
+def test_filters_apply_to_table_plots_and_runs(show) -> None:
     page = show()
     assert len(rows(page, "student")) == 12
     page.fill("#filter-text", "RESNET kd")
     assert set(rows(page, "student")) == {"resnet8", "resnet20", "resnet110"}
     assert page.locator("#shown").inner_text().startswith("3 of 12 settings")
-    expect(page.locator("#top1 .plot .series")).to_have_count(2)  # one has no figure
+    expect(page.locator("#top1 .plot .series")).to_have_count(2)  # one setting has no figure
     assert page.locator("details.run:visible").count() == 7
     page.fill("#filter-text", "")
     page.select_option("#filter-loss", "labels alone")
@@ -222,7 +224,7 @@ def test_seeds_unfold(show) -> None:
     assert page.locator("#board tr.seed:visible").count() == 0
 
 
-def test_the_front_in_the_page_is_the_front(show) -> None:
+def test_the_pareto_front_equals_that_of_python(show) -> None:
     page = show()
     for place, cost in enumerate(("parameters", "flops", "latency_1_ms", "latency_128_ms")):
         data = page.evaluate("JSON.parse(document.getElementById('data').textContent).settings")
@@ -231,16 +233,16 @@ def test_the_front_in_the_page_is_the_front(show) -> None:
         expected = pareto_front([setting["costs"][cost] for setting in finished], values)
         figure = page.locator("#cost figure").nth(place)
         show_numbers(figure)
-        told = {
+        on_front = {
             row.locator("th").inner_text(): row.locator("td").last.inner_text() == "yes"
             for row in figure.locator("tbody tr").all()
         }
-        assert told == dict(zip((setting["label"] for setting in finished), expected, strict=True))
+        assert on_front == dict(zip((setting["label"] for setting in finished), expected, strict=True))
     assert page.locator("#cost figure").count() == 4
 
 
 @pytest.mark.slow
-def test_a_filtered_front_is_that_of_what_is_shown(show) -> None:
+def test_the_front_is_that_of_the_settings_shown(show) -> None:
     page = show()
     caption = page.locator("#cost figcaption").first
     assert "labels alone" not in caption.inner_text()
@@ -249,7 +251,7 @@ def test_a_filtered_front_is_that_of_what_is_shown(show) -> None:
 
 
 @pytest.mark.slow
-def test_colours_are_given_and_taken(show) -> None:
+def test_marks_switch_colours(show) -> None:
     page = show()
     boxes = page.locator("#board .pick input")
     assert boxes.count() == 12
@@ -265,10 +267,10 @@ def test_colours_are_given_and_taken(show) -> None:
 
 
 @pytest.mark.slow
-def test_learning_curves_show_what_is_chosen(show) -> None:
+def test_learning_curves_show_the_chosen_figure(show) -> None:
     page = show()
     first = page.locator("#curves figure").first
-    assert first.locator(".series path.line").count() == 31  # a line per run that has one
+    assert first.locator(".series path.line").count() == 31  # one per run with metrics
     assert "Top-1" in first.locator("figcaption").inner_text()
     first.locator("select").select_option("test_nll")
     expect(first.locator("figcaption")).to_contain_text("NLL")
@@ -277,7 +279,7 @@ def test_learning_curves_show_what_is_chosen(show) -> None:
 
 
 @pytest.mark.slow
-def test_the_pointer_tells_the_nearest_point(show) -> None:
+def test_the_tooltip_shows_the_nearest_point(show) -> None:
     page = show()
     mark = page.locator("#top1 .plot .series .mark:not(.open)").first
     mark.scroll_into_view_if_needed()
@@ -312,21 +314,21 @@ def test_themes(show) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["light"]
     page.reload()
     page.wait_for_selector(".plot svg[role=img]")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["light"], "it is remembered"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["light"], "the page remembers it"
     page.select_option("#theme", "")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["dark"]
 
 
 @pytest.mark.parametrize("scheme", ["light", slow("dark")])
-def test_text_can_be_read(show, scheme: str) -> None:
-    """WCAG AA: text has at least 4.5 times the luminance of its ground, or the other way round."""
+def test_text_has_enough_contrast(show, scheme: str) -> None:
+    """WCAG AA: a contrast ratio of at least 4.5."""
     page = show(scheme=scheme)
     page.locator("details.run summary").first.click()
     assert page.evaluate(POOR_CONTRAST) == []
 
 
 @pytest.mark.parametrize(("name", "width"), [("sweep", 360), slow("one", 360), slow("sweep", 768), slow("one", 768)])
-def test_nothing_is_wider_than_a_phone(show, name: str, width: int) -> None:
+def test_nothing_is_wider_than_the_screen(show, name: str, width: int) -> None:
     page = show(name, width=width)
     for figure in page.locator("figure:visible").all():
         show_numbers(figure)
@@ -354,13 +356,13 @@ def test_everything_has_a_name_for_screen_readers(show) -> None:
     assert plots.count() > 10
     labels = [plots.nth(k).get_attribute("aria-label") for k in range(plots.count())]
     assert all(label and len(label) > 30 for label in labels)
-    assert page.locator("figure details.numbers").count() == plots.count(), "each has its numbers as a table"
+    assert page.locator("figure details.numbers").count() == plots.count(), "each plot has a table"
     order = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map((heading) => Number(heading.tagName[1]))")
     assert all(later - earlier <= 1 for earlier, later in pairwise(order))
 
 
 @pytest.mark.slow
-def test_the_whole_page_can_be_reached_by_keyboard(show) -> None:
+def test_every_section_is_reachable_by_keyboard(show) -> None:
     page = show("one")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
@@ -378,11 +380,11 @@ def test_a_single_run_needs_no_filters(show) -> None:
     page = show("one")
     assert page.locator(".filters").count() == 0
     assert rows(page, "loss") == ["kd", "labels alone"]
-    assert page.locator("#cost").is_hidden(), "both cost the same"
+    assert page.locator("#cost").is_hidden(), "both students cost the same"
     assert page.locator(".facts").inner_text().count("%") == 5
 
 
-def test_without_its_script_the_figures_are_there(browser, folder: Path) -> None:
+def test_without_javascript_the_figures_are_shown(browser, folder: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto((folder / "sweep.html").as_uri())

@@ -1,4 +1,4 @@
-"""Run folders and sweeps' tables read back: finished, unfinished, failed, moved, damaged."""
+"""Read run folders and tables of sweeps: finished, unfinished, failed, moved, damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert (len(trial.history), len(trial.predictions)) == (4, 400)
 
 
-def test_a_run_that_goes_on_has_the_figures_of_its_last_evaluation(tmp_path: Path) -> None:
+def test_an_unfinished_run_has_the_figures_of_its_last_evaluation(tmp_path: Path) -> None:
     (trial,) = read_run(write_run(tmp_path / "run", finished=False, top1=0.7))
     assert (trial.status, trial.error) == ("unfinished", "3 of 4 epochs are done")
     assert trial.figures["top1"] == pytest.approx(0.7)
@@ -38,28 +38,28 @@ def test_a_run_that_goes_on_has_the_figures_of_its_last_evaluation(tmp_path: Pat
     assert (trial.error, dict(trial.figures)) == ("0 of 4 epochs are done", {})
 
 
-def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
+def test_a_failed_run_has_its_reason(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", finished=False)
     (path / "failed.json").write_text(json.dumps({"kind": "memory", "message": "out of memory"}))
     (trial,) = read_run(path)
     assert (trial.status, trial.error) == ("failed", "out of memory")
 
 
-def test_a_run_brings_its_twin(tmp_path: Path) -> None:
+def test_a_run_and_its_twin(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", top1=0.9)
     write_run(path / "labels-only", loss="ce", top1=0.8)
     first, twin = read_run(path)
     assert (first.twin_of, twin.twin_of, twin.loss) == (None, path, "ce")
     both = read_trials([path, path / "labels-only", path])
-    assert [trial.folder for trial in both] == [path, path / "labels-only"], "each once"
+    assert [trial.folder for trial in both] == [path, path / "labels-only"], "each is listed once"
 
 
-def test_older_runs_have_no_predictions(tmp_path: Path) -> None:
+def test_a_run_without_predictions(tmp_path: Path) -> None:
     (trial,) = read_run(write_run(tmp_path / "run", predictions=False))
     assert (trial.predictions, trial.class_names) == (None, None)
 
 
-def test_a_sweep_adds_what_only_it_knows(tmp_path: Path) -> None:
+def test_a_sweep_adds_costs_command_and_status(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=2)
     trials = {(trial.student, trial.seed): trial for trial in read_trials([], read_table(sweep))}
     first = trials["resnet8", 0]
@@ -74,7 +74,7 @@ def test_a_sweep_adds_what_only_it_knows(tmp_path: Path) -> None:
     assert "out of memory" in failed.error
 
 
-def test_a_sweep_that_has_moved(tmp_path: Path) -> None:
+def test_a_moved_sweep(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=1)
     moved = Path(shutil.move(sweep, tmp_path / "moved"))
     (trial, *_) = read_trials([], read_table(moved))
@@ -83,7 +83,7 @@ def test_a_sweep_that_has_moved(tmp_path: Path) -> None:
 
 
 def test_a_copied_sweep_shows_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started by a relative path, where another sweep of the same name is now."""
+    """It was started with a relative path, at which another sweep is now."""
     monkeypatch.chdir(tmp_path)
     sweep = write_sweep(Path("sweep"), {"resnet8": 0.8}, seeds=1)
     copied = Path(shutil.move(sweep, tmp_path / "colleague"))
@@ -92,10 +92,10 @@ def test_a_copied_sweep_shows_its_own_runs(tmp_path: Path, monkeypatch: pytest.M
     trials = {trial.student: trial for trial in read_trials([], read_table(copied))}
     assert trials["resnet8"].figures["top1"] == pytest.approx(0.8)
     assert trials["resnet8"].history is not None
-    assert trials["ShuffleV1"].history is None, "lost, and not the other sweep's"
+    assert trials["ShuffleV1"].history is None, "its run is lost, and the other sweep's run is not used"
 
 
-def test_a_table_whose_runs_are_gone_still_has_its_figures(tmp_path: Path) -> None:
+def test_a_table_without_its_runs_still_has_figures(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=1)
     shutil.rmtree(sweep / "trials" / "resnet8-kd-0")
     table = read_table(sweep).with_columns(top1=pl.lit(0.75), best_epoch=pl.lit(7))
@@ -114,7 +114,7 @@ def test_runs_and_sweeps_together(tmp_path: Path) -> None:
     assert read_tables([run]) == ([run], None)
 
 
-def test_a_sweep_that_has_no_table_yet(tmp_path: Path) -> None:
+def test_a_sweep_without_a_table(tmp_path: Path) -> None:
     for seed in range(2):
         write_run(tmp_path / "sweep" / "trials" / f"resnet8-s{seed}", seed=seed, finished=seed == 0)
     folders, table = read_tables([tmp_path / "sweep"])
@@ -157,7 +157,7 @@ def test_damage_is_one_clear_line(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_trial_that_died_before_its_recipe_was_written_is_that_of_the_table(tmp_path: Path) -> None:
+def test_a_trial_without_a_stored_recipe_comes_from_the_table(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"resnet8": 0.8}, seeds=1)
     (sweep / "trials" / "stopped" / "recipe.yaml").unlink()
     trials = {trial.student: trial for trial in read_trials(*read_tables([sweep]))}

@@ -1,4 +1,4 @@
-"""Means, intervals and fronts equal textbook values and a slow check of the definition."""
+"""Means and intervals equal textbook values; Pareto fronts equal a slow check of the definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_textbook_interval() -> None:
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.77645), (31, 2.04227), (1001, 1.96234)])
-def test_factors_are_those_of_the_tables(n: int, t: float) -> None:
+def test_interval_factors_equal_the_t_table(n: int, t: float) -> None:
     assert interval_factor(n) == pytest.approx(t / math.sqrt(n), rel=1e-5)
 
 
@@ -30,13 +30,13 @@ def test_one_value_has_no_interval() -> None:
     assert (found.n, found.mean, found.std, found.low, found.high) == (1, 0.9, None, None, None)
 
 
-def test_intervals_end_where_the_mean_must() -> None:
+def test_intervals_are_clipped_to_the_bounds() -> None:
     found = spread([0.90, 0.99], bounds=(0.0, 1.0))
     assert found.high == 1.0
     assert 0.0 < found.low < 0.9  # type: ignore[operator]
 
 
-def test_the_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+def test_intervals_cover_the_mean_in_95_percent_of_samples() -> None:
     rng = np.random.default_rng(0)
     samples = rng.normal(3.0, 2.0, (4000, 4))
     found = [spread(row.tolist()) for row in samples]
@@ -44,7 +44,7 @@ def test_the_interval_covers_the_mean_about_as_often_as_it_says() -> None:
     assert covered == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
 
 
-PAIRS = st.lists(
+POINTS = st.lists(
     st.tuples(
         st.one_of(st.none(), st.integers(1, 6).map(float)), st.one_of(st.none(), st.integers(0, 6).map(lambda k: k / 6))
     ),
@@ -52,11 +52,11 @@ PAIRS = st.lists(
 )
 
 
-@given(PAIRS)
-def test_the_front_is_what_nothing_beats(pairs: list[tuple[float | None, float | None]]) -> None:
-    front = pareto_front([cost for cost, _ in pairs], [value for _, value in pairs])
-    whole = [(cost, value) for cost, value in pairs if cost is not None and value is not None]
-    for (cost, value), found in zip(pairs, front, strict=True):
+@given(POINTS)
+def test_the_front_is_every_point_that_no_other_beats(points: list[tuple[float | None, float | None]]) -> None:
+    front = pareto_front([cost for cost, _ in points], [value for _, value in points])
+    whole = [(cost, value) for cost, value in points if cost is not None and value is not None]
+    for (cost, value), found in zip(points, front, strict=True):
         if cost is None or value is None:
             assert found is None
             continue

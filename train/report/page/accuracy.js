@@ -1,6 +1,6 @@
-// Accuracy of the settings side by side, each with its seeds and its interval.
+// Accuracy of the settings, a row per setting with its seeds and its interval.
 
-const MOST_ROWS = 40;
+const MAX_ROWS = 40;
 
 const withTop1 = (settings) => settings.filter((setting) => data.settings[setting].top1);
 const top1 = (setting) => data.settings[setting].top1;
@@ -14,44 +14,44 @@ function interval({ low, high }) {
 function startAccuracy() {
   const all = withTop1([...data.settings.keys()]);
   if (!all.length) return;
-  const many = all.some((setting) => seedsOf(setting).length > 1);
+  const hasSeeds = all.some((setting) => seedsOf(setting).length > 1);
   addFigure("top1", {
     title: "Top-1 on the test split, %",
     plot: plotRows,
     numbers: rowNumbers,
     caption: () => [
-      many ? "Filled: mean, with its 95 % confidence interval. Open: seeds." : "",
-      data.references.length ? "Vertical lines: what the teachers reach." : "",
-      withTop1(shown()).length > MOST_ROWS ? `The first ${MOST_ROWS} of ${withTop1(shown()).length} rows, in the table's order.` : "",
-      far(withTop1(shown())),
+      hasSeeds ? "Filled marks: mean with 95 % confidence interval. Open marks: seeds." : "",
+      data.references.length ? "Vertical lines: the teachers." : "",
+      withTop1(shown()).length > MAX_ROWS ? `The first ${MAX_ROWS} of ${withTop1(shown()).length} rows of the table.` : "",
+      outsideNote(withTop1(shown())),
     ].filter(Boolean).join(" "),
   });
 }
 
-function range(settings, share) {
-  // Not their intervals: with two seeds these say nothing, at great length.
+function top1Range(settings, share) {
+  // Without the intervals: with two seeds they are so wide that they would hide everything else.
   const counted = settings.some(isFinished) ? settings.filter(isFinished) : settings;
   const values = counted.flatMap((setting) => [top1(setting).mean, ...seedsOf(setting).map((trial) => trial.top1)]);
   return accuracyRange(values, data.references.map((one) => one.top1), share);
 }
 
-/** References that lie too far off to be drawn. */
-function far(settings, share) {
-  const [low, high] = range(settings, share);
+/** A note on the references that are outside the plot. */
+function outsideNote(settings, share) {
+  const [low, high] = top1Range(settings, share);
   const outside = data.references.filter(({ top1 }) => top1 < low || top1 > high);
-  return outside.length ? `Outside the picture: ${outside.map((one) => `${one.label} ${percent(one.top1)} %`).join(", ")}.` : "";
+  return outside.length ? `Outside the plot: ${outside.map((one) => `${one.label} ${percent(one.top1)} %`).join(", ")}.` : "";
 }
 
 function plotRows(width) {
-  const rows = withTop1(shown()).slice(0, MOST_ROWS);
+  const rows = withTop1(shown()).slice(0, MAX_ROWS);
   const narrow = width < 560;
   const longest = Math.max(0, ...rows.map((setting) => data.settings[setting].label.length));
   const left = narrow ? 8 : clamp(6.9 * longest + 24, 80, Math.max(300, 0.36 * width));
   const step = narrow ? 46 : 30;
-  const lines = data.references.filter((one) => one.top1 >= range(rows)[0] && one.top1 <= range(rows)[1]);
+  const lines = data.references.filter((one) => one.top1 >= top1Range(rows)[0] && one.top1 <= top1Range(rows)[1]);
   const top = 12 + 17 * lines.length;
   const bottom = top + step * Math.max(rows.length, 1);
-  const scale = linear(range(rows), [left, width - 62]);
+  const scale = linear(top1Range(rows), [left, width - 62]);
   const ticks = scale.ticks(narrow ? 4 : 8);
   const picture = svg("svg", { height: bottom + 28, viewBox: `0 0 ${width} ${bottom + 28}` });
   const text = (value) => percent(value, decimals(ticks.map((tick) => 100 * tick)));
@@ -76,7 +76,7 @@ function rowAxis(scale, ticks, text, top, bottom) {
   return group;
 }
 
-/** Vertical lines, their labels above one another so that close ones can be read. */
+/** Vertical lines for the references, with their labels at different heights so that they do not overlap. */
 function rowReferences(lines, scale, bottom, width) {
   return [...lines].sort((one, other) => one.top1 - other.top1).flatMap((one, place) => {
     const [x, y] = [scale(one.top1), 11 + 17 * (lines.length - 1 - place)];

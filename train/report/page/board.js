@@ -1,12 +1,12 @@
-// What is shown and what is in colour: the leaderboard sorts, filters and picks; the plots follow it.
+// The leaderboard: it sorts, filters and colours settings; the plots follow it.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const table = document.getElementById("board");
 const bodies = new Map([...table.tBodies].map((body) => [Number(body.dataset.setting), body]));
-const slots = Array(SHAPES.length).fill(null); // which setting has which colour
+const slots = Array(SHAPES.length).fill(null); // colour slot → setting
 const listeners = [];
 
-/** Numbers of the settings that pass the filters, in the order of the table. */
+/** Indices of the settings that pass the filters, in the order of the table. */
 const shown = () => [...table.tBodies].filter((body) => !body.hidden).map((body) => Number(body.dataset.setting));
 const slotOf = (setting) => (slots.includes(setting) ? slots.indexOf(setting) : null);
 const coloured = () => shown().filter((setting) => slotOf(setting) !== null);
@@ -21,19 +21,19 @@ function startBoard() {
   data.settings.forEach((_, setting) => setting < slots.length && (slots[setting] = setting));
   for (const [setting, body] of bodies) {
     drawKey(setting);
-    body.addEventListener("pointerenter", () => point(setting));
-    body.addEventListener("pointerleave", () => point(null));
+    body.addEventListener("pointerenter", () => highlight(setting));
+    body.addEventListener("pointerleave", () => highlight(null));
     body.querySelector(".unfold")?.addEventListener("click", (event) => unfold(body, event.currentTarget));
   }
   const headers = [...table.tHead.rows[0].cells].filter((header) => header.dataset.key);
   headers.forEach((header) => header.querySelector("button").addEventListener("click", () => press(header)));
   const first = headers.find((header) => header.dataset.key === "top1");
-  if (first && bodies.size > 1) first.setAttribute("aria-sort", "descending"); // it comes in this order
+  if (first && bodies.size > 1) first.setAttribute("aria-sort", "descending"); // the order of the file
   for (const name of ["text", "student", "loss"]) document.getElementById(`filter-${name}`)?.addEventListener("input", filter);
   const form = document.querySelector(".filters");
   form?.addEventListener("submit", (event) => event.preventDefault());
   form?.addEventListener("reset", () => setTimeout(filter));
-  if (form) tell();
+  if (form) updateStatus();
 }
 
 function unfold(body, button) {
@@ -42,10 +42,10 @@ function unfold(body, button) {
   body.querySelectorAll("tr.seed").forEach((row) => (row.hidden = !open));
 }
 
-/** Sort by a column; pressed again, the other way round. */
+/** Sort by a column; a second press reverses the order. */
 function press(header) {
-  const now = header.getAttribute("aria-sort");
-  const direction = now ? (now === "ascending" ? "descending" : "ascending") : header.dataset.first;
+  const current = header.getAttribute("aria-sort");
+  const direction = current ? (current === "ascending" ? "descending" : "ascending") : header.dataset.first;
   table.querySelectorAll("[aria-sort]").forEach((other) => other.removeAttribute("aria-sort"));
   header.setAttribute("aria-sort", direction);
   const number = header.classList.contains("number");
@@ -53,16 +53,16 @@ function press(header) {
     const text = body.rows[0].cells[header.cellIndex].dataset.value;
     return text === undefined || text === "–" ? null : number ? Number(text) : text;
   };
-  // Settings are texts, but learning rates are to be sorted by size: 0.25 before 0.5, 1e-05 before 0.001.
+  // Settings are texts, but learning rates sort as numbers: 1e-05 before 0.001 before 0.25.
   const numeric = (one, other) => number || !Number.isNaN(one - other);
   const compare = (one, other) => (numeric(one, other) ? one - other : one.localeCompare(other, "en", { numeric: true }));
   const sorted = [...table.tBodies].sort((one, other) => {
     const [a, b] = [value(one), value(other)];
-    if (a === null || b === null) return (a === null) - (b === null); // unknown comes last, either way
+    if (a === null || b === null) return (a === null) - (b === null); // unknown values come last in both directions
     return direction === "ascending" ? compare(a, b) : compare(b, a);
   });
   table.append(...sorted);
-  tell(`sorted by ${header.textContent.trim()}, ${direction}`);
+  updateStatus(`sorted by ${header.textContent.trim()}, ${direction}`);
   changed();
 }
 
@@ -77,19 +77,19 @@ function filter() {
     document.querySelectorAll(`.run[data-setting="${setting}"]`).forEach((run) => (run.hidden = body.hidden));
   }
   document.getElementById("filter-clear").disabled = !(text || student || loss);
-  tell();
+  updateStatus();
   changed();
 }
 
-function tell(more = "") {
+function updateStatus(more = "") {
   const [count, all] = [shown().length, bodies.size];
   const settings = count === all ? `${all} settings` : `${count} of ${all} settings`;
   const grey = count - coloured().length;
-  const parts = [settings, more, grey && count > 1 ? `${grey} in grey: their marks put them in colour` : ""];
+  const parts = [settings, more, grey && count > 1 ? `${grey} in grey, press a mark to colour its setting` : ""];
   document.getElementById("shown").textContent = `${parts.filter(Boolean).join("; ")}.`;
 }
 
-/** Put a setting in colour or take its colour away; at most eight have one. */
+/** Give a setting a colour or take it away. At most eight settings have one. */
 function pick(setting, wanted) {
   if (wanted && !slots.includes(null)) {
     const last = coloured().at(-1) ?? slots[0];
@@ -98,11 +98,11 @@ function pick(setting, wanted) {
   }
   slots[wanted ? slots.indexOf(null) : slots.indexOf(setting)] = wanted ? setting : null;
   drawKey(setting);
-  tell();
+  updateStatus();
   changed();
 }
 
-/** Its mark in the table, which is also the switch for its colour, and in the list of runs. */
+/** Draw the mark of a setting in the list of runs and in the table, where it switches the colour. */
 function drawKey(setting) {
   const slot = slotOf(setting);
   const place = bodies.get(setting).querySelector(".key");
@@ -120,8 +120,8 @@ function drawKey(setting) {
   document.querySelectorAll(`.run[data-setting="${setting}"] .key`).forEach((other) => other.replaceChildren(key(slot)));
 }
 
-/** Bring one setting out everywhere; null for none. */
-function point(setting) {
+/** Highlight one setting in the table and all plots; null for none. */
+function highlight(setting) {
   document.querySelectorAll(".near").forEach((element) => element.classList.remove("near"));
   document.getElementById("content").classList.toggle("pointing", setting !== null);
   if (setting === null) return;

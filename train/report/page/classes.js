@@ -1,33 +1,33 @@
-// What the stored predictions tell: reliability of each setting in colour, and accuracy by class.
+// From the stored predictions: reliability of each coloured setting, and accuracy by class.
 
-const MOST_CLASSES = 30;
+const MAX_CLASSES = 30;
 
 function startPredictions() {
   if (data.settings.some((setting) => setting.reliability)) {
-    listeners.push(keepReliability);
-    keepReliability();
+    listeners.push(updateReliability);
+    updateReliability();
   }
   if (data.classes) {
     const names = data.classes.names.length;
     const figure = addFigure("classes", {
       title: "Accuracy by class, %",
       plot: (width) => {
-        legend(figure, classed());
+        legend(figure, withClasses());
         return plotClasses(width);
       },
       numbers: classNumbers,
-      caption: () => (classed().length
-        ? `${names > MOST_CLASSES ? `The ${MOST_CLASSES} hardest of ${names} classes` : "The hardest class first"}, for what is in colour; images of the class in brackets.`
-        : "Nothing that is shown in colour has stored predictions."),
+      caption: () => (withClasses().length
+        ? `${names > MAX_CLASSES ? `The ${MAX_CLASSES} hardest of ${names} classes` : "The hardest class first"}, for the coloured settings; number of test images in brackets.`
+        : "No coloured setting has stored predictions."),
     });
   }
 }
 
-const classed = () => coloured().filter((setting) => data.settings[setting].classes);
+const withClasses = () => coloured().filter((setting) => data.settings[setting].classes);
 
-/** A figure for each setting in colour; others only when these change. */
+/** Show a reliability diagram for each coloured setting; draw new ones only when these change. */
 let calibrated = "";
-function keepReliability() {
+function updateReliability() {
   const settings = coloured().filter((setting) => data.settings[setting].reliability);
   if (settings.join() === calibrated) return;
   calibrated = settings.join();
@@ -53,8 +53,8 @@ function totals(setting) {
 function calibration(setting) {
   const { confidence, accuracy } = totals(setting);
   const gap = 100 * (confidence - accuracy);
-  const kind = Math.abs(gap) < 0.5 ? "On the whole as sure as it is right" : `On the whole ${Math.abs(gap).toFixed(1)} points too ${gap > 0 ? "sure" : "unsure"}`;
-  return `ECE ${plain(data.settings[setting].ece, 3)}. ${kind}.`;
+  const verdict = Math.abs(gap) < 0.5 ? "Mean confidence is within 0.5 points of the accuracy" : `Mean confidence is ${Math.abs(gap).toFixed(1)} points too ${gap > 0 ? "high" : "low"}`;
+  return `ECE ${plain(data.settings[setting].ece, 3)}. ${verdict}.`;
 }
 
 function plotReliability(setting, width) {
@@ -77,7 +77,7 @@ function plotReliability(setting, width) {
   const group = svg("g", { class: `series ${slotClass(slot)}`, "data-setting": setting });
   const points = count.flatMap((images, bin) => (images ? [{
     x: x(confidence[bin]), y: y(accuracy[bin]), setting, images, confidence: confidence[bin],
-    title: `${percent(accuracy[bin], 1)} % right`,
+    title: `${percent(accuracy[bin], 1)} % correct`,
     lines: [`at confidence ${percent(confidence[bin], 1)} %`, `${images.toLocaleString("en")} images`],
   }] : []));
   group.append(...points.map((one) => svg("line", { class: "stem", opacity: clamp(0.15 + (4 * one.images) / n, 0.15, 0.8).toFixed(2), x1: one.x, x2: one.x, y1: y(one.confidence), y2: one.y })));
@@ -90,21 +90,21 @@ function reliabilityNumbers(setting) {
   const { count, confidence, accuracy } = data.settings[setting].reliability;
   const bins = count.map((images, bin) => [`${percent(bin / count.length, 1)} – ${percent((bin + 1) / count.length, 1)}`,
     images.toLocaleString("en"), percent(confidence[bin], 1), percent(accuracy[bin], 1)]);
-  return [["confidence %", "images", "mean confidence %", "right %"], ...bins];
+  return [["confidence %", "images", "mean confidence %", "correct %"], ...bins];
 }
 
-/** Numbers of the classes, the one that the settings in colour know least first. */
+/** Labels of the classes, the one with the lowest mean accuracy over the coloured settings first. */
 function hardest() {
   const mean = (label) => {
-    const values = known(classed().map((setting) => data.settings[setting].classes[label]));
+    const values = known(withClasses().map((setting) => data.settings[setting].classes[label]));
     return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : 2;
   };
   return data.classes.names.map((_, label) => [mean(label), label]).sort((one, other) => one[0] - other[0] || one[1] - other[1]).map(([, label]) => label);
 }
 
 function plotClasses(width) {
-  const settings = classed();
-  const rows = hardest().slice(0, MOST_CLASSES);
+  const settings = withClasses();
+  const rows = hardest().slice(0, MAX_CLASSES);
   const narrow = width < 560;
   const name = (label) => {
     const text = data.classes.names[label];
@@ -142,7 +142,7 @@ function plotClasses(width) {
 }
 
 function classNumbers() {
-  const settings = classed();
+  const settings = withClasses();
   const rows = hardest().map((label) => [data.classes.names[label], data.classes.counts[label].toLocaleString("en"),
     ...settings.map((setting) => percent(data.settings[setting].classes[label], 1))]);
   return [["", "images", ...settings.map((setting) => data.settings[setting].label)], ...rows];

@@ -1,10 +1,10 @@
-// Accuracy of the settings against what they cost, with the Pareto front of what is shown.
+// Accuracy of the settings against their costs, with the Pareto front of the settings shown.
 
 const COSTS = {
-  parameters: { title: "Parameters", tell: (value) => `${value.toLocaleString("en")} parameters`, of: "parameters" },
-  flops: { title: "FLOPs per image", tell: (value) => `${(value / 1e6).toLocaleString("en")} MFLOPs`, of: "FLOPs" },
-  latency_1_ms: { title: "Latency, one image", tell: (value) => `${plain(value)} ms`, of: "ms" },
-  latency_128_ms: { title: "Latency, batch of 128", tell: (value) => `${plain(value)} ms`, of: "ms" },
+  parameters: { title: "Parameters", format: (value) => `${value.toLocaleString("en")} parameters`, unit: "parameters" },
+  flops: { title: "FLOPs per image", format: (value) => `${(value / 1e6).toLocaleString("en")} MFLOPs`, unit: "FLOPs" },
+  latency_1_ms: { title: "Latency, one image", format: (value) => `${plain(value)} ms`, unit: "ms" },
+  latency_128_ms: { title: "Latency, batch of 128", format: (value) => `${plain(value)} ms`, unit: "ms" },
 };
 
 function startCosts() {
@@ -16,18 +16,18 @@ function startCosts() {
       title: cost.title,
       plot: (width) => plotCost(name, width),
       numbers: () => costNumbers(name),
-      caption: () => `On the front: ${front(name).map((setting) => data.settings[setting].label).join(", ") || "nothing"}. ${far(priced(name), 0.6)}`.trim(),
+      caption: () => `On the front: ${front(name).map((setting) => data.settings[setting].label).join(", ") || "none"}. ${outsideNote(withCost(name), 0.6)}`.trim(),
     });
   }
 }
 
-/** Finished settings of which both are known. */
-const priced = (name) => withTop1(shown()).filter((setting) => isFinished(setting) && data.settings[setting].costs[name] > 0);
+/** Finished settings with a known top-1 and cost. */
+const withCost = (name) => withTop1(shown()).filter((setting) => isFinished(setting) && data.settings[setting].costs[name] > 0);
 
-/** The settings that none beats, the cheapest first. */
+/** The settings on the Pareto front, the cheapest first. */
 function front(name) {
   const cost = (setting) => data.settings[setting].costs[name];
-  const sorted = priced(name).sort((one, other) => cost(one) - cost(other) || top1(other).mean - top1(one).mean);
+  const sorted = withCost(name).sort((one, other) => cost(one) - cost(other) || top1(other).mean - top1(one).mean);
   const found = [];
   for (const setting of sorted) {
     const best = found.at(-1);
@@ -38,23 +38,23 @@ function front(name) {
 }
 
 function plotCost(name, width) {
-  const settings = priced(name);
+  const settings = withCost(name);
   const costs = settings.map((setting) => data.settings[setting].costs[name]);
   const height = clamp(0.7 * width, 240, 340);
   const [low, high] = costs.length ? [Math.min(...costs), Math.max(...costs)] : [1, 10];
   const edge = (high / low) ** 0.08 * 1.04;
   const x = logarithmic([low / edge, high * edge], [46, width - 10]);
-  const y = linear(range(settings, 0.6), [height - 40, 32]);
+  const y = linear(top1Range(settings, 0.6), [height - 40, 32]);
   const ticks = y.ticks(5);
   const picture = svg("svg", { height, viewBox: `0 0 ${width} ${height}` });
   picture.append(axes(
-    { scale: x, ticks: x.ticks(), text: short, title: COSTS[name].of },
+    { scale: x, ticks: x.ticks(), text: short, title: COSTS[name].unit },
     { scale: y, ticks, text: (value) => percent(value, decimals(ticks.map((tick) => 100 * tick))), title: "top-1 %" },
   ));
   const labels = [];
-  const named = levels(picture, y, 46, width - 10);
-  labels.push(...named.map(({ text, y: at }) => ({ x: 50, y: at - 4, text, class: "halo", anchors: [[0, 0], [0, 16]] })));
-  const levelBoxes = named.flatMap((one) => [one.y, one.last]).map((at) => [46, at - 1, width - 10, at + 1]);
+  const referenceLabels = drawReferences(picture, y, 46, width - 10);
+  labels.push(...referenceLabels.map(({ text, y: at }) => ({ x: 50, y: at - 4, text, class: "halo", anchors: [[0, 0], [0, 16]] })));
+  const referenceBoxes = referenceLabels.flatMap((one) => [one.y, one.last]).map((at) => [46, at - 1, width - 10, at + 1]);
   const stair = front(name).map((setting) => [x(data.settings[setting].costs[name]), y(top1(setting).mean)]);
   picture.append(svg("path", { class: "front", d: steps(stair, width - 10) }));
   const below = picture.appendChild(svg("g"));
@@ -62,20 +62,20 @@ function plotCost(name, width) {
   const important = [...front(name), ...coloured()].filter((setting, place, all) => settings.includes(setting) && all.indexOf(setting) === place);
   labels.push(...important.map((setting) => ({
     x: x(data.settings[setting].costs[name]), y: clamp(y(top1(setting).mean), 32, height - 40), text: cut(data.settings[setting].label, width / 2), class: "halo strong",
-    // The front runs on to the right and comes from below.
+    // Left above first: the line of the front comes from below and goes on to the right.
     anchors: [[-8, -8, "end"], [8, -8], [9, 16], [-9, 16, "end"], [-10, 4, "end"], [10, 4]], optional: true,
   })));
   const obstacles = points.map((one) => [one.x - 6, one.y - 6, one.x + 6, one.y + 6]);
-  picture.append(...placed(labels, [40, 4, width, height - 40], obstacles, [...stairBoxes(stair, width - 10), ...levelBoxes]));
+  picture.append(...placeLabels(labels, [40, 4, width, height - 40], obstacles, [...stairBoxes(stair, width - 10), ...referenceBoxes]));
   return { picture, points };
 }
 
-/** A front as a stair: what the money buys. */
+/** The front as a stair: the best top-1 at each cost. */
 function steps(stair, right) {
   return stair.map(([x, y], place) => (place ? `H${x}V${y}` : `M${x},${y}`)).join("") + (stair.length ? `H${right}` : "");
 }
 
-/** The lines of a stair as boxes, for labels to keep away from. */
+/** The lines of the stair as boxes that labels avoid. */
 function stairBoxes(stair, right) {
   return stair.flatMap(([x, y], place) => [
     [x, y - 1, stair[place + 1]?.[0] ?? right, y + 1],
@@ -91,20 +91,20 @@ function plotPoint(picture, below, name, setting, x, y) {
   const own = { class: `series ${slotClass(slot)}`, "data-setting": setting };
   const group = svg("g", own);
   const within = (value) => clamp(y(value), upper, bottom);
-  // An interval as high as the plot says nothing in it.
+  // An interval that is higher than the plot would say nothing.
   if (low !== null && slot !== null && high - low < y.domain[1] - y.domain[0]) {
     below.append(svg("g", own, svg("path", { class: "whisker", d: `M${at},${within(low)}V${within(high)}` })));
   }
   if (y(mean) > bottom) group.append(svg("path", { class: "mark", d: `M${at},${bottom}l-5,-9h10Z` }));
   else group.append(mark(slot, at, y(mean), slot === null ? 4 : 5.5));
   picture.append(group);
-  const lines = [`${percent(mean)} % top-1`, interval(top1(setting)), COSTS[name].tell(cost)];
+  const lines = [`${percent(mean)} % top-1`, interval(top1(setting)), COSTS[name].format(cost)];
   return { x: at, y: within(mean), setting, title: data.settings[setting].label, lines };
 }
 
 function costNumbers(name) {
   const best = new Set(front(name));
-  const rows = priced(name).map((setting) => [data.settings[setting].label, data.settings[setting].costs[name].toLocaleString("en"),
+  const rows = withCost(name).map((setting) => [data.settings[setting].label, data.settings[setting].costs[name].toLocaleString("en"),
     percent(top1(setting).mean), best.has(setting) ? "yes" : "no"]);
-  return [["", COSTS[name].of, "top-1 %", "on the front"], ...rows];
+  return [["", COSTS[name].unit, "top-1 %", "on the front"], ...rows];
 }

@@ -1,4 +1,4 @@
-// Learning curves: a figure of the test split, a figure of the training loss; a line per seed.
+// Learning curves: one plot of a test figure, one of a training loss, with a line per seed.
 
 const MEASURES = {
   test_top1: { title: "Top-1 %", accuracy: true },
@@ -20,23 +20,23 @@ function startCurves() {
 }
 
 function addCurves(title, names) {
-  const there = names.filter((name) => curvesOf(name).length);
-  if (!there.length) return;
-  const options = there.map((name) => html("option", { value: name }, MEASURES[name].title));
-  const choice = html("select", { "aria-label": `${title}: which figure` }, ...options);
-  const now = () => choice.value;
+  const available = names.filter((name) => curvesOf(name).length);
+  if (!available.length) return;
+  const options = available.map((name) => html("option", { value: name }, MEASURES[name].title));
+  const choice = html("select", { "aria-label": `${title}: figure to plot` }, ...options);
+  const chosen = () => choice.value;
   const figure = addFigure("curves", {
     title,
     controls: [choice],
     plot: (width) => {
-      const lines = shownCurves(now());
+      const lines = shownCurves(chosen());
       legend(figure, width < 520 ? coloured().filter((setting) => lines.some((line) => line.setting === setting)) : []);
-      return plotCurves(now(), lines, width);
+      return plotCurves(chosen(), lines, width);
     },
-    numbers: () => curveNumbers(now()),
+    numbers: () => curveNumbers(chosen()),
     caption: () => {
-      const grey = shownCurves(now()).some((line) => slotOf(line.setting) === null);
-      return `${MEASURES[now()].title} by epoch${MEASURES[now()].logarithmic ? ", logarithmic" : ""}; a line per seed.${grey ? " Grey: the others." : ""}`;
+      const grey = shownCurves(chosen()).some((line) => slotOf(line.setting) === null);
+      return `${MEASURES[chosen()].title} by epoch${MEASURES[chosen()].logarithmic ? ", log scale" : ""}, one line per seed.${grey ? " Grey lines: settings without a colour." : ""}`;
     },
   });
   choice.addEventListener("input", figure.draw);
@@ -45,7 +45,7 @@ function addCurves(title, names) {
 const shownCurves = (name) => {
   const visible = new Set(shown());
   const lines = curvesOf(name).filter((line) => visible.has(line.setting));
-  return lines.sort((one, other) => (slotOf(other.setting) === null) - (slotOf(one.setting) === null)); // grey lies below
+  return lines.sort((one, other) => (slotOf(other.setting) === null) - (slotOf(one.setting) === null)); // draw grey lines first
 };
 
 function curveRange(name, lines) {
@@ -82,11 +82,11 @@ function plotCurves(name, lines, width) {
     svg("clipPath", { id: clip }, svg("rect", { x: 44, y: 6, width: width - right - 38, height: height - 46 })),
     axes({ scale: x, ticks: whole, text: String, title: "epoch" }, { scale: y, ticks, text }));
   const ends = [];
-  const named = references.length ? levels(picture, y, 50, width - right) : [];
+  const referenceLabels = references.length ? drawReferences(picture, y, 50, width - right) : [];
   for (const one of wide ? references : []) {
     if (one.top1 >= domain[0] && one.top1 <= domain[1]) ends.push({ at: y(one.top1), text: one.label, figure: ` ${percent(one.top1, 1)}`, reference: true });
   }
-  const names = (wide ? [] : named).map((one) => svg("text", { class: "halo", x: 52, y: one.y < 20 ? one.last + 14 : one.y - 4 }, one.text));
+  const names = (wide ? [] : referenceLabels).map((one) => svg("text", { class: "halo", x: 52, y: one.y < 20 ? one.last + 14 : one.y - 4 }, one.text));
   const inside = svg("g", { "clip-path": `url(#${clip})` });
   const points = lines.flatMap((line) => plotCurve(inside, measure, line, x, y));
   picture.append(inside, ...names);
@@ -117,23 +117,23 @@ function plotCurve(inside, measure, line, x, y) {
   }));
 }
 
-/** Labels right of the lines at their ends, moved apart, each with a thin lead to where it belongs. */
+/** Labels to the right of the ends of the lines, moved apart, each with a thin leader to its line. */
 function endLabels(ends, right, height, room) {
   ends.sort((one, other) => one.at - other.at);
   const heights = spreadOut(ends.map((end) => end.at), 15, 10, height - 36);
   return ends.map((end, place) => {
     const slot = end.reference ? null : slotOf(end.setting);
-    const lead = svg("path", { class: end.reference ? "axis" : "leader", fill: "none", d: `M${right + 3},${end.at}L${right + 15},${heights[place]}` });
+    const leader = svg("path", { class: end.reference ? "axis" : "leader", fill: "none", d: `M${right + 3},${end.at}L${right + 15},${heights[place]}` });
     const text = svg("text", { class: end.reference ? "" : "strong", x: right + 19, y: heights[place] + 4 }, cut(end.text, room - 6.7 * end.figure.length) + end.figure);
-    return svg("g", end.reference ? {} : { class: `series ${slotClass(slot)}`, "data-setting": end.setting }, lead, text);
+    return svg("g", end.reference ? {} : { class: `series ${slotClass(slot)}`, "data-setting": end.setting }, leader, text);
   });
 }
 
 function curveNumbers(name) {
-  const tell = MEASURES[name].accuracy ? percent : plain;
+  const format = MEASURES[name].accuracy ? percent : plain;
   const rows = shownCurves(name).map((line) => {
     const best = (MEASURES[name].accuracy ? Math.max : Math.min)(...line.values);
-    return [`${data.settings[line.setting].label}, seed ${line.trial.seed}`, tell(line.values[0]), tell(best), line.epochs[line.values.indexOf(best)], tell(line.values.at(-1)), line.epochs.at(-1)];
+    return [`${data.settings[line.setting].label}, seed ${line.trial.seed}`, format(line.values[0]), format(best), line.epochs[line.values.indexOf(best)], format(line.values.at(-1)), line.epochs.at(-1)];
   });
   return [["", "first", "best", "at epoch", "last", "at epoch"], ...rows];
 }

@@ -1,4 +1,4 @@
-// A figure: a heading, a plot drawn at its width, its numbers as a table, a caption; and what the pointer finds in it.
+// A figure: a heading, a plot, a caption, a table with the plot's numbers, and a tooltip for the point near the pointer.
 
 const tip = document.getElementById("tip");
 const drawn = new Map();
@@ -10,16 +10,16 @@ const watcher = new ResizeObserver((entries) => {
 });
 
 /**
- * Add a figure to a section and keep it up to date.
+ * Add a figure to a section. It is drawn again when its width or the leaderboard changes.
  * @param section id of the section
- * @param parts title: heading; plot(width) → {picture, points}: an SVG and what the pointer finds, each {x, y, setting,
- *   title, lines}; numbers() → rows of cells, the first the header; caption() → text; controls: elements beside the heading
+ * @param parts title: the heading; plot(width) → {picture, points}: an SVG, and points for the tooltip, each {x, y, setting,
+ *   title, lines}; numbers() → rows of cells, the header first; caption() → text; controls: elements beside the heading
  */
 function addFigure(section, { title, plot, numbers, caption, controls = [] }) {
   const box = html("div", { class: "plot" });
   const under = html("figcaption");
   const cells = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Numbers: ${title}` });
-  const details = html("details", { class: "numbers" }, html("summary", {}, "The numbers"), cells);
+  const details = html("details", { class: "numbers" }, html("summary", {}, "Numbers"), cells);
   const head = html("div", { class: "head" }, title ? html("h3", {}, title) : null, ...controls);
   const element = html("figure", {}, ...(title || controls.length ? [head] : []), box, under, details);
   const holder = document.getElementById(section);
@@ -34,11 +34,11 @@ function addFigure(section, { title, plot, numbers, caption, controls = [] }) {
       figure.width = width;
       const { picture, points } = plot(width);
       picture.setAttribute("role", "img");
-      picture.setAttribute("aria-label", `${title}. ${caption?.() ?? ""} The numbers are in the table below.`);
+      picture.setAttribute("aria-label", `${title}. ${caption?.() ?? ""} The table below has the numbers.`);
       box.replaceChildren(picture);
       under.textContent = caption?.() ?? "";
       if (details.open) cells.replaceChildren(numberTable(numbers(), title));
-      find(picture, points);
+      addTooltip(picture, points);
     },
   };
   details.addEventListener("toggle", () => details.open && cells.replaceChildren(numberTable(numbers(), title)));
@@ -48,7 +48,7 @@ function addFigure(section, { title, plot, numbers, caption, controls = [] }) {
   return figure;
 }
 
-/** Remove a section's figures, to add others. */
+/** Remove all figures of a section. */
 function clearFigures(section) {
   const holder = document.getElementById(section);
   for (const box of holder.querySelectorAll(".plot")) {
@@ -70,11 +70,11 @@ function numberTable([header, ...rows], title) {
   );
 }
 
-/** The point nearest to the pointer is told beside it, and its setting comes out everywhere. */
-function find(picture, points) {
+/** Show a tooltip for the point nearest to the pointer, and highlight its setting everywhere. */
+function addTooltip(picture, points) {
   const leave = () => {
     tip.hidden = true;
-    point(null);
+    highlight(null);
   };
   picture.addEventListener("pointerleave", leave);
   picture.addEventListener("pointermove", (event) => {
@@ -86,7 +86,7 @@ function find(picture, points) {
       if (away < distance) [near, distance] = [one, away];
     }
     if (!near) return leave();
-    point(near.setting);
+    highlight(near.setting);
     tip.replaceChildren(html("b", {}, near.title), ...near.lines.map((line) => html("div", {}, line)));
     tip.hidden = false;
     const [width, height] = [tip.offsetWidth, tip.offsetHeight];
@@ -96,7 +96,7 @@ function find(picture, points) {
   });
 }
 
-/** Marks with their labels, below a plot that has no room for labels beside its lines. */
+/** A legend below a plot that is too narrow for labels beside its lines. */
 function legend(figure, settings) {
   figure.element.querySelector(".legend")?.remove();
   if (!settings.length) return;

@@ -1,14 +1,14 @@
-// Labels: cut to their room, moved apart, placed where they hide nothing.
+// Labels: cut them to a width, move them apart, place them where they hide nothing.
 
-/** A text that fits into so many pixels, about: without its middle, for labels often differ at their ends. */
-function cut(text, room) {
-  const most = Math.max(Math.floor(room / 6.7), 3);
-  if (text.length <= most) return text;
-  const tail = Math.floor((most - 1) / 2);
-  return `${text.slice(0, most - 1 - tail).trimEnd()}…${text.slice(text.length - tail).trimStart()}`;
+/** Cut a text to about this width in pixels. The middle goes, because labels often differ at their ends. */
+function cut(text, width) {
+  const length = Math.max(Math.floor(width / 6.7), 3);
+  if (text.length <= length) return text;
+  const tail = Math.floor((length - 1) / 2);
+  return `${text.slice(0, length - 1 - tail).trimEnd()}…${text.slice(text.length - tail).trimStart()}`;
 }
 
-/** Heights moved as little as needed to be `gap` apart within [low, high]; in the order they come in, which is sorted. */
+/** Sorted heights, moved as little as possible to be `gap` apart within [low, high]. */
 function spreadOut(heights, gap, low, high) {
   const placed = [];
   const bottom = (group) => {
@@ -23,8 +23,8 @@ function spreadOut(heights, gap, low, high) {
   return placed.flatMap((group) => group.map((_, place) => bottom(group) + gap * place));
 }
 
-/** Draw the references as levels of a plot; their labels, those that would touch as one, each at its highest level. */
-function levels(picture, y, left, right) {
+/** Draw the references as horizontal lines. Return their labels; labels that would touch become one, at the highest line. */
+function drawReferences(picture, y, left, right) {
   const within = data.references.filter(({ top1 }) => top1 >= y.domain[0] && top1 <= y.domain[1]);
   const labels = [];
   for (const one of [...within].sort((a, b) => b.top1 - a.top1)) {
@@ -39,23 +39,23 @@ function levels(picture, y, left, right) {
 }
 
 /**
- * Labels where they hide neither marks nor one another, nor, if that is possible, lines; optional ones are left out where
- * there is no room. Boxes are [left, top, right, bottom].
+ * Place labels so that they hide neither marks nor each other nor, if possible, lines. Optional labels that find no
+ * place are left out. Boxes are [left, top, right, bottom].
  */
-function placed(labels, room, marks, lines) {
-  const taken = [...marks];
-  const free = (box, boxes) => box[0] >= room[0] && box[2] <= room[2] && box[1] >= room[1] && box[3] <= room[3]
+function placeLabels(labels, room, marks, lines) {
+  const occupied = [...marks];
+  const isFree = (box, boxes) => box[0] >= room[0] && box[2] <= room[2] && box[1] >= room[1] && box[3] <= room[3]
     && !boxes.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
   return labels.flatMap((label) => {
-    const long = 6.7 * label.text.length;
-    const ways = label.anchors.map(([dx, dy, anchor = "start"]) => {
-      const left = label.x + dx - (anchor === "end" ? long : 0);
-      return { dx, dy, anchor, box: [left, label.y + dy - 10, left + long, label.y + dy + 3] };
+    const length = 6.7 * label.text.length;
+    const places = label.anchors.map(([dx, dy, anchor = "start"]) => {
+      const left = label.x + dx - (anchor === "end" ? length : 0);
+      return { dx, dy, anchor, box: [left, label.y + dy - 10, left + length, label.y + dy + 3] };
     });
-    const way = ways.find(({ box }) => free(box, taken) && free(box, lines)) ?? ways.find(({ box }) => free(box, taken))
-      ?? (label.optional ? null : ways[0]);
-    if (!way) return [];
-    taken.push(way.box);
-    return svg("text", { class: label.class, x: label.x + way.dx, y: label.y + way.dy, "text-anchor": way.anchor }, label.text);
+    const place = places.find(({ box }) => isFree(box, occupied) && isFree(box, lines))
+      ?? places.find(({ box }) => isFree(box, occupied)) ?? (label.optional ? null : places[0]);
+    if (!place) return [];
+    occupied.push(place.box);
+    return svg("text", { class: label.class, x: label.x + place.dx, y: label.y + place.dy, "text-anchor": place.anchor }, label.text);
   });
 }

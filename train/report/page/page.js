@@ -1,4 +1,4 @@
-// The page itself: its contents, theme, copying, links to runs; then everything starts.
+// The page: table of contents, theme, copy buttons, links to runs; then start everything.
 
 function startContents() {
   const sections = [...document.querySelectorAll("main > section")].filter((section) => !section.hidden);
@@ -17,7 +17,7 @@ function startTheme() {
     try {
       return action(localStorage);
     } catch {
-      return null; // some browsers keep nothing for files
+      return null; // some browsers have no storage for files
     }
   };
   set(stored((storage) => storage.getItem("teacher-cache-theme")) ?? "");
@@ -30,16 +30,16 @@ function startTheme() {
 
 function startCopying() {
   for (const button of document.querySelectorAll(".copy")) {
-    const [text, was] = [button.parentElement.querySelector("code"), button.textContent];
+    const [text, label] = [button.parentElement.querySelector("code"), button.textContent];
     button.addEventListener("click", async () => {
-      button.textContent = (await copied(text)) ? "Copied" : "Selected: copy it";
-      setTimeout(() => (button.textContent = was), 2000);
+      button.textContent = (await copy(text)) ? "Copied" : "Selected, now copy it";
+      setTimeout(() => (button.textContent = label), 2000);
     });
   }
 }
 
-/** To the clipboard, or, where a browser refuses, selected. */
-async function copied(element) {
+/** Copy the text of an element; where the browser refuses, select it and return false. */
+async function copy(element) {
   try {
     await navigator.clipboard.writeText(element.textContent);
     return true;
@@ -61,7 +61,7 @@ function startLinks() {
   };
   addEventListener("hashchange", open);
   document.addEventListener("click", (event) => {
-    if (event.target.closest("a")?.hash === location.hash && location.hash) open(); // the same link once more
+    if (event.target.closest("a")?.hash === location.hash && location.hash) open(); // the same link again
   });
   open();
 }

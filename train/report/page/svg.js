@@ -1,16 +1,16 @@
-// Drawing: elements, scales, axes, marks. Lengths are CSS pixels: plots are drawn at the width they are shown at.
+// Drawing: elements, scales, axes, marks. Lengths are CSS pixels, because plots are drawn at the width of their box.
 
-const SPACE = document.querySelector("svg").namespaceURI;
+const SVG_NAMESPACE = document.querySelector("svg").namespaceURI;
 
 function svg(name, attributes = {}, ...children) {
-  return filled(document.createElementNS(SPACE, name), attributes, children);
+  return fill(document.createElementNS(SVG_NAMESPACE, name), attributes, children);
 }
 
 function html(name, attributes = {}, ...children) {
-  return filled(document.createElement(name), attributes, children);
+  return fill(document.createElement(name), attributes, children);
 }
 
-function filled(element, attributes, children) {
+function fill(element, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) {
     if (value !== null && value !== undefined && value !== false) element.setAttribute(key, value === true ? "" : value);
   }
@@ -42,7 +42,7 @@ function niceTicks(low, high, count = 5) {
   return ticks;
 }
 
-/** 1, 2, 5, 10 …, or powers of ten alone where these are enough; plain ones where not even two are within. */
+/** 1, 2, 5, 10 …, or only powers of ten for a wide range; linear ticks if fewer than three of these are in the range. */
 function logTicks(low, high) {
   const decades = Math.log10(high / low);
   const factors = decades > 3 ? [1] : [1, 2, 5];
@@ -64,13 +64,13 @@ function short(value) {
   return `${Number((value / size).toPrecision(3))}${unit && " "}${unit}`;
 }
 
-/** Decimals that tell ticks apart. */
+/** The number of decimals at which ticks differ. */
 function decimals(ticks) {
   const step = ticks.length > 1 ? Math.abs(ticks[1] - ticks[0]) : 1;
   return clamp(Math.ceil(-Math.log10(step) - 1e-9), 0, 6);
 }
 
-/** Axes with a light grid: x below, y left; each `{scale, ticks, text, title}`. */
+/** Axes with a light grid, x at the bottom and y at the left; each is `{scale, ticks, text, title}`. */
 function axes(x, y) {
   const [left, right] = x.scale.range;
   const [bottom, top] = y.scale.range;
@@ -81,21 +81,21 @@ function axes(x, y) {
     group.append(svg("text", { x: left - 7, y: at + 4, "text-anchor": "end" }, y.text(value)));
   }
   group.append(svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }));
-  let free = -Infinity;
+  let freeFrom = -Infinity;
   for (const value of x.ticks) {
     const at = x.scale(value);
     const half = 3.6 * x.text(value).length;
     group.append(svg("line", { class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4 }));
-    if (at - half < free) continue;
+    if (at - half < freeFrom) continue;
     group.append(svg("text", { x: at, y: bottom + 18, "text-anchor": "middle" }, x.text(value)));
-    free = at + half + 6;
+    freeFrom = at + half + 6;
   }
   if (x.title) group.append(svg("text", { x: right, y: bottom + 36, "text-anchor": "end" }, x.title));
   if (y.title) group.append(svg("text", { x: 0, y: top - 18 }, y.title));
   return group;
 }
 
-/** Accuracies that matter: a student that did not learn, or a far-off reference, does not squeeze the others. */
+/** A range for accuracies. Outliers, such as a student that did not learn or a distant reference, are left out. */
 function accuracyRange(values, references = [], share = 1.5) {
   const sorted = known(values).sort((one, other) => one - other);
   if (!sorted.length) return [0, 1];
@@ -128,12 +128,12 @@ const SHAPES = [
   (r) => `M0,${-1.2 * r}L${1.14 * r},${-0.37 * r}L${0.7 * r},${0.97 * r}H${-0.7 * r}L${-1.14 * r},${-0.37 * r}Z`,
 ];
 
-/** The mark of a slot (null: not in colour) at a place. */
+/** The mark of a colour slot (null for grey) at a point. */
 function mark(slot, x, y, r = 5, extra = "") {
   return svg("path", { class: `mark ${extra}`, d: SHAPES[slot ?? 0](slot === null ? r * 0.8 : r), transform: `translate(${x},${y})` });
 }
 
-/** A key for tables and legends: a piece of its line with its mark. */
+/** A key for tables and legends: a piece of line with the mark. */
 function key(slot) {
   const picture = svg("svg", { width: 26, height: 16, viewBox: "-13 -8 26 16", class: `series ${slotClass(slot)}`, "aria-hidden": "true" });
   picture.append(svg("path", { class: "line", d: "M-12,0H12", "stroke-dasharray": DASHES[slot ?? 0] }), mark(slot, 0, 0, 4.6));
