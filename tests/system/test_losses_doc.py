@@ -90,7 +90,7 @@ def test_what_a_name_stands_for():
             text += f", alpha {loss.dkd_alpha:g}, beta {loss.dkd_beta:g}" if loss.kind == "dkd" else ""
         if loss.needs_features:
             text += "," * loss.needs_logits + f" + {number(loss.feature_weight)}`{loss.feature}`"
-        assert row["what it stands for"].partition(":")[0] == text, name
+        assert row["objective"].partition(":")[0] == text, name
 
 
 def number(weight: float) -> str:
@@ -100,7 +100,7 @@ def number(weight: float) -> str:
 def test_numbers_in_the_tables_are_the_defaults():
     default = LossRecipe()
     cells = [
-        row["numbers, and where they come from"]
+        row["defaults and their origin"]
         for heading in ("loss.kind", "loss.feature")
         for row in table(heading).values()
     ]
