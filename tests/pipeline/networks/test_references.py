@@ -76,7 +76,7 @@ def test_a_missing_file_is_downloaded_once_and_then_found_without_a_request(tmp_
         assert download(endpoint, tmp_path) == CONTENT
         assert requests == []
     assert download(endpoint, tmp_path) == CONTENT, "the hub is out of reach now"
-    assert not constants.is_offline_mode()
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_missing_file_and_no_hub_raise_the_error_of_the_hub(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_missing_file_and_no_hub_raise_the_error_of_the_hub(tmp_path: Path) ->
         pass
     with pytest.raises(LocalEntryNotFoundError, match="cannot find the requested files in the local cache"):
         download(endpoint, tmp_path)
-    assert not constants.is_offline_mode()
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_offline_mode_of_the_user_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_offline_mode_of_the_user_is_respected(monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(LocalEntryNotFoundError):
             download(endpoint, tmp_path)
         assert requests == []
-    assert constants.is_offline_mode()
+    assert constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -102,10 +102,10 @@ def test_an_error_of_the_load_is_raised_and_the_mode_restored(monkeypatch: pytes
     modes = []
 
     def load() -> None:
-        modes.append(constants.is_offline_mode())
+        modes.append(constants.HF_HUB_OFFLINE)
         raise OSError("weights do not fit")
 
     with pytest.raises(OSError, match="do not fit"):
         load_local_first(load)
     assert modes == ([True] if offline else [True, False])
-    assert constants.is_offline_mode() == offline
+    assert constants.HF_HUB_OFFLINE == offline
