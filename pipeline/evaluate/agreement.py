@@ -64,7 +64,13 @@ def load_teachers(
         assert run.cache is not None, "a run with a manifest had a cache"
         fusion = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
     return load_stored_ensemble(
-        manifest, images, device, where=run.folder, fusion=fusion, precision=precision, otherwise="leave --teachers out"
+        manifest,
+        images,
+        device,
+        where=run.folder,
+        fusion=fusion,
+        precision=precision,
+        alternative="leave --teachers out",
     )
 
 

@@ -1,4 +1,4 @@
-"""CLIP through open_clip: image features and cosines with the classes' embeddings, frozen, from uint8 view canvases."""
+"""Frozen CLIPs through open_clip: image features of view canvases, and their cosines with the class embeddings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT_BATCH = 256
 
 
 class ClipOutput(NamedTuple):
-    """What CLIP says about a batch, float32."""
+    """A CLIP's float32 outputs for a batch."""
 
     features: torch.Tensor  # [B, D] image features, not normalised
     cosine: torch.Tensor  # [B, C] raw cosines with the class embeddings
@@ -37,9 +37,9 @@ class Clip(nn.Module):
     """A frozen CLIP with its class embeddings.
 
     Attributes:
-        identity: what it is, for the manifest.
-        precision: of the forward pass; outputs are float32 whatever it is.
-        logit_bias: SigLIP's bias. It is the same for every class, so neither softmax nor a cache sees it.
+        identity: describes it in the manifest.
+        precision: of the forward pass; outputs are always float32.
+        logit_bias: SigLIP's bias. It is the same for every class, so it changes neither softmax nor stored targets.
         text_features: [P, C, D] float32, unit rows: prompt template × class.
         class_embeddings: [C, D] float32, unit rows.
     """
@@ -81,7 +81,7 @@ class Clip(nn.Module):
         return ClipOutput(features, fusion.cosine(features, self.class_embeddings))
 
     def train(self, mode: bool = True) -> Clip:
-        """Stays in eval mode: it is frozen."""
+        """Do nothing: a frozen network stays in eval mode."""
         return super().train(False)
 
 
@@ -91,13 +91,13 @@ def load_clip(
     """Load an open_clip model with all its weights, and embed the prompts of every class.
 
     Args:
-        spec: name, weights, templates, and words for the classes where the dataset's names are not good ones.
-        class_names: of the dataset, in label order; underscores are read as spaces.
+        spec: name, weights, templates, and class words if the dataset's names are poor ones for prompts.
+        class_names: of the dataset, in label order; underscores become spaces.
         precision: of the image tower's forward pass; the text tower always runs in float32.
 
     Raises:
-        WeightsError: unknown name or tag, missing or unreadable weights, weights that do not fit the config, OpenAI
-            weights for a config without QuickGELU, no network for a download.
+        WeightsError: the name or tag is unknown, weights are missing, unreadable, cannot be downloaded or do not fit
+            the config, or OpenAI's weights are used with a config without QuickGELU.
         RecipeError: bad templates, or another number of `class_names` than the dataset has.
     """
     words = _prompt_words(spec, tuple(class_names))
@@ -130,11 +130,11 @@ def load_clip(
 
 
 def _prompt_words(spec: ClipSpec, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """What stands for `{}` in the prompts, class by class."""
+    """The words that replace `{}` in the prompts, one per class."""
     names = class_names if spec.class_names is None else spec.class_names
     if len(names) != len(class_names):
         raise RecipeError(
-            "another number of class names for the prompts than the dataset has classes",
+            "the prompts need one class name per class of the dataset",
             where="clip.class_names",
             expected=len(class_names),
             found=len(names),
@@ -146,7 +146,7 @@ def _prompt_words(spec: ClipSpec, class_names: tuple[str, ...]) -> tuple[str, ..
 def _embed_prompts(
     network: Any, source: ClipSource, templates: tuple[str, ...], words: tuple[str, ...], device: torch.device
 ) -> torch.Tensor:
-    """[P, C, D] float32, unit rows; in float32 whatever the precision of the images: it is done once."""
+    """Text features [P, C, D] float32, unit rows. Always computed in float32: they are computed only once."""
     tokenizer = _tokenizer(source)
     prompts = render_prompts(templates, words)
     rows = [
@@ -162,12 +162,12 @@ def _tokenizer(source: ClipSource) -> Any:
 
     try:
         return load_local_first(load) if needs_hub(source) else load()
-    except Exception as error:  # tokenizers of the Hugging Face hub: network, missing files, missing packages
+    except Exception as error:  # hub tokenizers fail in many ways: network, missing files, missing packages
         raise WeightsError(
             "cannot load CLIP's tokenizer",
             where=source.architecture,
             found=first_line(error),
-            next_step="run once where the network is reachable, or use a local-dir: model that holds its tokenizer",
+            next_step="run once with network access, or use a local-dir: model with its own tokenizer",
         ) from error
 
 
@@ -185,5 +185,5 @@ def _preprocessing(config: dict[str, Any]) -> Preprocessing:
 
 def _config_digest(source: ClipSource) -> str:
     """sha256 over the model config as JSON."""
-    told = {"model_cfg": source.config}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    config = {"model_cfg": source.config}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Which open_clip config and which weights a recipe means, checked before anything is downloaded, and loading them.
+"""Find the open_clip config and weights that a recipe names, check them before any download, and load them.
 
-open_clip warns and goes on where weights are missing or do not belong to the config; here that is an error.
+open_clip only warns if weights are missing or do not belong to the config. Here that is an error.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from cache_tools.errors import WeightsError
 from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, is_file_reference, load_local_first, resolve_path
 from pipeline.networks.weights import first_line, nearest
 
-_NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # three numbers beside OpenAI's weights
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
+_NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI stores beside the weights
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")  # the files that open_clip looks for in a folder
 
 
 class ClipSource(NamedTuple):
-    """An open_clip model name, its weights, and the config that it has.
+    """An open_clip model, its weights and its config.
 
-    model_name: as open_clip wants it, package folders resolved.
-    pretrained: tag or file; None where the model name has a prefix.
-    architecture: the name for the manifest; without the path of a local folder.
-    config: open_clip's model config.
+    Attributes:
+        model_name: for open_clip, package folders resolved.
+        pretrained: tag or file; None if the model name has a prefix.
+        architecture: the name in the manifest, without the path of a local folder.
+        config: open_clip's model config.
     """
 
     model_name: str
@@ -44,18 +45,19 @@ class ClipSource(NamedTuple):
 
 
 def resolve_source(name: str, weights: str | None) -> ClipSource:
-    """Understand a recipe's `clip.name` and `clip.weights`.
+    """Find what a recipe's `clip.name` and `clip.weights` refer to.
 
     Raises:
-        WeightsError: unknown name (with the nearest), unknown tag (with the list), no weights, a missing file or
-            folder, OpenAI weights for a config without QuickGELU (with the right name).
+        WeightsError: unknown name (the message has the most similar one), unknown tag (the message lists the known
+            ones), no weights, a missing file or folder, or OpenAI's weights for a config without QuickGELU (the message
+            has the right name).
     """
     prefix = next((p for p in (HUB_PREFIX, FOLDER_PREFIX) if name.startswith(p)), None)
     if prefix is None:
         return _builtin(name.replace("/", "-"), weights)
     if weights is not None:
         raise WeightsError(
-            f"a CLIP named by {prefix} has its weights with it",
+            f"a CLIP named by {prefix} already contains its weights",
             where=name,
             expected="no clip.weights",
             found=repr(weights),
@@ -68,7 +70,7 @@ def load_network(source: ClipSource) -> Any:
     """The open_clip model on the CPU in float32, with every weight loaded.
 
     Raises:
-        WeightsError: weights that cannot be downloaded or read, or do not fit the config.
+        WeightsError: weights cannot be downloaded or read, or do not fit the config.
     """
     where = source.architecture if source.pretrained is None else f"{source.architecture}, {source.pretrained}"
     try:
@@ -90,7 +92,7 @@ def load_network(source: ClipSource) -> Any:
 
 
 def needs_hub(source: ClipSource) -> bool:
-    """Whether weights, text tower or tokenizer may come from the hub; a shipped or trained folder asks nobody."""
+    """Whether weights, text tower or tokenizer may come from the hub."""
     text = source.config.get("text_cfg", {})
     if source.model_name.startswith(FOLDER_PREFIX):
         return "hf_model_name" in text
@@ -113,14 +115,14 @@ def _builtin(name: str, weights: str | None) -> ClipSource:
         raise WeightsError("CLIP has no weights", where=name, expected=choices, next_step="set clip.weights")
     tag = open_clip.get_pretrained_cfg(name, weights)
     if tag:
-        # The other way round there is no better config: roberta-ViT-B-32's one tag just does not say it.
+        # The reverse mismatch has no better config: the only tag of roberta-ViT-B-32 just lacks the entry.
         if tag.get("quick_gelu") and not config.get("quick_gelu"):
             raise _quick_gelu_error(name, weights)
         return ClipSource(name, weights, name, config)
     path = resolve_path(weights)
     if not path.is_file():
-        what = "no such CLIP weights" if is_file_reference(weights) else "no such pretrained tag"
-        raise WeightsError(what, where=f"{name}, {weights}", expected=choices, next_step=nearest(weights, tags))
+        problem = "no such CLIP weights" if is_file_reference(weights) else "no such pretrained tag"
+        raise WeightsError(problem, where=f"{name}, {weights}", expected=choices, next_step=nearest(weights, tags))
     if not config.get("quick_gelu") and _is_openai(path):
         raise _quick_gelu_error(name, str(path))
     return ClipSource(name, str(path), name, config)
@@ -151,16 +153,16 @@ def _hub(name: str) -> ClipSource:
             config = load_local_first(lambda: open_clip.get_model_config(name))
     except Exception as error:  # huggingface_hub: no network, no such repository, not logged in
         raise WeightsError(
-            "cannot get CLIP from the hub",
+            "cannot download CLIP from the hub",
             where=name,
             found=first_line(error),
-            next_step="run once where the network is reachable, or use local-dir: with the downloaded folder",
+            next_step="run once with network access, or use local-dir: with the downloaded folder",
         ) from error
     return ClipSource(name, None, name, config)
 
 
 def _quick_gelu_error(name: str, weights: str, *, is_folder: bool = False) -> WeightsError:
-    """OpenAI's (and some other) weights were trained with QuickGELU; under GELU they run, and are a little wrong."""
+    """OpenAI's and some other weights were trained with QuickGELU. With GELU they run, but are slightly wrong."""
     right = f"{name}-quickgelu"
     known = right in open_clip.list_models()
     return WeightsError(
@@ -168,20 +170,20 @@ def _quick_gelu_error(name: str, weights: str, *, is_folder: bool = False) -> We
         where=f"{name}, {weights}",
         expected=f"clip.name {right}" if known else "a config with quick_gelu true",
         found=f"{'a config' if is_folder else name} without it",
-        next_step=f"use {right}" if known else "set quick_gelu in the model's config, if these are OpenAI's weights",
+        next_step=f"use {right}" if known else "if these are OpenAI's weights, set quick_gelu in the model's config",
     )
 
 
 def _is_openai(path: Path) -> bool:
-    """OpenAI publishes TorchScript archives; copies of them as plain tensors are known by their name only."""
+    """Whether weights are OpenAI's: a TorchScript archive, or plain tensors with `openai` in the name of file or folder."""
     return _is_torchscript(path) or any("openai" in part.lower() for part in (path.name, path.parent.name))
 
 
 @contextmanager
 def _plain_weights(pretrained: str | None) -> Iterator[str | None]:
-    """The same weights in a file that open_clip reads without unpickling anything: OpenAI publishes TorchScript.
+    """Convert OpenAI's TorchScript weights to a file that open_clip reads without unpickling.
 
-    `torch.jit.load` knows no Python objects. `torch.load` would, for a file that only looks like TorchScript.
+    `torch.jit.load` creates no Python objects. `torch.load` would, from a file that only looks like TorchScript.
     """
     if pretrained is None or not _is_torchscript(pretrained):
         yield pretrained
@@ -203,9 +205,9 @@ def _is_torchscript(reference: str | Path) -> bool:
 
 
 def _mismatch(error: Exception) -> tuple[str | None, str | None]:
-    """(expected, found) of the first tensor that did not fit; (None, None) if the error is about something else."""
+    """(expected, found) of the first tensor that does not fit; (None, None) for an error about something else."""
     message = str(error)
-    if isinstance(error, AssertionError):  # how open_clip refuses a position embedding of another width
+    if isinstance(error, AssertionError):  # open_clip asserts the width of the position embedding
         return None, message.rstrip("!") or None
     shape = re.search(
         r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, .+ is (.+?)\.\s", message + "\n"
@@ -222,14 +224,14 @@ def _mismatch(error: Exception) -> tuple[str | None, str | None]:
 def _advice(source: ClipSource) -> str:
     if source.model_name.startswith(FOLDER_PREFIX) or (source.pretrained and Path(source.pretrained).is_file()):
         return "check the file, and that it was written for this config"
-    return "run once where the network is reachable, or give a checkpoint file or a local-dir: folder"
+    return "run once with network access, or give a checkpoint file or a local-dir: folder"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip's remarks off the terminal: what matters in them is raised as an error here.
+    """Hide open_clip's log messages and warnings: this module raises errors for the ones that matter.
 
-    It logs through the root logger, whose first message would also install a handler for good.
+    open_clip logs through the root logger. The first message there would install a handler for the whole process.
     """
     root, placeholder = logging.getLogger(), logging.NullHandler()
 

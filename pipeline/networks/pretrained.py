@@ -1,4 +1,4 @@
-"""Weights that timm and torchvision publish, and how their networks want their images."""
+"""Pretrained weights of timm and torchvision, and the preprocessing that they were trained with."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from train.students import create_student
 
 
 def load_pretrained(name: str, tag: str, num_classes: int) -> tuple[nn.Module, Preprocessing]:
-    """`timm:NAME` or `torchvision:NAME` with a pretrained tag; `pretrained` is the library's default.
+    """Load `timm:NAME` or `torchvision:NAME` with a pretrained tag; `pretrained` is the library's default tag.
 
     Raises:
         RecipeError: unknown architecture.
-        WeightsError: unknown tag (with the list), trained for another class count, weights that cannot be downloaded.
+        WeightsError: the tag is unknown (the message lists the known ones), the weights are for another class count, or
+            they cannot be downloaded.
     """
     library, _, model = name.partition(":")
     if library == "timm":
         return _timm(model, tag, num_classes)
     if library == "torchvision":
         return _torchvision(model, tag, num_classes)
-    create_student(name, num_classes)  # an unknown name is the first thing to say
+    create_student(name, num_classes)  # raises RecipeError if the name itself is unknown
     raise WeightsError("no such weights", where=name, expected="a .safetensors or .pth file", found=repr(tag))
 
 
 def library_preprocessing(name: str, network: Any) -> Preprocessing:
-    """What the library's own weights for this architecture were trained with."""
+    """The preprocessing of the library's own weights for this architecture."""
     library, _, model = name.partition(":")
     if library == "torchvision":
         import torchvision
@@ -53,7 +54,7 @@ def _timm(model: str, tag: str, num_classes: int) -> tuple[nn.Module, Preprocess
     wanted = named_tag if tag == "pretrained" else tag
     full = f"{architecture}.{wanted}" if wanted else architecture
     if not timm.is_model(architecture):
-        create_student(f"timm:{model}", num_classes)  # says that there is no such model, and the nearest one
+        create_student(f"timm:{model}", num_classes)  # raises RecipeError with the most similar name
     known = {key.partition(".")[2]: value for key, value in get_arch_pretrained_cfgs(architecture).items()}
     tags = sorted(key for key, value in known.items() if key and value.has_weights)
     config = get_pretrained_cfg(full) if not wanted or wanted in known else None
@@ -69,7 +70,7 @@ def _torchvision(model: str, tag: str, num_classes: int) -> tuple[nn.Module, Pre
     import torchvision
 
     if model.lower() not in torchvision.models.list_models(module=torchvision.models):
-        create_student(f"torchvision:{model}", num_classes)  # says that there is no such model, and the nearest one
+        create_student(f"torchvision:{model}", num_classes)  # raises RecipeError with the most similar name
     published = torchvision.models.get_model_weights(model.lower())
     known = {entry.name: entry for entry in published} | {"pretrained": published.DEFAULT, "DEFAULT": published.DEFAULT}
     if tag not in known:
@@ -89,7 +90,7 @@ def _download(name: str, num_classes: int, **options: Any) -> nn.Module:
             "cannot get the teacher's pretrained weights",
             where=name,
             found=first_line(error.__cause__ or error),
-            next_step="run once where the network is reachable, or give a checkpoint file",
+            next_step="run once with network access, or give a checkpoint file",
         ) from error
 
 
@@ -105,7 +106,7 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
 
 
 def _interpolation(name: str) -> Literal["nearest", "bilinear", "bicubic"]:
-    """Bicubic where a library says `random` or something we do not have."""
+    """The interpolation of a library's config; bicubic for `random` and modes that we do not have."""
     return "bilinear" if name == "bilinear" else "nearest" if name == "nearest" else "bicubic"
 
 

@@ -1,4 +1,4 @@
-"""Prompt templates: sentences with one `{}` where the class name goes, whose text embeddings make a class embedding."""
+"""Prompt templates: sentences with one `{}` for the class name. Their text embeddings average to class embeddings."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BUILTIN_SETS = ("richkd", "openai", "siglip")
 
 
 def template_set(choice: str | Sequence[str]) -> tuple[str, ...]:
-    """The templates of a built-in set, of a text file, or the ones that are given.
+    """The templates of a built-in set or a text file, or the given ones.
 
     Args:
         choice: `richkd` (the 12 of the paper's code), `openai` (the 80 for ImageNet), `siglip` (one), a UTF-8 file with
-            one template per line (empty lines and lines that start with `#` are left out), or templates.
+            one template per line (empty lines and lines that start with `#` are skipped), or the templates themselves.
 
     Raises:
-        RecipeError: neither a set nor a file, an unreadable or empty file, no template, one without exactly one `{}`.
+        RecipeError: neither a set nor a file, an unreadable or empty file, or a template without exactly one `{}`.
     """
     if not isinstance(choice, str):
         return _checked([(f"template {number}", text) for number, text in enumerate(choice)], "clip.templates")
@@ -57,7 +57,7 @@ def prompt_class_name(name: str) -> str:
 def render_prompts(templates: tuple[str, ...], class_names: tuple[str, ...]) -> list[str]:
     """All prompts, template by template: prompt p·C + c is template p with class c."""
     words = [prompt_class_name(name) for name in class_names]
-    # Not str.format: a brace in a class name or elsewhere in a template is just a character.
+    # Not str.format: other braces in a template or class name are plain characters.
     return [template.replace("{}", word) for template in templates for word in words]
 
 
@@ -75,7 +75,7 @@ def _read_file(path: Path) -> tuple[str, ...]:
 
 
 def _checked(templates: Sequence[tuple[str, str]], where: object) -> tuple[str, ...]:
-    """(place, template) pairs as templates."""
+    """The templates of (place, template) entries, each with exactly one `{}`."""
     for place, text in templates:
         if text.count("{}") != 1:
             raise RecipeError(
@@ -85,5 +85,5 @@ def _checked(templates: Sequence[tuple[str, str]], where: object) -> tuple[str, 
                 found=f"{text!r} with {text.count('{}')}",
             )
     if not templates:
-        raise RecipeError("no prompt template here", where=where, expected="one per line, like 'a photo of a {}'")
+        raise RecipeError("no prompt templates", where=where, expected="one per line, like 'a photo of a {}'")
     return tuple(text for _, text in templates)

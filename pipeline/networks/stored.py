@@ -1,4 +1,4 @@
-"""The networks of a cache again: loaded as its build recipe says, and checked to be those that filled it."""
+"""Load the networks of a cache as its build recipe says, and check that they are the ones that filled it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.recipe import BuildRecipe, ClipSpec
 
 Identity = TeacherIdentity | ClipIdentity
 
-_USE = ("config_digest", "feature_dim", "linear_head", "preprocessing")
+_COMPARED_KEYS = ("config_digest", "feature_dim", "linear_head", "preprocessing")  # beside the weights
 
 
 def load_stored_ensemble(
@@ -32,22 +32,22 @@ def load_stored_ensemble(
     where: object,
     fusion: Fusion | None = None,
     precision: Precision | None = None,
-    otherwise: str | None = None,
+    alternative: str | None = None,
 ) -> TeacherEnsemble:
-    """All networks of a cache with its prompts, on a device.
+    """Load all networks of a cache, with its prompts, on a device.
 
     Args:
-        images: whose classes and canvas the networks are loaded for.
+        images: the networks are loaded for their classes and canvas size.
         where: the cache, for messages.
         fusion: how their outputs are fused; None for the fusion of the cache.
-        precision: of the forward passes, the cache's own if None.
-        otherwise: what a user can do who has not these networks, for messages.
+        precision: of the forward passes; None for the cache's own.
+        alternative: for messages, what a user without these networks can do.
 
     Raises:
-        NotFoundError: a cache that does not say how its networks were loaded.
-        WeightsError: weights that are missing, or not those the cache was built with; another preprocessing.
+        NotFoundError: the cache does not say how its networks were loaded.
+        WeightsError: weights are missing, or differ from those of the build, or their preprocessing does.
     """
-    recipe, built = _build_recipe(manifest, where, otherwise), manifest.recipe
+    recipe, built = _build_recipe(manifest, where, alternative), manifest.recipe
     ensemble = load_ensemble(
         recipe.teachers,
         _with_stored_prompts(recipe, built.clips),
@@ -61,17 +61,18 @@ def load_stored_ensemble(
     networks: list[Teacher | Clip] = [*ensemble.teachers, *ensemble.clips]
     identities: list[Identity] = [*built.teachers, *built.clips]
     for network, identity in zip(networks, identities, strict=True):
-        _check_identity(network, identity, otherwise)
+        _check_identity(network, identity, alternative)
     return ensemble
 
 
 def load_stored_clips(
     manifest: Manifest, templates: Sequence[str], device: torch.device, *, where: object
 ) -> list[Clip]:
-    """The CLIPs of a cache with other prompt templates, and the class words that they had.
+    """Load the CLIPs of a cache with other prompt templates and the cache's own class words.
 
     Raises:
-        As `load_stored_ensemble`, and RecipeError for templates without exactly one `{}`.
+        RecipeError: a template does not have exactly one `{}`.
+        NotFoundError, WeightsError: as `load_stored_ensemble`.
     """
     recipe, built = _build_recipe(manifest, where, None), manifest.recipe
     clips = []
@@ -83,70 +84,68 @@ def load_stored_clips(
     return clips
 
 
-def _build_recipe(manifest: Manifest, where: object, otherwise: str | None) -> BuildRecipe:
-    """What `build-cache` was asked for when it filled the cache, or the one that this was derived from.
+def text_features(
+    manifest: Manifest, templates: Sequence[str], device: str = "auto", *, where: object = None
+) -> list[npt.NDArray[np.float32]]:
+    """Unit text embeddings [P, C, D] of every CLIP of a cache: prompt template × class, float32.
 
-    Keys that older versions had say nothing about the networks.
+    The class words are those of the build.
+
+    Args:
+        where: the cache, for messages.
+
+    Raises:
+        RecipeError, NotFoundError, WeightsError: as `load_stored_clips`.
+    """
+    clips = load_stored_clips(manifest, templates, resolve_device(device), where=where)
+    return [clip.text_features.float().cpu().numpy() for clip in clips]
+
+
+def _build_recipe(manifest: Manifest, where: object, alternative: str | None) -> BuildRecipe:
+    """The recipe of `build-cache` that filled the cache, or the cache that this one was derived from.
+
+    Keys of older versions are ignored: none of them is about the networks.
     """
     known = {key: value for key, value in manifest.build_recipe.items() if key in BuildRecipe.model_fields}
     try:
         return BuildRecipe.model_validate(known)
     except ValidationError as error:
         raise NotFoundError(
-            "the cache does not say how its teachers were loaded",
+            "the cache does not record how its teachers were loaded",
             where=where,
             expected="the recipe of build-cache",
             found=f"{error.error_count()} missing or unknown keys",
-            next_step=otherwise,
+            next_step=alternative,
         ) from error
 
 
 def _with_stored_prompts(recipe: BuildRecipe, clips: Sequence[ClipIdentity]) -> tuple[ClipSpec, ...]:
-    """With the templates and class words of the manifest: a file may have changed, a fused copy has its own."""
+    """The recipe's CLIPs with the prompts of the manifest: a file may have changed, and a fused copy has its own."""
     return tuple(
         spec.model_copy(update={"templates": clip.templates, "class_names": clip.class_names})
         for spec, clip in zip(recipe.clips, clips, strict=True)
     )
 
 
-def _check_identity(network: Teacher | Clip, built: Identity, otherwise: str | None) -> None:
-    """Raise WeightsError unless a network has the weights that the cache was built with, and is used as it was."""
+def _check_identity(network: Teacher | Clip, built: Identity, alternative: str | None) -> None:
+    """Raise WeightsError unless a network has the weights, config and preprocessing that the cache was built with."""
     found = network.identity
     if found.weights_digest != built.weights_digest:
-        advice = "put the weights of that time back"
+        advice = "restore the original weights"
         raise WeightsError(
             "these are not the weights that the cache was built with",
             where=built.architecture,
             expected=built.weights_digest[:12],
             found=found.weights_digest[:12],
-            next_step=f"{advice}, or {otherwise}" if otherwise else advice,
+            next_step=f"{advice}, or {alternative}" if alternative else advice,
         )
-    for key in _USE:
-        expected, now = getattr(built, key, None), getattr(found, key, None)
-        if expected != now:
+    for key in _COMPARED_KEYS:
+        before, now = getattr(built, key, None), getattr(found, key, None)
+        if before != now:
             raise WeightsError(
-                f"the network would not be used as it was for the cache: {key.replace('_', ' ')}",
+                f"the network differs from the one that the cache was built with: {key.replace('_', ' ')}",
                 where=built.architecture,
-                expected=expected,
+                expected=before,
                 found=now,
                 next_step="use the versions of the libraries that `cache-tools info` shows",
             )
-
-
-def text_features(
-    manifest: Manifest, templates: Sequence[str], device: str = "auto", *, where: object = None
-) -> list[npt.NDArray[np.float32]]:
-    """Unit text embeddings [P, C, D] of every CLIP of a cache: prompt template × class, float32.
-
-    The classes are called what they were called when the cache was built.
-
-    Args:
-        where: the cache, for messages.
-
-    Raises:
-        NotFoundError: a cache that does not say how its networks were loaded.
-        WeightsError: a CLIP that is missing, or has other weights than the cache's.
-        RecipeError: templates without exactly one `{}`.
-    """
-    clips = load_stored_clips(manifest, templates, resolve_device(device), where=where)
-    return [clip.text_features.float().cpu().numpy() for clip in clips]

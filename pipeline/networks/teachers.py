@@ -1,4 +1,9 @@
-"""Conventional teachers: a named architecture or a trained student, with weights, frozen, from uint8 view canvases."""
+"""Conventional teachers: frozen classifiers, from a named architecture and weights or from a trained student.
+
+Weights may be a checkpoint, a run of train-student, or the CIFAR-100 teachers that mdistiller publishes as
+`cifar_teachers.tar`, with `ARCHITECTURE_vanilla/ckpt_epoch_240.pth` for each. The archive, the folder that it unpacks
+to, and the folder of one architecture are all accepted.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +42,14 @@ if TYPE_CHECKING:
 
 
 LIBRARIES = ("timm:", "torchvision:")
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_CHECKPOINT_IN_TREE = re.compile(r"(?:^|/)(?P<architecture>[^/]+)_vanilla/ckpt_epoch_(?P<epoch>\d+)\.pth$")
 Size = tuple[int, int]
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says about a batch, float32."""
+    """A teacher's float32 outputs for a batch."""
 
     logits: torch.Tensor  # [B, C]
     features: torch.Tensor  # [B, D], the classifier's input
@@ -52,9 +59,9 @@ class Teacher(nn.Module):
     """A frozen classifier.
 
     Attributes:
-        identity: what it is, for the manifest.
-        precision: of the trunk's forward pass. Outputs are float32 whatever it is, and so is a linear head, so that
-            logits computed from stored features are the same numbers.
+        identity: describes it in the manifest.
+        precision: of the trunk's forward pass. Outputs are always float32. So is a linear head: logits computed from
+            stored features are the same numbers.
     """
 
     def __init__(self, network: nn.Module, identity: TeacherIdentity, precision: Precision = "float32") -> None:
@@ -65,7 +72,7 @@ class Teacher(nn.Module):
 
     @property
     def head(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(weight [C, D], bias [C]) when logits are features · weightᵀ + bias; None for any other head."""
+        """(weight [C, D], bias [C]) if logits are features · weightᵀ + bias; None for any other head."""
         return self._head
 
     @torch.no_grad()
@@ -73,15 +80,15 @@ class Teacher(nn.Module):
         """uint8 [B, 3, H, W] view canvases on this model's device → logits [B, C] and features [B, D]."""
         images = as_network_input(prepare(pixels_NCHW_u8, self.identity.preprocessing))
         with mixed_precision(images.device, self.precision):
-            map_ = self.network.forward_features(images)
-            features = self.network.forward_head(map_, pre_logits=True)
+            feature_map = self.network.forward_features(images)
+            features = self.network.forward_head(feature_map, pre_logits=True)
             if self._head is None:
-                return TeacherOutput(self.network.forward_head(map_).float(), features.float())
+                return TeacherOutput(self.network.forward_head(feature_map).float(), features.float())
         features = features.float()
         return TeacherOutput(fusion.linear_logits(features, *self._head), features)
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode: it is frozen."""
+        """Do nothing: a frozen network stays in eval mode."""
         return super().train(False)
 
 
@@ -97,15 +104,15 @@ def load_teacher(
     """Load a teacher with all its weights, and check that its classes are the dataset's.
 
     Args:
-        spec: name, weights, and what of its preprocessing is to be overridden.
+        spec: name, weights, and overrides of its preprocessing.
         class_names: of the dataset, in label order.
         canvas: (height, width) of the views.
-        normalisation: the dataset's (mean, std), for networks of the zoo whose weights do not bring their own.
+        normalisation: the dataset's (mean, std), for zoo networks whose weights do not bring their own.
 
     Raises:
         RecipeError: unknown architecture.
-        WeightsError: no weights named, missing or unreadable weights, weights that do not fit, another class count,
-            other class names or another order than the dataset's.
+        WeightsError: weights are not named, missing or unreadable, do not fit, or were trained on another class count,
+            other class names or another class order than the dataset's.
     """
     names = tuple(class_names)
     if _is_stored_student(spec.name):
@@ -138,8 +145,27 @@ def load_teacher(
     return Teacher(network, identity, precision)
 
 
+def read_teacher(path: Path, architecture: str) -> WeightsFile:
+    """Read the weights of an architecture from a path.
+
+    Args:
+        path: a file that `read_weights` reads, a run folder of train-student (its last epoch is read), or an archive
+            or folder of mdistiller's teachers.
+        architecture: name of a network, case-insensitive.
+
+    Raises:
+        WeightsError: the path is missing or damaged, or has no weights of this architecture.
+    """
+    if path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES):
+        return _from_archive(path, architecture)
+    if path.is_dir() and not (path / LAST).exists():
+        names = (file.relative_to(path.parent).as_posix() for file in path.rglob("ckpt_epoch_*.pth"))
+        return read_weights(path.parent / _chosen(names, architecture, path))
+    return read_weights(path / LAST if path.is_dir() else path)
+
+
 def _is_stored_student(name: str) -> bool:
-    """A run folder or file; names of libraries and of the zoo come first, whatever lies in the working directory."""
+    """Whether a name is a run folder or file. Names of libraries and of the zoo win over files of the same name."""
     if name.startswith(LIBRARIES) or name.lower() in {known.lower() for known in student_names()}:
         return False
     return is_file_reference(name) or resolve_path(name).is_dir()
@@ -148,7 +174,7 @@ def _is_stored_student(name: str) -> bool:
 def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> tuple[nn.Module, str, Preprocessing]:
     if spec.weights is not None:
         raise WeightsError(
-            "a teacher that train-student wrote has its weights with it",
+            "a teacher that train-student wrote already contains its weights",
             where=spec.name,
             expected="no teacher.weights",
             found=repr(spec.weights),
@@ -164,7 +190,7 @@ def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> 
 def _named_with_file(
     spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation: Normalisation
 ) -> tuple[nn.Module, Preprocessing]:
-    network = create_student(spec.name, len(names))  # an unknown name is the first thing to say
+    network = create_student(spec.name, len(names))  # fail on an unknown name before reading the file
     file = read_teacher(resolve_path(spec.weights or ""), spec.name)
     _load_file(network, spec.name, file, names)
     if "architecture" in file.metadata:
@@ -175,7 +201,7 @@ def _named_with_file(
 
 
 def _load_file(network: nn.Module, architecture: str, file: WeightsFile, names: tuple[str, ...]) -> None:
-    """Classes first: where classes and shapes are wrong, that is the message that helps."""
+    """Load weights, class names checked first: if classes and shapes are both wrong, that message helps more."""
     check_class_names(file.metadata, names, file.path)
     tensors: Mapping[str, torch.Tensor] = file.tensors
     if architecture.startswith("torchvision:"):  # auxiliary classifiers of GoogLeNet and Inception only serve training
@@ -184,13 +210,13 @@ def _load_file(network: nn.Module, architecture: str, file: WeightsFile, names: 
 
 
 def _card_preprocessing(card: StudentCard, canvas: Size) -> Preprocessing:
-    """As it was trained: the canvas as it is, resized only where it is not the size of the training's."""
+    """The preprocessing of its training: the canvas is resized only if the training used another size."""
     return Preprocessing(size=None if card.image_size == canvas else card.image_size, mean=card.mean, std=card.std)
 
 
 def _overridden(preprocessing: Preprocessing, spec: TeacherSpec) -> Preprocessing:
-    wishes = {"interpolation": spec.interpolation, "mean": spec.mean, "std": spec.std}
-    changes: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
+    overrides = {"interpolation": spec.interpolation, "mean": spec.mean, "std": spec.std}
+    changes: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if spec.size is not None:
         changes["size"] = (spec.size, spec.size)
     return preprocessing.model_copy(update=changes)
@@ -212,19 +238,19 @@ def _probe(
     noise = torch.randint(0, 256, (2, 3, *canvas), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = as_network_input(prepare(noise.to(device), preprocessing))
     try:
-        logits, map_ = network(images), network.forward_features(images)
-        features = network.forward_head(map_, pre_logits=True)
+        logits, feature_map = network(images), network.forward_features(images)
+        features = network.forward_head(feature_map, pre_logits=True)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise WeightsError(
-            "the teacher cannot read these views",
+            "the teacher does not accept the size of these views",
             where=architecture,
-            expected="a size that the architecture takes",
+            expected="a size that the architecture accepts",
             found=f"{list(images.shape[2:])}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             next_step="set teacher.size",
         ) from error
     if logits.shape != (2, num_classes) or features.ndim != 2:
         raise WeightsError(
-            "the teacher's outputs have other shapes than a classifier's",
+            "the teacher's outputs do not have the shapes of a classifier's",
             where=architecture,
             expected=f"logits [B, {num_classes}] and features [B, D]",
             found=f"{list(logits.shape)} and {list(features.shape)}",
@@ -236,37 +262,14 @@ def _probe(
     return features.shape[1], bool(difference <= 1e-3 * logits.float().abs().max().clamp_min(1e-3))
 
 
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_IN_TREE = re.compile(r"(?:^|/)(?P<architecture>[^/]+)_vanilla/ckpt_epoch_(?P<epoch>\d+)\.pth$")
-
-
-def read_teacher(path: Path, architecture: str) -> WeightsFile:
-    """The weights that `path` has for an architecture.
-
-    Args:
-        path: a file that `read_weights` reads, a run folder of train-student (its last epoch), an archive or folder as
-            mdistiller publishes them.
-        architecture: name of a network; capitals do not matter.
-
-    Raises:
-        WeightsError: nothing there, nothing for this architecture, or a damaged file.
-    """
-    if path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES):
-        return _from_archive(path, architecture)
-    if path.is_dir() and not (path / LAST).exists():
-        names = (file.relative_to(path.parent).as_posix() for file in path.rglob("ckpt_epoch_*.pth"))
-        return read_weights(path.parent / _chosen(names, architecture, path))
-    return read_weights(path / LAST if path.is_dir() else path)
-
-
 def _from_archive(path: Path, architecture: str) -> WeightsFile:
-    """Read one file of an archive, without unpacking it and whatever else is in there."""
+    """Read one file of an archive without unpacking the rest."""
     try:
         with tarfile.open(path) as archive:
             members = {member.name: member for member in archive if member.isfile()}
             name = _chosen(members, architecture, path)
             stream = archive.extractfile(members[name])
-            assert stream is not None, "a plain file"
+            assert stream is not None, "members are plain files"
             content = stream.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise WeightsError(
@@ -276,16 +279,20 @@ def _from_archive(path: Path, architecture: str) -> WeightsFile:
 
 
 def _chosen(names: Iterable[str], architecture: str, where: Path) -> str:
-    """The last epoch of an architecture among the names of a tree."""
-    found = [(match["architecture"], int(match["epoch"]), name) for name in names if (match := _IN_TREE.search(name))]
+    """The checkpoint of an architecture's last epoch, among the file names of a tree."""
+    found = [
+        (match["architecture"], int(match["epoch"]), name)
+        for name in names
+        if (match := _CHECKPOINT_IN_TREE.search(name))
+    ]
     fitting = [(epoch, name) for known, epoch, name in found if known.lower() == architecture.lower()]
     if not fitting:
         known = ", ".join(sorted({known for known, _, _ in found}))
         raise WeightsError(
-            f"no checkpoint of {architecture} here",
+            f"no checkpoint of {architecture}",
             where=where,
             expected=f"{architecture}_vanilla/ckpt_epoch_240.pth as in cifar_teachers.tar, or a run of train-student",
             found=f"checkpoints of {known}" if known else "none",
-            next_step="name the file itself, or the teacher that is there",
+            next_step="name the file itself, or one of these teachers",
         )
     return max(fitting)[1]

@@ -1,4 +1,4 @@
-"""Weight files: finding, reading, checking and fingerprinting them. A network is never left half random."""
+"""Read, check, load and fingerprint weights. A network never keeps some of its random initial weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cache_tools.format.recipe import Precision
 LINE_LIMIT = 160
 _WRAPPERS = ("state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
-# What training scripts store beside the weights and that runs no code: their options, and numbers that numpy computed,
-# such as a decayed learning rate in the optimiser's state. numpy 2 moved the function that makes these.
+# Types that training scripts store beside the weights and that run no code: their options, and numpy numbers such as a
+# decayed learning rate in the optimiser's state. numpy 2 moved the function that creates these numbers.
 _NUMBER = np.float64(0.0).__reduce__()[0]
 _SAFE: list[Any] = [
     argparse.Namespace,
@@ -47,15 +47,15 @@ class WeightsFile(NamedTuple):
 
 
 def read_weights(path: Path, content: IO[bytes] | None = None) -> WeightsFile:
-    """Read `.safetensors`, or what torch.save wrote: a state dict, bare or as `model`, `state_dict` or `net`.
+    """Read `.safetensors` or a file of torch.save: a state dict, bare or under `model`, `state_dict` or `net`.
 
-    Prefixes that DataParallel and torch.compile leave on every key are taken off. No code in the file is run.
+    The prefixes that DataParallel and torch.compile put before every key are removed. No code in the file is run.
 
     Args:
-        content: of a file that torch.save wrote, where `path` only says what it is (a member of an archive).
+        content: the content of a torch.save file inside an archive; `path` then only names it in messages.
 
     Raises:
-        WeightsError: missing or unreadable file, or one without a state dict.
+        WeightsError: the file is missing, unreadable, or has no state dict.
     """
     if content is None and not path.is_file():
         raise WeightsError("no such weights", where=path, expected="a .safetensors or .pth file")
@@ -79,12 +79,12 @@ def read_weights(path: Path, content: IO[bytes] | None = None) -> WeightsFile:
 
 
 def load_into(network: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: object, num_classes: int) -> None:
-    """Copy every tensor into the network; all names and shapes must be the same on both sides.
+    """Copy every tensor into the network; names and shapes must be the same on both sides.
 
     Args:
-        tensors: of the network's own layout, or EfficientNet-PyTorch's for a timm EfficientNet.
-        where: file or tag, for the message.
-        num_classes: of the dataset; a checkpoint that differs only in that says so.
+        tensors: in the network's own layout, or in EfficientNet-PyTorch's for a timm EfficientNet.
+        where: file or tag, for messages.
+        num_classes: of the dataset, for the message about a checkpoint that differs in nothing else.
 
     Raises:
         WeightsError: another class count, or the first name or shape that does not fit.
@@ -92,8 +92,8 @@ def load_into(network: nn.Module, tensors: Mapping[str, torch.Tensor], *, where:
     wanted = network.state_dict()
     given = dict(tensors)
     if "_conv_stem.weight" in given and "conv_stem.weight" in wanted:
-        given = efficientnet_pytorch_to_timm(given, network)
-    # Batch counters are missing from old files, and no frozen network reads them.
+        given = _efficientnet_pytorch_to_timm(given, network)
+    # Old files lack the batch counters. No frozen network reads them.
     given |= {key: wanted[key] for key in wanted if key.endswith("num_batches_tracked") and key not in given}
     wrong = [key for key in wanted if key not in given or given[key].shape != wanted[key].shape]
     other_classes = {_other_class_count(key, wanted, given, num_classes) for key in wrong}
@@ -120,7 +120,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, torch.Tensor], *, where:
 
 
 def class_count_error(where: object, num_classes: int, found: int) -> WeightsError:
-    """The network was trained for another number of classes than the dataset has."""
+    """The error for a network that was trained for another number of classes than the dataset has."""
     return WeightsError(
         "the teacher has another class count than the dataset",
         where=where,
@@ -131,10 +131,10 @@ def class_count_error(where: object, num_classes: int, found: int) -> WeightsErr
 
 
 def check_class_names(metadata: Mapping[str, str], class_names: tuple[str, ...], where: object) -> None:
-    """Compare the class names in a checkpoint's metadata (JSON list `class_names`, if any) with the dataset's.
+    """Compare the class names in a checkpoint's metadata (a JSON list under `class_names`, if any) with the dataset's.
 
     Raises:
-        WeightsError: another count, other names, or another order.
+        WeightsError: the count, the names or their order differ.
     """
     if "class_names" not in metadata:
         return
@@ -160,7 +160,7 @@ def check_class_names(metadata: Mapping[str, str], class_names: tuple[str, ...],
 
 
 def weights_digest(network: nn.Module) -> str:
-    """64 hex digits of sha256 over names, dtypes, shapes and bytes of all tensors: the file format does not matter."""
+    """64 hex digits of sha256 over names, dtypes, shapes and bytes of all tensors, whatever the file format."""
     digest = hashlib.sha256()
     state = network.state_dict()
     for name in sorted(state):
@@ -171,31 +171,31 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def freeze(network: nn.Module, device: torch.device) -> nn.Module:
-    """Eval mode, no gradients, on the device; channels last on CUDA, where convolutions are faster that way."""
+    """Put a network on the device in eval mode, without gradients; channels last on CUDA, for faster convolutions."""
     network = network.eval().requires_grad_(False).to(device)
     return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
 
 
 def as_network_input(images_NCHW: torch.Tensor) -> torch.Tensor:
-    """The memory format that `freeze` chose for the weights."""
+    """The images in the memory format that `freeze` chose for the weights."""
     return images_NCHW.contiguous(memory_format=torch.channels_last) if images_NCHW.is_cuda else images_NCHW
 
 
 def mixed_precision(device: torch.device, precision: Precision) -> torch.autocast:
-    """Autocast of the forward pass; `float32` switches it off, also where the caller has it on."""
+    """Autocast for a forward pass; `float32` switches it off even if the caller has it on."""
     enabled = precision != "float32"
     return torch.autocast(device.type, dtype=_DTYPES[precision] if enabled else None, enabled=enabled)
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The next step that names the closest spelling, if there is one."""
+    """A message's next step that suggests the most similar name; None if no name is similar."""
     by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
-    return f"did you mean '{by_lower[near[0]]}'" if near else None
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f"did you mean '{by_lower[close[0]]}'" if close else None
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, short enough for one line."""
+    """Type and first line of a library's exception, cut to fit into a one-line message."""
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines[0]) <= LINE_LIMIT else f"{lines[0][:LINE_LIMIT]}…"
     return f"{type(error).__name__}: {text}".removesuffix(": ").rstrip(".")
@@ -224,7 +224,7 @@ def _state_dict(checkpoint: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _instead(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
-    """What a file has in place of a tensor that it lacks."""
+    """Describe what a file has instead of a missing tensor."""
     other = next((key for key in given if key not in wanted), None)
     return "no such tensor" + (f", but '{other}' of shape {list(given[other].shape)}" if other else "")
 
@@ -232,17 +232,17 @@ def _instead(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tenso
 def _other_class_count(
     key: str, wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], num_classes: int
 ) -> int | None:
-    """The class count of the file, if this tensor is a head that differs in nothing else."""
+    """The class count of the file, if this tensor is a head that differs only in that."""
     if key not in given or wanted[key].ndim == 0 or given[key].ndim != wanted[key].ndim:
         return None
     same_rest = given[key].shape[1:] == wanted[key].shape[1:]
     return given[key].shape[0] if same_rest and wanted[key].shape[0] == num_classes else None
 
 
-def efficientnet_pytorch_to_timm(tensors: Mapping[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
-    """Names of the EfficientNet-PyTorch package, which numbers blocks throughout, as timm's, which has stages.
+def _efficientnet_pytorch_to_timm(tensors: Mapping[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
+    """Rename tensors of the EfficientNet-PyTorch package, which numbers its blocks, for timm, which has stages.
 
-    Those weights come from TensorFlow: timm's `tf_efficientnet_*` has the padding and batch-norm constant they need.
+    These weights come from TensorFlow: they need the padding and batch-norm constant of timm's `tf_efficientnet_*`.
     """
     stages: Any = network.blocks
     blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]

@@ -290,7 +290,7 @@ def test_other_weights_are_one_clear_error(root: Path, built: Callable[..., Teac
 def test_a_cache_that_does_not_say_how_its_networks_were_loaded(built: Callable[..., TeacherCache]) -> None:
     cache = TeacherCache(built().path)
     cache.manifest = cache.manifest.model_copy(update={"build_recipe": {}})
-    with pytest.raises(NotFoundError, match="does not say how its teachers were loaded"):
+    with pytest.raises(NotFoundError, match="does not record how its teachers were loaded"):
         again(cache)
 
 

@@ -248,7 +248,7 @@ def test_file_folder_and_archive_make_the_same_cache(small: Path, tmp_path: Path
     [
         ("resnet8x4", "cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth",
          "expected 'conv1.weight' of shape [32, 3, 3, 3]; found shape [16, 3, 3, 3]"),
-        ("vgg13", "cifar_teachers.tar", "no checkpoint of vgg13 here"),
+        ("vgg13", "cifar_teachers.tar", "no checkpoint of vgg13"),
         ("resnet8", "elsewhere/cifar_teachers.tar", "no such weights"),
     ],
 )  # fmt: skip

@@ -366,7 +366,7 @@ def test_a_clip_with_other_weights_is_refused(root: Path, built: TeacherCache, t
 
 
 def test_a_cache_that_keeps_no_build_recipe_has_no_other_prompts(several: TeacherCache, tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="does not say how its teachers were loaded"):
+    with pytest.raises(NotFoundError, match="does not record how its teachers were loaded"):
         fused(several, tmp_path / "made", ("another {}",))
 
 

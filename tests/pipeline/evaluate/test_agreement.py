@@ -123,5 +123,5 @@ def test_a_cache_that_keeps_no_build_recipe_is_an_error(run: StoredRun, images: 
         manifest=run.manifest.model_copy(update={"build_recipe": {}}),
         cache=run.cache,
     )
-    with pytest.raises(NotFoundError, match="does not say how its teachers were loaded"):
+    with pytest.raises(NotFoundError, match="does not record how its teachers were loaded"):
         load_teachers(silent, images, CPU)

@@ -50,7 +50,7 @@ def test_empty_unreadable_and_missing_files(tmp_path: Path) -> None:
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text("# nothing\n")
     binary.write_bytes(b"\xff\xfe\x00{}")
-    with pytest.raises(RecipeError, match="no prompt template here"):
+    with pytest.raises(RecipeError, match="no prompt templates"):
         template_set(str(empty))
     with pytest.raises(RecipeError, match="UTF-8"):
         template_set(str(binary))
@@ -62,7 +62,7 @@ def test_templates_that_are_given_are_kept_and_checked() -> None:
     assert template_set(("the {}", "a {}")) == ("the {}", "a {}")
     with pytest.raises(RecipeError, match=r"exactly one \{\} \(template 1\)"):
         template_set(["the {}", "a cat"])
-    with pytest.raises(RecipeError, match="no prompt template here"):
+    with pytest.raises(RecipeError, match="no prompt templates"):
         template_set([])
 
 

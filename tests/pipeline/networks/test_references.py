@@ -108,4 +108,4 @@ def test_an_error_of_the_load_is_raised_and_the_mode_restored(monkeypatch: pytes
     with pytest.raises(OSError, match="do not fit"):
         load_local_first(load)
     assert modes == ([True] if offline else [True, False])
-    assert constants.HF_HUB_OFFLINE == offline
+    assert constants.HF_HUB_OFFLINE is offline

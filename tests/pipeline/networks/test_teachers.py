@@ -160,7 +160,7 @@ def test_run_folder_of_train_student(tmp_path: Path, pixels: torch.Tensor) -> No
     assert by_file.identity == by_name.identity == teacher.identity
     other_canvas = load(TeacherSpec(name=str(tmp_path)), canvas=48)
     assert other_canvas.identity.preprocessing.size == (32, 32)
-    with pytest.raises(WeightsError, match="has its weights with it"):
+    with pytest.raises(WeightsError, match="already contains its weights"):
         load(TeacherSpec(name=str(tmp_path), weights="pretrained"))
 
 
