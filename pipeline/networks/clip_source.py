@@ -175,7 +175,7 @@ def _quick_gelu_error(name: str, weights: str, *, is_folder: bool = False) -> We
 
 
 def _is_openai(path: Path) -> bool:
-    """Whether weights are OpenAI's: a TorchScript archive, or plain tensors with `openai` in the name of file or folder."""
+    """Whether weights are OpenAI's: a TorchScript archive, or `openai` in the name of file or folder."""
     return _is_torchscript(path) or any("openai" in part.lower() for part in (path.name, path.parent.name))
 
 

@@ -245,7 +245,7 @@ def _probe(
             "the teacher does not accept the size of these views",
             where=architecture,
             expected="a size that the architecture accepts",
-            found=f"{list(images.shape[2:])}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            found=f"{list(images.shape[2:])}: {first_line(error)}",
             next_step="set teacher.size",
         ) from error
     if logits.shape != (2, num_classes) or features.ndim != 2:

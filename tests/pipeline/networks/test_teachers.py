@@ -286,7 +286,7 @@ class TestTimm:
         with torch.no_grad():
             expected = model(prepare(pixels, teacher.identity.preprocessing))
         torch.testing.assert_close(teacher(pixels).logits, expected, rtol=1e-4, atol=1e-5)
-        with pytest.raises(WeightsError, match=r"cannot read these views.*Set teacher\.size"):
+        with pytest.raises(WeightsError, match=r"does not accept the size of these views.*Set teacher\.size"):
             load(TeacherSpec(name="timm:test_vit", weights=str(tmp_path / "vit.pth"), size=33))
 
     def test_head_that_is_not_linear(self, tmp_path: Path, pixels: torch.Tensor) -> None:
