@@ -43,7 +43,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@touch $@
 
 constraints-oldest: $(STAMP) ## write constraints-oldest.txt again, after a change of dependencies
-	$(BIN)/uv pip compile --quiet --resolution lowest-direct --extra dev --python-version 3.11 \
+	$(BIN)/uv pip compile --quiet --upgrade --resolution lowest-direct --extra dev --python-version 3.11 \
 		--no-annotate --custom-compile-command 'make constraints-oldest' pyproject.toml --output-file constraints-oldest.txt
 
 docs: $(STAMP) ## the documentation as a site, in site/
