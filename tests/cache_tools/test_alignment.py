@@ -24,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     return TeacherCache.open(path)
 
 
-def test_the_content_digest_is_the_one_of_the_images() -> None:
+def test_commits_and_images_compute_the_same_content_digest() -> None:
     assert commits.content_digest(IMAGES.keys, IMAGES.labels, IMAGES.class_names) == IMAGES.content_digest
 
 
@@ -81,7 +81,9 @@ LABEL = IMAGES.labels[33]
         (replace(IMAGES, image_size=(28, 32)), r"another image size .*expected 32×32; found 28×32"),
     ],
 )
-def test_another_dataset_is_refused_with_what_differs(cache: TeacherCache, other: ArrayImages, message: str) -> None:
+def test_the_first_difference_of_another_dataset_is_named(
+    cache: TeacherCache, other: ArrayImages, message: str
+) -> None:
     with pytest.raises(MismatchError, match=message) as caught:
         cache.check_dataset(other)
     assert "digits, split train" in str(caught.value)
@@ -96,14 +98,14 @@ def test_canaries_accept_the_pixels_that_the_teachers_saw(cache: TeacherCache) -
 def test_canaries_find_images_that_decode_differently(cache: TeacherCache) -> None:
     canary = cache.manifest.canaries[5]
     pixels = IMAGES.pixels.copy()
-    pixels[canary.index] ^= 1  # as another JPEG decoder would; keys are of the files and stay
+    pixels[canary.index] ^= 1  # as another JPEG decoder would do; keys are digests of the files and stay the same
     drifted = replace(IMAGES, pixels=pixels)
     cache.check_dataset(drifted)
     with pytest.raises(MismatchError, match=rf"not the pixels .*sample {canary.index}\)"):
         cache.check_canaries(drifted)
 
 
-def test_canaries_find_view_code_that_changed(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_canaries_find_changed_view_code(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
     real = ViewRecipe.apply
 
     def shifted(self: ViewRecipe, images: torch.Tensor, index: np.ndarray, view: int) -> torch.Tensor:
@@ -114,14 +116,14 @@ def test_canaries_find_view_code_that_changed(cache: TeacherCache, monkeypatch: 
         cache.check_canaries(IMAGES)
 
 
-def test_canaries_are_what_apply_makes_of_the_images() -> None:
+def test_canaries_are_digests_of_applied_views() -> None:
     for canary in make_canaries(VIEWS, IMAGES, 3):
         pixels = VIEWS.apply(torch.from_numpy(IMAGES.pixels), np.arange(75), canary.view)[canary.index]
         assert canary.pixel_digest == pixel_digest(pixels) == pixel_digest(pixels.numpy())
 
 
 @pytest.mark.parametrize(("samples", "views"), [(1, 1), (1, 40), (2, 3), (75, 1), (500, 200)])
-def test_canaries_reach_from_the_first_to_the_last(samples: int, views: int) -> None:
+def test_canaries_span_all_samples_and_views(samples: int, views: int) -> None:
     canaries = make_canaries(VIEWS, tiny_images(samples), views)
     assert 1 <= len(canaries) <= min(MAX_CANARIES, samples * views)
     assert {0, samples - 1} <= {canary.index for canary in canaries}
@@ -155,7 +157,7 @@ def shuffled(images: ArrayImages, seed: int = 0) -> ArrayImages:
     return replace(images, keys=images.keys[order], labels=images.labels[order], pixels=images.pixels[order])
 
 
-def test_samples_in_another_order_are_brought_into_the_cache_s(cache: TeacherCache) -> None:
+def test_shuffled_samples_are_put_into_the_order_of_the_cache(cache: TeacherCache) -> None:
     found = aligned(cache, shuffled(IMAGES))
     assert found.content_digest == IMAGES.content_digest
     np.testing.assert_array_equal(found.load(slice(None)), IMAGES.pixels)
@@ -165,7 +167,7 @@ def test_samples_in_another_order_are_brought_into_the_cache_s(cache: TeacherCac
 
 
 def test_copies_of_an_image_keep_their_labels(tmp_path: Path) -> None:
-    """Sample 3 is there four times, once with another label."""
+    """Four copies of sample 3, one of them with another label."""
     rows = np.array([3, *range(10), 3, 3])
     twins = replace(IMAGES, keys=IMAGES.keys[rows], labels=IMAGES.labels[rows].copy(), pixels=IMAGES.pixels[rows])
     twins.labels[-1] = (twins.labels[-1] + 1) % 5

@@ -56,8 +56,8 @@ def test_class_embeddings_are_the_mean_of_unit_vectors_not_of_raw_ones() -> None
     torch.testing.assert_close(fusion.class_embeddings(text), torch.full((1, 2), 0.5**0.5))
 
 
-def how(**changes: Any) -> Fusion:
-    """One teacher and one CLIP of weight 1, if nothing else is said."""
+def make_fusion(**changes: Any) -> Fusion:
+    """One teacher and one CLIP of weight 1, with changes."""
     plain: dict[str, Any] = {
         "teacher_weight": 0.7,
         "feature_weight": 0.4,
@@ -70,13 +70,13 @@ def how(**changes: Any) -> Fusion:
 
 def test_one_teacher_and_one_clip_equal_a_float64_reference(batch: dict[str, torch.Tensor]) -> None:
     p_teacher, p_clip = fusion.projection_matrix(24, 8, seed=3), fusion.projection_matrix(16, 8, seed=4)
-    logits = fusion.fused_logits([batch["teacher"]], [31.5 * batch["cosine"]], how())
+    logits = fusion.fused_logits([batch["teacher"]], [31.5 * batch["cosine"]], make_fusion())
     features = fusion.fused_features(
         [batch["teacher_features"]],
         [torch.from_numpy(p_teacher)],
         [batch["clip_features"]],
         [torch.from_numpy(p_clip)],
-        how(),
+        make_fusion(),
     )
     plain = {name: value.double().numpy() for name, value in batch.items()}
     z = 0.7 * plain["teacher"] + 0.3 * 31.5 * plain["cosine"]
@@ -88,15 +88,18 @@ def test_one_teacher_and_one_clip_equal_a_float64_reference(batch: dict[str, tor
 
 
 def test_several_networks_equal_a_float64_reference() -> None:
-    """Three teachers and two CLIPs, every one of another width; the weighted groups are renormalised."""
+    """Three teachers and two CLIPs of different widths; each weighted group is renormalised."""
     rng = np.random.default_rng(3)
     widths, shares = ((12, 9, 20), (16, 7)), ((0.5, 0.2, 0.3), (0.25, 0.75))
     logits = [[rng.normal(0, 4, (6, 5)).astype(np.float32) for _ in group] for group in widths]
     features = [[rng.normal(size=(6, width)).astype(np.float32) for width in group] for group in widths]
     projections = [[fusion.projection_matrix(width, 8, width) for width in group] for group in widths]
-    chosen = how(teacher_weights=shares[0], clip_weights=shares[1], clip_scales=(1.0, 1.0))
+    chosen = make_fusion(teacher_weights=shares[0], clip_weights=shares[1], clip_scales=(1.0, 1.0))
 
-    z = [sum(w * x.astype(np.float64) for w, x in zip(*pair, strict=True)) for pair in zip(shares, logits, strict=True)]
+    z = [
+        sum(w * x.astype(np.float64) for w, x in zip(weights, group, strict=True))
+        for weights, group in zip(shares, logits, strict=True)
+    ]
     fused = 0.7 * z[0] + 0.3 * z[1]
     fused -= fused.mean(axis=1, keepdims=True)
     groups = []
@@ -107,16 +110,17 @@ def test_several_networks_equal_a_float64_reference() -> None:
 
     teachers, clips = ([torch.from_numpy(x) for x in group] for group in logits)
     np.testing.assert_allclose(fusion.fused_logits(teachers, clips, chosen).numpy(), fused, rtol=1e-5, atol=1e-5)
-    sides = [[torch.from_numpy(x) for x in group] for pair in zip(features, projections, strict=True) for group in pair]
-    np.testing.assert_allclose(fusion.fused_features(*sides, chosen).numpy(), f, rtol=1e-5, atol=1e-6)
+    arguments = (features[0], projections[0], features[1], projections[1])
+    found = fusion.fused_features(*([torch.from_numpy(x) for x in group] for group in arguments), chosen)
+    np.testing.assert_allclose(found.numpy(), f, rtol=1e-5, atol=1e-6)
 
 
-def test_a_network_of_weight_zero_is_not_there(batch: dict[str, torch.Tensor]) -> None:
-    """Bit for bit, even where it says nothing finite; and equal networks are one."""
-    nothing = torch.full((6, 5), torch.inf)
-    assert torch.equal(fusion.mix([nothing, batch["teacher"]], (0.0, 1.0)), batch["teacher"])
+def test_networks_of_weight_zero_are_ignored(batch: dict[str, torch.Tensor]) -> None:
+    """Bit for bit, even if their values are infinite; and mixing equal networks changes nothing."""
+    infinite = torch.full((6, 5), torch.inf)
+    assert torch.equal(fusion.mix([infinite, batch["teacher"]], (0.0, 1.0)), batch["teacher"])
     rows = torch.nn.functional.normalize(batch["teacher"], dim=1)
-    assert torch.equal(fusion.mix_features([rows, nothing], (1.0, 0.0)), rows)
+    assert torch.equal(fusion.mix_features([rows, infinite], (1.0, 0.0)), rows)
     torch.testing.assert_close(fusion.mix([batch["teacher"]] * 3, (0.2, 0.3, 0.5)), batch["teacher"])
     torch.testing.assert_close(fusion.mix_features([rows, rows], (0.5, 0.5)), rows)
 
@@ -131,7 +135,7 @@ def test_a_mix_of_features_keeps_its_length(batch: dict[str, torch.Tensor]) -> N
 
 
 def prompts_by_hand(image: np.ndarray, text: np.ndarray, scale: float, ensemble: str) -> np.ndarray:
-    """[B, C] float64, up to a shift per row: one loop over prompts, all of them at once in memory."""
+    """[B, C] float64, up to a shift per row, with the cosines of all prompts in memory at once."""
     cosines = np.stack([unit(image) @ unit(prompt).T for prompt in text])
     if ensemble == "embedding":
         return scale * unit(image) @ unit(np.mean([unit(prompt) for prompt in text], axis=0)).T
@@ -144,7 +148,7 @@ def prompts_by_hand(image: np.ndarray, text: np.ndarray, scale: float, ensemble:
 @pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
 @pytest.mark.parametrize("ensemble", ["embedding", "logits", "probabilities"])
 def test_prompt_ensembles_equal_a_float64_reference(ensemble: PromptEnsemble, scale: float) -> None:
-    """On the golden text features, which are not of unit length."""
+    """On the golden text features, which are not normalised."""
     data = golden("prompts")
     prompts = fusion.prompt_embeddings(data["text_features"], ensemble)
     found = fusion.clip_logits(data["image_features"], prompts, scale)
@@ -161,7 +165,7 @@ def test_the_embedding_ensemble_is_the_scaled_golden_cosine() -> None:
     torch.testing.assert_close(found, 100.0 * data["cosine"], rtol=1e-5, atol=1e-4)
 
 
-def test_one_prompt_is_the_same_under_every_ensemble() -> None:
+def test_ensembles_of_one_prompt_agree() -> None:
     data = golden("prompts")
     first = data["text_features"][:1]
     found = {
@@ -184,14 +188,14 @@ def test_the_ensembles_differ_and_probabilities_sum_to_one() -> None:
 
 
 def test_probabilities_do_not_underflow() -> None:
-    """At a scale of 10 000 every other class has probability 0 in float32, and a finite logarithm."""
+    """At a scale of 10 000, float32 probabilities of the other classes are 0, but their logarithms are finite."""
     text, image = torch.eye(3).expand(4, 3, 3), torch.tensor([[1.0, 0.0, 0.0]])
     found = fusion.clip_logits(image, fusion.prompt_embeddings(text, "probabilities"), 10_000.0)
     torch.testing.assert_close(found, torch.tensor([[0.0, -10_000.0, -10_000.0]]))
 
 
 def test_probabilities_never_hold_all_prompts_at_once() -> None:
-    """40 prompts of 500 classes: beside the result, no more than a few [B, C] are ever alive."""
+    """40 prompts, 500 classes: only a few [B, C] tensors are alive at any time."""
     rows, classes, count = 256, 500, 40
     image, text = torch.randn(rows, 16), torch.randn(count, classes, 16)
     prompts = fusion.prompt_embeddings(text, "probabilities")
@@ -244,7 +248,7 @@ def test_clip_scale_choices(batch: dict[str, torch.Tensor]) -> None:
     assert spreads[0] == pytest.approx(spreads[1], rel=1e-6)
 
 
-def test_match_refuses_a_clip_without_an_opinion() -> None:
+def test_match_refuses_constant_cosines() -> None:
     with pytest.raises(PreflightError, match="cannot match the spread"):
         fusion.resolve_clip_scale("match", 100.0, torch.randn(4, 3), torch.full((4, 3), 0.25))
 
@@ -263,7 +267,7 @@ def test_projection_is_orthonormal_fixed_and_float32(rows: int, cols: int, seed:
 
 
 def test_projection_is_pinned() -> None:
-    """Caches store their matrices, but a rebuild of one must make the same: these numbers may not move."""
+    """A rebuilt cache must have the same projections, so these numbers must not change."""
     matrix = fusion.projection_matrix(4, 2, seed=0)
     expected = [
         [0.4974341, -0.34093633],

@@ -1,4 +1,4 @@
-"""prepare() against float64 arithmetic and against PIL, through torchvision's transforms."""
+"""`prepare` against float64 arithmetic, and against PIL by way of torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PIL_MODES = {
 
 
 def random_pixels(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Noise with flat patches: the extremes make bicubic overshoot, which must be clamped."""
+    """Noise with flat patches, at whose edges bicubic interpolation overshoots and must be clamped."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 256, (batch, 3, height, width), dtype=np.uint8)
     pixels[:, :, : height // 2, : width // 3] = 255
@@ -37,7 +37,7 @@ def reference(pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [None, (32, 20)])
-def test_the_canvas_itself_is_only_normalised(size: tuple[int, int] | None) -> None:
+def test_without_resizing_pixels_are_only_normalised(size: tuple[int, int] | None) -> None:
     pixels = random_pixels(5, 32, 20)
     before = pixels.clone()
     prepared = prepare(pixels, Preprocessing(size=size, mean=MEAN, std=STD))
@@ -83,9 +83,9 @@ def test_resize_is_torchvisions_on_pil_images(
     levels = ((prepared * std + mean) * 255).numpy()
     difference = np.abs(levels - expected.astype(np.float64))
     assert np.abs(levels - levels.round()).max() < 1e-2  # whole grey levels, as uint8 pixels are
-    if interpolation == "nearest":  # PIL accumulates positions in steps: an odd ratio may pick the neighbour
+    if interpolation == "nearest":  # PIL accumulates positions, so an odd ratio may pick the neighbouring pixel
         assert (difference > 0.5).mean() < 0.05
-    else:  # noise and hard edges: ties of the two roundings may go either way
+    else:  # at noise and hard edges the two implementations may round ties differently
         assert difference.max() < 2.01
         assert difference.mean() < 0.06
 
@@ -108,7 +108,7 @@ def test_real_images_differ_by_a_grey_level_at_most() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("canvas", "size"), [((32, 32), (96, 96)), ((96, 96), (32, 32)), ((50, 75), (32, 48))])
-def test_the_passes_for_cuda_equal_the_integer_kernel(
+def test_resampling_in_passes_equals_the_integer_kernel(
     interpolation: str, canvas: tuple[int, int], size: tuple[int, int]
 ) -> None:
     pixels = random_pixels(4, *canvas)
@@ -130,7 +130,7 @@ def test_memory_format_is_kept() -> None:
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    """Teacher batches of any size give the same input bits: cached targets equal online ones."""
+    """Any batch size gives the same bits, so cached targets can equal online ones."""
     pixels = random_pixels(37, 32, 32)
     for size in (None, (48, 48)):
         plain = Preprocessing(size=size, mean=MEAN, std=STD)
@@ -139,7 +139,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
         assert torch.equal(whole, pieces)
 
 
-def test_constants_made_in_inference_mode_serve_training() -> None:
+def test_constants_made_in_inference_mode_can_be_used_in_training() -> None:
     plain = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     pixels = random_pixels(2, 8, 8)
     with torch.inference_mode():

@@ -33,7 +33,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     return TeacherCache.open(path)
 
 
-def refused_logits(cache: TeacherCache, view: int, **choice: object) -> np.ndarray:
+def logits_with(cache: TeacherCache, view: int, **choice: object) -> np.ndarray:
     resolved = FusionChoice(**choice).resolve(cache)  # type: ignore[arg-type]
     return cache.load_view(view, fusion=resolved).logits(slice(None)).double().numpy()
 
@@ -45,25 +45,25 @@ def by_hand(cache: TeacherCache, view: int, weight: float, scale: float, clip_vi
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 42.0])
-def test_weight_and_scale_are_those_asked_for(cache: TeacherCache, weight: float, scale: float) -> None:
-    found = refused_logits(cache, 1, teacher_weight=weight, clip_scale=scale)
+def test_weight_and_scale_are_applied(cache: TeacherCache, weight: float, scale: float) -> None:
+    found = logits_with(cache, 1, teacher_weight=weight, clip_scale=scale)
     np.testing.assert_allclose(found, by_hand(cache, 1, weight, scale), rtol=1e-4, atol=1e-4)
 
 
-def test_no_choice_is_the_fusion_of_the_recipe(cache: TeacherCache) -> None:
-    assert np.array_equal(refused_logits(cache, 2), cache.load_view(2).logits(slice(None)).double().numpy())
+def test_without_a_choice_the_recipe_applies(cache: TeacherCache) -> None:
+    assert np.array_equal(logits_with(cache, 2), cache.load_view(2).logits(slice(None)).double().numpy())
     expected = by_hand(cache, 2, cache.recipe.fusion.teacher_weight, 100.0)
-    np.testing.assert_allclose(refused_logits(cache, 2), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits_with(cache, 2), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_clip_targets_of_one_view_stand_for_all(cache: TeacherCache) -> None:
-    found = refused_logits(cache, 2, clip_view=0)
+def test_clip_view_is_used_for_all_views(cache: TeacherCache) -> None:
+    found = logits_with(cache, 2, clip_view=0)
     np.testing.assert_allclose(found, by_hand(cache, 2, 0.7, 100.0, clip_view=0), rtol=1e-4, atol=1e-4)
-    assert np.array_equal(refused_logits(cache, 0, clip_view=0), refused_logits(cache, 0))
-    assert np.abs(found - refused_logits(cache, 2)).max() > 1.0
+    assert np.array_equal(logits_with(cache, 0, clip_view=0), logits_with(cache, 0))
+    assert np.abs(found - logits_with(cache, 2)).max() > 1.0
 
 
-def test_match_brings_clip_to_the_teachers_spread(cache: TeacherCache) -> None:
+def test_match_gives_clip_the_spread_of_the_teacher(cache: TeacherCache) -> None:
     targets = cache.load_view(0)
     teacher, cosine = targets.teacher_logits(slice(None)).double(), targets.cosine(slice(None)).double()
     scale = FusionChoice(clip_scale="match").resolve(cache).clip_scale
@@ -79,17 +79,17 @@ def test_the_feature_weight_mixes_the_projections(cache: TeacherCache) -> None:
     torch.testing.assert_close(targets.features(slice(None)), expected)
 
 
-def test_a_fused_cache_says_that_it_cannot_be_fused_anew(tmp_path: Path) -> None:
+def test_a_fused_cache_cannot_be_fused_differently(tmp_path: Path) -> None:
     build(tmp_path / "fused", tiny_manifest(IMAGES), IMAGES)
     cache = TeacherCache.open(tmp_path / "fused")
     assert FusionChoice().resolve(cache).teacher_weight == 0.7
     for choice in (FusionChoice(teacher_weight=0.5), FusionChoice(prompts=(0,)), FusionChoice(teacher_weights=(1.0,))):
-        (asked,) = (name for name, value in choice if value is not None)
-        with pytest.raises(NotFoundError, match=rf"to change {asked};.*fused targets only.*store=components"):
+        (changed,) = (name for name, value in choice if value is not None)
+        with pytest.raises(NotFoundError, match=rf"to change {changed};.*fused targets only.*store=components"):
             choice.resolve(cache)
 
 
-def test_a_clip_view_that_is_not_there_is_refused(cache: TeacherCache) -> None:
+def test_a_missing_clip_view_is_refused(cache: TeacherCache) -> None:
     with pytest.raises(NotFoundError, match="no such view"):
         FusionChoice(clip_view=3).resolve(cache)
 
@@ -121,16 +121,16 @@ def test_every_choice_equals_the_equations(several: TeacherCache, choice: dict[s
     np.testing.assert_allclose(targets.to("cpu").clip_logits([5, 2]), expected.clip[[5, 2]], rtol=1e-4, atol=1e-4)
 
 
-def test_a_number_is_the_scale_of_every_clip_and_model_that_of_each(several: TeacherCache) -> None:
+def test_a_number_sets_every_clip_scale_and_model_keeps_each(several: TeacherCache) -> None:
     assert FusionChoice(clip_scale=7.0).resolve(several).clip_scales == (7.0, 7.0, 7.0)
     assert FusionChoice(clip_scale="model").resolve(several).clip_scales == pytest.approx((100.0, 50.0, 100 / 3))
     assert FusionChoice().resolve(several).clip_scales == several.manifest.clip_scales
-    found = refused_logits(several, 1, clip_scale=7.0)
+    found = logits_with(several, 1, clip_scale=7.0)
     np.testing.assert_allclose(found, fused_by_hand(several, 1, clip_scales=[7.0] * 3).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_match_brings_each_clip_to_the_spread_of_the_mixed_teachers(several: TeacherCache) -> None:
-    """With the weights and the prompts that are chosen at the same time, on cosines whatever the ensemble."""
+def test_match_gives_each_clip_the_spread_of_the_mixed_teachers(several: TeacherCache) -> None:
+    """Uses the weights and prompts chosen at the same time, and cosines for every ensemble."""
     choice: dict[str, Any] = {"teacher_weights": (0.2, 0.8), "prompts": (1,), "prompt_ensemble": "probabilities"}
     scales = FusionChoice(clip_scale="match", clip_view=2, **choice).resolve(several).clip_scales
     spread = fused_by_hand(several, 0, **choice).teacher.std(axis=1).mean()
@@ -142,8 +142,8 @@ def test_match_brings_each_clip_to_the_spread_of_the_mixed_teachers(several: Tea
         assert scale * cosines.std(axis=1).mean() == pytest.approx(spread, rel=1e-5)
 
 
-def test_weights_of_one_and_zero_leave_a_network_out(several: TeacherCache, tmp_path: Path) -> None:
-    """What remains is, bit for bit, the cache of the first teacher and the first CLIP alone."""
+def test_networks_of_weight_zero_are_left_out(several: TeacherCache, tmp_path: Path) -> None:
+    """The result equals, bit for bit, a cache of the first teacher and the first CLIP."""
     single = tiny_manifest(IMAGES, store="components", codec="float32")
     constants, stored = tiny_constants(several.manifest), tiny_targets(several.manifest)
     writer = CacheWriter.create(
@@ -174,15 +174,15 @@ def test_weights_of_one_and_zero_leave_a_network_out(several: TeacherCache, tmp_
         ({"clip_scale": float("inf")}, "bad CLIP scale"),
     ],
 )
-def test_weights_and_prompts_that_make_no_sense(several: TeacherCache, choice: dict[str, Any], words: str) -> None:
+def test_invalid_weights_and_prompts_are_refused(several: TeacherCache, choice: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         FusionChoice(**choice).resolve(several)
 
 
-def test_prompts_that_some_clip_lacks(several: TeacherCache) -> None:
+def test_prompts_that_one_clip_lacks_are_refused(several: TeacherCache) -> None:
     with pytest.raises(NotFoundError, match=r"no such prompt template.*expected 0 to 1; found 2.*info --json"):
         FusionChoice(prompts=(0, 2)).resolve(several)
 
 
-def test_thirds_sum_to_one(several: TeacherCache) -> None:
+def test_thirds_pass_the_check_of_the_sum(several: TeacherCache) -> None:
     assert FusionChoice(clip_weights=(1 / 3, 1 / 3, 1 / 3)).resolve(several).clip_weights == (1 / 3, 1 / 3, 1 / 3)

@@ -1,4 +1,4 @@
-"""Caches written once and kept: what they hold must be read the same by every later version."""
+"""Golden caches: every later version must read the same values from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAMES = ("version-2-fused", "version-2-compact", "version-2-top-k")
 
 
 def written(name: str) -> dict[str, np.ndarray]:
-    """What went into a cache, by target, and its fingerprint."""
+    """The rows that were written to a cache, by target, and its fingerprint."""
     with np.load(FOLDER / "version-2.npz") as file:
         return {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kept_cache_reads_as_it_was_written(name: str) -> None:
+def test_golden_caches_read_as_written(name: str) -> None:
     cache, expected = TeacherCache.open(FOLDER / f"{name}.zarr"), written(name)
     assert cache.manifest.fingerprint == str(expected.pop("fingerprint"))
     assert cache.is_complete
@@ -40,7 +40,7 @@ def test_a_kept_cache_reads_as_it_was_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kept_cache_is_sound_and_can_be_looked_at(name: str) -> None:
+def test_golden_caches_pass_verify_and_info(name: str) -> None:
     assert verify(FOLDER / f"{name}.zarr").problems == ()
     assert read_record(FOLDER / f"{name}.zarr").complete
     for command in ("info", "verify"):

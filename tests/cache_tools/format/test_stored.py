@@ -21,7 +21,7 @@ SEVERAL = tiny_manifest(
 
 
 def stored(manifest: Manifest = MANIFEST) -> dict[str, object]:
-    """The attribute as it comes back from zarr.json."""
+    """The attribute as read from zarr.json."""
     return json.loads(json.dumps(manifest_attribute(manifest)))
 
 
@@ -36,7 +36,7 @@ def changed(model: Frozen, **fields: object) -> Frozen:
     return model.model_copy(update=fields)
 
 
-def test_a_manifest_survives_json() -> None:
+def test_a_manifest_round_trips_through_json() -> None:
     assert parse_manifest(stored(), where="here") == MANIFEST
     assert parse_manifest(stored(SEVERAL), where="here") == SEVERAL
 
@@ -83,7 +83,7 @@ def test_another_format_version_is_refused(version: object) -> None:
     assert f"unknown cache format version (here); expected 2; found {version!r}. Open it with" in str(caught.value)
 
 
-def test_a_right_digest_over_a_wrong_fingerprint_is_refused() -> None:
+def test_a_wrong_fingerprint_with_a_right_digest_is_refused() -> None:
     forged = stored(MANIFEST.model_copy(update={"fingerprint": "0" * 64}))
     with pytest.raises(FormatError, match="fingerprint disagree"):
         parse_manifest(forged, where="here")
@@ -137,8 +137,8 @@ def test_array_names_follow_store_and_head() -> None:
     assert set(constant_shapes(MANIFEST.recipe)) == {"teacher_projection", "clip_projection", "class_embeddings"}
 
 
-def test_every_network_has_its_arrays() -> None:
-    """The first keeps the plain names, and a commit lists the columns array by array."""
+def test_each_network_has_its_own_arrays() -> None:
+    """The first network's arrays have no number. Commits list all networks of one kind of array, then the next kind."""
     assert [array_name("x", number) for number in range(3)] == ["x", "x_2", "x_3"]
     assert [(spec.name, spec.width) for spec in target_arrays(SEVERAL.recipe, 16)] == [
         ("teacher_features", 12), ("teacher_features_2", 15), ("teacher_features_3", 18),
@@ -159,7 +159,7 @@ def test_every_network_has_its_arrays() -> None:
     }  # fmt: skip
 
 
-def test_top_k_of_more_classes_than_it_can_number_is_refused() -> None:
+def test_top_k_refuses_more_classes_than_its_codes_can_number() -> None:
     recipe = sized(75, MAX_CLASSES + 1, codecs=resolve_codecs("top-k", MAX_CLASSES + 1))
     with pytest.raises(FormatError, match=r"too many classes for top-k \(codec\).*Choose another codec"):
         target_arrays(recipe, 16)
@@ -168,7 +168,7 @@ def test_top_k_of_more_classes_than_it_can_number_is_refused() -> None:
         parse_manifest(stored(forged), where="here")
 
 
-def test_the_first_network_is_at_hand() -> None:
+def test_properties_of_the_first_network() -> None:
     assert (SEVERAL.recipe.teacher, SEVERAL.recipe.clip) == (SEVERAL.recipe.teachers[0], SEVERAL.recipe.clips[0])
     assert (SEVERAL.clip_scale, SEVERAL.clip_scales) == (100.0, (100.0, 50.0))
     assert SEVERAL.recipe.teacher_weights == (0.5, 0.3, 0.2)

@@ -36,7 +36,7 @@ MANIFEST = tiny_manifest(IMAGES)
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Every file of a cache; what killed processes left half-written does not count."""
+    """All files of a cache except the half-written ones of killed processes."""
     found = (file for file in path.rglob("*") if file.is_file() and file.suffix != cache_tools.files.PARTIAL)
     return {str(file.relative_to(path)): file.read_bytes() for file in found}
 
@@ -46,7 +46,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("store", "linear_head"), [("fused", True), ("components", True), ("components", False)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_array_comes_back_as_written(tmp_path: Path, store: str, linear_head: bool, dtype: str) -> None:
+def test_every_array_reads_as_written(tmp_path: Path, store: str, linear_head: bool, dtype: str) -> None:
     manifest = tiny_manifest(IMAGES, store=store, linear_head=linear_head, codec=dtype)
     targets = build(tmp_path / "c", manifest, IMAGES)
     cache = TeacherCache.open(tmp_path / "c")
@@ -77,12 +77,12 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CacheWriter]:
 def test_round_trip_error_is_bounded(
     writers: dict[str, CacheWriter], values: np.ndarray, dtype: str, given_as: type
 ) -> None:
-    """float32: none. float16: half a unit in the last place, 2⁻¹¹ of the number, 2⁻²⁵ below the normal range."""
+    """float32 is exact. float16 rounds by half a unit in the last place: 2⁻¹¹ of the number, 2⁻²⁵ if subnormal."""
     writer = writers[dtype]
     features = np.zeros((16, 8), dtype=given_as)
     writer.write_block(1, 2, {"fused_logits": values.astype(given_as), "fused_features": features}, 5)
-    back = TeacherCache.open(writer.path).read_array("fused_logits", 1, writer.manifest.block(2))
-    error = np.abs(back.astype(np.float64) - values)
+    read = TeacherCache.open(writer.path).read_array("fused_logits", 1, writer.manifest.block(2))
+    error = np.abs(read.astype(np.float64) - values)
     bound = np.maximum(np.abs(values) * 2.0**-11, 2.0**-25) if dtype == "float16" else 0.0
     assert (error <= bound).all()
 
@@ -119,7 +119,7 @@ def test_threads_write_distinct_blocks_at_once(tmp_path: Path) -> None:
     targets = tiny_targets(MANIFEST)
     writer = create(tmp_path / "c", MANIFEST, IMAGES)
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda pair: write(writer, targets, [pair]), writer.missing_blocks()))
+        list(pool.map(lambda block: write(writer, targets, [block]), writer.missing_blocks()))
     build(tmp_path / "plain", MANIFEST, IMAGES)
     assert files(tmp_path / "c") == files(tmp_path / "plain")
 
@@ -137,7 +137,7 @@ def test_threads_write_distinct_blocks_at_once(tmp_path: Path) -> None:
         (1e39, "float64", "float32", "samples 32–47, row 3, column 2.*found 1e\\+39"),
     ],
 )
-def test_numbers_that_do_not_fit_are_named_and_nothing_is_written(
+def test_numbers_out_of_range_are_named_and_nothing_is_written(
     tmp_path: Path, value: float, rows: str, dtype: str, message: str
 ) -> None:
     manifest = tiny_manifest(IMAGES, codec=dtype)
@@ -172,7 +172,7 @@ def test_blocks_that_the_cache_does_not_have_are_refused(
     assert len(writer.missing_blocks()) == 15
 
 
-def test_create_refuses_samples_and_constants_that_are_not_the_manifests(tmp_path: Path) -> None:
+def test_create_refuses_samples_and_constants_that_do_not_fit_the_manifest(tmp_path: Path) -> None:
     good = {"labels": IMAGES.labels, "sample_keys": IMAGES.keys, "constants": tiny_constants(MANIFEST)}
     swapped = IMAGES.labels.copy()
     swapped[0] = (swapped[0] + 1) % 5
@@ -183,10 +183,10 @@ def test_create_refuses_samples_and_constants_that_are_not_the_manifests(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-# Places
+# Create and resume
 
 
-def test_create_leaves_alone_what_is_there_but_takes_an_empty_folder(tmp_path: Path) -> None:
+def test_create_uses_an_empty_folder_and_touches_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert len(create(tmp_path / "empty", MANIFEST, IMAGES).missing_blocks()) == 15
     (tmp_path / "mine").mkdir()
@@ -210,7 +210,7 @@ def test_another_process_may_create_the_same_cache_first(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_resume_refuses_another_recipe_and_what_is_no_cache(tmp_path: Path) -> None:
+def test_resume_refuses_another_recipe_and_other_folders(tmp_path: Path) -> None:
     build(tmp_path / "c", MANIFEST, IMAGES)
     other = tiny_manifest(IMAGES, codec="float32")
     with pytest.raises(MismatchError, match=f"expected fingerprint {other.fingerprint[:12]}"):
@@ -221,7 +221,7 @@ def test_resume_refuses_another_recipe_and_what_is_no_cache(tmp_path: Path) -> N
         CacheWriter.resume(tmp_path, MANIFEST.fingerprint)
 
 
-def test_leftovers_go_when_they_are_old(tmp_path: Path) -> None:
+def test_old_leftovers_are_removed(tmp_path: Path) -> None:
     writer = create(tmp_path / "c", MANIFEST, IMAGES)
     old = [tmp_path / "c" / "commits" / "c.0.0.0.1.partial", tmp_path / ".c.1.partial", tmp_path / "c" / "z.1.partial"]
     young = tmp_path / "c" / "commits" / "c.0.0.0.2.partial"
@@ -268,7 +268,7 @@ def test_every_write_is_flushed_and_the_commit_comes_last(tmp_path: Path, monkey
 # Growing
 
 
-def test_growing_adds_views_and_keeps_what_is_there(tmp_path: Path) -> None:
+def test_growing_adds_views_and_keeps_the_others(tmp_path: Path) -> None:
     targets = build(tmp_path / "c", MANIFEST, IMAGES)
     before = files(tmp_path / "c")
     reader = TeacherCache.open(tmp_path / "c")
@@ -287,7 +287,7 @@ def test_growing_adds_views_and_keeps_what_is_there(tmp_path: Path) -> None:
     np.testing.assert_array_equal(reader.load_view(0).arrays["fused_logits"], targets["fused_logits"][0])
 
 
-def test_who_has_not_seen_that_a_cache_grew_takes_no_views_away(tmp_path: Path) -> None:
+def test_a_writer_opened_before_a_cache_grew_removes_no_views(tmp_path: Path) -> None:
     create(tmp_path / "c", MANIFEST, IMAGES)
     first, late, later = (CacheWriter.resume(tmp_path / "c", MANIFEST.fingerprint) for _ in range(3))
     first.grow(8, canaries=make_canaries(VIEWS, IMAGES, 8, first=3), note={"views": [3, 8]})
@@ -301,7 +301,7 @@ def test_who_has_not_seen_that_a_cache_grew_takes_no_views_away(tmp_path: Path) 
     assert len(set(places)) == len(places)
 
 
-def test_growing_cut_off_half_way_still_opens_and_can_be_repeated(
+def test_a_cache_opens_after_interrupted_growth_and_can_grow_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(tmp_path / "c", MANIFEST, IMAGES)
@@ -320,7 +320,7 @@ def test_growing_cut_off_half_way_still_opens_and_can_be_repeated(
     assert len(writer.grow(5).missing_blocks()) == 10
 
 
-# Read-only disks; full ones are in test_faults.py
+# Read-only disks; tests/system covers full ones
 
 _ON_TMPFS = """
     import os
@@ -362,7 +362,7 @@ _READ_ONLY = """
 
 
 def run_on_tmpfs(folder: Path, body: str, size: str) -> str:
-    """Run code with a small file system of its own at `folder`, in a mount namespace that goes with the process."""
+    """Run code with a small file system mounted at `folder`, in a mount namespace of its own process."""
     root = str(Path(__file__).parents[3])
     code = textwrap.dedent(_ON_TMPFS).format(root=root, body=textwrap.dedent(body))
     probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(folder)], capture_output=True)
@@ -376,11 +376,11 @@ def run_on_tmpfs(folder: Path, body: str, size: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux mount namespaces")
-def test_a_read_only_disk_is_a_storage_error_and_can_be_read(tmp_path: Path) -> None:
+def test_a_cache_on_a_read_only_disk_can_be_read_but_not_written(tmp_path: Path) -> None:
     assert run_on_tmpfs(tmp_path, _READ_ONLY, "4m") == "complete\n"
 
 
-def test_storage_errors_name_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = create(tmp_path / "c", MANIFEST, IMAGES)
 
     def fail(descriptor: int) -> None:
@@ -394,7 +394,7 @@ def test_storage_errors_name_the_place(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list((tmp_path / "c").rglob("*.partial"))
 
 
-def test_a_damaged_commit_names_its_file_and_removing_it_repairs(tmp_path: Path) -> None:
+def test_removing_a_damaged_commit_repairs_the_cache(tmp_path: Path) -> None:
     targets = build(tmp_path / "c", MANIFEST, IMAGES)
     commit = tmp_path / "c" / "commits" / "c.1.2.0"
     commit.write_bytes(commit.read_bytes()[:-3])

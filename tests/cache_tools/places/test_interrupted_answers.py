@@ -1,4 +1,4 @@
-"""A file that changes while it is read from a store whose answers break off: its reader starts again."""
+"""A file that changes while the store's answer is interrupted: the reader starts again with the new file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ OLD, NEW = b"old " * 100, b"new " * 200
 
 
 class Store(ThreadingHTTPServer):
-    """One file. The first answer breaks off half-way; then the file is another one, or gone."""
+    """A store of one file. The first answer stops half-way; then the file is replaced, or deleted."""
 
     def __init__(self, now: bytes | None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.now, self.asked = now, 0
+        self.now, self.requests = now, 0
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Store
 
     def do_GET(self) -> None:
-        self.server.asked += 1
-        if self.server.asked == 1:
+        self.server.requests += 1
+        if self.server.requests == 1:
             self._answer(200, OLD, tag="old", cut=True)
         elif self.server.now is None:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing."""
+        """Keep the test's output clean."""
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.mark.parametrize("store", [None], indirect=True)
-def test_a_file_that_is_gone_is_not_there(store: Store) -> None:
+def test_a_deleted_file_is_not_found(store: Store) -> None:
     with pytest.raises(FileNotFoundError):
         open_place("s3://bucket/cache").read("claims/0.0.0")
-    assert store.asked > 1
+    assert store.requests > 1
 
 
 @pytest.mark.parametrize("store", [NEW], indirect=True)
-def test_a_file_that_was_replaced_is_the_new_one(store: Store) -> None:
+def test_a_replaced_file_is_read_from_the_start(store: Store) -> None:
     assert open_place("s3://bucket/cache").read("zarr.json") == NEW
-    assert store.asked > 1
+    assert store.requests > 1

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_tools.reader import TeacherCache
+from cache_tools.store import blocks
+from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+
+IMAGES = tiny_images()
+MANIFEST = tiny_manifest(IMAGES)
+
+
+def test_commits_are_read_again_only_while_blocks_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    real = blocks.read_commits
+
+    def read_commits(*arguments: object) -> np.ndarray:
+        reads.append(arguments)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(blocks, "read_commits", read_commits)
+    writer = create(tmp_path / "c", MANIFEST, IMAGES)
+    write(writer, tiny_targets(MANIFEST), [(0, block) for block in range(MANIFEST.num_blocks)])
+    cache = TeacherCache.open(tmp_path / "c")
+    cache.load_view(0)
+    cache.load_view(0)
+    assert len(reads) == 1, "a block that was found is not looked for again"
+    assert cache.complete_views == (0,)
+    assert len(reads) == 2, "another builder may have finished a view"
+    write(writer, tiny_targets(MANIFEST))
+    assert cache.is_complete
+    assert cache.is_complete
+    cache.load_view(2)
+    assert len(reads) == 3, "nothing can be added to a complete cache"
+
+
+def test_the_commit_of_a_block_has_the_digest_of_each_array(tmp_path: Path) -> None:
+    build(tmp_path / "c", MANIFEST, IMAGES)
+    cache = TeacherCache.open(tmp_path / "c")
+    commit = cache.commit(1, 2)
+    assert list(commit) == ["view_parameters", "fused_logits", "fused_features"]
+    assert commit["fused_logits"] == blocks.commits.block_digest(
+        cache.read_stored("fused_logits", 1, MANIFEST.block(2))
+    )
