@@ -1,4 +1,4 @@
-"""A cache in words: the table of `cache-tools ls`, the page of `cache-tools info`."""
+"""Describe caches in text: the table of `cache-tools ls`, the page of `cache-tools info`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cache_tools.units import human_bytes
 
 
 class ArrayDetails(Frozen):
-    """One array of a cache; `stored_bytes` counts its files, `dense_bytes` what a complete one decodes to."""
+    """One array of a cache. `stored_bytes` is the size of its files, `dense_bytes` the decoded size when complete."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,10 +52,10 @@ class CacheDetails(Frozen):
 
 
 def describe(path: Path) -> CacheDetails:
-    """Look at one cache without reading its arrays.
+    """Describe one cache without reading its arrays.
 
     Raises:
-        NotFoundError, FormatError, StorageError: no cache there, or one whose manifest is damaged.
+        NotFoundError, FormatError, StorageError: no cache there, or a damaged manifest.
     """
     manifest = read_manifest(path)
     return CacheDetails(
@@ -67,10 +67,10 @@ def describe(path: Path) -> CacheDetails:
 
 
 def describe_remote(place: Place) -> CacheDetails:
-    """Look at a cache in an object store: its manifest and the list of its files; nothing is staged.
+    """Describe a cache in an object store from its manifest and the list of its files; nothing is staged.
 
     Raises:
-        NotFoundError, FormatError: no cache there, or one whose manifest is damaged.
+        NotFoundError, FormatError: no cache there, or a damaged manifest.
         StorageError: a store that does not answer.
     """
     manifest, entries = manifest_at(place), list(place.entries())
@@ -89,7 +89,7 @@ def describe_remote(place: Place) -> CacheDetails:
 
 
 def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None:
-    """One line per cache, then what is wrong with the damaged ones."""
+    """Print one line per cache, then the problems of those that cannot be opened."""
     from rich.console import Console
     from rich.table import Table
 
@@ -104,7 +104,7 @@ def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None
         identity = (record.name, record.fingerprint[:12], record.dataset, record.teacher, record.clip)
         used = (human_age(time.time() - record.used_s),) if local else ()
         table.add_row(*identity, _views(record), human_bytes(record.size_bytes), modified, *used)
-    # Piped output is for grep and awk: whole lines, however wide.
+    # Piped output is for grep and awk: never wrap lines.
     Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
     for record in records:
         if record.problem:
@@ -112,7 +112,7 @@ def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None
 
 
 def print_details(details: CacheDetails) -> None:
-    """A page of `key: value` lines."""
+    """Print a page of `key: value` lines."""
     manifest, recipe, record = details.manifest, details.manifest.recipe, details.record
     dataset = recipe.dataset
     height, width = dataset.image_size
@@ -152,7 +152,7 @@ def print_details(details: CacheDetails) -> None:
 
 
 def _date(time_s: float) -> str:
-    """Local time; nothing for a file of a year that there is no calendar for."""
+    """Local time; empty if the year is out of range."""
     try:
         return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M")
     except (OverflowError, OSError, ValueError):
@@ -182,8 +182,8 @@ def _views(record: CacheRecord | RemoteRecord) -> str:
 
 def _unfinished(record: CacheRecord | RemoteRecord, manifest: Manifest) -> str:
     if isinstance(record, CacheRecord) and record.origin is not None:
-        return "the others are staged when they are needed"
-    return f"half-built: run the same {manifest.recipe.made_by} command to go on"
+        return "the others are staged when needed"
+    return f"half-built: run the same {manifest.recipe.made_by} command to continue"
 
 
 def _arrays(manifest: Manifest, stored_bytes: Callable[[str], int]) -> tuple[ArrayDetails, ...]:
@@ -212,7 +212,7 @@ def _arrays(manifest: Manifest, stored_bytes: Callable[[str], int]) -> tuple[Arr
 def _sources(manifest: Manifest) -> tuple[Source, ...]:
     try:
         return lineage(manifest)
-    except NotFoundError:  # a stranger's cache that does not say
+    except NotFoundError:  # a cache without a record of its source
         return ()
 
 
@@ -236,7 +236,7 @@ def _preprocessing(network: TeacherIdentity | ClipIdentity) -> str:
 
 
 def _flat(value: Any) -> str:
-    """A provenance value on one line; shares of one as percentages."""
+    """A provenance value on one line; numbers from 0 to 1 as percentages."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
     if isinstance(value, float) and 0.0 <= value <= 1.0:

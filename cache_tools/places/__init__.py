@@ -1,6 +1,6 @@
 """Where a cache can be: a folder, or a prefix of an object store (s3://, gs://, az://, http://…).
 
-A place holds whole files under relative keys with `/`. Whatever is put is there in full or not at all.
+A place stores whole files under relative keys with `/`. A file that is put appears in full or not at all.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _FILE = "file://"
 
 
 def open_place(reference: str | Path, *, patience_s: float | None = None) -> Place:
-    """The place of a path or URL, whether anything is there or not.
+    """The place that a path or URL names, whether or not anything is there.
 
     Args:
-        patience_s: for how long requests to an object store are tried again; PATIENCE_S by default.
+        patience_s: how long failed requests to an object store are repeated; PATIENCE_S by default.
 
     Raises:
-        RecipeError: a URL of an unknown scheme, or one that cannot be a place.
+        RecipeError: a malformed URL, or one of an unknown scheme.
         NotFoundError: a URL, and obstore is not installed.
     """
     if is_remote(reference):
@@ -46,7 +46,7 @@ def open_place(reference: str | Path, *, patience_s: float | None = None) -> Pla
 
 
 def local_path(reference: str | Path) -> Path:
-    """A path as a user gives it, `~` and `file://` understood; the result ends in a name, for files beside it."""
+    """The path that a user gave, with `~` and `file://` resolved. It ends in a name, so that files can be beside it."""
     path = Path(os.path.expanduser(str(reference).removeprefix(_FILE)))
     return path.resolve() if path.name in {"", ".."} else path
 
@@ -57,15 +57,15 @@ def is_url(reference: str | Path) -> bool:
 
 
 def is_remote(reference: str | Path) -> bool:
-    """Whether a reference is the URL of something in an object store; `file://…` is a folder."""
+    """Whether a reference is the URL of an object store; `file://…` is a folder."""
     return is_url(reference) and not str(reference).startswith(_FILE)
 
 
 def local_folder(out: str | None) -> Path | None:
-    """What a user gave to `--out` of a command that writes to disks only, as a path; None as it is.
+    """The value of `--out` of a command that writes to disks only, as a path; None stays None.
 
     Raises:
-        RecipeError: an object store.
+        RecipeError: the URL of an object store.
     """
     if out is None:
         return None
@@ -74,6 +74,6 @@ def local_folder(out: str | None) -> Path | None:
         raise RecipeError(
             "this command writes to a folder, not to an object store",
             where=out,
-            next_step="leave --out away and copy the cache there with `cache-tools push`",
+            next_step="leave out --out, then copy the cache there with `cache-tools push`",
         )
     return place.path

@@ -1,4 +1,4 @@
-"""What is asked of a place of caches, whether it is a folder or a prefix of an object store."""
+"""The interface of places, whether folders or prefixes of object stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cache_tools.files import MAX_FILE_BYTES
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a place: its key, its size in bytes, and when it was written by the place's own clock (s)."""
+    """One file of a place: its key, its size in bytes, and when it was written by the clock of the place (s)."""
 
     key: str
     size: int
@@ -19,7 +19,7 @@ class Entry:
 
 
 class Place(ABC):
-    """A folder or a prefix of an object store. `str(place)` is what a user would type."""
+    """A folder or a prefix of an object store. `str(place)` is its path or URL."""
 
     @abstractmethod
     def __str__(self) -> str: ...
@@ -31,26 +31,26 @@ class Place(ABC):
 
     @abstractmethod
     def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
-        """A whole file.
+        """Read a whole file.
 
         Args:
             limit: the most bytes that it can have.
 
         Raises:
-            FileNotFoundError: not there.
-            FormatError: a file that is larger, or no file; nothing of it is read.
+            FileNotFoundError: no such file.
+            FormatError: a larger file, or something that is no regular file; it is not read.
             StorageError: unreadable storage.
         """
 
     @abstractmethod
     def put(self, key: str, data: bytes, *, only_new: bool = False, durable: bool = True) -> bool:
-        """Write a whole file, replacing what is there; with `only_new` leave that alone and give False.
+        """Write a whole file, replacing an existing one. With `only_new`, keep an existing file and return False.
 
-        What is put with `only_new` must be unlike what others put there: an object store whose answer got lost is asked
-        again, and then tells its own file by the contents.
+        With `only_new`, `data` must differ from what other processes put under this key: if the answer of an object
+        store is lost and the request repeated, the contents show whose file it is.
 
         Args:
-            durable: whether it must outlive a power cut; without that a disk is ten times as fast.
+            durable: whether the file must survive a power cut; without that, a disk is ten times as fast.
 
         Raises:
             StorageError: full, read-only or unreachable storage.
@@ -58,26 +58,26 @@ class Place(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove files; those that are not there are no error."""
+        """Remove files; missing ones are ignored."""
 
     @abstractmethod
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        """All files below `prefix` (a folder, or nothing for all), unordered; no leftovers of interrupted writes."""
+        """All files, or those below the folder `prefix`; unordered, without leftovers of interrupted writes."""
 
     @abstractmethod
     def folders(self) -> list[str]:
-        """Names of what is directly in it and holds files, sorted; hidden ones left out."""
+        """Names of the folders directly inside, sorted, without hidden ones."""
 
     @abstractmethod
     def has(self, key: str) -> bool:
-        """Whether a file is there.
+        """Whether a file exists.
 
         Raises:
             StorageError: unreachable storage.
         """
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        """The keys of `entries`; a folder gives them faster, as it need not look at each file."""
+        """The keys of `entries`. Faster for a folder, which need not look at each file."""
         return (entry.key for entry in self.entries(prefix))
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Place(ABC):
 
     @abstractmethod
     def tidy(self) -> None:
-        """Leave nothing where no file is: no empty folder, no leftovers of interrupted writes."""
+        """Remove leftovers of interrupted writes, and the folder itself if it is empty."""
 
     @abstractmethod
     def child(self, name: str) -> Place:

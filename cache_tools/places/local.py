@@ -30,20 +30,20 @@ class LocalPlace(Place):
 
     def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
         check_file(self.path / key, limit)
-        with _local_trouble():
+        with _storage_errors():
             return (self.path / key).read_bytes()
 
     def put(self, key: str, data: bytes, *, only_new: bool = False, durable: bool = True) -> bool:
         file = self.path / key
-        with _local_trouble():
+        with _storage_errors():
             for _ in range(_ATTEMPTS):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):  # another process has just removed the empty folder: make it again
+                with suppress(FileNotFoundError):  # another process has just removed the empty folder: create it again
                     return _put_new(file, data, durable) if only_new else _put(file, data, durable)
-        raise StorageError("the folder vanishes again and again", where=file.parent)
+        raise StorageError("another process removes the folder again and again", where=file.parent)
 
     def delete(self, keys: Sequence[str]) -> None:
-        with _local_trouble():
+        with _storage_errors():
             for key in keys:
                 (self.path / key).unlink(missing_ok=True)
 
@@ -51,7 +51,7 @@ class LocalPlace(Place):
         for key in self.keys(prefix):
             try:
                 status = (self.path / key).stat()
-            except FileNotFoundError:  # replaced or removed meanwhile
+            except FileNotFoundError:  # removed meanwhile
                 continue
             yield Entry(key, status.st_size, status.st_mtime)
 
@@ -61,11 +61,11 @@ class LocalPlace(Place):
             yield from ((inside / name).as_posix() for name in names if not name.endswith(PARTIAL))
 
     def has(self, key: str) -> bool:
-        with _local_trouble():
+        with _storage_errors():
             return (self.path / key).is_file()
 
     def folders(self) -> list[str]:
-        with _local_trouble(), os.scandir(self.path) as found:
+        with _storage_errors(), os.scandir(self.path) as found:
             return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
 
     def sibling(self, name: str) -> LocalPlace:
@@ -75,8 +75,8 @@ class LocalPlace(Place):
         return LocalPlace(self.path / name)
 
     def tidy(self) -> None:
-        with suppress(OSError):  # not empty, or not there
-            for file in self.path.glob(f"*{PARTIAL}"):  # of a process that was killed
+        with suppress(OSError):  # the folder is not empty, or does not exist
+            for file in self.path.glob(f"*{PARTIAL}"):  # left by a killed process
                 if time.time() - file.stat().st_mtime > _LEFTOVER_S:
                     file.unlink()
             self.path.rmdir()
@@ -93,7 +93,7 @@ def _put(file: Path, data: bytes, durable: bool) -> bool:
 
 
 def _put_new(file: Path, data: bytes, durable: bool) -> bool:
-    """Written in full under another name first: a link appears whole or, if the name is taken, not at all."""
+    """Write the file under another name, then link it: the link appears whole or, if the name exists, not at all."""
     temporary = _partial(file)
     try:
         _put(temporary, data, durable)
@@ -116,7 +116,7 @@ def _partial(file: Path) -> Path:
 
 
 def _create_new(file: Path, data: bytes) -> bool:
-    """Where there are no hard links (exFAT, some network shares): for a moment the file is there without its bytes."""
+    """For file systems without hard links (exFAT, some network shares): the file exists empty for a moment."""
     try:
         with file.open("xb") as stream:
             stream.write(data)
@@ -126,7 +126,7 @@ def _create_new(file: Path, data: bytes) -> bool:
 
 
 @contextmanager
-def _local_trouble() -> Iterator[None]:
+def _storage_errors() -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, FileExistsError):

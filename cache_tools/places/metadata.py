@@ -1,4 +1,4 @@
-"""Metadata of caches at places: read a manifest, compare two, copy everything that is no block."""
+"""The metadata of caches at places: read a manifest, compare two, copy everything except blocks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WORKERS = 8
 
 
 def manifest_at(place: Place) -> Manifest:
-    """The manifest of the cache at a place.
+    """Read the manifest of the cache at a place.
 
     Raises:
         NotFoundError: no cache there.
-        FormatError: a damaged or foreign one.
+        FormatError: a damaged cache, or something that is not a cache.
     """
     try:
         text = place.read(GROUP, MAX_METADATA_BYTES)
@@ -38,7 +38,7 @@ def manifest_at(place: Place) -> Manifest:
 
 
 def lacks_metadata(target: Place, manifest: Manifest) -> bool:
-    """Whether there is no cache at `target`, or one that promises fewer views.
+    """Whether `target` has no cache yet, or one with fewer views in its manifest.
 
     Raises:
         MismatchError: another cache at `target` (`check_same`).
@@ -48,14 +48,14 @@ def lacks_metadata(target: Place, manifest: Manifest) -> bool:
 
 
 def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]:
-    """Everything but blocks; the group's zarr.json last, and only if the target lacks it or promises fewer views.
+    """Copy everything except blocks, if the target `lacks_metadata`; the group's zarr.json is written last.
 
     Returns:
         sizes of the files written.
 
     Raises:
         MismatchError: another cache at `target`, or the same one in blocks of another size.
-        StorageError: something else at `target`, or storage that is full, read-only or unreachable.
+        StorageError: something that is no cache at `target`, or storage that is full, read-only or unreachable.
     """
     if not lacks_metadata(target, manifest):
         return []
@@ -74,13 +74,15 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
             sizes.append(size)
             progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
     group = read_file(source, GROUP, MAX_METADATA_BYTES)
-    if not target.put(GROUP, group, only_new=existing is None):  # another was faster: is it the same cache?
+    if not target.put(
+        GROUP, group, only_new=existing is None
+    ):  # another process was faster: check that it is the same cache
         return sizes + copy_metadata(source, target, manifest)
     return [*sizes, len(group)]
 
 
 def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
-    """Raise MismatchError unless blocks of one may be put into the other."""
+    """Raise MismatchError unless blocks of the two caches may be mixed."""
     if existing.fingerprint != manifest.fingerprint:
         raise MismatchError(
             "another cache is at the target",
@@ -99,17 +101,17 @@ def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
         )
     if _constants(existing) != _constants(manifest):
         raise MismatchError(
-            "the same cache is at the target, built beside this one: its constants or CLIP scales differ in their last "
+            "the same cache is at the target, from another build: its constants or CLIP scales differ in their last "
             "bits, and blocks of both must not be mixed",
             where=target,
             expected=f"constants {_constants(manifest)}",
             found=_constants(existing),
-            next_step="take that cache (pull it), choose another target, or remove it first",
+            next_step="use that cache (pull it), choose another target, or remove it first",
         )
 
 
 def read_file(source: Place, key: str, limit: int) -> bytes:
-    """A file of a cache of at most so many bytes.
+    """Read a file that a cache must have, of at most `limit` bytes.
 
     Raises:
         FormatError: missing or larger.
@@ -121,7 +123,7 @@ def read_file(source: Place, key: str, limit: int) -> bytes:
 
 
 def _existing(target: Place, manifest: Manifest) -> Manifest | None:
-    """The manifest of the cache at `target`, which is the same one; None where there is no cache."""
+    """The manifest of the cache at `target`, checked to be the same cache; None if there is none."""
     try:
         existing = manifest_at(target)
     except NotFoundError:
@@ -131,16 +133,16 @@ def _existing(target: Place, manifest: Manifest) -> Manifest | None:
 
 
 def _check_free(target: Place, names: Collection[str]) -> None:
-    """Raise StorageError unless nothing is at `target`, or a copy of these arrays that was cut off."""
+    """Raise StorageError unless `target` is empty or has an interrupted copy of these arrays."""
     try:
-        strange = [name for name in target.folders() if name not in names]
+        unknown = [name for name in target.folders() if name not in names]
     except FileNotFoundError:
         return
-    if strange:
+    if unknown:
         raise StorageError(
             "cannot put a cache here: the place is taken",
             where=target,
-            found=strange[0],
+            found=unknown[0],
             next_step="choose another target",
         )
 

@@ -1,4 +1,4 @@
-"""A prefix of an object store as a place of caches. Only this module knows obstore, and imports it when it is used."""
+"""A prefix of an object store as a place of caches. Only this module uses obstore, and imports it when needed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ Answer = TypeVar("Answer")
 
 
 class RemotePlace(Place):
-    """A prefix of an object store. Credentials, region and endpoint come from the environment, as for every S3 tool
-    (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …); requests that fail in passing are tried again.
+    """A prefix of an object store.
+
+    Credentials, region and endpoint come from the environment, as for every S3 tool (`AWS_ACCESS_KEY_ID`,
+    `AWS_ENDPOINT_URL`, …). Requests that fail for a passing reason are repeated.
 
     Args:
-        patience_s: for how long a request is tried again; PATIENCE_S by default.
+        patience_s: how long failed requests are repeated; PATIENCE_S by default.
     """
 
     def __init__(self, url: str, patience_s: float | None = None) -> None:
@@ -48,21 +50,21 @@ class RemotePlace(Place):
                 raise too_large(f"{self._url}/{key}", limit, answer.meta["size"])
             try:
                 return answer.bytes().to_bytes()
-            except BaseError as error:  # obstore asks for the rest; not to be had if the file was replaced or removed
-                raise GenericError("the answer broke off") from error
+            except BaseError as error:  # obstore requests the rest, which fails if the file was replaced or removed
+                raise GenericError("the answer was cut off") from error
 
-        return self._ask(key, get)
+        return self._request(key, get)
 
     def put(self, key: str, data: bytes, *, only_new: bool = False, durable: bool = True) -> bool:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
         mode = "create" if only_new else "overwrite"
-        try:  # in one request, so that a cut leaves nothing half-uploaded behind
-            self._ask(key, lambda: obstore.put(self._store, key, data, mode=mode, use_multipart=False))
+        try:  # in one request, so that an interruption leaves nothing half-uploaded
+            self._request(key, lambda: obstore.put(self._store, key, data, mode=mode, use_multipart=False))
         except AlreadyExistsError:
-            # Ours after all, if the answer was lost and the request repeated.
-            with suppress(FileNotFoundError):  # another's, and gone again
+            # It may be our own file: the answer was lost and the request repeated.
+            with suppress(FileNotFoundError):  # another's file, removed meanwhile
                 return bool(data) and self.read(key) == data
             return False
         return True
@@ -72,19 +74,19 @@ class RemotePlace(Place):
 
         for key in keys:
             with suppress(FileNotFoundError):
-                self._ask(key, lambda key=key: obstore.delete(self._store, key))  # type: ignore[misc]
+                self._request(key, lambda key=key: obstore.delete(self._store, key))  # type: ignore[misc]
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         import obstore
 
-        batches = self._ask(prefix, lambda: list(obstore.list(self._store, prefix or None)))
+        batches = self._request(prefix, lambda: list(obstore.list(self._store, prefix or None)))
         for meta in (meta for batch in batches for meta in batch):
             yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def folders(self) -> list[str]:
         import obstore
 
-        paths = self._ask("", lambda: obstore.list_with_delimiter(self._store)["common_prefixes"])
+        paths = self._request("", lambda: obstore.list_with_delimiter(self._store)["common_prefixes"])
         names = (path.rstrip("/").rpartition("/")[2] for path in paths)
         return sorted(name for name in names if not name.startswith("."))
 
@@ -92,7 +94,7 @@ class RemotePlace(Place):
         import obstore
 
         try:
-            self._ask(key, lambda: obstore.head(self._store, key))
+            self._request(key, lambda: obstore.head(self._store, key))
         except FileNotFoundError:
             return False
         return True
@@ -106,24 +108,26 @@ class RemotePlace(Place):
     def tidy(self) -> None:
         """Object stores have no empty folders."""
 
-    def _ask(self, key: str, request: Callable[[], Answer]) -> Answer:
-        """Make a request, again if it failed in passing: obstore does not repeat one that broke off in its answer."""
+    def _request(self, key: str, request: Callable[[], Answer]) -> Answer:
+        """Make a request; repeat it after a passing failure. obstore does not repeat one whose answer was cut off."""
         from obstore.exceptions import GenericError
 
         start = time.monotonic()
-        with self._trouble(key):
+        with self._storage_errors(key):
             for attempt in range(1, _ATTEMPTS):
                 try:
                     return request()
                 except GenericError as error:
                     if _CLIENT_ERROR.search(str(error)) or time.monotonic() - start > self._patience_s:
                         raise
-                    time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # many workers must not come back at once
+                    time.sleep(
+                        random.uniform(0.5, 1.0) * 0.05 * 2**attempt
+                    )  # so that many workers do not retry at once
             return request()
 
     @contextmanager
-    def _trouble(self, key: str) -> Iterator[None]:
-        """Turn what obstore raises into our errors; FileNotFoundError and AlreadyExistsError stay."""
+    def _storage_errors(self, key: str) -> Iterator[None]:
+        """Turn obstore's exceptions into StorageError, except FileNotFoundError and AlreadyExistsError."""
         from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
         where = f"{self._url}/{key}" if key else self._url
@@ -143,7 +147,7 @@ class RemotePlace(Place):
                 "the object store does not answer as it should",
                 where=where,
                 found=_first_line(error),
-                next_step="check the URL, AWS_ENDPOINT_URL and the network; the same command goes on where it stopped",
+                next_step="check the URL, AWS_ENDPOINT_URL and the network, then run the same command: it continues",
             ) from error
 
 

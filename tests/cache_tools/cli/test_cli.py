@@ -117,7 +117,7 @@ def test_info_shows_recipe_geometry_progress_and_accuracies(home: Path) -> None:
     ):
         assert words in text
     half = run(home, "info", "half").stdout
-    assert "1 of 3 done, half-built: run the same build-cache command to go on" in half
+    assert "1 of 3 done, half-built: run the same build-cache command to continue" in half
     assert "teacher_head_weight" in half
 
 

@@ -96,7 +96,7 @@ def test_a_mirror_says_what_it_is(home: Path, server: str, tmp_path: Path) -> No
     assert json.loads(run(other, "ls", "--json").stdout)[0]["origin"] == url
     text = run(other, "info", "digits").stdout
     assert f"mirror of:             {url}" in text
-    assert "1 of 3 done, the others are staged when they are needed" in text
+    assert "1 of 3 done, the others are staged when needed" in text
     run(other, "stats", "digits")
     assert "3/3" in run(other, "ls").stdout
     assert "staged" not in run(other, "ls").stdout
