@@ -1,4 +1,4 @@
-"""One run from recipe to result: open, check, claim its folder, train."""
+"""Run a recipe: open what it learns from, claim the run folder, train to the last epoch, store the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cache_tools.memory import drop_tracebacks
 from cache_tools.reader import TeacherCache
 from train import checkpoints
 from train.checkpoints import StudentCard
-from train.cost import check_images
+from train.cost import check_images, count_parameters
 from train.data import TrainingData, open_data
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
@@ -39,20 +39,24 @@ from train.runs.predictions import store_predictions
 from train.runs.result import RunResult, load_result
 from train.students import create_student
 
+Value = TypeVar("Value")
+StopRule = Callable[[int, Sequence[Path]], set[Path]]
+"""(finished epochs, folders of the runs that would train another) → folders of those that stop."""
+
 
 def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
-    """Train a student, or go on with an interrupted run of the same recipe, or give the result of a finished one.
+    """Train a student, resume an interrupted run of the same recipe, or return the result of a finished one.
 
     With `compare_with_labels` the same student is then trained on labels alone, in `labels-only` inside the run folder.
 
     Args:
-        overwrite: start over, whatever is in the run folder.
+        overwrite: start from scratch, whatever is in the run folder.
 
     Raises:
-        CacheError: the subclass says what is wrong: recipe, device, cache, images, or storage.
+        CacheError: of a subclass that says what is wrong: recipe, device, cache, images, storage, divergence, memory.
     """
     device = run_device(recipe)
-    trackers.chosen(recipe)  # a missing package is better known before the data are opened
+    trackers.chosen(recipe)  # fail on a missing package before the data are opened
     data = open_data(recipe, device)
     try:
         result = train_on(data, recipe, device, overwrite=overwrite)
@@ -60,18 +64,18 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         data.targets.close()
     if recipe.compare_with_labels and recipe.loss.needs_targets and (result.labels_only is None or overwrite):
         assert data.num_views is not None, "targets come in views"
-        twin = recipe.on_labels(data.dataset, data.views, data.num_views)
-        twin = twin.model_copy(update={"out": result.folder / folder.LABELS_ONLY})
-        baseline = train_on(data.labels_only(), twin, device, overwrite=overwrite)
+        on_labels = recipe.on_labels(data.dataset, data.views, data.num_views)
+        on_labels = on_labels.model_copy(update={"out": result.folder / folder.LABELS_ONLY})
+        baseline = train_on(data.labels_only(), on_labels, device, overwrite=overwrite)
         result = result.model_copy(update={"labels_only": baseline, "command": command_line()})
-        draw(result)
+        draw_curves(result)
         result.save()
     write_report([result.folder], result.folder / folder.REPORT)
     return result
 
 
 def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, overwrite: bool = False) -> RunResult:
-    """`train_student` on data that are open already (from a cache, from live teachers), without the comparison."""
+    """`train_student` on data that are already open (from a cache or from live teachers), without the comparison."""
     with claimed_run(data, recipe, overwrite=overwrite) as (path, digest), repeatable(device, recipe.deterministic):
         if (finished := load_result(path)) is not None:
             return finished
@@ -81,13 +85,67 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
             [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
             if isinstance(outcome, Exception):
                 raise outcome
-        assert outcome is not None, "a run without a referee goes to its end"
+        assert outcome is not None, "a run without a stop rule trains to its last epoch"
         return outcome
+
+
+def train_group(
+    runs: Sequence[Run], feed: Feed, title: str, *, stop: StopRule | None = None
+) -> list[RunResult | Exception | None]:
+    """Train the remaining epochs of every run; runs that are ahead wait for the others.
+
+    Args:
+        runs: of one batch stream (see `loop.train_epoch`) and with the same number of epochs.
+        title: of the progress bar.
+        stop: called before every epoch.
+
+    Returns:
+        For each run its result, None if `stop` named it, or the error that ended it; an error ends its own run only.
+
+    Raises:
+        StorageError, OSError: the files of a run cannot be written.
+    """
+    alone = len(runs) == 1
+    samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
+    first = min(len(run.history) for run in runs)
+    outcomes: dict[Run, RunResult | Exception | None] = {}
+    with ExitStack() as stack:
+        logs = {run: stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs}
+        progress = stack.enter_context(Progress(title, epochs * samples, "images", done=first * samples))
+        for epoch in range(first, epochs):
+            training = [run for run in runs if len(run.history) == epoch and run not in outcomes]
+            if stop is not None and training:
+                stopped = stop(epoch, [run.path for run in training])
+                outcomes |= {run: None for run in training if run.path in stopped}
+                training = [run for run in training if run.path not in stopped]
+            if not training:
+                continue
+            start = time.perf_counter()
+            means = train_epoch([run.learner for run in training], feed, epoch, progress.advance)
+            train_s = (time.perf_counter() - start) / len(training)
+            for run, mean in zip(training, means, strict=True):
+                if isinstance(mean, Exception):
+                    outcomes[run] = mean
+                    continue
+                row = _value_or_error(run, partial(run.finish_epoch, mean, train_s, samples), alone)
+                if isinstance(row, Exception):
+                    outcomes[run] = row
+                    continue
+                logs[run].write(run.history)
+                progress.advance(0, _note(row, epochs))
+        for run, log in logs.items():
+            if run not in outcomes:
+                result = _value_or_error(run, run.finish, alone)
+                outcomes[run] = result if isinstance(result, Exception) else log.finish(result)
+    return [outcomes[run] for run in runs]
 
 
 @contextmanager
 def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = False) -> Iterator[tuple[Path, str]]:
-    """Make or enter the folder of a run and keep others out of it; gives the folder and the digest of the run.
+    """Create or enter the folder of a run, and keep other processes out of it.
+
+    Yields:
+        The folder and the digest of the run.
 
     Raises:
         RecipeError, StorageError: see `folder.claimed`.
@@ -99,7 +157,8 @@ def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = Fa
         if load_result(path) is None:
             put_durably(path / folder.RECIPE, dump_yaml(recipe).encode())
             if data.cache is not None:
-                put_durably(path / folder.CACHE, json.dumps(_where(data.cache), indent=2, ensure_ascii=False).encode())
+                source = json.dumps(_describe_cache(data.cache), indent=2, ensure_ascii=False)
+                put_durably(path / folder.CACHE, source.encode())
         yield path, digest
 
 
@@ -107,7 +166,8 @@ def run_device(recipe: TrainRecipe) -> torch.device:
     """The device of a run.
 
     Raises:
-        DeviceError, RecipeError: no such device, or one that cannot train in this precision.
+        DeviceError: no such device.
+        RecipeError: a device that cannot train in this precision.
     """
     device = resolve_device(recipe.device)
     if recipe.precision == "float16" and device.type != "cuda":
@@ -119,20 +179,12 @@ def run_device(recipe: TrainRecipe) -> torch.device:
     return device
 
 
-def _where(cache: TeacherCache) -> dict[str, Any]:
-    """Where a run's targets came from; `url` is that of a remote cache, whose mirror `path` then is."""
-    url = None if cache.origin is None else cache.origin.url
-    return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
-
-
-History = list[dict[str, Any]]
-
-
 class Run:
-    """A run in its folder, from the last finished epoch on.
+    """A run in its folder, continued after its last finished epoch.
 
     Attributes:
         history: a row of figures for each finished epoch.
+        best_epoch: the one with the highest test top-1 so far, counted from 0; None before the first evaluation.
     """
 
     def __init__(
@@ -145,28 +197,28 @@ class Run:
         steps_per_epoch: int,
     ) -> None:
         self.data, self.recipe, self.device, self.path = data, recipe, device, path
-        self.learner = _learner(data, recipe, device, steps_per_epoch)
-        self.card = _card(data, recipe, digest)
-        self.history: History = []
+        self.learner = _create_learner(data, recipe, device, steps_per_epoch)
+        self.card = _create_card(data, recipe, digest)
+        self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
         if (state := checkpoints.load_state(path / folder.STATE, ("learner", "history", "best_epoch"))) is not None:
             self.learner.load_state_dict(state["learner"])
             self.history, self.best_epoch = state["history"], state["best_epoch"]
 
-    @property
-    def finished(self) -> bool:
-        return len(self.history) >= self.recipe.epochs
-
     def finish_epoch(self, means: dict[str, float], train_s: float, samples: int) -> dict[str, Any]:
-        """Evaluate where that is due and keep what there is to go on from; gives the epoch's row of figures."""
+        """Evaluate if this epoch is due and store the state to resume from.
+
+        Returns:
+            The epoch's row of figures.
+        """
         epoch = len(self.history)
         row = {"epoch": epoch, "updates": self.learner.updates, "learning_rate": self.learner.learning_rate}
         row |= {**means, "train_s": train_s, "images_per_s": samples / train_s, **self._evaluate(epoch)}
-        self._keep(row)
+        self._commit_epoch(row)
         return row
 
-    def result(self) -> RunResult:
-        """Write everything that a finished run has."""
+    def finish(self) -> RunResult:
+        """Write the files of a finished run."""
         card = self.card.model_copy(update={"epoch": len(self.history)})
         checkpoints.save_student(self.path / checkpoints.LAST, self.learner.student, card)
         if self.learner.average is not None:
@@ -176,7 +228,7 @@ class Run:
         result = RunResult(
             name=self.recipe.name,
             student=self.recipe.student,
-            parameters=sum(parameter.numel() for parameter in self.learner.student.parameters()),
+            parameters=count_parameters(self.learner.student),
             loss=self.recipe.loss_name,
             epochs=self.recipe.epochs,
             seed=self.recipe.seed,
@@ -194,12 +246,12 @@ class Run:
             environment=_environment(self.device),
             command=command_line(),
         )
-        draw(result)
+        draw_curves(result)
         result.save()
         return result
 
     def _evaluate(self, epoch: int) -> dict[str, Any]:
-        """Test figures of an epoch, None where it is not evaluated: every row has the same columns."""
+        """Test figures of an epoch; None where it is not evaluated, so that every row has the same columns."""
         due = (epoch + 1) % self.recipe.evaluate_every == 0 or epoch + 1 == self.recipe.epochs
         models = {"test": self.learner.student}
         if self.learner.average is not None:
@@ -212,8 +264,8 @@ class Run:
             figures |= {f"{prefix}_{name}": value for name, value in measured.items()}
         return figures
 
-    def _keep(self, row: dict[str, Any]) -> None:
-        """Add a finished epoch. The state is the commit: what a crash before it leaves is written again on resuming."""
+    def _commit_epoch(self, row: dict[str, Any]) -> None:
+        """Add a finished epoch. Its commit is the state file: a run that crashed before it repeats the epoch."""
         self.history.append(row)
         top1 = row["test_top1"]
         if top1 is not None and (self.best_epoch is None or top1 > self.history[self.best_epoch]["test_top1"]):
@@ -224,8 +276,8 @@ class Run:
         checkpoints.save_state(self.path / folder.STATE, state)
 
 
-def draw(result: RunResult) -> None:
-    """The curves of a run, with what its teachers and its twin on labels alone reach."""
+def draw_curves(result: RunResult) -> None:
+    """Write the curves of a run, with the accuracies of its teachers and of the same student on labels alone."""
     teachers = result.teachers or {}
     names = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion"}
     references = {label: teachers[key] for key, label in names.items() if key in teachers}
@@ -237,11 +289,11 @@ def draw(result: RunResult) -> None:
 
 
 def command_line() -> str:
-    """What was typed."""
+    """The command that started this process, quoted for a shell."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, steps_per_epoch: int) -> Learner:
+def _create_learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, steps_per_epoch: int) -> Learner:
     torch.manual_seed(recipe.seed)  # weights are drawn on the CPU, so they are the same on every device
     num_classes = len(data.images.class_names)
     student: Any = create_student(recipe.student, num_classes)
@@ -259,7 +311,7 @@ def _learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, step
     return Learner(recipe, student, objective, data.preprocessing, steps_per_epoch, device)
 
 
-def _card(data: TrainingData, recipe: TrainRecipe, digest: str) -> StudentCard:
+def _create_card(data: TrainingData, recipe: TrainRecipe, digest: str) -> StudentCard:
     return StudentCard(
         architecture=recipe.student,
         num_classes=len(data.images.class_names),
@@ -270,6 +322,12 @@ def _card(data: TrainingData, recipe: TrainRecipe, digest: str) -> StudentCard:
         dataset=data.images.name,
         recipe_digest=digest,
     )
+
+
+def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
+    """Where the targets of a run are. `url` is a remote cache's, and `path` then is its local mirror."""
+    url = None if cache.origin is None else cache.origin.url
+    return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
 
 
 def _evaluation(row: dict[str, Any], prefix: str) -> Evaluation | None:
@@ -286,74 +344,19 @@ def _environment(device: torch.device) -> dict[str, str]:
     }
 
 
-Outcome = TypeVar("Outcome")
-Referee = Callable[[int, Sequence[Path]], set[Path]]
-"""Told how many epochs the runs in some folders have finished; says which of them stop there."""
-
-
-def train_group(
-    runs: Sequence[Run], feed: Feed, title: str, *, referee: Referee = lambda epochs, folders: set()
-) -> list[RunResult | Exception | None]:
-    """Train what is left of every run; runs that are ahead wait for the others.
-
-    Args:
-        runs: of one batch stream (`loop.train_epoch`) and with the same number of epochs.
-        title: of the progress bar.
-        referee: asked before every epoch about the runs that would train in it.
+def _value_or_error(run: Run, work: Callable[[], Value], alone: bool) -> Value | Exception:
+    """Do some work for a run.
 
     Returns:
-        For each run its result, None if the referee stopped it, or the error that did: the others are not affected.
-
-    Raises:
-        StorageError, OSError: what a run leaves cannot be written.
+        Its value, or an error that concerns this run only, such as divergence or too little memory.
     """
-    outcomes: dict[int, RunResult | Exception | None] = {}  # what has ended
-    samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
-    first = min(len(run.history) for run in runs)
-    with ExitStack() as stack:
-        logs = [stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs]
-        progress = stack.enter_context(Progress(title, epochs * samples, "images", done=first * samples))
-
-        def judge(epoch: int) -> None:
-            """Drop the runs that stop after so many finished epochs."""
-            standing = {run.path: number for number, run in enumerate(runs) if len(run.history) == epoch < epochs}
-            standing = {path: number for path, number in standing.items() if number not in outcomes}
-            outcomes.update({standing[path]: None for path in (referee(epoch, list(standing)) if standing else ())})
-
-        for epoch in range(first, epochs):
-            judge(epoch)
-            due = [number for number, run in enumerate(runs) if len(run.history) == epoch and number not in outcomes]
-            if not due:
-                continue
-            start = time.perf_counter()
-            means = train_epoch([runs[number].learner for number in due], feed, epoch, progress.advance)
-            train_s = (time.perf_counter() - start) / len(due)
-            for number, mean in zip(due, means, strict=True):
-                if isinstance(mean, Exception):
-                    outcomes[number] = mean
-                    continue
-                row = _or_error(runs[number], partial(runs[number].finish_epoch, mean, train_s, samples), len(runs))
-                if isinstance(row, Exception):
-                    outcomes[number] = row
-                    continue
-                logs[number].write(runs[number].history)
-                progress.advance(0, _note(row, epochs))
-        for number, (run, log) in enumerate(zip(runs, logs, strict=True)):
-            if number not in outcomes:
-                result = _or_error(run, run.result, len(runs))
-                outcomes[number] = result if isinstance(result, Exception) else log.finish(result)
-        return [outcomes[number] for number in range(len(runs))]
-
-
-def _or_error(run: Run, work: Callable[[], Outcome], count: int) -> Outcome | Exception:
-    """What `work` gives, or the error that concerns no other run: logits that are no numbers, memory, …"""
     try:
         with explain_out_of_memory(run.recipe, run.device):
             return work()
     except (StorageError, OSError):
         raise
     except Exception as error:
-        return error if count == 1 else drop_tracebacks(error)  # the other runs need the memory
+        return error if alone else drop_tracebacks(error)  # the other runs need the memory
 
 
 def _note(row: dict[str, Any], epochs: int) -> str:

@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, cache: Path, tmp_path, moment: 
         "before the first state": (run.checkpoints, ("save_state", 1)),
         "between best and state": (run.checkpoints, ("save_state", 3)),
         "after a state": (run.RunLog, ("write", 2)),
-        "at the end": (run, ("draw", 1)),
+        "at the end": (run, ("draw_curves", 1)),
     }[moment]
     name, count = calls
     with monkeypatch.context() as patch:

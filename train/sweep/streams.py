@@ -193,7 +193,7 @@ def _outcomes(runs: Sequence[Run], feed: Feed, halving: Halving | None) -> list[
         return []
     names = ", ".join(dict.fromkeys(run.recipe.student for run in runs))
     title = f"{len(runs)} trials, seed {runs[0].recipe.seed}: {names}"[:72]
-    return train_group(runs, feed, title, **({} if halving is None else {"referee": halving.stop}))
+    return train_group(runs, feed, title, stop=None if halving is None else halving.stop)
 
 
 def _shared_targets(opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.device) -> Any:

@@ -232,9 +232,7 @@ KINDS = ["truncated jpeg", "only a jpeg header", "text", "zeros", "html", "decom
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("tolerant", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_image_is_named(
-    root: Path, kind: str, tolerant: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_image_is_named(root: Path, kind: str, tolerant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a program whose libraries made PIL accept truncated images and images of any size."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
     if tolerant:
