@@ -97,7 +97,7 @@ def test_several_networks_equal_a_float64_reference() -> None:
     chosen = make_fusion(teacher_weights=shares[0], clip_weights=shares[1], clip_scales=(1.0, 1.0))
 
     z = [
-        sum(w * x.astype(np.float64) for w, x in zip(weights, group, strict=True))
+        np.sum([w * x.astype(np.float64) for w, x in zip(weights, group, strict=True)], axis=0)
         for weights, group in zip(shares, logits, strict=True)
     ]
     fused = 0.7 * z[0] + 0.3 * z[1]
@@ -105,13 +105,13 @@ def test_several_networks_equal_a_float64_reference() -> None:
     groups = []
     for share, feature, projection in zip(shares, features, projections, strict=True):
         units = [unit(x.astype(np.float64) @ p) for x, p in zip(feature, projection, strict=True)]
-        groups.append(unit(sum(w * each for w, each in zip(share, units, strict=True))))
+        groups.append(unit(np.sum([w * each for w, each in zip(share, units, strict=True)], axis=0)))
     f = 0.4 * groups[0] + 0.6 * groups[1]
 
     teachers, clips = ([torch.from_numpy(x) for x in group] for group in logits)
     np.testing.assert_allclose(fusion.fused_logits(teachers, clips, chosen).numpy(), fused, rtol=1e-5, atol=1e-5)
-    arguments = (features[0], projections[0], features[1], projections[1])
-    found = fusion.fused_features(*([torch.from_numpy(x) for x in group] for group in arguments), chosen)
+    tensors = [[torch.from_numpy(x) for x in group] for group in (*features, *projections)]
+    found = fusion.fused_features(tensors[0], tensors[2], tensors[1], tensors[3], chosen)
     np.testing.assert_allclose(found.numpy(), f, rtol=1e-5, atol=1e-6)
 
 
@@ -152,8 +152,10 @@ def test_prompt_ensembles_equal_a_float64_reference(ensemble: PromptEnsemble, sc
     data = golden("prompts")
     prompts = fusion.prompt_embeddings(data["text_features"], ensemble)
     found = fusion.clip_logits(data["image_features"], prompts, scale)
-    plain = [data[name].double().numpy() for name in ("image_features", "text_features")]
-    np.testing.assert_allclose(found.numpy(), prompts_by_hand(*plain, scale, ensemble), rtol=1e-5, atol=1e-6 * scale)
+    image, text = (data[name].double().numpy() for name in ("image_features", "text_features"))
+    np.testing.assert_allclose(
+        found.numpy(), prompts_by_hand(image, text, scale, ensemble), rtol=1e-5, atol=1e-6 * scale
+    )
     assert found.dtype == torch.float32
 
 

@@ -1,12 +1,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorstore
 import torch
 import zarr
+from zarr.core.metadata import ArrayV3Metadata
 
 from cache_tools import fusion
 from cache_tools.errors import (
@@ -33,7 +35,7 @@ MANIFEST = tiny_manifest(IMAGES)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TeacherCache]:
     """Complete caches, not to be written to."""
     folder = tmp_path_factory.mktemp("caches")
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "fused": {},
         "float32": {"codec": "float32"},
         "components": {"store": "components"},
@@ -71,6 +73,7 @@ def test_tensorstore_and_the_reader_agree(caches: dict[str, TeacherCache], kind:
 
 def test_arrays_name_their_axes_and_codecs(caches: dict[str, TeacherCache]) -> None:
     array = zarr.open_array(caches["fused"].path / "fused_logits", mode="r")
+    assert isinstance(array.metadata, ArrayV3Metadata)
     assert array.metadata.dimension_names == ("view", "sample", "class")
     assert [codec.to_dict()["name"] for codec in array.metadata.codecs] == ["bytes", "zstd", "crc32c"]
     assert array.chunks == (1, 16, 5)
@@ -81,8 +84,9 @@ def test_each_network_has_its_own_axis_names(caches: dict[str, TeacherCache]) ->
     lengths: dict[str, set[int]] = {}
     for file in caches["several"].path.glob("*/zarr.json"):
         array = zarr.open_array(file.parent, mode="r")
-        for name, length in zip(array.metadata.dimension_names, array.shape, strict=True):
-            lengths.setdefault(name, set()).add(length)
+        assert isinstance(array.metadata, ArrayV3Metadata)
+        for name, length in zip(array.metadata.dimension_names or (), array.shape, strict=True):
+            lengths.setdefault(str(name), set()).add(length)
     assert all(len(found) == 1 for found in lengths.values()), lengths
     assert {"teacher_feature", "teacher_feature_2", "clip_feature_2", "prompt_2", "class"} <= set(lengths)
 
@@ -157,7 +161,7 @@ def test_targets_of_single_networks(caches: dict[str, TeacherCache]) -> None:
 
 @pytest.mark.parametrize("kind", ["components", "several"])
 @pytest.mark.parametrize("wanted", [{"logits": False}, {"features": False}, {"logits": False, "features": False}])
-def test_only_requested_targets_are_fused(caches: dict[str, TeacherCache], kind: str, wanted: dict[str, bool]) -> None:
+def test_only_requested_targets_are_fused(caches: dict[str, TeacherCache], kind: str, wanted: dict[str, Any]) -> None:
     everything, some = caches[kind].load_view(0), caches[kind].load_view(0, **wanted)
     for name in ("logits", "features"):
         if wanted.get(name, True):
@@ -223,11 +227,13 @@ def test_a_view_on_cuda_equals_the_one_on_the_cpu(caches: dict[str, TeacherCache
     for view in range(3):
         on_cpu, on_cuda = caches[kind].load_view(view), caches[kind].load_view(view, "cuda")
         assert on_cuda.logits(rows).device.type == "cuda"
-        tolerance = {"rtol": 0.0, "atol": 0.0} if kind in {"fused", "float32"} else {"rtol": 1e-5, "atol": 1e-4}
+        tolerance: dict[str, Any] = (
+            {"rtol": 0.0, "atol": 0.0} if kind in {"fused", "float32"} else {"rtol": 1e-5, "atol": 1e-4}
+        )
         for index in (rows, rows.tolist(), torch.from_numpy(rows), torch.from_numpy(rows).cuda(), slice(3, 50)):
             same = index.cpu() if isinstance(index, torch.Tensor) else index
-            torch.testing.assert_close(on_cuda.logits(index).cpu(), on_cpu.logits(same), **tolerance)
-            torch.testing.assert_close(on_cuda.features(index).cpu(), on_cpu.features(same), **tolerance)
+            torch.testing.assert_close(on_cuda.logits(index).cpu(), on_cpu.logits(same), rtol=rtol, atol=atol)
+            torch.testing.assert_close(on_cuda.features(index).cpu(), on_cpu.features(same), rtol=rtol, atol=atol)
         for name in tiny_targets(caches[kind].manifest):
             assert torch.equal(on_cuda.arrays[name].cpu(), on_cpu.arrays[name])
         assert on_cuda.to("cpu").device.type == "cpu"
@@ -240,7 +246,7 @@ def test_incomplete_views_are_refused(tmp_path: Path) -> None:
     writer = create(tmp_path / "c", MANIFEST, IMAGES)
     targets = tiny_targets(MANIFEST)
     cache = TeacherCache.open(tmp_path / "c")
-    assert cache.complete_views == ()
+    assert list(cache.complete_views) == []
     write(writer, targets, [(1, block) for block in range(5)] + [(2, 0), (2, 4)])
     assert cache.complete_views == (1,)
     assert not cache.is_complete

@@ -28,13 +28,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
 def several(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     """Two teachers, three CLIPs with two, three and four prompts."""
     path = tmp_path_factory.mktemp("refusion") / "several"
-    shares = {"teacher_weights": (0.5, 0.5), "clip_weights": (0.2, 0.3, 0.5)}
+    shares: dict[str, Any] = {"teacher_weights": (0.5, 0.5), "clip_weights": (0.2, 0.3, 0.5)}
     build(path, tiny_manifest(IMAGES, store="components", codec="float32", **shares), IMAGES)
     return TeacherCache.open(path)
 
 
-def logits_with(cache: TeacherCache, view: int, **choice: object) -> np.ndarray:
-    resolved = FusionChoice(**choice).resolve(cache)  # type: ignore[arg-type]
+def logits_with(cache: TeacherCache, view: int, **choice: Any) -> np.ndarray:
+    resolved = FusionChoice(**choice).resolve(cache)
     return cache.load_view(view, fusion=resolved).logits(slice(None)).double().numpy()
 
 

@@ -1,6 +1,7 @@
 """Views of fused and of component caches, and the rows that they return."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ IMAGES = tiny_images()
 
 
 @pytest.mark.parametrize("codec", ["float32", "top-k"])
-def test_a_fused_view_has_no_targets_of_single_networks(tmp_path: Path, codec: str) -> None:
+def test_a_fused_view_has_no_targets_of_single_networks(tmp_path: Path, codec: Any) -> None:
     build(tmp_path / "c", tiny_manifest(IMAGES, codec=codec), IMAGES)
     targets = TeacherCache.open(tmp_path / "c").load_view(1)
     assert isinstance(targets, FusedView)

@@ -100,9 +100,7 @@ def number(weight: float) -> str:
 def test_numbers_in_the_tables_are_the_defaults():
     default = LossRecipe()
     cells = [
-        row["defaults and their origin"]
-        for heading in ("loss.kind", "loss.feature")
-        for row in table(heading).values()
+        row["defaults and their origin"] for heading in ("loss.kind", "loss.feature") for row in table(heading).values()
     ]
     stated = dict(
         re.findall(r"`(\w+)` ([\d.]+(?: \d{3})?)(?=[,:;]|$)", ", ".join(cell.partition("theirs")[0] for cell in cells))

@@ -6,6 +6,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("store", "linear_head"), [("fused", True), ("components", True), ("components", False)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_array_reads_as_written(tmp_path: Path, store: str, linear_head: bool, dtype: str) -> None:
+def test_every_array_reads_as_written(tmp_path: Path, store: str, linear_head: bool, dtype: Any) -> None:
     manifest = tiny_manifest(IMAGES, store=store, linear_head=linear_head, codec=dtype)
     targets = build(tmp_path / "c", manifest, IMAGES)
     cache = TeacherCache.open(tmp_path / "c")
@@ -79,7 +80,7 @@ def test_round_trip_error_is_bounded(
 ) -> None:
     """float32 is exact. float16 rounds by half a unit in the last place: 2⁻¹¹ of the number, 2⁻²⁵ if subnormal."""
     writer = writers[dtype]
-    features = np.zeros((16, 8), dtype=given_as)
+    features: np.ndarray = np.zeros((16, 8), dtype=given_as)
     writer.write_block(1, 2, {"fused_logits": values.astype(given_as), "fused_features": features}, 5)
     read = TeacherCache.open(writer.path).read_array("fused_logits", 1, writer.manifest.block(2))
     error = np.abs(read.astype(np.float64) - values)
@@ -103,7 +104,7 @@ def test_commits_hold_the_parameter_digest_and_the_digest_of_each_array(tmp_path
     rows = MANIFEST.block(3)
     parameters = MANIFEST.recipe.views.parameter_digest(np.arange(rows.start, rows.stop), 2, (32, 32))
     expected = [parameters, *(commits.block_digest(targets[n][2, rows]) for n in ("fused_logits", "fused_features"))]
-    assert table[2, 3].tolist() == expected
+    assert np.asarray(table[2, 3]).tolist() == expected
     assert table.attrs["columns"] == ["view_parameters", "fused_logits", "fused_features"]
 
 
@@ -138,7 +139,7 @@ def test_threads_write_distinct_blocks_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_out_of_range_are_named_and_nothing_is_written(
-    tmp_path: Path, value: float, rows: str, dtype: str, message: str
+    tmp_path: Path, value: float, rows: str, dtype: Any, message: str
 ) -> None:
     manifest = tiny_manifest(IMAGES, codec=dtype)
     writer = create(tmp_path / "c", manifest, IMAGES)
@@ -173,11 +174,17 @@ def test_blocks_that_the_cache_does_not_have_are_refused(
 
 
 def test_create_refuses_samples_and_constants_that_do_not_fit_the_manifest(tmp_path: Path) -> None:
-    good = {"labels": IMAGES.labels, "sample_keys": IMAGES.keys, "constants": tiny_constants(MANIFEST)}
+    good: dict[str, Any] = {"labels": IMAGES.labels, "sample_keys": IMAGES.keys, "constants": tiny_constants(MANIFEST)}
     swapped = IMAGES.labels.copy()
     swapped[0] = (swapped[0] + 1) % 5
     nan = {**good["constants"], "class_embeddings": np.full((5, 10), np.nan, np.float32)}
-    for bad in ({"labels": swapped}, {"sample_keys": IMAGES.keys[:-1]}, {"constants": {}}, {"constants": nan}):
+    changes: list[dict[str, Any]] = [
+        {"labels": swapped},
+        {"sample_keys": IMAGES.keys[:-1]},
+        {"constants": {}},
+        {"constants": nan},
+    ]
+    for bad in changes:
         with pytest.raises(FormatError):
             CacheWriter.create(tmp_path / "c", MANIFEST, **{**good, **bad})
     assert list(tmp_path.iterdir()) == []
