@@ -227,9 +227,7 @@ def test_a_view_on_cuda_equals_the_one_on_the_cpu(caches: dict[str, TeacherCache
     for view in range(3):
         on_cpu, on_cuda = caches[kind].load_view(view), caches[kind].load_view(view, "cuda")
         assert on_cuda.logits(rows).device.type == "cuda"
-        tolerance: dict[str, Any] = (
-            {"rtol": 0.0, "atol": 0.0} if kind in {"fused", "float32"} else {"rtol": 1e-5, "atol": 1e-4}
-        )
+        rtol, atol = (0.0, 0.0) if kind in {"fused", "float32"} else (1e-5, 1e-4)
         for index in (rows, rows.tolist(), torch.from_numpy(rows), torch.from_numpy(rows).cuda(), slice(3, 50)):
             same = index.cpu() if isinstance(index, torch.Tensor) else index
             torch.testing.assert_close(on_cuda.logits(index).cpu(), on_cpu.logits(same), rtol=rtol, atol=atol)
