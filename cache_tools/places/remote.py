@@ -106,7 +106,7 @@ class RemotePlace(Place):
         return RemotePlace(f"{self._url}/{name}")
 
     def tidy(self) -> None:
-        """Object stores have no empty folders."""
+        """Nothing to do: object stores have no empty folders and no partial files."""
 
     def _request(self, key: str, request: Callable[[], Answer]) -> Answer:
         """Make a request; repeat it after a passing failure. obstore does not repeat one whose answer was cut off."""
@@ -120,9 +120,7 @@ class RemotePlace(Place):
                 except GenericError as error:
                     if _CLIENT_ERROR.search(str(error)) or time.monotonic() - start > self._patience_s:
                         raise
-                    time.sleep(
-                        random.uniform(0.5, 1.0) * 0.05 * 2**attempt
-                    )  # so that many workers do not retry at once
+                    time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # random: workers must not retry at once
             return request()
 
     @contextmanager

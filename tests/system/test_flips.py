@@ -69,7 +69,7 @@ def all_targets(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path: Path, kind: str) -> None:
+def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path, kind: str) -> None:
     cache = tmp_path / "cache"
     build(cache, tiny_manifest(IMAGES, num_views=2, block_rows=5, canaries=False, **CACHES[kind]), IMAGES)
     expected = all_targets(cache)
@@ -107,7 +107,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["fused", slow("dense components"), slow("top-k")])
-def test_no_student_learns_from_a_flipped_byte(tmp_path: Path, pictures: Path, kind: str) -> None:
+def test_no_student_trains_on_a_flipped_bit(tmp_path: Path, pictures: Path, kind: str) -> None:
     """The command ends with exit code 2, or with the very weights of a sound cache where nothing it read changed."""
     cache = tiny_run.write_cache(tmp_path / "cache", pictures, num_views=2, block_rows=8, **CACHES[kind])
     recipe = tiny_run.recipe(cache, tmp_path / "clean", epochs=2, loss={"kind": "kd", "temperature": 1.0})

@@ -48,7 +48,7 @@ def files(place: Place) -> dict[str, bytes]:
     return {entry.key: place.read(entry.key) for entry in place.entries()}
 
 
-def test_every_request_is_repeated_until_it_is_answered(proxy: FlakyProxy, place: Place) -> None:
+def test_failed_requests_are_repeated(proxy: FlakyProxy, place: Place) -> None:
     proxy.fail(0.2)
     for number in range(12):
         place.put(f"put/{number}", bytes([number]) * 5000)
@@ -66,7 +66,7 @@ def test_every_request_is_repeated_until_it_is_answered(proxy: FlakyProxy, place
     assert {seen.failure for seen in proxy.seen} == {*FAILURES, None}, "each kind was met"
 
 
-def test_a_claim_whose_answer_got_lost_is_held(proxy: FlakyProxy, place: Place) -> None:
+def test_a_claim_is_held_even_if_the_answer_is_lost(proxy: FlakyProxy, place: Place) -> None:
     proxy.fail(0.2)
     blocks = [BlockId(0, block) for block in range(6)]
     with Claims(place) as claims:
@@ -77,7 +77,7 @@ def test_a_claim_whose_answer_got_lost_is_held(proxy: FlakyProxy, place: Place) 
             claims.release(block)
 
 
-def test_push_and_pull_through_a_store_that_fails_a_fifth(
+def test_push_and_pull_while_a_fifth_of_the_requests_fail(
     proxy: FlakyProxy, place: Place, cache: LocalPlace, tmp_path: Path
 ) -> None:
     proxy.fail(0.2)
@@ -91,7 +91,7 @@ def test_push_and_pull_through_a_store_that_fails_a_fifth(
     assert files(place) == files(cache)
 
 
-def test_a_store_that_fails_for_good_is_one_clear_error(proxy: FlakyProxy, place: Place, cache: LocalPlace) -> None:
+def test_a_store_that_always_fails_is_one_clear_error(proxy: FlakyProxy, place: Place, cache: LocalPlace) -> None:
     copy_cache(cache, place, views=[0])
     proxy.fail(1.0)
     impatient = RemotePlace(str(place), patience_s=1.0)
@@ -104,7 +104,7 @@ def test_a_store_that_fails_for_good_is_one_clear_error(proxy: FlakyProxy, place
 
 
 @pytest.mark.parametrize(("direction", "requests"), [slow("push", 17), ("push", 47), ("pull", 4), slow("pull", 30)])
-def test_a_killed_copy_goes_on(
+def test_a_killed_copy_can_be_continued(
     proxy: FlakyProxy, place: Place, cache: LocalPlace, tmp_path: Path, direction: str, requests: int
 ) -> None:
     """SIGKILL when so many requests were answered; the rerun moves only what is missing, and nothing wrong is there."""
@@ -136,7 +136,7 @@ def test_a_killed_copy_goes_on(
         assert verify(back.path).sound
 
 
-def test_the_proxy_counts_what_passes(proxy: FlakyProxy, place: Place) -> None:
+def test_the_proxy_counts_requests(proxy: FlakyProxy, place: Place) -> None:
     place.put("a", bytes(1000))
     place.read("a")
     assert [(seen.method, seen.sent, seen.received) for seen in proxy.seen] == [("PUT", 1000, 0), ("GET", 0, 1000)]

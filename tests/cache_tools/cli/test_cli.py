@@ -55,7 +55,7 @@ def test_ls_lists_complete_half_built_and_damaged_caches(home: Path) -> None:
     assert problem.startswith("broken is damaged: damaged or foreign zarr.json")
 
 
-def test_ls_json_has_everything(home: Path) -> None:
+def test_ls_json_has_every_field(home: Path) -> None:
     records = json.loads(run(home, "ls", "--json").stdout)
     assert [record["name"] for record in records] == ["broken", "digits", "half"]
     assert [record["complete"] for record in records] == [False, True, False]
@@ -95,7 +95,7 @@ def test_ls_of_another_folder_and_of_one_cache(home: Path, tmp_path: Path) -> No
     assert [record["path"] for record in json.loads(run(home, "ls", str(one), "--json").stdout)] == [str(one)]
 
 
-def test_ls_of_an_empty_home_says_what_to_do(tmp_path: Path) -> None:
+def test_ls_of_an_empty_home_names_build_cache(tmp_path: Path) -> None:
     assert "build-cache" in run(tmp_path / "none", "ls").stdout
     assert json.loads(run(tmp_path / "none", "ls", "--json").stdout) == []
 
@@ -174,7 +174,7 @@ def test_a_home_that_is_a_file_is_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["info", "digits"]])
-def test_looking_imports_nothing_slow(home: Path, arguments: list[str]) -> None:
+def test_ls_and_info_import_no_slow_package(home: Path, arguments: list[str]) -> None:
     environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
     command = [sys.executable, "-X", "importtime", "-m", "cache_tools.cli", *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -229,7 +229,7 @@ def test_stats_of_a_component_cache_names_all_three(home: Path) -> None:
         assert words in text
 
 
-def test_stats_of_a_fused_cache_says_that_it_has_the_fusion_only(home: Path) -> None:
+def test_stats_of_a_fused_cache_are_of_the_fusion_only(home: Path) -> None:
     text = analyse(home, "stats", "digits", "--view", "1").stdout
     assert "This cache keeps the fusion only (store: fused)" in text
     assert "CLIP top-1" not in text
@@ -244,7 +244,7 @@ def test_stats_json_and_folder_agree(home: Path, tmp_path: Path) -> None:
     assert {"samples.parquet", "classes.parquet", "summary.parquet", "quadrants.png", "stability.png"} <= names
 
 
-def test_stats_can_fuse_anew(home: Path) -> None:
+def test_stats_can_fuse_again(home: Path) -> None:
     found = json.loads(
         analyse(home, "stats", "half", "--json", "--teacher-weight", "1", "--clip-scale", "match").stdout
     )
@@ -255,7 +255,7 @@ def test_stats_can_fuse_anew(home: Path) -> None:
     assert fusion["nll"] == pytest.approx(teacher["nll"], rel=1e-5)
 
 
-def test_tune_fusion_prints_options_that_the_other_commands_take(home: Path, tmp_path: Path) -> None:
+def test_tune_fusion_prints_options_for_the_other_commands(home: Path, tmp_path: Path) -> None:
     from pipeline.recipe import load_build_recipe
 
     arguments = (

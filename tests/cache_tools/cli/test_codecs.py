@@ -94,7 +94,7 @@ def test_mistakes_are_one_line_and_exit_code_2(home: Path, arguments: list[str],
     assert names(home) == {"digits", "parts"}
 
 
-def test_recode_makes_a_cache_beside_the_first_and_goes_on_with_it(home: Path) -> None:
+def test_recode_makes_a_new_cache_and_continues_it(home: Path) -> None:
     text = run("recode", "digits", "--codec", "compact").stdout
     cache = TeacherCache.open("digits-compact")
     assert text.startswith(f"15 blocks converted: {cache.path}\n")
@@ -107,7 +107,7 @@ def test_recode_makes_a_cache_beside_the_first_and_goes_on_with_it(home: Path) -
     assert names(home) == {"digits", "parts", "digits-compact"}
 
 
-def test_recode_one_side_to_a_place_of_choice(home: Path, tmp_path: Path) -> None:
+def test_recode_one_target_to_a_given_folder(home: Path, tmp_path: Path) -> None:
     options = ["--features", "feature-steps:resolution=8", "--out", str(tmp_path / "c"), "--name", "mine", "--json"]
     found = json.loads(run("recode", "digits", *options, "--block-rows", "32").stdout)
     cache = TeacherCache.open(tmp_path / "c")
@@ -119,20 +119,20 @@ def test_recode_one_side_to_a_place_of_choice(home: Path, tmp_path: Path) -> Non
     assert found["bytes"] == size_and_time(cache.path)[0] < found["source_bytes"]
 
 
-def test_both_sides_by_themselves_make_the_name(home: Path) -> None:
+def test_codecs_given_one_by_one_make_the_name(home: Path) -> None:
     run("recode", "digits", "--logits", "row-step", "--features", "feature-steps")
     codecs = TeacherCache.open("digits-row-step-feature-steps").recipe.codecs
     assert (codecs.logits, codecs.features) == (RowStep(), FeatureSteps())
 
 
-def test_a_finer_codec_is_warned_of_on_stderr(home: Path) -> None:
+def test_a_finer_codec_gives_a_warning_on_stderr(home: Path) -> None:
     assert run("recode", "digits", "--codec", "compact").stderr == ""
     result = run("recode", "digits-compact", "--codec", "float32", "--json")
     assert result.stderr.startswith("warning: fused_logits from companded to float32 and fused_features")
     assert "stays lost" in json.loads(result.stdout)["caution"]
 
 
-def test_a_half_built_cache_says_what_is_missing_and_how_to_go_on(home: Path, tmp_path: Path) -> None:
+def test_recoding_a_half_built_cache_prints_what_is_missing(home: Path, tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES)
     write(create(tmp_path / "a", manifest, IMAGES), tiny_targets(manifest), [(0, block) for block in range(5)])
     text = run("recode", str(tmp_path / "a"), "--codec", "compact").stdout

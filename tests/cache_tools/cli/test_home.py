@@ -66,7 +66,7 @@ def test_caches_of_a_bucket_are_listed_and_described(home: Path, server: str, tm
     assert not other.exists(), "nothing was staged"
 
 
-def test_what_killed_commands_left_is_pruned(home: Path) -> None:
+def test_leftovers_of_killed_commands_are_pruned(home: Path) -> None:
     old, young = (home / f".digits.zarr.{name}.partial" for name in ("old", "young"))
     for folder in (old, young):
         folder.mkdir()
@@ -79,7 +79,7 @@ def test_what_killed_commands_left_is_pruned(home: Path) -> None:
     assert (young / "labels").exists()
 
 
-def test_a_copy_that_was_cut_off_is_left_to_its_owner(home: Path) -> None:
+def test_an_interrupted_copy_is_not_pruned(home: Path) -> None:
     """Without zarr.json nobody knows what it is, and the other caches are pruned all the same."""
     (home / "cut.zarr" / "labels").mkdir(parents=True)
     shown = run(home, "prune", "--incomplete", "--keep-size", "0B", "--yes").stdout
@@ -88,7 +88,7 @@ def test_a_copy_that_was_cut_off_is_left_to_its_owner(home: Path) -> None:
     assert not (home / NAME).exists()
 
 
-def test_a_mirror_says_what_it_is(home: Path, server: str, tmp_path: Path) -> None:
+def test_ls_and_info_show_that_a_cache_is_a_mirror(home: Path, server: str, tmp_path: Path) -> None:
     url, other = f"s3://{new_bucket()}/caches/{NAME}", tmp_path / "other"
     run(home, "push", "digits", url)
     run(other, "stats", url, "--view", "1")
@@ -126,7 +126,7 @@ def test_pulled_into_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
     assert "the place is taken" in run(home, "pull", source, "--out", str(full), code=2).stderr
 
 
-def test_a_cache_that_one_stands_in(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_as_a_cache(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "share").mkdir()
     monkeypatch.chdir(home / NAME)
     run(home, "push", ".", str(tmp_path / "share"))
@@ -136,7 +136,7 @@ def test_a_cache_that_one_stands_in(home: Path, tmp_path: Path, monkeypatch: pyt
     assert not (home / NAME).exists()
 
 
-def test_a_link_is_removed_alone(home: Path, tmp_path: Path) -> None:
+def test_only_the_link_to_a_cache_is_removed(home: Path, tmp_path: Path) -> None:
     (home / "link.zarr").symlink_to(home / NAME, target_is_directory=True)
     assert "keeping (a link: the cache is elsewhere)" in run(home, "prune", "--older-than", "0s").stdout
     shown = run(home, "rm", str(home / "link.zarr"), "--yes").stdout
@@ -145,7 +145,7 @@ def test_a_link_is_removed_alone(home: Path, tmp_path: Path) -> None:
     assert "sound" in run(home, "verify", "digits").stdout
 
 
-def test_what_is_kept_may_be_too_large(home: Path) -> None:
+def test_prune_reports_that_kept_caches_are_too_large(home: Path) -> None:
     (home / "cut.zarr").mkdir()
     (home / "cut.zarr" / "labels").write_bytes(bytes(3000))
     shown = run(home, "prune", "--keep-size", "2KB", "--yes").stdout
@@ -192,7 +192,7 @@ def test_nothing_is_removed_without_yes(home: Path) -> None:
     assert {path.name for path in home.iterdir()} <= {".sizes.json"}
 
 
-def test_a_damaged_block_is_found_dropped_and_built_again(home: Path) -> None:
+def test_a_damaged_block_is_found_dropped_and_restored(home: Path) -> None:
     cache = home / NAME
     good = shutil.copytree(cache, home.parent / "good")
     file = cache / "fused_logits" / "c.1.2.0"
@@ -210,14 +210,14 @@ def test_a_damaged_block_is_found_dropped_and_built_again(home: Path) -> None:
     assert "sound: 15 of 15 blocks" in run(home, "verify", "digits").stdout
 
 
-def test_a_half_built_cache_is_copied_as_far_as_it_goes(home: Path, tmp_path: Path) -> None:
+def test_a_half_built_cache_is_copied_in_part(home: Path, tmp_path: Path) -> None:
     half = tiny_manifest(IMAGES, name="half", codec="float32")
     writer = create(home / "half.zarr", half, IMAGES)
     write(writer, tiny_targets(half), writer.missing_blocks()[:2])
     assert "13 blocks are not built yet" in run(home, "push", "half", str(tmp_path / "share")).stdout
 
 
-def test_a_folder_of_caches_may_be_a_zarr_group(home: Path, tmp_path: Path) -> None:
+def test_a_zarr_group_can_be_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
     (tmp_path / "group").mkdir()
     (tmp_path / "group/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
     for _ in range(2):

@@ -45,7 +45,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 @pytest.mark.parametrize("size", [16, 1, 7, 10, 32, 33, 75])
-def test_blocks_of_any_size_are_what_is_stored(reader: BlockReader, size: int) -> None:
+def test_rows_of_any_range_are_those_stored(reader: BlockReader, size: int) -> None:
     for view in (0, 2):
         for start in range(0, 75, size):
             rows = slice(start, min(start + size, 75))
@@ -74,7 +74,7 @@ def test_a_sample_is_its_rows_of_the_view(reader: BlockReader) -> None:
     assert_same(reader.sample(1, index), {name: values[index] for name, values in whole.items()})
 
 
-def test_what_is_not_committed_is_not_given(tmp_path: Path) -> None:
+def test_uncommitted_rows_are_not_read(tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES)
     write(create(tmp_path / "c", manifest, IMAGES), tiny_targets(manifest), [(0, 0), (0, 1), (1, 4)])
     reader = BlockReader(TeacherCache.open(tmp_path / "c"))
@@ -96,7 +96,7 @@ def damaged_copy(path: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rows", [slice(16, 32), slice(20, 30)], ids=["whole", "cut"])
-def test_rows_of_elsewhere_are_found(path: Path, tmp_path: Path, rows: slice) -> None:
+def test_a_chunk_in_the_wrong_place_is_found(path: Path, tmp_path: Path, rows: slice) -> None:
     """A sound chunk in the wrong place: only the commit can tell."""
     copy = damaged_copy(path, tmp_path)
     chunks = copy / "clip_features"

@@ -17,7 +17,7 @@ COMPONENTS = tiny_manifest(IMAGES, codec="float32", store="components", canaries
 MIXED = tiny_manifest(IMAGES, codec="float32", store="components", linear_head=False, canaries=False).recipe
 
 
-def test_what_caches_store() -> None:
+def test_kinds_of_targets_that_caches_store() -> None:
     assert kinds(FUSED) == ("logits", "features")
     assert kinds(COMPONENTS) == ("features",)
     assert kinds(MIXED) == ("logits", "features")
@@ -51,11 +51,11 @@ def test_presets_are_those_of_a_build(preset: str, recipe: CacheRecipe) -> None:
         (" companded:spread=6 + float16 ", Companded(spread=6.0), Float16()),
     ],
 )
-def test_codecs_go_where_they_can(spec: str, logits: object, features: object) -> None:
+def test_a_codec_is_used_for_the_targets_it_fits(spec: str, logits: object, features: object) -> None:
     assert codecs_for(spec, FUSED) == TargetCodecs(logits=logits, features=features)
 
 
-def test_what_a_cache_does_not_store_stays_as_it_is() -> None:
+def test_codecs_of_targets_that_are_not_stored_stay() -> None:
     assert codecs_for("fixed-step", COMPONENTS) == TargetCodecs(logits=Float32(), features=FixedStep())
     assert codecs_for("companded", MIXED) == TargetCodecs(logits=Companded(), features=Float32())
 
@@ -78,7 +78,7 @@ def test_what_a_cache_does_not_store_stays_as_it_is() -> None:
         ("float16+float16+float16", "no such codec"),
     ],
 )
-def test_bad_specs_are_refused_in_words(spec: str, message: str) -> None:
+def test_bad_specs_give_clear_errors(spec: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         codecs_for(spec, FUSED)
 
@@ -89,7 +89,7 @@ def test_codecs_of_logits_that_are_not_stored_are_refused(spec: str) -> None:
         codecs_for(spec, COMPONENTS)
 
 
-def test_sides_named_by_themselves_win_and_make_the_label() -> None:
+def test_single_specs_override_the_common_one_and_make_the_label() -> None:
     assert choose(FUSED, "compact", None, None) == (resolve_codecs("compact", 5), "compact")
     codecs, label = choose(FUSED, "float16", "companded:spread=6", None)
     assert codecs == TargetCodecs(logits=Companded(spread=6.0), features=Float16())

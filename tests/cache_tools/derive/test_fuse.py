@@ -90,7 +90,7 @@ CHOICES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_rows_are_those_that_training_on_the_parts_sees(
+def test_rows_equal_those_that_training_on_the_components_sees(
     several: TeacherCache, tmp_path: Path, choice: dict[str, Any]
 ) -> None:
     made = fused(several, tmp_path / "made", **choice)
@@ -152,7 +152,7 @@ def check_same(made: TeacherCache, direct: TeacherCache) -> None:
         np.testing.assert_allclose(made.constant(name), direct.constant(name), atol=1e-6)
 
 
-def test_templates_that_the_cache_has_need_no_clip(built: TeacherCache, tmp_path: Path, monkeypatch) -> None:
+def test_stored_templates_need_no_clip(built: TeacherCache, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("cache_tools.plugins.load", None)
     stored = built.recipe.clip.templates
     by_name = fused(built, tmp_path / "name", (stored[4], stored[0]))
@@ -161,7 +161,7 @@ def test_templates_that_the_cache_has_need_no_clip(built: TeacherCache, tmp_path
     assert contents(by_name.path) == contents(by_number.path)
 
 
-def test_everything_else_is_the_source_s(built: TeacherCache, root: Path, tmp_path: Path) -> None:
+def test_the_rest_of_the_manifest_is_the_sources(built: TeacherCache, root: Path, tmp_path: Path) -> None:
     made = fused(built, tmp_path / "made", teacher_weight=0.4)
     manifest = made.manifest
     for key in ("dataset", "num_views", "block_rows", "canaries", "build_recipe"):
@@ -180,7 +180,7 @@ def test_everything_else_is_the_source_s(built: TeacherCache, root: Path, tmp_pa
     assert manifest.provenance["preflight"] == built.manifest.provenance["preflight"]
 
 
-def test_a_build_does_not_take_it_for_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_does_not_reuse_a_derived_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
     plan = recipe(root, store="components", num_views=1, out=None)
     first = build_cache(plan)
@@ -193,7 +193,7 @@ def test_a_build_does_not_take_it_for_its_own(root: Path, tmp_path: Path, monkey
     assert "inputs" not in made.manifest.provenance
 
 
-def test_a_dense_codec_keeps_its_promise(built: TeacherCache, tmp_path: Path) -> None:
+def test_a_dense_codec_keeps_its_error_bound(built: TeacherCache, tmp_path: Path) -> None:
     exact = fused(built, tmp_path / "exact")
     coded = TeacherCache(fuse(built, FusionChoice(), codec="compact", out=tmp_path / "coded", device="cpu").path)
     assert coded.recipe.codecs == resolve_codecs("compact", 3)
@@ -206,7 +206,7 @@ def test_a_dense_codec_keeps_its_promise(built: TeacherCache, tmp_path: Path) ->
     assert not np.array_equal(coded.read_array("fused_features", 0), exact.read_array("fused_features", 0))
 
 
-def test_match_on_a_clean_view_0_is_that_of_a_build(root: Path, tmp_path: Path) -> None:
+def test_match_on_a_clean_view_0_equals_a_build(root: Path, tmp_path: Path) -> None:
     views = {"base_seed": 11, "clean_first": True, "ops": ["pad-crop", "flip"]}
     settings = {"clip_scale": "match", "feature_dim": 16}
     source = build_cache(recipe(root, views=views, store="components", out=tmp_path / "source"))
@@ -214,7 +214,7 @@ def test_match_on_a_clean_view_0_is_that_of_a_build(root: Path, tmp_path: Path) 
     check_same(fused(TeacherCache(source.path), tmp_path / "made", clip_scale="match"), TeacherCache(direct.path))
 
 
-def test_match_is_the_source_s_own_where_nothing_that_sets_it_changed(root: Path, tmp_path: Path) -> None:
+def test_match_keeps_the_sources_scale_if_nothing_it_depends_on_changed(root: Path, tmp_path: Path) -> None:
     """Its build looked at clean images; view 0 is not clean here."""
     settings = {"clip_scale": "match", "feature_dim": 16}
     source = build_cache(recipe(root, store="components", fusion=settings, num_views=1, out=tmp_path / "source"))
@@ -227,7 +227,7 @@ def test_match_is_the_source_s_own_where_nothing_that_sets_it_changed(root: Path
     assert anew.manifest.clip_scales != cache.manifest.clip_scales
 
 
-def test_accuracies_of_another_fusion_are_not_taken_over(tmp_path: Path) -> None:
+def test_accuracies_of_another_fusion_are_dropped(tmp_path: Path) -> None:
     manifest = cache_factory.tiny_manifest(IMAGES, store="components")
     measured = {"teacher_top1": 0.9, "clip_top1": 0.6, "fusion_top1": 0.95, "networks": {}, "split": "test", "n": 64}
     manifest = manifest.model_copy(update={"provenance": manifest.provenance | {"preflight": measured}})
@@ -277,7 +277,7 @@ def components(path: Path, blocks: int | None = None, num_views: int = 3) -> Cac
     return writer
 
 
-def test_a_half_built_source_is_fused_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_the_blocks_of_a_half_built_source_are_fused(tmp_path: Path) -> None:
     writer = components(tmp_path / "source", blocks=7)
     first = fuse(TeacherCache(writer.path), FusionChoice(clip_scale="match"), out=tmp_path / "made")
     assert counts(first) == (7, 0, 8)
@@ -289,7 +289,7 @@ def test_a_half_built_source_is_fused_as_far_as_it_goes(tmp_path: Path) -> None:
     assert contents(second.path) == contents(whole.path)
 
 
-def test_what_a_grown_source_has_more_is_added(tmp_path: Path) -> None:
+def test_new_views_of_a_grown_source_are_added(tmp_path: Path) -> None:
     writer = components(tmp_path / "source", num_views=1)
     first = fuse(TeacherCache(writer.path), FusionChoice(prompts=(1,)), out=tmp_path / "made")
     assert counts(first) == (5, 0, 0)
@@ -310,7 +310,7 @@ def test_what_a_grown_source_has_more_is_added(tmp_path: Path) -> None:
 # What it refuses
 
 
-def test_a_fused_source_has_no_parts(built: TeacherCache, tmp_path: Path) -> None:
+def test_a_fused_source_has_no_components(built: TeacherCache, tmp_path: Path) -> None:
     made = fused(built, tmp_path / "made")
     with pytest.raises(NotFoundError, match=r"a fused cache has no components to fuse.*--store components"):
         fuse(made, FusionChoice(), out=tmp_path / "again")
@@ -324,7 +324,7 @@ def test_a_fused_source_has_no_parts(built: TeacherCache, tmp_path: Path) -> Non
         ({"clip_view": 0}, RecipeError, r"takes CLIP's targets from the view they are for.*fusion\.clip_view"),
     ],
 )
-def test_choices_that_the_cache_does_not_allow(
+def test_choices_that_do_not_fit_the_cache_are_refused(
     several: TeacherCache, tmp_path: Path, choice: dict[str, Any], error: type[CacheError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -365,19 +365,19 @@ def test_a_clip_with_other_weights_is_refused(root: Path, built: TeacherCache, t
     assert not (tmp_path / "made").exists()
 
 
-def test_a_cache_that_keeps_no_build_recipe_has_no_other_prompts(several: TeacherCache, tmp_path: Path) -> None:
+def test_new_prompts_need_the_build_recipe(several: TeacherCache, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="does not record how its teachers were loaded"):
         fused(several, tmp_path / "made", ("another {}",))
 
 
-def test_what_takes_view_0_waits_for_it(tmp_path: Path) -> None:
+def test_fitting_needs_a_complete_view_0(tmp_path: Path) -> None:
     source = TeacherCache(components(tmp_path / "source", blocks=3).path)
     with pytest.raises(IncompleteError, match="view 0 is not completely built"):
         fuse(source, FusionChoice(clip_scale="match"), out=tmp_path / "made")
     assert fuse(source, FusionChoice(clip_scale=2.0), out=tmp_path / "made").blocks == 3
 
 
-def test_match_where_clip_says_the_same_for_every_class(tmp_path: Path) -> None:
+def test_match_with_equal_clip_logits_for_every_class(tmp_path: Path) -> None:
     manifest = cache_factory.tiny_manifest(IMAGES, store="components", codec="float32")
     constants = cache_factory.tiny_constants(manifest)
     constants["text_features"][:] = constants["text_features"][:1, :1]
@@ -389,7 +389,7 @@ def test_match_where_clip_says_the_same_for_every_class(tmp_path: Path) -> None:
         fuse(TeacherCache(writer.path), FusionChoice(clip_scale="match", prompts=(0,)), out=tmp_path / "made")
 
 
-def test_a_damaged_block_is_not_laundered(tmp_path: Path) -> None:
+def test_a_damaged_block_is_not_fused(tmp_path: Path) -> None:
     source = components(tmp_path / "source").path
     shutil.copy(source / "clip_features" / "c.1.3.0", source / "clip_features" / "c.1.2.0")  # intact, but another's
     with pytest.raises(FormatError, match=r"not those that were committed \(.*clip_features, view 1, block 2\)"):
@@ -425,7 +425,7 @@ def test_the_command_makes_a_cache_that_is_found_by_name(
     assert f"train-student --cache {made.path}" in told
 
 
-def test_the_command_takes_shares_and_numbers(several: TeacherCache, tmp_path: Path) -> None:
+def test_the_command_parses_shares_and_prompt_numbers(several: TeacherCache, tmp_path: Path) -> None:
     shares = ["--teacher-weights", "0.25,0.75", "--clip-weights", "1, 0, 0", "--feature-weight", "0.5"]
     told = run(
         several.path, *shares, "--prompts", "1", "--prompt-ensemble", "logits", "--out", tmp_path / "made"
@@ -458,13 +458,13 @@ def test_bad_options_are_one_clear_error(several: TeacherCache, options: tuple[s
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_codec_for_another_temperature_is_said_once(several: TeacherCache, tmp_path: Path) -> None:
+def test_the_temperature_warning_of_a_codec_is_printed_once(several: TeacherCache, tmp_path: Path) -> None:
     done = run(several.path, "--codec", "top-k:temperature=2+float16", "--out", tmp_path / "made")
     assert done.stderr.count("warning: top-k targets at temperature 2") == 1
     assert TeacherCache(tmp_path / "made").recipe.codecs.logits.temperature == 2.0
 
 
-def test_half_a_source_is_said(tmp_path: Path) -> None:
+def test_missing_blocks_of_the_source_are_printed(tmp_path: Path) -> None:
     source = components(tmp_path / "source", blocks=7).path
     told = run(source, "--out", tmp_path / "made").stdout
     assert "7 blocks fused:" in told

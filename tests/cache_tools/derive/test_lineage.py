@@ -42,7 +42,7 @@ def test_the_nearest_source_comes_first(chain: list[TeacherCache]) -> None:
     assert original.source is None
 
 
-def test_a_source_is_opened_where_it_was_or_from_the_home(
+def test_a_source_is_opened_at_its_path_or_from_the_home(
     chain: list[TeacherCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
@@ -60,19 +60,19 @@ def test_a_source_is_opened_where_it_was_or_from_the_home(
 
 
 @pytest.mark.parametrize("provenance", [{}, {"source": None}, {"source": {"name": "x"}}, {"source": "elsewhere"}])
-def test_a_cache_that_does_not_say_it(chain: list[TeacherCache], provenance: dict[str, Any]) -> None:
+def test_a_derived_cache_without_a_record_of_its_source(chain: list[TeacherCache], provenance: dict[str, Any]) -> None:
     silent = chain[2].manifest.model_copy(update={"provenance": provenance})
     with pytest.raises(NotFoundError, match=rf"does not say what it was made from.*{silent.recipe.derived_from[:12]}"):
         lineage(silent)
 
 
-def test_a_source_of_another_fingerprint_is_not_believed(chain: list[TeacherCache]) -> None:
+def test_a_source_of_another_fingerprint_is_an_error(chain: list[TeacherCache]) -> None:
     other = chain[2].manifest.provenance["source"] | {"fingerprint": "0" * 64}
     with pytest.raises(NotFoundError, match="found 000000000000"):
         lineage(chain[2].manifest.model_copy(update={"provenance": {"source": other}}))
 
 
-def test_info_tells_it_in_a_line_each(chain: list[TeacherCache]) -> None:
+def test_info_prints_one_line_per_source(chain: list[TeacherCache]) -> None:
     told = CliRunner().invoke(app, ["info", str(chain[2].path)]).stdout
     lines = [line for line in told.splitlines() if line.startswith("made from:")]
     assert [line.split()[2] for line in lines] == ["second,", "tiny,"]

@@ -136,7 +136,7 @@ def test_a_float32_cache_recoded_is_the_cache_that_a_build_writes(
     assert files(tmp_path / "recoded") == files(tmp_path / "built")
 
 
-def test_targets_whose_codec_stays_are_not_touched(tmp_path: Path) -> None:
+def test_targets_whose_codec_stays_are_copied(tmp_path: Path) -> None:
     """Not even rounded again: top-k and fitted steps do not survive that."""
     build(tmp_path / "a", tiny_manifest(IMAGES, codec="top-k"), IMAGES)
     first = TeacherCache.open(tmp_path / "a")
@@ -171,7 +171,7 @@ def test_another_packing_keeps_codes_and_steps(source: TeacherCache, tmp_path: P
 # Identity
 
 
-def test_the_manifest_says_where_it_comes_from(source: TeacherCache, tmp_path: Path) -> None:
+def test_the_manifest_names_the_source(source: TeacherCache, tmp_path: Path) -> None:
     done = convert(source, "compact", tmp_path / "c")
     old, new = source.manifest, TeacherCache.open(tmp_path / "c").manifest
     assert new.recipe.derived_from == old.fingerprint == done.source_fingerprint
@@ -188,7 +188,9 @@ def test_the_manifest_says_where_it_comes_from(source: TeacherCache, tmp_path: P
     assert BlockReader(TeacherCache.open(tmp_path / "c")).constants.keys() >= set(tiny_constants(old))
 
 
-def test_its_place_in_the_home(source: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_path_is_in_the_cache_home(
+    source: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(registry.HOME_VARIABLE, str(tmp_path))
     done = recode(source, codecs_for("float16", source.recipe), "tiny-float16")
     assert done.path == registry.cache_path("tiny-float16", done.fingerprint)
@@ -213,7 +215,7 @@ def test_its_place_in_the_home(source: TeacherCache, tmp_path: Path, monkeypatch
         ("row-step", "top-k", False),
     ],
 )
-def test_a_finer_codec_does_not_come_silently(first: str, second: str, warned: bool, tmp_path: Path) -> None:
+def test_a_finer_codec_gives_a_warning(first: str, second: str, warned: bool, tmp_path: Path) -> None:
     build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)
     done = convert(TeacherCache.open(tmp_path / "a"), first, tmp_path / "b")
     assert done.caution is None
@@ -225,7 +227,7 @@ def test_a_finer_codec_does_not_come_silently(first: str, second: str, warned: b
         assert "stays lost" in done.caution
 
 
-def test_what_a_codec_cannot_hold_shows_before_anything_is_made(tmp_path: Path) -> None:
+def test_values_out_of_a_codecs_range_fail_before_anything_is_made(tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES, codec="float32")
     targets = tiny_targets(manifest)
     targets["fused_features"][0, 9, 2] = 1e5
@@ -235,7 +237,7 @@ def test_what_a_codec_cannot_hold_shows_before_anything_is_made(tmp_path: Path) 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a"]
 
 
-def test_view_0_has_to_be_there_to_fit_codecs(tmp_path: Path) -> None:
+def test_fitting_codecs_needs_view_0(tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES)
     write(create(tmp_path / "a", manifest, IMAGES), tiny_targets(manifest), [(1, 0), (0, 0)])
     with pytest.raises(IncompleteError, match="view 0"):
@@ -243,7 +245,7 @@ def test_view_0_has_to_be_there_to_fit_codecs(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_places_that_are_taken(source: TeacherCache, tmp_path: Path) -> None:
+def test_existing_targets_are_not_overwritten(source: TeacherCache, tmp_path: Path) -> None:
     convert(source, "compact", tmp_path / "c")
     for spec, path in (("float16", tmp_path / "c"), ("float16", source.path)):
         with pytest.raises(MismatchError, match="another recipe"):
@@ -254,7 +256,7 @@ def test_places_that_are_taken(source: TeacherCache, tmp_path: Path) -> None:
         convert(source, "float16", tmp_path / "full")
 
 
-def test_another_copy_of_the_source_does_not_go_on(tmp_path: Path) -> None:
+def test_another_copy_of_the_source_cannot_continue_a_cache(tmp_path: Path) -> None:
     """The same recipe built on another machine: embeddings that differ in a bit."""
     manifest = tiny_manifest(IMAGES, codec="float32")
     build(tmp_path / "a", manifest, IMAGES)
@@ -283,7 +285,7 @@ def test_the_second_run_does_nothing(source: TeacherCache, tmp_path: Path) -> No
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("*")} == times
 
 
-def test_it_grows_with_its_source(tmp_path: Path) -> None:
+def test_a_recoded_cache_grows_with_its_source(tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES, codec="float32")
     targets = tiny_targets(manifest.model_copy(update={"num_views": 5}))
     writer = create(tmp_path / "a", manifest, IMAGES)
@@ -303,7 +305,7 @@ def test_it_grows_with_its_source(tmp_path: Path) -> None:
     assert files(tmp_path / "c") == files(tmp_path / "at-once")
 
 
-def test_it_grows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_is_exclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)
     convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c")
     CacheWriter.resume(tmp_path / "a", TeacherCache.open(tmp_path / "a").manifest.fingerprint).grow(5)
@@ -320,7 +322,7 @@ def test_it_grows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert claimed == [True]
 
 
-def test_a_damaged_block_stops_it_and_the_rest_stays(tmp_path: Path) -> None:
+def test_a_damaged_block_stops_recoding_and_keeps_the_rest(tmp_path: Path) -> None:
     build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)
     chunk = tmp_path / "a/fused_features/c.2.1.0"
     sound = chunk.read_bytes()
@@ -352,7 +354,7 @@ print(recode(cache, codecs, "other", Path(sys.argv[2])).blocks, flush=True)
 """
 
 
-def test_two_at_once_share_the_blocks(tmp_path: Path) -> None:
+def test_two_processes_share_the_blocks(tmp_path: Path) -> None:
     images = tiny_images(320)
     build(tmp_path / "a", tiny_manifest(images, num_views=2, codec="float32", canaries=False), images)
     convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "plain")

@@ -71,13 +71,13 @@ def test_using_a_cache_changes_neither_its_size_nor_its_age(home: Path) -> None:
     assert after.used_s > before.used_s
 
 
-def test_a_removed_cache_is_gone_without_a_trace(home: Path) -> None:
+def test_removing_a_cache_leaves_nothing(home: Path) -> None:
     registry.mark_used(home / "b.zarr")
     housekeeping.remove(home / "b.zarr")
     assert sorted(path.name for path in home.iterdir()) == ["a.zarr", "c.zarr", "half.zarr"]
 
 
-def test_what_is_being_built_or_no_cache_stays(home: Path) -> None:
+def test_a_cache_in_use_or_a_plain_folder_is_not_removed(home: Path) -> None:
     with Claims(LocalPlace(home / "half.zarr")) as claims:
         claims.claim(BlockId(0, 0))
         found = housekeeping.find_candidates(registry.list_caches(home), PruneRules(incomplete=True), now_s=time.time())
@@ -104,7 +104,7 @@ def at_a_block(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], o
     monkeypatch.setattr(transfer, "copy_block", acting)
 
 
-def test_what_is_being_copied_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_being_copied_is_not_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when another copy of the same cache ends meanwhile."""
     source, target = LocalPlace(home / "a.zarr"), LocalPlace(home / "copy.zarr")
 
@@ -123,7 +123,7 @@ def test_what_is_being_copied_stays(home: Path, monkeypatch: pytest.MonkeyPatch)
     housekeeping.remove(target.path)
 
 
-def test_a_copy_that_was_removed_meanwhile_is_no_success(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_fails_if_its_target_is_removed_meanwhile(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = LocalPlace(home / "a.zarr"), LocalPlace(home / "copy.zarr")
     at_a_block(monkeypatch, 5, lambda: target.path.rename(home / "gone"))
     with pytest.raises(StorageError, match=r"removed while it was copied.*Run the same command again"):
@@ -163,7 +163,7 @@ def test_a_cache_with_fields_of_a_newer_version_is_not_damaged(home: Path) -> No
         read_manifest(home / "a.zarr")
 
 
-def test_a_cache_that_cannot_be_read_now_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_cache_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_bytes(path: Path) -> bytes:
         if path == home / "a.zarr" / "zarr.json":
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
@@ -177,7 +177,7 @@ def test_a_cache_that_cannot_be_read_now_stays(home: Path, monkeypatch: pytest.M
     assert found["half.zarr"].kept_because is None
 
 
-def test_a_link_goes_alone(home: Path, tmp_path: Path) -> None:
+def test_removing_a_link_keeps_the_cache(home: Path, tmp_path: Path) -> None:
     elsewhere = shutil.move(home / "b.zarr", tmp_path.parent / f"{tmp_path.name}-elsewhere.zarr")
     (home / "b.zarr").symlink_to(elsewhere, target_is_directory=True)
     records = registry.list_caches(home)
@@ -193,7 +193,7 @@ def test_a_link_goes_alone(home: Path, tmp_path: Path) -> None:
     assert registry.read_record(Path(elsewhere)).complete
 
 
-def test_what_is_kept_takes_its_room(home: Path) -> None:
+def test_kept_caches_count_towards_the_size(home: Path) -> None:
     """What cannot go does not count as gone."""
     sizes = {record.name: record.size_bytes for record in registry.list_caches(home)}
     with Claims(LocalPlace(home / "a.zarr")) as claims:

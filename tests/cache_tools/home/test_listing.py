@@ -46,7 +46,7 @@ RECORDS = [
         ({"unused_for_s": 5 * DAY, "name": "k"}, ["broken"]),
     ],
 )
-def test_filters_add_up(filters: dict[str, object], names: list[str]) -> None:
+def test_a_record_must_pass_every_filter(filters: dict[str, object], names: list[str]) -> None:
     assert [record.name for record in Filters.model_validate(filters).apply(RECORDS, now_s=10.5 * DAY)] == names
 
 
@@ -79,7 +79,7 @@ def test_the_caches_of_a_remote_folder(place: Place, tmp_path: Path) -> None:
     assert list_remote(place.child("notes")) == []
 
 
-def test_nothing_is_read_of_arrays(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_reads_no_arrays(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "whole.zarr", tiny_manifest(IMAGES), IMAGES)
     copy_cache(LocalPlace(tmp_path / "whole.zarr"), place.child("whole.zarr"))
     read: list[str] = []

@@ -59,7 +59,7 @@ def test_a_home_that_does_not_exist_has_no_caches(home: Path) -> None:
         TeacherCache.open("digits")
 
 
-def test_the_list_says_what_there_is(home: Path) -> None:
+def test_the_list_describes_every_cache(home: Path) -> None:
     complete = add("two")
     half = add("one", codec="float32", blocks=[(1, block) for block in range(5)] + [(2, 0)])
     (home / "three-000000000000.zarr" / "labels").mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_the_list_says_what_there_is(home: Path) -> None:
     assert not three.complete
 
 
-def test_views_done_is_what_the_reader_says(home: Path) -> None:
+def test_complete_views_agree_with_the_reader(home: Path) -> None:
     rng = np.random.default_rng(0)
     pairs = [(view, block) for view in range(3) for block in range(5)]
     manifest = tiny_manifest(IMAGES, canaries=False)
@@ -103,7 +103,7 @@ def test_caches_are_found_by_name_fingerprint_or_path(home: Path) -> None:
             registry.resolve(reference)
 
 
-def test_a_name_wins_over_a_folder_that_is_no_cache(home: Path) -> None:
+def test_a_name_is_preferred_to_a_folder_that_is_no_cache(home: Path) -> None:
     manifest = add("digits")
     Path("digits").mkdir()
     assert TeacherCache.open("digits").manifest == manifest
@@ -111,13 +111,13 @@ def test_a_name_wins_over_a_folder_that_is_no_cache(home: Path) -> None:
         TeacherCache.open(Path("digits"))
 
 
-def test_a_name_wins_over_a_fingerprint(home: Path) -> None:
+def test_a_name_is_preferred_to_a_fingerprint(home: Path) -> None:
     one = add("one")
     two = add(one.fingerprint[:4], codec="float32")
     assert registry.find(one.fingerprint[:4]).fingerprint == two.fingerprint
 
 
-def test_of_several_caches_the_complete_one_is_meant(home: Path) -> None:
+def test_of_several_matches_the_only_complete_cache_is_found(home: Path) -> None:
     half = add("digits", codec="float32", blocks=[(0, 0)])
     complete = add("digits")
     assert registry.find("digits").fingerprint == complete.fingerprint
@@ -129,7 +129,7 @@ def test_of_several_caches_the_complete_one_is_meant(home: Path) -> None:
         assert f"{manifest.fingerprint[:12]} ({views} views)" in str(caught.value)
 
 
-def test_what_is_not_found_comes_with_advice(home: Path) -> None:
+def test_an_unknown_reference_gives_an_error_with_advice(home: Path) -> None:
     add("digits")
     with pytest.raises(NotFoundError, match=r"Did you mean digits; otherwise `cache-tools ls` lists"):
         registry.find("digts")
@@ -141,7 +141,7 @@ def test_what_is_not_found_comes_with_advice(home: Path) -> None:
         registry.resolve("x.zarr")
 
 
-def test_a_folder_that_is_not_there_has_no_list(home: Path, tmp_path: Path) -> None:
+def test_listing_a_missing_folder_is_an_error(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"")
     for path in (tmp_path / "nowhere", file):
@@ -149,7 +149,7 @@ def test_a_folder_that_is_not_there_has_no_list(home: Path, tmp_path: Path) -> N
             registry.list_caches(path)
 
 
-def test_a_path_ends_in_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_path_ends_in_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever lies beside a cache is named after it."""
     path = registry.cache_path("digits", add("digits").fingerprint)
     monkeypatch.chdir(path)

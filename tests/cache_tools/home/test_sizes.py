@@ -42,13 +42,15 @@ def measure(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int]
     return {name: size for name, (size, _) in found.items()}, walked
 
 
-def test_a_size_is_summed_up_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_is_computed_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure(home, monkeypatch) == ({"a.zarr": 207, "b.zarr": 207}, ["a.zarr", "b.zarr"])
     assert measure(home, monkeypatch) == ({"a.zarr": 207, "b.zarr": 207}, [])
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "replaced", "folder"])
-def test_a_changed_cache_is_summed_up_again(home: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_the_size_of_a_changed_cache_is_computed_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     measure(home, monkeypatch)
     commits = home / "a.zarr" / "commits"
     if change == "new":
@@ -67,7 +69,7 @@ def test_a_changed_cache_is_summed_up_again(home: Path, monkeypatch: pytest.Monk
     assert measure(home, monkeypatch)[1] == []
 
 
-def test_a_cache_that_is_gone_is_forgotten(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_cache_leaves_the_index(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure(home, monkeypatch)
     (home / "a.zarr").rename(home / "elsewhere")
     measure(home, monkeypatch)
@@ -75,13 +77,13 @@ def test_a_cache_that_is_gone_is_forgotten(home: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("index", [b"", b"[]", b'{"a.zarr": 1}', b'{"a.zarr": ["x", "many", 0]}', b"\xff\x00"])
-def test_a_damaged_index_is_written_anew(home: Path, monkeypatch: pytest.MonkeyPatch, index: bytes) -> None:
+def test_a_damaged_index_is_rewritten(home: Path, monkeypatch: pytest.MonkeyPatch, index: bytes) -> None:
     (home / INDEX).write_bytes(index)
     assert measure(home, monkeypatch)[0] == {"a.zarr": 207, "b.zarr": 207}
     assert measure(home, monkeypatch)[1] == []
 
 
-def test_a_home_that_cannot_be_written_is_summed_up_each_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_a_read_only_home_are_computed_each_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / INDEX).mkdir()
     for _ in range(2):
         assert measure(home, monkeypatch) == ({"a.zarr": 207, "b.zarr": 207}, ["a.zarr", "b.zarr"])

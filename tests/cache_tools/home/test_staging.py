@@ -92,7 +92,7 @@ def test_a_remote_cache_reads_as_the_local_one(url: str, local: Path, home: Path
         )
 
 
-def test_views_come_when_they_are_needed(proxy: FlakyProxy, url: str) -> None:
+def test_views_are_staged_when_they_are_needed(proxy: FlakyProxy, url: str) -> None:
     cache = TeacherCache.open(url)
     cache.require_complete()
     assert cache.labels.shape == (MANIFEST.num_samples,)
@@ -109,7 +109,7 @@ def test_views_come_when_they_are_needed(proxy: FlakyProxy, url: str) -> None:
     assert {path.split(".")[1] for path in data_requests(proxy)} == {"2"}
 
 
-def test_bytes_are_counted_and_told(url: str, local: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_staged_bytes_are_counted_and_printed(url: str, local: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cache = TeacherCache.open(url)
     assert cache.origin is not None
     metadata = cache.origin.bytes
@@ -122,7 +122,7 @@ def test_bytes_are_counted_and_told(url: str, local: Path, capfd: pytest.Capture
     assert cache.origin.bytes == sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
 
 
-def test_a_second_process_finds_what_is_staged(proxy: FlakyProxy, url: str) -> None:
+def test_a_second_reader_uses_what_is_staged(proxy: FlakyProxy, url: str) -> None:
     TeacherCache.open(url).load_view(1)
     proxy.forget()
     again = TeacherCache.open(url)
@@ -131,7 +131,7 @@ def test_a_second_process_finds_what_is_staged(proxy: FlakyProxy, url: str) -> N
     assert proxy.paths("GET")[0].endswith("tiny.zarr/zarr.json")
 
 
-def test_a_cache_built_here_needs_nothing_from_the_store(proxy: FlakyProxy, url: str, local: Path) -> None:
+def test_a_cache_built_here_reads_nothing_from_the_store(proxy: FlakyProxy, url: str, local: Path) -> None:
     build(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
     TeacherCache.open(url).load_view(2)
     assert data_requests(proxy) == []
@@ -155,7 +155,7 @@ def test_a_cache_built_here_is_no_mirror(proxy: FlakyProxy, url: str, monkeypatc
     assert registry.find("tiny").origin == url, "now it is"
 
 
-def test_a_read_only_home_that_has_the_cache(proxy: FlakyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_home_with_the_cache_works(proxy: FlakyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
 
     def refuse(path: Path, data: object) -> None:
@@ -172,7 +172,7 @@ def test_a_remote_cache_that_cannot_be_opened_leaves_nothing(proxy: FlakyProxy, 
     assert not list(home.iterdir())
 
 
-def test_with_one_clip_view_two_views_come(proxy: FlakyProxy, tmp_path: Path) -> None:
+def test_a_separate_clip_view_is_staged_too(proxy: FlakyProxy, tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES, store="components")
     build(tmp_path / "c.zarr", manifest, IMAGES)
     cache = TeacherCache.open(publish(tmp_path / "c.zarr", proxy))
@@ -205,7 +205,7 @@ def test_a_half_built_remote_cache_shows_its_complete_views(proxy: FlakyProxy, t
     np.testing.assert_array_equal(cache.read_array("fused_logits", 1), targets["fused_logits"][1])
 
 
-def test_a_remote_cache_that_grows_is_seen_when_it_is_opened_again(proxy: FlakyProxy, url: str, local: Path) -> None:
+def test_reopening_a_remote_cache_shows_its_growth(proxy: FlakyProxy, url: str, local: Path) -> None:
     TeacherCache.open(url).load_view(0)
     grown = CacheWriter.resume(local, MANIFEST.fingerprint).grow(VIEWS + 2)
     targets = tiny_targets(grown.manifest, seed=9)
@@ -217,7 +217,7 @@ def test_a_remote_cache_that_grows_is_seen_when_it_is_opened_again(proxy: FlakyP
     np.testing.assert_array_equal(cache.read_array("fused_features", VIEWS), targets["fused_features"][VIEWS])
 
 
-def test_what_the_mirror_has_beyond_the_store_is_readable(proxy: FlakyProxy, tmp_path: Path) -> None:
+def test_blocks_that_only_the_mirror_has_are_readable(proxy: FlakyProxy, tmp_path: Path) -> None:
     """The same recipe, half-built there and half-built here."""
     there, targets = create(tmp_path / "half.zarr", MANIFEST, IMAGES), tiny_targets(MANIFEST)
     write(there, targets, [(0, block) for block in range(BLOCKS)])
@@ -233,7 +233,7 @@ def test_what_the_mirror_has_beyond_the_store_is_readable(proxy: FlakyProxy, tmp
 # By name, and without a network
 
 
-def test_a_mirror_is_found_by_name_and_goes_on_staging(proxy: FlakyProxy, url: str, home: Path) -> None:
+def test_a_mirror_found_by_name_continues_staging(proxy: FlakyProxy, url: str, home: Path) -> None:
     TeacherCache.open(url).load_view(0)
     for reference in ("tiny", MANIFEST.fingerprint[:8]):
         cache = TeacherCache.open(reference)
@@ -244,7 +244,7 @@ def test_a_mirror_is_found_by_name_and_goes_on_staging(proxy: FlakyProxy, url: s
     assert registry.read_complete_views(cache.path, MANIFEST) == [0, 2]
 
 
-def test_a_store_that_is_gone_after_staging(proxy: FlakyProxy, url: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_staged_views_work_without_the_store(proxy: FlakyProxy, url: str, capfd: pytest.CaptureFixture[str]) -> None:
     first = TeacherCache.open(url)
     assert first.is_complete
     for view in (0, 1):
@@ -266,12 +266,12 @@ def test_a_store_that_is_gone_after_staging(proxy: FlakyProxy, url: str, capfd: 
     cache.load_view(2)
 
 
-def test_a_store_that_is_gone_before_anything_is_staged_is_one_error(proxy: FlakyProxy, url: str) -> None:
+def test_without_store_and_staged_views_opening_is_one_error(proxy: FlakyProxy, url: str) -> None:
     with proxy.gone(), pytest.raises(StorageError, match="does not answer as it should"):
         TeacherCache.open(url)
 
 
-def test_a_half_built_remote_cache_whose_store_is_gone(
+def test_a_half_built_remote_cache_without_its_store(
     proxy: FlakyProxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By name: what is staged, with a warning; where nothing is staged, one error."""
@@ -291,7 +291,7 @@ def test_a_half_built_remote_cache_whose_store_is_gone(
     assert capfd.readouterr().err.count("warning: the object store does not answer") == 1
 
 
-def test_offline_no_store_is_asked(
+def test_offline_sends_no_requests(
     proxy: FlakyProxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TEACHER_CACHE_OFFLINE", "1")
@@ -316,7 +316,7 @@ def test_offline_no_store_is_asked(
     assert capfd.readouterr().err == ""
 
 
-def test_another_cache_at_the_url_has_another_mirror(proxy: FlakyProxy, url: str, local: Path, tmp_path: Path) -> None:
+def test_another_cache_at_the_url_gets_its_own_mirror(proxy: FlakyProxy, url: str, local: Path, tmp_path: Path) -> None:
     first = TeacherCache.open(url)
     first.load_view(0)
     open_place(url).delete([entry.key for entry in open_place(url).entries()])
@@ -332,7 +332,7 @@ def test_another_cache_at_the_url_has_another_mirror(proxy: FlakyProxy, url: str
         by_path.load_view(1)
 
 
-def test_the_same_cache_built_anew_at_the_url_is_not_mixed_in(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:
+def test_a_rebuilt_cache_at_the_url_is_not_mixed_in(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:
     TeacherCache.open(url).load_view(0)
     open_place(url).delete([entry.key for entry in open_place(url).entries()])
     writer = CacheWriter.create(
@@ -389,7 +389,7 @@ def test_a_damaged_block_is_never_staged(proxy: FlakyProxy, url: str, name: str)
     cache.load_view(0)
 
 
-def test_coded_targets_come_with_their_constants(proxy: FlakyProxy, tmp_path: Path) -> None:
+def test_fitted_codecs_are_staged_with_their_constants(proxy: FlakyProxy, tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES, codec="compact")
     build(tmp_path / "coded.zarr", manifest, IMAGES)
     cache, reference = (
@@ -415,7 +415,7 @@ def test_the_same_cache_built_here_with_other_constants(proxy: FlakyProxy, url: 
     assert data_requests(proxy) == []
 
 
-def test_the_same_cache_here_in_other_blocks(proxy: FlakyProxy, url: str) -> None:
+def test_the_same_cache_here_with_other_block_sizes(proxy: FlakyProxy, url: str) -> None:
     """Complete, it serves; half-built, nothing can be staged into it."""
     mirror = registry.cache_path("tiny", MANIFEST.fingerprint)
     other = tiny_manifest(IMAGES, block_rows=32)
@@ -432,7 +432,7 @@ def test_the_same_cache_here_in_other_blocks(proxy: FlakyProxy, url: str) -> Non
 # Several at once
 
 
-def test_stagers_of_one_view_bring_it_once(proxy: FlakyProxy, url: str) -> None:
+def test_concurrent_readers_stage_a_view_once(proxy: FlakyProxy, url: str) -> None:
     """Threads of one process, each with a reader of its own."""
     with ThreadPoolExecutor(4) as pool:
         views = list(pool.map(lambda _: TeacherCache.open(url).load_view(1), range(4)))
@@ -452,7 +452,7 @@ for view in range(cache.num_views):
 """
 
 
-def test_processes_that_stage_everything_bring_it_once(proxy: FlakyProxy, url: str, local: Path) -> None:
+def test_concurrent_processes_stage_every_block_once(proxy: FlakyProxy, url: str, local: Path) -> None:
     command = [sys.executable, "-c", READ, url]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=500)[0] for process in processes]
@@ -467,9 +467,7 @@ def test_processes_that_stage_everything_bring_it_once(proxy: FlakyProxy, url: s
 
 
 @pytest.mark.parametrize("requests", [slow(2), 12, slow(24), slow(35)])
-def test_a_killed_stager_leaves_nothing_wrong_and_nothing_locked(
-    proxy: FlakyProxy, url: str, local: Path, requests: int
-) -> None:
+def test_a_killed_reader_leaves_no_damage_and_no_lock(proxy: FlakyProxy, url: str, local: Path, requests: int) -> None:
     proxy.stop_after(requests)
     process = subprocess.Popen([sys.executable, "-c", READ, url], stdout=subprocess.DEVNULL)
     assert proxy.full.wait(300)
@@ -494,7 +492,7 @@ def _staged(mirror: Path, view: int, block: int) -> bool:
     return (mirror / "commits" / f"c.{view}.{block}.0").exists()
 
 
-def test_a_builder_of_the_same_cache_is_waited_for(proxy: FlakyProxy, url: str) -> None:
+def test_staging_waits_for_a_builder_of_the_same_cache(proxy: FlakyProxy, url: str) -> None:
     """A block that another process of this host computes is not staged over it."""
     mirror = registry.cache_path("tiny", MANIFEST.fingerprint)
     writer = create(mirror, MANIFEST, IMAGES)
@@ -508,7 +506,7 @@ def test_a_builder_of_the_same_cache_is_waited_for(proxy: FlakyProxy, url: str) 
     assert "fused_logits/c.1.2.0" not in data_requests(proxy)
 
 
-def test_the_record_says_where_a_mirror_came_from(url: str) -> None:
+def test_the_record_names_the_url_of_a_mirror(url: str) -> None:
     cache = TeacherCache.open(url + "/")
     record = read_origin(cache.path)
     assert record is not None
@@ -517,7 +515,7 @@ def test_the_record_says_where_a_mirror_came_from(url: str) -> None:
     assert json.loads((cache.path.parent / f".{cache.path.name}.origin").read_text())["complete"] is True
 
 
-def test_a_fifth_of_the_requests_fail(
+def test_staging_works_while_a_fifth_of_the_requests_fail(
     proxy: FlakyProxy, url: str, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy.fail(0.2)

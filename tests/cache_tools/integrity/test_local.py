@@ -88,7 +88,7 @@ def test_a_truncated_or_missing_file_is_repaired_by_building_its_block(
 
 @pytest.mark.parametrize("name", ["fused_logits", "commits", "labels", "class_embeddings"])
 @pytest.mark.parametrize("damage", ["gone", "rubbish", "another fill value"])
-def test_metadata_is_written_anew(sound: Path, cache: Path, name: str, damage: str) -> None:
+def test_damaged_metadata_is_rewritten(sound: Path, cache: Path, name: str, damage: str) -> None:
     file = cache / name / "zarr.json"
     if damage == "gone":
         file.unlink()
@@ -105,7 +105,7 @@ def test_metadata_is_written_anew(sound: Path, cache: Path, name: str, damage: s
 
 
 @pytest.mark.parametrize("name", ["fused_features", "commits"])
-def test_an_array_whose_folder_is_gone_is_made_again(sound: Path, cache: Path, name: str) -> None:
+def test_an_array_whose_folder_is_missing_is_restored(sound: Path, cache: Path, name: str) -> None:
     shutil.rmtree(cache / name)
     (cache / "fused_logits/c.0.0.0").write_bytes(b"x")
     done = repair(cache, verify(cache))
@@ -116,7 +116,7 @@ def test_an_array_whose_folder_is_gone_is_made_again(sound: Path, cache: Path, n
     assert contents(cache) == contents(sound)
 
 
-def test_what_only_a_copy_can_cure_is_left_and_said(cache: Path) -> None:
+def test_damage_that_only_a_copy_repairs_is_reported(cache: Path) -> None:
     flip(cache / "labels" / "c.0", 5)
     found = verify(cache)
     done = repair(cache, found)
@@ -124,7 +124,7 @@ def test_what_only_a_copy_can_cure_is_left_and_said(cache: Path) -> None:
     assert not verify(cache).sound
 
 
-def test_rows_that_are_intact_but_not_those_committed_are_found(cache: Path) -> None:
+def test_intact_rows_of_another_block_are_found(cache: Path) -> None:
     (cache / "fused_logits/c.1.2.0").write_bytes((cache / "fused_logits/c.1.3.0").read_bytes())
     (problem,) = verify(cache).problems
     assert (problem.view, problem.block) == (1, 2)

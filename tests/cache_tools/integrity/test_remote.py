@@ -49,7 +49,7 @@ def flip(place: Place, key: str) -> None:
     place.put(key, bytes(data))
 
 
-def test_a_sound_cache_reads_as_the_local_one(proxy: FlakyProxy, place: Place, cache: LocalPlace) -> None:
+def test_a_sound_remote_cache_verifies_like_a_local_one(proxy: FlakyProxy, place: Place, cache: LocalPlace) -> None:
     found, local = verify(place), integrity.verify(cache.path)
     assert found.sound
     assert found.path == str(place)
@@ -63,7 +63,7 @@ def test_a_sound_cache_reads_as_the_local_one(proxy: FlakyProxy, place: Place, c
     "key",
     ["fused_logits/c.1.2.0", "commits/c.0.1.0", "labels/c.0", "class_embeddings/c.0.0", "fused_features/zarr.json"],
 )
-def test_damage_is_found_as_in_a_folder(place: Place, cache: LocalPlace, key: str) -> None:
+def test_remote_damage_is_reported_like_local_damage(place: Place, cache: LocalPlace, key: str) -> None:
     for each in (place, cache):
         flip(each, key)
     found, local = verify(place), integrity.verify(cache.path)
@@ -82,7 +82,7 @@ def test_a_missing_chunk_is_found(place: Place) -> None:
     assert (problem.view, problem.block, problem.cure) == (2, 0, "block")
 
 
-def test_repaired_and_pushed_again(place: Place, cache: LocalPlace) -> None:
+def test_a_repaired_remote_cache_is_restored_by_a_push(place: Place, cache: LocalPlace) -> None:
     flip(place, "fused_logits/c.1.2.0")
     flip(place, "fused_features/zarr.json")
     result = CliRunner().invoke(app, ["verify", str(place)])
@@ -109,7 +109,7 @@ def test_a_store_that_fails_is_not_a_damaged_cache(proxy: FlakyProxy, place: Pla
 
 
 @pytest.mark.parametrize("requests", [slow(1), 14, slow(40)])
-def test_a_store_that_goes_away_in_between_is_one_error(
+def test_losing_the_store_during_verify_is_one_error(
     proxy: FlakyProxy, place: Place, monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:
     monkeypatch.setattr(remote, "PATIENCE_S", 5.0)
@@ -118,7 +118,7 @@ def test_a_store_that_goes_away_in_between_is_one_error(
         verify(open_place(str(place)))
 
 
-def test_what_is_no_cache_is_a_clear_error(place: Place) -> None:
+def test_verifying_something_else_than_a_cache_is_a_clear_error(place: Place) -> None:
     with pytest.raises(NotFoundError, match="no cache here"):
         verify(place.sibling("nothing"))
     flip(place, "zarr.json")

@@ -36,7 +36,7 @@ def test_a_block_is_claimed_once(place: Place) -> None:
     assert list(claims_place(place).entries()) == []
 
 
-def test_an_expired_claim_is_taken_over_by_exactly_one(place: Place) -> None:
+def test_an_expired_claim_is_taken_over_by_exactly_one_builder(place: Place) -> None:
     foreign = json.dumps({"owner": "x", "host": "another-host", "pid": 1}).encode()
     claims_place(place).put("0.0.0", foreign)
     with Claims(place, expire_s=3600) as patient:
@@ -58,14 +58,14 @@ def test_an_expired_claim_is_taken_over_by_exactly_one(place: Place) -> None:
     assert list(claims_place(place).entries()) == []
 
 
-def test_a_claim_of_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
+def test_the_claim_of_a_dead_local_process_is_taken_over_at_once(tmp_path: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", TEXT], capture_output=True, check=True)
     claims_place(LocalPlace(tmp_path)).put("0.0.0", gone.stdout)
     with Claims(LocalPlace(tmp_path)) as claims:
         assert claims.claim(BlockId(0, 0))
 
 
-def test_a_process_that_its_parent_has_not_buried_is_dead(tmp_path: Path) -> None:
+def test_a_zombie_process_counts_as_dead(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", TEXT], stdout=subprocess.PIPE)
     assert process.stdout is not None
     claims_place(LocalPlace(tmp_path)).put("0.0.0", process.stdout.read())
@@ -75,7 +75,7 @@ def test_a_process_that_its_parent_has_not_buried_is_dead(tmp_path: Path) -> Non
     process.wait()
 
 
-def test_the_number_of_a_dead_process_may_be_that_of_another_now(tmp_path: Path) -> None:
+def test_a_reused_process_id_does_not_keep_a_claim_alive(tmp_path: Path) -> None:
     claim = json.loads(claim_content("x"))
     assert claim["pid"] == os.getpid()
     claims_place(LocalPlace(tmp_path)).put("0.0.0", json.dumps(claim).encode())
@@ -85,14 +85,14 @@ def test_the_number_of_a_dead_process_may_be_that_of_another_now(tmp_path: Path)
         assert claims.claim(BlockId(0, 1))
 
 
-def test_process_numbers_of_another_machine_mean_nothing_here(tmp_path: Path) -> None:
+def test_process_ids_of_other_machines_are_ignored(tmp_path: Path) -> None:
     claim = json.loads(claim_content("x")) | {"machine": "localhost", "started": "1"}
     claims_place(LocalPlace(tmp_path)).put("0.0.0", json.dumps(claim).encode())
     with Claims(LocalPlace(tmp_path)) as claims:
         assert not claims.claim(BlockId(0, 0))
 
 
-def test_a_builder_that_stood_still_knows_that_it_lost_its_block(place: Place) -> None:
+def test_a_suspended_builder_notices_that_it_lost_its_block(place: Place) -> None:
     with Claims(place, expire_s=3600) as still:
         assert still.claim(BlockId(0, 0))
         assert still.holds(BlockId(0, 0))
@@ -103,7 +103,7 @@ def test_a_builder_that_stood_still_knows_that_it_lost_its_block(place: Place) -
         assert [entry.key for entry in claims_place(place).entries()] == ["0.0.1"]
 
 
-def test_where_there_are_no_hard_links_claims_work_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claims_work_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(source: object, target: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted", str(target))
 
@@ -113,7 +113,7 @@ def test_where_there_are_no_hard_links_claims_work_too(tmp_path: Path, monkeypat
         assert not second.claim(BlockId(0, 0))
 
 
-def test_one_builder_at_a_time_holds_a_claim_alone(place: Place) -> None:
+def test_one_builder_at_a_time_holds_a_claim(place: Place) -> None:
     inside: list[int] = []
     most: list[int] = []
 
@@ -132,7 +132,7 @@ def test_one_builder_at_a_time_holds_a_claim_alone(place: Place) -> None:
     assert most == [1, 1, 1, 1]
 
 
-def test_who_grows_a_cache_is_alone_also_when_builders_end(place: Place) -> None:
+def test_a_growing_claim_is_exclusive_while_builders_come_and_go(place: Place) -> None:
     with growing(place):
         with Claims(place) as builder:  # the one who does the first block
             assert next(builder.share(BLOCKS, lambda: {BlockId(0, 1)}, lambda block: False)) == (0, 0)
@@ -145,7 +145,7 @@ def test_who_grows_a_cache_is_alone_also_when_builders_end(place: Place) -> None
     assert list(claims_place(place).entries()) == []
 
 
-def test_any_number_may_keep_a_place(place: Place) -> None:
+def test_any_number_of_builders_may_prevent_pruning(place: Place) -> None:
     with Claims(place) as first:
         first.prevent_pruning()
         with Claims(place) as second:
@@ -179,7 +179,7 @@ def test_a_damaged_claim_expires_like_any_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("builders", [2, 4])
-def test_builders_share_the_blocks_without_double_work(place: Place, builders: int) -> None:
+def test_builders_share_the_blocks_and_compute_each_once(place: Place, builders: int) -> None:
     done: dict[BlockId, int] = {}
     lock = threading.Lock()
 
@@ -203,7 +203,7 @@ def test_builders_share_the_blocks_without_double_work(place: Place, builders: i
     assert list(claims_place(place).entries()) == []
 
 
-def test_claims_that_killed_builders_left_on_committed_blocks_are_removed(place: Place) -> None:
+def test_claims_of_killed_builders_on_committed_blocks_are_removed(place: Place) -> None:
     """Also where they have not expired: nobody takes these over."""
     claims_place(place).put("0.0.0", b"of another host")
     claims_place(place).put("0.1.0", b"of another host, at work")
@@ -214,7 +214,7 @@ def test_claims_that_killed_builders_left_on_committed_blocks_are_removed(place:
     assert [entry.key for entry in claims_place(place).entries()] == ["0.1.0"]
 
 
-def test_what_a_builder_was_writing_when_it_was_killed_does_not_keep_the_folder(tmp_path: Path) -> None:
+def test_half_written_claims_do_not_keep_the_folder(tmp_path: Path) -> None:
     folder = tmp_path.with_name(f".{tmp_path.name}.claims")
     with Claims(LocalPlace(tmp_path)) as claims:
         assert claims.claim(BlockId(0, 0))
@@ -223,7 +223,7 @@ def test_what_a_builder_was_writing_when_it_was_killed_does_not_keep_the_folder(
     assert not folder.exists()
 
 
-def test_a_builder_that_gives_up_while_it_waits_leaves_nothing(tmp_path: Path) -> None:
+def test_a_builder_that_stops_waiting_leaves_nothing(tmp_path: Path) -> None:
     claims_place(LocalPlace(tmp_path)).put("0.0.0", b"of another host")
     handed_out: list[BlockId] = []
     claims = Claims(LocalPlace(tmp_path))
@@ -246,7 +246,7 @@ def test_a_builder_that_gives_up_while_it_waits_leaves_nothing(tmp_path: Path) -
     assert [entry.key for entry in claims_place(LocalPlace(tmp_path)).entries()] == ["0.0.0"]
 
 
-def test_a_block_of_a_builder_that_dies_is_done_by_another(tmp_path: Path) -> None:
+def test_another_builder_takes_over_the_block_of_a_killed_one(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from cache_tools.places.claims import Claims; "
         "from cache_tools.format.commits import BlockId; "

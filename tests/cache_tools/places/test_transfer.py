@@ -53,7 +53,7 @@ def same_targets(first: Path, second: Path) -> None:
 # Places
 
 
-def test_a_file_is_what_was_put_last(place: Place) -> None:
+def test_reading_gives_what_was_put_last(place: Place) -> None:
     assert place.put("a/b.bin", b"first")
     assert not place.put("a/b.bin", b"second", only_new=True)
     assert place.read("a/b.bin") == b"first"
@@ -69,7 +69,7 @@ def test_a_file_is_what_was_put_last(place: Place) -> None:
         place.read("c")
 
 
-def test_times_are_those_of_the_place(place: Place) -> None:
+def test_files_are_dated_by_the_place(place: Place) -> None:
     place.put("early", b"1")
     place.put("late", b"2")
     times = {entry.key: entry.modified_s for entry in place.entries()}
@@ -77,12 +77,12 @@ def test_times_are_those_of_the_place(place: Place) -> None:
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "s3://"])
-def test_what_is_no_place_is_one_clear_error(url: str) -> None:
+def test_a_malformed_url_is_one_clear_error(url: str) -> None:
     with pytest.raises(RecipeError, match="not a URL of an object store"):
         open_place(url)
 
 
-def test_a_bucket_that_is_not_there_is_one_clear_error(server: str) -> None:
+def test_a_missing_bucket_is_one_clear_error(server: str) -> None:
     with pytest.raises((StorageError, NotFoundError)) as caught:
         copy_cache(open_place("s3://no-such-bucket-here/x"), LocalPlace(Path("/nonexistent")))
     assert "\n" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_a_remote_place_without_obstore_says_what_to_install(monkeypatch: pytest
 # Copies
 
 
-def test_there_and_back_again(cache: Path, place: Place, tmp_path: Path) -> None:
+def test_a_round_trip_keeps_every_file(cache: Path, place: Place, tmp_path: Path) -> None:
     pushed = copy_cache(LocalPlace(cache), place)
     assert files(place) == files(LocalPlace(cache))
     assert pushed.blocks == MANIFEST.num_views * MANIFEST.num_blocks
@@ -107,7 +107,7 @@ def test_there_and_back_again(cache: Path, place: Place, tmp_path: Path) -> None
     same_targets(cache, tmp_path / "back")
 
 
-def test_a_second_copy_moves_nothing(cache: Path, place: Place) -> None:
+def test_a_second_copy_writes_nothing(cache: Path, place: Place) -> None:
     copy_cache(LocalPlace(cache), place)
     again = copy_cache(LocalPlace(cache), place)
     assert (again.blocks, again.files, again.bytes) == (0, 0, 0)
@@ -144,7 +144,7 @@ def test_a_copy_of_some_views_is_a_half_built_cache(cache: Path, place: Place, t
     same_targets(cache, tmp_path / "back")
 
 
-def test_a_copy_cut_at_any_file_goes_on(cache: Path, tmp_path: Path) -> None:
+def test_a_copy_interrupted_at_any_file_can_be_continued(cache: Path, tmp_path: Path) -> None:
     """The target fails after n files, for every n: it is no cache or a valid half, and the next copy completes it."""
     total = len(list(LocalPlace(cache).entries()))
     for limit in range(0, total, 3):
@@ -160,7 +160,7 @@ def test_a_copy_cut_at_any_file_goes_on(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fused_logits/c.1.2.0", "fused_features/c.1.2.0", "commits/c.1.2.0"])
-def test_a_damaged_block_does_not_travel(cache: Path, place: Place, name: str) -> None:
+def test_a_damaged_block_is_not_copied(cache: Path, place: Place, name: str) -> None:
     data = bytearray((cache / name).read_bytes())
     data[len(data) // 2] ^= 1
     (cache / name).write_bytes(data)
@@ -169,14 +169,14 @@ def test_a_damaged_block_does_not_travel(cache: Path, place: Place, name: str) -
     assert (1, 2) not in list_committed(place)
 
 
-def test_rows_of_another_commit_do_not_travel(cache: Path, place: Place) -> None:
+def test_rows_of_another_commit_are_not_copied(cache: Path, place: Place) -> None:
     """Undamaged files, but not those that were committed."""
     (cache / "fused_logits/c.1.2.0").write_bytes((cache / "fused_logits/c.1.3.0").read_bytes())
     with pytest.raises(FormatError, match="not those that were committed"):
         copy_cache(LocalPlace(cache), place)
 
 
-def test_another_cache_at_the_target_is_left_alone(cache: Path, place: Place, tmp_path: Path) -> None:
+def test_another_cache_at_the_target_is_not_changed(cache: Path, place: Place, tmp_path: Path) -> None:
     build(tmp_path / "other", tiny_manifest(IMAGES, codec="float32"), IMAGES)
     copy_cache(LocalPlace(tmp_path / "other"), place)
     before = files(place)
@@ -185,7 +185,7 @@ def test_another_cache_at_the_target_is_left_alone(cache: Path, place: Place, tm
     assert files(place) == before
 
 
-def test_a_folder_of_other_things_is_left_alone(cache: Path, place: Place) -> None:
+def test_a_folder_of_other_files_is_not_changed(cache: Path, place: Place) -> None:
     place.put("caches/notes.txt", b"mine")
     with pytest.raises(StorageError, match=r"the place is taken.*found caches"):
         copy_cache(LocalPlace(cache), place)
@@ -233,7 +233,7 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
     same_targets(cache, target.path)
 
 
-def test_nothing_is_written_where_all_is_there(cache: Path, tmp_path: Path) -> None:
+def test_a_complete_target_is_not_written_to(cache: Path, tmp_path: Path) -> None:
     """Not even a claim: it may be read-only."""
     copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "share" / "c.zarr"))
     before = (tmp_path / "share").stat().st_mtime_ns
@@ -255,9 +255,7 @@ class Cut(LocalPlace):
         return super().put(key, data, only_new=only_new, durable=durable)
 
 
-def test_a_target_beside_which_nothing_may_be_written(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_whose_parent_is_read_only(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mounted folder: claims would lie beside it."""
     put = LocalPlace.put
 
@@ -272,7 +270,7 @@ def test_a_target_beside_which_nothing_may_be_written(
     same_targets(cache, tmp_path / "c.zarr")
 
 
-def test_a_claim_that_may_not_be_removed_stops_no_copy(
+def test_a_claim_that_cannot_be_removed_does_not_stop_a_copy(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store that lets us write and not delete."""
