@@ -1,4 +1,4 @@
-"""One byte of a cache is wrong: `verify` finds it wherever it changes anything, and nothing ever learns from it."""
+"""Flip one bit of a cache: `verify` finds it if it changes anything, and no student trains on it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
-def places(path: Path, count: int, seed: int = 0) -> Iterator[tuple[Path, int, int]]:
-    """Random bits of random bytes: every file takes part, large ones no more often than small ones."""
+def random_bits(path: Path, count: int, seed: int = 0) -> Iterator[tuple[Path, int, int]]:
+    """Random bits of random bytes; every file is as likely as any other, whatever its size."""
     rng = np.random.default_rng(seed)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     order = rng.permutation(len(files))
@@ -51,7 +51,7 @@ def places(path: Path, count: int, seed: int = 0) -> Iterator[tuple[Path, int, i
 
 
 def flip(file: Path, offset: int, mask: int) -> bytes:
-    """Change a bit; gives what was there."""
+    """Flip a bit; returns the file's bytes before."""
     before = file.read_bytes()
     file.write_bytes(before[:offset] + bytes([before[offset] ^ mask]) + before[offset + 1 :])
     return before
@@ -74,7 +74,7 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path, kind: str) -> No
     build(cache, tiny_manifest(IMAGES, num_views=2, block_rows=5, canaries=False, **CACHES[kind]), IMAGES)
     expected = all_targets(cache)
     harmless = 0
-    for file, offset, mask in places(cache, FLIPS):
+    for file, offset, mask in random_bits(cache, FLIPS):
         before = flip(file, offset, mask)
         where = f"{file}, byte {offset}, mask {mask}"
         try:
@@ -108,12 +108,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["fused", slow("dense components"), slow("top-k")])
 def test_no_student_trains_on_a_flipped_bit(tmp_path: Path, pictures: Path, kind: str) -> None:
-    """The command ends with exit code 2, or with the very weights of a sound cache where nothing it read changed."""
+    """Training ends with exit code 2, or with the same weights as on the sound cache if it did not read the bit."""
     cache = tiny_run.write_cache(tmp_path / "cache", pictures, num_views=2, block_rows=8, **CACHES[kind])
     recipe = tiny_run.recipe(cache, tmp_path / "clean", epochs=2, loss={"kind": "kd", "temperature": 1.0})
     expected = (trained(recipe, tmp_path / "clean") / LAST).read_bytes()
     refused = 0
-    for number, (file, offset, mask) in enumerate(places(cache, 9, seed=1)):
+    for number, (file, offset, mask) in enumerate(random_bits(cache, 9, seed=1)):
         before = flip(file, offset, mask)
         done = run(recipe, tmp_path / str(number))
         if done.exit_code == 2:
@@ -158,7 +158,7 @@ COMMANDS = (
 def test_no_command_crashes(tmp_path: Path, command: list[str]) -> None:
     sound, cache = tmp_path / "sound", tmp_path / "cache"
     build(sound, tiny_manifest(IMAGES, num_views=2, block_rows=5, codec="compact", store="components"), IMAGES)
-    for file, offset, mask in places(sound, CRASHES, seed=len(command[0])):
+    for file, offset, mask in random_bits(sound, CRASHES, seed=len(command[0])):
         shutil.copytree(sound, cache)
         flip(cache / file.relative_to(sound), offset, mask)
         done = CliRunner().invoke(cache_tools, [part.replace("{}", str(cache)) for part in command])

@@ -1,4 +1,4 @@
-"""A store that fails a fifth of its requests, clients that are killed: what is committed is right, the rest goes on."""
+"""A store that fails a fifth of its requests, and killed clients: commits are right, and copies can be continued."""
 
 import os
 import subprocess
@@ -107,7 +107,7 @@ def test_a_store_that_always_fails_is_one_clear_error(proxy: FlakyProxy, place: 
 def test_a_killed_copy_can_be_continued(
     proxy: FlakyProxy, place: Place, cache: LocalPlace, tmp_path: Path, direction: str, requests: int
 ) -> None:
-    """SIGKILL when so many requests were answered; the rerun moves only what is missing, and nothing wrong is there."""
+    """SIGKILL after some requests; the rerun copies only what is missing, and no file is damaged."""
     back = LocalPlace(tmp_path / "back.zarr")
     if direction == "pull":
         copy_cache(cache, place)
@@ -118,20 +118,20 @@ def test_a_killed_copy_can_be_continued(
     process.kill()
     process.wait()
     proxy.go_on()
-    there = list_committed(target)
-    assert len(there) < BLOCKS
-    for key, data in files(target).items():  # every file is whole or not there
+    committed = list_committed(target)
+    assert len(committed) < BLOCKS
+    for key, data in files(target).items():  # every file is whole or missing
         assert data == cache.read(key)
     proxy.forget()
     moved = copy_cache(source, target)
-    assert (moved.blocks, moved.blocks_there) == (BLOCKS - len(there), len(there))
+    assert (moved.blocks, moved.blocks_there) == (BLOCKS - len(committed), len(committed))
     assert files(target) == files(cache)
-    in_cache = [seen for seen in proxy.seen if "/cache.zarr/" in seen.path]  # not the claims beside it
+    in_cache = [seen for seen in proxy.seen if "/cache.zarr/" in seen.path]  # without the claims beside it
     carried = sum(seen.sent if direction == "push" else seen.received for seen in in_cache)
     if direction == "push":
         assert carried == moved.bytes
     again = proxy.paths("PUT" if direction == "push" else "GET")
-    assert not [path for view, block in there for path in again if path.endswith(f"/commits/c.{view}.{block}.0")]
+    assert not [path for view, block in committed for path in again if path.endswith(f"/commits/c.{view}.{block}.0")]
     if direction == "pull":
         assert verify(back.path).sound
 

@@ -197,7 +197,7 @@ finally:
 
 
 def test_ls_reads_one_file_of_each_cache(home: Path) -> None:
-    """Its manifest, so that a home of hundreds is listed at once."""
+    """Only its manifest, so that a home of hundreds of caches is listed quickly."""
     environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", OPENED], env=environment, check=True, capture_output=True, text=True)
     caches = [row["path"] for row in json.loads(done.stdout)]

@@ -1,4 +1,4 @@
-"""The commands about the home and other places, as a user runs them."""
+"""The commands on the cache home and other places, run as a user runs them."""
 
 import json
 import os
@@ -60,9 +60,9 @@ def test_caches_of_a_bucket_are_listed_and_described(home: Path, server: str, tm
     assert header.split()[-1] == "modified"
     assert line.split()[:2] == ["digits", MANIFEST.fingerprint[:12]]
     assert "matches" in run(other, "ls", bucket, "--incomplete").stdout
-    there, here = run(other, "info", f"{bucket}/{NAME}").stdout, run(home, "info", "digits").stdout
-    assert there.splitlines()[0].endswith(f"{bucket}/{NAME}")
-    assert there.splitlines()[1:] == here.replace(" on disk", " in the store").splitlines()[1:]
+    remote_info, local_info = run(other, "info", f"{bucket}/{NAME}").stdout, run(home, "info", "digits").stdout
+    assert remote_info.splitlines()[0].endswith(f"{bucket}/{NAME}")
+    assert remote_info.splitlines()[1:] == local_info.replace(" on disk", " in the store").splitlines()[1:]
     assert not other.exists(), "nothing was staged"
 
 
@@ -80,7 +80,7 @@ def test_leftovers_of_killed_commands_are_pruned(home: Path) -> None:
 
 
 def test_an_interrupted_copy_is_not_pruned(home: Path) -> None:
-    """Without zarr.json nobody knows what it is, and the other caches are pruned all the same."""
+    """Without zarr.json it may be anything. The other caches are pruned all the same."""
     (home / "cut.zarr" / "labels").mkdir(parents=True)
     shown = run(home, "prune", "--incomplete", "--keep-size", "0B", "--yes").stdout
     assert "keeping (not a cache: without zarr.json" in shown
@@ -112,7 +112,7 @@ def test_copied_to_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
 
 
 def test_pulled_into_a_folder_of_caches(home: Path, tmp_path: Path) -> None:
-    """A folder is not unpacked into, unless it is named as a cache or is one."""
+    """The cache goes into a subfolder, unless the folder is named like a cache or is one."""
     source, share = str(shutil.move(home / NAME, tmp_path / "source.zarr")), tmp_path / "share"
     (share / "other.zarr").mkdir(parents=True)
     run(home, "pull", source, "--out", str(share))

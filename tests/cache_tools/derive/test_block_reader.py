@@ -1,4 +1,4 @@
-"""cache_tools/derive/block_reader.py: rows come back as committed, whatever the cut; damage is found and named."""
+"""BlockReader gives rows as they were committed, for any range; it finds and names damage."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def damaged_copy(path: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("rows", [slice(16, 32), slice(20, 30)], ids=["whole", "cut"])
 def test_a_chunk_in_the_wrong_place_is_found(path: Path, tmp_path: Path, rows: slice) -> None:
-    """A sound chunk in the wrong place: only the commit can tell."""
+    """A sound chunk in the wrong place: only the commit shows it."""
     copy = damaged_copy(path, tmp_path)
     chunks = copy / "clip_features"
     shutil.copy(chunks / "c.1.1.0", chunks / "c.0.1.0")

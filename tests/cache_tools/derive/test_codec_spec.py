@@ -1,4 +1,4 @@
-"""cache_tools/derive/codec_spec.py: what people type, and what it means for which cache."""
+"""Codec specs as users type them, and the codecs they give each cache."""
 
 from __future__ import annotations
 

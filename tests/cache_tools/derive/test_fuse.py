@@ -63,7 +63,7 @@ def built(root: Path) -> TeacherCache:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
-    """Made-up components of two teachers and three CLIPs with two, three and four prompts."""
+    """Random components of two teachers and three CLIPs with two, three and four prompts."""
     path = tmp_path_factory.mktemp("several") / "several.zarr"
     shares = {"teacher_weights": (0.5, 0.5), "clip_weights": (0.2, 0.3, 0.5)}
     cache_factory.build(
@@ -94,12 +94,12 @@ def test_rows_equal_those_that_training_on_the_components_sees(
     several: TeacherCache, tmp_path: Path, choice: dict[str, Any]
 ) -> None:
     made = fused(several, tmp_path / "made", **choice)
-    how = FusionChoice(**choice).resolve(several)
+    fusion = FusionChoice(**choice).resolve(several)
     for view in range(several.num_views):
-        expected, found = several.load_view(view, fusion=how), made.load_view(view)
+        expected, found = several.load_view(view, fusion=fusion), made.load_view(view)
         torch.testing.assert_close(found.logits(EVERYTHING), expected.logits(EVERYTHING), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found.features(EVERYTHING), expected.features(EVERYTHING), rtol=1e-6, atol=1e-7)
-    assert made.manifest.clip_scales == pytest.approx(how.clip_scales)
+    assert made.manifest.clip_scales == pytest.approx(fusion.clip_scales)
     assert verify(made.path).sound
 
 
@@ -215,16 +215,16 @@ def test_match_on_a_clean_view_0_equals_a_build(root: Path, tmp_path: Path) -> N
 
 
 def test_match_keeps_the_sources_scale_if_nothing_it_depends_on_changed(root: Path, tmp_path: Path) -> None:
-    """Its build looked at clean images; view 0 is not clean here."""
+    """Its build used clean images for the scale; view 0 is not clean here."""
     settings = {"clip_scale": "match", "feature_dim": 16}
     source = build_cache(recipe(root, store="components", fusion=settings, num_views=1, out=tmp_path / "source"))
     cache = TeacherCache(source.path)
     same = fused(cache, tmp_path / "same", teacher_weight=0.1, clip_scale="match")
     assert same.manifest.clip_scales == cache.manifest.clip_scales
-    anew = fused(cache, tmp_path / "anew", prompts=(1,))
+    again = fused(cache, tmp_path / "again", prompts=(1,))
     expected = FusionChoice(prompts=(1,), clip_scale="match").resolve(cache).clip_scales
-    assert anew.manifest.clip_scales == pytest.approx(expected)
-    assert anew.manifest.clip_scales != cache.manifest.clip_scales
+    assert again.manifest.clip_scales == pytest.approx(expected)
+    assert again.manifest.clip_scales != cache.manifest.clip_scales
 
 
 def test_accuracies_of_another_fusion_are_dropped(tmp_path: Path) -> None:
@@ -247,11 +247,11 @@ def test_accuracies_of_another_fusion_are_dropped(tmp_path: Path) -> None:
     assert source.manifest.provenance["preflight"] == measured
 
 
-# Going on
+# Continuing
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """All files but the manifest, which has a date."""
+    """All files except the manifest, which has a date."""
     files = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
     return {name: file.read_bytes() for name, file in files.items() if name != "zarr.json"}
 
@@ -302,12 +302,12 @@ def test_new_views_of_a_grown_source_are_added(tmp_path: Path) -> None:
     assert second.manifest.num_views == 3
     after = contents(second.path)
     assert all(after[name] == data for name, data in before.items() if not name.endswith("zarr.json"))
-    how = FusionChoice(prompts=(1,)).resolve(TeacherCache(writer.path))
-    expected = TeacherCache(writer.path).load_view(2, fusion=how).logits(EVERYTHING)
+    fusion = FusionChoice(prompts=(1,)).resolve(TeacherCache(writer.path))
+    expected = TeacherCache(writer.path).load_view(2, fusion=fusion).logits(EVERYTHING)
     torch.testing.assert_close(TeacherCache(second.path).load_view(2).logits(EVERYTHING), expected)
 
 
-# What it refuses
+# Errors
 
 
 def test_a_fused_source_has_no_components(built: TeacherCache, tmp_path: Path) -> None:
@@ -391,7 +391,8 @@ def test_match_with_equal_clip_logits_for_every_class(tmp_path: Path) -> None:
 
 def test_a_damaged_block_is_not_fused(tmp_path: Path) -> None:
     source = components(tmp_path / "source").path
-    shutil.copy(source / "clip_features" / "c.1.3.0", source / "clip_features" / "c.1.2.0")  # intact, but another's
+    chunks = source / "clip_features"
+    shutil.copy(chunks / "c.1.3.0", chunks / "c.1.2.0")  # intact, but of another block
     with pytest.raises(FormatError, match=r"not those that were committed \(.*clip_features, view 1, block 2\)"):
         fuse(TeacherCache(source), FusionChoice(), out=tmp_path / "made")
     made = TeacherCache(tmp_path / "made")
@@ -420,17 +421,17 @@ def test_the_command_makes_a_cache_that_is_found_by_name(
     assert done["fingerprint"] == made.manifest.fingerprint
     assert made.recipe.fusion == FusionRecipe(teacher_weight=0.4, clip_scale="match", feature_dim=16)
     assert made.recipe.clip.templates == ("a photo of a {}.",)
-    told = run(built.path, *options).stdout
-    assert f"0 blocks fused, 9 already there: {made.path}" in told
-    assert f"train-student --cache {made.path}" in told
+    printed = run(built.path, *options).stdout
+    assert f"0 blocks fused, 9 already there: {made.path}" in printed
+    assert f"train-student --cache {made.path}" in printed
 
 
 def test_the_command_parses_shares_and_prompt_numbers(several: TeacherCache, tmp_path: Path) -> None:
     shares = ["--teacher-weights", "0.25,0.75", "--clip-weights", "1, 0, 0", "--feature-weight", "0.5"]
-    told = run(
+    printed = run(
         several.path, *shares, "--prompts", "1", "--prompt-ensemble", "logits", "--out", tmp_path / "made"
     ).stdout
-    assert "1, 1, 1 prompt templates (logits)" in told
+    assert "1, 1, 1 prompt templates (logits)" in printed
     made = TeacherCache(tmp_path / "made").recipe
     assert (made.teacher_weights, made.clip_weights) == ((0.25, 0.75), (1.0, 0.0, 0.0))
     assert made.fusion.feature_weight == 0.5
@@ -466,6 +467,6 @@ def test_the_temperature_warning_of_a_codec_is_printed_once(several: TeacherCach
 
 def test_missing_blocks_of_the_source_are_printed(tmp_path: Path) -> None:
     source = components(tmp_path / "source", blocks=7).path
-    told = run(source, "--out", tmp_path / "made").stdout
-    assert "7 blocks fused:" in told
-    assert f"8 blocks are not in {source} yet" in told
+    printed = run(source, "--out", tmp_path / "made").stdout
+    assert "7 blocks fused:" in printed
+    assert f"8 blocks are not in {source} yet" in printed

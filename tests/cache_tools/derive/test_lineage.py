@@ -20,7 +20,7 @@ IMAGES = tiny_images()
 
 @pytest.fixture
 def chain(tmp_path: Path) -> list[TeacherCache]:
-    """Components, the same converted, these fused."""
+    """A component cache, the same recoded, and that fused."""
     build(tmp_path / "first.zarr", tiny_manifest(IMAGES, store="components"), IMAGES)
     first = TeacherCache(tmp_path / "first.zarr")
     second = TeacherCache(recode(first, codecs_for("float32", first.recipe), "second", tmp_path / "second.zarr").path)
@@ -73,8 +73,8 @@ def test_a_source_of_another_fingerprint_is_an_error(chain: list[TeacherCache]) 
 
 
 def test_info_prints_one_line_per_source(chain: list[TeacherCache]) -> None:
-    told = CliRunner().invoke(app, ["info", str(chain[2].path)]).stdout
-    lines = [line for line in told.splitlines() if line.startswith("made from:")]
+    printed = CliRunner().invoke(app, ["info", str(chain[2].path)]).stdout
+    lines = [line for line in printed.splitlines() if line.startswith("made from:")]
     assert [line.split()[2] for line in lines] == ["second,", "tiny,"]
     assert f"components as float16 ({chain[0].path})" in lines[1]
-    assert "source:" not in told
+    assert "source:" not in printed

@@ -1,4 +1,4 @@
-"""derive/recode.py, base.py: numbers within their bounds, only what is missing is made, by one or several."""
+"""Recoding: errors within the codecs' bounds, only missing blocks are made, by one or several processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def convert(cache: TeacherCache, spec: str, path: Path, **options: Any) -> Recod
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Every file below `path` but the manifest, which says when and how it was made."""
+    """Every file below `path` except the manifest, which has a date and a command."""
     found = (file for file in path.rglob("*") if file.is_file() and file.suffix != cache_tools.files.PARTIAL)
     return {str(file.relative_to(path)): file.read_bytes() for file in found if file != path / "zarr.json"}
 
@@ -82,12 +82,12 @@ def test_decoded_numbers_are_within_the_bound_of_their_codec(source: TeacherCach
     made = TeacherCache.open(tmp_path / "c")
     assert (done.blocks, done.blocks_there, done.blocks_missing) == (15, 0, 0)
     assert verify(made.path).sound
-    held = Encoder(made.recipe, made.constant).constants  # with what makes rounding know the head
+    held = Encoder(made.recipe, made.constant).constants  # with the statistics that make rounding aware of the head
     for name, target in made.targets.items():
         for view in range(3):
             values, decoded = (cache.read_array(name, view) for cache in (source, made))
             bound = target.codec.error_bound(values, held[name])
-            if isinstance(target.codec, TopK):  # its bound is of the probabilities that it keeps
+            if isinstance(target.codec, TopK):  # its bound is on the probabilities that it keeps
                 sparse = target.codec.sparse({a.suffix: made.read_stored(a.name, view) for a in target.arrays})
                 rows, places = np.nonzero(sparse.classes.numpy() < 5)
                 classes = sparse.classes.numpy()[rows, places]
@@ -97,7 +97,7 @@ def test_decoded_numbers_are_within_the_bound_of_their_codec(source: TeacherCach
             if isinstance(target.codec, Companded):
                 values = centred(values)
             assert (np.abs(decoded - values) <= bound + 1e-6 * np.abs(values).max()).all(), name
-            if isinstance(target.codec, FeatureSteps):  # its bound is that of the unluckiest row
+            if isinstance(target.codec, FeatureSteps):  # its bound is for the worst row
                 steps = made.constant(f"{name}_steps")
                 assert np.sqrt(np.mean(((decoded - values) / steps) ** 2)) <= 0.5, name
 
@@ -119,7 +119,7 @@ def test_float32_in_other_blocks_is_exact(source: TeacherCache, tmp_path: Path) 
 def test_a_float32_cache_recoded_is_the_cache_that_a_build_writes(
     source: TeacherCache, spec: str, tmp_path: Path
 ) -> None:
-    """The same steps from the same sample, the same rounding, the same files."""
+    """The same sample gives the same steps, rounding and files."""
     convert(source, spec, tmp_path / "recoded")
     codecs, recipe = codecs_for(spec, source.recipe), source.recipe
     recipe = recipe.model_copy(update={"codecs": codecs})
@@ -137,7 +137,7 @@ def test_a_float32_cache_recoded_is_the_cache_that_a_build_writes(
 
 
 def test_targets_whose_codec_stays_are_copied(tmp_path: Path) -> None:
-    """Not even rounded again: top-k and fitted steps do not survive that."""
+    """They are not even rounded again, which would change top-k and fitted steps."""
     build(tmp_path / "a", tiny_manifest(IMAGES, codec="top-k"), IMAGES)
     first = TeacherCache.open(tmp_path / "a")
     done = convert(first, "+float32", tmp_path / "b")
@@ -181,9 +181,9 @@ def test_the_manifest_names_the_source(source: TeacherCache, tmp_path: Path) -> 
     assert new.recipe.model_copy(update=same) == old.recipe
     for field in ("dataset", "num_views", "block_rows", "clip_scales", "canaries", "build_recipe"):
         assert getattr(new, field) == getattr(old, field)
-    (told,) = lineage(new)
-    assert (told.name, told.fingerprint, told.path) == ("tiny", old.fingerprint, str(source.path))
-    assert (told.store, told.codecs, told.source) == (old.recipe.store, old.recipe.codecs, None)
+    (record,) = lineage(new)
+    assert (record.name, record.fingerprint, record.path) == ("tiny", old.fingerprint, str(source.path))
+    assert (record.store, record.codecs, record.source) == (old.recipe.store, old.recipe.codecs, None)
     assert new.provenance["preflight"] == old.provenance["preflight"]
     assert BlockReader(TeacherCache.open(tmp_path / "c")).constants.keys() >= set(tiny_constants(old))
 
@@ -197,7 +197,7 @@ def test_the_default_path_is_in_the_cache_home(
     assert TeacherCache.open("tiny-float16").recipe.derived_from == source.manifest.fingerprint
 
 
-# Warnings and refusals
+# Warnings and errors
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_existing_targets_are_not_overwritten(source: TeacherCache, tmp_path: Pa
 
 
 def test_another_copy_of_the_source_cannot_continue_a_cache(tmp_path: Path) -> None:
-    """The same recipe built on another machine: embeddings that differ in a bit."""
+    """The same recipe built on another machine has embeddings that differ in a bit."""
     manifest = tiny_manifest(IMAGES, codec="float32")
     build(tmp_path / "a", manifest, IMAGES)
     held = tiny_constants(manifest)
@@ -273,7 +273,7 @@ def test_another_copy_of_the_source_cannot_continue_a_cache(tmp_path: Path) -> N
     assert convert(TeacherCache.open(tmp_path / "a"), "compact", tmp_path / "c").blocks == 1
 
 
-# Going on
+# Continuing
 
 
 def test_the_second_run_does_nothing(source: TeacherCache, tmp_path: Path) -> None:

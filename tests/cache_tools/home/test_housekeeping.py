@@ -92,7 +92,7 @@ def test_a_cache_in_use_or_a_plain_folder_is_not_removed(home: Path) -> None:
 
 
 def at_a_block(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
-    """Do something once, when a copy comes to its block of this number."""
+    """Call `act` once, when a copy reaches its block of this number."""
     copied, copy_block = [], transfer.copy_block
 
     def acting(*arguments: object) -> list[int]:
@@ -105,7 +105,7 @@ def at_a_block(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], o
 
 
 def test_a_cache_that_is_being_copied_is_not_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when another copy of the same cache ends meanwhile."""
+    """Even if another copy of the same cache ends meanwhile."""
     source, target = LocalPlace(home / "a.zarr"), LocalPlace(home / "copy.zarr")
 
     def try_to_remove() -> None:
@@ -154,7 +154,7 @@ def test_a_cache_of_a_newer_version_is_not_damaged(home: Path, change: dict[str,
 
 
 def test_a_cache_with_fields_of_a_newer_version_is_not_damaged(home: Path) -> None:
-    """What its digest covers is what somebody wrote."""
+    """Its digest is right, so it is as it was written."""
     file = home / "a.zarr" / "zarr.json"
     group = json.loads(file.read_bytes())
     group["attributes"]["teacher_cache"] = redigested(group["attributes"]["teacher_cache"] | {"tide": "high"})
@@ -194,7 +194,7 @@ def test_removing_a_link_keeps_the_cache(home: Path, tmp_path: Path) -> None:
 
 
 def test_kept_caches_count_towards_the_size(home: Path) -> None:
-    """What cannot go does not count as gone."""
+    """Space of caches that cannot be removed is not counted as freed."""
     sizes = {record.name: record.size_bytes for record in registry.list_caches(home)}
     with Claims(LocalPlace(home / "a.zarr")) as claims:
         claims.claim(BlockId(0, 0))

@@ -52,7 +52,7 @@ def test_a_record_must_pass_every_filter(filters: dict[str, object], names: list
 
 @pytest.fixture
 def place(server: str) -> Place:
-    """A folder of an object store with a complete cache, a half-built one, a damaged one, and other things."""
+    """A folder of an object store, for a complete, a half-built and a damaged cache and other files."""
     return open_place(f"s3://{new_bucket()}/group/caches")
 
 
@@ -92,7 +92,7 @@ def test_listing_reads_no_arrays(place: Place, tmp_path: Path, monkeypatch: pyte
 
 
 def test_caches_of_newer_versions_are_not_called_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Here and in a store."""
+    """In a folder and in an object store."""
     place = LocalPlace(tmp_path / "newer.zarr")
     build(place.path, tiny_manifest(IMAGES, name="newer"), IMAGES)
     group = json.loads(place.read("zarr.json"))

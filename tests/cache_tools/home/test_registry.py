@@ -16,7 +16,7 @@ IMAGES = tiny_images()
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache home with nothing in it, and an empty working directory."""
+    """An empty cache home, and an empty working directory."""
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -150,7 +150,7 @@ def test_listing_a_missing_folder_is_an_error(home: Path, tmp_path: Path) -> Non
 
 
 def test_a_local_path_ends_in_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever lies beside a cache is named after it."""
+    """Files beside a cache are named after it."""
     path = registry.cache_path("digits", add("digits").fingerprint)
     monkeypatch.chdir(path)
     assert registry.resolve(".") == registry.resolve(Path()) == TeacherCache.open("./").path == path

@@ -12,7 +12,7 @@ LONG_AGO = time.time() - 1000
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Two folders of files that were written a while ago."""
+    """Two folders of files written some time ago."""
     for name in ("a.zarr", "b.zarr"):
         for folder in ("logits", "commits"):
             (tmp_path / name / folder).mkdir(parents=True)
@@ -28,7 +28,7 @@ def settle(path: Path) -> None:
 
 
 def measure(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int], list[str]]:
-    """Sizes by name, and of which every file was looked at."""
+    """The sizes by name, and the caches whose files were looked at."""
     walked: list[str] = []
 
     def counted(path: Path) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Remote caches: what is brought when, by whom, and what is left when the store is gone."""
+"""Remote caches: what is staged when and by which process, and what works without the store."""
 
 import errno
 import json
@@ -69,7 +69,7 @@ def publish(path: Path, proxy: FlakyProxy, url: str | None = None) -> str:
 
 
 def data_requests(proxy: FlakyProxy) -> list[str]:
-    """Chunks of target arrays that were read: `fused_logits/c.1.0.0`, …"""
+    """The chunks of target arrays that were read: `fused_logits/c.1.0.0`, …"""
     return sorted(path.partition(".zarr/")[2] for path in proxy.paths("GET") if "/fused_" in path and "/c." in path)
 
 
@@ -84,9 +84,9 @@ def test_a_remote_cache_reads_as_the_local_one(url: str, local: Path, home: Path
     np.testing.assert_array_equal(remote.constant("class_embeddings"), reference.constant("class_embeddings"))
     index = np.arange(MANIFEST.num_samples)
     for view in range(VIEWS):
-        mine, theirs = remote.load_view(view), reference.load_view(view)
-        assert mine.logits(index).equal(theirs.logits(index))
-        assert mine.features(index).equal(theirs.features(index))
+        staged_view, local_view = remote.load_view(view), reference.load_view(view)
+        assert staged_view.logits(index).equal(local_view.logits(index))
+        assert staged_view.features(index).equal(local_view.features(index))
         np.testing.assert_array_equal(
             remote.read_array("fused_logits", view), reference.read_array("fused_logits", view)
         )
@@ -104,7 +104,7 @@ def test_views_are_staged_when_they_are_needed(proxy: FlakyProxy, url: str) -> N
     proxy.forget()
     cache.load_view(1)
     cache.read_array("fused_logits", 1, slice(3, 40))
-    assert proxy.seen == [], "what is staged and known to be complete needs no store"
+    assert proxy.seen == [], "views that are staged and known to be complete need no store"
     cache.read_array("fused_logits", 2, slice(0, 1))
     assert {path.split(".")[1] for path in data_requests(proxy)} == {"2"}
 
@@ -127,7 +127,7 @@ def test_a_second_reader_uses_what_is_staged(proxy: FlakyProxy, url: str) -> Non
     proxy.forget()
     again = TeacherCache.open(url)
     again.load_view(1)
-    assert proxy.paths("GET") == [proxy.paths("GET")[0]], "the manifest alone"
+    assert proxy.paths("GET") == [proxy.paths("GET")[0]], "only the manifest is read"
     assert proxy.paths("GET")[0].endswith("tiny.zarr/zarr.json")
 
 
@@ -138,7 +138,7 @@ def test_a_cache_built_here_reads_nothing_from_the_store(proxy: FlakyProxy, url:
 
 
 def test_a_cache_built_here_is_no_mirror(proxy: FlakyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its URL stands for it, also without a network; a block that it lacks is not looked for elsewhere."""
+    """Its URL opens it, even without a network, and blocks that it lacks are not staged."""
     path = registry.cache_path("tiny", MANIFEST.fingerprint)
     build(path, MANIFEST, IMAGES)
     TeacherCache.open(url).load_view(0)
@@ -152,7 +152,7 @@ def test_a_cache_built_here_is_no_mirror(proxy: FlakyProxy, url: str, monkeypatc
     with pytest.raises(IncompleteError, match="not completely built"):
         cache.load_view(1)
     TeacherCache.open(url).load_view(1)
-    assert registry.find("tiny").origin == url, "now it is"
+    assert registry.find("tiny").origin == url, "now it is a mirror"
 
 
 def test_a_read_only_home_with_the_cache_works(proxy: FlakyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +176,8 @@ def test_a_separate_clip_view_is_staged_too(proxy: FlakyProxy, tmp_path: Path) -
     manifest = tiny_manifest(IMAGES, store="components")
     build(tmp_path / "c.zarr", manifest, IMAGES)
     cache = TeacherCache.open(publish(tmp_path / "c.zarr", proxy))
-    how = replace(Fusion.stored(manifest), clip_view=0)
-    cache.load_view(2, fusion=how)
+    fusion = replace(Fusion.stored(manifest), clip_view=0)
+    cache.load_view(2, fusion=fusion)
     staged = {path.partition("/c.")[2][0] for path in proxy.paths("GET") if "_features/c." in path}
     assert staged == {"0", "2"}
 
@@ -197,11 +197,11 @@ def test_a_half_built_remote_cache_shows_its_complete_views(proxy: FlakyProxy, t
         cache.require_complete()
     with pytest.raises(IncompleteError, match=r"view 1 is not completely built.*2–4 missing"):
         cache.load_view(1)
-    assert data_requests(proxy) == [], "nothing comes for a view that cannot be read"
+    assert data_requests(proxy) == [], "nothing is staged for an incomplete view"
     np.testing.assert_array_equal(cache.read_array("fused_logits", 1, slice(0, 20)), targets["fused_logits"][1, :20])
     write(writer, targets)
     publish(tmp_path / "half.zarr", proxy, url)
-    assert cache.is_complete, "seen by the next look of the same reader"
+    assert cache.is_complete, "the same reader sees the new blocks"
     np.testing.assert_array_equal(cache.read_array("fused_logits", 1), targets["fused_logits"][1])
 
 
@@ -218,12 +218,12 @@ def test_reopening_a_remote_cache_shows_its_growth(proxy: FlakyProxy, url: str, 
 
 
 def test_blocks_that_only_the_mirror_has_are_readable(proxy: FlakyProxy, tmp_path: Path) -> None:
-    """The same recipe, half-built there and half-built here."""
-    there, targets = create(tmp_path / "half.zarr", MANIFEST, IMAGES), tiny_targets(MANIFEST)
-    write(there, targets, [(0, block) for block in range(BLOCKS)])
+    """The same recipe, half-built in the store and half-built here."""
+    in_store, targets = create(tmp_path / "half.zarr", MANIFEST, IMAGES), tiny_targets(MANIFEST)
+    write(in_store, targets, [(0, block) for block in range(BLOCKS)])
     url = publish(tmp_path / "half.zarr", proxy)
-    here = create(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
-    write(here, targets, [(1, block) for block in range(BLOCKS)])
+    mirror = create(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
+    write(mirror, targets, [(1, block) for block in range(BLOCKS)])
     cache = TeacherCache.open(url)
     assert cache.complete_views == (0, 1)
     for view in (0, 1):
@@ -274,7 +274,7 @@ def test_without_store_and_staged_views_opening_is_one_error(proxy: FlakyProxy, 
 def test_a_half_built_remote_cache_without_its_store(
     proxy: FlakyProxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By name: what is staged, with a warning; where nothing is staged, one error."""
+    """Opened by name: a warning if views are staged, else one error."""
     writer = create(tmp_path / "half.zarr", MANIFEST, IMAGES)
     write(writer, tiny_targets(MANIFEST), [(view, block) for view in (0, 1) for block in range(BLOCKS)])
     cache = TeacherCache.open(publish(tmp_path / "half.zarr", proxy))
@@ -336,7 +336,7 @@ def test_a_rebuilt_cache_at_the_url_is_not_mixed_in(proxy: FlakyProxy, url: str,
     TeacherCache.open(url).load_view(0)
     open_place(url).delete([entry.key for entry in open_place(url).entries()])
     writer = CacheWriter.create(
-        tmp_path / "anew.zarr",
+        tmp_path / "rebuilt.zarr",
         MANIFEST,
         labels=IMAGES.labels,
         sample_keys=IMAGES.keys,
@@ -401,7 +401,7 @@ def test_fitted_codecs_are_staged_with_their_constants(proxy: FlakyProxy, tmp_pa
 
 
 def test_the_same_cache_built_here_with_other_constants(proxy: FlakyProxy, url: str) -> None:
-    """Another machine's head and class embeddings differ in their last bits: blocks of both are never mixed."""
+    """Heads and class embeddings of two machines differ in their last bits, so their blocks are never mixed."""
     mirror = registry.cache_path("tiny", MANIFEST.fingerprint)
     writer = CacheWriter.create(
         mirror, MANIFEST, labels=IMAGES.labels, sample_keys=IMAGES.keys, constants=tiny_constants(MANIFEST, seed=8)
@@ -416,7 +416,7 @@ def test_the_same_cache_built_here_with_other_constants(proxy: FlakyProxy, url: 
 
 
 def test_the_same_cache_here_with_other_block_sizes(proxy: FlakyProxy, url: str) -> None:
-    """Complete, it serves; half-built, nothing can be staged into it."""
+    """A complete one is used; into a half-built one nothing can be staged."""
     mirror = registry.cache_path("tiny", MANIFEST.fingerprint)
     other = tiny_manifest(IMAGES, block_rows=32)
     writer = create(mirror, other, IMAGES)
@@ -433,7 +433,7 @@ def test_the_same_cache_here_with_other_block_sizes(proxy: FlakyProxy, url: str)
 
 
 def test_concurrent_readers_stage_a_view_once(proxy: FlakyProxy, url: str) -> None:
-    """Threads of one process, each with a reader of its own."""
+    """Threads of one process, each with its own reader."""
     with ThreadPoolExecutor(4) as pool:
         views = list(pool.map(lambda _: TeacherCache.open(url).load_view(1), range(4)))
     index = np.arange(MANIFEST.num_samples)
@@ -493,7 +493,7 @@ def _staged(mirror: Path, view: int, block: int) -> bool:
 
 
 def test_staging_waits_for_a_builder_of_the_same_cache(proxy: FlakyProxy, url: str) -> None:
-    """A block that another process of this host computes is not staged over it."""
+    """A block that another process of this host computes is not staged."""
     mirror = registry.cache_path("tiny", MANIFEST.fingerprint)
     writer = create(mirror, MANIFEST, IMAGES)
     with Claims(LocalPlace(mirror)) as claims, ThreadPoolExecutor(1) as pool:

@@ -111,7 +111,7 @@ def test_an_array_whose_folder_is_missing_is_restored(sound: Path, cache: Path, 
     done = repair(cache, verify(cache))
     assert done.rewritten == (f"{name}/zarr.json",)
     assert done.dropped == (() if name == "commits" else ((0, 0),))
-    repair(cache, verify(cache))  # only now the array's blocks can be looked at
+    repair(cache, verify(cache))  # the array's blocks can be checked only now
     write(CacheWriter.resume(cache, MANIFEST.fingerprint), tiny_targets(MANIFEST))
     assert contents(cache) == contents(sound)
 
@@ -132,7 +132,7 @@ def test_intact_rows_of_another_block_are_found(cache: Path) -> None:
 
 
 def test_a_cache_that_was_being_grown_is_sound(cache: Path) -> None:
-    """Arrays are resized before the manifest promises the views; a crash between the two leaves longer arrays."""
+    """Arrays are resized before the manifest is written; a crash between the two leaves longer arrays."""
     manifest = (cache / "zarr.json").read_bytes()
     CacheWriter.resume(cache, MANIFEST.fingerprint).grow(MANIFEST.num_views + 2)
     (cache / "zarr.json").write_bytes(manifest)

@@ -1,4 +1,4 @@
-"""`verify` and `repair` of a cache in an object store: it is read through where it is."""
+"""`verify` and `repair` of a cache in an object store, in place."""
 
 from collections.abc import Iterator
 from pathlib import Path

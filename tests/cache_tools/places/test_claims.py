@@ -185,14 +185,14 @@ def test_builders_share_the_blocks_and_compute_each_once(place: Place, builders:
 
     def work() -> None:
         with Claims(place) as claims:
-            mine = 0
+            computed = 0
             for block in claims.share(BLOCKS, lambda: set(done), done.__contains__):
                 time.sleep(0.01)
                 with lock:
                     done[block] = done.get(block, 0) + 1
                 claims.release(block)
-                mine += 1
-            assert mine + len(claims.done_by_others) == len(BLOCKS)
+                computed += 1
+            assert computed + len(claims.done_by_others) == len(BLOCKS)
 
     threads = [threading.Thread(target=work) for _ in range(builders)]
     for thread in threads:
@@ -204,7 +204,7 @@ def test_builders_share_the_blocks_and_compute_each_once(place: Place, builders:
 
 
 def test_claims_of_killed_builders_on_committed_blocks_are_removed(place: Place) -> None:
-    """Also where they have not expired: nobody takes these over."""
+    """Even if they have not expired, since nobody takes them over."""
     claims_place(place).put("0.0.0", b"of another host")
     claims_place(place).put("0.1.0", b"of another host, at work")
     done = {BlockId(0, 0), BlockId(0, 2)}
@@ -265,10 +265,10 @@ def test_another_builder_takes_over_the_block_of_a_killed_one(tmp_path: Path) ->
 
 
 def _let_expire(place: Place, key: str) -> float:
-    """Age a claim; gives the age from which it is void. The four who want it may take seconds on a busy machine."""
+    """Age a claim; returns the age from which it is void, long enough for four slow builders on a busy machine."""
     if isinstance(place, LocalPlace):
         long_ago = time.time() - 120
         os.utime(claims_place(place).path / key, (long_ago, long_ago))
         return 60
-    time.sleep(7.1)  # the dates of an object store cannot be set, and tell whole seconds
+    time.sleep(7.1)  # the dates of an object store cannot be set, and have whole seconds
     return 6

@@ -145,7 +145,7 @@ def test_a_copy_of_some_views_is_a_half_built_cache(cache: Path, place: Place, t
 
 
 def test_a_copy_interrupted_at_any_file_can_be_continued(cache: Path, tmp_path: Path) -> None:
-    """The target fails after n files, for every n: it is no cache or a valid half, and the next copy completes it."""
+    """The target fails after n files, for many n: it is no cache or a valid half, and the next copy completes it."""
     total = len(list(LocalPlace(cache).entries()))
     for limit in range(0, total, 3):
         path = tmp_path / f"cut-{limit}"
@@ -170,7 +170,7 @@ def test_a_damaged_block_is_not_copied(cache: Path, place: Place, name: str) -> 
 
 
 def test_rows_of_another_commit_are_not_copied(cache: Path, place: Place) -> None:
-    """Undamaged files, but not those that were committed."""
+    """Undamaged files that are not the committed ones."""
     (cache / "fused_logits/c.1.2.0").write_bytes((cache / "fused_logits/c.1.3.0").read_bytes())
     with pytest.raises(FormatError, match="not those that were committed"):
         copy_cache(LocalPlace(cache), place)
@@ -195,7 +195,7 @@ def test_a_folder_of_other_files_is_not_changed(cache: Path, place: Place) -> No
 def test_copies_of_two_builds_to_one_place_do_not_mix(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second begins when the first has written all but the manifest: it waits, and finds that it is too late."""
+    """The second starts when the first has written all but the manifest: it waits, then finds another cache there."""
     other = CacheWriter.create(
         tmp_path / "other",
         MANIFEST,
@@ -206,14 +206,14 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
     target, met, read_file = LocalPlace(tmp_path / "target"), threading.Event(), metadata.read_file
     claim, put_group = Claims.claim, threading.Event()
 
-    def claim_and_tell(claims: Claims, block: BlockId) -> bool:
+    def claim_and_signal(claims: Claims, block: BlockId) -> bool:
         done = claim(claims, block)
         if not done:
             met.set()
         return done
 
-    def read_and_meet(source: Place, key: str, limit: int) -> bytes:
-        if key == "zarr.json" and str(source) == str(other):  # not reached, unless it did not wait
+    def read_and_wait(source: Place, key: str, limit: int) -> bytes:
+        if key == "zarr.json" and str(source) == str(other):  # reached only if it did not wait
             met.set()
             assert put_group.wait(60)
         if key == "zarr.json" and str(source) == str(cache):
@@ -222,8 +222,8 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
         return read_file(source, key, limit)
 
     late: list[Future[transfer.CopySummary]] = []
-    monkeypatch.setattr(Claims, "claim", claim_and_tell)
-    monkeypatch.setattr(metadata, "read_file", read_and_meet)
+    monkeypatch.setattr(Claims, "claim", claim_and_signal)
+    monkeypatch.setattr(metadata, "read_file", read_and_wait)
     with ThreadPoolExecutor(1) as pool:
         copy_cache(LocalPlace(cache), target)
         put_group.set()
@@ -234,7 +234,7 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
 
 
 def test_a_complete_target_is_not_written_to(cache: Path, tmp_path: Path) -> None:
-    """Not even a claim: it may be read-only."""
+    """Not even a claim is written: the target may be read-only."""
     copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "share" / "c.zarr"))
     before = (tmp_path / "share").stat().st_mtime_ns
     copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "share" / "c.zarr"))
@@ -242,7 +242,7 @@ def test_a_complete_target_is_not_written_to(cache: Path, tmp_path: Path) -> Non
 
 
 class Cut(LocalPlace):
-    """A folder that fails after so many files, as a full disk or a lost connection would."""
+    """A folder that fails after `limit` files, like a full disk or a lost connection."""
 
     def __init__(self, path: Path, limit: int) -> None:
         super().__init__(path)
@@ -256,7 +256,7 @@ class Cut(LocalPlace):
 
 
 def test_a_target_whose_parent_is_read_only(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mounted folder: claims would lie beside it."""
+    """For example a mounted folder: claims would be beside it."""
     put = LocalPlace.put
 
     def refused(place: LocalPlace, key: str, data: bytes, **options: bool) -> bool:
@@ -273,7 +273,7 @@ def test_a_target_whose_parent_is_read_only(cache: Path, tmp_path: Path, monkeyp
 def test_a_claim_that_cannot_be_removed_does_not_stop_a_copy(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that lets us write and not delete."""
+    """For example a store with permission to write but not to delete."""
 
     def refused(place: LocalPlace, keys: Sequence[str]) -> None:
         raise StorageError("access denied", where=place)
