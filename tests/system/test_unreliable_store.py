@@ -95,7 +95,7 @@ def test_a_store_that_always_fails_is_one_clear_error(proxy: FlakyProxy, place: 
     copy_cache(cache, place, views=[0])
     proxy.fail(1.0)
     impatient = RemotePlace(str(place), patience_s=1.0)
-    with pytest.raises(StorageError, match=r"does not answer as it should.*the same command goes on") as caught:
+    with pytest.raises(StorageError, match=r"does not answer as it should.*the same command: it continues") as caught:
         copy_cache(cache, impatient)
     assert "\n" not in str(caught.value)
     proxy.fail(0.0)
