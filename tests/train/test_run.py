@@ -54,6 +54,7 @@ def cache(tmp_path_factory, pictures: Path) -> Path:
     return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_a_run_leaves_everything(cache: Path, pictures: Path, tmp_path):
     recipe = tiny_run.recipe(cache, tmp_path / "run", ema_decay=0.9, loss={"kind": "kd", "feature": "cosine"})
     result = train_student(recipe)
