@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, each with a loopback address and a cache home of its own."""
+"""A Ray cluster of two nodes on this machine, each with its own loopback address and cache home."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Ray takes 127.0.0.1 for a name of the machine's outer address.
+# Not 127.0.0.1: Ray replaces it by the address of the machine.
 ADDRESSES = ("127.0.0.2", "127.0.0.3")
-# A cluster that was once started in this home may have left a token, and nodes disagree about whether it is wanted.
+# An earlier cluster may have left a token in the home folder, which some nodes would then ask for.
 SETTINGS = {"RAY_AUTH_MODE": "disabled"}
 START_S = 90.0
 
 
 class Cluster:
-    """Two raylets with one CPU each; the first one has the head.
+    """Two raylets with one CPU each. The first one is the head.
 
     Attributes:
         address: HOST:PORT of the head.
-        homes: the nodes' cache homes.
+        homes: cache home of each node.
     """
 
     def __init__(self, root: Path) -> None:
-        self._sockets = Path(tempfile.mkdtemp(prefix="r"))  # their names are too long below a test's folder
+        self._sockets = Path(tempfile.mkdtemp(prefix="r"))  # paths of sockets must be short
         self.homes = (root / "home-0", root / "home-1")
         self._port = _free_port()
         self.address = f"{ADDRESSES[0]}:{self._port}"
@@ -39,7 +39,7 @@ class Cluster:
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, node: int) -> None:
-        """Start a node and wait until it is one of the cluster's."""
+        """Start a node and wait until it has joined the cluster."""
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         words += ["--num-cpus=1", f"--node-ip-address={ADDRESSES[node]}", "--object-store-memory=80000000"]
         if node == 0:
@@ -60,13 +60,13 @@ class Cluster:
         self._until("This command will now block", node)
 
     def kill(self, node: int) -> None:
-        """All that belongs to a node, at once."""
+        """Kill all processes of a node."""
         for pid in processes(str(self.homes[node])):
             _kill(pid)
         self._nodes.pop(node).wait()
 
     def workers(self, node: int) -> list[int]:
-        """Processes of a node that train."""
+        """Processes of a node that train trials."""
         return [pid for pid in processes(str(self.homes[node])) if "ImplicitFunc" in _command(pid)]
 
     def stop(self) -> None:
@@ -77,8 +77,8 @@ class Cluster:
     def _until(self, text: str, node: int) -> None:
         log, end = self._logs / f"node-{node}.log", time.monotonic() + START_S
         while text not in log.read_text(errors="replace"):
-            ended = self._nodes[node].poll() is not None
-            if ended or time.monotonic() > end:
+            has_ended = self._nodes[node].poll() is not None
+            if has_ended or time.monotonic() > end:
                 raise RuntimeError(f"no Ray node: {log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.1)
 
@@ -86,22 +86,26 @@ class Cluster:
 @contextmanager
 def cluster(root: Path) -> Iterator[Cluster]:
     """A cluster with both nodes up."""
-    made = Cluster(root)
+    nodes = Cluster(root)
     try:
-        made.start(0)
-        made.start(1)
-        yield made
+        nodes.start(0)
+        nodes.start(1)
+        yield nodes
     finally:
-        made.stop()
+        nodes.stop()
 
 
-def stopped_half_way(trials: Path, of: Iterable[int]) -> int | None:
-    """A process that trains one of the trials below a folder, after its first checkpoint and before its end.
+def suspend_half_way(trials: Path, pids: Iterable[int]) -> int | None:
+    """Suspend (SIGSTOP) a process that is training a trial, after its first checkpoint and before its end.
 
     Args:
-        of: processes that may be it. It is left stopped, so that it stays half-way until it is killed.
+        trials: folder of the trials.
+        pids: processes to look at.
+
+    Returns:
+        The process, None if none is half-way.
     """
-    for pid in of:
+    for pid in pids:
         for state in trials.glob("*/state.pt"):
             if not _has_open(pid, state.with_name(".lock")):
                 continue
@@ -113,7 +117,7 @@ def stopped_half_way(trials: Path, of: Iterable[int]) -> int | None:
 
 
 def processes(home: str) -> list[int]:
-    """Those whose cache home this is, as a node's daemons and workers inherit it, and what these have started."""
+    """Processes with this cache home, which daemons and workers of a node inherit, and their descendants."""
     wanted = f"TEACHER_CACHE_HOME={home}".encode()
     found, parents = set(), {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -121,10 +125,10 @@ def processes(home: str) -> list[int]:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.add(int(folder.name))
-        except OSError:  # gone, or not ours
+        except OSError:  # the process has ended or belongs to another user
             continue
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more  # some overwrite their environment with their title
+        found |= more  # some processes overwrite their environment with their title
     return sorted(found - {os.getpid()})
 
 
@@ -140,7 +144,7 @@ def _has_open(pid: int, file: Path) -> bool:
         try:
             if os.readlink(descriptor) == str(file):
                 return True
-        except OSError:  # closed by now
+        except OSError:  # closed meanwhile
             continue
     return False
 

@@ -1,4 +1,4 @@
-"""The sweep that `faults.py` kills: what is finished stays, and in the end the table is that of a clean run."""
+"""The sweep that `faults.py` kills: finished trials stay, and in the end the table equals that of a clean run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from tests.support.fault_cases import POLL_S, Case, Found
 
 STUDENTS, LOSSES, EPOCHS = ("resnet8", "wrn_16_1"), ("kd",), 3
-# What every run of the same sweep has in common; where it is and how long it took is its own.
+# Columns that are equal in every run of the same sweep: all but folder and times.
 FIGURES = ("trial", "student", "loss", "seed", "status", "error", "parameters", "flops", "top1", "top5", "nll", "ece",
            "best_epoch", "best_top1", "epochs_done")  # fmt: skip
 
 
 class Sweep(Case):
-    """`sweep-students` in one process: "blocks" are trials, "rows" the weights compared with those of a clean run."""
+    """`sweep-students` in one process. Its "blocks" are trials, its "rows" weights compared with a clean run."""
 
     def run(self, target: str) -> None:
         from train.sweep.cli import app
@@ -35,17 +35,17 @@ class Sweep(Case):
         return sorted(seen)
 
     def look(self, target: str, seen: Sequence[tuple[int, int]], *, finished: bool = False) -> Found:
-        there, clean = self._finished(target), self._finished(self._clean)
-        problems = [f"trial {number}: not finished any more" for number, _ in seen if (number, 0) not in there]
+        finished_trials, clean = self._finished(target), self._finished(self._clean)
+        problems = [f"trial {number}: no longer finished" for number, _ in seen if (number, 0) not in finished_trials]
         rows = 0
-        for number in there:
-            ours, theirs = (_weights(there[number]), _weights(clean[number]))
+        for number, folder in finished_trials.items():
+            ours, theirs = _weights(folder), _weights(clean[number])
             rows += len(ours)
             if ours != theirs:
-                problems.append(f"{there[number].name}: other weights than in a clean run")
+                problems.append(f"{folder.name}: other weights than in a clean run")
         if finished:
             problems += self._differences(Path(target))
-        return Found(committed=len(there), blocks=len(clean), rows=rows, refused=0, problems=problems)
+        return Found(committed=len(finished_trials), blocks=len(clean), rows=rows, refused=0, problems=problems)
 
     def keep_clean(self, target: str) -> None:
         if Path(target) != self._clean:
@@ -85,8 +85,8 @@ def sweep(root: Path, in_child: Callable[..., Any]) -> Iterator[Case]:
     cache = in_child(lambda: str(tiny_run.write_cache(root / "tiny.zarr", pictures)))
     base = tiny_run.recipe(cache, Path("unused"), epochs=EPOCHS).model_dump(mode="json", exclude={"out"})
     (root / "recipe.yaml").write_text(json.dumps(base))
-    told = {"name": "tiny", "recipe": str(root / "recipe.yaml"), "students": STUDENTS, "losses": LOSSES, "seeds": 2}
-    (root / "sweep.yaml").write_text(json.dumps(told))
+    file = {"name": "tiny", "recipe": str(root / "recipe.yaml"), "students": STUDENTS, "losses": LOSSES, "seeds": 2}
+    (root / "sweep.yaml").write_text(json.dumps(file))
     options = ["--sweep", str(root / "sweep.yaml"), "--workers", "1", "--out"]
     yield Sweep("sweep", root, lambda target: [*options, target], str(root))
 

@@ -1,4 +1,4 @@
-"""`export-student`: a trained student as safetensors, TorchScript, torch.export or ONNX, compared before it is kept."""
+"""`export-student`: write a trained student as safetensors, TorchScript, torch.export or ONNX."""
 
 from __future__ import annotations
 
@@ -23,36 +23,34 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def export_student(
     run: RunArgument,
     weights: Annotated[
-        str | None, typer.Option("--weights", help="last, best or ema. Default: last, or the file's.")
+        str | None, typer.Option("--weights", help="last, best or ema. Default: last, or the given file.")
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", help="Of safetensors, torchscript, torch-export and onnx, separated by commas.")
+        str, typer.Option("--format", help="safetensors, torchscript, torch-export, onnx; separated by commas.")
     ] = "safetensors,torchscript,torch-export",
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the files. Default: RUN/export.")] = None,
     batch_size: Annotated[
-        str, typer.Option("--batch-size", help="Of the graphs: dynamic (any number of images), or a number.")
+        str, typer.Option("--batch-size", help="Batch size of the graphs: dynamic (any number of images), or a number.")
     ] = "dynamic",
     reads: Annotated[
         str,
         typer.Option("--input", help="pixels (uint8, normalised inside) or normalised (float32, by the caller)."),
     ] = "pixels",
-    samples: Annotated[
-        int, typer.Option("--samples", help="Evenly spaced test images that every file is compared on.")
-    ] = 1000,
+    samples: Annotated[int, typer.Option("--samples", help="Number of test images to compare every file on.")] = 1000,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest difference of a logit, relative to the largest logit.")
     ] = 1e-4,
     split: Annotated[
-        str | None, typer.Option("--split", help="Compare on this split, not the run's test split.")
+        str | None, typer.Option("--split", help="Split to compare on. Default: the run's test split.")
     ] = None,
     data_dir: DataDir = None,
     as_json: ReportAsJson = False,
 ) -> None:
     """Write a trained student in formats that need no teacher-cache, with a config.json.
 
-    Every file is loaded back and compared with the student on test images. If one differs, none is kept.
+    Every file is loaded again and compared with the student on test images. If one file differs, none is kept.
     """
-    given = {
+    values = {
         "weights": weights,
         "formats": tuple(name.strip() for name in formats.split(",")),
         "out": out,
@@ -67,7 +65,7 @@ def export_student(
     from train.export.student import ExportOptions
     from train.export.student import export_student as export
 
-    report = export(run, validate(ExportOptions, given, where="options"))
+    report = export(run, validate(ExportOptions, values, where="options"))
     print(report.model_dump_json(indent=2) if as_json else _table(report))
 
 
@@ -83,7 +81,7 @@ def _batch_size(text: str) -> int | None:
 
 
 def _table(report: ExportReport) -> str:
-    lines = [f"{'file':<24}{'size':>12}{'largest difference':>22}{'same answer':>14}"]
+    lines = [f"{'file':<24}{'size':>12}{'largest difference':>22}{'same top-1':>14}"]
     lines += [
         f"{entry.file:<24}{entry.file_bytes / 1e6:>9.2f} MB{entry.max_difference:>22.2g}{entry.top1_agreement:>14.2%}"
         for entry in report.files
@@ -94,7 +92,7 @@ def _table(report: ExportReport) -> str:
         "",
         f"{report.student}, {report.checkpoint} weights of epoch {report.epoch}, "
         f"compared on {report.samples:,} images of {report.dataset} {report.split}.",
-        f"Graphs read {kind} [{report.batch_size or 'N'}, 3, {height}, {width}]; config.json says the rest.",
+        f"Graphs read {kind} [{report.batch_size or 'N'}, 3, {height}, {width}]; see config.json.",
         f"Everything is in {report.folder}",
     ]
     return "\n".join(lines)

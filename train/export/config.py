@@ -1,4 +1,4 @@
-"""`config.json` of an exported student: timm's keys, so that other tools read it, and what we know beyond them."""
+"""`config.json` of an exported student: timm's keys, which other tools read, and a section of our own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _FROM_TIMM = ("first_conv", "classifier", "pool_size", "fixed_input_size")
 
 
 class ExportedFile(Frozen):
-    """A file and how it compared with the student.
+    """An exported file and its comparison with the student.
 
     Attributes:
-        max_difference: largest absolute difference of a logit, over all test images that were compared.
-        allowed_difference: what it could have been.
-        top1_agreement: share of images on which both give the same answer, in [0, 1].
+        max_difference: largest absolute difference of a logit over the test images.
+        allowed_difference: upper limit of `max_difference`.
+        top1_agreement: fraction of images with the same top-1 class, in [0, 1].
     """
 
     format: str
@@ -34,13 +34,14 @@ class ExportedFile(Frozen):
 
 
 class ExportReport(Frozen):
-    """What an export made.
+    """The report of an export.
 
     Attributes:
-        checkpoint: last, best or ema; `epoch`: finished ones.
-        input: pixels (uint8, normalised inside) or normalised (float32); safetensors are weights alone.
+        checkpoint: last, best or ema.
+        epoch: number of finished epochs.
+        input: of the graphs: pixels (uint8, normalised inside) or normalised (float32).
         batch_size: None for any.
-        dataset, split, samples: what files were compared on.
+        dataset, split, samples: the test images of the comparison.
     """
 
     folder: Path
@@ -61,9 +62,9 @@ class ExportReport(Frozen):
 def config(model: nn.Module, card: StudentCard, report: ExportReport) -> dict[str, Any]:
     """The contents of `config.json`.
 
-    `architecture`, `num_classes`, `num_features`, `label_names` and `pretrained_cfg` are timm's: with a student from
-    timm, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the folder. `library` says whose architecture
-    it is.
+    `architecture`, `num_classes`, `num_features`, `label_names` and `pretrained_cfg` are timm's keys. If the student is
+    from timm, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the folder. `library` names the library of
+    the architecture.
     """
     library, architecture, of_timm = _origin(model, card)
     height, width = report.image_size
@@ -80,7 +81,7 @@ def config(model: nn.Module, card: StudentCard, report: ExportReport) -> dict[st
             "input_size": [3, height, width],
             "mean": list(card.mean),
             "std": list(card.std),
-            "interpolation": "bicubic",  # how the package reads folders of pictures: resize, then crop the centre
+            "interpolation": "bicubic",  # as teacher-cache reads image folders: resize, then crop the centre
             "crop_pct": 1.0,
             "crop_mode": "center",
         },
@@ -96,7 +97,7 @@ def config(model: nn.Module, card: StudentCard, report: ExportReport) -> dict[st
 
 
 def _origin(model: nn.Module, card: StudentCard) -> tuple[str, str, dict[str, Any]]:
-    """(library, its name of the architecture, what timm has to know of it)."""
+    """(library, its name of the architecture, keys of timm's `pretrained_cfg`)."""
     source, separator, name = card.architecture.partition(":")
     if not separator:
         return "teacher-cache", card.architecture, {}

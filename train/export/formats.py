@@ -1,6 +1,6 @@
-"""The formats of an exported student: how each is written, and how what was written is run again.
+"""The formats of an exported student: a writer for each, and a loader to run the written file.
 
-Every file is written from the same module (`Deployed`) and read back with the loader that its users have.
+Every file is written from the same module (`Deployed`) and loaded with the loader that its users have.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ INPUT, OUTPUT, CARD = "images", "logits", "card.json"
 
 
 class Deployed(nn.Module):
-    """A student in eval mode that reads uint8 pixels, or as it is where `preprocessing` is None.
+    """A student in eval mode that takes uint8 pixels; if `preprocessing` is None, the student's own input.
 
-    Normalising inside, as weights of the model, leaves nothing that a caller could get wrong.
+    Mean and std are buffers of the model, so that a caller cannot normalise wrongly.
     """
 
     scale: Tensor
@@ -45,22 +45,23 @@ class Deployed(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W], or what the student reads → logits float32 [N, classes]."""
-        return self.student(images.float() * self.scale + self.shift if self._pixels else images)
+        """uint8 [N, 3, H, W], or the student's own input → logits float32 [N, classes]."""
+        logits: Tensor = self.student(images.float() * self.scale + self.shift if self._pixels else images)
+        return logits
 
 
 @dataclass(frozen=True)
 class Source:
-    """What every format is made from.
+    """The student to export.
 
     Attributes:
         module: on the CPU.
-        checkpoint: the file that its weights are from.
+        checkpoint: the file with its weights.
         card: written into every file.
         image_size: (height, width).
         batch_size: of the exported graphs; None for any.
-        preprocessing: what the student does to pixels.
-        pixels: whether the module reads uint8 pixels.
+        preprocessing: mean and std of the student's input.
+        takes_pixels: whether the module takes uint8 pixels.
     """
 
     module: Deployed
@@ -69,36 +70,36 @@ class Source:
     image_size: tuple[int, int]
     batch_size: int | None
     preprocessing: Preprocessing
-    pixels: bool
+    takes_pixels: bool
 
     @property
     def notes(self) -> dict[str, str]:
-        """The card, and what the module reads, as text for a file's metadata."""
-        return self.card.to_metadata() | {"input": "pixels" if self.pixels else "normalised"}
+        """The card and the kind of input, as text for the metadata of a file."""
+        return self.card.to_metadata() | {"input": "pixels" if self.takes_pixels else "normalised"}
 
     @property
     def extra_files(self) -> dict[str, str]:
-        """The same as the file that torch's archives take along."""
+        """`notes` as an extra file in torch's archives."""
         return {CARD: json.dumps(self.notes, ensure_ascii=False)}
 
     def example(self) -> Tensor:
-        """A batch of the kind that the module reads. Two images: a batch of one would be taken for a constant."""
+        """An example input. It has two images, because torch.export takes a batch of one for a constant."""
         shape = (self.batch_size or 2, 3, *self.image_size)
-        return torch.zeros(shape, dtype=torch.uint8 if self.pixels else torch.float32)
+        return torch.zeros(shape, dtype=torch.uint8 if self.takes_pixels else torch.float32)
 
     @property
     def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
-        """What torch.export is told of the batch."""
+        """`dynamic_shapes` for torch.export: the batch size, if any number is allowed."""
         return None if self.batch_size else ({0: torch.export.Dim("batch", min=1)},)
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The graph behind both torch.export and ONNX, made once."""
+        """The graph for both torch.export and ONNX, traced once."""
         return torch.export.export(self.module, (self.example(),), dynamic_shapes=self.dynamic_shapes)
 
 
 def write_safetensors(source: Source, path: Path) -> None:
-    """The checkpoint itself: weights, and the card as metadata."""
+    """The checkpoint itself: the weights, with the card as metadata."""
     path.write_bytes(source.checkpoint.read_bytes())
 
 
@@ -109,15 +110,18 @@ def open_safetensors(path: Path, source: Source) -> Model:
 
 
 def write_torchscript(source: Source, path: Path) -> None:
-    """A traced graph, for libtorch and what loads nothing else. Newer versions of torch call it deprecated."""
+    """A traced graph, for libtorch and tools that load nothing else. Newer versions of torch deprecate TorchScript."""
     with _quiet():
-        traced = torch.jit.trace(source.module, source.example(), check_trace=False)
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            source.module, source.example(), check_trace=False
+        )
         torch.jit.save(traced, str(path), _extra_files=source.extra_files)
 
 
 def open_torchscript(path: Path, source: Source) -> Model:
     with _quiet():
-        return torch.jit.load(str(path), map_location="cpu")
+        model: Model = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        return model
 
 
 def write_torch_export(source: Source, path: Path) -> None:
@@ -130,7 +134,7 @@ def open_torch_export(path: Path, source: Source) -> Model:
 
 
 def write_onnx(source: Source, path: Path) -> None:
-    """One ONNX file, weights inside."""
+    """One ONNX file that contains the weights."""
     with _quiet():
         program = torch.onnx.export(
             source.program,
@@ -141,7 +145,7 @@ def write_onnx(source: Source, path: Path) -> None:
             input_names=[INPUT],
             output_names=[OUTPUT],
         )
-    assert program is not None, "dynamo gives a program"
+    assert program is not None, "dynamo returns a program"
     program.model.metadata_props.update(source.notes)
     program.save(str(path), external_data=False)
 
@@ -158,7 +162,7 @@ def open_onnx(path: Path, source: Source) -> Model:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: its name in an export folder, its writer, and its own loader."""
+    """A format: its file name in an export folder, its writer and its loader."""
 
     file: str
     write: Callable[[Source, Path], None]
@@ -173,11 +177,11 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def require(formats: tuple[str, ...]) -> None:
-    """Check that the packages which formats need are there.
+def require_packages(formats: tuple[str, ...]) -> None:
+    """Check that the packages for these formats are installed.
 
     Raises:
-        RecipeError: the extra is missing.
+        RecipeError: a package is missing.
     """
     if "onnx" not in formats:
         return
@@ -196,8 +200,9 @@ def require(formats: tuple[str, ...]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notices that TorchScript is deprecated and that a trace keeps constants: the result is compared."""
+    """Without warnings about deprecated TorchScript and constants in traces: the result is checked anyway."""
     with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning):
+        tracer_warning = torch.jit.TracerWarning  # type: ignore[attr-defined]  # public, but not in `__all__`
+        for category in (FutureWarning, DeprecationWarning, tracer_warning):
             warnings.simplefilter("ignore", category)
         yield

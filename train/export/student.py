@@ -1,4 +1,4 @@
-"""A trained student as files that others run, each compared with the student on test images before it is kept."""
+"""Export a trained student to files, and keep them only if they compute the student's logits on test images."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from train.checkpoints import load_student
 from train.evaluate.corruptions import evenly_spaced
 from train.evaluate.metrics import predict
 from train.export.config import CONFIG, ExportedFile, ExportReport, config
-from train.export.formats import FORMATS, Deployed, Model, Source, require
+from train.export.formats import FORMATS, Deployed, Model, Source, require_packages
 from train.runs.folder import EXPORT
 from train.runs.stored import open_run
 
-_CHECKED_AT_ONCE = 128
+_BATCH_SIZE = 128
 _CPU = torch.device("cpu")
 
 
 class ExportOptions(Frozen):
-    """What is exported, and how.
+    """Options of an export.
 
     Attributes:
-        weights: None for those of the checkpoint file that is named, the last ones of a folder.
-        out: None for the folder `export` in the run's.
+        weights: None for those of the given checkpoint file, or the last weights of a run folder.
+        out: None for the folder `export` in the run folder.
         batch_size: of the graphs; None for any number of images.
-        input: `pixels`: uint8 [N, 3, H, W] in RGB, normalised inside; `normalised`: float32, by the caller.
-        samples: evenly spaced test images that every file is compared on.
+        input: `pixels`: uint8 [N, 3, H, W] in RGB, normalised inside; `normalised`: float32, normalised by the caller.
+        samples: number of evenly spaced test images for the comparison of every file.
         tolerance: largest difference of a logit, relative to the largest logit (at least 1).
     """
 
@@ -60,35 +60,35 @@ class ExportOptions(Frozen):
 
 
 def export_student(path: Path | str, options: ExportOptions | None = None) -> ExportReport:
-    """Write a student of train-student in other formats, with `config.json`, which says what it is and how it compared.
+    """Write a student of train-student in other formats, with a `config.json` that describes it and the comparison.
 
-    An export replaces what an earlier one left in the folder, once all of its files have passed.
+    Once all files have passed the comparison, they replace an earlier export in the folder.
 
     Args:
         path: a run folder, or a checkpoint file in one.
 
     Raises:
-        WeightsError: no such checkpoint, a network that a format cannot hold, or a file that computes something else.
-        CacheError: the subclass says what else is wrong: run, images, options, storage.
+        WeightsError: no such checkpoint, a network that a format does not support, or a file with other logits.
+        CacheError: an error of a subclass, about the run, images, options or storage.
     """
     options = options or ExportOptions()
-    require(options.formats)
-    run, given = open_run(path)
-    which = options.weights or given or "last"
+    require_packages(options.formats)
+    run, named = open_run(path)
+    which = options.weights or named or "last"
     model, card = load_student(run.checkpoint(which))
     folder = output_folder(options.out or run.folder / EXPORT, "export")
     test = run.open_test(card, options.split, options.data_dir)
     test = test.subset(evenly_spaced(len(test), options.samples))
     preprocessing = Preprocessing(mean=card.mean, std=card.std)
-    pixels = options.input == "pixels"
+    takes_pixels = options.input == "pixels"
     source = Source(
-        module=Deployed(model, preprocessing if pixels else None),
+        module=Deployed(model, preprocessing if takes_pixels else None),
         checkpoint=run.checkpoint(which),
         card=card,
         image_size=test.image_size,
         batch_size=options.batch_size,
         preprocessing=preprocessing,
-        pixels=pixels,
+        takes_pixels=takes_pixels,
     )
     with _staged(folder) as staged:
         files = _export(source, test, options, staged)
@@ -112,7 +112,7 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
 
 
 def _export(source: Source, test: ImageSet, options: ExportOptions, staged: Path) -> tuple[ExportedFile, ...]:
-    """Write and compare one format after the other."""
+    """Write each format and compare it with the student."""
     formats = tuple(dict.fromkeys(options.formats))
     title = f"export {source.card.architecture}"
     with Progress(title, (1 + len(formats)) * len(test), "images") as progress:
@@ -122,34 +122,34 @@ def _export(source: Source, test: ImageSet, options: ExportOptions, staged: Path
         for name in formats:
             path = staged / FORMATS[name].file
             progress.advance(0, f"writing {name}")
-            with _in_words(source, name, "written"), torch.no_grad():
+            with _exporter_errors(source, name, "written"), torch.no_grad():
                 FORMATS[name].write(source, path)
             progress.advance(0, f"comparing {name}")
-            with _in_words(source, name, "loaded and run"), torch.inference_mode():
+            with _exporter_errors(source, name, "loaded and run"), torch.inference_mode():
                 logits = torch.cat(list(_logits(FORMATS[name].open(path, source), source, test, progress)))
-            files.append(_compared(name, path, logits, expected, options.tolerance))
+            files.append(_compare(name, path, logits, expected, options.tolerance))
     return tuple(files)
 
 
 def _logits(model: Model, source: Source, test: ImageSet, progress: Progress) -> Iterator[Tensor]:
-    """Batch by batch: of a single image first, then of many and of what is left, where any number may come."""
+    """Logits batch by batch. If the batch size is free, try it: one image first, then large batches, then the rest."""
     start, total = 0, len(test)
     while start < total:
-        size = source.batch_size or (1 if start == 0 else _CHECKED_AT_ONCE)
+        size = source.batch_size or (1 if start == 0 else _BATCH_SIZE)
         images = torch.from_numpy(test.load(slice(start, min(start + size, total)))).contiguous()
         count = len(images)
-        if source.batch_size:  # the last batch is filled up
+        if source.batch_size:  # fill the last batch
             images = images[torch.arange(size) % count]
-        yield model(images if source.pixels else prepare(images, source.preprocessing))[:count]
+        yield model(images if source.takes_pixels else prepare(images, source.preprocessing))[:count]
         progress.advance(count)
         start += count
 
 
-def _compared(name: str, path: Path, logits: Tensor, expected: Tensor, tolerance: float) -> ExportedFile:
-    """The entry of a file whose logits are those of the student.
+def _compare(name: str, path: Path, logits: Tensor, expected: Tensor, tolerance: float) -> ExportedFile:
+    """Compare the logits of a file with those of the student.
 
     Raises:
-        WeightsError: they are not.
+        WeightsError: they differ.
     """
     if logits.shape != expected.shape:
         difference, agreement = float("nan"), 0.0
@@ -157,13 +157,13 @@ def _compared(name: str, path: Path, logits: Tensor, expected: Tensor, tolerance
         difference = float((logits - expected).abs().max())
         agreement = float((logits.argmax(1) == expected.argmax(1)).double().mean())
     allowed = tolerance * max(1.0, float(expected.abs().max()))
-    if not difference <= allowed:  # nor NaN
+    if not difference <= allowed:  # also true for NaN
         raise WeightsError(
-            "the exported model computes other logits than the student; nothing was kept",
+            "the exported model computes other logits than the student, so nothing was kept",
             where=f"{name}, {len(expected):,} test images",
             expected=f"a largest difference of at most {allowed:.2g}",
-            found=f"{difference:.2g}, with the same answer on {agreement:.2%}",
-            next_step="export another format; --tolerance allows more where such a difference does not matter",
+            found=f"{difference:.2g}, with the same top-1 class on {agreement:.2%}",
+            next_step="export another format, or raise --tolerance if such a difference does not matter",
         )
     return ExportedFile(
         format=name,
@@ -176,8 +176,8 @@ def _compared(name: str, path: Path, logits: Tensor, expected: Tensor, tolerance
 
 
 @contextmanager
-def _in_words(source: Source, name: str, done: str) -> Iterator[None]:
-    """Whatever a third party's exporter or runtime raises, as an error that says which network and format it was."""
+def _exporter_errors(source: Source, name: str, done: str) -> Iterator[None]:
+    """Turn any error of an exporter or runtime into a WeightsError that names the student and the format."""
     try:
         yield
     except (WeightsError, OSError, torch.OutOfMemoryError):
@@ -194,7 +194,7 @@ def _in_words(source: Source, name: str, done: str) -> Iterator[None]:
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A folder on the same disk for what is not checked yet; gone afterwards, like what a killed process left."""
+    """A folder on the same disk for unchecked files. It is removed afterwards, as are those of killed processes."""
     for leftover in folder.glob(f".*{PARTIAL}"):
         shutil.rmtree(leftover, ignore_errors=True)
     staged = Path(tempfile.mkdtemp(prefix=".", suffix=PARTIAL, dir=folder))
@@ -205,7 +205,7 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 
 def _publish(staged: Path, folder: Path, config: bytes) -> None:
-    """Put the checked files in the place of an earlier export; the config, which vouches for them, comes last."""
+    """Replace an earlier export by the checked files; `config.json` last, so that it never describes other files."""
     sync_tree(staged)
     (folder / CONFIG).unlink(missing_ok=True)
     for name in {entry.file for entry in FORMATS.values()} - {path.name for path in staged.iterdir()}:

@@ -1,4 +1,4 @@
-"""Exported students compute what the student computes, for others too; what does not is not kept."""
+"""Exported students compute the logits of the student, without our packages too; other files are not kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from train.run import train_student
 ROOT = Path(__file__).parents[3]
 ALL = tuple(FORMATS)
 FILES = {entry.file for entry in FORMATS.values()} | {"config.json"}
-# One of each family of the zoo, and of timm's a transformer and a convolutional network.
+# One student of each family of the zoo, and a transformer and a convolutional network of timm.
 FAMILIES = (
     "resnet8x4", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2",
     "timm:test_vit", "timm:test_efficientnet",
@@ -104,7 +104,7 @@ np.save(folder + "/onnx.npy", np.concatenate(rows))
 def test_every_family_in_every_format(pictures: Path, student: str):
     pytest.importorskip("onnxruntime")
     dataset = tiny_run.dataset(pictures)
-    if student == "timm:test_vit":  # which takes no other size
+    if student == "timm:test_vit":  # takes this size only
         dataset = dataset.model_copy(update={"image_size": 160})
     run = train(pictures, student, epochs=1, dataset=dataset)
     report = export_student(run, ExportOptions(formats=ALL))
@@ -117,8 +117,8 @@ def test_every_family_in_every_format(pictures: Path, student: str):
     assert {path.name for path in (run / "export").iterdir()} == FILES
 
 
-def test_files_run_without_us(run: Path, pictures: Path, tmp_path):
-    """In processes that cannot import this package, with batches of several sizes, from pixels."""
+def test_files_run_without_our_packages(run: Path, pictures: Path, tmp_path):
+    """In processes that cannot import teacher-cache, from pixels, with batches of several sizes."""
     pytest.importorskip("onnxruntime")
     export_student(run, ExportOptions(formats=ALL))
     np.save(tmp_path / "images.npy", pixels(pictures))
@@ -134,7 +134,7 @@ def test_files_run_without_us(run: Path, pictures: Path, tmp_path):
         np.testing.assert_allclose(np.load(run / "export" / f"{name}.npy"), expected, atol=1e-5)
 
 
-def test_timm_loads_the_folder_of_a_student_from_timm(pictures: Path):
+def test_timm_loads_an_exported_timm_student(pictures: Path):
     import timm
 
     run = train(pictures, "timm:test_efficientnet", epochs=1)
@@ -149,10 +149,10 @@ def test_timm_loads_the_folder_of_a_student_from_timm(pictures: Path):
         logits = model((torch.from_numpy(pixels(pictures)) / 255 - mean) / std)
     torch.testing.assert_close(logits, expected_logits(run, pictures), atol=1e-5, rtol=1e-5)
     wider = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True, num_classes=7)
-    assert wider.get_classifier().out_features == 7, "ready to be fine-tuned"
+    assert wider.get_classifier().out_features == 7, "it can be fine-tuned"
 
 
-def test_torchvision_takes_the_weights_of_a_student_from_torchvision(pictures: Path):
+def test_torchvision_loads_an_exported_torchvision_student(pictures: Path):
     from torchvision.models import get_model
 
     run = train(pictures, "torchvision:shufflenet_v2_x0_5", epochs=1)
@@ -167,7 +167,7 @@ def test_torchvision_takes_the_weights_of_a_student_from_torchvision(pictures: P
     torch.testing.assert_close(logits, expected_logits(run, pictures), atol=1e-5, rtol=1e-5)
 
 
-def test_the_code_of_the_documentation(pictures: Path):
+def test_the_code_in_the_documentation(pictures: Path):
     pytest.importorskip("onnxruntime")
     run = train(pictures, "timm:test_efficientnet", epochs=1)
     export_student(run, ExportOptions(formats=ALL))
@@ -176,8 +176,8 @@ def test_the_code_of_the_documentation(pictures: Path):
         exec(code, names)
     expected = expected_logits(run, pictures)
     mean, std = (torch.tensor(names["config"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    rest = torch.from_numpy(names["scores"]), names["model"]((names["images"] / 255 - mean) / std)
-    for logits in (*names["logits"], *rest):
+    others = torch.from_numpy(names["scores"]), names["model"]((names["images"] / 255 - mean) / std)
+    for logits in (*names["logits"], *others):
         torch.testing.assert_close(logits.detach(), expected, atol=1e-5, rtol=1e-5)
     assert names["figures"][0] == sum(parameter.numel() for parameter in names["student"].parameters())
     assert all(figure > 0 for figure in names["figures"])
@@ -206,7 +206,7 @@ def test_a_fixed_batch_of_normalised_images(run: Path, pictures: Path):
     np.testing.assert_allclose(logits, expected_logits(run, pictures)[:4].numpy(), atol=1e-5)
 
 
-def test_an_export_replaces_the_one_before(run: Path):
+def test_an_export_replaces_an_earlier_one(run: Path):
     export_student(run, ExportOptions(formats=("safetensors", "torchscript")))
     export_student(run, ExportOptions(formats=("torchscript",), weights="best"))
     assert {path.name for path in (run / "export").iterdir()} == {"model.torchscript.pt", "config.json"}
@@ -218,7 +218,7 @@ def test_an_export_replaces_the_one_before(run: Path):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_corrupted_export_is_caught(monkeypatch, run: Path, name: str):
-    """Weights of the classifier with other signs, in the file as it was written: nothing of it is left."""
+    """Negate the weights of the classifier in the written file: the earlier export stays as it was."""
     if name == "onnx":
         pytest.importorskip("onnxruntime")
     export_student(run, ExportOptions(formats=("safetensors",)))
@@ -261,22 +261,22 @@ def test_a_truncated_export_is_caught(monkeypatch, run: Path, name: str):
 
 
 def test_a_graph_that_normalises_with_other_numbers_is_caught(monkeypatch, run: Path):
-    """0 … 1 instead of 0 … 255: the commonest mistake of a deployment."""
+    """0 … 1 instead of 0 … 255, the most common mistake in deployments."""
     real = formats.affine
     monkeypatch.setattr(formats, "affine", lambda *given: tuple(value / 255 for value in real(*given)))
     failed = invoke(run, "--format", "torchscript")
     assert failed.exit_code == 2
-    assert "computes other logits than the student; nothing was kept (torchscript, 21 test images)" in failed.stderr
+    assert "computes other logits than the student, so nothing was kept (torchscript, 21 test images)" in failed.stderr
 
 
-def test_the_tolerance_is_the_users(run: Path):
+def test_the_tolerance_option(run: Path):
     failed = invoke(run, "--format", "torchscript", "--tolerance", "1e-12")
     assert failed.exit_code == 2
     assert "at most 1e-12" in failed.stderr
     assert invoke(run, "--format", "torchscript", "--tolerance", "1e-3").exit_code == 0
 
 
-def test_what_is_printed(run: Path):
+def test_the_printed_table_and_json(run: Path):
     table = invoke(run, "--format", "safetensors,torchscript", "--samples", 5)
     assert table.exit_code == 0, table.stderr
     for words in (
@@ -287,10 +287,10 @@ def test_what_is_printed(run: Path):
     ):
         assert words in table.stdout
     assert "deprecated" not in table.stderr
-    report = json.loads(invoke(run, "--json", "--out", run / "there", "--batch-size", 2).stdout)
+    report = json.loads(invoke(run, "--json", "--out", run / "elsewhere", "--batch-size", 2).stdout)
     assert [entry["file"] for entry in report["files"]] == ["model.safetensors", "model.torchscript.pt", "model.pt2"]
-    assert (report["batch_size"], report["folder"]) == (2, str(run / "there"))
-    assert (run / "there" / "config.json").exists()
+    assert (report["batch_size"], report["folder"]) == (2, str(run / "elsewhere"))
+    assert (run / "elsewhere" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_other_errors(monkeypatch, run: Path, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
+    """Every file below a folder, including hidden ones."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""Asynchronous successive halving: who stops where, that nobody else notices, and what a killed sweep judges."""
+"""Asynchronous successive halving: which trials stop at which rung, also after a sweep was killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
-    """The same trials, all trained to the end."""
+    """The same trials without halving."""
     return run_sweep(sweep(cache, asha=None), tmp_path_factory.mktemp("whole"))
 
 
@@ -42,7 +42,7 @@ def sweep(cache: Path, asha: Asha | None = RULES, **changes: Any) -> SweepRecipe
 
 
 def losses(result: SweepResult, epoch: int) -> dict[str, float]:
-    """By trial, after so many epochs of training in full."""
+    """Training loss by trial, after this number of epochs."""
     return {
         row["trial"]: pl.read_parquet(Path(row["folder"]) / "metrics.parquet")["loss"][epoch - 1]
         for row in result.trials.iter_rows(named=True)
@@ -56,7 +56,7 @@ def test_rungs_are_powers_below_the_last_epoch() -> None:
     assert Asha().larger_is_better
 
 
-def test_the_better_half_goes_on_at_each_rung(cache: Path, whole: SweepResult, tmp_path: Path) -> None:
+def test_the_better_half_continues_at_each_rung(cache: Path, whole: SweepResult, tmp_path: Path) -> None:
     result = run_sweep(sweep(cache), tmp_path)
     first, second = losses(whole, 1), losses(whole, 2)
     half = sorted(first, key=lambda name: first[name])[:2]
@@ -68,12 +68,12 @@ def test_the_better_half_goes_on_at_each_rung(cache: Path, whole: SweepResult, t
         one = load_file(Path(row["folder"]) / "last.safetensors")
         other = load_file(tmp_path / "trials" / winner / "last.safetensors")
         assert all(torch.equal(one[name], other[name]) for name in one)
-    told = json.loads((tmp_path / "trials" / max(first, key=lambda name: first[name]) / STOPPED).read_bytes())
-    assert (told["epochs"], told["of"]) == (1, 4)
+    decision = json.loads((tmp_path / "trials" / max(first, key=lambda name: first[name]) / STOPPED).read_bytes())
+    assert (decision["epochs"], decision["of"]) == (1, 4)
 
 
-def test_whoever_comes_later_is_compared_with_all_before(cache: Path, whole: SweepResult, tmp_path: Path) -> None:
-    """Trial after trial: the first passes every rung, and only a better one gets by it."""
+def test_a_later_trial_is_compared_with_all_earlier_ones(cache: Path, whole: SweepResult, tmp_path: Path) -> None:
+    """Trials one after the other: the first passes every rung, and only a better trial passes after it."""
 
     def one_by_one(streams: Any, halving: Halving | None) -> None:
         for stream in streams:
@@ -100,14 +100,16 @@ def test_processes_stop_trials_too(cache: Path, tmp_path: Path) -> None:
     assert set(statuses) == {"finished", "stopped"}
 
 
-def test_a_sweep_killed_between_a_rung_and_its_verdict_judges_the_same(cache: Path, tmp_path: Path) -> None:
-    through = run_sweep(sweep(cache), tmp_path / "through").trials.select("trial", "status", "epochs_done", "top1")
+def test_a_sweep_killed_between_a_rung_and_its_decision_decides_the_same(cache: Path, tmp_path: Path) -> None:
+    undisturbed = run_sweep(sweep(cache), tmp_path / "undisturbed").trials.select(
+        "trial", "status", "epochs_done", "top1"
+    )
 
     class Killed(Exception):
         pass
 
     def cut(streams: Any, halving: Halving | None) -> None:
-        """Comes to the first rung with one verdict written of two, as a crash would leave it."""
+        """Stop at the first rung with one of two decisions written, as after a crash."""
         assert halving is not None
         stop_all = halving.stop
 
@@ -115,7 +117,7 @@ def test_a_sweep_killed_between_a_rung_and_its_verdict_judges_the_same(cache: Pa
             worse = sorted(stop_all(rung, standing))
             if worse:
                 (worse[0] / STOPPED).unlink()
-                (worse[0] / "metrics.parquet").unlink()  # and killed before the row of the last epoch, at that
+                (worse[0] / "metrics.parquet").unlink()  # and without the row of the last epoch
                 raise Killed
             return set()
 
@@ -125,18 +127,18 @@ def test_a_sweep_killed_between_a_rung_and_its_verdict_judges_the_same(cache: Pa
     with pytest.raises(Killed):
         run_sweep(sweep(cache), tmp_path / "cut", engine=cut)
     again = run_sweep(sweep(cache), tmp_path / "cut").trials.select("trial", "status", "epochs_done", "top1")
-    assert again.equals(through)
+    assert again.equals(undisturbed)
 
 
-def test_without_a_contest_or_with_other_rules_the_stopped_go_on(
+def test_stopped_trials_continue_without_halving_or_with_other_rules(
     cache: Path, whole: SweepResult, tmp_path: Path
 ) -> None:
     run_sweep(sweep(cache), tmp_path)
     milder = run_sweep(sweep(cache, RULES.model_copy(update={"first_epochs": 2})), tmp_path)
     assert sorted(milder.trials["epochs_done"].to_list()) == [2, 2, 4, 4]
-    through = run_sweep(sweep(cache, None), tmp_path)
+    without = run_sweep(sweep(cache, None), tmp_path)
     figures = ["trial", "status", "top1", "nll", "epochs_done"]
-    assert through.trials.select(figures).equals(whole.trials.select(figures))
+    assert without.trials.select(figures).equals(whole.trials.select(figures))
 
 
 @pytest.mark.parametrize(
@@ -144,10 +146,10 @@ def test_without_a_contest_or_with_other_rules_the_stopped_go_on(
     [
         (Asha(metric="nosuch"), {}, "no such metric"),
         (Asha(), {"evaluate_every": 2}, "no test_top1 by epoch 1"),
-        (Asha(metric="test_top5"), {}, "no test_top5 by epoch 1"),  # of three classes
+        (Asha(metric="test_top5"), {}, "no test_top5 by epoch 1"),  # the test split has three classes
     ],
 )
-def test_bad_contests_are_refused(cache: Path, tmp_path: Path, asha: Asha, base: Any, message: str) -> None:
+def test_bad_rules_are_refused(cache: Path, tmp_path: Path, asha: Asha, base: Any, message: str) -> None:
     recipe = sweep(cache, asha)
     with pytest.raises(RecipeError, match=message):
         run_sweep(recipe.model_copy(update={"base": {**recipe.base, **base}}), tmp_path)
@@ -156,7 +158,7 @@ def test_bad_contests_are_refused(cache: Path, tmp_path: Path, asha: Asha, base:
 def test_the_first_rung_comes_after_the_warm_up(cache: Path) -> None:
     recipe = sweep(cache, None)
     base = {**recipe.base, "schedule": {"name": "cosine", "warmup_epochs": 2}}
-    for told, expected in (({}, 3), ({"metric": "loss"}, 3), ({"first_epochs": 1}, 1)):
-        asha = SweepRecipe.model_validate({**recipe.model_dump(), "base": base, "asha": told}).asha
+    for rules, expected in (({}, 3), ({"metric": "loss"}, 3), ({"first_epochs": 1}, 1)):
+        asha = SweepRecipe.model_validate({**recipe.model_dump(), "base": base, "asha": rules}).asha
         assert asha is not None
         assert asha.first_epochs == expected

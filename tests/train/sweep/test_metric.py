@@ -1,4 +1,4 @@
-"""Which figures can decide between trials: without a test split or averaged weights some do not exist."""
+"""Check the metric of halving and search: some need a test split or averaged weights."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def trials(base: dict[str, Any], **changes: Any) -> list[Trial]:
 
 
 @pytest.mark.parametrize("metric", ["test_top1", "test_nll"])
-def test_figures_of_the_test_split_need_one(base: dict[str, Any], metric: str) -> None:
+def test_test_metrics_need_a_test_split(base: dict[str, Any], metric: str) -> None:
     with pytest.raises(RecipeError, match=f"no {metric} without a test split.*asha: {{metric: loss}}"):
         check_metric(metric, trials(base), "asha")
 
 
-def test_those_of_averaged_weights_need_these(base: dict[str, Any]) -> None:
+def test_ema_metrics_need_averaged_weights_and_a_test_split(base: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="no ema_top1 without averaged weights"):
         check_metric("ema_top1", trials(base), "asha")
     with pytest.raises(RecipeError, match="no ema_top1 without a test split"):
         check_metric("ema_top1", trials(base, ema_decay=0.9), "asha")
 
 
-def test_a_figure_of_training_needs_neither(base: dict[str, Any]) -> None:
+def test_a_training_metric_needs_neither(base: dict[str, Any]) -> None:
     assert len(Halving.of_trials(trials(base), Asha(metric="loss")).folders) == 2
 
 
 @pytest.mark.parametrize("kind", ["asha", "search"])
-def test_they_are_refused_before_anything_is_trained(base: dict[str, Any], tmp_path: Path, kind: str) -> None:
+def test_a_bad_metric_is_refused_before_training(base: dict[str, Any], tmp_path: Path, kind: str) -> None:
     if kind == "search":
         pytest.importorskip("optuna")
     sweep = SweepRecipe.model_validate({"name": "tiny", "base": base, "grid": {"lr": (0.1, 0.2)}, kind: {}})

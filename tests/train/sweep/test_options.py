@@ -1,4 +1,4 @@
-"""What `sweep-students` makes of its options and of a sweep file: nothing that was said is dropped without a word."""
+"""Read a sweep from options and a sweep file: every option has an effect or is refused."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ def recipe(tmp_path: Path) -> str:
     return str(tmp_path / "base.yaml")
 
 
-def sweep(recipe: str, *, file: dict[str, Any] | None = None, items: tuple[str, ...] = (), **told: Any) -> SweepRecipe:
+def sweep(
+    recipe: str, *, file: dict[str, Any] | None = None, items: tuple[str, ...] = (), **sweep_keys: Any
+) -> SweepRecipe:
     path = None
     if file is not None:
         path = Path(recipe).with_name("sweep.yaml")
         path.write_text(yaml.safe_dump({"recipe": recipe, **file}))
-    return read_sweep(path, None if file else recipe, {}, items, told)
+    return read_sweep(path, None if file else recipe, {}, items, sweep_keys)
 
 
 def refused(*words: str) -> str:
-    """What the command says about words that it refuses, in one line."""
+    """The one line that the command prints when it refuses these words."""
     result = CliRunner().invoke(cli.app, [*words, "--show-trials"])
     assert result.exit_code == 2, result.output
     assert result.output.count("\n") == 1
@@ -52,23 +54,23 @@ def refused(*words: str) -> str:
         (("loss.temperature=7",), {"set": {"loss.temperature": 5}}),
     ],
 )
-def test_a_loss_by_name_takes_what_set_says(recipe: str, items: tuple[str, ...], file: dict[str, Any] | None) -> None:
+def test_set_applies_to_losses_by_name(recipe: str, items: tuple[str, ...], file: dict[str, Any] | None) -> None:
     for trial in make_trials(sweep(recipe, file=file, items=items, losses=["kd", "dkd"]), Path("unused")):
         alone = load_train_recipe(recipe, ["loss.temperature=7"], {"loss": named_loss(trial.loss)})
         assert trial.recipe.loss == alone.loss
 
 
-def test_what_a_trial_says_of_its_loss_wins_over_set(recipe: str) -> None:
+def test_settings_of_a_trial_win_over_set(recipe: str) -> None:
     file: dict[str, Any] = {"set": {"loss.temperature": 7}, "trials": [{"lr": 0.1}, {"loss": "dkd"}]}
     file["trials"] += [{"loss": "dkd", "temperature": 5}]
     own, named, other = make_trials(sweep(recipe, file=file), Path("unused"))
-    assert (own.recipe.loss.temperature, own.recipe.loss.ce_weight) == (7, 0.5), "the base's own loss"
+    assert (own.recipe.loss.temperature, own.recipe.loss.ce_weight) == (7, 0.5), "the loss of the base"
     assert (named.recipe.loss.temperature, named.recipe.loss.ce_weight) == (7, 1.0)
     assert other.recipe.loss.temperature == 5
 
 
 @pytest.mark.parametrize("item", ["loss.kind=dkd", "loss={kind: dkd}"])
-def test_names_and_a_kind_for_all_are_refused(recipe: str, item: str) -> None:
+def test_losses_by_name_and_a_kind_for_all_are_refused(recipe: str, item: str) -> None:
     with pytest.raises(RecipeError, match=r"loss.kind"):
         sweep(recipe, items=(item,), losses=["kd", "dkd"])
     assert sweep(recipe, items=(item,)).base["loss"]["kind"] == "dkd"
@@ -80,8 +82,8 @@ def test_names_and_a_kind_for_all_are_refused(recipe: str, item: str) -> None:
 def test_options_win_over_the_file(recipe: str, tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"recipe": "nosuch", "set": {"epochs": 6, "seed": 4}, "students": ["vgg8"]}))
-    told = read_sweep(file, recipe, {"epochs": 3, "cache": None}, (), {"students": ["resnet8"], "seeds": None})
-    assert (told.base["epochs"], told.base["seed"], told.students) == (3, 4, ("resnet8",))
+    read = read_sweep(file, recipe, {"epochs": 3, "cache": None}, (), {"students": ["resnet8"], "seeds": None})
+    assert (read.base["epochs"], read.base["seed"], read.students) == (3, 4, ("resnet8",))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +109,13 @@ def test_a_file_with_a_wrong_type_is_refused_in_one_line(
     assert message in refused("--sweep", str(path), *options)
 
 
-def test_a_date_that_there_is_not_is_refused_in_one_line(recipe: str, tmp_path: Path) -> None:
+def test_an_impossible_date_is_refused_in_one_line(recipe: str, tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("name: 2024-13-45")
     assert "cannot be read" in refused("--sweep", str(tmp_path / "sweep.yaml"))
     assert "cannot be read" in refused(recipe, "--grid", "name=2024-13-45")
 
 
-# What would be ignored
+# Options without effect
 
 
 @pytest.mark.parametrize(
@@ -146,20 +148,20 @@ def test_options_that_would_be_ignored_are_refused(recipe: str, options: tuple[s
         ({"search": {"space": {"lr": "0.1..0.2", "optimiser.learning_rate": "0.1..0.5"}}}, "search.space"),
     ],
 )
-def test_what_a_file_says_twice_is_refused(recipe: str, file: dict[str, Any], message: str) -> None:
+def test_a_setting_given_twice_in_a_file_is_refused(recipe: str, file: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         sweep(recipe, file=file)
 
 
 @pytest.mark.parametrize("given", [(), ("--overwrite",)])
 def test_overwrite_is_passed_on(recipe: str, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]) -> None:
-    asked: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
 
     def run_sweep(sweep: SweepRecipe, folder: Path, **options: Any) -> None:
-        asked.update(options)
+        passed.update(options)
         raise RecipeError("far enough", where=folder)
 
     monkeypatch.setattr("train.sweep.run.run_sweep", run_sweep)
     result = CliRunner().invoke(cli.app, [recipe, "--workers", "1", *given])
     assert "far enough" in result.output
-    assert asked["overwrite"] is bool(given)
+    assert passed["overwrite"] is bool(given)

@@ -1,4 +1,4 @@
-"""Sweeps: which trials there are, that they share batches, and that each is a run of its own to the last bit."""
+"""Sweeps: their trials, shared batches, failures, resuming; each trial equals a single run bit for bit."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_trials_are_the_product_in_order(cache: Path, tmp_path: Path) -> None:
     assert len(batch_streams(trials)) == 2  # one per seed
 
 
-def test_a_grid_over_a_loss_does_not_repeat_the_labels(cache: Path, tmp_path: Path) -> None:
+def test_a_grid_over_a_loss_does_not_repeat_trials_on_labels(cache: Path, tmp_path: Path) -> None:
     recipe = sweep(cache, losses=("kd", "ce"), grid={"temperature": (2.0, 4.0)})
     assert [trial.name for trial in make_trials(recipe, tmp_path)] == [
         "resnet8-kd-temperature=2.0-s0", "resnet8-kd-temperature=4.0-s0", "resnet8-ce-temperature=2.0-s0",
     ]  # fmt: skip
 
 
-def test_labels_alone_take_no_settings_of_a_loss(cache: Path, tmp_path: Path) -> None:
+def test_loss_settings_do_not_apply_to_labels_alone(cache: Path, tmp_path: Path) -> None:
     kd, labels = make_trials(sweep(cache, losses=("kd", "ce"), loss_settings={"temperature": 7.0}), tmp_path)
     assert kd.recipe.loss == LossRecipe(kind="kd", temperature=7.0)
     assert labels.recipe.loss == LossRecipe(kind="ce")
@@ -90,7 +90,7 @@ def test_a_student_has_one_spelling_in_folders_and_recipes(cache: Path, tmp_path
     assert (trial.name, trial.settings["student"], trial.recipe.student) == ("ShuffleV2-s0", *["ShuffleV2"] * 2)
 
 
-def test_what_differs_in_batches_is_apart(cache: Path, tmp_path: Path) -> None:
+def test_trials_with_other_batches_are_in_other_streams(cache: Path, tmp_path: Path) -> None:
     listed = [{"batch_size": 8}, {"batch_size": 16}, {"epochs": 3}, {"num_views": 2}, {"lr": 0.3}]
     trials = make_trials(sweep(cache, students=(), trials=listed), tmp_path)
     assert [[trial.number for trial in stream] for stream in batch_streams(trials)] == [[0], [1, 4], [2], [3]]
@@ -132,11 +132,9 @@ def test_bad_sweeps_are_refused(cache: Path, tmp_path: Path, changes: dict[str, 
         make_trials(sweep(cache, **changes), tmp_path)
 
 
-def test_a_trial_is_the_run_of_its_own_to_the_last_bit(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dropout, CRD's negatives, labels alone and another network side by side; then each by its recorded recipe."""
-    monkeypatch.setattr("train.loop.BATCHES_PER_TURN", 3)  # several turns in an epoch, the last one short
+def test_a_trial_equals_a_single_run_bit_for_bit(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train dropout, CRD, labels alone and another network side by side, then each alone by its stored recipe."""
+    monkeypatch.setattr("train.loop.BATCHES_PER_TURN", 3)  # several turns per epoch, a short one at the end
     recipe = sweep(
         cache,
         students=(),
@@ -157,7 +155,7 @@ def test_a_trial_is_the_run_of_its_own_to_the_last_bit(
         same_weights(Path(row["folder"]), tmp_path / f"alone-{number}")
 
 
-def test_one_that_diverges_and_one_without_memory_fail_alone(
+def test_a_diverging_trial_and_one_out_of_memory_affect_no_others(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = sweep(
@@ -189,7 +187,7 @@ def test_one_that_diverges_and_one_without_memory_fail_alone(
     assert retried.trials["status"].to_list() == ["finished", "failed", "finished", "finished"]
 
 
-def test_one_that_only_lacks_memory_beside_others_is_trained_on_its_own(
+def test_a_trial_out_of_memory_beside_others_is_trained_alone(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import train.loop as loop
@@ -219,14 +217,14 @@ def test_one_that_only_lacks_memory_beside_others_is_trained_on_its_own(
     same_weights(alone.folder, tmp_path / "sweep/trials/wrn_16_1-s0")
 
 
-def test_trials_that_do_not_fit_together_are_halved_until_they_do(
+def test_trials_that_do_not_fit_in_memory_are_halved_until_they_do(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory for two: of five all lack it, so three and two; of the three all, so two and one."""
-    import train.sweep.streams as sweep_group
+    """With memory for two, five trials become three and two, and the three become two and one."""
+    import train.sweep.streams as streams
 
     sizes = []
-    train = sweep_group.train_group
+    train = streams.train_group
 
     def small(runs: Any, *args: Any, **options: Any) -> Any:
         sizes.append(len(runs))
@@ -234,14 +232,14 @@ def test_trials_that_do_not_fit_together_are_halved_until_they_do(
             return [OutOfMemoryError("no room") for _ in runs]
         return train(runs, *args, **options)
 
-    monkeypatch.setattr(sweep_group, "train_group", small)
+    monkeypatch.setattr(streams, "train_group", small)
     rates = (0.01, 0.02, 0.03, 0.04, 0.05)
     result = run_sweep(sweep(cache, grid={"lr": rates}, base={"epochs": 1}), tmp_path)
     assert sizes == [5, 3, 2, 2, 1]
     assert set(result.trials["status"]) == {"finished"}
 
 
-def test_a_sweep_that_grows_trains_what_is_new(cache: Path, tmp_path: Path) -> None:
+def test_a_larger_sweep_trains_only_new_trials(cache: Path, tmp_path: Path) -> None:
     first = run_sweep(sweep(cache, seeds=1), tmp_path)
     stamp = (Path(first.trials["folder"][0]) / "last.safetensors").stat().st_mtime_ns
     grown = run_sweep(sweep(cache, seeds=2), tmp_path)
@@ -249,16 +247,16 @@ def test_a_sweep_that_grows_trains_what_is_new(cache: Path, tmp_path: Path) -> N
     assert (Path(first.trials["folder"][0]) / "last.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_runs_of_other_settings_are_not_taken_for_the_trials(cache: Path, pictures: Path, tmp_path: Path) -> None:
+def test_runs_of_other_settings_are_refused_or_overwritten(cache: Path, pictures: Path, tmp_path: Path) -> None:
     first = run_sweep(sweep(cache, seeds=2), tmp_path).trials
-    told = (tmp_path / "sweep.yaml").read_bytes()
+    stored = (tmp_path / "sweep.yaml").read_bytes()
     other = sweep(cache, seeds=3, base={"epochs": 1})
     with pytest.raises(RecipeError, match=r"resnet8-s0: recipe\.epochs 2 there, 1 now; resnet8-s1: .*--overwrite"):
         run_sweep(other, tmp_path)
     rebuilt = tiny_run.write_cache(tmp_path / "rebuilt.zarr", pictures, codec="float32")
     with pytest.raises(RecipeError, match=r"data\.fingerprint"):
         run_sweep(sweep(rebuilt, seeds=2), tmp_path)
-    assert (tmp_path / "sweep.yaml").read_bytes() == told
+    assert (tmp_path / "sweep.yaml").read_bytes() == stored
     assert run_sweep(sweep(cache, seeds=2), tmp_path).trials.equals(first)
     (tmp_path / "trials/resnet8-s1/run.json").write_text("?")
     with pytest.raises(RecipeError, match=r"resnet8-s1: its run\.json"):
@@ -268,8 +266,8 @@ def test_runs_of_other_settings_are_not_taken_for_the_trials(cache: Path, pictur
     same_weights(run_sweep(other, tmp_path / "fresh").folder / "trials/resnet8-s1", tmp_path / "trials/resnet8-s1")
 
 
-def test_what_is_not_worth_keeping_is_in_nobodys_way(cache: Path, tmp_path: Path) -> None:
-    """Trials that failed at once and are tried again with other settings; a run that has not finished an epoch."""
+def test_runs_without_a_finished_epoch_are_replaced(cache: Path, tmp_path: Path) -> None:
+    """A trial that failed at once and is retried with other settings; a run without a finished epoch."""
     run_sweep(sweep(cache, base={"optimiser": {"learning_rate": 1e30}}), tmp_path)
     with pytest.raises(RecipeError, match="learning_rate"):
         run_sweep(sweep(cache), tmp_path)
@@ -280,25 +278,27 @@ def test_what_is_not_worth_keeping_is_in_nobodys_way(cache: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("text", [None, "[]", "{}", '{"recipe": [], "data": {}}'])
-def test_a_run_that_cannot_be_told_is_overwritten_only_if_asked(cache: Path, tmp_path: Path, text: str | None) -> None:
+def test_a_run_with_a_damaged_identity_is_replaced_only_with_overwrite(
+    cache: Path, tmp_path: Path, text: str | None
+) -> None:
     run_sweep(sweep(cache, base={"epochs": 1}), tmp_path)
-    told = tmp_path / "trials/resnet8-s0/run.json"
-    told.unlink() if text is None else told.write_text(text)
-    told.with_name("result.json").unlink()
+    identity = tmp_path / "trials/resnet8-s0/run.json"
+    identity.unlink() if text is None else identity.write_text(text)
+    identity.with_name("result.json").unlink()
     with pytest.raises(RecipeError, match=r"resnet8-s0: its run\.json is missing or damaged\. "):
         run_sweep(sweep(cache, base={"epochs": 1}), tmp_path)
     again = run_sweep(sweep(cache, base={"epochs": 1}), tmp_path, overwrite=True)
     assert again.trials["status"].to_list() == ["finished"]
 
 
-def test_a_student_as_it_was_once_typed_is_the_same(cache: Path, tmp_path: Path) -> None:
+def test_a_stored_student_in_another_spelling_is_the_same(cache: Path, tmp_path: Path) -> None:
     first = run_sweep(sweep(cache, base={"epochs": 1}), tmp_path).trials
-    told = tmp_path / "trials/resnet8-s0/run.json"
-    told.write_text(told.read_text().replace('"resnet8"', '"RESNET8"'))
+    identity = tmp_path / "trials/resnet8-s0/run.json"
+    identity.write_text(identity.read_text().replace('"resnet8"', '"RESNET8"'))
     assert run_sweep(sweep(cache, base={"epochs": 1}), tmp_path).trials.equals(first)
 
 
-def test_overwriting_leaves_what_is_of_these_settings(cache: Path, tmp_path: Path) -> None:
+def test_overwrite_keeps_runs_of_the_same_settings(cache: Path, tmp_path: Path) -> None:
     run_sweep(sweep(cache, grid={"lr": (0.05, 1e30)}), tmp_path)
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("trials/*/*.json")}
     assert {"failed.json", "result.json"} <= {file.name for file in stamps}
@@ -306,25 +306,25 @@ def test_overwriting_leaves_what_is_of_these_settings(cache: Path, tmp_path: Pat
     assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.glob("trials/*/*.json")}
 
 
-def test_costs_that_are_lost_are_measured_again(cache: Path, tmp_path: Path) -> None:
+def test_lost_costs_are_measured_again(cache: Path, tmp_path: Path) -> None:
     first = run_sweep(sweep(cache), tmp_path).trials
     (tmp_path / "costs.json").write_text("{}")
     again = run_sweep(sweep(cache), tmp_path).trials
     assert again.select("parameters", "flops").equals(first.select("parameters", "flops"))
 
 
-@pytest.mark.parametrize("lacking", ["numbers", "memory"])
-def test_one_that_cannot_be_evaluated_fails_alone(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+@pytest.mark.parametrize("failure", ["diverged", "memory"])
+def test_a_trial_that_fails_in_evaluation_affects_no_others(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    """Losses may stay finite while the weights, or the averages of batch norms, leave the numbers."""
+    """The loss may stay finite while weights or averages of batch norms become infinite."""
     import train.run as one_run
 
     evaluate = one_run.evaluate
 
     def spoiled(model: Any, *args: Any, **options: Any) -> Any:
         if type(model).__name__ == "WideResNet":
-            if lacking == "memory":
+            if failure == "memory":
                 torch.empty(1 << 50)  # a real allocation that the system refuses
             next(model.parameters()).data.fill_(torch.inf)
         return evaluate(model, *args, **options)
@@ -332,9 +332,8 @@ def test_one_that_cannot_be_evaluated_fails_alone(
     monkeypatch.setattr(one_run, "evaluate", spoiled)
     result = run_sweep(sweep(cache, students=("wrn_16_1", "resnet8")), tmp_path / "sweep")
     assert result.trials["status"].to_list() == ["failed", "finished"]
-    assert {"numbers": "not finite", "memory": "memory"}[lacking] in result.trials["error"][0]
-    kind = "diverged" if lacking == "numbers" else "memory"
-    assert f'"kind": "{kind}"' in (tmp_path / "sweep/trials/wrn_16_1-s0/failed.json").read_text()
+    assert {"diverged": "not finite", "memory": "memory"}[failure] in result.trials["error"][0]
+    assert f'"kind": "{failure}"' in (tmp_path / "sweep/trials/wrn_16_1-s0/failed.json").read_text()
     alone = train_student(tiny_run.recipe(cache, tmp_path / "alone", epochs=2))
     same_weights(alone.folder, tmp_path / "sweep/trials/resnet8-s0")
 
@@ -364,7 +363,7 @@ def test_processes_give_the_same_table(
     assert epochs[-1] == 2 * 2 * 2
 
 
-def test_shares_fill_the_processes() -> None:
+def test_streams_are_divided_to_fill_the_processes() -> None:
     trials = [[SweepTrial(number) for number in range(8)]]
     assert [len(share) for share in divide_streams(trials, 3)] == [3, 3, 2]  # type: ignore[arg-type]
     assert [len(share) for share in divide_streams(trials * 4, 2)] == [8, 8, 8, 8]  # type: ignore[arg-type]
@@ -377,8 +376,8 @@ class SweepTrial:
         self.number = number
 
 
-def test_damaged_metrics_are_none_or_one_clear_line(cache: Path, tmp_path: Path) -> None:
-    """A trial that goes on writes them again; what needs them of one that was stopped says so."""
+def test_damaged_metrics(cache: Path, tmp_path: Path) -> None:
+    """An unfinished trial writes them again. For a stopped trial they are an error."""
     trials = make_trials(sweep(cache), tmp_path)
     (trial,) = trials
     trial.folder.mkdir(parents=True)
@@ -389,12 +388,12 @@ def test_damaged_metrics_are_none_or_one_clear_line(cache: Path, tmp_path: Path)
         assert progress.done == 0
     halving = Halving.of_trials(trials, Asha(metric="loss"))
     (trial.folder / STOPPED).write_text("{}")
-    for judged in (lambda: halving.stop(1, [trial.folder]), lambda: read_outcome(trial, "loss")):
+    for read in (lambda: halving.stop(1, [trial.folder]), lambda: read_outcome(trial, "loss")):
         with pytest.raises(DataError, match=r"damaged metrics.*metrics\.parquet"):
-            judged()
+            read()
 
 
-def test_means_intervals_and_fronts() -> None:
+def test_means_intervals_and_pareto_fronts() -> None:
     rows = []
     for student, top1, parameters in (("a", 0.9, 100), ("b", 0.8, 50), ("c", 0.7, 70)):
         for seed, shift in enumerate((-0.01, 0.0, 0.01)):
@@ -412,13 +411,13 @@ def test_means_intervals_and_fronts() -> None:
     assert table["pareto_latency_128_ms"].to_list() == [True, False, False]
 
 
-def test_a_misspelt_student_is_told_before_anything_is_trained(cache: Path, tmp_path: Path) -> None:
+def test_a_misspelt_student_is_refused_before_training(cache: Path, tmp_path: Path) -> None:
     with pytest.raises((RecipeError, WeightsError), match="resnet9"):
         run_sweep(sweep(cache, students=("resnet8", "resnet9")), tmp_path)
     assert not (tmp_path / "trials").exists()
 
 
-def test_no_such_cache_is_told_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_missing_cache_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no cache here"):
         run_sweep(sweep(tmp_path / "nosuch.zarr"), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()

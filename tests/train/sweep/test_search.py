@@ -1,4 +1,4 @@
-"""Searches: what they suggest depends on what came of it, nothing is trained twice, and a killed one goes on."""
+"""Searches: suggestions follow outcomes, no settings are trained twice, and a killed search resumes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def table(result: SweepResult) -> pl.DataFrame:
 
 
 class Counted:
-    """The engine of this process, which remembers what it was given."""
+    """The engine of this process. It records the trials of each round."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -62,11 +62,11 @@ class Counted:
         train_in_process(streams, halving)
 
 
-# What is suggested
+# Suggestions
 
 
 def suggested(search: Search, value_of: Callable[[dict[str, Any]], float]) -> list[dict[str, Any]]:
-    """All suggestions of a search whose trials come to `value_of` their settings."""
+    """All suggestions of a search in which the outcome of a trial is `value_of` its settings."""
     suggestions, found = Suggestions(search, search.space), []
     while len(suggestions) < search.trials:
         first = len(suggestions)
@@ -77,8 +77,8 @@ def suggested(search: Search, value_of: Callable[[dict[str, Any]], float]) -> li
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
-def test_suggestions_go_where_values_are_good(sampler: str) -> None:
-    """Two optima: beginnings are the same, and after them each search is nearer to its own."""
+def test_suggestions_approach_the_optimum(sampler: str) -> None:
+    """Two searches with different optima: first suggestions are equal, later ones are near the own optimum."""
     space = {"lr": "0.001..1.0", "student": ["resnet8", "resnet20"]}
     search = Search.model_validate({"sampler": sampler, "trials": 20, "space": space, "metric": "test_nll"})
     low = suggested(search, lambda tried: abs(math.log(tried["lr"] / 0.003)) + (tried["student"] == "resnet8"))
@@ -90,7 +90,7 @@ def test_suggestions_go_where_values_are_good(sampler: str) -> None:
     assert students[0].count("resnet20") > students[1].count("resnet20")
 
 
-def test_the_larger_accuracy_and_the_smaller_loss_are_better() -> None:
+def test_accuracy_is_maximised_and_loss_minimised() -> None:
     space = {"lr": "0.001..1.0"}
     found = {}
     for metric in ("test_top1", "test_nll"):
@@ -129,7 +129,7 @@ def test_suggestions_repeat_and_lie_in_the_space(sampler: str) -> None:
     assert {tried["student"] for tried in found} == {"resnet8", "wrn_16_1"}
 
 
-def test_optuna_is_told_what_was_used() -> None:
+def test_optuna_records_the_values_that_were_trained() -> None:
     search = Search.model_validate({"trials": 4, "space": {"lr": "0.01..0.5", "epochs": "1..3"}})
     suggestions = Suggestions(search, search.space)
     used = [suggestions.ask() for _ in range(4)]
@@ -161,13 +161,13 @@ def test_optuna_is_told_what_was_used() -> None:
         ("-1.0..1", (-1.0, 1, False, None, False)),
     ],
 )
-def test_ranges_as_they_are_written(text: str, expected: tuple[Any, ...]) -> None:
+def test_parse_range(text: str, expected: tuple[Any, ...]) -> None:
     found = Range.model_validate(parse_range(text))
     assert (found.low, found.high, found.on_log_scale, found.step, found.whole) == expected
 
 
 @given(low=st.floats(1e-6, 1e3), width=st.floats(1e-4, 1e4), part=st.floats(0, 1), log=st.booleans())
-def test_rounding_keeps_to_the_range_and_to_a_thousandth_of_it(
+def test_rounding_stays_in_the_range_and_within_a_thousandth_of_it(
     low: float, width: float, part: float, log: bool
 ) -> None:
     limits = Range(low=low, high=low * (1 + width), log=log)
@@ -179,7 +179,7 @@ def test_rounding_keeps_to_the_range_and_to_a_thousandth_of_it(
     assert limits.rounded(near) == pytest.approx(near, abs=spread / 1000)
 
 
-def test_the_edges_name_every_choice_and_both_ends() -> None:
+def test_edges_contain_every_choice_and_both_ends() -> None:
     space: dict[str, Any] = {"lr": Range(low=0.1, high=0.5), "student": ("a", "b", "c")}
     assert list(edges(space)) == [
         {"lr": 0.1, "student": "a"},
@@ -189,14 +189,14 @@ def test_the_edges_name_every_choice_and_both_ends() -> None:
     ]
 
 
-# Searches that train
+# Searches with training
 
 
 SPACE = {"lr": "0.001..0.5", "temperature": "1.0..8.0", "student": ["resnet8", "resnet14"]}
 
 
-def test_a_search_goes_on_from_a_smaller_one_and_trains_nothing_twice(cache: Path, tmp_path: Path) -> None:
-    """Of 3, then of 6, against 6 at once; again, without any training; and with one folder lost."""
+def test_a_search_continues_a_smaller_one_and_trains_nothing_twice(cache: Path, tmp_path: Path) -> None:
+    """A search of 3 and then 6 trials equals one of 6; the third time nothing is trained."""
     engines = [Counted() for _ in range(5)]
     search = {"trials": 6, "together": 2, "space": SPACE, "metric": "test_nll"}
     whole = run_sweep(sweep(cache, search), tmp_path / "whole", engine=engines[0])
@@ -220,8 +220,8 @@ def test_a_search_goes_on_from_a_smaller_one_and_trains_nothing_twice(cache: Pat
     assert all(str(rate) in page for rate in whole.trials["optimiser.learning_rate"])
 
 
-def test_failed_and_stopped_trials_and_suggestions_that_come_again(cache: Path, tmp_path: Path) -> None:
-    """Four settings, one of which diverges, and a contest: each is trained once, in one of six rounds."""
+def test_failed_stopped_and_repeated_suggestions(cache: Path, tmp_path: Path) -> None:
+    """Four settings, one of which diverges, with halving: each is trained once in six rounds."""
     counted = Counted()
     rates = [0.05, 0.06, 1e-6, 1e30]
     search = {"trials": 12, "together": 2, "sampler": "random", "space": {"lr": rates}}
@@ -240,8 +240,8 @@ def test_failed_and_stopped_trials_and_suggestions_that_come_again(cache: Path, 
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_after_sigkill(cache: Path, tmp_path: Path) -> None:
-    """Killed in its second round, it comes to the table of one that was left alone; then the best with other seeds."""
+def test_the_command_resumes_after_sigkill(cache: Path, tmp_path: Path) -> None:
+    """Killed in its second round, a search ends with the table of an undisturbed one. Then try its last command."""
     base = tiny_run.recipe(cache, Path("unused"), epochs=12, loggers=()).model_dump(mode="json", exclude={"out"})
     (tmp_path / "base.yaml").write_text(json.dumps(base))
     file = tmp_path / "sweep.yaml"
@@ -260,23 +260,23 @@ def test_the_command_goes_on_after_sigkill(cache: Path, tmp_path: Path) -> None:
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert len(list((tmp_path / "killed").glob("trials/*/result.json"))) < 4
-    told = []
-    for out in ("killed", "through"):
+    printed = []
+    for out in ("killed", "undisturbed"):
         result = CliRunner().invoke(cli.app, [*options, str(tmp_path / out)])
         assert result.exit_code == 0, result.output
-        told.append(json.loads(result.stdout))
-    rows = [[{key: row[key] for key in FIGURES} for row in each["trials"]] for each in told]
+        printed.append(json.loads(result.stdout))
+    rows = [[{key: row[key] for key in FIGURES} for row in each["trials"]] for each in printed]
     assert rows[0] == rows[1]
     assert [row["status"] for row in rows[0]] == ["finished"] * 4
-    assert told[0]["best"]["trial"] == told[1]["best"]["trial"]
+    assert printed[0]["best"]["trial"] == printed[1]["best"]["trial"]
 
-    command = told[0]["best"]["command"].split()
+    command = printed[0]["best"]["command"].split()
     assert command[0] == "sweep-students"
     shown = CliRunner().invoke(cli.app, [*command[1:], "--show-trials"])
     assert shown.output.split() == [f"s{seed}" for seed in range(1, 6)]
 
 
-# What is refused
+# Refused searches
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_bad_searches_are_refused(cache: Path, search: dict[str, Any], changes: 
         ({"loss": ["kd", "nosuch"]}, "no such loss"),
     ],
 )
-def test_what_could_not_be_trained_is_told_before_anything_is(
+def test_bad_settings_are_refused_before_training(
     cache: Path, tmp_path: Path, space: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(Exception, match=message) as raised:
@@ -319,7 +319,7 @@ def test_what_could_not_be_trained_is_told_before_anything_is(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_metric_that_there_is_not_is_told_with_those_that_there_are(cache: Path, tmp_path: Path) -> None:
+def test_an_unknown_metric_is_refused_with_the_known_ones(cache: Path, tmp_path: Path) -> None:
     recipe = sweep(cache, {"trials": 1, "space": {"lr": "0.01..0.5"}, "metric": "test_top2"}, base={"epochs": 1})
     with pytest.raises(RecipeError, match=r"search.metric.*test_top1"):
         run_sweep(recipe, tmp_path)
@@ -349,7 +349,7 @@ def test_without_optuna_the_command_says_what_to_install(
         (["--search", "3", "--grid", "lr=0.01..0.5", "--show-trials"], "in advance"),
     ],
 )
-def test_options_that_do_not_go_together(options: list[str], message: str) -> None:
+def test_options_that_exclude_each_other(options: list[str], message: str) -> None:
     result = CliRunner().invoke(cli.app, ["digits", *options])
     assert result.exit_code == 2
     assert message in result.output

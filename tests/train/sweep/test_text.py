@@ -1,4 +1,4 @@
-"""The table on the terminal."""
+"""The table that a sweep prints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from train.sweep.text import sweep_text
 
 
 def table(settings: list[dict[str, str]]) -> pl.DataFrame:
-    """A finished trial of each of these settings, the best first."""
-    told = {"student": "resnet8", "loss": "kd", "status": "finished", "parameters": 78_042}
-    rows = [{**dict.fromkeys(COLUMNS), **told, "top1": 0.9 - 0.1 * place, **own} for place, own in enumerate(settings)]
+    """A finished trial for each of these settings, the best first."""
+    common = {"student": "resnet8", "loss": "kd", "status": "finished", "parameters": 78_042}
+    rows = [
+        {**dict.fromkeys(COLUMNS), **common, "top1": 0.9 - 0.1 * place, **own} for place, own in enumerate(settings)
+    ]
     return pl.DataFrame(rows, schema_overrides=COLUMNS)
 
 
-def test_settings_whose_keys_end_alike_have_a_column_each() -> None:
+def test_keys_with_the_same_last_part_have_a_column_each() -> None:
     optimisers, schedules, fractions = ("sgd", "adamw"), ("cosine", "constant"), ("0.1", "0.2")
     trials = table(
         [

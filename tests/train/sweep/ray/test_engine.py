@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster of two nodes: the same table and weights, whatever dies on the way."""
+"""Sweeps on a Ray cluster of two nodes: the same table and weights as on one machine, even if workers or nodes die."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
-from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, processes, stopped_half_way
+from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, processes, suspend_half_way
 from tests.support.s3_server import has_loopback, new_bucket
 from train.sweep.ray.engine import RayEngine
 from train.sweep.ray.worker import Share, SourceCache, _train, find_cache
@@ -39,14 +39,14 @@ FIGURES = ("trial", "status", "error", "top1", "top5", "nll", "ece", "best_epoch
 
 @pytest.fixture(scope="module")
 def proxy(server: str) -> Iterator[FlakyProxy]:
-    """A proxy that fails nothing, and counts, in front of an S3 server."""
+    """A proxy in front of an S3 server that records requests and fails none."""
     with flaky_proxy() as proxy:
         yield proxy
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory, proxy: FlakyProxy) -> Iterator[Cluster]:
-    """Two nodes, whose environment points to the proxy."""
+    """Two nodes that reach the S3 server through the proxy."""
     with pytest.MonkeyPatch.context() as patch, cluster(tmp_path_factory.mktemp("nodes")) as made:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
@@ -61,7 +61,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
-    """The long sweep, on this machine."""
+    """The result of `long_sweep` on this machine."""
     return run_sweep(long_sweep(cache), tmp_path_factory.mktemp("undisturbed"))
 
 
@@ -72,7 +72,7 @@ def sweep(cache: Path | str, epochs: int = 2, **changes: Any) -> SweepRecipe:
 
 
 def long_sweep(cache: Path) -> SweepRecipe:
-    """Two trials of which each is met half-way."""
+    """Two trials, long enough to be suspended half-way."""
     base = tiny_run.recipe(cache, Path("unused"), epochs=40, evaluate_every=40, loggers=()).model_dump(mode="json")
     return sweep(cache, base=base, losses=())
 
@@ -91,70 +91,70 @@ def same(one: SweepResult, other: SweepResult) -> None:
 
 
 def shares_of(folder: Path) -> int:
-    """Shares that printed something: each has a log of its own."""
+    """Number of shares that were trained: each has a log."""
     return len(list((folder / "ray").glob("share-*.log")))
 
 
-def test_the_table_and_the_weights_are_those_of_this_machine(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
-    """One that diverges fails alone on the way; names and folders that are relative mean what they mean here."""
+def test_table_and_weights_equal_those_of_one_machine(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+    """Also with a trial that diverges, and with relative names and folders."""
     trials = ({"lr": 0.05}, {"student": "wrn_16_1"}, {"lr": 1e30}, {"loss": "ce"})
     recipe = sweep(cache, students=(), losses=(), trials=trials)
-    said: list[str] = []
-    there = on_ray(recipe, tmp_path / "ray", nodes, say=said.append)
-    assert said == ["Ray: 2 nodes, 2 CPUs, 0 GPUs"]
-    assert there.trials["status"].to_list() == ["finished", "finished", "failed", "finished"]
-    assert "diverged" in there.trials["error"][2]
+    lines: list[str] = []
+    on_cluster = on_ray(recipe, tmp_path / "ray", nodes, say=lines.append)
+    assert lines == ["Ray: 2 nodes, 2 CPUs, 0 GPUs"]
+    assert on_cluster.trials["status"].to_list() == ["finished", "finished", "failed", "finished"]
+    assert "diverged" in on_cluster.trials["error"][2]
     assert shares_of(tmp_path / "ray") == 2
-    same(there, run_sweep(recipe, tmp_path / "here"))
-    again = on_ray(recipe, tmp_path / "ray", nodes)  # nothing is left to do
-    same(again, there)
+    same(on_cluster, run_sweep(recipe, tmp_path / "local"))
+    again = on_ray(recipe, tmp_path / "ray", nodes)  # trains nothing
+    same(again, on_cluster)
 
 
 def test_a_killed_worker_is_started_again(
     nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
 ) -> None:
     def kill() -> bool:
-        pid = stopped_half_way(tmp_path / "ray/trials", [*nodes.workers(0), *nodes.workers(1)])
+        pid = suspend_half_way(tmp_path / "ray/trials", [*nodes.workers(0), *nodes.workers(1)])
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
         return pid is not None
 
     with _meanwhile(kill) as killed:
-        there = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
+        on_cluster = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
     assert killed.is_set()
-    same(there, undisturbed)
+    same(on_cluster, undisturbed)
 
 
 @pytest.mark.slow
 def test_each_node_stages_a_remote_cache_once(
     nodes: Cluster, proxy: FlakyProxy, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With more shares than nodes, and a home here that is that of no node."""
+    """With more shares than nodes, and with a cache home of this process that no node uses."""
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     url = f"s3://{new_bucket()}/caches/tiny.zarr"
     copy_cache(LocalPlace(cache), open_place(url))
     proxy.forget()
     of = {"students": ("resnet8",), "losses": (), "seeds": 3}
-    there = on_ray(sweep(url, **of), tmp_path / "ray", nodes, workers=3)
+    on_cluster = on_ray(sweep(url, **of), tmp_path / "ray", nodes, workers=3)
     chunks = [path for path in proxy.paths("GET") if "/fused_logits/c." in path]
-    assert len(chunks) == 2 * len(set(chunks)) == 2 * 2 * 4, "four blocks of each of two views, by each node"
+    assert len(chunks) == 2 * len(set(chunks)) == 2 * 2 * 4, "each node reads four blocks of each of two views"
     for home in nodes.homes:
-        assert len(list(home.glob("tiny-*.zarr"))) == 1, "a mirror on each node"
+        assert len(list(home.glob("tiny-*.zarr"))) == 1, "each node has a mirror"
     assert shares_of(tmp_path / "ray") == 3
-    same(there, run_sweep(sweep(cache, **of), tmp_path / "here"))
+    same(on_cluster, run_sweep(sweep(cache, **of), tmp_path / "local"))
 
 
 @pytest.mark.slow
-def test_a_name_means_that_cache_in_the_home_of_each_node(
+def test_a_name_is_found_in_the_cache_home_of_each_node(
     nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the folder that it names here is not there: the node's own copy, or an error that says what is missing."""
+    """A node without the folder of this process uses its own copy, or raises an error that names the missing cache."""
     folder = f"tiny-{TeacherCache.open(cache).manifest.fingerprint[:12]}.zarr"
     copy_cache(LocalPlace(cache), LocalPlace(tmp_path / "home" / folder))
     for home in nodes.homes:
         shutil.rmtree(home, ignore_errors=True)
-    with only_here(tmp_path / "home") as home_here:
-        monkeypatch.setenv("TEACHER_CACHE_HOME", home_here)
+    with path_for_this_process(tmp_path / "home") as private_home:
+        monkeypatch.setenv("TEACHER_CACHE_HOME", private_home)
         recipe = sweep("tiny", epochs=1, students=("resnet8",), losses=())
         with pytest.raises(NotFoundError, match=r"does not have the cache.*name it by its URL"):
             on_ray(recipe, tmp_path / "ray", nodes)
@@ -163,17 +163,17 @@ def test_a_name_means_that_cache_in_the_home_of_each_node(
         assert on_ray(recipe, tmp_path / "ray", nodes).trials["status"].to_list() == ["finished"]
 
 
-def test_a_folder_that_nodes_do_not_see(
+def test_a_sweep_folder_that_nodes_do_not_see(
     nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path that is another folder in each process."""
+    """The path leads to another folder in each process."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match=r"do not see the folder of the sweep.*Choose an --out on a disk"):
         on_ray(sweep(cache), Path("/proc/self/cwd/sweep"), nodes)
     assert not (tmp_path / "sweep/trials").exists()
 
 
-def test_what_no_node_has_room_for(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+def test_no_node_has_room_for_a_trial(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
     room = r"no node.*1 CPUs, 0 GPUs.*expected 2 CPUs.*OMP_NUM_THREADS"
     with RayEngine(tmp_path, nodes.address, threads=2) as engine, pytest.raises(DeviceError, match=room):
         run_sweep(sweep(cache), tmp_path, engine=engine)
@@ -183,11 +183,11 @@ def test_what_no_node_has_room_for(nodes: Cluster, cache: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_trial_whose_worker_always_dies_is_a_failed_one(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
+def test_a_trial_whose_worker_always_dies_has_failed(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
     killed: set[int] = set()
 
     def kill() -> bool:
-        """Whoever has claimed the trial's folder dies."""
+        """Kill the workers once one has claimed the trial's folder."""
         if (tmp_path / "ray/trials/resnet8-s0/.lock").exists():
             for pid in {*nodes.workers(0), *nodes.workers(1)} - killed:
                 os.kill(pid, signal.SIGKILL)
@@ -204,35 +204,35 @@ def test_a_trial_whose_worker_always_dies_is_a_failed_one(nodes: Cluster, cache:
 
 
 @pytest.mark.slow
-def test_an_error_of_all_trials_is_told_as_it_is(nodes: Cluster, tmp_path: Path) -> None:
-    """Images that have changed since the cache was built: the worker finds out."""
+def test_an_error_that_concerns_all_trials_is_raised_as_it_is(nodes: Cluster, tmp_path: Path) -> None:
+    """The worker finds that images have changed since the cache was built."""
     pictures = tiny_run.write_pictures(tmp_path / "pictures")
     drifted = tiny_run.write_cache(tmp_path / "drifted.zarr", pictures, drifted=True)
     with pytest.raises(CacheError) as local:
-        run_sweep(sweep(drifted), tmp_path / "here")
-    with pytest.raises(type(local.value)) as far:
+        run_sweep(sweep(drifted), tmp_path / "local")
+    with pytest.raises(type(local.value)) as remote:
         on_ray(sweep(drifted), tmp_path / "ray", nodes)
-    assert str(far.value) == str(local.value)
+    assert str(remote.value) == str(local.value)
 
 
 @pytest.mark.slow
-def test_a_lost_node_leaves_its_trials_to_the_other(
+def test_the_other_node_finishes_the_trials_of_a_lost_node(
     nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
 ) -> None:
     def kill() -> bool:
-        """Not the node that the sweep is started on."""
-        found = stopped_half_way(tmp_path / "ray/trials", nodes.workers(1)) is not None
+        """Kill the node that did not start the sweep."""
+        found = suspend_half_way(tmp_path / "ray/trials", nodes.workers(1)) is not None
         if found:
             nodes.kill(1)
         return found
 
     with _meanwhile(kill) as killed:
-        there = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
+        on_cluster = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
     assert killed.is_set()
-    same(there, undisturbed)
+    same(on_cluster, undisturbed)
 
 
-def test_no_cluster_is_one_error(cache: Path, tmp_path: Path) -> None:
+def test_no_cluster(cache: Path, tmp_path: Path) -> None:
     with RayEngine(tmp_path, "127.0.0.2:9", threads=1) as engine, pytest.raises(StorageError, match="no Ray cluster"):
         run_sweep(sweep(cache), tmp_path, engine=engine)
     with pytest.raises(RecipeError, match="Ray's client"):
@@ -251,7 +251,7 @@ def test_a_node_that_sees_another_folder_refuses(cache: Path, tmp_path: Path) ->
             _train(share)
 
 
-def test_a_node_takes_its_own_copy_only_if_it_is_the_same_cache(cache: Path, tmp_path: Path) -> None:
+def test_a_node_uses_its_own_copy_only_if_it_is_the_same_cache(cache: Path, tmp_path: Path) -> None:
     from cache_tools.store.group import read_manifest
 
     fingerprint = read_manifest(cache).fingerprint
@@ -264,8 +264,8 @@ def test_a_node_takes_its_own_copy_only_if_it_is_the_same_cache(cache: Path, tmp
         find_cache(str(cache), SourceCache(path=elsewhere, fingerprint="0" * 64))
 
 
-def test_other_versions_on_a_node_are_named(nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The node is real; what differs is what this side takes itself for."""
+def test_other_versions_on_a_node_are_an_error(nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node is real; the driver pretends to have other versions."""
     code = (
         "import train.sweep.ray.driver as driver\n"
         "driver.versions = lambda: {'teacher-cache': '0.0.0', 'torch': '0', 'ray': '0'}\n"
@@ -298,7 +298,7 @@ def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_loopback(), reason="needs the loopback interface")
 def test_the_command_starts_a_cluster_and_ends_it(cache: Path, tmp_path: Path) -> None:
-    """Neither the home folder nor the working folder gets anything of Ray."""
+    """Ray leaves nothing in the home folder or the working folder."""
     base = tiny_run.recipe(cache, tmp_path, epochs=1, loggers=()).model_dump(mode="json", exclude={"out"})
     (tmp_path / "recipe.yaml").write_text(json.dumps(base))
     words = [sys.executable, "-m", "train.sweep.cli", "recipe.yaml", "--students", "resnet8", "--out", "out"]
@@ -313,15 +313,15 @@ def test_the_command_starts_a_cluster_and_ends_it(cache: Path, tmp_path: Path) -
     assert {file.name for file in tmp_path.iterdir()} <= {"recipe.yaml", "out", "user", "home"}
     end = time.monotonic() + 30
     while processes(marker["TEACHER_CACHE_HOME"]):
-        assert time.monotonic() < end, "what was started is still there"
+        assert time.monotonic() < end, "processes are still running"
         time.sleep(0.1)
 
 
 @contextmanager
-def only_here(folder: Path) -> Iterator[str]:
-    """A path of a folder that leads nowhere in other processes."""
+def path_for_this_process(folder: Path) -> Iterator[str]:
+    """A path of a folder that does not exist for other processes."""
     low = os.open(folder, os.O_RDONLY)
-    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 900)  # a number that nobody else uses
+    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 900)  # a number that other processes do not use
     try:
         yield f"/proc/self/fd/{high}"
     finally:
@@ -330,7 +330,7 @@ def only_here(folder: Path) -> Iterator[str]:
 
 
 class _meanwhile:
-    """Tries something again and again beside the test until it has worked."""
+    """Call a function again and again in a thread beside the test, until it returns True."""
 
     def __init__(self, work: Callable[[], bool]) -> None:
         self._work, self.done, self._stop = work, threading.Event(), threading.Event()
