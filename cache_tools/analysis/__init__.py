@@ -1,1 +1,1 @@
-"""What the teachers of a cache say: statistics, fusion tuning, codec fidelity."""
+"""Analyses of a cache: statistics of its predictions, tuning of the fusion, fidelity of codecs."""

@@ -1,29 +1,32 @@
-"""How much of what a teacher said survives a codec: one number each, from logits [B, C] as tensors."""
+"""How much of the teachers' predictions survives a codec: one number per measure, from logits [B, C] as tensors.
+
+`fit_student` makes the student whose KD gradient `gradient_error` compares.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+BATCH = 128
+LEARNING_RATE = 1e-3
 
 
 def gradient_error(target_NC: Tensor, decoded_NC: Tensor, student_NC: Tensor, temperature: float) -> float:
     """g = ‖∇ − ∇₀‖ / ‖∇₀‖ of the KD loss with respect to the student's logits, over all rows at once.
 
     ∇ = T · (softmax(student/T) − softmax(decoded/T)) / B and ∇₀ the same with the float32 targets, so that
-    g = ‖p − p₀‖ / ‖q − p₀‖. It grows as the student comes closer to its targets.
+    g = ‖p − p₀‖ / ‖q − p₀‖. It grows as the student gets closer to its targets.
     """
     p, decoded_p, q = (_softmax(logits, temperature) for logits in (target_NC, decoded_NC, student_NC))
     return float((decoded_p - p).norm() / (q - p).norm())
 
 
 def tail_gradient_error(target_NC: Tensor, known_NC: Tensor, student_NC: Tensor, temperature: float) -> float:
-    """g of `train.losses.tail.kd_tail`, whose gradient takes the student's own proportions within the tail.
+    """g of `train.losses.tail.kd_tail`, whose gradient uses the student's own proportions within the tail.
 
     Args:
         known_NC: stored probabilities [B, C]; 0 for the classes of the tail.
@@ -42,34 +45,26 @@ def divergence(target_NC: Tensor, decoded_NC: Tensor, temperature: float) -> flo
 
 
 def agreement(target_NC: Tensor, decoded_NC: Tensor) -> float:
-    """Share of rows whose largest logit is in the same place."""
+    """The share of rows whose largest logit is at the same class."""
     return float((target_NC.argmax(dim=1) == decoded_NC.argmax(dim=1)).double().mean())
 
 
-def _softmax(logits_NC: Tensor, temperature: float) -> Tensor:
-    return (logits_NC.double() / temperature).softmax(dim=1)
-
-
-BATCH = 128
-LEARNING_RATE = 1e-3
-
-
 def fit_student(
-    inputs_ND: torch.Tensor,
-    targets_NC: torch.Tensor,
+    inputs_ND: Tensor,
+    targets_NC: Tensor,
     stages: Sequence[int],
     *,
     hidden: int | None = None,
     temperatures: Sequence[float] = (1.0, 4.0),
     seed: int = 0,
-) -> dict[int, torch.Tensor]:
-    """The student's logits [N, C] after each number of steps.
+) -> dict[int, Tensor]:
+    """Fit a small student to the targets; return its logits [N, C] after each number of steps.
 
-    It is fitted by Adam (1e-3, batches of 128 rows) on the sum of KD losses at all temperatures, in float32 and on the
-    device of the inputs; the random generators of the process stay as they are.
+    Adam (1e-3, batches of 128 rows) minimises the sum of the KD losses at all temperatures, in float32 on the device of
+    the inputs. The random generators of the process keep their state.
 
     Args:
-        inputs_ND: what it sees of each sample, any scale: columns are standardised.
+        inputs_ND: the student's input for each sample, at any scale: columns are standardised.
         targets_NC: raw logits.
         stages: numbers of steps, ascending.
         hidden: width of a ReLU layer; None for a linear student.
@@ -80,18 +75,22 @@ def fit_student(
         torch.manual_seed(seed)
         student = _network(inputs_ND.shape[1], hidden, targets_NC.shape[1]).to(inputs_ND.device)
         optimiser = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
-        found = {}
+        logits_at = {}
         for step in range(1, stages[-1] + 1):
             batch = torch.randint(len(inputs_ND), (BATCH,)).to(inputs_ND.device)
-            said = student(inputs_ND[batch])
-            loss = torch.stack([_kd(said, targets_NC[batch], temperature) for temperature in temperatures]).sum()
+            logits = student(inputs_ND[batch])
+            loss = torch.stack([_kd(logits, targets_NC[batch], temperature) for temperature in temperatures]).sum()
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             if step in stages:
                 with torch.no_grad():
-                    found[step] = student(inputs_ND)
-    return found
+                    logits_at[step] = student(inputs_ND)
+    return logits_at
+
+
+def _softmax(logits_NC: Tensor, temperature: float) -> Tensor:
+    return (logits_NC.double() / temperature).softmax(dim=1)
 
 
 def _network(width: int, hidden: int | None, classes: int) -> torch.nn.Module:
@@ -100,7 +99,7 @@ def _network(width: int, hidden: int | None, classes: int) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(width, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, classes))
 
 
-def _kd(student_NC: torch.Tensor, target_NC: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T² · mean_b Σ_c p (log p − log q), as in `train.losses.kd`: this package does not import that one."""
+def _kd(student_NC: Tensor, target_NC: Tensor, temperature: float) -> Tensor:
+    """T² · mean_b Σ_c p (log p − log q), as in `train.losses.kd`, which this package must not import."""
     log_q, log_p = (F.log_softmax(logits / temperature, dim=1) for logits in (student_NC, target_NC))
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -1,6 +1,6 @@
-"""One codec measured on rows of a cache: packed as a real cache packs them, counted, decoded, compared.
+"""Measure a codec on rows of a cache: pack them as a real cache does, count the bytes, decode and compare.
 
-A component cache is fused from its decoded parts as its recipe says, so that every figure is about the logits and
+The decoded parts of a component cache are fused according to its recipe, so every figure is about the logits and
 features that training would use.
 """
 
@@ -38,10 +38,10 @@ EVERYTHING = slice(None)
 
 
 class TargetCost(Frozen):
-    """One stored target: bytes per (image, view), and how far decoded numbers are from those of the cache.
+    """The cost of one stored target: bytes per (image, view), and errors of the decoded numbers.
 
     Attributes:
-        bytes: of all its arrays as files, checksums included.
+        bytes: of the files of all its arrays, checksums included.
         error: ‖decoded − cache‖ / ‖cache − mean of each column‖, rows of logits centred.
         largest_error: of a single number.
     """
@@ -53,19 +53,19 @@ class TargetCost(Frozen):
 
 
 class CodecCost(Frozen):
-    """One way to store the cache. What is not known (`problem`), or not there, is None or empty.
+    """The cost of one way to store the cache. Figures are None or empty if unknown (see `problem`) or not applicable.
 
     Attributes:
-        spec: as it was typed.
-        problem: why the cache cannot be stored so.
+        spec: as typed by the user.
+        problem: why the cache cannot be stored with these codecs.
         bytes: per (image, view), of all targets.
-        g: relative error of the KD gradient with respect to the student's logits, by `STEPS@TEMPERATURE`. Of top-k that
-            of its own loss (`train.losses.tail.kd_tail`), which there is at the codec's temperature alone.
-        g_even_tail: of top-k, with a dense loss on logits whose tail is even.
+        g: relative error of the KD gradient with respect to the student's logits, by `STEPS@TEMPERATURE`. For top-k,
+            that of its own loss (`train.losses.tail.kd_tail`), which exists only at the codec's temperature.
+        g_even_tail: for top-k, g of a dense loss on logits with an even tail.
         kl: KL(cache ‖ decoded) by temperature, in nats.
         feature_error, largest_feature_error: of the fused features, as in `TargetCost`.
-        captured_mass, classes_kept: of top-k, means over rows.
-        caution: what to know before using it at these temperatures.
+        captured_mass, classes_kept: for top-k, means over rows.
+        caution: a warning about these codecs at these temperatures.
     """
 
     spec: str
@@ -85,12 +85,12 @@ class CodecCost(Frozen):
 
 
 class Bench:
-    """Rows of one view of a cache, and a student that has learnt a little of them.
+    """Rows of one view of a cache, and a student that is fitted to them a little.
 
     Attributes:
-        index: which samples, evenly spaced.
-        logits, features: the fused targets as training would get them, [S, C] and [S, D].
-        students: the student's logits [S, C] after each number of steps. It is linear and sees the fused features.
+        index: the samples, evenly spaced.
+        logits, features: the fused targets of training, [S, C] and [S, D].
+        students: the logits [S, C] of a linear student on the fused features, after each number of steps.
     """
 
     def __init__(self, source: BlockReader, view: int, rows: int, temperatures: Sequence[float]) -> None:
@@ -102,12 +102,12 @@ class Bench:
         self.students = fit_student(self.features, self.logits, STAGES, temperatures=self.temperatures)
 
     def cost(self, spec: str, codecs: TargetCodecs) -> CodecCost:
-        """What storing the cache with these codecs would cost."""
+        """Measure the cost of storing the cache with these codecs."""
         recipe = self.source.cache.recipe.model_copy(update={"codecs": codecs})
         caution = _caution(codecs.logits, recipe, self.temperatures)
         try:
             constants = recoded_constants(self.source, recipe, lambda: self._fit_sample)
-            with warnings.catch_warnings():  # the table says it
+            with warnings.catch_warnings():  # the table has the same caution
                 warnings.filterwarnings("ignore", "top-k targets at temperature")
                 stored = Recoder(self.source, recipe, constants).stored(self._stored)
         except FormatError as error:
@@ -179,7 +179,7 @@ class Bench:
         return found
 
     def _fused(self, recipe: CacheRecipe, stored: Stored, constants: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and features as `TeacherCache.load_view` and training make them."""
+        """The logits and features that `TeacherCache.load_view` would give to training."""
         specs = {spec.name: spec for spec in targets(recipe, 1)}
         arrays = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in stored.items()}
         tensors = {name: torch.from_numpy(values) for name, values in constants.items()}
@@ -194,9 +194,9 @@ class Bench:
 
 
 def stored_bytes(target: TargetSpec, array: ArraySpec, values: npt.NDArray[Any], num_samples: int) -> int:
-    """Bytes of the chunk files of one array that holds these rows [S, width] of one view.
+    """The bytes of the chunk files of an array that holds these rows [S, width] of a view.
 
-    Chunks are those of the cache where all of its samples are there; else they are no longer than the rows.
+    Chunks have the size of the cache's if the rows are all of its samples; otherwise they are no longer than the rows.
     """
     from zarr import create_group
     from zarr.storage import MemoryStore
@@ -210,7 +210,7 @@ def stored_bytes(target: TargetSpec, array: ArraySpec, values: npt.NDArray[Any],
 
 
 def _probabilities(known: SparseTargets, classes: int) -> torch.Tensor:
-    """What top-k knows of each class, [S, C] float64; 0 in the tail. Rounding is made up for as `kd_tail` does."""
+    """Probabilities [S, C] float64 from top-k, 0 in the tail, renormalised against rounding as in `kd_tail`."""
     joint = torch.cat([known.log_p, known.log_tail[:, None]], dim=1).double().softmax(dim=1)[:, :-1]
     p = torch.zeros(len(joint), classes + 1, dtype=torch.float64)
     return p.scatter_(1, known.classes, joint)[:, :classes]

@@ -1,4 +1,4 @@
-"""What any codec would cost on a cache that is there, in bytes and in what is lost: many codecs side by side."""
+"""Compare codecs on an existing cache: the bytes each would need, and the errors it would cause."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cache_tools.format.arrays import target_arrays
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.reader import TeacherCache
 
-AS_IT_IS = "(as it is)"
+AS_IT_IS = "(as it is)"  # the spec of the cache's own codecs
 MANY_CLASSES = 100
 
 
 class StudentAbout(Frozen):
-    """The student that gradients are taken with: how much of the targets it has learnt after each number of steps.
+    """The student of the gradient errors, and how well it fits the targets after each number of steps.
 
     Attributes:
         agreement: share of samples with the targets' top-1, by steps.
@@ -37,7 +37,7 @@ class StudentAbout(Frozen):
 
 
 class CostTable(Frozen):
-    """What `measure` found, smallest first; `reference` is how the cache stores what all is compared with."""
+    """The result of `measure`, smallest codec first; `reference` names the cache's own codecs, the reference of all."""
 
     name: str
     fingerprint: str
@@ -66,21 +66,21 @@ def measure(
     """Measure codecs on a cache.
 
     Args:
-        specs: as `codec_spec.codecs_for` takes them; none for a list that suits the cache.
+        specs: arguments of `codec_spec.codecs_for`; empty for a list that suits the cache.
         temperatures: of the KD loss.
-        rows: how many samples, evenly spaced; with all of them, bytes are exactly those of a recoded cache.
-        view: None for the second complete one, or the only one: view 0 often is the clean image.
+        rows: the number of samples, evenly spaced. With all of them, the bytes are exactly those of a recoded cache.
+        view: None for the second complete view, or the only one: view 0 often is the clean image.
 
     Raises:
-        RecipeError: a spec that means nothing for this cache.
-        IncompleteError, NotFoundError: the view is not there, or view 0, to which steps are fitted.
-        FormatError: a damaged block; or a spec asks for pcodec, which is not installed.
+        RecipeError: a spec does not apply to this cache.
+        IncompleteError, NotFoundError: the view is missing, or view 0, to which steps are fitted.
+        FormatError: a block is damaged, or a spec needs pcodec, which is not installed.
     """
     chosen, left_out = default_codecs(cache.recipe) if not specs else ({}, [])
     chosen |= {spec: codec_spec.codecs_for(spec, cache.recipe) for spec in specs}
     for codecs in chosen.values():
         _check_readable(cache.recipe, codecs)
-    view, temperatures = _usual_view(cache) if view is None else view, tuple(dict.fromkeys(temperatures))
+    view, temperatures = _default_view(cache) if view is None else view, tuple(dict.fromkeys(temperatures))
     bench = Bench(BlockReader(cache), view, rows, temperatures)
     found = [bench.cost(AS_IT_IS, cache.recipe.codecs)]
     with Progress("measure", len(chosen), "codecs") as progress:
@@ -107,7 +107,7 @@ def measure(
 
 
 def default_codecs(recipe: CacheRecipe) -> tuple[dict[str, TargetCodecs], list[str]]:
-    """Codecs worth a look for a cache, by spec, and those that are left out because pcodec is not installed."""
+    """Codecs that suit a cache, by spec, and the specs left out because pcodec is not installed."""
     specs = ["float16", "compact", "dense", "coarse", "row-step"]
     if "logits" in codec_spec.kinds(recipe):
         specs += ["fixed-step+", "fixed-step:pack=pcodec+"]
@@ -135,11 +135,11 @@ def _check_readable(recipe: CacheRecipe, codecs: TargetCodecs) -> None:
         array.stored.check_readable()
 
 
-def _usual_view(cache: TeacherCache) -> int:
+def _default_view(cache: TeacherCache) -> int:
     complete = cache.complete_views
     if not complete:
         raise IncompleteError(
-            "no view is complete yet", where=cache.path, next_step="go on with the command that makes this cache"
+            "no view is complete", where=cache.path, next_step="run the command that builds this cache again"
         )
     return complete[min(1, len(complete) - 1)]
 
@@ -147,10 +147,10 @@ def _usual_view(cache: TeacherCache) -> int:
 def _about(bench: Bench) -> StudentAbout:
     return StudentAbout(
         what=f"linear on the {bench.features.shape[1]} fused features, fitted to KD at all these temperatures",
-        agreement={str(stage): fidelity.agreement(bench.logits, said) for stage, said in bench.students.items()},
+        agreement={str(stage): fidelity.agreement(bench.logits, logits) for stage, logits in bench.students.items()},
         kl={
-            f"{stage}@{t:g}": fidelity.divergence(bench.logits, said, t)
-            for stage, said in bench.students.items()
+            f"{stage}@{t:g}": fidelity.divergence(bench.logits, logits, t)
+            for stage, logits in bench.students.items()
             for t in bench.temperatures
         },
     )

@@ -1,4 +1,4 @@
-"""`cache-tools fidelity` on a terminal: one line per codec, and what the figures mean."""
+"""`cache-tools fidelity` on a terminal: one line per codec, and notes that explain the figures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cache_tools.analysis.fidelity_table import CostTable
 from cache_tools.analysis.stats_text import make_console, new_table, percent
 from cache_tools.units import human_bytes
 
-_NOT_THERE = "–"
+_MISSING = "–"
 
 
 def print_costs(found: CostTable) -> None:
-    """Heading, table, notes."""
+    """Print heading, table and notes."""
     console = make_console()
     print(_heading(found))
     console.print()
@@ -36,7 +36,7 @@ def _heading(found: CostTable) -> str:
         [
             f"{found.dataset}, cache {found.fingerprint[:12]}: {samples} of view {found.view}, "
             f"{found.classes} classes, store {found.store}",
-            f"compared with: what the cache holds ({found.reference}), decoded",
+            f"compared with: the decoded targets of the cache ({found.reference})",
             f"student: {found.student.what}; {student}",
         ]
     )
@@ -63,13 +63,13 @@ def _errors(cost: CodecCost, temperatures: tuple[float, ...]) -> list[str]:
         *(f"{cost.kl[f'{t:g}']:.1e}" for t in temperatures),
         percent(cost.top1_agreement),
         percent(cost.feature_error),
-        _NOT_THERE if cost.largest_feature_error is None else f"{cost.largest_feature_error:.1e}",
+        _MISSING if cost.largest_feature_error is None else f"{cost.largest_feature_error:.1e}",
         "pcodec" if "pcodec" in packs else "any zarr",
     ]
 
 
 def _gradient(cost: CodecCost, temperature: float) -> str:
-    """Of the worse stage; `even` marks a dense loss on an even tail."""
+    """g at the worse stage; `even` marks a dense loss on an even tail."""
     own, even = (_worst(errors, temperature) for errors in (cost.g, cost.g_even_tail))
     return percent(own) if own is not None or even is None else f"{percent(even)} even"
 
@@ -87,10 +87,10 @@ def _notes(found: CostTable) -> list[str]:
     ]
     if found.rows < found.num_samples:
         notes.append(
-            "Samples are evenly spaced; where neighbours are alike (folders by class) files are a little smaller."
+            "Samples are evenly spaced. If neighbours are alike (folders by class), real files are a little smaller."
         )
     if "top-k logits" in found.reference:
-        notes.append("The cache holds top-k logits: what everything is compared with has an even tail itself.")
+        notes.append("The cache holds top-k logits, so the reference has an even tail itself.")
     for cost in found.codecs:
         if cost.captured_mass is not None and cost.classes_kept is not None:
             kept = (
@@ -102,6 +102,6 @@ def _notes(found: CostTable) -> list[str]:
     notes += [f"warning: {caution}" for caution in dict.fromkeys(cost.caution for cost in found.codecs) if caution]
     if found.left_out:
         notes.append(
-            f"Left out, for they need pcodec (pip install 'teacher-cache[codecs]'): {', '.join(found.left_out)}"
+            f"Left out because they need pcodec (pip install 'teacher-cache[codecs]'): {', '.join(found.left_out)}"
         )
     return notes

@@ -1,7 +1,6 @@
-"""What one row of logits says about its label: the figures per sample that `cache-tools stats` and `tune-fusion` share.
+"""Figures per sample, class and source, computed from logits and labels; `stats` and `tune-fusion` share them.
 
-Everything is computed in float64 from the logits: a confident teacher's softmax leaves too little of float32 for the
-classes that are not the label.
+Everything is float64: the softmax of a confident teacher leaves too few float32 digits for the other classes.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from collections.abc import Iterator
 import torch
 
 TOP_K = 5
-# Numbers in one [rows, classes] temporary: small enough for a CPU cache, enough rows to keep a GPU busy.
+# Numbers in a [rows, classes] temporary: it fits in a CPU cache and has enough rows to keep a GPU busy.
 CHUNK_NUMBERS = 1 << 19
 
 
 def row_chunks(num_samples: int, num_classes: int, numbers: int = CHUNK_NUMBERS) -> Iterator[slice]:
-    """Slices of rows, in order, of about `numbers` logits each."""
+    """Consecutive slices of rows with about `numbers` logits each."""
     rows = max(1, numbers // num_classes)
     for start in range(0, num_samples, rows):
         yield slice(start, min(start + rows, num_samples))
@@ -26,7 +25,7 @@ def sample_figures(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> dict[str,
     """Figures of each row of p = softmax(logits), for label y; natural logarithms.
 
     Args:
-        logits_NC: logits of any floating type, already divided by the temperature.
+        logits_NC: of any floating type, already divided by the temperature.
         labels_N: int64.
 
     Returns:
@@ -58,7 +57,8 @@ def sample_figures(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> dict[str,
 
 def entropy(p_NC: torch.Tensor) -> torch.Tensor:
     """H(p) = −Σ_c p_c ln p_c per row, in nats; a class of probability 0 adds nothing."""
-    return torch.special.entr(p_NC).sum(dim=1)
+    terms: torch.Tensor = torch.special.entr(p_NC)
+    return terms.sum(dim=1)
 
 
 def js_divergence(p_NC: torch.Tensor, q_NC: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,8 @@ class NonTargetConsistency:
 
         consistency = 1 / (n (n − 1)) · Σ_{i≠j} cos(q_i, q_j) = (‖Σ_i u_i‖² − Σ_i ‖u_i‖²) / (n (n − 1))
 
-    with u_i = q_i / ‖q_i‖, so that one vector per class is all there is to sum: O(N·C) instead of O(N²·C). A class
-    with fewer than two samples has none, and two classes leave a single non-target class, which says nothing.
+    with u_i = q_i / ‖q_i‖, so one vector sum per class suffices: O(N·C) instead of O(N²·C). It is undefined for a class
+    with fewer than two samples, and for two classes, where a single non-target class remains.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
@@ -84,8 +84,8 @@ class NonTargetConsistency:
         self._counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
 
     def add(self, logits_NC: torch.Tensor, labels_N: torch.Tensor) -> None:
-        """Samples of one view; logits already divided by the temperature."""
-        # Masked before the softmax: 1 − p_y of a confident teacher has no digits left to divide by.
+        """Add samples of a view; the logits are already divided by the temperature."""
+        # Mask before the softmax: for a confident teacher, 1 − p_y has too few digits to divide by.
         others = logits_NC.double().scatter(1, labels_N[:, None], -torch.inf)
         unit = torch.nn.functional.normalize(others.softmax(dim=1), dim=1)
         self._sums.index_add_(0, labels_N, unit)
@@ -93,7 +93,7 @@ class NonTargetConsistency:
         self._counts.index_add_(0, labels_N, torch.ones_like(labels_N, dtype=torch.float64))
 
     def compute(self) -> torch.Tensor:
-        """[C] float64 on the CPU, NaN where there are fewer than two samples, or only two classes."""
+        """[C] float64 on the CPU, NaN where it is undefined."""
         n = self._counts
         value = ((self._sums**2).sum(dim=1) - self._squares) / (n * (n - 1))
         undefined = (n < 2) | (len(n) < 3)
@@ -101,14 +101,14 @@ class NonTargetConsistency:
 
 
 class Stability:
-    """Whether a sample's answer stays the same over V views.
+    """Whether the prediction for a sample stays the same over V views.
 
     `same`: the top-1 class is the same in all views. `divergence`: the Jensen–Shannon divergence of the V
     distributions, which is the mean divergence of a view from the mean m over the views:
 
         H(m) − 1/V Σ_v H(p_v) = 1/V Σ_v KL(p_v ‖ m),  m = 1/V Σ_v p_v
 
-    in nats, from 0 (all equal) to ln V. m is kept in float32, which leaves an error of about 1e-6.
+    in nats, from 0 (all equal) to ln V. m is stored in float32, which causes an error of about 1e-6.
     """
 
     def __init__(self, num_samples: int, num_classes: int, device: torch.device | str = "cpu") -> None:
@@ -119,7 +119,7 @@ class Stability:
         self._same = torch.ones(num_samples, dtype=torch.bool, device=device)
 
     def add(self, rows: slice, p_NC: torch.Tensor, top1_N: torch.Tensor, entropy_N: torch.Tensor) -> None:
-        """Rows of the current view: probabilities (float64), their argmax, their entropies."""
+        """Add rows of the current view: probabilities (float64), their argmax and their entropies."""
         if self._views == 0:
             self._first[rows] = top1_N
         self._sum[rows] += p_NC.float()
@@ -127,7 +127,7 @@ class Stability:
         self._same[rows] &= top1_N == self._first[rows]
 
     def next_view(self) -> None:
-        """All rows of a view have been added."""
+        """End the current view: all its rows have been added."""
         self._views += 1
 
     def compute(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""What the teachers of a cache say about its samples: accuracy, calibration, consistency, disagreement, stability.
+"""Statistics of a cache's predictions: accuracy, calibration, consistency, disagreement, stability.
 
-Runs no model. Views are read one at a time; docs/analysis.md says what each figure means.
+No model runs. Views are read one at a time; docs/analysis.md explains each figure.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.targets import ViewTargets
 
-Keep = Callable[[int, pl.DataFrame], None]
+SOURCES = ("teacher", "clip", "fusion")
+
+WriteView = Callable[[int, pl.DataFrame], None]  # (view, its table)
 
 
 class About(Frozen):
-    """Which cache, and with which settings the figures were made.
+    """The cache and the settings of the statistics.
 
     Attributes:
-        sources: `teacher`, `clip`, `fusion`; a fused cache keeps the fusion only.
-        views: those that were looked at, of the cache's `num_views`.
-        confident: a prediction is confident when its probability is at least this.
-        temperature: what all logits were divided by before the softmax.
-        clip_scales: what the cosines of each CLIP were multiplied with, also for CLIP's own figures.
-        prompt_ensemble: what was averaged over the prompt templates.
+        sources: `teacher`, `clip`, `fusion`; a fused cache has the fusion only.
+        views: the analysed views, of the cache's `num_views`.
+        confident: a prediction is confident if its probability is at least this.
+        temperature: divides all logits before the softmax.
+        clip_scales: multiply the cosines of each CLIP, also for CLIP's own figures.
+        prompt_ensemble: what is averaged over the prompt templates.
     """
 
     path: str
@@ -62,7 +64,7 @@ class About(Frozen):
 
 @dataclass(frozen=True)
 class TeacherStats:
-    """The result. Shares and accuracies are in [0, 1], NLL, entropies and divergences in nats.
+    """Tables of statistics. Shares and accuracies are in [0, 1]; NLL, entropies and divergences are in nats.
 
     Attributes:
         summary: one row per source and view, and per source over all views (`view` null): `n`, `top1`, `top5`, `nll`,
@@ -70,11 +72,11 @@ class TeacherStats:
             `unsure_right`, `unsure_wrong`, `confident_wrong`.
         reliability: one row per source, view (null: all) and confidence bin.
         classes: one row per class: accuracies and consistencies by source, gains of the fusion.
-        confusions: one row per ordered pair (label, said instead), most frequent first.
+        confusions: one row per ordered pair (label, wrong prediction), most frequent first.
         disagreement: one row per view, and over all (`view` null); empty for a fused cache.
         stability: one row per source; empty for a single view.
-        samples: one row per sample, over the views: what the fusion says against the label and, with two views or
-            more, `SOURCE_same_top1` and `SOURCE_divergence`.
+        samples: one row per sample, over the views: how strongly the fusion contradicts the label and, with two views
+            or more, `SOURCE_same_top1` and `SOURCE_divergence`.
     """
 
     about: About
@@ -87,13 +89,13 @@ class TeacherStats:
     samples: pl.DataFrame
 
     def suspicious(self, count: int) -> pl.DataFrame:
-        """The samples whose label the fusion contradicts most: by the mean over the views, wrong in one at least."""
+        """The `count` samples, wrong in at least one view, whose label the fusion contradicts most in the mean."""
         found = self.samples.filter(pl.col("views_against") > 0)
         columns = ("sample", "label", "class", "rival", "rival_class", "against", "against_max", "views_against")
         return found.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
 
     def to_dict(self, rows: int = 20) -> dict[str, Any]:
-        """Plain JSON. Of the confusions and of the samples (the most suspicious ones) only the first `rows`."""
+        """Plain JSON, with the `rows` most frequent confusions and the `rows` most suspicious samples."""
         tables = {
             "summary": self.summary,
             "reliability": self.reliability,
@@ -114,23 +116,23 @@ def analyse(
     temperature: float = 1.0,
     choice: FusionChoice | None = None,
     device: str = "cpu",
-    keep: Keep | None = None,
+    write_view: WriteView | None = None,
 ) -> TeacherStats:
-    """Read the views of a cache one after the other and sum up what the teachers said.
+    """Read the views of a cache one after the other and compute the statistics of the targets.
 
-    Memory: one view and its table, and one [N, C] float32 array per source where there are several views.
+    Needs memory for one view and its table, and for one [N, C] float32 array per source if there are several views.
 
     Args:
-        views: which; None for all complete ones.
+        views: None for all complete views.
         confident: threshold of a confident prediction, between 0 and 1.
         temperature: above 0; divides all logits.
-        choice: fuse a component cache in another way than it was built.
-        keep: is given the table of every view, one row per source and sample, before the next view is read.
+        choice: another fusion than that of the component cache.
+        write_view: called with each view and its table, one row per source and sample, before the next view is read.
 
     Raises:
-        RecipeError: a threshold or temperature out of range.
-        IncompleteError: no complete view, or a view asked for that is not.
-        NotFoundError: no such view, or `choice` for a fused cache.
+        RecipeError: the threshold or the temperature is out of range.
+        IncompleteError: no view, or not every requested view, is complete.
+        NotFoundError: there is no such view, or `choice` is given for a fused cache.
         FormatError, DeviceError: as `TeacherCache.load_view`.
     """
     if not 0.0 < confident < 1.0:
@@ -143,8 +145,8 @@ def analyse(
     with Progress("stats", len(chosen) * cache.num_samples, "samples") as progress:
         for view in chosen:
             frame, consistency = stream.read(view, progress)
-            if keep is not None:
-                keep(view, frame)
+            if write_view is not None:
+                write_view(view, frame)
             sums.add(view, frame, consistency)
     samples = sums.samples()
     for source, (same, divergence) in stream.stability().items():
@@ -163,8 +165,93 @@ def analyse(
     )
 
 
+class StatsFolder:
+    """The output folder: `stats.json`, a parquet file per table, and `views/` with the table of each view.
+
+    Args:
+        path: created if missing. The first view that is written removes the views of an earlier run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._is_cleared = False
+        make_folder(path / "views")
+
+    def write_view(self, view: int, frame: pl.DataFrame) -> None:
+        """Write the table of a view, one row per source and sample, with figures in float32."""
+        if not self._is_cleared:  # not earlier: a mistake in the options may still end the run
+            for stale in (self.path / "views").glob("view-*.parquet"):
+                stale.unlink()
+            self._is_cleared = True
+        small = frame.with_columns(pl.lit(view, pl.Int32).alias("view"), pl.col(pl.Float64).cast(pl.Float32))
+        put_file(self.path / "views" / f"view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
+
+    def write(self, stats: TeacherStats) -> None:
+        """Write every table and `stats.json`."""
+        for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
+            table: pl.DataFrame = getattr(stats, name)
+            if table.is_empty():
+                (self.path / f"{name}.parquet").unlink(missing_ok=True)
+            else:
+                put_file(self.path / f"{name}.parquet", _parquet(table))
+        put_file(self.path / "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
+
+
+class ViewStream:
+    """Reads views one after the other and accumulates their stability.
+
+    Attributes:
+        sources: `teacher`, `clip`, `fusion`; the fusion only for a fused cache.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, fusion: Fusion, temperature: float, device: torch.device, *, several: bool
+    ) -> None:
+        self._cache, self._fusion, self._temperature, self._device = cache, fusion, temperature, device
+        self.sources = SOURCES if cache.recipe.store == "components" else ("fusion",)
+        self._labels = torch.from_numpy(cache.labels).to(device)
+        compared = self.sources if several else ()
+        self._stability = {name: Stability(cache.num_samples, cache.num_classes, device) for name in compared}
+
+    def read(self, view: int, progress: Progress) -> tuple[pl.DataFrame, Mapping[str, npt.NDArray[np.float64]]]:
+        """Read a view; return its `tables.sample_table` and the consistency [C] of each source."""
+        targets = self._cache.load_view(view, self._device, features=False, fusion=self._fusion)
+        consistency = {name: NonTargetConsistency(self._cache.num_classes, self._device) for name in self.sources}
+        pieces = []
+        for rows in self._chunks():
+            pieces.append(self._rows(targets, rows, consistency))
+            progress.advance(rows.stop - rows.start, f"view {view}")
+        for stability in self._stability.values():
+            stability.next_view()
+        return pl.concat(pieces), {name: value.compute().numpy() for name, value in consistency.items()}
+
+    def stability(self) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
+        """Source → (same top-1 in all views, divergence) per sample [N]; empty for a single view."""
+        found = {}
+        for name, stability in self._stability.items():
+            parts = [stability.compute(rows) for rows in self._chunks()]
+            same, divergence = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+            found[name] = (same, divergence)
+        return found
+
+    def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
+        labels, figures, p = self._labels[rows], {}, {}
+        for name in self.sources:
+            logits = source_logits(targets, name, rows).double() / self._temperature
+            p[name] = logits.softmax(dim=1)
+            figures[name] = sample_figures(logits, labels)
+            consistency[name].add(logits, labels)
+            if name in self._stability:
+                self._stability[name].add(rows, p[name], figures[name]["top1"], figures[name]["entropy"])
+        divergence = js_divergence(p["teacher"], p["clip"]) if "clip" in p else None
+        return tables.sample_table(rows, labels, figures, divergence)
+
+    def _chunks(self) -> list[slice]:
+        return list(row_chunks(self._cache.num_samples, self._cache.num_classes))
+
+
 def view_numbers(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int, ...]:
-    """`views`, or every complete one.
+    """Return `views`, or every complete view if None.
 
     Raises:
         IncompleteError: no view is complete.
@@ -174,19 +261,28 @@ def view_numbers(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int,
         raise IncompleteError(
             "no view of this cache is completely built",
             where=cache.path,
-            next_step=f"run the same {cache.manifest.recipe.made_by} command again: it goes on from what is stored",
+            next_step=f"run the same {cache.manifest.recipe.made_by} command again: it resumes",
         )
     return chosen
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise RecipeError unless logits can be divided by it."""
+    """Raise RecipeError unless the temperature is positive and finite."""
     if not 0.0 < temperature < float("inf"):
         raise RecipeError("bad --temperature", expected="a number above 0", found=temperature)
 
 
+def source_logits(targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
+    """Logits [B, C] of `teacher`, `clip` (scaled) or `fusion`; several networks are mixed."""
+    if source == "teacher":
+        return targets.teacher_logits(rows)
+    if source == "clip":
+        return targets.clip_logits(rows)
+    return targets.logits(rows)
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it.
+    """Create a folder and its parents.
 
     Raises:
         StorageError: a file is in the way, or the disk is full or read-only.
@@ -198,7 +294,7 @@ def make_folder(path: Path) -> None:
 
 
 def put_file(path: Path, data: Any) -> None:
-    """Replace a file; what was there stays where that fails.
+    """Replace a file; if that fails, the old file stays.
 
     Raises:
         StorageError: a folder is in the way, or the disk is full or read-only.
@@ -206,46 +302,8 @@ def put_file(path: Path, data: Any) -> None:
     try:
         put_durably(path, data)
     except OSError as error:
-        error.filename = str(path)  # not that of the temporary file
+        error.filename = str(path)  # instead of the temporary file
         raise storage_error(error) from error
-
-
-class Folder:
-    """Where `--out` writes: `stats.json`, a parquet file per table, `views/` with the table of each view.
-
-    Args:
-        path: made if it is not there; what an earlier run wrote is replaced, from the first view on.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._begun = False
-        make_folder(path / "views")
-
-    def keep(self, view: int, frame: pl.DataFrame) -> None:
-        """The table of one view, figures in float32: one row per source and sample."""
-        if not self._begun:  # before that, a mistake in the options may end the run
-            for stale in (self.path / "views").glob("view-*.parquet"):
-                stale.unlink()
-            self._begun = True
-        small = frame.with_columns(pl.lit(view, pl.Int32).alias("view"), pl.col(pl.Float64).cast(pl.Float32))
-        put_file(self.path / "views" / f"view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
-
-    def write(self, stats: TeacherStats) -> None:
-        """Every table of the result, and `stats.json`."""
-        for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
-            table: pl.DataFrame = getattr(stats, name)
-            if table.is_empty():
-                (self.path / f"{name}.parquet").unlink(missing_ok=True)
-            else:
-                put_file(self.path / f"{name}.parquet", _parquet(table))
-        put_file(self.path / "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
-
-
-def _parquet(table: pl.DataFrame) -> memoryview:
-    buffer = io.BytesIO()
-    table.write_parquet(buffer)
-    return buffer.getbuffer()
 
 
 def _about(
@@ -276,66 +334,7 @@ def _about(
     )
 
 
-SOURCES = ("teacher", "clip", "fusion")
-
-
-class ViewStream:
-    """Reads views; carries from view to view what stability needs.
-
-    Attributes:
-        sources: `teacher`, `clip`, `fusion`; the fusion alone of a fused cache.
-    """
-
-    def __init__(
-        self, cache: TeacherCache, fusion: Fusion, temperature: float, device: torch.device, *, several: bool
-    ) -> None:
-        self._cache, self._fusion, self._temperature, self._device = cache, fusion, temperature, device
-        self.sources = SOURCES if cache.recipe.store == "components" else ("fusion",)
-        self._labels = torch.from_numpy(cache.labels).to(device)
-        followed = self.sources if several else ()
-        self._stability = {name: Stability(cache.num_samples, cache.num_classes, device) for name in followed}
-
-    def read(self, view: int, progress: Progress) -> tuple[pl.DataFrame, Mapping[str, npt.NDArray[np.float64]]]:
-        """The table of a view (`view_tables.sample_table`), and the consistency [C] of each source."""
-        targets = self._cache.load_view(view, self._device, features=False, fusion=self._fusion)
-        consistency = {name: NonTargetConsistency(self._cache.num_classes, self._device) for name in self.sources}
-        pieces = []
-        for rows in self._chunks():
-            pieces.append(self._rows(targets, rows, consistency))
-            progress.advance(rows.stop - rows.start, f"view {view}")
-        for stability in self._stability.values():
-            stability.next_view()
-        return pl.concat(pieces), {name: value.compute().numpy() for name, value in consistency.items()}
-
-    def stability(self) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
-        """Source → (same top-1 in all views, divergence) per sample [N]; empty when there is one view only."""
-        found = {}
-        for name, stability in self._stability.items():
-            parts = [stability.compute(rows) for rows in self._chunks()]
-            same, divergence = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-            found[name] = (same, divergence)
-        return found
-
-    def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
-        labels, figures, p = self._labels[rows], {}, {}
-        for name in self.sources:
-            logits = source_logits(targets, name, rows).double() / self._temperature
-            p[name] = logits.softmax(dim=1)
-            figures[name] = sample_figures(logits, labels)
-            consistency[name].add(logits, labels)
-            if name in self._stability:
-                self._stability[name].add(rows, p[name], figures[name]["top1"], figures[name]["entropy"])
-        divergence = js_divergence(p["teacher"], p["clip"]) if "clip" in p else None
-        return tables.sample_table(rows, labels, figures, divergence)
-
-    def _chunks(self) -> list[slice]:
-        return list(row_chunks(self._cache.num_samples, self._cache.num_classes))
-
-
-def source_logits(targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
-    """Logits [B, C] of `teacher`, `clip` (scaled) or `fusion`; of several networks the mix."""
-    if source == "teacher":
-        return targets.teacher_logits(rows)
-    if source == "clip":
-        return targets.clip_logits(rows)
-    return targets.logits(rows)
+def _parquet(table: pl.DataFrame) -> memoryview:
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getbuffer()

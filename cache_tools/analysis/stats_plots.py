@@ -1,4 +1,4 @@
-"""Pictures of a `TeacherStats`: quadrants, reliability, gains and consistency of the classes, stability."""
+"""Plots of a `TeacherStats`: quadrants, reliability, gains and consistency of the classes, stability."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cache_tools.plotting import (
 NAMED_CLASSES = 40
 # For more classes, the names of the highest and the lowest few.
 _NAMED_EXTREMES = 6
-# Below this lies what float32 leaves of equal views: a curve that starts high at the left edge has such samples.
+# Rounding in float32 leaves up to this for equal views: a curve that starts high at the left edge has such samples.
 _LEAST_DIVERGENCE = 1e-6
 _QUADRANTS = {
     "confident_right": ("confident and right", BLUE, "white"),
@@ -43,10 +43,10 @@ _QUADRANTS = {
 
 
 def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
-    """Write every picture that the figures allow; a fused cache has no gains, a single view no stability.
+    """Write all plots; a fused cache has none of gains, a single view none of stability.
 
     Returns:
-        the files, `NAME.png` below `folder`; pictures of an earlier run that no longer apply are removed.
+        the files, `NAME.png` below `folder`. Plots of an earlier run that no longer apply are removed.
     """
     drawn = {
         "quadrants": draw_quadrants(stats),
@@ -67,7 +67,7 @@ def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
 
 
 def draw_quadrants(stats: TeacherStats) -> Any:
-    """Stacked bars, one per source: confident or unsure, right or wrong."""
+    """Stacked bars, one per source: the shares of confident or unsure and right or wrong predictions."""
     sources = stats.about.sources
     figure = new_figure(10, 1.7 + 0.75 * len(sources), "Confident or unsure, right or wrong", _subtitle(stats.about))
     axes = figure.subplots()
@@ -95,7 +95,7 @@ def draw_quadrants(stats: TeacherStats) -> Any:
 
 
 def draw_reliability(stats: TeacherStats) -> Any:
-    """Accuracy in each bin of the confidence, side by side; below it how many predictions a bin holds."""
+    """Accuracy in each bin of the confidence, one panel per source; below it the share of predictions in the bin."""
     sources = stats.about.sources
     figure = new_figure(max(9.0, 1.0 + 3.2 * len(sources)), 5.0, "Reliability", _subtitle(stats.about))
     panels = figure.subplots(2, len(sources), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
@@ -129,7 +129,7 @@ def draw_reliability(stats: TeacherStats) -> Any:
 
 
 def draw_stability(stats: TeacherStats) -> Any:
-    """Left: how often all views agree on the top-1. Right: how far a sample's views are apart, as a distribution."""
+    """Left: the share of samples with the same top-1 in all views. Right: the distribution of their divergence."""
     sources = stats.about.sources
     figure = new_figure(10, 4.2, f"Stability over {len(stats.about.views)} views", _subtitle(stats.about))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.9))
@@ -160,7 +160,7 @@ def draw_stability(stats: TeacherStats) -> Any:
 
 
 def draw_gains(stats: TeacherStats) -> Any:
-    """Top-1 of the fusion minus that of the teacher (bars) and of CLIP (triangles), class by class, sorted."""
+    """Top-1 of the fusion minus that of the teacher (bars) and of CLIP (triangles), for each class, sorted."""
     rows = stats.classes.drop_nulls("gain_over_teacher").sort("gain_over_teacher", descending=True)
     teacher, clip = (100 * rows[f"gain_over_{name}"].to_numpy() for name in ("teacher", "clip"))
     few = len(rows) <= NAMED_CLASSES
@@ -192,7 +192,7 @@ def draw_gains(stats: TeacherStats) -> Any:
 
 
 def draw_consistency(stats: TeacherStats) -> Any:
-    """Non-target consistency of every class: dots per source, or the fusion against the others for many classes."""
+    """Non-target consistency of every class: dots per source; for many classes the fusion against the others."""
     rows = stats.classes.drop_nulls("fusion_consistency").sort("fusion_consistency", descending=True)
     title = "Non-target consistency: how alike the other classes are rated within a class"
     if len(rows) <= NAMED_CLASSES:
@@ -253,7 +253,7 @@ def _consistency_ranks(stats: TeacherStats, rows: pl.DataFrame, title: str) -> A
 
 
 def _ranks(axes: Any, names: list[str], figures: list[str]) -> None:
-    """Too many classes for a line each: sorted along the axis, the first and last few by name on the right."""
+    """Label an axis of many sorted classes: names only the first and last few, on the right."""
     lines = [f"{shorten(name)}  {figure}" for name, figure in zip(names, figures, strict=True)]
     first, last = lines[:_NAMED_EXTREMES], lines[-_NAMED_EXTREMES:]
     axes.text(1.015, 1.0, "\n".join(["highest", *first]), transform=axes.transAxes, va="top", fontsize=9, color=INK)
@@ -264,7 +264,7 @@ def _ranks(axes: Any, names: list[str], figures: list[str]) -> None:
 
 
 def _subtitle(about: About) -> str:
-    """Dataset, rows, threshold, temperature: stands in every picture."""
+    """Dataset, rows and settings, for every plot."""
     views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
     return (
         f"{about.dataset}, {about.num_samples:,} samples × {views}; confident: probability ≥ {about.confident:g} "

@@ -1,4 +1,4 @@
-"""`cache-tools stats` on a terminal: tables of a `TeacherStats`, and what is worth knowing about them."""
+"""`cache-tools stats` on a terminal: the tables of a `TeacherStats`, with notes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PERCENT = ("top1", "top5", "confidence", "confident_right", "unsure_right", "un
 
 
 def print_stats(stats: TeacherStats) -> None:
-    """Every table, with the threshold and the temperature it was made with."""
+    """Print the heading, every table and the notes."""
     console = make_console()
     print(heading(stats.about))
     for table in _tables(stats):
@@ -31,12 +31,12 @@ def print_stats(stats: TeacherStats) -> None:
 
 
 def make_console() -> Console:
-    """A terminal's width, or wide enough for whole lines in a pipe; brackets in class names are text."""
+    """A console as wide as the terminal, or 200 columns in a pipe; brackets in class names stay text."""
     return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
 
 
 def heading(about: About) -> str:
-    """Which cache, which settings, in a few lines."""
+    """The cache and the settings, in a few lines."""
     views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
     lines = [
         f"{about.dataset}, cache {about.fingerprint[:12]}: {about.num_samples:,} samples × {views}, "
@@ -48,7 +48,7 @@ def heading(about: About) -> str:
     ]
     if about.store == "fused":
         lines.append(
-            "This cache keeps the fusion only (store: fused), not teacher and CLIP for themselves; "
+            "This cache has the fusion only (store: fused), not teacher and CLIP separately; "
             "build one with --set store=components to compare them."
         )
     return "\n".join(lines)
@@ -67,7 +67,7 @@ def _tables(stats: TeacherStats) -> Iterable[Table]:
 
 
 def _overall(stats: TeacherStats) -> Table:
-    """Figures down, sources across."""
+    """One row per figure, one column per source."""
     at_least = f"≥ {stats.about.confident:g}"
     rows = {
         "top1": "top-1",
@@ -121,7 +121,7 @@ def _by_view(stats: TeacherStats) -> Table:
 
 
 def _reliability(stats: TeacherStats) -> Table:
-    """Bins without any prediction are left out; the gap is accuracy minus mean confidence, in points."""
+    """Empty bins are left out; the gap is accuracy minus mean confidence, in points."""
     sources = stats.about.sources
     table = new_table("bin", [f"{LABELS[s]} {name}" for s in sources for name in ("share %", "top-1 %", "gap")])
     overall = stats.reliability.filter(pl.col("view").is_null())
@@ -139,7 +139,7 @@ def _reliability(stats: TeacherStats) -> Table:
 
 
 def _classes(stats: TeacherStats) -> Iterable[Table]:
-    """All classes, or those with the largest and smallest gains: accuracies, then consistencies."""
+    """Accuracies, then consistencies, of all classes or of those with the largest and smallest gains."""
     sources = stats.about.sources
     others = [source for source in sources if source != "fusion"]
     rows = stats.classes.sort("gain_over_teacher" if others else "fusion_accuracy", descending=True, nulls_last=True)
@@ -182,7 +182,7 @@ def _disagreement(stats: TeacherStats) -> Table:
 
 def _confusions(stats: TeacherStats) -> Table:
     sources = stats.about.sources
-    table = new_table("label → said instead, share of the label", [f"{LABELS[s]}" for s in sources])
+    table = new_table("label → wrong prediction, share of the label", [f"{LABELS[s]}" for s in sources])
     for row in stats.confusions.head(_TOP_ROWS).to_dicts():
         shares = [percent(row[f"{s}_share"]) for s in sources]
         table.add_row(f"{row['class']} → {row['said_class']}", *shares)
@@ -191,7 +191,7 @@ def _confusions(stats: TeacherStats) -> Table:
 
 def _suspicious(stats: TeacherStats) -> Table:
     views = len(stats.about.views)
-    table = new_table("suspicious label: sample", ["label", "fusion says", "probability", "largest", "in views"])
+    table = new_table("suspicious label: sample", ["label", "fusion predicts", "probability", "largest", "in views"])
     for row in stats.suspicious(_TOP_ROWS).to_dicts():
         figures = (number(row["against"], 3), number(row["against_max"], 3), f"{row['views_against']} of {views}")
         table.add_row(str(row["sample"]), row["class"], row["rival_class"], *figures)
@@ -199,12 +199,10 @@ def _suspicious(stats: TeacherStats) -> Table:
 
 
 def _notes(stats: TeacherStats) -> list[str]:
-    about, notes = (
-        stats.about,
-        ["bin: of the confidence; gap: top-1 minus mean confidence, in points; gain: in points of top-1."],
-    )
+    about = stats.about
+    notes = ["bin: of the confidence; gap: top-1 minus mean confidence, in points; gain: in points of top-1."]
     if len(about.views) < about.num_views:
-        notes.append(f"{len(about.views)} of the cache's {about.num_views} views were looked at.")
+        notes.append(f"{len(about.views)} of the cache's {about.num_views} views were analysed.")
     if len(about.views) == 1:
         notes.append("Stability needs two views or more.")
     if about.dataset.partition("/")[2].startswith("train"):
@@ -215,7 +213,7 @@ def _notes(stats: TeacherStats) -> list[str]:
 
 
 def new_table(first: str, others: Sequence[str]) -> Table:
-    """A plain table: names left, figures right."""
+    """An empty table without borders: names left, figures right."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for title in others:
@@ -224,7 +222,7 @@ def new_table(first: str, others: Sequence[str]) -> Table:
 
 
 def percent(value: Any, unit: str = "\u00a0%") -> str:
-    """The space does not break, however narrow the terminal."""
+    """Percent with a non-breaking space, for narrow terminals."""
     return "–" if value is None else f"{100 * value:.2f}{unit}"
 
 

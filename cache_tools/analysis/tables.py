@@ -1,4 +1,4 @@
-"""Polars tables of one view: a row per source and sample, and what it comes to."""
+"""Polars tables: one row per source and sample of a view, and their statistics over the views."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def sample_table(
     figures: Mapping[str, Mapping[str, torch.Tensor]],
     divergence: torch.Tensor | None,
 ) -> pl.DataFrame:
-    """One row per source and sample.
+    """The table of some samples of a view: one row per source and sample.
 
     Args:
-        rows: which samples.
+        rows: the samples.
         figures: source → `sample_figures`.
-        divergence: of teacher and CLIP, the same for every source of a sample; None without the two.
+        divergence: of teacher and CLIP, repeated for every source; None for a fused cache.
     """
     shared = {
         "sample": np.arange(rows.start, rows.stop, dtype=np.int32),
@@ -42,7 +42,7 @@ def sample_table(
 
 
 def bin_sums(frame: pl.DataFrame) -> pl.DataFrame:
-    """Per source and bin of the confidence ([k/15, (k+1)/15), the last one closed): `n` and sums over the bin."""
+    """`n` and sums per source and bin of the confidence: [k/15, (k+1)/15), the last one closed."""
     number = (pl.col("confidence") * CALIBRATION_BINS).floor().clip(0, CALIBRATION_BINS - 1).cast(pl.Int32)
     return frame.group_by("source", number.alias("bin")).agg(
         pl.len().alias("n"), pl.col("confidence").sum(), pl.col("right").sum().cast(pl.Float64)
@@ -50,13 +50,13 @@ def bin_sums(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def calibration_error(bins: pl.DataFrame, *by: str) -> pl.DataFrame:
-    """Expected calibration error of `bin_sums`: Σ_b n_b/n · |accuracy_b − confidence_b|, per group."""
+    """The expected calibration error Σ_b n_b/n · |accuracy_b − confidence_b| of `bin_sums`, per group."""
     gap = (pl.col("right") - pl.col("confidence")).abs().sum() / pl.col("n").sum()
     return bins.group_by(*by).agg(gap.alias("ece"))
 
 
 def summary(frame: pl.DataFrame, confident: float) -> pl.DataFrame:
-    """One row per source: `n`, `top1`, `top5` (null with five classes or fewer), means, and the quadrants' shares."""
+    """One row per source: `n`, `top1`, `top5` (null for five classes or fewer), means, and shares of the quadrants."""
     sure, right = pl.col("confidence") >= confident, pl.col("right")
     quadrants = (sure & right, ~sure & right, ~sure & ~right, sure & ~right)
     top5 = pl.col("in_top5").mean() if "in_top5" in frame.columns else pl.lit(None, pl.Float64)
@@ -70,7 +70,7 @@ def summary(frame: pl.DataFrame, confident: float) -> pl.DataFrame:
 
 
 def disagreement(frame: pl.DataFrame) -> pl.DataFrame:
-    """One row of one view; the rows of every source are in the order of the samples."""
+    """One row for one view; within each source, `frame` is in the order of the samples."""
     by_source = {name: frame.filter(pl.col("source") == name) for name in ("teacher", "clip", "fusion")}
     table = pl.DataFrame(
         {name: part["top1"] for name, part in by_source.items()}
@@ -100,7 +100,7 @@ def disagreement(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def merge_against(kept: pl.DataFrame, fusion: pl.DataFrame) -> pl.DataFrame:
-    """Sum, maximum (and whose it is) and count of what the fusion says against the label, sample by sample."""
+    """Add a view to the sum, the maximum (with its rival) and the count of the contradictions of each sample."""
     new = fusion.select(
         "sample",
         "label",
@@ -121,11 +121,11 @@ def merge_against(kept: pl.DataFrame, fusion: pl.DataFrame) -> pl.DataFrame:
 
 
 class Sums:
-    """Everything that is added up over the views of a cache, in small tables.
+    """Accumulates the statistics of the views of a cache in small tables.
 
     Args:
         class_names: of the cache.
-        sources: in the order in which tables list them.
+        sources: in the order of the tables.
         confident: threshold of a confident prediction.
     """
 
@@ -139,7 +139,7 @@ class Sums:
         self._against = pl.DataFrame()
 
     def add(self, view: int, frame: pl.DataFrame, consistency: Mapping[str, npt.NDArray[np.float64]]) -> None:
-        """The `sample_table` of one view, and source → consistency of the classes [C] (NaN where there is none)."""
+        """Add the `sample_table` of a view, and source → consistency of the classes [C] (NaN if undefined)."""
         number = pl.lit(view, pl.Int32).alias("view")
         bins = bin_sums(frame)
         sums = summary(frame, self._confident)
@@ -159,14 +159,14 @@ class Sums:
         self._against = merge_against(self._against, frame.filter(pl.col("source") == "fusion"))
 
     def summary(self) -> pl.DataFrame:
-        """Per source and view, then (view null) over all views: every view has the same samples, so means average."""
+        """Per source and view, then over all views (view null): means of means, as all views have the same samples."""
         mean_class = pl.concat(self._consistency).group_by("source", "view").agg(pl.col("consistency").mean())
         views = pl.concat(self._summaries).join(mean_class, on=["source", "view"])
         figures = pl.exclude("source", "view", "n", "ece")
         every = views.group_by("source").agg(pl.lit(None, pl.Int32).alias("view"), pl.col("n").sum(), figures.mean())
         every = every.join(calibration_error(self._bins_over_views(), "source"), on="source")
         table = pl.concat([views, every.select(views.columns)])
-        return self._in_order(table.select("source", "view", "n", pl.exclude("source", "view", "n")), "view")
+        return self._sorted(table.select("source", "view", "n", pl.exclude("source", "view", "n")), "view")
 
     def reliability(self) -> pl.DataFrame:
         """`n`, mean `confidence` and `accuracy` (null in empty bins) per source, view (null: all) and bin."""
@@ -185,7 +185,7 @@ class Sums:
             pl.col("confidence") / pl.col("n"),
             (pl.col("right") / pl.col("n")).alias("accuracy"),
         )
-        return self._in_order(table, "view", "bin")
+        return self._sorted(table, "view", "bin")
 
     def classes(self) -> pl.DataFrame:
         """One row per class: `n` samples, `SOURCE_accuracy`, `SOURCE_consistency`, gains of the fusion."""
@@ -194,17 +194,17 @@ class Sums:
         consistency = pl.concat(self._consistency).group_by("source", "label").agg(pl.col("consistency").mean())
         table = self._label_counts()
         for values, name in ((accuracy, "accuracy"), (consistency, "consistency")):
-            table = self._widen(table, values, name, on=["label"])
+            table = self._add_columns(table, values, name, on=["label"])
         others = [source for source in self._sources if source != "fusion"]
         gains = [(pl.col("fusion_accuracy") - pl.col(f"{name}_accuracy")).alias(f"gain_over_{name}") for name in others]
         return table.with_columns(gains).sort("label")
 
     def confusions(self) -> pl.DataFrame:
-        """Ordered pairs (label, said instead) with the share of the label's rows, most frequent by the fusion first."""
+        """Pairs (label, wrong prediction) with their share of the label's rows; the fusion's most frequent first."""
         totals = self._confusion.filter(pl.col("source") == "fusion").group_by("label").agg(total=pl.col("n").sum())
         wrong = self._confusion.filter(pl.col("label") != pl.col("top1"))
         table = wrong.select("label", "top1").unique()
-        table = self._widen(table, wrong, "n", on=["label", "top1"]).join(totals, on="label")
+        table = self._add_columns(table, wrong, "n", on=["label", "top1"]).join(totals, on="label")
         counts = [pl.col(f"{source}_n").fill_null(0) for source in self._sources]
         table = table.with_columns(counts)
         shares = [(pl.col(f"{source}_n") / pl.col("total")).alias(f"{source}_share") for source in self._sources]
@@ -218,11 +218,11 @@ class Sums:
         )
 
     def disagreement(self) -> pl.DataFrame:
-        """Per view, then (view null) over all views; empty where there is no CLIP of its own."""
+        """Per view, then over all views (view null); empty for a fused cache."""
         if not self._disagreement:
             return pl.DataFrame()
         views = pl.concat(self._disagreement).sort("view")
-        # Shares among the rows where the two differ have that share of the rows as their weight.
+        # Shares among the rows where the two differ are weighted by the number of such rows.
         among = [name for name in views.columns if name.startswith("differ_")]
         weighted = [(pl.col(name) * pl.col("differ")).sum() / pl.col("differ").sum() for name in among]
         plain = pl.exclude("view", *among).mean()
@@ -231,10 +231,10 @@ class Sums:
         return pl.concat([views.select("view", pl.exclude("view")), every.select("view", *views.drop("view").columns)])
 
     def samples(self) -> pl.DataFrame:
-        """One row per sample: what the fusion says against its label.
+        """One row per sample: how strongly the fusion contradicts its label.
 
-        `against` is the probability of the most probable other class, mean over the views; `against_max` its largest
-        value, `rival` the class it is of; `views_against` in how many of the views that class is the top-1.
+        `against` is the probability of the most probable other class, averaged over the views; `against_max` is its
+        maximum and `rival` the class of that maximum; `views_against` counts the views with a wrong top-1.
         """
         views = len(self._summaries)
         return self._against.select(
@@ -249,7 +249,7 @@ class Sums:
         )
 
     def _bins_over_views(self) -> pl.DataFrame:
-        """The calibration error over all views is that of the joined bins, not the mean over the views."""
+        """The bins of all views joined: their calibration error is not the mean of that of the views."""
         return pl.concat(self._bins).group_by("source", "bin").agg(pl.col("n", "confidence", "right").sum())
 
     def _label_counts(self) -> pl.DataFrame:
@@ -257,8 +257,8 @@ class Sums:
         counts = self._against.group_by("label").agg(pl.len().alias("n"))
         return names.join(counts, on="label", how="left").with_columns(pl.col("n").fill_null(0))
 
-    def _widen(self, table: pl.DataFrame, values: pl.DataFrame, name: str, on: list[str]) -> pl.DataFrame:
-        """One column `SOURCE_name` per source."""
+    def _add_columns(self, table: pl.DataFrame, values: pl.DataFrame, name: str, on: list[str]) -> pl.DataFrame:
+        """Add a column `SOURCE_name` per source."""
         for source in self._sources:
             column = values.filter(pl.col("source") == source).select(*on, pl.col(name).alias(f"{source}_{name}"))
             table = table.join(column, on=on, how="left")
@@ -267,13 +267,13 @@ class Sums:
     def _class_name(self, number: str, name: str) -> pl.Expr:
         return pl.col(number).replace_strict(dict(enumerate(self._class_names)), return_dtype=pl.String).alias(name)
 
-    def _in_order(self, table: pl.DataFrame, *by: str) -> pl.DataFrame:
+    def _sorted(self, table: pl.DataFrame, *by: str) -> pl.DataFrame:
         order = pl.col("source").cast(pl.Enum(self._sources))
         return table.sort(order, *by, nulls_last=True)
 
 
 def stability_table(samples: pl.DataFrame, sources: Sequence[str]) -> pl.DataFrame:
-    """Means of `SOURCE_same_top1` and `SOURCE_divergence`, one row per source."""
+    """One row per source: the means of `SOURCE_same_top1` and `SOURCE_divergence`."""
     rows = [
         samples.select(
             pl.lit(source).alias("source"),

@@ -1,6 +1,6 @@
-"""Choose teacher weight and CLIP scale on labelled samples of a component cache, by likelihood, training nothing.
+"""Choose the teacher weight and the CLIP scale of a component cache by the likelihood of its labels; train nothing.
 
-One part of the samples chooses, the other part says how good the choice is; docs/analysis.md says what to make of it.
+One part of the samples makes the choice, and the held-out part evaluates it. docs/analysis.md interprets the result.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 
 OFFICIAL_SCALE = 1.0
-MAX_FUSIONS = 1_000_000  # a likelihood each, for every sample and view
+MAX_FUSIONS = 1_000_000  # each is evaluated on every sample and view
 
 
 class Scale(Frozen):
-    """A CLIP scale; `name` is `model` or `match` where it is one of these, `value` then that of the first CLIP."""
+    """A CLIP scale; if it is `model` or `match`, `name` says so and `value` is that of the first CLIP."""
 
     value: float
     name: str | None = None
 
     @property
     def option(self) -> str:
-        """What to give to `--clip-scale`: `match` would be matched on other samples, so it is given as its number."""
+        """The value for `--clip-scale`. `match` is given as a number, since it would be matched on other samples."""
         return "model" if self.name == "model" else f"{self.value:.6g}"
 
 
 class TuneResult(Frozen):
-    """What `tune-fusion` found.
+    """The result of `tune-fusion`.
 
     Attributes:
-        nll: [weights][scales] mean NLL on the part that chose.
-        settings: the choice first, then what to compare it with.
-        chosen_weight, chosen_scale: the least NLL of the grid.
-        own_weight, own_scale: the cache's.
+        nll: [weights][scales] mean NLL on the part used for the choice.
+        settings: the choice first, then the settings to compare it with.
+        chosen_weight, chosen_scale: those with the least NLL of the grid.
+        own_weight, own_scale: those of the cache.
     """
 
     path: str
@@ -67,18 +67,18 @@ class TuneResult(Frozen):
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best scale is the smallest or largest of several, so that a better one may lie beyond."""
+        """Whether the best scale is the smallest or largest tried, so a better one may lie beyond."""
         ends = (self.scales[0].value, self.scales[-1].value)
         return self.chosen_weight < 1.0 and len(self.scales) > 1 and self.chosen_scale.value in ends
 
     @property
     def build_options(self) -> str:
-        """For `build-cache`."""
+        """Options for `build-cache`."""
         return f"--set fusion.teacher_weight={self.chosen_weight:g} --set fusion.clip_scale={self.chosen_scale.option}"
 
     @property
     def train_options(self) -> str:
-        """For `train-student` with this component cache."""
+        """Options for `train-student` with this component cache."""
         return f"--teacher-weight {self.chosen_weight:g} --clip-scale {self.chosen_scale.option}"
 
 
@@ -93,20 +93,20 @@ def tune_fusion(
     temperature: float = 1.0,
     device: str = "cpu",
 ) -> TuneResult:
-    """Try every teacher weight with every CLIP scale.
+    """Evaluate every teacher weight with every CLIP scale.
 
     Args:
-        views: which; None for all complete ones. All views of a sample are in the same part.
+        views: None for all complete views. All views of a sample are in the same part.
         weights: teacher weights (α), ascending.
         scales: names (`model`, `match`) and numbers; None for both names, the official 1.0 and a grid around them.
-        holdout: share of the samples, of every class alike, that choose nothing.
-        seed: draws the parts.
+        holdout: share of the samples, the same in every class, to hold out.
+        seed: of the split into two parts.
         temperature: divides all logits.
 
     Raises:
-        NotFoundError: a fused cache; no such view.
-        RecipeError: a holdout or temperature out of range, or more fusions than anybody waits for.
-        PreflightError: `match` where CLIP or the teacher says the same for every class.
+        NotFoundError: the cache is fused, or there is no such view.
+        RecipeError: the holdout or the temperature is out of range, or there are too many fusions.
+        PreflightError: `match`, but CLIP or the teacher predicts the same for every class.
         IncompleteError, FormatError, DeviceError: as `TeacherCache.load_view`.
     """
     _require_components(cache)
@@ -120,14 +120,14 @@ def tune_fusion(
             where="--weights, --scales",
             expected=f"at most {MAX_FUSIONS:,}",
             found=f"{len(weights):,} weights × {len(grid):,} scales",
-            next_step="try few first, then more around the best",
+            next_step="try a coarse grid first, then a finer one around the best",
         )
     scaled = [_resolve(cache, scale.name or scale.value) for scale in grid]
     run = Passes(cache, chosen_views, held, resolve_device(device))
-    pairs = [factors(weight, temperature) for weight in weights]
+    weighted = [factors(weight, temperature) for weight in weights]
     own, model = (_resolve(cache, scale) for scale in (None, "model"))
     with Progress("tune-fusion", PASSES * len(chosen_views) * cache.num_samples, "samples") as progress:
-        surface, teacher_factor, clip_factor = run.grid_and_alone(scaled, pairs, model, progress)
+        surface, teacher_factor, clip_factor = run.grid_and_alone(scaled, weighted, model, progress)
         best = _best(surface, weights, grid)
         candidates = [
             *_fusions(surface, weights, grid, scaled, best, own, temperature),
@@ -159,6 +159,12 @@ def tune_fusion(
     )
 
 
+def to_json(result: TuneResult) -> dict[str, Any]:
+    """Plain JSON with the options to use."""
+    options = {"build_options": result.build_options, "train_options": result.train_options, "at_edge": result.at_edge}
+    return result.model_dump(mode="json") | options
+
+
 def _fusions(
     surface: npt.NDArray[np.float64],
     weights: Sequence[float],
@@ -170,39 +176,39 @@ def _fusions(
 ) -> list[Candidate]:
     """The choice, the cache's own setting, and each known scale at its best weight."""
 
-    def fused(name: str, how: Fusion, weight: float) -> Candidate:
-        return Candidate(name, how, factors(weight, temperature), weight)
+    def candidate(name: str, fusion: Fusion, weight: float) -> Candidate:
+        return Candidate(name, fusion, factors(weight, temperature), weight)
 
     known = [
-        fused(f"scale {name}, best weight", scaled[column], weights[int(surface[:, column].argmin())])
+        candidate(f"scale {name}, best weight", scaled[column], weights[int(surface[:, column].argmin())])
         for column, scale in enumerate(scales)
         if (name := scale.name or ("official" if scale.value == OFFICIAL_SCALE else None))
     ]
-    chosen = fused("chosen", scaled[best[1]], weights[best[0]])
-    return [chosen, fused("as the cache was built", own, own.teacher_weight), *known]
+    chosen = candidate("chosen", scaled[best[1]], weights[best[0]])
+    return [chosen, candidate("as the cache was built", own, own.teacher_weight), *known]
 
 
-def _scales(cache: TeacherCache, asked: tuple[Sequence[str], Sequence[float]] | None) -> list[Scale]:
-    """Ascending, each value once; a name wins over a number."""
-    names = ("model", "match") if asked is None else asked[0]
+def _scales(cache: TeacherCache, requested: tuple[Sequence[str], Sequence[float]] | None) -> list[Scale]:
+    """The scales in ascending order, each value once; a named scale replaces an equal number."""
+    names = ("model", "match") if requested is None else requested[0]
     named = [Scale(value=_resolve(cache, name).clip_scale, name=name) for name in names]
-    if asked is None:
+    if requested is None:
         known = [OFFICIAL_SCALE, *[scale.value for scale in named]]
         numbers = [OFFICIAL_SCALE, *log_grid(min(known) / 3, max(known) * 3, 25)]
     else:
-        numbers = list(asked[1])
-    taken = {scale.value for scale in named}
-    plain = [Scale(value=value) for value in sorted(set(numbers)) if value not in taken]
+        numbers = list(requested[1])
+    named_values = {scale.value for scale in named}
+    plain = [Scale(value=value) for value in sorted(set(numbers)) if value not in named_values]
     return sorted([*named, *plain], key=lambda scale: scale.value)
 
 
 def _resolve(cache: TeacherCache, scale: str | float | None) -> Fusion:
-    """The cache's fusion with another CLIP scale; None leaves its own."""
+    """The cache's fusion with another CLIP scale; None keeps its own."""
     return FusionChoice.model_validate({"clip_scale": scale}).resolve(cache)
 
 
 def _best(surface: npt.NDArray[np.float64], weights: Sequence[float], scales: Sequence[Scale]) -> tuple[int, int]:
-    """Row and column of the least NLL; at weight 1, where every scale is the same, `model` if it is there."""
+    """Row and column of the least NLL; at weight 1, where the scale has no effect, the column of `model` if any."""
     row, column = (int(place) for place in np.unravel_index(surface.argmin(), surface.shape))
     if weights[row] == 1.0:
         column = next((number for number, scale in enumerate(scales) if scale.name == "model"), column)
@@ -214,15 +220,9 @@ def _require_components(cache: TeacherCache) -> None:
         return
     recipe = cache.recipe.fusion
     raise NotFoundError(
-        "tune-fusion needs what teacher and CLIP said each for itself",
+        "tune-fusion needs the targets of teacher and CLIP separately",
         where=cache.path,
-        expected="a cache with components",
+        expected="a component cache",
         found=f"fused targets only, teacher weight {recipe.teacher_weight:g}, CLIP scale {cache.manifest.clip_scale:g}",
         next_step="build one from its recipe with --set store=components",
     )
-
-
-def to_json(result: TuneResult) -> dict[str, Any]:
-    """Plain JSON with the options to use."""
-    options = {"build_options": result.build_options, "train_options": result.train_options, "at_edge": result.at_edge}
-    return result.model_dump(mode="json") | options

@@ -1,7 +1,8 @@
-"""Fusions of one cache as pairs of factors, and their likelihood: many at once, without a [fusions, N, C] array.
+"""The likelihood of many fusions at once, without a [fusions, N, C] array, and the grids of weights and scales.
 
-At temperature T, a fusion's logits are a · teacher + b · CLIP with a = α/T and b = (1 − α)/T, where CLIP's logits are
-scaled already; b = 0 is the teacher alone, a = 0 CLIP alone. The labels' negative log-likelihood is convex in (a, b).
+At temperature T, the logits of a fusion are a · teacher + b · CLIP with the factors a = α/T and b = (1 − α)/T, where
+CLIP's logits are already scaled. b = 0 is the teacher alone, a = 0 CLIP alone. The negative log-likelihood of the
+labels is convex in (a, b).
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ import torch
 from cache_tools.analysis.figures import row_chunks
 from cache_tools.errors import RecipeError
 
-# Numbers in one [fusions, rows, classes] temporary: within a core's cache, or enough to keep a GPU busy.
+# Numbers in a [fusions, rows, classes] temporary: it fits in a core's cache, or keeps a GPU busy.
 _NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 24}
 _ROW_NUMBERS = {"cpu": 1 << 13, "cuda": 1 << 20}
 
-Factors = Sequence[tuple[float, float]]
+Factors = tuple[float, float]
 
 
-def factors(teacher_weight: float, temperature: float) -> tuple[float, float]:
-    """(a, b) of a fusion."""
+def factors(teacher_weight: float, temperature: float) -> Factors:
+    """The factors (a, b) of a fusion."""
     return teacher_weight / temperature, (1.0 - teacher_weight) / temperature
 
 
-def nll_sums(teacher_NC: torch.Tensor, clip_NC: torch.Tensor, labels_N: torch.Tensor, pairs: Factors) -> torch.Tensor:
-    """Σ_n −ln softmax(a · teacher + b · CLIP)_{n, label} for every (a, b): [pairs] float64.
+def nll_sums(
+    teacher_NC: torch.Tensor, clip_NC: torch.Tensor, labels_N: torch.Tensor, fusions: Sequence[Factors]
+) -> torch.Tensor:
+    """Σ_n −ln softmax(a · teacher + b · CLIP)_{n, label} for each fusion (a, b): [fusions] float64.
 
     Args:
         teacher_NC, clip_NC: logits, float32.
@@ -37,11 +40,11 @@ def nll_sums(teacher_NC: torch.Tensor, clip_NC: torch.Tensor, labels_N: torch.Te
     """
     num_samples, num_classes = teacher_NC.shape
     device = teacher_NC.device
-    grid = torch.tensor(pairs, dtype=torch.float32, device=device)
+    grid = torch.tensor(fusions, dtype=torch.float32, device=device)
     sums = torch.zeros(len(grid), dtype=torch.float64, device=device)
     for rows in row_chunks(num_samples, num_classes, _ROW_NUMBERS[device.type]):
-        # With the label's logit at 0 the likelihood is a logsumexp alone, and large logits cancel exactly.
-        both = torch.stack([_from_label(part[rows], labels_N[rows]).flatten() for part in (teacher_NC, clip_NC)])
+        # With the label's logit at 0, the likelihood is just a logsumexp, and large logits cancel exactly.
+        both = torch.stack([_relative_to_label(part[rows], labels_N[rows]).flatten() for part in (teacher_NC, clip_NC)])
         step = max(1, _NUMBERS[device.type] // both.shape[1])
         for start in range(0, len(grid), step):
             some = slice(start, start + step)
@@ -51,10 +54,10 @@ def nll_sums(teacher_NC: torch.Tensor, clip_NC: torch.Tensor, labels_N: torch.Te
 
 
 def stratified_holdout(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which samples are held out: `share` of every class (within one sample) and of all, drawn by the seed.
+    """Draw the held-out samples: `share` of every class (within one sample) and of all samples.
 
     Raises:
-        RecipeError: a share that leaves one of the two parts empty.
+        RecipeError: one of the two parts would be empty.
     """
     if not 0.0 < share < 1.0:
         raise RecipeError("bad --holdout", expected="a share between 0 and 1", found=share)
@@ -64,24 +67,24 @@ def stratified_holdout(labels: npt.NDArray[np.int64], share: float, seed: int) -
     held[order] = np.diff(steps) > 0
     if held.all() or not held.any():
         raise RecipeError(
-            "cannot split so few samples",
+            "too few samples to split",
             where="--holdout",
-            expected="a sample or more in each part",
+            expected="at least one sample in each part",
             found=f"{len(labels)} samples, share {share:g}",
         )
     return held
 
 
 def log_grid(low: float, high: float, count: int) -> list[float]:
-    """`count` numbers from `low` to `high`, each the same multiple of the one before."""
+    """`count` numbers from `low` to `high` with equal ratios."""
     return [float(value) for value in np.geomspace(low, high, count)]
 
 
 def parse_weights(text: str) -> list[float]:
-    """`0:1:0.05` (first, last, step) or numbers with commas; ascending, each once.
+    """Parse `0:1:0.05` (first, last, step) or comma-separated numbers into ascending weights without duplicates.
 
     Raises:
-        RecipeError: something else, or a weight outside 0 to 1.
+        RecipeError: the text is malformed, or a weight is outside 0 to 1.
     """
     weights: list[float] = []
     for part in _parts(text, "--weights", "0:1:0.05, or 0.3,0.5,0.7"):
@@ -98,10 +101,10 @@ def parse_weights(text: str) -> list[float]:
 
 
 def parse_scales(text: str) -> tuple[list[str], list[float]]:
-    """`model,match,1,0.3:300:25`: the names, and the numbers; LOW:HIGH:COUNT is a grid of equal ratios.
+    """Parse `model,match,1,0.3:300:25` into names and numbers; LOW:HIGH:COUNT is a grid of equal ratios.
 
     Raises:
-        RecipeError: something else, or a number that is not above 0.
+        RecipeError: the text is malformed, or a number is not above 0.
     """
     words = [word.strip() for word in text.split(",")]
     names: list[str] = [name for name in ("model", "match") if name in words]
@@ -120,7 +123,7 @@ def parse_scales(text: str) -> tuple[list[str], list[float]]:
 
 
 def _parts(text: str, option: str, example: str) -> Iterator[list[float]]:
-    """The comma-separated parts, each as its colon-separated numbers."""
+    """The colon-separated numbers of each comma-separated part."""
     for part in text.split(","):
         try:
             numbers = [float(number) for number in part.split(":")]
@@ -132,14 +135,14 @@ def _parts(text: str, option: str, example: str) -> Iterator[list[float]]:
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """Over the last axis; overwrites its input.
+    """Log-sum-exp over the last axis; overwrites its input.
 
-    torch.logsumexp takes ten times as long when many exponents lie far below 0, where exp leaves its fast path. What
-    the bound adds, C · e⁻⁶⁰ at most, is far below the rounding of a sum that is 1 or more.
+    torch.logsumexp takes ten times as long if many exponents are far below 0, where exp leaves its fast path. The lower
+    bound of the exponents adds at most C · e⁻⁶⁰, far below the rounding error of a sum that is 1 or more.
     """
     largest = logits.amax(dim=-1, keepdim=True)
     return logits.sub_(largest).clamp_min_(-60.0).exp_().sum(dim=-1).log_() + largest[..., 0]
 
 
-def _from_label(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+def _relative_to_label(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     return logits_NC - logits_NC.gather(1, labels_N[:, None])

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
-from cache_tools import fusion
 from cache_tools.analysis.figures import row_chunks, sample_figures
 from cache_tools.analysis.tables import bin_sums, calibration_error
 from cache_tools.analysis.tune_grid import Factors, log_grid, nll_sums
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.format.manifest import Fusion
+from cache_tools.fusion import mix
 from cache_tools.reader import TeacherCache
 from cache_tools.targets import ComponentView, Index
 
@@ -26,17 +26,17 @@ PASSES = 2 + _ZOOMS
 
 
 class Setting(Frozen):
-    """One way of making targets, and how good it is on samples that chose nothing.
+    """A way to make targets, and its figures on held-out samples.
 
     Attributes:
-        name: what it is, for people.
-        teacher_weight: None where the logits of one alone are stretched.
-        clip_scale: what CLIP's cosines are multiplied with; None for the teacher alone.
+        name: a description for people.
+        teacher_weight: None if the logits of one source alone are rescaled.
+        clip_scale: multiplies CLIP's cosines; None for the teacher alone.
         teacher_factor, clip_factor: the softmax is over teacher_factor · teacher + clip_factor · clip_scale · cosine.
-        nll_chosen_on: mean negative log-likelihood on the part that chose, nats.
+        nll_chosen_on: mean negative log-likelihood on the part used for the choice, nats.
         nll, nll_error: the same on the held-out part, and its standard error over samples.
         top1, ece: on the held-out part, in [0, 1]; 15 bins.
-        difference, difference_error: held-out NLL minus that of the cache's own setting, sample by sample.
+        difference, difference_error: mean over samples of the held-out NLL minus that of the cache's own setting.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Setting(Frozen):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting to judge; `how` scales CLIP."""
+    """A setting to evaluate; `fusion` scales CLIP."""
 
     name: str
-    how: Fusion
-    factors: tuple[float, float]
+    fusion: Fusion
+    factors: Factors
     teacher_weight: float | None = None
 
 
@@ -74,17 +74,17 @@ class Passes:
         self._labels = torch.from_numpy(cache.labels).to(device)
 
     def grid_and_alone(
-        self, scaled: Sequence[Fusion], pairs: Factors, model: Fusion, progress: Progress
+        self, scaled: Sequence[Fusion], weighted: Sequence[Factors], model: Fusion, progress: Progress
     ) -> tuple[npt.NDArray[np.float64], float, float]:
-        """Mean NLL [pairs, scaled], and the factors of teacher alone and CLIP alone (as `model`) with the least NLL.
+        """Mean NLL [weighted, scaled], and the factors of teacher alone and CLIP alone (as `model`) with the least NLL.
 
-        The two are found on ever finer grids of ratios around 1: NLL is convex in a factor.
+        The two factors are found on increasingly fine grids around 1: NLL is convex in a factor.
         """
-        centres, span, surface = [1.0, 1.0], 1000.0, np.empty((len(pairs), len(scaled)))
+        centres, span, surface = [1.0, 1.0], 1000.0, np.empty((len(weighted), len(scaled)))
         for zoom in range(1 + _ZOOMS):
             grids = [log_grid(centre / span, centre * span, _ALONE_POINTS) for centre in centres]
             alone = [(value, 0.0) for value in grids[0]] + [(0.0, value) for value in grids[1]]
-            jobs = [(how, pairs) for how in scaled] if zoom == 0 else []
+            jobs = [(fusion, weighted) for fusion in scaled] if zoom == 0 else []
             *columns, last = self._mean_nll([*jobs, (model, alone)], progress)
             if zoom == 0:
                 surface = np.stack(columns, axis=1)
@@ -93,7 +93,7 @@ class Passes:
         return surface, centres[0], centres[1]
 
     def evaluate(self, candidates: Sequence[Candidate], progress: Progress) -> list[Setting]:
-        """Figures of each candidate on both parts; the second one is the cache's own."""
+        """Evaluate each candidate on both parts; the second candidate is the cache's own setting."""
         count, views = len(candidates), len(self._views)
         nll = np.zeros((count, self._cache.num_samples))
         right = np.zeros(count)
@@ -102,7 +102,7 @@ class Passes:
             targets = self._load(view)
             for rows in row_chunks(self._cache.num_samples, self._cache.num_classes):
                 teacher, held = targets.teacher_logits(rows).double(), self._held[rows]
-                scaled = _clip_logits(targets, rows, [candidate.how for candidate in candidates])
+                scaled = _clip_logits(targets, rows, [candidate.fusion for candidate in candidates])
                 for (number, candidate), clip in zip(enumerate(candidates), scaled, strict=True):
                     a, b = candidate.factors
                     figures = sample_figures(a * teacher + b * clip.double(), self._labels[rows])
@@ -132,7 +132,7 @@ class Passes:
         return Setting(
             name=candidate.name,
             teacher_weight=candidate.teacher_weight,
-            clip_scale=candidate.how.clip_scale if candidate.factors[1] else None,
+            clip_scale=candidate.fusion.clip_scale if candidate.factors[1] else None,
             teacher_factor=candidate.factors[0],
             clip_factor=candidate.factors[1],
             nll_chosen_on=float(nll[~self._held].mean()),
@@ -144,18 +144,23 @@ class Passes:
             difference_error=_standard_error(difference),
         )
 
-    def _mean_nll(self, jobs: Sequence[tuple[Fusion, Factors]], progress: Progress) -> list[npt.NDArray[np.float64]]:
-        """Of the pairs of each job, over the samples that choose and over the views."""
-        sums = [torch.zeros(len(pairs), dtype=torch.float64, device=self._device) for _, pairs in jobs]
+    def _mean_nll(
+        self, jobs: Sequence[tuple[Fusion, Sequence[Factors]]], progress: Progress
+    ) -> list[npt.NDArray[np.float64]]:
+        """The mean NLL of each job's factors, over the views and the samples used for the choice."""
+        sums = [torch.zeros(len(factors), dtype=torch.float64, device=self._device) for _, factors in jobs]
         labels = self._labels[self._choosing]
         for view in self._views:
             targets, done = self._load(view), 0
             pieces = list(row_chunks(len(labels), self._cache.num_classes))
             for number, rows in enumerate(pieces, start=1):
                 index = self._choosing[rows]
-                teacher, scaled = targets.teacher_logits(index), _clip_logits(targets, index, [how for how, _ in jobs])
-                for total, clip, (_, pairs) in zip(sums, scaled, jobs, strict=True):
-                    total += nll_sums(teacher, clip, labels[rows], pairs)
+                teacher, scaled = (
+                    targets.teacher_logits(index),
+                    _clip_logits(targets, index, [fusion for fusion, _ in jobs]),
+                )
+                for total, clip, (_, factors) in zip(sums, scaled, jobs, strict=True):
+                    total += nll_sums(teacher, clip, labels[rows], factors)
                 advanced = self._cache.num_samples * number // len(pieces)
                 progress.advance(advanced - done, f"view {view}")
                 done = advanced
@@ -170,18 +175,18 @@ class Passes:
 def _clip_logits(targets: ComponentView, index: Index, scaled: Sequence[Fusion]) -> Iterator[torch.Tensor]:
     """The CLIPs' mixed logits [B, C] at each scale, one after the other.
 
-    They are proportional to the scale, so all but `probabilities` are computed once.
+    They are proportional to the scale, so they are computed once, except with the prompt ensemble `probabilities`.
     """
-    how = scaled[0]
-    if how.prompt_ensemble == "probabilities":
-        yield from (replace(targets, fusion=how).clip_logits(index) for how in scaled)
+    first = scaled[0]
+    if first.prompt_ensemble == "probabilities":
+        yield from (replace(targets, fusion=fusion).clip_logits(index) for fusion in scaled)
         return
-    unscaled = replace(targets, fusion=replace(how, clip_scales=(1.0,) * len(how.clip_scales)))
-    parts = [unscaled.clip_logits(index, number) for number in range(len(how.clip_scales))]
-    for how in scaled:
-        yield fusion.mix([scale * part for scale, part in zip(how.clip_scales, parts, strict=True)], how.clip_weights)
+    unscaled = replace(targets, fusion=replace(first, clip_scales=(1.0,) * len(first.clip_scales)))
+    parts = [unscaled.clip_logits(index, number) for number in range(len(first.clip_scales))]
+    for fusion in scaled:
+        yield mix([scale * part for scale, part in zip(fusion.clip_scales, parts, strict=True)], fusion.clip_weights)
 
 
 def _standard_error(values: npt.NDArray[np.float64]) -> float:
-    """Of the mean; 0 for a single value, whose error is unknown."""
+    """The standard error of the mean; 0 for a single value, whose error is unknown."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""The picture of `tune-fusion`: NLL over teacher weight and CLIP scale, and where the known settings lie."""
+"""The plot of `tune-fusion`: NLL over teacher weight and CLIP scale, with the known settings marked."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from cache_tools.analysis.tune import OFFICIAL_SCALE, TuneResult
 from cache_tools.plotting import BLUE, DARK_GREY, INK, YELLOW, new_figure, style_axes
 
-# Steps of NLL above the best: fine where settings compete, coarse where they are hopeless.
+# Contours of NLL above the best: fine near the best, coarse far from it.
 _STEPS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 def plot_surface(result: TuneResult, path: Path) -> None:
-    """Write a PNG; one weight or one scale gives curves instead of a surface."""
+    """Write a PNG: a surface, or a curve if there is only one weight or one scale."""
     _draw(result).savefig(path, format="png")
 
 
@@ -63,7 +63,7 @@ def _surface(figure: Any, axes: Any, result: TuneResult) -> None:
 
 
 def _known_scales(axes: Any, result: TuneResult) -> None:
-    """Dashed lines, named right of the axes; names that would touch are moved apart."""
+    """Draw the known scales as dashed lines with their names on the right, moved apart where they would touch."""
     known = [
         (scale.value, scale.name or "official")
         for scale in result.scales
@@ -74,7 +74,7 @@ def _known_scales(axes: Any, result: TuneResult) -> None:
     for number in range(1, len(heights)):
         heights[number] = max(heights[number], heights[number - 1] + 0.045)
     for (value, name), height in zip(known, heights, strict=True):
-        axes.axhline(value, color="white", linewidth=2.6, alpha=0.7)  # a light rim: seen on dark and on bright
+        axes.axhline(value, color="white", linewidth=2.6, alpha=0.7)  # a light rim, visible on dark and bright
         axes.axhline(value, color=INK, linewidth=1.1, linestyle="--")
         axes.annotate(
             f"{name} {value:.3g}", xy=(1.0, value), xycoords=("axes fraction", "data"),

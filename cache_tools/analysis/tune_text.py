@@ -1,4 +1,4 @@
-"""`cache-tools tune-fusion` on a terminal."""
+"""`cache-tools tune-fusion` on a terminal: the surface, the settings compared, and the options to use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SURFACE_ROWS, _SURFACE_COLUMNS = 11, 9
 
 
 def print_tuning(result: TuneResult) -> None:
-    """The surface in short, the settings compared, the options to use."""
+    """Print a part of the surface, the settings compared, and the options to use."""
     console = make_console()
     print(heading(result))
     for table in (_surface(result), _settings(result)):
@@ -27,7 +27,7 @@ def print_tuning(result: TuneResult) -> None:
     print("To use the choice:")
     print(f"  build-cache RECIPE {result.build_options}      # the recipe of this cache, a name or a YAML file")
     train = f"train-student --cache {shlex.quote(result.path)} {result.train_options}"
-    print(f"  {train}      # with this cache of components, without a rebuild")
+    print(f"  {train}      # with this component cache, without a rebuild")
 
 
 def heading(result: TuneResult) -> str:
@@ -39,11 +39,9 @@ def heading(result: TuneResult) -> str:
 
 
 def _surface(result: TuneResult) -> Table:
-    """Some rows and columns of the grid: the best ones, those with a name, and evenly spaced ones."""
-    row, column = (
-        result.weights.index(result.chosen_weight),
-        [scale.value for scale in result.scales].index(result.chosen_scale.value),
-    )
+    """Some rows and columns of the grid: the best, the named ones, and evenly spaced ones."""
+    row = result.weights.index(result.chosen_weight)
+    column = [scale.value for scale in result.scales].index(result.chosen_scale.value)
     named = [place for place, scale in enumerate(result.scales) if scale.name or scale.value == 1.0]
     rows = _some(len(result.weights), _SURFACE_ROWS, [row])
     columns = _some(len(result.scales), _SURFACE_COLUMNS, [column, *named])
@@ -86,14 +84,14 @@ def _notes(result: TuneResult) -> list[str]:
         notes.append("The best scale is at the edge of those tried: widen --scales.")
     if result.dataset.partition("/")[2].startswith("train"):
         notes.append(
-            "If the teacher was trained on these images, its NLL flatters it and its weight comes out too high: "
+            "If the teacher was trained on these images, its NLL is too good and its weight too high: "
             "choose on images it has not seen, such as a cache of --set dataset.split='train[50000:]'."
         )
     return notes
 
 
 def _some(count: int, most: int, wanted: Sequence[int]) -> list[int]:
-    """Up to about `most` places of `count`: those wanted, both ends, and evenly spaced ones."""
+    """Choose about `most` of `count` positions: the wanted ones, both ends, and evenly spaced ones."""
     wanted = sorted({*wanted, 0, count - 1})
     even = np.linspace(0, count - 1, max(most - len(wanted), 0) + 2)[1:-1].round().astype(int).tolist()
     return sorted({*wanted, *even})

@@ -43,7 +43,7 @@ def stats_command(
     options = {"teacher_weight": teacher_weight, "clip_scale": parse_clip_scale(clip_scale)}
     choice = validate(FusionChoice, options, where="options")
     views, cache = parse_views(view), TeacherCache.open(reference)
-    folder = None if out is None else stats.Folder(out)
+    folder = None if out is None else stats.StatsFolder(out)
     found = stats.analyse(
         cache,
         views,
@@ -51,7 +51,7 @@ def stats_command(
         temperature=temperature,
         choice=choice,
         device=device,
-        keep=None if folder is None else folder.keep,
+        write_view=None if folder is None else folder.write_view,
     )
     if folder is not None:
         from cache_tools.analysis.stats_plots import plot_all

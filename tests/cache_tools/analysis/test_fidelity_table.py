@@ -305,7 +305,7 @@ def test_the_text_has_every_figure_and_note(
         (line,) = (line for line in lines if line.startswith(f"{cost.spec} "))
         assert f"{cost.bytes:.1f}" in line
         assert f"{cost.kl['3']:.1e}" in line
-    assert "compared with: what the cache holds (float32), decoded" in text
+    assert "compared with: the decoded targets of the cache (float32)" in text
     assert "all samples of view 1, 7 classes" in text
     assert ("warning: top-k targets at temperature 3" in text) == (store != "components")
     if store == "fused":

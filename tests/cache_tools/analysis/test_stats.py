@@ -19,7 +19,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cache_tools.analysis.figures import NonTargetConsistency, Stability, entropy, js_divergence, row_chunks
-from cache_tools.analysis.stats import Folder, TeacherStats, analyse
+from cache_tools.analysis.stats import StatsFolder, TeacherStats, analyse
 from cache_tools.errors import IncompleteError, NotFoundError, RecipeError, StorageError
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
@@ -291,7 +291,7 @@ def test_confused_pairs_and_suspicious_labels(cache: TeacherCache, stats: Teache
 def test_chunks_of_rows_make_no_difference(
     cache: TeacherCache, stats: TeacherStats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stats, "row_chunks", lambda n, c: row_chunks(n, c, numbers=50))
+    monkeypatch.setattr("cache_tools.analysis.stats.row_chunks", lambda n, c: row_chunks(n, c, numbers=50))
     again = analyse(cache, confident=CONFIDENT, choice=CHOICE)
     for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
         polars.testing.assert_frame_equal(getattr(again, name), getattr(stats, name))
@@ -353,8 +353,8 @@ def test_settings_out_of_range_are_refused(cache: TeacherCache, settings: dict[s
 
 def test_folder_holds_every_table_and_replaces_an_earlier_run(cache: TeacherCache, tmp_path: Path) -> None:
     for views in (None, [2]):
-        folder = Folder(tmp_path / "out")
-        got = analyse(cache, views, confident=CONFIDENT, choice=CHOICE, keep=folder.keep)
+        folder = StatsFolder(tmp_path / "out")
+        got = analyse(cache, views, confident=CONFIDENT, choice=CHOICE, write_view=folder.write_view)
         folder.write(got)
         chosen = list(got.about.views)
         table = pl.read_parquet(tmp_path / "out" / "views" / "*.parquet")
@@ -368,18 +368,18 @@ def test_folder_holds_every_table_and_replaces_an_earlier_run(cache: TeacherCach
 
 
 def test_a_mistake_in_the_options_leaves_the_folder_as_it_is(cache: TeacherCache, tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "out")
-    folder.write(analyse(cache, [0, 1], keep=folder.keep))
+    folder = StatsFolder(tmp_path / "out")
+    folder.write(analyse(cache, [0, 1], write_view=folder.write_view))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     with pytest.raises(RecipeError, match="bad --confident"):
-        analyse(cache, confident=2.0, keep=Folder(tmp_path / "out").keep)
+        analyse(cache, confident=2.0, write_view=StatsFolder(tmp_path / "out").write_view)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
 
 
 def test_what_is_in_the_way_of_a_table_is_named(cache: TeacherCache, tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = StatsFolder(tmp_path)
     (tmp_path / "summary.parquet").symlink_to("/dev/full")
-    found = analyse(cache, [0], keep=folder.keep)
+    found = analyse(cache, [0], write_view=folder.write_view)
     folder.write(found)  # the link gives way, nothing is written to what it means
     assert (tmp_path / "summary.parquet").is_file()
     (tmp_path / "classes.parquet").unlink()
@@ -389,8 +389,8 @@ def test_what_is_in_the_way_of_a_table_is_named(cache: TeacherCache, tmp_path: P
 
 
 def test_a_full_disk_keeps_what_was_there(cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Folder(tmp_path)
-    found = analyse(cache, [0], keep=folder.keep)
+    folder = StatsFolder(tmp_path)
+    found = analyse(cache, [0], write_view=folder.write_view)
     folder.write(found)
     before = (tmp_path / "summary.parquet").read_bytes()
 

@@ -311,7 +311,7 @@ def test_a_fused_cache_is_refused_with_what_to_do(tmp_path: Path) -> None:
     build(tmp_path / "fused.zarr", tiny_manifest(tiny_images()), tiny_images())
     with pytest.raises(NotFoundError) as caught:
         tune_fusion(TeacherCache(tmp_path / "fused.zarr"), weights=WEIGHTS)
-    for words in ("fused.zarr", "expected a cache with components", "found fused targets only", "store=components"):
+    for words in ("fused.zarr", "expected a component cache", "found fused targets only", "store=components"):
         assert words in str(caught.value)
 
 

@@ -224,14 +224,14 @@ def test_stats_of_a_component_cache_names_all_three(home: Path) -> None:
         "teacher     CLIP   fusion",
         "confident (≥ 0.6) and wrong",
         "different top-1",
-        "1 of the cache's 3 views were looked at.",
+        "1 of the cache's 3 views were analysed.",
     ):
         assert words in text
 
 
 def test_stats_of_a_fused_cache_are_of_the_fusion_only(home: Path) -> None:
     text = analyse(home, "stats", "digits", "--view", "1").stdout
-    assert "This cache keeps the fusion only (store: fused)" in text
+    assert "This cache has the fusion only (store: fused)" in text
     assert "CLIP top-1" not in text
 
 
