@@ -1,4 +1,4 @@
-"""`train-student`: a student from cached targets, or from labels alone. No teacher can run in this process."""
+"""The command `train-student`: train a student from cached targets, or from labels alone."""
 
 from __future__ import annotations
 
@@ -58,10 +58,11 @@ def train_student(
     ] = None,
     teacher_weight: Annotated[
         float | None,
-        typer.Option("--teacher-weight", help="Fuse logits anew: 1 teacher alone, 0 CLIP alone (component caches)."),
+        typer.Option("--teacher-weight", help="The teacher's share of the fused logits, 0 to 1 (component caches)."),
     ] = None,
     clip_scale: Annotated[
-        str | None, typer.Option("--clip-scale", help="Fuse anew: model, match or a number (component caches).")
+        str | None,
+        typer.Option("--clip-scale", help="Scale of CLIP's logits: model, match or a number (component caches)."),
     ] = None,
     label_fraction: Annotated[
         float | None,
@@ -71,7 +72,7 @@ def train_student(
     download: Download = False,
     compare_with_labels: Annotated[
         bool | None,
-        typer.Option(help="Also train the same student on labels alone, and compare."),
+        typer.Option(help="Also train the same student on labels alone and compare."),
     ] = None,
     log: Annotated[
         str | None,
@@ -88,7 +89,7 @@ def train_student(
 
     Without arguments: the embedded default, from the cache that `build-cache` makes without arguments.
     With --cache and no recipe, the settings (student, epochs, learning rate) are those of the recipe digits.
-    Interrupt it at any time: the same command goes on after the last finished epoch.
+    You can interrupt it at any time: the same command resumes after the last finished epoch.
     """
     options = {
         "cache": cache,

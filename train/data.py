@@ -1,4 +1,4 @@
-"""What a run learns from: images, views and targets, opened and checked before the first step."""
+"""The data of a run: images, views and targets, opened and checked before the first step."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ from train.losses.contrastive import Components
 from train.recipe import LossRecipe, TrainRecipe
 
 Opener = Callable[[DatasetRecipe, str | None], ImageSet]
+"""Opens a split of a dataset, like `open_images`; None for the split that the recipe trains on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """Everything a student sees.
+    """Everything that a student is trained and evaluated on.
 
     Attributes:
-        images, test: the splits that are trained and evaluated on; `test` may be None.
-        dataset: where both came from.
+        images, test: the training split and the test split, which may be None.
+        dataset: the source of both.
         num_views: views to cycle through; None for a new one in every epoch.
-        targets: what the teachers say; `target_dim` is the width of their fused features, None without targets.
-        components: the networks whose own features the loss embeds; None where it takes the fused ones.
-        cache: where the targets came from, if they did not come from elsewhere.
-        known: the labels, where only a part of them may be used; None for all of `images`' own.
+        targets: the source of the targets.
+        target_dim: width of the fused target features; None without targets.
+        components: the networks whose own features the loss embeds; None if it uses the fused ones.
+        cache: the cache that the targets come from; None for any other source.
+        known: the labels, if only a fraction of them may be used; None for all labels of `images`.
     """
 
     images: ImageSet
@@ -55,17 +57,17 @@ class TrainingData:
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """int64 [N]: what stands for the classes in training, see `PartialLabels`."""
+        """int64 [N], the labels used in training; see `PartialLabels`."""
         return self.images.labels if self.known is None else self.known.labels
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What the student does to the canvas: no resize, the dataset's own mean and std."""
+        """The student's preprocessing of a view: no resize, the dataset's own mean and std."""
         mean, std = self.dataset.normalisation
         return Preprocessing(mean=mean, std=std)
 
     def identity(self) -> dict[str, str]:
-        """What tells these data apart: a fingerprint covers images, views and targets, but not how many views."""
+        """Identifies the data of a run. A fingerprint covers images, views and targets, but not the number of views."""
         if self.cache is not None:
             return _identity(self.cache, self.num_views)
         return {"images": self.images.content_digest}
@@ -78,7 +80,7 @@ class TrainingData:
         )
 
     def feed(self, recipe: TrainRecipe, device: torch.device) -> Feed:
-        """Batches for a run of this recipe."""
+        """The batches of a run."""
         return open_feed(
             self.images,
             self.views,
@@ -93,17 +95,17 @@ class TrainingData:
 
 
 def open_data(recipe: TrainRecipe, device: torch.device, open_split: Opener = open_images) -> TrainingData:
-    """Open and check what a recipe learns from.
+    """Open and check the data of a recipe.
 
     Args:
-        open_split: opens a split; by default anew every time.
+        open_split: opens each split; a sweep passes a function that opens it once for all trials.
 
     Raises:
         NotFoundError, FormatError: no such cache, or a damaged one.
         IncompleteError: a half-built cache.
         DataError: images that are missing or cannot be read.
-        MismatchError: images that are not those of the cache, or whose views come out differently.
-        RecipeError: a loss on component features, and a cache that has only fused ones.
+        MismatchError: images that are not those of the cache, or whose views differ from it.
+        RecipeError: a loss that needs component features, with a cache of fused ones.
     """
     if not recipe.loss.needs_targets:
         assert recipe.dataset is not None, "a recipe without targets has a dataset"
@@ -152,13 +154,13 @@ def open_data(recipe: TrainRecipe, device: torch.device, open_split: Opener = op
 
 
 def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Components | None:
-    """What the feature term embeds of the cache, None for the fused features."""
+    """The networks of the cache whose features the feature term embeds; None for the fused features."""
     if cache.recipe.store == "components":
         widths = [teacher.feature_dim for teacher in cache.recipe.teachers]
         widths += [clip.feature_dim for clip in cache.recipe.clips]
         weights = [fusion.feature_weight * share for share in fusion.teacher_weights]
         weights += [(1.0 - fusion.feature_weight) * share for share in fusion.clip_weights]
-        return Components(tuple(widths), tuple(weights)) if loss.takes_components else None
+        return Components(tuple(widths), tuple(weights)) if loss.uses_components else None
     if loss.needs_components:
         raise RecipeError(
             "the loss needs the teacher's and CLIP's own features, and this cache has only fused targets",
@@ -171,7 +173,11 @@ def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Compon
 
 
 def _sparse_at(cache: TeacherCache, loss: LossRecipe) -> float | None:
-    """The temperature at which the loss takes top-k targets; None for a cache of dense ones."""
+    """The temperature of the cache's top-k targets; None for dense targets.
+
+    Raises:
+        RecipeError: a loss of another kind or temperature than the top-k targets allow.
+    """
     spec = cache.targets.get("fused_logits")
     if spec is None or not isinstance(spec.codec, TopK) or not loss.needs_logits:
         return None
@@ -179,16 +185,16 @@ def _sparse_at(cache: TeacherCache, loss: LossRecipe) -> float | None:
     if loss.kind == "kd" and loss.temperature == stored:
         return stored
     raise RecipeError(
-        "top-k targets know the largest classes and the mass of all others, at one temperature",
+        "top-k targets hold the largest classes and the mass of all others, at one temperature",
         where=cache.path,
         expected=f"loss.kind=kd, loss.temperature={stored:g}",
         found=f"loss.kind={loss.kind}, loss.temperature={loss.temperature:g}",
-        next_step=f"train with --set loss.kind=kd --set loss.temperature={stored:g}, or take a cache of dense targets",
+        next_step=f"train with --set loss.kind=kd --set loss.temperature={stored:g}, or use a cache of dense targets",
     )
 
 
 def cache_identity(cache: TeacherCache, recipe: TrainRecipe) -> dict[str, str]:
-    """`TrainingData.identity` of a recipe that takes its targets from a cache, without opening images."""
+    """`TrainingData.identity` of a recipe with targets from a cache, without opening the images."""
     return _identity(cache, _num_views(cache, recipe))
 
 
@@ -219,7 +225,7 @@ def _open_test(dataset: DatasetRecipe, images: ImageSet, open_split: Opener) -> 
             where=f"{dataset.name}, split {dataset.test_split}",
             expected=_abridged(images.class_names),
             found=_abridged(test.class_names),
-            next_step="make their class folders the same, or name another test_split",
+            next_step="give both the same class folders, or name another test_split",
         )
     return test
 

@@ -1,4 +1,4 @@
-"""Which samples of a split keep their label when only a part of them may be used, and what stands in for the others."""
+"""Training with a fraction of the labels: which samples keep their label, and what replaces the other labels."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from cache_tools import philox
 from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
 
-# Counter word of the draw that orders samples: no view has an operation in that slot.
+# The counter word of the draw that orders samples; no operation of a view uses this slot.
 _SLOT = 0xFFFFFFFE
 
 
 @dataclass(frozen=True, eq=False)
 class PartialLabels:
-    """What a run knows of its samples' classes.
+    """The classes of a run's samples, as far as the run may know them.
 
     Attributes:
-        labels: int64 [N]: the label where `labelled`, elsewhere the class that the targets of view 0 favour. Terms that
-            need some class for every sample (DKD's target class, CRD's negatives) use these; no unlabelled sample's
-            ground truth is in them.
-        labelled: bool [N].
+        labels: int64 [N], the label of a labelled sample, else the class with the largest target logit in view 0. Loss
+            terms that need a class for every sample (DKD, CRD's negatives) use these. The ground truth of unlabelled
+            samples is not in them.
+        labelled: bool [N], whether a sample is labelled.
     """
 
     labels: npt.NDArray[np.int64]
@@ -31,9 +31,9 @@ class PartialLabels:
 
 
 def labelled_rows(labels: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.int64]:
-    """Samples that keep their label, ascending: `fraction` of each class, rounded, and at least one.
+    """The samples that keep their label, ascending: `fraction` of each class, rounded, and at least one.
 
-    Samples are put in an order that depends on (seed, sample) alone, so a smaller fraction is a part of a larger one.
+    The order of the draw depends on (seed, sample) alone, so a smaller fraction is a subset of a larger one.
     """
     order = np.argsort(philox.sample_words(seed, np.arange(len(labels), dtype=np.uint64), 0, _SLOT)[0], kind="stable")
     chosen = []
@@ -44,11 +44,11 @@ def labelled_rows(labels: npt.NDArray[np.int64], fraction: float, seed: int) -> 
 
 
 def partial_labels(cache: TeacherCache, fusion: Fusion, fraction: float, seed: int) -> PartialLabels | None:
-    """The labels of a cache's samples when `fraction` of them may be used; None for all of them."""
+    """The labels of a cache's samples if a run may use `fraction` of them; None if it may use all."""
     if fraction == 1.0:
         return None
     labelled = np.zeros(cache.num_samples, np.bool_)
     labelled[labelled_rows(cache.labels, fraction, seed)] = True
     targets = cache.load_view(0, features=False, fusion=fusion)
-    favoured = targets.logits(slice(None)).argmax(dim=1).numpy()
-    return PartialLabels(np.where(labelled, cache.labels, favoured).astype(np.int64), labelled)
+    largest = targets.logits(slice(None)).argmax(dim=1).numpy()
+    return PartialLabels(np.where(labelled, cache.labels, largest).astype(np.int64), labelled)

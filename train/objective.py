@@ -88,7 +88,7 @@ class Objective(nn.Module):
         self.set_epoch(0)
         self.projector: nn.Module = nn.Identity()
         self.contrast: ContrastiveTerm | None = None
-        self.components = components if recipe.takes_components else None
+        self.components = components if recipe.uses_components else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if self.components is not None:
@@ -158,7 +158,7 @@ def _check_targets(
 ) -> None:
     there = {"logits": has_logits, "fused features": has_features, "component features": has_components}
     available = [name for name, is_there in there.items() if is_there]
-    fused_features = recipe.needs_features and not (recipe.takes_components and has_components)
+    fused_features = recipe.needs_features and not (recipe.uses_components and has_components)
     for term, name, needed in (
         (f"loss.kind: {recipe.kind}", "logits", recipe.needs_logits),
         ("loss.feature_source: components", "component features", recipe.needs_components),

@@ -1,4 +1,4 @@
-"""What a user asks `train-student` for: one frozen recipe per run. Importable without torch."""
+"""Training recipes: all the settings of a run of `train-student`. Importable without torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.refusion import FusionChoice
 from cache_tools.views.recipe import ViewRecipe
 
-# What `--loss NAME` stands for: the settings of each method's paper or reference implementation.
+# The settings of `--loss NAME`, from the paper or the reference implementation of each method.
 LOSSES: dict[str, dict[str, Any]] = {
     "ce": {"kind": "ce"},
     "kd": {"kind": "kd"},
@@ -41,22 +41,37 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
-_NOT_VALUES = {"name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"}
-# Short names in `--grid`, as in the options of `train-student`.
+_NO_EFFECT_ON_RESULT = {"name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"}
+# Short names in `--grid`, the same as the options of `train-student`.
 SETTING_ALIASES = {
     "lr": "optimiser.learning_rate",
     "temperature": "loss.temperature",
     "weight_decay": "optimiser.weight_decay",
 }
 
-# mdistiller's, in its order.
+# The names of mdistiller's networks, in its order.
 ZOO_NAMES = (
     "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4",
     "ResNet18", "ResNet50", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2", "vgg8", "vgg11", "vgg13", "vgg16", "vgg19",
     "MobileNetV2", "ShuffleV1", "ShuffleV2",
 )  # fmt: skip
 STUDENT_ALIASES = {"ShuffleNetV1": "ShuffleV1", "ShuffleNetV2": "ShuffleV2"}
-_SPELLED = {name.lower(): name for name in ZOO_NAMES} | {alias.lower(): name for alias, name in STUDENT_ALIASES.items()}
+_CANONICAL_NAMES = {name.lower(): name for name in ZOO_NAMES} | {
+    alias.lower(): name for alias, name in STUDENT_ALIASES.items()
+}
+
+
+def canonical_student_name(name: str) -> str:
+    """A student's name in its published spelling; an unknown name is returned unchanged.
+
+    Case matters only in timm's own names.
+    """
+    source, separator, rest = name.partition(":")
+    if not separator:
+        return _CANONICAL_NAMES.get(name.lower(), name)
+    if source.lower() == "torchvision":
+        return f"torchvision:{rest.lower()}"
+    return f"timm:{rest}" if source.lower() == "timm" else name
 
 
 class LossRecipe(Frozen):
@@ -74,8 +89,8 @@ class LossRecipe(Frozen):
             an embedding for the student's features and one for each target's.
         feature_source: what `crd` embeds: `components`, the teacher's and CLIP's own features, mixed behind learned
             embeddings as in the paper; `fused`, the cache's fused features, mixed behind fixed projections; `auto`, the
-            components where the cache has them. The other terms compare with the fused features.
-        crd_negatives: per sample, from other classes; no more are drawn than the data set has.
+            components if the cache has them. The other terms compare with the fused features.
+        crd_negatives: per sample, from other classes; at most as many as the dataset has.
         crd_dim: width of the embeddings.
     """
 
@@ -110,27 +125,27 @@ class LossRecipe(Frozen):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the targets' logits are used."""
+        """Whether the loss uses the targets' logits."""
         return self.kind != "ce" and self.distill_weight > 0.0
 
     @property
     def needs_features(self) -> bool:
-        """Whether the targets' features are used, fused or as components."""
+        """Whether the loss uses the targets' features, fused or as components."""
         return self.feature != "none" and self.feature_weight > 0.0
 
     @property
     def needs_components(self) -> bool:
-        """Whether only the teacher's and CLIP's own features will do."""
-        return self.takes_components and self.feature_source == "components"
+        """Whether the loss requires the teacher's and CLIP's own features."""
+        return self.uses_components and self.feature_source == "components"
 
     @property
-    def takes_components(self) -> bool:
-        """Whether the teacher's and CLIP's own features are used where there are any."""
+    def uses_components(self) -> bool:
+        """Whether the loss uses the teacher's and CLIP's own features if the cache has them."""
         return self.needs_features and self.feature == "crd" and self.feature_source != "fused"
 
     @property
     def needs_targets(self) -> bool:
-        """Whether the run needs a cache at all."""
+        """Whether the run needs a cache."""
         return self.needs_logits or self.needs_features
 
 
@@ -173,25 +188,25 @@ class ScheduleRecipe(Frozen):
 class TrainRecipe(Frozen):
     """One run: what a student learns from, and how.
 
-    With a loss that uses targets, dataset and views are the cache's. A loss on labels alone needs no cache: dataset
-    and views stand here.
+    A loss that uses targets takes the dataset and the views of the cache. A loss on labels alone needs no cache and
+    takes both from here.
 
     Attributes:
         cache: path, URL, recipe name or fingerprint prefix. Not opened for a loss on labels alone.
-        fusion: what a component cache's teacher and CLIP are fused differently with than when it was built.
-        dataset, views: of a run on labels alone; with a cache, the cache's are used.
-        num_views: views to cycle through; None for all of a cache's or, on labels alone, for a new one in every epoch.
-        label_fraction: part of each class that keeps its label, drawn with label_seed. A run with targets still learns
-            from the targets of all samples; a run on labels alone leaves unlabelled samples out.
-        data_dir: where the images are, if not where the cache or `dataset` says.
-        download: fetch images that are missing, where the source can.
+        fusion: how to fuse the teacher and CLIP of a component cache, where that differs from its build.
+        dataset, views: for a run on labels alone; ignored with a cache, which has its own.
+        num_views: views to cycle through; None for all views of the cache or, on labels alone, a new one every epoch.
+        label_fraction: fraction of each class that keeps its labels, drawn with label_seed. A run with targets still
+            learns from the targets of all samples; a run on labels alone leaves unlabelled samples out.
+        data_dir: folder of the images, if not the one in the cache or in `dataset`.
+        download: fetch missing images, if the source can.
         ema_decay: of an exponential moving average of the weights, None for none.
         evaluate_every: epochs between evaluations on the test split; the last epoch is always evaluated.
-        deterministic: deterministic kernels on CUDA too, which costs some speed. A run on the CPU always repeats
+        deterministic: deterministic kernels on CUDA too, which costs some speed. On the CPU a run always repeats
             bit for bit on the same machine with the same number of threads.
-        compare_with_labels: afterwards train the same student in the same way on labels alone.
-        loggers: what follows the run; None for TensorBoard where it is installed.
-        device, out: say where the work is done; everything else says what it is.
+        compare_with_labels: then also train the same student in the same way on labels alone.
+        loggers: the experiment trackers that follow the run; None for TensorBoard if it is installed.
+        device, out: where the run is trained, and the folder where it is stored.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -204,7 +219,7 @@ class TrainRecipe(Frozen):
     label_seed: int = Field(0, ge=0, lt=1 << 63)
     data_dir: Path | None = None
     download: bool = False
-    student: Annotated[str, AfterValidator(spelled)] = "resnet8x4"
+    student: Annotated[str, AfterValidator(canonical_student_name)] = "resnet8x4"
     loss: LossRecipe = LossRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
@@ -245,18 +260,18 @@ class TrainRecipe(Frozen):
 
     @property
     def loss_name(self) -> str:
-        """Short name of the loss, for folders and tables: `ce`, `kd`, `kd+crd`, …"""
+        """Short name of the loss for folders and tables: `ce`, `kd`, `kd+crd`, …"""
         kind = self.loss.kind if self.loss.needs_logits else "ce"
         return f"{kind}+{self.loss.feature}" if self.loss.needs_features else kind
 
     def locate(self, dataset: DatasetRecipe) -> DatasetRecipe:
-        """`dataset` as this run opens it: with the recipe's own data_dir and download where it has them."""
+        """The dataset as this run opens it: with the run's own data_dir and download where it sets them."""
         return dataset.located(self.data_dir, self.download)
 
     def on_labels(self, dataset: DatasetRecipe, views: ViewRecipe, num_views: int) -> TrainRecipe:
         """The same run on labels alone: same images, same views, same schedule, same seed.
 
-        With a part of the labels, as many times more epochs: it sees as many images, each of them labelled.
+        If only a fraction of the samples is labelled, it trains for that many times more epochs, to see as many images.
         """
         times = round(1 / self.label_fraction)
         schedule = self.schedule.model_copy(
@@ -280,9 +295,9 @@ class TrainRecipe(Frozen):
         return self.model_copy(update=changes)
 
     def values(self) -> dict[str, Any]:
-        """Everything that determines the result, as plain data: what a resumed run must have in common."""
-        data = self.model_dump(mode="json", exclude=_NOT_VALUES)
-        if self.loss.needs_targets:  # these come from the cache, whose name or path does not matter either
+        """Everything that determines the result, as plain data. A resumed run must have the same."""
+        data = self.model_dump(mode="json", exclude=_NO_EFFECT_ON_RESULT)
+        if self.loss.needs_targets:  # they are the cache's, and its name and path do not matter
             data |= {"dataset": None, "views": None}
         elif data["dataset"]:
             data["dataset"] = {
@@ -298,7 +313,7 @@ def recipe_digest(values: Mapping[str, Any]) -> str:
 
 
 def run_folder(recipe: TrainRecipe, digest: str) -> Path:
-    """`out`, or `runs/NAME-STUDENT-LOSS-DIGEST`, so that another recipe never lands in the same folder."""
+    """`out`, or `runs/NAME-STUDENT-LOSS-DIGEST`: every recipe has a folder of its own."""
     if recipe.out is not None:
         return recipe.out
     parts = (recipe.name, recipe.student, recipe.loss_name, digest[:8])
@@ -313,12 +328,12 @@ def builtin_recipes() -> Traversable:
 def load_train_recipe(
     source: str | None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
 ) -> TrainRecipe:
-    """A built-in name or YAML file with options laid over it; see `cache_tools.config.load_recipe`."""
+    """Load a built-in recipe or a YAML file, with options applied on top; see `cache_tools.config.load_recipe`."""
     return load_recipe(TrainRecipe, source, builtin_recipes(), overrides, options)
 
 
 def named_loss(name: str) -> dict[str, Any]:
-    """The loss that `--loss NAME` stands for, as plain data.
+    """The settings of `--loss NAME`, as plain data.
 
     Raises:
         RecipeError: no such loss.
@@ -328,19 +343,6 @@ def named_loss(name: str) -> dict[str, Any]:
             "no such loss",
             where=f"--loss {name}",
             expected=f"one of {', '.join(LOSSES)}",
-            next_step="set any other combination with --set loss.kind=…, --set loss.feature=…",
+            next_step="choose any other combination with --set loss.kind=…, --set loss.feature=…",
         )
     return dict(LOSSES[name])
-
-
-def spelled(name: str) -> str:
-    """A student's name as it is published, `timm:NAME` or `torchvision:name`; what no student is called stays as it is.
-
-    Case matters in timm's own names alone.
-    """
-    source, separator, rest = name.partition(":")
-    if not separator:
-        return _SPELLED.get(name.lower(), name)
-    if source.lower() == "torchvision":
-        return f"torchvision:{rest.lower()}"
-    return f"timm:{rest}" if source.lower() == "timm" else name

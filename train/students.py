@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
-from train.recipe import STUDENT_ALIASES, spelled
+from train.recipe import STUDENT_ALIASES, canonical_student_name
 from train.zoo import torchvision_net
 from train.zoo.base import ZooNetwork
 from train.zoo.mobilenet import MobileNetV2
@@ -92,7 +92,7 @@ def student_names() -> tuple[str, ...]:
 
 
 def _create_zoo(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    if (known := spelled(name)) not in ZOO:
+    if (known := canonical_student_name(name)) not in ZOO:
         raise RecipeError(
             "no such student",
             where=name,

@@ -40,7 +40,7 @@ def needs(loss: LossRecipe) -> set[str]:
     found = {"fused_logits"} if loss.needs_logits else set()
     if loss.needs_features:
         found |= {"fused_features"}
-    if loss.takes_components:
+    if loss.uses_components:
         found |= {"components"}
     return found | ({"labels"} if looks_at_labels(loss) else set())
 

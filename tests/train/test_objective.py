@@ -272,7 +272,7 @@ def test_crd_on_components_resumes_exactly() -> None:
 
 def test_only_crd_embeds_components() -> None:
     recipe = LossRecipe(feature="cosine")
-    assert not recipe.takes_components
+    assert not recipe.uses_components
     for feature in ("mse", "cosine", "rkd", "pkt"):
         with pytest.raises(RecipeError, match=f"feature_source fused or auto, because {feature}"):
             validate(LossRecipe, {"feature": feature, "feature_source": "components"}, where="loss")

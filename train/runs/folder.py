@@ -14,7 +14,7 @@ from typing import Any
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.files import PARTIAL, put_durably
 from train.checkpoints import BEST, EMA, LAST
-from train.recipe import spelled
+from train.recipe import canonical_student_name
 
 RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
 STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "result.json"
@@ -68,7 +68,7 @@ def stored_identity(folder: Path) -> dict[str, Any] | None:
     try:
         stored = json.loads((folder / IDENTITY).read_bytes())
         recipe = stored["recipe"]
-        student = spelled(recipe["student"])  # as it was typed, before names had one spelling
+        student = canonical_student_name(recipe["student"])  # as it was typed, before names had one spelling
         return {**stored, "recipe": {**recipe, "student": student}, "data": {**stored["data"]}}
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError):
         return None
