@@ -1,4 +1,4 @@
-"""Students as safetensors that say what they are, and the training state from which a run goes on.
+"""Stored students (safetensors with a card as metadata) and the training state that a run resumes from.
 
 All writes are atomic.
 """
@@ -27,10 +27,10 @@ LAST, BEST, EMA = "last.safetensors", "best.safetensors", "ema.safetensors"
 
 
 class StudentCard(Frozen):
-    """What a stored student is: enough to build it, feed it and read its outputs.
+    """The description of a stored student: how to build it, prepare its inputs and read its outputs.
 
     Attributes:
-        architecture: a name `create_student` knows.
+        architecture: its name for `create_student`.
         class_names: in the order of its logits.
         image_size: (height, width) of the canvas it was trained on.
         mean, std: per RGB channel on [0, 1].
@@ -50,7 +50,7 @@ class StudentCard(Frozen):
     epoch: int = 0
 
     def to_metadata(self) -> dict[str, str]:
-        """As safetensors metadata: strings stay, everything else is JSON."""
+        """The card as safetensors metadata: strings as they are, everything else as JSON."""
         values = self.model_dump(mode="json")
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
@@ -75,23 +75,23 @@ class StudentCard(Frozen):
 
 
 def save_student(path: Path, model: nn.Module, card: StudentCard) -> None:
-    """Write weights and buffers as safetensors with the card as metadata, atomically."""
+    """Write weights and buffers as safetensors, with the card as metadata."""
     save_weights(path, model.state_dict(), card)
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], card: StudentCard) -> None:
     """`save_student` from a state dict."""
-    # Cloned: safetensors wants plain layouts and no tensor stored twice.
+    # Cloned, because safetensors refuses channels-last layouts and tensors that share memory.
     plain = torch.contiguous_format
     tensors = {key: value.detach().cpu().clone(memory_format=plain) for key, value in state.items()}
-    put_durably(path, _in_order(save(tensors, card.to_metadata())))
+    put_durably(path, _with_sorted_metadata(save(tensors, card.to_metadata())))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentCard]:
-    """The student in a checkpoint or run folder (its last epoch), in eval mode, and its card.
+    """Load the student of a checkpoint, or of a run folder's last epoch, in eval mode, and its card.
 
     Raises:
-        WeightsError: missing or damaged file, no card, or weights that do not fit the architecture it names.
+        WeightsError: a missing or damaged file, no card, or weights that do not fit its architecture.
     """
     file = student_file(Path(path))
     card = read_card(file)
@@ -111,10 +111,10 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[
 
 
 def read_card(path: Path) -> StudentCard:
-    """The card of a checkpoint, without its weights.
+    """Read the card of a checkpoint without its weights.
 
     Raises:
-        WeightsError: missing or damaged file, or no card.
+        WeightsError: a missing or damaged file, or no card.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as stored:
@@ -127,22 +127,22 @@ def read_card(path: Path) -> StudentCard:
 
 
 def student_file(path: Path) -> Path:
-    """The checkpoint a path means: a run folder stands for its last epoch."""
+    """The checkpoint file of a path: in a run folder, that of the last epoch."""
     return path / LAST if path.is_dir() else path
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state: tensors and plain values only, so that it loads without running code."""
+    """Write a training state. It holds only tensors and plain values, so that loading it runs no code."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     put_durably(path, buffer.getbuffer())
 
 
 def load_state(path: Path, parts: Collection[str] = ()) -> dict[str, Any] | None:
-    """The training state in a file, on the CPU; None if there is none.
+    """Load a training state to the CPU; None without a file.
 
     Args:
-        parts: what it must have.
+        parts: keys that it must have.
 
     Raises:
         WeightsError: a damaged file.
@@ -160,9 +160,11 @@ def load_state(path: Path, parts: Collection[str] = ()) -> dict[str, Any] | None
         ) from error
 
 
-def _in_order(file: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: safetensors writes them in another order every time, and the
-    same student is to be the same file, with the same digest."""
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """The same safetensors file with sorted metadata.
+
+    safetensors writes metadata in random order; sorted, the same student is always the same file with the same digest.
+    """
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])
     metadata = dict(sorted(header.pop("__metadata__").items()))

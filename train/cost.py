@@ -1,4 +1,4 @@
-"""What a student costs where it is used: parameters, arithmetic, latency."""
+"""The inference cost of a student: parameters, FLOPs, latency."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cache_tools.errors import RecipeError
 from cache_tools.memory import is_out_of_memory
 
 BATCH_SIZES = (1, 128)
-WARM_UP, LEAST_RUNS, MOST_RUNS = 3, 5, 200
+WARM_UP_RUNS, MIN_RUNS, MAX_RUNS = 3, 5, 200
 
 
 class Latency(Frozen):
@@ -34,22 +34,22 @@ class Latency(Frozen):
 
     @property
     def images_per_s(self) -> float:
-        """At the median."""
+        """Images per second at the median."""
         return 1e3 * self.batch_size / self.median_ms
 
 
 class Cost(Frozen):
-    """What a forward pass of a student costs.
+    """The cost of a student's forward pass.
 
     Attributes:
-        parameters: trainable numbers; buffers (running means) are not among them.
+        parameters: number of trainable parameters, without buffers (running means).
         flops: of one image, by torch's counter: multiplications and additions of convolutions, matrix products and
             attention, so 2 per multiply-accumulate (twice the "MACs" or "FLOPs" of many papers). Batch norms,
             activations and pooling are not counted.
-        latency: one entry per batch size, network alone: pixels are on the device and normalised.
+        latency: one entry per batch size, of the network alone: pixels are on the device and normalised.
         image_size: (height, width) of the images.
         device: the GPU's name, or "cpu".
-        threads: of torch; what a latency on the CPU depends on, and on a GPU the launching of small networks hardly.
+        threads: of torch. Latency depends on it on the CPU, and hardly on a GPU.
     """
 
     parameters: int
@@ -60,7 +60,7 @@ class Cost(Frozen):
     threads: PositiveInt
 
     def latency_ms(self, batch_size: int) -> float:
-        """The median of a batch size that was measured."""
+        """The median latency of a measured batch size."""
         return next(entry.median_ms for entry in self.latency if entry.batch_size == batch_size)
 
 
@@ -72,17 +72,16 @@ def measure(
     batch_sizes: tuple[int, ...] = BATCH_SIZES,
     budget_s: float = 1.0,
 ) -> Cost:
-    """Measure a student as it is used: eval mode, float32, channels-last, no gradients; `student` stays as it is.
+    """Measure a copy of a student as it is used: eval mode, float32, channels-last, no gradients.
 
-    Clocks: CUDA events on a GPU, the wall clock on the CPU. Each batch size is warmed up, then run at least five
-    times, and more often until `budget_s` seconds are spent. What else runs on the machine is in the figures.
+    Times are from CUDA events on a GPU and from the wall clock on the CPU. Each batch size is warmed up, then run at
+    least five times, and up to 200 times within `budget_s` seconds. Other work on the machine slows the figures down.
 
     Args:
         image_size: (height, width).
-        device: where it is measured.
 
     Raises:
-        RecipeError: images that the network cannot take.
+        RecipeError: the network cannot take images of this size.
     """
     device = torch.device(device)
     model = copy.deepcopy(student).to(device).to(memory_format=torch.channels_last).eval()
@@ -100,7 +99,7 @@ def measure(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers."""
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -111,24 +110,29 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
         model: in eval mode, on any device.
 
     Raises:
-        RecipeError: images that the network cannot take.
+        RecipeError: the network cannot take images of this size.
     """
     images = _images(1, image_size, next(model.parameters()).device)
-    with _taking(image_size), torch.inference_mode(), _unfused_attention(), FlopCounterMode(display=False) as counter:
+    with (
+        _explain_wrong_size(image_size),
+        torch.inference_mode(),
+        _unfused_attention(),
+        FlopCounterMode(display=False) as counter,
+    ):
         model(images)
     return counter.get_total_flops()
 
 
 def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
-    """Show a student one image of a size; random numbers, weights and running means stay as they are.
+    """Check that a network takes images of this size, by a forward pass that changes nothing.
 
     Args:
         model: in eval mode, on any device.
 
     Raises:
-        RecipeError: images that the network cannot take.
+        RecipeError: the network cannot take images of this size.
     """
-    with _taking(image_size), torch.inference_mode():
+    with _explain_wrong_size(image_size), torch.inference_mode():
         model(_images(1, image_size, next(model.parameters()).device))
 
 
@@ -149,7 +153,7 @@ def _unfused_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _taking(image_size: tuple[int, int]) -> Iterator[None]:
+def _explain_wrong_size(image_size: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for its strides, or not the size of a ViT
@@ -158,26 +162,26 @@ def _taking(image_size: tuple[int, int]) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         size = f"{image_size[0]} × {image_size[1]} pixels"
         raise RecipeError(
-            "the student cannot take such images",
+            "the student cannot take images of this size",
             where=size,
             found=reason,
-            next_step="choose another --student, or build a cache whose views have the size that it expects",
+            next_step="choose another --student, or build a cache with views of the size that it expects",
         ) from error
 
 
 def _images(count: int, image_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Noise, drawn without touching torch's own random state. Zeros would do, were it not for denormals."""
+    """Noise, drawn without changing torch's random state. Zeros would produce denormals, which are slow."""
     noise = torch.randn(count, 3, *image_size, generator=torch.Generator().manual_seed(0))
     return noise.to(device, memory_format=torch.channels_last)
 
 
 def _latency(model: nn.Module, images: Tensor, budget_s: float) -> Latency:
     run = _timed_on_gpu if images.is_cuda else _timed
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP_RUNS):
         run(model, images)
     times_ms: list[float] = []
     start = time.perf_counter()
-    while len(times_ms) < LEAST_RUNS or (time.perf_counter() - start < budget_s and len(times_ms) < MOST_RUNS):
+    while len(times_ms) < MIN_RUNS or (time.perf_counter() - start < budget_s and len(times_ms) < MAX_RUNS):
         times_ms.append(run(model, images))
     deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
     return Latency(

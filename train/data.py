@@ -107,21 +107,34 @@ def open_data(recipe: TrainRecipe, device: torch.device, open_split: Opener = op
         MismatchError: images that are not those of the cache, or whose views differ from it.
         RecipeError: a loss that needs component features, with a cache of fused ones.
     """
-    if not recipe.loss.needs_targets:
-        assert recipe.dataset is not None, "a recipe without targets has a dataset"
-        dataset = recipe.locate(recipe.dataset)
-        images = open_split(dataset, None)
-        test = _open_test(dataset, images, open_split)
-        if recipe.label_fraction < 1.0:
-            images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
-        return TrainingData(
-            images=images,
-            test=test,
-            dataset=dataset,
-            views=recipe.views,
-            num_views=recipe.num_views,
-            targets=NoTargets(),
-        )
+    if recipe.loss.needs_targets:
+        return _open_cached(recipe, device, open_split)
+    return _open_labels_only(recipe, open_split)
+
+
+def cache_identity(cache: TeacherCache, recipe: TrainRecipe) -> dict[str, str]:
+    """`TrainingData.identity` of a recipe with targets from a cache, without opening the images."""
+    return _identity(cache, _num_views(cache, recipe))
+
+
+def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
+    assert recipe.dataset is not None, "a recipe without targets has a dataset"
+    dataset = recipe.locate(recipe.dataset)
+    images = open_split(dataset, None)
+    test = _open_test(dataset, images, open_split)
+    if recipe.label_fraction < 1.0:
+        images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
+    return TrainingData(
+        images=images,
+        test=test,
+        dataset=dataset,
+        views=recipe.views,
+        num_views=recipe.num_views,
+        targets=NoTargets(),
+    )
+
+
+def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) -> TrainingData:
     assert recipe.cache is not None, "a recipe with targets has a cache"
     cache = TeacherCache.open(recipe.cache)
     cache.require_complete()
@@ -144,7 +157,7 @@ def open_data(recipe: TrainRecipe, device: torch.device, open_split: Opener = op
             features=loss.needs_features and components is None,
             components=components is not None,
             fusion=fusion,
-            sparse_at=_sparse_at(cache, loss),
+            sparse_temperature=_sparse_temperature(cache, loss),
         ),
         target_dim=cache.recipe.fusion.feature_dim,
         components=components,
@@ -172,7 +185,7 @@ def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Compon
     return None
 
 
-def _sparse_at(cache: TeacherCache, loss: LossRecipe) -> float | None:
+def _sparse_temperature(cache: TeacherCache, loss: LossRecipe) -> float | None:
     """The temperature of the cache's top-k targets; None for dense targets.
 
     Raises:
@@ -191,11 +204,6 @@ def _sparse_at(cache: TeacherCache, loss: LossRecipe) -> float | None:
         found=f"loss.kind={loss.kind}, loss.temperature={loss.temperature:g}",
         next_step=f"train with --set loss.kind=kd --set loss.temperature={stored:g}, or use a cache of dense targets",
     )
-
-
-def cache_identity(cache: TeacherCache, recipe: TrainRecipe) -> dict[str, str]:
-    """`TrainingData.identity` of a recipe with targets from a cache, without opening the images."""
-    return _identity(cache, _num_views(cache, recipe))
 
 
 def _identity(cache: TeacherCache, num_views: int | None) -> dict[str, str]:

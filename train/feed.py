@@ -1,7 +1,7 @@
-"""Batches of (pixels, label, index, targets) for one epoch after another, resident on the device or streamed.
+"""The batches of every epoch: pixels, labels, sample indices and targets, from device memory or streamed.
 
 Both feeds give the same batches in the same order, bit for bit: order and views are functions of (seed, epoch, sample),
-never of timing. Epoch e shows view e modulo the number of cached views; without a cache every epoch is a new view.
+never of timing. Epoch e shows view e modulo the number of cached views; without a cache every epoch shows a new view.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ RESIDENT_SHARE = 0.6
 
 
 class BatchTargets(NamedTuple):
-    """What the teachers said about a batch, float32; None for what the loss does not use.
+    """The targets of a batch, float32; None for those that the loss does not use.
 
-    `logits` are what a top-k cache knows of them where the targets are read as such (`CachedTargets.sparse_at`);
-    `components` are the features of each network by itself [B, ·], teachers before CLIPs.
+    Attributes:
+        logits: fused, [B, C], or sparse for a cache of top-k targets (see `CachedTargets.sparse_temperature`).
+        features: fused, [B, D].
+        components: the features of each network [B, ·], teachers before CLIPs.
     """
 
     logits: torch.Tensor | SparseTargets | None = None
@@ -52,18 +54,18 @@ class Batch:
     labels: torch.Tensor  # int64 [B]
     index: torch.Tensor  # int64 [B], sample indices
     targets: BatchTargets
-    labelled: torch.Tensor | None = None  # bool [B]: whose label is the real one; None where all are
+    labelled: torch.Tensor | None = None  # bool [B], whether the label is real; None if all are
 
 
 class ViewSource(Protocol):
-    """Targets of one view."""
+    """The targets of one view."""
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
-        """Targets of the samples at `index` (int64 [B]), whose view pixels are given to who computes them."""
+        """The targets of samples `index` (int64 [B]); live teachers compute them from the pixels of the view."""
 
 
 class TargetSource(Protocol):
-    """Where targets come from: a cache, live teachers, or nowhere. `view` may be called from a background thread."""
+    """A source of targets: a cache, live teachers, or none. `view` may be called from a background thread."""
 
     def view(self, view: int) -> ViewSource: ...
 
@@ -92,10 +94,10 @@ class CachedView:
         logits: bool,
         features: bool,
         components: bool = False,
-        sparse_at: float | None = None,
+        sparse_temperature: float | None = None,
     ) -> None:
         self._targets, self._logits, self._features, self._components = targets, logits, features, components
-        self._sparse_at = sparse_at
+        self._sparse_temperature = sparse_temperature
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
         targets = self._targets
@@ -106,16 +108,16 @@ class CachedView:
         )
 
     def _batch_logits(self, index: torch.Tensor) -> torch.Tensor | SparseTargets:
-        if self._sparse_at is None:
+        if self._sparse_temperature is None:
             return self._targets.logits(index)
-        return self._targets.sparse_logits(index, self._sparse_at)
+        return self._targets.sparse_logits(index, self._sparse_temperature)
 
 
 class CachedTargets:
-    """The target source of a cache: reads a whole view at once, and only the arrays the loss uses.
+    """The targets of a cache, read a whole view at a time, and only the arrays that the loss uses.
 
     Args:
-        sparse_at: the loss's temperature where it takes top-k targets as they are; None for dense logits.
+        sparse_temperature: gives top-k targets as stored, for a loss at this temperature; None for dense logits.
     """
 
     def __init__(
@@ -127,16 +129,16 @@ class CachedTargets:
         features: bool,
         components: bool = False,
         fusion: Fusion | None = None,
-        sparse_at: float | None = None,
+        sparse_temperature: float | None = None,
     ) -> None:
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
-        self._components, self._fusion, self.sparse_at = components, fusion, sparse_at
+        self._components, self._fusion, self.sparse_temperature = components, fusion, sparse_temperature
 
     def view(self, view: int) -> CachedView:
         targets = self._cache.load_view(
             view, self._device, logits=self._logits, features=self._features, fusion=self._fusion
         )
-        return CachedView(targets, self._logits, self._features, self._components, self.sparse_at)
+        return CachedView(targets, self._logits, self._features, self._components, self.sparse_temperature)
 
     def close(self) -> None:
         pass
@@ -145,13 +147,13 @@ class CachedTargets:
 class Feed(ABC):
     """Batches of one split, epoch by epoch.
 
-    The last batch of an epoch may be short. If it would hold a single sample it is left out (batch statistics and
-    relational losses need two); the order changes every epoch, so no sample is left out for good.
+    The last batch of an epoch may be short. If it would hold a single sample it is left out, because batch statistics
+    and relational losses need two. The order changes every epoch, so a different sample is left out each time.
 
     Args:
         num_views: views to cycle through; None shows view e in epoch e.
-        epochs: length of the run: nothing is fetched beyond it.
-        known: labels of which only a part are real; None for the split's own.
+        epochs: of the run; no view is fetched for a later one.
+        known: the labels, if only a fraction of them are real; None for the labels of `images`.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class Feed(ABC):
         return self.bounds[-1][1]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch; the targets of the next one are read meanwhile."""
+        """The batches of an epoch; a background thread reads the targets of the next one."""
         view, order = self._view_of(epoch), epoch_order(len(self.images), self.seed, epoch)
         source = self._fetch(view).result()
         if epoch + 1 < self.epochs:
@@ -199,12 +201,12 @@ class Feed(ABC):
             yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels), real)
 
     def close(self) -> None:
-        """Stop the background thread. The target source belongs to whoever made it."""
+        """Stop the background thread. The target source stays open: whoever opened it closes it."""
         self._fetcher.shutdown(wait=True, cancel_futures=True)
 
     @abstractmethod
     def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
-        """View pixels of each batch of an epoch, uint8 on the device."""
+        """The view's pixels for each batch of an epoch, uint8 on the device."""
 
     def _view_of(self, epoch: int) -> int:
         return epoch if self.num_views is None else epoch % self.num_views
@@ -216,7 +218,7 @@ class Feed(ABC):
 
 
 class ResidentFeed(Feed):
-    """All pixels of the split on the device: a view is made at once in the epoch's order, and a step is a slice."""
+    """All pixels of the split on the device: a view is made at once in the epoch's order, and a batch is a slice of it."""
 
     _resident: torch.Tensor | None = None
 
@@ -234,24 +236,24 @@ class ResidentFeed(Feed):
 
     def _load_all(self) -> torch.Tensor:
         if self.images.resident and self.device.type == "cpu":
-            return torch.from_numpy(self.images.load(slice(None)))  # shares the source's memory, never written
+            return torch.from_numpy(self.images.load(slice(None)))  # shares the source's memory and is never written
         resident = torch.empty((len(self.images), 3, *self.images.image_size), dtype=torch.uint8, device=self.device)
         for rows in self._pieces():
             resident[rows] = torch.from_numpy(self.images.load(rows)).to(self.device)
         return resident
 
     def _pieces(self) -> Iterator[slice]:
-        """All rows in pieces that keep temporaries small."""
+        """All rows, in pieces small enough to keep temporary tensors small."""
         height, width = self.images.image_size
         rows, count = max(PIECE_BYTES // (3 * height * width), 1), len(self.images)
         return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
 class StreamingFeed(Feed):
-    """What does not fit: a background thread loads, copies and transforms the next few batches.
+    """For splits that do not fit in memory: a background thread loads, copies and transforms the next few batches.
 
-    The thread issues its CUDA work on the same stream as training, so a batch is ready for any kernel launched after it
-    was handed over, without synchronising.
+    The thread issues its CUDA work on the same stream as training. So a batch needs no synchronisation: a kernel that
+    is launched after the batch was handed over runs after it is ready.
     """
 
     def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
@@ -286,10 +288,10 @@ def open_feed(
     device: torch.device,
     known: PartialLabels | None = None,
 ) -> Feed:
-    """A resident feed where the split and one view of it fit into 60 % of the free memory, else a streaming one."""
+    """A resident feed if the split and one view of it fit into 60 % of the free memory, else a streaming one."""
     size = views.output_size(images.image_size)
     needed = 3 * len(images) * (size[0] * size[1])
-    if not (images.resident and device.type == "cpu"):  # else the source's own memory serves
+    if not (images.resident and device.type == "cpu"):  # else the feed uses the source's own memory
         needed += 3 * len(images) * images.image_size[0] * images.image_size[1]
     kind = ResidentFeed if needed <= RESIDENT_SHARE * free_memory(device) else StreamingFeed
     return kind(
@@ -298,12 +300,12 @@ def open_feed(
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of samples in an epoch: int64 [count], a function of (seed, epoch) alone."""
+    """The order of the samples in an epoch, int64 [count]: a function of (seed, epoch) alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
 
 
 def mixed_seed(seed: int, *counters: int) -> int:
-    """One 32-bit seed from a seed of any size and counters; torch's CPU generator looks at no more bits than that."""
+    """Mix a seed of any size and counters into 32 bits, all that torch's CPU generator uses of a seed."""
     return int(np.random.SeedSequence(seed, spawn_key=counters).generate_state(1)[0])
 
 
@@ -311,7 +313,7 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
     """(start, stop) of each batch of an epoch, without a last batch of one sample.
 
     Raises:
-        RecipeError: a single sample, of which no batch can be made.
+        RecipeError: a single sample, too few for a batch.
     """
     bounds = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     if batch_size > 1 and bounds[-1][1] - bounds[-1][0] == 1:
@@ -322,7 +324,7 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may be allocated on a device now; on the CPU also what the control group leaves."""
+    """Free memory of a device, in bytes; on the CPU at most what the control group leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -333,6 +335,8 @@ def free_memory(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").is_file() and (text := (group / "memory.max").read_text().strip()) != "max":
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # the page cache gives way
+        used = int((group / "memory.current").read_text()) - int(
+            stat["inactive_file"]
+        )  # without the page cache, which shrinks on demand
         available = min(available, int(text) - used)
     return max(available, 0)

@@ -1,4 +1,4 @@
-"""What a run minimises, as a module: the weighted terms of a `LossRecipe` with the parts they learn."""
+"""The objective of a run: the weighted loss terms of a `LossRecipe`, with the layers they learn."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ FEATURE_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor], Tensor]] = {
 class Objective(nn.Module):
     """ce_weight · CE + distill_weight · logit term + feature_weight · feature term.
 
-    Its parameters (a projector, CRD's embeddings) are learned with the student's, by the same optimiser; its
-    `state_dict` also has CRD's memories and step count, so a run resumed from it draws the same negatives.
+    Its own parameters (a projector, CRD's embeddings) are trained with the student's by the same optimiser. Its
+    `state_dict` also has CRD's memories and step count, so a resumed run draws the same negatives.
 
     Args:
         student_dim: width of the student's features.
-        target_dim: width of the targets' fused features; None where there are none.
+        target_dim: width of the fused target features; None without targets.
         labels: int [N], the labels of all training samples, for CRD's negatives.
-        has_logits: whether there are target logits; by default where there are features, as in every cache.
-        components: the networks whose own features the targets have, if they do: CRD's, unless the recipe says `fused`.
-        seed: of the learned parts' first values and of CRD's negatives. The global generator is left alone.
+        has_logits: whether there are target logits; by default if there are features, as in every cache.
+        components: the networks whose own features are among the targets; CRD uses them unless the recipe says `fused`.
+        seed: of the initial parameters and of CRD's negatives. The global random generator does not change.
 
     Raises:
-        RecipeError: the recipe needs targets that are not there.
+        RecipeError: the recipe needs targets that are missing.
     """
 
     logit_weight: Tensor
@@ -83,7 +83,7 @@ class Objective(nn.Module):
         _check_targets(recipe, has_logits, target_dim is not None, components is not None, num_classes)
         assert len(labels) == num_samples, "one label per training sample"
         self.recipe = recipe
-        # On the device, so that a compiled step need not be compiled again when it changes.
+        # A tensor on the device: a compiled step is not compiled again when it changes.
         self.register_buffer("logit_weight", torch.tensor(0.0), persistent=False)
         self.set_epoch(0)
         self.projector: nn.Module = nn.Identity()
@@ -101,9 +101,9 @@ class Objective(nn.Module):
                     self.projector = nn.Linear(student_dim, target_dim)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the warm-up which epoch begins, counted from 0: epoch e has weight min((e + 1) / warmup_epochs, 1).
+        """Set the logit term's weight for an epoch: epoch e, from 0, has the factor min((e + 1) / warmup_epochs, 1).
 
-        The reference counts epochs from 1, so its first epoch has the same weight as ours.
+        The reference counts epochs from 1, so its first epoch has the same weight.
         """
         warmup = self.recipe.warmup_epochs
         share = min((epoch + 1) / warmup, 1.0) if warmup else 1.0
@@ -111,15 +111,15 @@ class Objective(nn.Module):
 
     @full_precision
     def forward(self, student_logits: Tensor, student_features: Tensor | None, batch: Batch) -> dict[str, Tensor]:
-        """The terms of one step, scalars on the device.
+        """The loss terms of one step, scalars on the device.
 
         Args:
             student_logits: [B, C].
-            student_features: [B, student_dim], before the classifier; None if the recipe has no feature term.
+            student_features: [B, student_dim], the classifier's input; None if the recipe has no feature term.
 
         Returns:
-            `loss`, to be differentiated, and its weighted parts `loss_ce`, `loss_logit`, `loss_feature` (those that
-            the recipe has), detached, which add up to it. Nothing waits for the device.
+            `loss`, with its gradient, and the detached weighted terms that add up to it: those of `loss_ce`,
+            `loss_logit`, `loss_feature` that the recipe has. Nothing waits for the device.
         """
         recipe, terms = self.recipe, {}
         if recipe.ce_weight > 0.0:
@@ -135,19 +135,19 @@ class Objective(nn.Module):
 
     def _logit_term(self, student_logits: Tensor, batch: Batch) -> Tensor:
         target, recipe = batch.targets.logits, self.recipe
-        assert target is not None, "the feed left out target logits"
+        assert target is not None, "the feed left out the target logits"
         if isinstance(target, SparseTargets):
             assert recipe.kind == "kd", "open_data refuses other losses on top-k targets"
             return kd_tail(student_logits, target.classes, target.log_p, target.log_tail, recipe.temperature)
         return LOGIT_TERMS[recipe.kind](recipe, student_logits, target, batch.labels)
 
     def _feature_term(self, student_features: Tensor | None, batch: Batch) -> Tensor:
-        assert student_features is not None, "the loop left out student features"
+        assert student_features is not None, "the loop left out the student's features"
         if self.contrast is not None and self.components is not None:
             assert batch.targets.components is not None, "the feed left out the networks' own features"
             return self.contrast(student_features, batch.targets.components, batch.index)
         target_features = batch.targets.features
-        assert target_features is not None, "the feed left out target features"
+        assert target_features is not None, "the feed left out the target features"
         if self.contrast is not None:
             return self.contrast(student_features, (target_features,), batch.index)
         return FEATURE_TERMS[self.recipe.feature](self.recipe, self.projector(student_features), target_features)
@@ -156,8 +156,8 @@ class Objective(nn.Module):
 def _check_targets(
     recipe: LossRecipe, has_logits: bool, has_features: bool, has_components: bool, num_classes: int
 ) -> None:
-    there = {"logits": has_logits, "fused features": has_features, "component features": has_components}
-    available = [name for name, is_there in there.items() if is_there]
+    targets = {"logits": has_logits, "fused features": has_features, "component features": has_components}
+    available = [name for name, is_available in targets.items() if is_available]
     fused_features = recipe.needs_features and not (recipe.uses_components and has_components)
     for term, name, needed in (
         (f"loss.kind: {recipe.kind}", "logits", recipe.needs_logits),
@@ -169,7 +169,7 @@ def _check_targets(
                 f"the loss needs target {name}",
                 where=term,
                 found=f"targets with {' and '.join(available)}" if available else "no targets",
-                next_step="give a cache that has them, or set loss.kind=ce and loss.feature=none to learn from labels",
+                next_step="use a cache that has them, or set loss.kind=ce and loss.feature=none to learn from labels",
             )
     if recipe.kind in {"dkd", "standardised_dkd"} and recipe.needs_logits and num_classes < 2:
         raise RecipeError("decoupled KD needs at least two classes", found=f"{num_classes}")

@@ -1,4 +1,4 @@
-"""Architectures by name: the CIFAR zoo, `timm:NAME` and `torchvision:NAME`, all with timm's interface."""
+"""Student networks by name: the CIFAR zoo, `timm:NAME` and `torchvision:NAME`, all with timm's interface."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.zoo.wrn import WideResNet
 
 _WIDE = (32, 64, 128, 256)
 
-# mdistiller's CIFAR table. Its checkpoints load: state-dict keys, order and shapes are theirs.
+# mdistiller's CIFAR networks. Its checkpoints load: state-dict keys, order and shapes are the same.
 ZOO: dict[str, Callable[..., ZooNetwork]] = {
     "resnet8": partial(CifarResNet, depth=8),
     "resnet14": partial(CifarResNet, depth=14),
@@ -50,13 +50,13 @@ ZOO: dict[str, Callable[..., ZooNetwork]] = {
 
 
 def create_student(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """Build a student. Weights are random, drawn from torch's default generator, unless `kwargs` ask for others.
+    """Build a student, with random weights from torch's default generator unless `kwargs` ask for others.
 
     Every student has timm's interface: `forward` [N, 3, H, W] → logits [N, num_classes]; `forward_features` → the
     last map before pooling (tokens for transformers); `forward_head(map, pre_logits=False)` → logits, or pooled
-    features [N, num_features] with `pre_logits=True`; `num_classes`, `num_features` and `get_classifier()`, which is
-    the `nn.Linear` between the two. (A few timm families classify with a 1×1 convolution or several heads: there it
-    is what timm returns.)
+    features [N, num_features] with `pre_logits=True`; `num_classes`, `num_features` and `get_classifier()`, the
+    `nn.Linear` between the two. (A few timm families classify with a 1×1 convolution or several heads; for them it is
+    whatever timm returns.)
 
     Args:
         name: a zoo name (case does not matter), `timm:NAME` or `torchvision:NAME`.
@@ -66,7 +66,7 @@ def create_student(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
     Raises:
         RecipeError: no such network, options it does not take, or no usable classifier.
-        WeightsError: pretrained weights were asked for and could not be had.
+        WeightsError: pretrained weights that cannot be loaded.
     """
     if num_classes < 1:
         raise RecipeError("a student needs classes", where=name, expected="num_classes ≥ 1", found=num_classes)
@@ -87,7 +87,7 @@ def create_student(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 def student_names() -> tuple[str, ...]:
-    """The zoo's names. timm's and torchvision's networks come on top, as `timm:NAME` and `torchvision:NAME`."""
+    """The names of the zoo, without timm's and torchvision's networks."""
     return tuple(ZOO)
 
 
@@ -114,7 +114,7 @@ def _create_zoo(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
 def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    # A name with a scheme (hf-hub:…, local-dir:…) is resolved by timm alone.
+    # timm itself resolves a name with a scheme (hf-hub:…, local-dir:…).
     if ":" not in name and not timm.is_model(name):
         raise RecipeError(
             "timm has no such model", where=f"timm:{name}", next_step=_hint(name.partition(".")[0], timm.list_models())
@@ -133,8 +133,8 @@ def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
             found=type(network).__name__,
             next_step="choose a model with a classification head",
         )
-    # timm counts the channels of the last map where a wider layer follows the pool (MobileNetV3, VGG, …);
-    # a student promises the width that `pre_logits=True` gives.
+    # Where a wider layer follows the pool (MobileNetV3, VGG, …), timm's num_features is the channels of the last map;
+    # a student's is the width with `pre_logits=True`.
     width = getattr(network, "head_hidden_size", None) or network.num_features
     if width != network.num_features:
         network.num_features = width
@@ -164,7 +164,7 @@ def _not_built(name: str, options: dict[str, Any], error: Exception) -> RecipeEr
             found=reason,
             next_step="check the name and the network connection, or start from random weights",
         )
-    return RecipeError("could not build the student", where=name, expected="options it takes", found=reason)
+    return RecipeError("could not build the student", where=name, expected="valid options", found=reason)
 
 
 def _hint(word: str, names: Iterable[str]) -> str | None:

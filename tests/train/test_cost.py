@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cache_tools.errors import RecipeError
-from train.cost import LEAST_RUNS, MOST_RUNS, count_flops, measure
+from train.cost import MAX_RUNS, MIN_RUNS, count_flops, measure
 from train.students import create_student
 
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def test_latency_is_per_batch_of_each_size():
     assert (one.batch_size, eight.batch_size) == (1, 8)
     assert 3 <= one.low_ms <= one.median_ms <= one.high_ms
     assert eight.median_ms >= 24
-    assert one.runs == eight.runs == LEAST_RUNS
+    assert one.runs == eight.runs == MIN_RUNS
     assert eight.images_per_s == pytest.approx(8000 / eight.median_ms)
     assert cost.latency_ms(8) == eight.median_ms
     assert (cost.device, cost.threads) == ("cpu", torch.get_num_threads())
@@ -152,7 +152,7 @@ def test_latency_is_per_batch_of_each_size():
 
 def test_a_budget_buys_more_runs():
     more = measure(Slow(), (4, 4), CPU, batch_sizes=(1,), budget_s=0.2).latency[0].runs
-    assert LEAST_RUNS < more <= 0.2 / 0.003 + 1 <= MOST_RUNS
+    assert MIN_RUNS < more <= 0.2 / 0.003 + 1 <= MAX_RUNS
 
 
 def test_more_arithmetic_takes_longer():
@@ -175,7 +175,7 @@ def test_the_student_and_random_numbers_are_left_alone():
 
 
 def test_images_that_the_network_cannot_take():
-    with pytest.raises(RecipeError, match=r"cannot take such images.*30 × 30 pixels"):
+    with pytest.raises(RecipeError, match=r"cannot take images of this size.*30 × 30 pixels"):
         measure(create_student("timm:test_vit", 3), (30, 30), CPU)
 
 

@@ -371,7 +371,7 @@ def refusals() -> dict[str, tuple[type[CacheError], str]]:
         "unknown student": (RecipeError, "resnet9"),
         "no CUDA": (DeviceError, "CUDA"),
         "float16 on a CPU": (RecipeError, "float16"),
-        "images of another size": (RecipeError, "cannot take such images .16 × 16 pixels.*--student"),
+        "images of another size": (RecipeError, "cannot take images of this size .16 × 16 pixels.*--student"),
         "no memory": (OutOfMemoryError, "not enough memory .resnet8 on cpu.*--batch-size"),
         "damaged state": (WeightsError, "--overwrite"),
         "damaged result": (WeightsError, "--overwrite"),

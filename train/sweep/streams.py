@@ -201,7 +201,7 @@ def _shared_targets(opened: Sequence[_OpenTrial], lead: TrainingData, device: to
     if lead.cache is None:
         return lead.targets
     with_targets = [(trial, data) for trial, data in opened if data.cache is not None]
-    sparse = [data.targets.sparse_at for _, data in with_targets if isinstance(data.targets, CachedTargets)]
+    sparse = [data.targets.sparse_temperature for _, data in with_targets if isinstance(data.targets, CachedTargets)]
     return CachedTargets(
         lead.cache,
         device,
@@ -209,7 +209,7 @@ def _shared_targets(opened: Sequence[_OpenTrial], lead: TrainingData, device: to
         features=any(trial.recipe.loss.needs_features and data.components is None for trial, data in with_targets),
         components=any(data.components is not None for _, data in with_targets),
         fusion=with_targets[0][0].recipe.fusion.resolve(lead.cache),
-        sparse_at=next((temperature for temperature in sparse if temperature is not None), None),
+        sparse_temperature=next((temperature for temperature in sparse if temperature is not None), None),
     )
 
 
