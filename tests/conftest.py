@@ -32,8 +32,12 @@ def server(s3_variables: dict[str, str]) -> Iterator[str]:
         yield s3_variables["AWS_ENDPOINT_URL"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "cuda" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Skip what needs a missing CUDA device, and mark as `medium` what needs a server, a cluster or a browser."""
+    no_cuda = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_cuda)
+        if {"server", "nodes", "browser"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.medium)

@@ -345,6 +345,7 @@ def import_everything() -> None:
         "pipeline.build.cache",
         "pipeline.cli",
         "tests.support.cache_factory",
+        "tests.support.shortcuts",
         "tests.support.tiny_build",
         "tests.support.tiny_run",
         "train.report.html",

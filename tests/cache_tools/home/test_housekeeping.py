@@ -16,7 +16,7 @@ from cache_tools.places import LocalPlace, transfer
 from cache_tools.places.claims import Claims
 from cache_tools.store.group import read_manifest
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest
-from tests.support.hostile import redigested
+from tests.support.hostile import with_right_digests
 
 IMAGES = tiny_images()
 DAY = 86_400.0
@@ -157,7 +157,7 @@ def test_a_cache_with_fields_of_a_newer_version_is_not_damaged(home: Path) -> No
     """Its digest is right, so it is as it was written."""
     file = home / "a.zarr" / "zarr.json"
     group = json.loads(file.read_bytes())
-    group["attributes"]["teacher_cache"] = redigested(group["attributes"]["teacher_cache"] | {"tide": "high"})
+    group["attributes"]["teacher_cache"] = with_right_digests(group["attributes"]["teacher_cache"] | {"tide": "high"})
     file.write_text(json.dumps(group))
     with pytest.raises(UnknownFormatError, match="tide"):
         read_manifest(home / "a.zarr")
