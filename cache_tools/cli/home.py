@@ -13,7 +13,7 @@ from cache_tools.console import print_json
 from cache_tools.errors import StorageError
 from cache_tools.files import find_leftovers
 from cache_tools.home import housekeeping, registry
-from cache_tools.home.listing import Filters, list_remote
+from cache_tools.home.listing import Filters, RemoteRecord, list_remote
 from cache_tools.home.sizes import size_and_time
 from cache_tools.places import LocalPlace, is_remote, open_place
 from cache_tools.units import human_bytes
@@ -52,7 +52,7 @@ def list_command(
         unused_for_s=None if unused_for is None else units.seconds(unused_for),
     )
     place = LocalPlace(registry.cache_home()) if where is None else open_place(where)
-    records: list[registry.CacheRecord] | list[describe.RemoteRecord]
+    records: list[registry.CacheRecord] | list[RemoteRecord]
     if isinstance(place, LocalPlace):
         records = filters.apply(registry.list_caches(None if where is None else place.path))
     else:

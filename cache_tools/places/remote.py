@@ -49,7 +49,8 @@ class RemotePlace(Place):
             if answer.meta["size"] > limit:
                 raise too_large(f"{self._url}/{key}", limit, answer.meta["size"])
             try:
-                return answer.bytes().to_bytes()
+                data: bytes = answer.bytes().to_bytes()
+                return data
             except BaseError as error:  # obstore requests the rest, which fails if the file was replaced or removed
                 raise GenericError("the answer was cut off") from error
 

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cache_tools.cli import app
 from cache_tools.codecs import FeatureSteps, Float32, RowStep

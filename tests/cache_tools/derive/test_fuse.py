@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cache_tools.cli import app
+from cache_tools.codecs import TopK
 from cache_tools.codecs.presets import resolve_codecs
 from cache_tools.derive.fuse import Fused, fuse
 from cache_tools.errors import (
@@ -65,7 +66,7 @@ def built(root: Path) -> TeacherCache:
 def several(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     """Random components of two teachers and three CLIPs with two, three and four prompts."""
     path = tmp_path_factory.mktemp("several") / "several.zarr"
-    shares = {"teacher_weights": (0.5, 0.5), "clip_weights": (0.2, 0.3, 0.5)}
+    shares: dict[str, Any] = {"teacher_weights": (0.5, 0.5), "clip_weights": (0.2, 0.3, 0.5)}
     cache_factory.build(
         path, cache_factory.tiny_manifest(IMAGES, store="components", codec="float32", **shares), IMAGES
     )
@@ -152,7 +153,7 @@ def check_same(made: TeacherCache, direct: TeacherCache) -> None:
         np.testing.assert_allclose(made.constant(name), direct.constant(name), atol=1e-6)
 
 
-def test_stored_templates_need_no_clip(built: TeacherCache, tmp_path: Path, monkeypatch) -> None:
+def test_stored_templates_need_no_clip(built: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cache_tools.plugins.load", None)
     stored = built.recipe.clip.templates
     by_name = fused(built, tmp_path / "name", (stored[4], stored[0]))
@@ -233,15 +234,14 @@ def test_accuracies_of_another_fusion_are_dropped(tmp_path: Path) -> None:
     manifest = manifest.model_copy(update={"provenance": manifest.provenance | {"preflight": measured}})
     cache_factory.build(tmp_path / "source", manifest, IMAGES)
     source, left = TeacherCache(tmp_path / "source"), {"split", "n"}
-    for number, (choice, kept) in enumerate(
-        [
-            ({}, set(measured)),
-            ({"feature_weight": 0.1}, set(measured)),
-            ({"teacher_weight": 0.1}, {"teacher_top1", "clip_top1", "networks"} | left),
-            ({"prompts": (1,)}, {"teacher_top1"} | left),
-            ({"clip_scale": 4.0}, {"teacher_top1"} | left),
-        ]
-    ):
+    cases: list[tuple[dict[str, Any], set[str]]] = [
+        ({}, set(measured)),
+        ({"feature_weight": 0.1}, set(measured)),
+        ({"teacher_weight": 0.1}, {"teacher_top1", "clip_top1", "networks"} | left),
+        ({"prompts": (1,)}, {"teacher_top1"} | left),
+        ({"clip_scale": 4.0}, {"teacher_top1"} | left),
+    ]
+    for number, (choice, kept) in enumerate(cases):
         made = fused(source, tmp_path / str(number), **choice)
         assert set(made.manifest.provenance["preflight"]) == kept
     assert source.manifest.provenance["preflight"] == measured
@@ -462,7 +462,9 @@ def test_bad_options_are_one_clear_error(several: TeacherCache, options: tuple[s
 def test_the_temperature_warning_of_a_codec_is_printed_once(several: TeacherCache, tmp_path: Path) -> None:
     done = run(several.path, "--codec", "top-k:temperature=2+float16", "--out", tmp_path / "made")
     assert done.stderr.count("warning: top-k targets at temperature 2") == 1
-    assert TeacherCache(tmp_path / "made").recipe.codecs.logits.temperature == 2.0
+    logits = TeacherCache(tmp_path / "made").recipe.codecs.logits
+    assert isinstance(logits, TopK)
+    assert logits.temperature == 2.0
 
 
 def test_missing_blocks_of_the_source_are_printed(tmp_path: Path) -> None:

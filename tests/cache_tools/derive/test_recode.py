@@ -38,7 +38,7 @@ from tests.support.cache_factory import (
 )
 
 IMAGES = tiny_images()
-STORES = {
+STORES: dict[str, dict[str, Any]] = {
     "fused": {"store": "fused"},
     "components": {"store": "components"},
     "mixed": {"store": "components", "teacher_weights": (0.3, 0.7), "clip_weights": (0.5, 0.5)},

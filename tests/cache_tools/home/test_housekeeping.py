@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_tools.codecs.presets import PresetName
 from cache_tools.errors import StorageError, UnknownFormatError
 from cache_tools.format.commits import BlockId
 from cache_tools.home import housekeeping, registry
@@ -27,9 +28,10 @@ INCOMPLETE = PruneRules(incomplete=True)
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """Three complete caches, written and used 30, 20 and 10 days ago, and a half-built one of today."""
-    for age, (name, dtype) in zip((30, 20, 10), (("a", "float16"), ("b", "float32"), ("c", "float16")), strict=True):
+    codecs: tuple[PresetName, ...] = ("float16", "float32", "float16")
+    for age, name, codec in zip((30, 20, 10), "abc", codecs, strict=True):
         path = tmp_path / f"{name}.zarr"
-        build(path, tiny_manifest(IMAGES, name=name, codec=dtype, teacher_dim=10 + age), IMAGES)
+        build(path, tiny_manifest(IMAGES, name=name, codec=codec, teacher_dim=10 + age), IMAGES)
         for file in path.rglob("*"):
             os.utime(file, (NOW - age * DAY, NOW - age * DAY))
     half = tmp_path / "half.zarr"

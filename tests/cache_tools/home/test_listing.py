@@ -84,9 +84,12 @@ def test_listing_reads_no_arrays(place: Place, tmp_path: Path, monkeypatch: pyte
     copy_cache(LocalPlace(tmp_path / "whole.zarr"), place.child("whole.zarr"))
     read: list[str] = []
     original = type(place).read
-    monkeypatch.setattr(
-        type(place), "read", lambda self, key, *limit: (read.append(key), original(self, key, *limit))[1]
-    )
+
+    def recording(self: Place, key: str, *limit: int) -> bytes:
+        read.append(key)
+        return original(self, key, *limit)
+
+    monkeypatch.setattr(type(place), "read", recording)
     assert len(list_remote(place)) == 1
     assert read == ["zarr.json", "zarr.json"]
 

@@ -266,9 +266,10 @@ def test_another_builder_takes_over_the_block_of_a_killed_one(tmp_path: Path) ->
 
 def _let_expire(place: Place, key: str) -> float:
     """Age a claim; returns the age from which it is void, long enough for four slow builders on a busy machine."""
-    if isinstance(place, LocalPlace):
+    claims = claims_place(place)
+    if isinstance(claims, LocalPlace):
         long_ago = time.time() - 120
-        os.utime(claims_place(place).path / key, (long_ago, long_ago))
+        os.utime(claims.path / key, (long_ago, long_ago))
         return 60
     time.sleep(7.1)  # the dates of an object store cannot be set, and have whole seconds
     return 6
