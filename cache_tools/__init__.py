@@ -1,10 +1,10 @@
-"""Read a teacher cache: three lines are enough for another project's training loop.
+"""Read a teacher cache in the training loop of any project:
 
     from cache_tools import TeacherCache
     cache = TeacherCache.open("digits")
     targets = cache.load_view(0)
 
-Heavy modules load on first use, so that `cache-tools ls` and every `--help` answer at once.
+Heavy modules are imported on first use, to keep `cache-tools ls` and every `--help` fast.
 """
 
 from typing import TYPE_CHECKING, Any

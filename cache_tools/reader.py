@@ -187,14 +187,14 @@ class TeacherCache:
                 rows = self._load(array.name, source, pin=target_device.type == "cuda", verify=verify)
                 arrays[array.name] = rows.to(target_device, non_blocking=True)
 
-        def moved(constants: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def move(constants: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(target_device) for name, tensor in constants.items()}
 
         if self.recipe.store == "fused":
             constants = {name: self._tensor(name) for spec in specs.values() for name in spec.constants}
-            return FusedView(view, arrays, moved(constants), specs)
+            return FusedView(view, arrays, move(constants), specs)
         constants = fusion_constants(fusion, self.recipe, self._tensor)
-        components = ComponentView(view, arrays, moved(constants), specs, fusion)
+        components = ComponentView(view, arrays, move(constants), specs, fusion)
         return components.fuse(logits=logits, features=features)
 
     def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:

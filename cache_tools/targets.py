@@ -29,8 +29,8 @@ class ViewTargets:
     """The targets of one view: a `FusedView` or a `ComponentView`. `TeacherCache.load_view` makes them.
 
     Methods take an index of samples (a slice, or numbers in a tensor on any device, an array or a list) and return new
-    float32 rows on `device`, in the order of the index. They raise NotFoundError for targets that are not loaded; a
-    fused cache has no targets of single networks. `network` counts the teachers or the CLIPs from 0; None mixes them.
+    float32 rows on `device`, in the order of the index. They raise NotFoundError for targets that are not loaded; fused
+    caches have no targets of single networks. `network` is the number of a teacher or a CLIP, from 0; None mixes all.
 
     Attributes:
         view: the augmentation seed.
@@ -100,10 +100,10 @@ class ViewTargets:
     def to(self, device: torch.device | str) -> Self:
         """The same targets on another device."""
 
-        def moved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def move(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        return replace(self, arrays=moved(self.arrays), constants=moved(self.constants))
+        return replace(self, arrays=move(self.arrays), constants=move(self.constants))
 
     def _rows(self, target: str, index: Index) -> torch.Tensor:
         spec = self.specs.get(target)

@@ -15,7 +15,7 @@ from cache_tools.views.recipe import ViewRecipe
 
 FORMAT_VERSION: Literal[2] = 2
 # Raise these when the values that cache_tools/preprocess.py or cache_tools/fusion.py compute change; see
-# pipeline/build/known.py. They stand here because those modules import torch.
+# pipeline/build/known.py. They are defined here because those modules import torch.
 PREPROCESSING_VERSION = 1
 FUSION_VERSION = 1
 

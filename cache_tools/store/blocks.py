@@ -58,7 +58,7 @@ class LocalBlocks:
                 where=self.where,
                 expected=f"{self._manifest.num_blocks} blocks",
                 found=f"{commits.ranges(missing)} missing",
-                next_step=self._continue,
+                next_step=self._next_step,
             )
 
     def require_all(self) -> None:
@@ -71,7 +71,7 @@ class LocalBlocks:
                 where=self.where,
                 expected=f"{self._manifest.num_views} views",
                 found=f"{complete} complete, {int((~committed).sum())} of {committed.size} blocks missing",
-                next_step=self._continue,
+                next_step=self._next_step,
             )
 
     def _missing(self, view: int, blocks: range) -> list[int]:
@@ -83,14 +83,14 @@ class LocalBlocks:
         return [blocks[number] for number in np.flatnonzero(~committed)]
 
     @property
-    def _continue(self) -> str:
+    def _next_step(self) -> str:
         return f"run the same {self._manifest.recipe.made_by} command again: it continues from what is stored"
 
 
 def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
-    """All of `commits` that the manifest promises, uint64 [V, blocks, columns]; 0 where nothing is committed.
+    """Read the commits of all blocks, uint64 [V, blocks, columns]; 0 where nothing is committed.
 
-    Reads only files that exist, because a manifest may promise any number of blocks.
+    Reads only files that exist, because a manifest may claim any number of blocks.
 
     Raises:
         FormatError: a damaged commit; names the file.

@@ -76,12 +76,12 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CacheWriter]:
     st.sampled_from([np.float32, np.float64]),
 )
 def test_round_trip_error_is_bounded(
-    writers: dict[str, CacheWriter], values: np.ndarray, dtype: str, given_as: type
+    writers: dict[str, CacheWriter], values: np.ndarray, dtype: str, rows_dtype: type
 ) -> None:
     """float32 is exact. float16 rounds by half a unit in the last place: 2⁻¹¹ of the number, 2⁻²⁵ if subnormal."""
     writer = writers[dtype]
-    features: np.ndarray = np.zeros((16, 8), dtype=given_as)
-    writer.write_block(1, 2, {"fused_logits": values.astype(given_as), "fused_features": features}, 5)
+    features: np.ndarray = np.zeros((16, 8), dtype=rows_dtype)
+    writer.write_block(1, 2, {"fused_logits": values.astype(rows_dtype), "fused_features": features}, 5)
     read = TeacherCache.open(writer.path).read_array("fused_logits", 1, writer.manifest.block(2))
     error = np.abs(read.astype(np.float64) - values)
     bound = np.maximum(np.abs(values) * 2.0**-11, 2.0**-25) if dtype == "float16" else 0.0
