@@ -1,4 +1,4 @@
-"""Builders as real processes, for tests: forked from a server that has imported everything, so they start at once."""
+"""Builds in processes of their own, forked from a server that has imported everything so that they start at once."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ class Builder:
 
     Args:
         pause_after: how many blocks it stores before it waits for `go_on`.
-        environment: is laid over this process's own.
+        environment: variables that differ from those of this process.
     """
 
     def __init__(self, recipe: BuildRecipe, pause_after: int | None = None, **environment: object) -> None:
         self._answers, sender = _CONTEXT.Pipe(duplex=False)
         self._pause = _Pause(pause_after)
-        wanted = os.environ | {name: str(value) for name, value in environment.items()}
-        self.process: Any = _CONTEXT.Process(target=_build, args=(recipe, wanted, self._pause, sender), daemon=True)
+        variables = os.environ | {name: str(value) for name, value in environment.items()}
+        self.process: Any = _CONTEXT.Process(target=_build, args=(recipe, variables, self._pause, sender), daemon=True)
         self.process.start()
         sender.close()
 
     def wait_until_paused(self) -> None:
-        """It holds a block that it does not store."""
-        assert self._pause.reached.wait(DEADLINE_S), "the builder does not come so far"
+        """Wait until it holds a claim on a block that it has not stored."""
+        assert self._pause.reached.wait(DEADLINE_S), "the builder did not reach its pause"
 
     def go_on(self) -> None:
         self._pause.over.set()
 
     def result(self) -> BuildResult:
         """Wait for the end; raises what the build raised."""
-        assert self._answers.poll(DEADLINE_S), "the builder does not come to an end"
+        assert self._answers.poll(DEADLINE_S), "the builder did not end"
         answer = self._answers.recv()
         self.process.join()
         if isinstance(answer, BaseException):
@@ -54,13 +54,13 @@ class Builder:
         return answer
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill it with SIGKILL."""
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
 
 def wait_for_blocks(place: Place, count: int) -> int:
-    """Wait until so many blocks are committed; gives how many there are."""
+    """Wait until at least `count` blocks are committed; gives their number."""
     deadline = time.monotonic() + DEADLINE_S
     while (found := len(list_committed(place))) < count:
         assert time.monotonic() < deadline, f"{found} of {count} blocks"
@@ -69,14 +69,14 @@ def wait_for_blocks(place: Place, count: int) -> int:
 
 
 class _Pause:
-    """When a builder pauses, as it and its test see it."""
+    """Lets a test stop a builder, and wait until it has stopped."""
 
     def __init__(self, after: int | None) -> None:
         self._after = after
         self.reached, self.over = _CONTEXT.Event(), _CONTEXT.Event()
 
     def install(self) -> None:
-        """In the builder."""
+        """Replace the builder's function that stores a block; called in its process."""
         if self._after is None:
             return
         from pipeline.build import blocks as build_blocks

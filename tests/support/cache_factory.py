@@ -1,4 +1,4 @@
-"""Tiny caches with made-up numbers, for tests that need a cache but no teacher."""
+"""Tiny caches of random numbers, for tests that need a cache but no teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder in the layout of CIFAR-10-C whose pixels say which file, severity and image they are."""
+"""A folder in the layout of CIFAR-10-C. Its pixels encode their file, severity and image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that `faults.py` kills: what they need, where they write, and how their result is looked at."""
+"""The commands that `system/faults.py` kills: how to prepare and run them, and how to check their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ InChild = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Found:
-    """What was at a target: blocks committed of how many there are to be, rows compared, reads refused, problems."""
+    """State of a target: committed blocks, expected blocks, rows compared, reads refused, problems."""
 
     committed: int
     blocks: int
@@ -36,13 +36,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Case:
-    """One command that writes a cache at a target (a folder or URL) of which there may be many.
+    """A command that writes a cache to a target, which is a folder or URL.
 
     Args:
-        root: folder of this case; `root/clean.zarr` is what an undisturbed run made.
-        command: the target → the program and its arguments.
-        places: the folder or URL that targets are in.
-        start: a cache that a target begins as; None for nothing.
+        root: folder of this case; `root/clean.zarr` is the cache of an undisturbed run.
+        command: target → program and arguments.
+        places: the folder or URL that holds the targets.
+        start: the cache that each target is a copy of at first; None if targets are new.
     """
 
     name: str
@@ -56,15 +56,16 @@ class Case:
         return self.root / "log.txt"
 
     def run(self, target: str) -> None:
-        """The command itself, as a user types it, in this process."""
+        """Run the command in this process."""
         from cache_tools.cli import app as cache_tools
         from pipeline.cli import app as build_cache
 
-        os.environ["TEACHER_CACHE_HOME"] = str(self.root / "homes" / target.rpartition("/")[2])  # its mirror is there
+        os.environ["TEACHER_CACHE_HOME"] = str(self.root / "homes" / target.rpartition("/")[2])  # for its mirror
         program, *arguments = self.command(target)
         {"build-cache": build_cache, "cache-tools": cache_tools}[program](arguments, standalone_mode=False)
 
     def new_target(self, number: int | None) -> str:
+        """Prepare a target; None is for the undisturbed run."""
         target = f"{self.places}/{'clean' if number is None else f'target-{number}'}.zarr"
         if self.start is not None:
             shutil.copytree(self.start, target)
@@ -75,12 +76,15 @@ class Case:
             shutil.rmtree(target)
 
     def keep_clean(self, target: str) -> None:
-        """Bring what an undisturbed run made to `root/clean.zarr`."""
+        """Copy the cache of an undisturbed run to `root/clean.zarr`."""
         if Path(target) != self._clean:
             _copy(target, self._clean)
 
     def watch(self, target: str, stop: int) -> list[tuple[int, int]]:
-        """What a reader sees as committed until a byte arrives at `stop`; what it reads is that of the clean run."""
+        """Poll the target until a byte arrives at `stop`: newly committed rows must equal those of the clean run.
+
+        Gives the blocks that were seen as committed.
+        """
         from cache_tools.places import open_place
         from cache_tools.places.transfer import list_committed
         from cache_tools.reader import TeacherCache
@@ -97,7 +101,7 @@ class Case:
         return sorted(seen)
 
     def look(self, target: str, seen: Sequence[tuple[int, int]], *, finished: bool = False) -> Found:
-        """Compare what is at a target with the clean run; `finished`: it must be the same in everything."""
+        """Compare a target with the clean run; if `finished`, everything must be equal."""
         from cache_tools.integrity.local import verify
         from cache_tools.reader import TeacherCache
 
@@ -106,11 +110,11 @@ class Case:
                 lost = [f"there is no cache, and {len(seen)} blocks were seen"] if seen or finished else []
                 return Found(committed=0, blocks=0, rows=0, refused=0, problems=lost)
             path = _copy(target, Path(folder) / "pulled") if _is_url(target) else Path(target)
-            cache = TeacherCache(path)  # what is there, not what could be staged
+            cache = TeacherCache(path)  # without staging
             clean = TeacherCache.open(self._clean)
-            pairs = list(np.ndindex(cache.num_views, cache.manifest.num_blocks))
-            found = _compare(cache, clean, pairs)
-            lost = set(map(tuple, seen)) - set(_readable(cache, pairs))
+            blocks = list(np.ndindex(cache.num_views, cache.manifest.num_blocks))
+            found = _compare(cache, clean, blocks)
+            lost = set(map(tuple, seen)) - set(_readable(cache, blocks))
             problems = [*found.problems, *(f"view {view}, block {block}: lost" for view, block in sorted(lost))]
             problems += [f"{problem.where}: {problem.what}" for problem in verify(path).problems]
             if finished:
@@ -123,7 +127,7 @@ class Case:
 
 
 class Staging(Case):
-    """Reading every view of a remote cache: the target is its mirror, each time in a cache home of its own."""
+    """Reads every view of a remote cache. The target is its mirror; each run has a cache home of its own."""
 
     def run(self, target: str) -> None:
         from cache_tools.reader import TeacherCache
@@ -143,13 +147,13 @@ class Staging(Case):
         return f"{home}/{manifest.name}-{manifest.fingerprint[:12]}.zarr"
 
 
-def _compare(cache: Any, clean: Any, pairs: Sequence[tuple[int, int]]) -> Found:
-    """The rows of blocks of one cache with those of another, target by target."""
+def _compare(cache: Any, clean: Any, blocks: Sequence[tuple[int, int]]) -> Found:
+    """Compare blocks of two caches, array by array."""
     from cache_tools.errors import IncompleteError
 
     committed = rows = refused = 0
     problems = []
-    for view, block in pairs:
+    for view, block in blocks:
         readable = []
         for name in cache.targets:
             selected = cache.manifest.block(block)
@@ -161,17 +165,17 @@ def _compare(cache: Any, clean: Any, pairs: Sequence[tuple[int, int]]) -> Found:
             readable.append(name)
             rows += len(found)
             if found.tobytes() != clean.read_array(name, view, selected).tobytes():
-                problems.append(f"{name}, view {view}, block {block}: other rows than in a clean run")
+                problems.append(f"{name}, view {view}, block {block}: rows differ from those of the clean run")
         if 0 < len(readable) < len(cache.targets):
             problems.append(f"view {view}, block {block}: only {', '.join(readable)} can be read")
         committed += bool(readable)
-    return Found(committed, len(pairs), rows, refused, problems)
+    return Found(committed, len(blocks), rows, refused, problems)
 
 
-def _readable(cache: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _readable(cache: Any, blocks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     from cache_tools.errors import IncompleteError
 
-    for view, block in pairs:
+    for view, block in blocks:
         try:
             cache.read_array(next(iter(cache.targets)), view, cache.manifest.block(block))
         except IncompleteError:
@@ -180,7 +184,7 @@ def _readable(cache: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[in
 
 
 def _differences(path: Path, clean: Path) -> list[str]:
-    """Arrays, commits and names of files that are not those of a clean run."""
+    """Arrays, commits and file names that differ from those of the clean run."""
     import zarr
 
     problems = []
@@ -191,12 +195,12 @@ def _differences(path: Path, clean: Path) -> list[str]:
     if names[0] != names[1]:
         problems.append(f"other files: {sorted(names[0] ^ names[1])}")
     ours, theirs = (dict(zarr.open_group(root, mode="r").arrays()) for root in (path, clean))
-    other = (
+    different = (
         name
         for name in sorted({*ours, *theirs})
         if name not in ours or name not in theirs or ours[name][...].tobytes() != theirs[name][...].tobytes()
     )
-    return problems + [f"{name}: not the array of a clean run" for name in other]
+    return problems + [f"{name}: differs from the array of the clean run" for name in different]
 
 
 def _copy(source: str | Path, target: Path) -> Path:
@@ -208,7 +212,7 @@ def _copy(source: str | Path, target: Path) -> Path:
 
 
 def _is_there(target: str) -> bool:
-    """Whether the file is there that makes a place a cache: it is the last to come, and is never half there."""
+    """Whether the target has a manifest: it is written last, and atomically."""
     from cache_tools.errors import NotFoundError
     from cache_tools.places import open_place
     from cache_tools.places.metadata import manifest_at
@@ -297,7 +301,7 @@ def _sweep(root: Path, in_child: InChild) -> Iterator[Case]:
 
 @contextmanager
 def _pushed(root: Path, in_child: InChild) -> Iterator[str]:
-    """The URL of a small complete cache."""
+    """Push a small complete cache; yields its URL."""
     from cache_tools.places import LocalPlace, open_place
     from cache_tools.places.transfer import copy_cache
 
@@ -323,7 +327,7 @@ CASES: dict[str, Callable[[Path, InChild], Any]] = {
 
 @contextmanager
 def prepared(name: str, folder: Path, in_child: InChild, *, places: Path | None = None) -> Iterator[Case]:
-    """A case with everything that its command needs; targets are in `places`, or beside it."""
+    """Prepare a case in `folder/name`; its targets are in `places`, by default there too."""
     root = folder / name
     root.mkdir()
     with CASES[name](root, in_child) as case:
@@ -331,7 +335,7 @@ def prepared(name: str, folder: Path, in_child: InChild, *, places: Path | None 
 
 
 def import_everything() -> None:
-    """Import what the commands import, once; open nothing and start no thread."""
+    """Import what the commands import, without opening files or starting threads."""
     for module in (
         "obstore",
         "open_clip",
@@ -367,7 +371,7 @@ def _build_recipe(root: Path, in_child: InChild) -> str:
 
 
 def _source(root: Path, **recipe: Any) -> str:
-    """A small complete cache with made-up targets."""
+    """Write a small complete cache with random targets; gives its path."""
     from tests.support.cache_factory import build, tiny_images, tiny_manifest
 
     images = tiny_images()

@@ -23,7 +23,7 @@ class ByHand(NamedTuple):
 def fused_by_hand(cache: TeacherCache, view: int, **changes: Any) -> ByHand:
     """The targets of a component cache; `changes` are fields of a `FusionChoice`, with `clip_scales` as numbers."""
     recipe, manifest = cache.recipe, cache.manifest
-    how: dict[str, Any] = {
+    choice: dict[str, Any] = {
         "teacher_weight": recipe.fusion.teacher_weight,
         "feature_weight": recipe.fusion.feature_weight,
         "teacher_weights": [teacher.weight for teacher in recipe.teachers],
@@ -50,20 +50,20 @@ def fused_by_hand(cache: TeacherCache, view: int, **changes: Any) -> ByHand:
     clips, clip_features = [], []
     for number in range(len(recipe.clips)):
         suffix = f"_{number + 1}" if number else ""
-        features = cache.read_array(f"clip_features{suffix}", how["clip_view"]).astype(np.float64)
+        features = cache.read_array(f"clip_features{suffix}", choice["clip_view"]).astype(np.float64)
         text = constant("text_features", suffix)
-        if how["prompts"] is not None:
-            text = np.stack([text[prompt] for prompt in how["prompts"]])
-        embeddings = None if how["prompts"] is not None else constant("class_embeddings", suffix)
-        scale = how["clip_scales"][number]
-        clips.append(np.stack([clip_row(row, text, embeddings, scale, how["prompt_ensemble"]) for row in features]))
+        if choice["prompts"] is not None:
+            text = np.stack([text[prompt] for prompt in choice["prompts"]])
+        embeddings = None if choice["prompts"] is not None else constant("class_embeddings", suffix)
+        scale = choice["clip_scales"][number]
+        clips.append(np.stack([clip_row(row, text, embeddings, scale, choice["prompt_ensemble"]) for row in features]))
         clip_features.append(unit(features @ constant("clip_projection", suffix)))
 
-    z_teacher, z_clip = mean(teachers, how["teacher_weights"]), mean(clips, how["clip_weights"])
-    fused = how["teacher_weight"] * z_teacher + (1 - how["teacher_weight"]) * z_clip
-    f_teacher = unit(mean(teacher_features, how["teacher_weights"]))
-    f_clip = unit(mean(clip_features, how["clip_weights"]))
-    mixed = how["feature_weight"] * f_teacher + (1 - how["feature_weight"]) * f_clip
+    z_teacher, z_clip = mean(teachers, choice["teacher_weights"]), mean(clips, choice["clip_weights"])
+    fused = choice["teacher_weight"] * z_teacher + (1 - choice["teacher_weight"]) * z_clip
+    f_teacher = unit(mean(teacher_features, choice["teacher_weights"]))
+    f_clip = unit(mean(clip_features, choice["clip_weights"]))
+    mixed = choice["feature_weight"] * f_teacher + (1 - choice["feature_weight"]) * f_clip
     return ByHand(z_teacher, z_clip, fused - fused.mean(axis=1, keepdims=True), mixed)
 
 

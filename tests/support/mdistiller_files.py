@@ -14,7 +14,7 @@ from train.students import create_student
 
 
 def checkpoint(architecture: str, num_classes: int = 100, *, prefix: str = "", seed: int = 0) -> dict[str, Any]:
-    """The dictionary that is saved every few epochs: the optimiser's learning rate is a numpy number by then."""
+    """The dictionary that is saved every few epochs; the optimiser's learning rate is a numpy number in it."""
     torch.manual_seed(seed)
     network = create_student(architecture, num_classes)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -85,7 +85,7 @@ class Cluster:
 
 @contextmanager
 def cluster(root: Path) -> Iterator[Cluster]:
-    """A cluster with both nodes up."""
+    """Run a cluster of both nodes."""
     nodes = Cluster(root)
     try:
         nodes.start(0)

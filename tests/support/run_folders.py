@@ -1,4 +1,4 @@
-"""Run folders as `train-student` leaves them, with figures that a test chooses, no training; and a sweep."""
+"""Run folders like those of `train-student`, with results that a test chooses and without training; and a sweep."""
 
 from __future__ import annotations
 

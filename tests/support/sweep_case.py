@@ -47,7 +47,7 @@ class Sweep(Case):
             ours, theirs = _weights(folder), _weights(clean[number])
             rows += len(ours)
             if ours != theirs:
-                problems.append(f"{folder.name}: other weights than in a clean run")
+                problems.append(f"{folder.name}: weights differ from those of the clean run")
         if finished:
             problems += self._differences(Path(target))
         return Found(committed=len(finished_trials), blocks=len(clean), rows=rows, refused=0, problems=problems)
@@ -68,17 +68,19 @@ class Sweep(Case):
 
         ours, theirs = (pl.read_parquet(root / "trials.parquet") for root in (target, self._clean))
         found = (
-            [] if ours.select(FIGURES).equals(theirs.select(FIGURES)) else ["another table than that of a clean run"]
+            []
+            if ours.select(FIGURES).equals(theirs.select(FIGURES))
+            else ["the table differs from that of the clean run"]
         )
         page = target / "report.html"
         names = ours["trial"].to_list()
         if not page.exists() or not all(name in page.read_text() for name in names):
-            found.append("no page with all trials")
+            found.append("the page lacks trials")
         for name in names:
             metrics = [pl.read_parquet(root / "trials" / name / "metrics.parquet") for root in (target, self._clean)]
             one, other = (table.drop("train_s", "images_per_s") for table in metrics)
             if not one.equals(other):
-                found.append(f"{name}: other metrics than in a clean run")
+                found.append(f"{name}: metrics differ from those of the clean run")
         return found
 
 

@@ -1,4 +1,4 @@
-"""Build recipes that run in a moment: small tinted pictures, an untrained resnet8, the CLIP of the package."""
+"""Build recipes that run quickly: small tinted pictures, an untrained resnet8, the CLIP of the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CLIP with random weights, small enough to be made anew in every test."""
+"""A CLIP with random weights, small enough to make one in every test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small pictures that can be learned, a cache of them with made-up targets, and recipes that train in a moment."""
+"""Small pictures whose class can be learned, a cache of them with random targets, and recipes that train quickly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIDE = 16
 
 
 def write_pictures(root: Path, *, train: int = 50, test: int = 21, seed: int = 0) -> Path:
-    """`train/CLASS/*.png` and `test/CLASS/*.png`: noise with a tint that tells the class."""
+    """Write `train/CLASS/*.png` and `test/CLASS/*.png`: noise with a tint that depends on the class."""
     rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("test", test)):
         for number in range(count):

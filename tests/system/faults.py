@@ -1,15 +1,16 @@
-"""Kill commands that write a cache at random instants, again and again, and see that nothing is lost or made up.
+"""Kill commands that write a cache at random instants, and check what they leave and how they resume.
 
     python tests/system/faults.py --kills 200 --of build grow push push-s3
 
-Every case starts a command in a process of its own and ends it with SIGKILL: half of them at a random time, half of
-them just before or after a random call that changes the disk or the store. Then another process looks at what is
-there: rows that a reader saw as committed are still there, every row that can be read is that of an undisturbed run,
-what is not committed cannot be read, and `verify` finds nothing. After one to three kills the command runs to its end,
-and the result must equal the undisturbed one. One JSON line per kill and per finished chain, then one with the sums;
-exit code 1 if anything is wrong.
+Each command runs in a process of its own and is ended with SIGKILL: half of the time at a random moment, otherwise just
+before or after a random call that changes the disk or the store. Then another process checks the target: blocks that a
+reader saw as committed are still committed, every readable row equals that of an undisturbed run, uncommitted rows
+cannot be read, and `verify` finds no problem. After one to three kills the command runs to its end, and the result
+must equal that of the undisturbed run. Prints one JSON line per kill and per finished chain, then a summary; exits
+with 1 if anything is wrong.
 
-Processes are forked from this one, which has imported everything and opened nothing, so that a case takes moments.
+All processes are forked from this one. It has imported everything, so they start at once; it opens no files and starts
+no threads, so forking is safe.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CALLS = ("fsync", "replace", "rename", "link", "unlink", "mkdir")
 
 @dataclass(frozen=True)
 class Instant:
-    """When a process is to die: after a time, or at the n-th call that changes something, before or after it."""
+    """When to kill a process: after a time, or before or after (`done`) the n-th call that changes something."""
 
     after_s: float | None = None
     call: int | None = None
@@ -53,20 +54,20 @@ class Instant:
         return f"{'after' if self.done else 'before'} call {self.call}"
 
 
-def kill_again_and_again(case: Case, kills: int, chance: random.Random) -> Iterator[dict[str, Any]]:
-    """Lines about `kills` kills of a case, and about each finished chain of them."""
-    elapsed_s, calls = _clean(case)
+def kill_repeatedly(case: Case, kills: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Kill a case `kills` times, in chains that end with a whole run; yields the lines to print."""
+    elapsed_s, calls = _run_undisturbed(case)
     done = number = 0
     while done < kills:
         target, seen = in_child(lambda number=number: case.new_target(number)), []
         number += 1
-        for _ in range(min(chance.randint(1, MAX_CHAIN), kills - done)):
-            instant = _instant(chance, elapsed_s, calls)
-            killed, noticed = _run_and_kill(case, target, instant)
+        for _ in range(min(rng.randint(1, MAX_CHAIN), kills - done)):
+            instant = _draw_instant(rng, elapsed_s, calls)
+            killed, newly_seen = _run_and_kill(case, target, instant)
             if not killed:
                 break
             done += 1
-            seen = sorted({*map(tuple, seen), *map(tuple, noticed)})
+            seen = sorted({*map(tuple, seen), *map(tuple, newly_seen)})
             found = Found(**in_child(lambda target=target, seen=seen: case.look(target, seen)))
             yield {"of": case.name, "kill": done, "at": str(instant), **vars(found)}
         _run(case, target)
@@ -75,7 +76,7 @@ def kill_again_and_again(case: Case, kills: int, chance: random.Random) -> Itera
         in_child(lambda target=target: case.remove(target))
 
 
-def summary(lines: list[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
+def summarise(lines: list[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
     kills = [line for line in lines if "kill" in line]
     return {
         "kills": len(kills),
@@ -89,15 +90,15 @@ def summary(lines: list[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
     }
 
 
-def _clean(case: Case) -> tuple[float, int]:
-    """Time and calls of an undisturbed run, which is what others are compared with."""
+def _run_undisturbed(case: Case) -> tuple[float, int]:
+    """Make the cache that others are compared with; gives the time of the run, and its number of calls."""
     target = in_child(lambda: case.new_target(None))
     start = time.monotonic()
     _run(case, target)
     elapsed_s = time.monotonic() - start
     in_child(lambda: case.keep_clean(target))
     target = in_child(lambda: case.new_target(-1))
-    calls = in_child(lambda: _counted(lambda: case.run(target)), case.log)
+    calls = in_child(lambda: _count_calls(lambda: case.run(target)), case.log)
     in_child(lambda: case.remove(target))
     return elapsed_s, calls
 
@@ -108,17 +109,17 @@ def _run(case: Case, target: str) -> None:
         raise RuntimeError(f"{case.name}: {answer}\n{case.log.read_text()}")
 
 
-def _instant(chance: random.Random, elapsed_s: float, calls: int) -> Instant:
-    if chance.random() < 0.5:
-        return Instant(after_s=chance.uniform(0.0, elapsed_s))
-    return Instant(call=chance.randint(1, calls), done=chance.random() < 0.5)
+def _draw_instant(rng: random.Random, elapsed_s: float, calls: int) -> Instant:
+    if rng.random() < 0.5:
+        return Instant(after_s=rng.uniform(0.0, elapsed_s))
+    return Instant(call=rng.randint(1, calls), done=rng.random() < 0.5)
 
 
 def _run_and_kill(case: Case, target: str, instant: Instant) -> tuple[bool, list[tuple[int, int]]]:
-    """Whether the process died as it should, and what a reader beside it saw as committed."""
-    with _watching(case, target) as seen:
+    """Whether the process was killed before it ended, and the blocks that a reader beside it saw as committed."""
+    with _reader(case, target) as seen:
         if instant.after_s is None:
-            answer = Child(lambda: _dying(instant, lambda: case.run(target)), case.log).wait()
+            answer = Child(lambda: _run_until(instant, lambda: case.run(target)), case.log).wait()
             killed = answer is None
         else:
             child = Child(lambda: case.run(target), case.log)
@@ -128,36 +129,37 @@ def _run_and_kill(case: Case, target: str, instant: Instant) -> tuple[bool, list
 
 
 @contextmanager
-def _watching(case: Case, target: str) -> Iterator[list[tuple[int, int]]]:
-    """A reader that looks at the target all the time; what it saw is in the list when this is left."""
+def _reader(case: Case, target: str) -> Iterator[list[tuple[int, int]]]:
+    """Run a reader that polls the target; afterwards the list holds the blocks that it saw as committed."""
     seen: list[tuple[int, int]] = []
-    stop, say = os.pipe()
-    child = Child(lambda: case.watch(target, stop))
+    reading, writing = os.pipe()
+    child = Child(lambda: case.watch(target, reading))
     try:
         yield seen
     finally:
-        os.write(say, b"stop")
+        os.write(writing, b"stop")
         answer = child.wait()
-        os.close(stop)
-        os.close(say)
+        os.close(reading)
+        os.close(writing)
         if answer is None or "result" not in answer:
             raise RuntimeError(f"{case.name}: the reader failed: {answer}")
         seen += [(view, block) for view, block in answer["result"]]
 
 
-def _counted(run: Callable[[], None]) -> int:
+def _count_calls(run: Callable[[], None]) -> int:
     count = 0
 
     def called(done: bool) -> None:
         nonlocal count
         count += not done
 
-    _trap(called)
+    _intercept_calls(called)
     run()
     return count
 
 
-def _dying(instant: Instant, run: Callable[[], None]) -> None:
+def _run_until(instant: Instant, run: Callable[[], None]) -> None:
+    """Run, and kill this process at an instant."""
     count = 0
 
     def called(done: bool) -> None:
@@ -166,12 +168,12 @@ def _dying(instant: Instant, run: Callable[[], None]) -> None:
         if count == instant.call and done == instant.done:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _trap(called)
+    _intercept_calls(called)
     run()
 
 
-def _trap(called: Callable[[bool], None]) -> None:
-    """Have every call that changes a disk or an object store say so before and after it."""
+def _intercept_calls(called: Callable[[bool], None]) -> None:
+    """Call `called(False)` before and `called(True)` after each call that changes the disk or an object store."""
     import obstore
 
     def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,10 +202,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.of:
             with fault_cases.prepared(name, Path(folder), in_child) as case:
-                for line in kill_again_and_again(case, options.kills, random.Random(f"{options.seed} {name}")):
+                for line in kill_repeatedly(case, options.kills, random.Random(f"{options.seed} {name}")):
                     lines.append(line)
                     print(json.dumps(line), flush=True)
-    total = summary(lines, time.monotonic() - start)
+    total = summarise(lines, time.monotonic() - start)
     print(json.dumps(total), flush=True)
     sys.exit(1 if total["problems"] else 0)
 

@@ -1,6 +1,6 @@
-"""benchmarks/: each script runs as the README says, at its smallest, and prints one JSON line of sane figures.
+"""benchmarks/: each script runs as the README says, at its smallest, and prints one JSON line of plausible figures.
 
-Never a bound on time: that is what the scripts are for, on a machine that does nothing else.
+These tests set no bounds on time: the scripts measure it, on an idle machine.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def test_a_benchmark_prints_one_line_of_figures(script: str):
 
 
 @pytest.mark.slow
-def test_the_price_of_stopping_early_is_told(tmp_path: Path):
-    """Two rates of which one is hopeless: what was saved, and where the one that was kept stands in the whole."""
+def test_the_cost_of_stopping_early_is_measured(tmp_path: Path):
+    """Of two learning rates one is far too small: the time saved, and the rank of the trial that was kept."""
     process = start("asha", *SMALLEST, "--rates", "0.0001,0.1", "--keep-one-in", "2", "--epochs", "3")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -94,7 +94,7 @@ def test_the_price_of_stopping_early_is_told(tmp_path: Path):
     assert (line["kept_best"] == 1) == (line["rank_of_kept"] == [1]) == (line["behind"]["mean"] == 0)
 
 
-def test_trouble_is_one_line_and_exit_code_2():
+def test_an_error_is_one_line_and_exit_code_2():
     process = start("build_overhead", "--set", "num_vews=3")
     out, errors = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")

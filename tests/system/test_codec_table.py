@@ -1,6 +1,7 @@
-"""benchmarks/codec_table.py: runs as the README says and prints a JSON line per codec, on small made-up features.
+"""benchmarks/codec_table.py: runs as the README says and prints a JSON line per codec, on small random features.
 
-The bars are for the real arrays; what must hold of any is checked here. The real network is asked for four views.
+The script's own limits are for the real arrays; these tests check what holds for any. The real network computes four
+views.
 """
 
 from __future__ import annotations

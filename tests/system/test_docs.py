@@ -1,4 +1,4 @@
-"""What the documents say: their code runs, their numbers are right, their links, options and recipes exist."""
+"""The documents: their code runs, their numbers are right, and their links, options and recipes exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The script of docs/evaluation.md and `--robustness` end to end, on the digits: copies are made once, for all."""
+"""The script of docs/evaluation.md and `--robustness` on the digits; corrupted copies are made once for both."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_script_of_the_document_says_what_the_command_says(runs: list[Path],
     assert own == pytest.approx(1.0)
     (folder,) = (tmp_path / "corruptions").iterdir()
     assert folder.name.startswith("digits-test-4-")
-    monkeypatch.setattr(corrupt, "corrupt_images", None)  # everything is there: a call would fail
+    monkeypatch.setattr(corrupt, "corrupt_images", None)  # all copies exist: a call would fail
     arguments = [runs[1], "--baseline", runs[0], "--robustness", "--robustness-samples", 4, "--workers", 1, "--json"]
     done = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
     assert done.exit_code == 0, done.stderr

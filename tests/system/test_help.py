@@ -1,4 +1,4 @@
-"""Every command's help answers at once: it imports nothing that takes long to import."""
+"""The help of every command imports no slow library."""
 
 from __future__ import annotations
 

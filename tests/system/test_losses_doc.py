@@ -1,4 +1,4 @@
-"""docs/losses.md against the code: every loss is there, with its numbers, and needs what it says."""
+"""docs/losses.md against the code: every loss is listed, with its defaults and the arrays that it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a dataset are renamed, moved and shuffled: training gives every image the targets that it had."""
+"""Renamed, moved and shuffled image files: training still gives every image its own targets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHUFFLES = 3
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With copies of an image: two in one class, one in another class, where the label differs."""
+    """Pictures with two copies of one: one in the same class, one in another class."""
     root = tiny_run.write_pictures(tmp_path_factory.mktemp("order") / "pictures", train=40, test=6)
     blue, red = root / "train" / "blue", root / "train" / "red"
     for target in (blue / "900.png", red / "050.png"):
@@ -47,7 +47,7 @@ def recipe_file(cache: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(recipe_file: Path) -> dict[str, torch.Tensor]:
-    """What a student learns from the files as the cache knows them."""
+    """The weights of a student of the files as they were when the cache was built."""
     return learned(recipe_file, recipe_file.parent / "as-built")
 
 

@@ -1,4 +1,4 @@
-"""docs/reproduce.md: every command runs as it stands there, on stand-ins of the same shape; its numbers are right."""
+"""docs/reproduce.md: its commands run, on stand-ins of the same shape, and its numbers are right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 TEXT = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
 APPS = {"build-cache": pipeline.cli.app, "train-student": train.cli.app}
-# What a stand-in needs: a CLIP in a folder, two views, and no check that random teachers are better than chance.
+# Changes for the stand-ins: a CLIP in a folder, two views, and no check that the random teachers beat chance.
 BUILD = ["--clip", "local-dir:tiny-clip", "--set", "num_views=2", "--set", "preflight_samples=0", "--device", "cpu"]
 TRAIN = ["--epochs", "1", "--set", "evaluate_every=1", "--device", "cpu", "--json"]
 LAYOUT = "download_ckpts/cifar_teachers/{}_vanilla/ckpt_epoch_240.pth"
@@ -59,7 +59,7 @@ def table(heading: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory with everything that the page says to download."""
+    """The working directory, with stand-ins for everything that the page says to download."""
     root = tmp_path_factory.mktemp("reproduce")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

@@ -47,8 +47,8 @@ def test_same_seed_same_bytes_and_open_clip_loads_them(script: ModuleType, tmp_p
     options = {"samples": 96, "epochs": 2, "batch_size": 32, "device": "cpu"}
     script.main("digits", tmp_path / "a", seed=3, **options)
     script.main("digits", tmp_path / "c", seed=4, **options)
-    told = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, str(SCRIPT), "digits", "--seed=3", f"--out={tmp_path / 'b'}", *told]
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [sys.executable, str(SCRIPT), "digits", "--seed=3", f"--out={tmp_path / 'b'}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "zero-shot top-1 on 359 test images" in done.stdout
