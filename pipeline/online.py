@@ -1,4 +1,4 @@
-"""Targets from live teachers, batch by batch: what a cache replaces, kept to check it against and to measure it by."""
+"""Targets from live teachers, batch by batch: the reference that caches are tested and measured against."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.feed import BatchTargets
 class LiveTeachers:
     """A target source for `train.loop` that runs teachers and CLIPs on every batch of view pixels.
 
-    Interface of a cached source: `view(v).batch(index, pixels)`. Rows equal a float32 cache of the same recipe.
+    It has the interface of a cached source, `view(v).batch(index, pixels)`, and gives the rows of a float32 cache.
     """
 
     def __init__(self, ensemble: TeacherEnsemble) -> None:
@@ -22,12 +22,12 @@ class LiveTeachers:
         return self
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
-        """Fused logits [B, C] and features [B, D], and each network's own features, float32, of uint8 view pixels."""
+        """Float32 targets of uint8 view pixels: fused logits [B, C], fused features [B, D], each network's features."""
         teachers, clips = self._ensemble.outputs(pixels_NCHW_u8)
         logits, features = self._ensemble.fuse(teachers, clips)
-        own = [teacher.features for teacher in teachers] + [clip.features for clip in clips]
-        # Cloned out of inference mode: the loss records gradients with them.
-        return BatchTargets(logits.clone(), features.clone(), tuple(each.clone() for each in own))
+        components = [output.features for output in (*teachers, *clips)]
+        # Cloned out of inference mode: the loss uses them while it records gradients.
+        return BatchTargets(logits.clone(), features.clone(), tuple(component.clone() for component in components))
 
     def close(self) -> None:
         """Nothing to release."""

@@ -1,4 +1,4 @@
-"""What a cache will cost and when it has paid for itself, measured on a few batches before anything is built."""
+"""Estimate what a cache costs and when it pays off, from a few timed batches, before anything is built."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ STUDENT_BATCH = 64
 
 
 class Plan(Frozen):
-    """Figures of a planned cache.
+    """Estimates for a planned cache.
 
     Attributes:
-        bytes: of all arrays, uncompressed; float16 targets hardly compress. `bytes_free` where they would go.
-        targets_per_s: images per second through all teachers and CLIPs, pixels to targets, views made included.
-        student_per_s: images per second of training steps of `student`, forward, backward and update.
+        bytes: of all arrays, uncompressed; float16 targets hardly compress.
+        bytes_free: on the disk of the destination.
+        targets_per_s: images per second from pixels to targets, through views, teachers and CLIPs.
+        student_per_s: images per second of training steps of `student`: forward, backward and update.
         build_s: V · N / targets_per_s.
-        speedup: an epoch with live teachers over an epoch from the cache, 1 + student_per_s / targets_per_s.
-        epochs_to_break_even: epochs of training, over all students, after which building has cost no more than running
-            the teachers in each of them: as many as there are views.
+        speedup: time of an epoch with live teachers over one from the cache, 1 + student_per_s / targets_per_s.
+        epochs_to_break_even: epochs of training, over all students, after which the build has cost no more than live
+            teachers would have: the number of views.
         students_to_break_even: the same in students of `epochs` epochs.
     """
 
@@ -72,26 +73,28 @@ class Plan(Frozen):
     def verdict(self) -> str:
         """Whether to build it, in a sentence or two."""
         if self.bytes > self.bytes_free:
-            return "It does not fit where it would go: choose fewer --views, --codec float16, or another --out."
-        paid = f"It has paid for itself after {self.epochs_to_break_even} epochs of training"
+            return "The disk is too small: choose fewer --views, --codec float16, or another --out."
+        pays_off = f"The cache pays off after {self.epochs_to_break_even} epochs of training"
         if self.students_to_break_even > 1.0:
             students = f"{np.ceil(self.students_to_break_even):.0f} students of {self.epochs} epochs"
             return (
-                f"{paid}, that is {students}. For a single one it will not: train with live teachers, or choose "
-                f"at most {self.epochs} --views."
+                f"{pays_off}, that is {students}. For a single student, train with live teachers or choose at most "
+                f"{self.epochs} --views."
             )
         saved = self.build_s * (self.epochs / self.epochs_to_break_even - 1.0)
-        first = f"{paid}, within the first student of {self.epochs} epochs"
+        first = f"{pays_off}, within the first student of {self.epochs} epochs"
         if self.speedup < 1.05:
-            return f"{first}, but saves little: the student, not the teachers, is what costs time here."
-        return f"{first}; that one saves {_duration(saved)}, every further one {_duration(saved + self.build_s)}."
+            return f"{first}, but saves little: most of the time goes into the student, not the teachers."
+        return (
+            f"{first}. It saves {_duration(saved)} there, and {_duration(saved + self.build_s)} for every further one."
+        )
 
 
 def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     """Time a few batches of teachers and of a student on the recipe's own images and device.
 
     Raises:
-        CacheError: whatever would stop the build: images, weights or device that are not there.
+        CacheError: images, weights or device are missing, as in a build.
     """
     device = resolve_device(recipe.device)
     images = open_images(recipe.dataset)
@@ -130,7 +133,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
 def _student_step(
     name: str, recipe: BuildRecipe, images: ImageSet, device: torch.device
 ) -> Callable[[torch.Tensor, np.ndarray], object]:
-    """A training step on labels: what a cached step costs, but for the loss on targets."""
+    """A training step on labels. It costs as much as a cached step without the loss on targets."""
     student = create_student(name, len(images.class_names)).to(device).to(memory_format=torch.channels_last).train()
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
     mean, std = recipe.dataset.normalisation
@@ -140,7 +143,7 @@ def _student_step(
         inputs = prepare(pixels.contiguous(memory_format=torch.channels_last), Preprocessing(mean=mean, std=std))
         loss = F.cross_entropy(student(inputs), labels[torch.from_numpy(index).to(device)])
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     return step
@@ -149,19 +152,19 @@ def _student_step(
 def _rate(
     images: ImageSet, batch_size: int, device: torch.device, work: Callable[[torch.Tensor, np.ndarray], object]
 ) -> float:
-    """Images per second of `work(pixels, index)`, the median batch; loading is done before the clock starts."""
+    """Images per second of `work(pixels, index)`, from the median batch; loading images is not timed."""
     durations: list[float] = []
     for index in _batches(len(images), batch_size):
         pixels = torch.from_numpy(np.ascontiguousarray(images.load(index))).to(device)
-        _wait(device)
+        _synchronise(device)
         start = time.perf_counter()
         work(pixels, index)
-        _wait(device)
+        _synchronise(device)
         durations.append(time.perf_counter() - start)
         if len(durations) > 3 and sum(durations) > MIN_S:
             break
-    settled = durations[2:] or durations
-    return min(batch_size, len(images)) / float(np.median(settled))
+    timed = durations[2:] or durations  # the first two warm up
+    return min(batch_size, len(images)) / float(np.median(timed))
 
 
 def _batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -169,7 +172,7 @@ def _batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
         yield (np.arange(min(batch_size, count)) + number * batch_size) % count
 
 
-def _wait(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""What a user asks `build-cache` for: one frozen recipe per cache, built-in ones by name, YAML files otherwise."""
+"""The recipe of `build-cache`: one frozen model per cache, from a built-in name or a YAML file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from cache_tools.views.recipe import ViewRecipe
 
 
 class TeacherSpec(Frozen):
-    """A conventional teacher and where its weights are.
+    """A conventional teacher and its weights.
 
-    name: a CIFAR-zoo name (`resnet32x4`), `timm:NAME`, `torchvision:NAME`, or a run folder or `.safetensors` file
-        that `train-student` wrote (it names its own architecture).
-    weights: a `.safetensors` or `.pth` file, `package:FILE` (shipped), or a pretrained tag of timm or torchvision.
-    size, interpolation, mean, std: its preprocessing, where the library's or the checkpoint's own is not wanted.
-    weight: its share among several teachers; equal shares by default.
+    Attributes:
+        name: a CIFAR-zoo name (`resnet32x4`), `timm:NAME`, `torchvision:NAME`, or a run folder or `.safetensors` file
+            of `train-student`, which names its own architecture.
+        weights: a `.safetensors` or `.pth` file, `package:FILE` (shipped), or a pretrained tag of timm or torchvision.
+        size, interpolation, mean, std: override the preprocessing of the library or checkpoint.
+        weight: its share among several teachers; equal shares by default.
     """
 
     name: str
@@ -48,11 +49,13 @@ Templates = Annotated[
 class ClipSpec(Frozen):
     """An open_clip model and its prompts.
 
-    name: an open_clip model name, `hf-hub:ORG/MODEL` or `local-dir:FOLDER` (`local-dir:package:FOLDER` is shipped).
-    weights: a pretrained tag of open_clip or a checkpoint file; only with a plain model name.
-    templates: `richkd` (the 12 of the paper's code), `openai` (80), `siglip` (1), a file with one per line, or a list.
-    class_names: words for the prompts where the dataset's class names are not good ones; same order.
-    weight: its share among several CLIPs; equal shares by default.
+    Attributes:
+        name: an open_clip model name, `hf-hub:ORG/MODEL` or `local-dir:FOLDER` (`local-dir:package:FOLDER` is shipped).
+        weights: a pretrained tag of open_clip or a checkpoint file; only with a plain model name.
+        templates: `richkd` (the 12 of the paper's code), `openai` (80), `siglip` (1), a file with one per line, or a
+            list.
+        class_names: words for the prompts that replace the dataset's class names, in the same order.
+        weight: its share among several CLIPs; equal shares by default.
     """
 
     name: str
@@ -73,7 +76,7 @@ Clips = Annotated[
 
 
 def _folder_or_url(value: Any) -> Any:
-    """A string that is not a URL is a path."""
+    """Turn a string that is not a URL into a path."""
     if not isinstance(value, str):
         return value
     return value if is_url(value) and not value.startswith("file://") else Path(value.removeprefix("file://"))
@@ -85,12 +88,13 @@ CodecChoice = Annotated[
 
 
 class BuildRecipe(Frozen):
-    """One cache: whose images, which views of them, which teachers, how they are fused and how it is stored.
+    """One cache: its images, their views, the networks, their fusion, and how targets are stored.
 
-    `teacher` and `clip` are one network or a list of them; `teachers` and `clips` give either as a tuple.
-    `codec` is a preset (`target_codecs.resolve_codecs`) or a codec for the logits and one for the features.
-    `batch_size`, `block_rows`, `device` and `out` (a folder, or the URL of an object store) say how and where the work
-    is done; the rest says what the values are.
+    `teacher` and `clip` are one network or a list of them; `teachers` and `clips` are always tuples.
+    `codec` is a preset (`cache_tools.codecs.presets.resolve_codecs`), or a codec for the logits and one for the
+    features.
+    `batch_size`, `block_rows`, `device` and `out` (a folder, or the URL of an object store) determine how and where the
+    work is done. All other fields determine the values.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -129,7 +133,7 @@ def shares(specs: Sequence[TeacherSpec] | Sequence[ClipSpec], *, where: str) -> 
     """The weight of each network in its group: as given, or equal.
 
     Raises:
-        RecipeError: weights for some of them only, or weights that do not sum to 1.
+        RecipeError: only some networks have a weight, or the weights do not sum to 1.
     """
     weights = [spec.weight for spec in specs if spec.weight is not None]
     if not weights:
@@ -138,7 +142,7 @@ def shares(specs: Sequence[TeacherSpec] | Sequence[ClipSpec], *, where: str) -> 
         raise RecipeError(
             "some networks of a group have a weight and some have none",
             where=where,
-            expected="a weight for each of them, or for none (equal shares)",
+            expected="a weight for every network, or for none (equal shares)",
             found=", ".join(f"{spec.name}: {spec.weight}" for spec in specs),
         )
     check_shares(weights, where=f"{where} weights")
@@ -153,5 +157,5 @@ def builtin_recipes() -> Traversable:
 def load_build_recipe(
     source: str | None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
 ) -> BuildRecipe:
-    """A built-in name or YAML file with options laid over it; see `cache_tools.config.load_recipe`."""
+    """Load a built-in recipe or YAML file and apply options to it; see `cache_tools.config.load_recipe`."""
     return load_recipe(BuildRecipe, source, builtin_recipes(), overrides, options)

@@ -1,6 +1,6 @@
-"""Build the cache of a recipe: find it or make it, then have its missing blocks computed (`build_blocks.py`).
+"""Build the cache of a recipe: find or create it, then compute its missing blocks (`pipeline/build/blocks.py`).
 
-torch is imported where a network is needed: that a cache is complete already is said without.
+torch is imported only when networks are needed, so that a complete cache is recognised fast.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
 
 
 class BuildResult(NamedTuple):
-    """What a build did.
+    """The outcome of a build.
 
     Attributes:
-        path: folder of the cache; for one in an object store, at `url`, its mirror, with the blocks computed here.
-        images: (sample, view) pairs computed in this run. `elapsed_s` is the build loop alone.
+        path: folder of the cache. For a cache in an object store, at `url`, its mirror with the blocks computed here.
+        images: (sample, view) pairs that this run computed. `elapsed_s` is the time of the build loop alone.
         bytes_moved: to and from the object store.
     """
 
@@ -57,17 +57,17 @@ class BuildResult(NamedTuple):
 
 
 def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: None) -> BuildResult:
-    """Build the cache of a recipe, or go on with it where an earlier run stopped, or together with others.
+    """Build the cache of a recipe. Continues an earlier run, and shares the work with other builders of the cache.
 
     Args:
-        recipe: what to build; `recipe.out` or the cache home says where.
+        recipe: what to build; it goes to `recipe.out` or else into the cache home.
         say: receives one line per milestone.
 
     Raises:
-        CacheError: anything wrong with data, weights, device, storage, or another recipe's cache in the same place.
+        CacheError: a problem with data, weights, device or storage, or another recipe's cache in the same place.
     """
     if recipe.out is not None:
-        open_place(recipe.out)  # a URL that cannot be one is said at once
+        open_place(recipe.out)  # fail early on a malformed URL
     images = open_images(recipe.dataset)
     finished = find_finished(recipe, images)
     if finished is not None:
@@ -103,7 +103,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     manifest = output.manifest
     result = BuildResult(*where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved)
     ensemble.use_scales(manifest.clip_scales)
-    missing = output.missing()
+    missing = output.missing_blocks()
     if not missing:
         say(f"{where} is complete: nothing to do")
         return result
@@ -114,7 +114,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
 
 
 def resolve(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheRecipe:
-    """The recipe with every name replaced by what it stands for: content digests, resolved preprocessing, prompts."""
+    """The recipe with every name resolved: content digests, preprocessing, prompts."""
     return CacheRecipe(
         dataset=images.identity(),
         views=recipe.views,
@@ -141,7 +141,7 @@ def _create(
     ensemble: TeacherEnsemble,
     say: Callable[[str], None],
 ) -> CacheWriter:
-    """Make an empty cache, once its teachers have shown what they can."""
+    """Create an empty cache after the preflight."""
     from cache_tools.store.writer import CacheWriter
 
     preflight = None
@@ -154,13 +154,13 @@ def _create(
         fingerprint=identity.fingerprint,
         name=recipe.name,
         recipe=identity,
-        dataset=recipe.dataset.absolute(),  # so that it is found from any working directory
+        dataset=recipe.dataset.absolute(),  # readers may run in another working directory
         num_views=recipe.num_views,
         block_rows=recipe.block_rows or default_block_rows(identity),
         clip_scales=ensemble.fusion.clip_scales,
         canaries=make_canaries(recipe.views, images, recipe.num_views),
         build_recipe=recipe.model_dump(mode="json"),
-        provenance=_circumstances("created", ensemble)
+        provenance=_provenance("created", ensemble)
         | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs_digest(recipe)},
     )
     return CacheWriter.create(
@@ -173,19 +173,19 @@ def _create(
 
 
 def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheWriter:
-    """Room for more views, with canaries of their own and a note of when and by what they were added."""
+    """Add room for more views, with their own canaries and a note of when and by what they were added."""
     before = writer.manifest.num_views
     return writer.grow(
         recipe.num_views,
         canaries=make_canaries(recipe.views, images, recipe.num_views, first=before),
-        note=_circumstances("date", ensemble) | {"views": [before, recipe.num_views]},
+        note=_provenance("date", ensemble) | {"views": [before, recipe.num_views]},
     )
 
 
-def _circumstances(date: str, ensemble: TeacherEnsemble) -> dict[str, Any]:
-    """What provenance says of a run; `date` is the name of its date."""
+def _provenance(date_key: str, ensemble: TeacherEnsemble) -> dict[str, Any]:
+    """The provenance of this run; its date goes under `date_key`."""
     return {
-        date: datetime.now(UTC).isoformat(timespec="seconds"),
+        date_key: datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "device": device_name(ensemble.device),
         "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
@@ -196,7 +196,10 @@ def _circumstances(date: str, ensemble: TeacherEnsemble) -> dict[str, Any]:
 def _constants(
     recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet, ensemble: TeacherEnsemble
 ) -> dict[str, np.ndarray]:
-    """What holds for all samples and views, codecs fitted. What a codec cannot hold shows here, not hours later."""
+    """The arrays that hold for all samples and views, constants of fitted codecs included.
+
+    Encodes a sample of rows: values that a codec cannot store are found now instead of hours later.
+    """
     from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
     from pipeline.networks.ensemble import view_pixels
 
@@ -206,10 +209,8 @@ def _constants(
     index = sample_rows(len(images))
     rows: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(index), recipe.batch_size):
-        piece = index[start : start + recipe.batch_size]
-        for name, values in ensemble.targets(
-            view_pixels(images, recipe.views, piece, 0, ensemble.device), recipe.store
-        ).items():
+        pixels = view_pixels(images, recipe.views, index[start : start + recipe.batch_size], 0, ensemble.device)
+        for name, values in ensemble.targets(pixels, recipe.store).items():
             rows.setdefault(name, []).append(values.float().cpu().numpy())
     sample = {name: np.concatenate(parts) for name, parts in rows.items()}
     constants |= fit_codecs(identity, sample)
@@ -218,7 +219,7 @@ def _constants(
 
 
 def _stored_preflight(manifest: Manifest) -> Preflight | None:
-    """What the first build measured; None where a tool wrote something else there."""
+    """The preflight of the first build; None if there was none or the manifest has something else in its place."""
     try:
         return Preflight.model_validate(manifest.provenance.get("preflight"))
     except ValidationError:
@@ -226,5 +227,5 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
 
 
 def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
-    """The test split where there is one: on its training images a teacher looks better than it is."""
+    """The test split if there is one: a teacher looks too good on its own training images."""
     return open_images(recipe.dataset, recipe.dataset.test_split) if recipe.dataset.test_split else images

@@ -1,4 +1,4 @@
-"""Where the cache of a recipe is built: a folder, or an object store with a folder of this machine as its mirror."""
+"""Where the cache of a recipe is built: in a folder, or in an object store with a folder of this machine as mirror."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.recipe import BuildRecipe
 
 
 class Destination(NamedTuple):
-    """A folder and, for a cache in an object store, its URL; the folder then holds the blocks that were built here."""
+    """A folder and, for a cache in an object store, its URL. The folder is then the mirror of blocks built here."""
 
     path: Path
     url: str | None = None
@@ -24,14 +24,14 @@ class Destination(NamedTuple):
         """Where builders and readers find the cache.
 
         Raises:
-            RecipeError: a URL of an unknown scheme.
-            NotFoundError: a URL, and obstore is not installed.
+            RecipeError: the scheme of the URL is unknown.
+            NotFoundError: there is a URL, but obstore is not installed.
         """
         return open_place(self.url) if self.url else LocalPlace(self.path)
 
 
 def destination(recipe: BuildRecipe, fingerprint: str) -> Destination:
-    """Where `recipe.out` says, by default in the cache home."""
+    """The place that `recipe.out` names; by default one in the cache home."""
     if isinstance(recipe.out, Path):
         return Destination(local_path(recipe.out))
     path = registry.cache_path(recipe.name, fingerprint)
@@ -42,5 +42,5 @@ def destination(recipe: BuildRecipe, fingerprint: str) -> Destination:
 
 
 def names_a_cache(out: Path | str) -> bool:
-    """A folder, or a URL that ends in `.zarr`. Any other URL is a place for caches, each under its name in the home."""
+    """Whether `out` is a folder or a URL that ends in `.zarr`. Other URLs hold several caches, named as in the home."""
     return isinstance(out, Path) or out.rstrip("/").endswith(registry.SUFFIX)

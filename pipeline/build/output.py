@@ -1,7 +1,7 @@
-"""Where the blocks of a build go: into a folder, or into a mirror whose blocks follow to an object store one by one.
+"""Where a build stores its blocks: in a folder, or in a mirror from which each block is uploaded to an object store.
 
-An object store is written to by way of a folder of this machine, a cache like any other: what is computed is safe
-there first, and a build that is cut goes on with what it had not uploaded.
+The mirror is a folder of this machine and a cache like any other. Computed blocks are safe there first: an interrupted
+build continues by uploading the blocks that the store lacks.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cache_tools.store.writer import CacheWriter
 
 
 class Output:
-    """A cache in a folder, being built.
+    """A cache in a folder that is being built.
 
     Attributes:
         path: the folder.
-        place: where other builders and readers find the cache; the claims are beside it.
-        manifest: what is to be built.
-        writers: how many threads may store blocks at the same time.
+        place: where other builders and readers find the cache; the claims lie beside it.
+        manifest: of the finished cache.
+        writers: the number of threads that may store blocks at the same time.
         bytes_moved: to and from an object store.
     """
 
@@ -43,16 +43,16 @@ class Output:
         self.place: Place = LocalPlace(writer.path)
         self.bytes_moved = 0
 
-    def missing(self) -> list[BlockId]:
+    def missing_blocks(self) -> list[BlockId]:
         """Blocks that are not committed, in order."""
-        done = self.committed()
+        done = self.committed_blocks()
         return [
             block
             for index in np.ndindex(self.manifest.num_views, self.manifest.num_blocks)
             if (block := BlockId(*index)) not in done
         ]
 
-    def committed(self) -> set[BlockId]:
+    def committed_blocks(self) -> set[BlockId]:
         """All committed blocks, from one listing."""
         return list_committed(self.place)
 
@@ -63,62 +63,62 @@ class Output:
         """Write a block and commit it; see `CacheWriter.write_block`."""
         self._writer.write_block(*block, arrays, parameter_digest)
 
-    def at_hand(self, block: BlockId) -> bool:
-        """Whether a block need not be computed, because it was just now brought to its place from the mirror."""
+    def push_from_mirror(self, block: BlockId) -> bool:
+        """Upload a block that the mirror already has, so that it need not be computed. Returns whether it did."""
         return False
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Around the build."""
+    def building(self) -> Iterator[None]:
+        """Entered for the time of the build."""
         yield
 
     @property
-    def note(self) -> str:
-        """For the progress line."""
+    def progress_note(self) -> str:
+        """The end of the progress line."""
         return ""
 
 
 class MirroredOutput(Output):
-    """A cache in an object store, being built through a folder."""
+    """A cache in an object store that is being built through a folder, its mirror."""
 
     writers = 4
-    _here: Claims
+    _mirror_claims: Claims
 
     def __init__(self, writer: CacheWriter, place: Place, manifest: Manifest, moved: int) -> None:
         super().__init__(writer)
         self._mirror, self.place, self.manifest, self.bytes_moved = LocalPlace(self.path), place, manifest, moved
         self._arrays = block_arrays(self._mirror, manifest)
         self._lock = threading.Lock()
-        self._remember(complete=False)
+        self._record_origin(complete=False)
 
     def store(self, block: BlockId, arrays: Mapping[str, npt.NDArray[Any]], parameter_digest: int) -> None:
-        with self._here.holding(block):  # this machine may build the same cache for itself, or stage it
+        with self._mirror_claims.holding(block):  # other processes may build or stage the same cache in this folder
             if not self._mirror.has(block.commit_key):
                 super().store(block, arrays, parameter_digest)
         self._push(block)
 
-    def at_hand(self, block: BlockId) -> bool:
+    def push_from_mirror(self, block: BlockId) -> bool:
         if not self._mirror.has(block.commit_key):
             return False
         self._push(block)
         return True
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Keep the mirror from being tidied away, and first push what an earlier run left there."""
-        with Claims(self._mirror) as self._here:
-            self._here.prevent_pruning()
+    def building(self) -> Iterator[None]:
+        """Protect the mirror from pruning, and first upload the blocks that an earlier run left there."""
+        with Claims(self._mirror) as self._mirror_claims:
+            self._mirror_claims.prevent_pruning()
             with Claims(self.place) as claims:
-                self._push_the_rest(claims)
+                self._push_leftovers(claims)
             yield
-        self._remember(complete=True)
+        self._record_origin(complete=True)
 
     @property
-    def note(self) -> str:
+    def progress_note(self) -> str:
         return f"{self.bytes_moved / 1e6:,.1f} MB moved"
 
-    def _push_the_rest(self, claims: Claims) -> None:
-        ready = sorted(list_committed(self._mirror) & set(self.missing()))
+    def _push_leftovers(self, claims: Claims) -> None:
+        ready = sorted(list_committed(self._mirror) & set(self.missing_blocks()))
 
         def claimed() -> Iterator[BlockId]:
             for block in ready:
@@ -133,11 +133,11 @@ class MirroredOutput(Output):
             with Progress("push", len(ready), "blocks") as progress:
                 for block, sizes in copy_blocks(self._mirror, self.place, self.manifest, claimed()):
                     claims.release(block)
-                    self._count(sizes)
-                    progress.advance(1, self.note)
+                    self._add_moved(sizes)
+                    progress.advance(1, self.progress_note)
 
-    def _remember(self, *, complete: bool) -> None:
-        """Who opens the mirror gets what it lacks from the store."""
+    def _record_origin(self, *, complete: bool) -> None:
+        """Write down the store of this mirror: readers of the mirror get missing blocks from there."""
         manifest = self.manifest
         record = OriginRecord(
             url=str(self.place), fingerprint=manifest.fingerprint, views=manifest.num_views, complete=complete
@@ -146,8 +146,8 @@ class MirroredOutput(Output):
             write_origin(self.path, record)
 
     def _push(self, block: BlockId) -> None:
-        self._count(copy_block(self._mirror, self.place, self.manifest, self._arrays, block))
+        self._add_moved(copy_block(self._mirror, self.place, self.manifest, self._arrays, block))
 
-    def _count(self, sizes: list[int]) -> None:
+    def _add_moved(self, sizes: list[int]) -> None:
         with self._lock:
             self.bytes_moved += sum(sizes)

@@ -1,4 +1,4 @@
-"""Before hours of forward passes: are these teachers any good on a labelled sample?"""
+"""Measure the accuracy of teachers and CLIPs on a labelled sample before hours of forward passes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Preflight(Frozen):
     """Top-1 accuracies in [0, 1] on `n` clean labelled images of `split`; stored in the cache's provenance.
 
-    `teacher_top1` and `clip_top1` are of the mix of each group; `networks` has every network by itself, as `teacher`,
-    `teacher_2`, …, `clip`, `clip_2`, …
+    `teacher_top1` and `clip_top1` are those of the weighted mean of each group. `networks` has every single network, as
+    `teacher`, `teacher_2`, …, `clip`, `clip_2`, …
     """
 
     teacher_top1: float
@@ -41,7 +41,7 @@ class Preflight(Frozen):
         )
 
     def _each(self, group: str) -> str:
-        """In brackets, the members of a group of several."""
+        """The accuracies of the members of a group, in brackets; empty for a group of one."""
         members = [top1 for name, top1 in self.networks.items() if name.startswith(group)]
         return f" ({', '.join(f'{top1:.2%}' for top1 in members)})" if len(members) > 1 else ""
 
@@ -50,7 +50,7 @@ def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch
     """Measure every network, both groups and their fusion on up to `limit` evenly spaced clean samples.
 
     Raises:
-        PreflightError: a teacher is no better than chance (wrong weights, wrong class order or wrong normalisation).
+        PreflightError: a teacher is no better than chance: wrong weights, class order or normalisation.
     """
     import torch
 
@@ -61,7 +61,7 @@ def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch
     with Progress("preflight", len(index), "images") as progress:
         for rows, pixels in clean_batches(images, index, batch_size, ensemble.device):
             labels = torch.from_numpy(images.labels[rows]).to(ensemble.device)
-            correct.append((_guesses(ensemble, ensemble.outputs(pixels)) == labels).sum(1))
+            correct.append((_predictions(ensemble, ensemble.outputs(pixels)) == labels).sum(1))
             progress.advance(len(rows))
     teacher_top1, clip_top1, fusion_top1, *each = (torch.stack(correct).sum(0).double() / len(index)).tolist()
     names = [array_name("teacher", number) for number in range(len(ensemble.teachers))]
@@ -74,12 +74,12 @@ def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch
         split=images.split,
         n=len(index),
     )
-    _refuse_chance(result, len(images.class_names), ensemble)
+    _check_teachers(result, len(images.class_names), ensemble)
     return result
 
 
-def _guesses(ensemble: TeacherEnsemble, output: EnsembleOutput) -> torch.Tensor:
-    """int64 [3 + networks, B]: the classes that teachers, CLIPs, their fusion, and then each network favour."""
+def _predictions(ensemble: TeacherEnsemble, output: EnsembleOutput) -> torch.Tensor:
+    """int64 [3 + networks, B]: classes predicted by the teachers, the CLIPs, their fusion, and then each network."""
     import torch
 
     fused, _ = ensemble.fuse(*output)
@@ -88,8 +88,8 @@ def _guesses(ensemble: TeacherEnsemble, output: EnsembleOutput) -> torch.Tensor:
     return torch.stack([each.argmax(1) for each in logits])
 
 
-def _refuse_chance(result: Preflight, num_classes: int, ensemble: TeacherEnsemble) -> None:
-    """Two standard deviations of a guesser above 1/C is the least that each teacher must reach."""
+def _check_teachers(result: Preflight, num_classes: int, ensemble: TeacherEnsemble) -> None:
+    """Raise PreflightError unless every teacher is two standard deviations of random guessing above 1/C."""
     chance = 1.0 / num_classes
     bound = chance + 2.0 * math.sqrt(chance * (1.0 - chance) / result.n)
     for number, teacher in enumerate(ensemble.teachers):
@@ -98,10 +98,9 @@ def _refuse_chance(result: Preflight, num_classes: int, ensemble: TeacherEnsembl
             continue
         which = f", teacher {number + 1} of {len(ensemble.teachers)}" if len(ensemble.teachers) > 1 else ""
         raise PreflightError(
-            "the teacher is no better than chance, so its cache would be worth nothing",
+            "the teacher is no better than chance, so its targets would be useless",
             where=f"{teacher.identity.architecture}{which}",
             expected=f"top-1 above {bound:.1%} on {result.n} images of {num_classes} classes",
             found=f"{top1:.1%}",
-            next_step="check its weights, the order of its classes and its mean and std; "
-            "`--set preflight_samples=0` builds regardless",
+            next_step="check its weights, class order, mean and std; `--set preflight_samples=0` skips this check",
         )

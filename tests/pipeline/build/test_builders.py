@@ -182,12 +182,12 @@ def test_a_block_that_another_builder_took_over_is_not_written(root: Path, tmp_p
     with Claims(output.place) as claims:
         assert claims.claim(BlockId(1, 2))
         claims_place(output.place).put("1.2.1", b"of the builder that took it over")
-        assert _store(output, claims, (1, 2), arrays, None) == 0
+        assert _store(output, claims, BlockId(1, 2), arrays, None) == 0
         assert arrays_of(tmp_path / "c") == before
         claims_place(output.place).delete(["1.2.1"])
         assert claims.claim(BlockId(1, 2))
-        assert _store(output, claims, (1, 2), arrays, None) == count
-    assert output.is_committed((1, 2))
+        assert _store(output, claims, BlockId(1, 2), arrays, None) == count
+    assert output.is_committed(BlockId(1, 2))
 
 
 def check(place: Place, clean: dict[str, bytes], tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_mirror_in_use_is_not_tidied_away(root, url, monkeypatch):
     refused = []
 
     def tidy_up_meanwhile(output, *arguments):
-        with output.working(), pytest.raises(StorageError, match="right now"):
+        with output.building(), pytest.raises(StorageError, match="right now"):
             housekeeping.remove(output.path)
         refused.append(output.path)
         return build_blocks(output, *arguments)
@@ -209,8 +209,8 @@ def test_a_mirror_that_two_work_in_is_kept_until_both_are_done(home, tmp_path):
     writer, store = create(home / "tiny.zarr", tiny_manifest(images), images), LocalPlace(tmp_path / "store.zarr")
     copy_cache(LocalPlace(writer.path), store)
     with ExitStack() as first:
-        first.enter_context(MirroredOutput(writer, store, writer.manifest, 0).working())
-        with MirroredOutput(writer, store, writer.manifest, 0).working():
+        first.enter_context(MirroredOutput(writer, store, writer.manifest, 0).building())
+        with MirroredOutput(writer, store, writer.manifest, 0).building():
             first.close()
             with pytest.raises(StorageError, match="right now"):
                 housekeeping.remove(writer.path)
