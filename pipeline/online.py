@@ -25,7 +25,7 @@ class LiveTeachers:
         """Float32 targets of uint8 view pixels: fused logits [B, C], fused features [B, D], each network's features."""
         teachers, clips = self._ensemble.outputs(pixels_NCHW_u8)
         logits, features = self._ensemble.fuse(teachers, clips)
-        components = [output.features for output in (*teachers, *clips)]
+        components = [teacher.features for teacher in teachers] + [clip.features for clip in clips]
         # Cloned out of inference mode: the loss uses them while it records gradients.
         return BatchTargets(logits.clone(), features.clone(), tuple(component.clone() for component in components))
 

@@ -165,7 +165,8 @@ class Comparison:
         if not isinstance(self._codec, TopK):
             return wide
         powers = np.exp((wide - wide.max(axis=1, keepdims=True)) / self._codec.temperature)
-        return powers / powers.sum(axis=1, keepdims=True)
+        probabilities: Float64Rows = powers / powers.sum(axis=1, keepdims=True)
+        return probabilities
 
 
 def _draw(cache: TeacherCache, count: int, seed: int) -> dict[int, npt.NDArray[np.int64]]:
@@ -242,4 +243,5 @@ class _Recompute:
 
 def _rms(rows: Float64Rows) -> Float64Rows:
     """Root mean square of each row, [B]."""
-    return np.sqrt((rows**2).mean(axis=1))
+    rms: Float64Rows = np.sqrt((rows**2).mean(axis=1))
+    return rms

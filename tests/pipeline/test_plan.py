@@ -34,21 +34,21 @@ def test_a_long_run_pays_for_its_cache() -> None:
     # Live teachers cost 240 epochs × 50 s; the cache 800 s. 12 000 − 800 s = 187 min saved, then 200 min each.
     verdict = make().verdict
     assert "after 16 epochs of training, within the first student of 240 epochs" in verdict
-    assert "saves 3.1 h, every further one 3.3 h" in verdict
+    assert "saves 3.1 h there, and 3.3 h for every further one" in verdict
 
 
 def test_a_short_run_does_not() -> None:
     verdict = make(epochs=5, students_to_break_even=3.2).verdict
-    assert "that is 4 students of 5 epochs. For a single one it will not" in verdict
+    assert "that is 4 students of 5 epochs. For a single student, train with live teachers" in verdict
     assert "at most 5 --views" in verdict
 
 
 def test_cheap_teachers_save_little() -> None:
-    assert "saves little: the student, not the teachers" in make(speedup=1.02).verdict
+    assert "saves little: most of the time goes into the student" in make(speedup=1.02).verdict
 
 
-def test_no_room_is_said_first() -> None:
-    assert make(bytes=10**12).verdict.startswith("It does not fit")
+def test_a_full_disk_comes_first() -> None:
+    assert make(bytes=10**12).verdict.startswith("The disk is too small")
 
 
 def test_the_command_measures_and_builds_nothing(tmp_path: Path) -> None:
