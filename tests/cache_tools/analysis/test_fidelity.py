@@ -1,13 +1,57 @@
-"""cache_tools/analysis/fidelity.py: it learns, is the same every time, and by the KD loss that training uses."""
+"""cache_tools/analysis/fidelity.py: measures against their definitions in numpy float64, and the small student."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from cache_tools.analysis import fidelity
 from cache_tools.analysis.fidelity import BATCH, LEARNING_RATE, fit_student
+from cache_tools.codecs import TopK
+from tests.support.codec_rows import WIDTH, logits, softmax
 from train import losses
+from train.losses.tail import kd_tail
+
+
+def test_gradient_error() -> None:
+    target, decoded, student = (logits(20, seed=s) for s in (0, 1, 2))
+    tensors = [torch.from_numpy(rows) for rows in (target, decoded, student)]
+    for temperature in (1.0, 4.0):
+        p, d, q = (softmax(rows, temperature) for rows in (target, decoded, student))
+        found = fidelity.gradient_error(tensors[0], tensors[1], tensors[2], temperature)
+        assert found == pytest.approx(np.linalg.norm(d - p) / np.linalg.norm(q - p), rel=1e-9)
+    assert fidelity.gradient_error(tensors[0], tensors[0], tensors[2], 4.0) == 0.0
+
+
+def test_gradient_error_is_that_of_the_loss() -> None:
+    target, student = torch.from_numpy(logits(20)), torch.from_numpy(logits(20, seed=1)).requires_grad_()
+    decoded = target + 0.1 * torch.from_numpy(logits(20, seed=2))
+    exact, other = (torch.autograd.grad(losses.kd(student, rows, 4.0), student)[0] for rows in (target, decoded))
+    assert fidelity.gradient_error(target, decoded, student.detach(), 4.0) == pytest.approx(
+        float((other - exact).norm() / exact.norm()), rel=1e-4
+    )
+
+
+def test_tail_gradient_error_is_that_of_the_loss() -> None:
+    values = logits(20)
+    target, student = torch.from_numpy(values), torch.from_numpy(logits(20, seed=1)).requires_grad_()
+    codec = TopK(num_classes=WIDTH, max_classes=3)
+    targets = codec.sparse(codec.encode(values))
+    joint = torch.cat([targets.log_p, targets.log_tail[:, None]], dim=1).softmax(dim=1)
+    known = torch.zeros(20, WIDTH + 1).scatter_(1, targets.classes, joint[:, :-1])[:, :WIDTH]
+    exact = torch.autograd.grad(losses.kd(student, target, 1.0), student)[0]
+    found = torch.autograd.grad(kd_tail(student, *targets, 1.0), student)[0]
+    error = fidelity.tail_gradient_error(target, known, student.detach(), 1.0)
+    assert error == pytest.approx(float((found - exact).norm() / exact.norm()), rel=1e-4)
+
+
+def test_divergence_and_agreement() -> None:
+    target, decoded = logits(20), logits(20, seed=1)
+    p, d = softmax(target, 2.0), softmax(decoded, 2.0)
+    tensors = torch.from_numpy(target), torch.from_numpy(decoded)
+    assert fidelity.divergence(*tensors, 2.0) == pytest.approx((p * np.log(p / d)).sum(axis=1).mean(), rel=1e-9)
+    assert fidelity.agreement(*tensors) == (target.argmax(1) == decoded.argmax(1)).mean()
 
 
 def data(classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +61,7 @@ def data(classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("hidden", [None, 20])
-def test_against_a_plain_training_loop(hidden: int | None) -> None:
+def test_fit_student_equals_a_plain_training_loop(hidden: int | None) -> None:
     inputs, targets = data()
     found = fit_student(inputs, targets, (7, 15), hidden=hidden, temperatures=(1.0, 3.0), seed=5)
     standard = (inputs - inputs.mean(dim=0)) / inputs.std(dim=0)
@@ -31,8 +75,8 @@ def test_against_a_plain_training_loop(hidden: int | None) -> None:
     optimiser = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
     for step in range(1, 16):
         batch = torch.randint(300, (BATCH,))
-        said = student(standard[batch])
-        loss = losses.kd(said, targets[batch], 1.0) + losses.kd(said, targets[batch], 3.0)
+        logits_BC = student(standard[batch])
+        loss = losses.kd(logits_BC, targets[batch], 1.0) + losses.kd(logits_BC, targets[batch], 3.0)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -41,7 +85,7 @@ def test_against_a_plain_training_loop(hidden: int | None) -> None:
     assert list(found) == [7, 15]
 
 
-def test_it_learns_and_leaves_the_generators_alone() -> None:
+def test_fit_student_learns_and_keeps_the_state_of_the_generators() -> None:
     inputs, targets = data()
     torch.manual_seed(11)
     expected = torch.rand(3)

@@ -1,5 +1,4 @@
-"""analysis/fidelity_table.py, fidelity_bench.py: bytes are those of a really recoded cache, errors those of a slow
-float64 reference on what that cache gives."""
+"""analysis/fidelity_table.py, fidelity_bench.py: bytes as in a recoded cache, errors as in a slow float64 reference."""
 
 from __future__ import annotations
 
@@ -89,7 +88,7 @@ def relative(decoded: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("store", "spec"), CASES)
-def test_bytes_are_those_of_the_files(
+def test_bytes_equal_the_size_of_the_files(
     tables: dict[str, CostTable], recoded: dict[Any, TeacherCache], store: str, spec: str
 ) -> None:
     cost, cache = cost_of(tables[store], spec), recoded[store, spec]
@@ -102,7 +101,9 @@ def test_bytes_are_those_of_the_files(
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_the_cache_as_it_is(caches: dict[str, TeacherCache], tables: dict[str, CostTable], store: str) -> None:
+def test_the_caches_own_codecs_have_no_error(
+    caches: dict[str, TeacherCache], tables: dict[str, CostTable], store: str
+) -> None:
     cost = cost_of(tables[store], AS_IT_IS)
     assert cost.bytes is not None
     assert cost.bytes * 75 == pytest.approx(chunk_bytes(caches[store], 1), abs=1e-6)
@@ -133,7 +134,7 @@ def test_errors_against_a_slow_reference(
     store: str,
     spec: str,
 ) -> None:
-    """From what both caches give to training, fused with float64 softmax and norms."""
+    """Compares the targets that both caches give to training, with softmax and norms in float64."""
     cost = cost_of(tables[store], spec)
     before, after = (cache.load_view(1) for cache in (caches[store], recoded[store, spec]))
     truth, decoded = (view.logits(slice(None)).numpy() for view in (before, after))
@@ -172,7 +173,7 @@ def test_errors_of_each_stored_target(
 
 
 @pytest.mark.parametrize("spec", ["top-k:max_classes=3", "top-k"])
-def test_top_k_is_judged_by_its_own_loss(
+def test_top_k_is_measured_with_its_own_loss(
     caches: dict[str, TeacherCache], tables: dict[str, CostTable], recoded: dict[Any, TeacherCache], spec: str
 ) -> None:
     """The gradient of `train.losses.tail.kd_tail` by autograd against that of KD on the cache's logits."""
@@ -225,7 +226,7 @@ def test_a_cache_of_top_k_is_its_own_reference(tmp_path: Path, capsys: pytest.Ca
 # Which codecs, which rows
 
 
-def test_sorted_by_bytes_and_what_cannot_be_stored_last(tmp_path: Path) -> None:
+def test_codecs_are_sorted_by_bytes_and_unusable_ones_are_last(tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES, codec="float32")
     targets = tiny_targets(manifest)
     targets["fused_logits"][1, 9, 2] = 1e5
@@ -239,7 +240,7 @@ def test_sorted_by_bytes_and_what_cannot_be_stored_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_the_list_for_a_cache_has_no_doubles_and_not_the_cache_itself(
+def test_default_codecs_have_no_duplicates_and_not_the_caches_own(
     caches: dict[str, TeacherCache], store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = caches[store].recipe
@@ -257,12 +258,12 @@ def test_the_list_for_a_cache_has_no_doubles_and_not_the_cache_itself(
         measure(caches[store], ["coarse"])
 
 
-def test_thousands_of_classes_are_offered_top_k() -> None:
+def test_top_k_is_a_default_for_a_thousand_classes() -> None:
     recipe = tiny_manifest(tiny_images(num_classes=120), canaries=False).recipe
     assert "top-k" in default_codecs(recipe)[0]
 
 
-def test_more_classes_than_top_k_can_number_are_not_offered_it() -> None:
+def test_top_k_is_no_default_for_more_classes_than_it_can_number() -> None:
     recipe = tiny_manifest(tiny_images(), canaries=False).recipe
     dataset = recipe.dataset.model_copy(update={"class_names": tuple(map(str, range(MAX_CLASSES + 1)))})
     chosen, left_out = default_codecs(recipe.model_copy(update={"dataset": dataset}))
@@ -270,7 +271,7 @@ def test_more_classes_than_top_k_can_number_are_not_offered_it() -> None:
     assert "top-k" not in {*chosen, *left_out}
 
 
-def test_the_second_complete_view_where_there_is_one(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
+def test_the_default_view_is_the_second_complete_one(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
     assert measure(caches["fused"], ["float16"]).view == 1
     assert measure(caches["fused"], ["float16"], view=2).view == 2
     with pytest.raises(NotFoundError, match="no such view"):
@@ -285,7 +286,7 @@ def test_the_second_complete_view_where_there_is_one(caches: dict[str, TeacherCa
     assert measure(TeacherCache.open(tmp_path / "a"), ["float32"]).view == 2, "the second complete one"
 
 
-def test_a_spec_that_means_nothing_here_is_refused(caches: dict[str, TeacherCache]) -> None:
+def test_a_spec_that_does_not_apply_is_refused(caches: dict[str, TeacherCache]) -> None:
     with pytest.raises(RecipeError, match="made from its features"):
         measure(caches["components"], ["companded"])
 

@@ -94,9 +94,7 @@ def test_accuracy_calibration_and_quadrants(
     assert view is not None or min(row[name] for name in quadrants) > 0, "every quadrant is tried"
 
 
-def test_calibration_error_is_that_of_torchmetrics(
-    stats: TeacherStats, cache: TeacherCache, logits: list[Logits]
-) -> None:
+def test_calibration_error_equals_torchmetrics(stats: TeacherStats, cache: TeacherCache, logits: list[Logits]) -> None:
     for source in SOURCES:
         p = torch.from_numpy(np.concatenate([view[source] for view in logits])).softmax(dim=1)
         labels = torch.from_numpy(np.tile(cache.labels, VIEWS))
@@ -130,7 +128,7 @@ def test_temperature_divides_every_logit(cache: TeacherCache) -> None:
 
 
 def reference_consistency(rows: np.ndarray, label: int) -> float | None:
-    """Cosine similarity of every pair, one pair at a time."""
+    """Mean cosine similarity, one pair of samples at a time."""
     vectors = []
     for row in rows:
         p = softmax(row)
@@ -172,8 +170,8 @@ def test_summary_has_the_mean_consistency_of_the_classes(stats: TeacherStats) ->
         assert row["consistency"] == pytest.approx(stats.classes[f"{source}_consistency"].mean())
 
 
-def test_consistency_survives_a_teacher_that_is_sure() -> None:
-    """Target logits of 500: 1 − p_y is 0 in float64, yet the other classes still have a distribution."""
+def test_consistency_is_exact_for_a_confident_teacher() -> None:
+    """With target logits of 500, 1 − p_y is 0 in float64, but the other classes still have a distribution."""
     logits = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).double() * 3
     labels = torch.arange(30) % 3
     logits[torch.arange(30), labels] = 500.0
@@ -243,7 +241,7 @@ def test_stability_sample_by_sample(cache: TeacherCache, stats: TeacherStats, lo
         assert row["divergence"] == pytest.approx(np.mean(divergences), rel=1e-5)
 
 
-def test_divergence_of_two_views_is_that_of_a_pair_and_of_equal_views_is_nothing() -> None:
+def test_divergence_of_two_views_equals_js_divergence_and_is_0_for_equal_views() -> None:
     p, q = torch.randn(2, 40, 9, generator=torch.Generator().manual_seed(1)).double().mul(4).softmax(dim=2)
     for second, expected in ((q, js_divergence(p, q)), (p, torch.zeros(40))):
         meter = Stability(40, 9)
@@ -288,7 +286,7 @@ def test_confused_pairs_and_suspicious_labels(cache: TeacherCache, stats: Teache
         assert row["label"] == cache.labels[row["sample"]]
 
 
-def test_chunks_of_rows_make_no_difference(
+def test_the_size_of_the_row_chunks_does_not_matter(
     cache: TeacherCache, stats: TeacherStats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cache_tools.analysis.stats.row_chunks", lambda n, c: row_chunks(n, c, numbers=50))
@@ -297,7 +295,7 @@ def test_chunks_of_rows_make_no_difference(
         polars.testing.assert_frame_equal(getattr(again, name), getattr(stats, name))
 
 
-def test_a_fused_cache_has_the_fusion_alone(fused_cache: TeacherCache) -> None:
+def test_a_fused_cache_has_the_fusion_only(fused_cache: TeacherCache) -> None:
     got = analyse(fused_cache, confident=CONFIDENT)
     assert got.about.sources == ("fusion",)
     assert got.about.store == "fused"
@@ -311,7 +309,7 @@ def test_a_fused_cache_has_the_fusion_alone(fused_cache: TeacherCache) -> None:
         analyse(fused_cache, choice=CHOICE)
 
 
-def test_fusing_anew_changes_the_fusion_and_nothing_else(cache: TeacherCache) -> None:
+def test_another_fusion_changes_only_the_fusion(cache: TeacherCache) -> None:
     got = analyse(cache, [0], confident=CONFIDENT, choice=FusionChoice(teacher_weight=1.0, clip_scale=SCALE))
     teacher, fusion = (row_of(got.summary, source=source, view=0) for source in ("teacher", "fusion"))
     assert (fusion.pop("source"), teacher.pop("source")) == ("fusion", "teacher")
@@ -367,7 +365,7 @@ def test_folder_holds_every_table_and_replaces_an_earlier_run(cache: TeacherCach
         assert json.loads((tmp_path / "out" / "stats.json").read_text()) == got.to_dict()
 
 
-def test_a_mistake_in_the_options_leaves_the_folder_as_it_is(cache: TeacherCache, tmp_path: Path) -> None:
+def test_a_mistake_in_the_options_does_not_change_the_folder(cache: TeacherCache, tmp_path: Path) -> None:
     folder = StatsFolder(tmp_path / "out")
     folder.write(analyse(cache, [0, 1], write_view=folder.write_view))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
@@ -376,11 +374,11 @@ def test_a_mistake_in_the_options_leaves_the_folder_as_it_is(cache: TeacherCache
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
 
 
-def test_what_is_in_the_way_of_a_table_is_named(cache: TeacherCache, tmp_path: Path) -> None:
+def test_a_folder_in_the_way_of_a_table_is_named(cache: TeacherCache, tmp_path: Path) -> None:
     folder = StatsFolder(tmp_path)
     (tmp_path / "summary.parquet").symlink_to("/dev/full")
     found = analyse(cache, [0], write_view=folder.write_view)
-    folder.write(found)  # the link gives way, nothing is written to what it means
+    folder.write(found)  # replaces the link, does not write to its target
     assert (tmp_path / "summary.parquet").is_file()
     (tmp_path / "classes.parquet").unlink()
     (tmp_path / "classes.parquet").mkdir()
@@ -388,7 +386,7 @@ def test_what_is_in_the_way_of_a_table_is_named(cache: TeacherCache, tmp_path: P
         folder.write(found)
 
 
-def test_a_full_disk_keeps_what_was_there(cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_files(cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = StatsFolder(tmp_path)
     found = analyse(cache, [0], write_view=folder.write_view)
     folder.write(found)
@@ -404,7 +402,7 @@ def test_a_full_disk_keeps_what_was_there(cache: TeacherCache, tmp_path: Path, m
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_several_networks_are_looked_at_as_they_are_mixed(tmp_path: Path) -> None:
+def test_several_networks_are_analysed_as_their_mix(tmp_path: Path) -> None:
     images = tiny_images(60, CLASSES)
     shares = {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
     build(tmp_path / "c.zarr", tiny_manifest(images, num_views=1, store="components", **shares), images)

@@ -1,4 +1,4 @@
-"""The pictures of `cache-tools stats` draw the numbers of the tables, and only those that a cache has."""
+"""The plots of `cache-tools stats` show the numbers of the tables; plots that do not apply are left out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def stats(tmp_path_factory: pytest.TempPathFactory) -> TeacherStats:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> TeacherStats:
-    """More classes than have a line each."""
+    """More classes than get a line each."""
     images = labelled_images(NAMED_CLASSES // 2)
     images = dataclasses.replace(images, class_names=tuple(f"number {n}" for n in range(2 * NAMED_CLASSES)))
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def words(figure: Any) -> str:
     return "\n".join([*texts, *[text.get_text() for text in figure.texts], figure.get_suptitle()])
 
 
-def test_every_picture_is_written_and_says_dataset_and_threshold(stats: TeacherStats, tmp_path: Path) -> None:
+def test_every_plot_is_written_and_names_dataset_and_threshold(stats: TeacherStats, tmp_path: Path) -> None:
     assert {path.name for path in plot_all(stats, tmp_path)} == ALL
     for name in ALL:
         with Image.open(tmp_path / name) as image:
@@ -67,7 +67,7 @@ def test_every_picture_is_written_and_says_dataset_and_threshold(stats: TeacherS
         assert "digits/train, 60 samples × 3 views; confident: probability ≥ 0.6" in words(draw(stats))
 
 
-def test_quadrants_are_bars_of_the_shares(stats: TeacherStats) -> None:
+def test_quadrant_bars_are_the_shares(stats: TeacherStats) -> None:
     (axes,) = draw_quadrants(stats).axes
     widths = np.array([bar.get_width() for bar in axes.patches]).reshape(3, 4)
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -95,7 +95,7 @@ def test_gains_are_sorted_and_classes_without_samples_left_out(stats: TeacherSta
     assert len(gains) == len(stats.classes) - 1
 
 
-def test_many_classes_are_ranks_with_the_extremes_by_name(many: TeacherStats) -> None:
+def test_many_classes_are_ranked_and_only_extremes_named(many: TeacherStats) -> None:
     table = many.classes.drop_nulls("gain_over_teacher").sort("gain_over_teacher", descending=True)
     figure = draw_gains(many)
     assert [bar.get_height() for bar in figure.axes[0].containers[0]] == pytest.approx(
@@ -105,7 +105,7 @@ def test_many_classes_are_ranks_with_the_extremes_by_name(many: TeacherStats) ->
     assert table["class"][-1] in words(figure)
 
 
-def test_consistency_dots_are_the_figures_of_the_classes(stats: TeacherStats) -> None:
+def test_consistency_dots_are_the_consistencies_of_the_classes(stats: TeacherStats) -> None:
     (axes,) = draw_consistency(stats).axes
     table = stats.classes.drop_nulls("fusion_consistency").sort("fusion_consistency", descending=True)
     assert 0 < len(table) < len(stats.classes)
@@ -120,7 +120,7 @@ def test_stability_bars_are_shares(stats: TeacherStats) -> None:
         assert line.get_xdata() == pytest.approx(np.sort(stats.samples[f"{source}_divergence"]), abs=1e-6)
 
 
-def test_a_fused_cache_and_a_single_view_have_fewer_pictures(tmp_path: Path) -> None:
+def test_a_fused_cache_and_a_single_view_have_fewer_plots(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "f.zarr", labelled_images(), store="fused")
     for name in ALL:
         (tmp_path / name).write_text("from an earlier run")
@@ -129,7 +129,7 @@ def test_a_fused_cache_and_a_single_view_have_fewer_pictures(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in written}
 
 
-def test_class_names_are_text_and_not_formulae() -> None:
+def test_class_names_are_not_read_as_formulae() -> None:
     assert shorten("a $5 bill and a $10 bill") == r"a \$5 bill and a \$10 b…"
     assert shorten("cat") == "cat"
     new_figure(4, 3, r"$\foo{$", r"folder/$\foo{$").savefig(io.BytesIO())

@@ -45,8 +45,8 @@ def result(cache: TeacherCache) -> TuneResult:
 
 
 @pytest.fixture(scope="module")
-def halves(cache: TeacherCache) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(teacher logits, cosines) of each view, float64."""
+def logits_and_cosines(cache: TeacherCache) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The teacher logits and the cosines of each view, float64."""
     everything = slice(None)
     views = [cache.load_view(view) for view in range(cache.num_views)]
     return [(v.teacher_logits(everything).double().numpy(), v.cosine(everything).double().numpy()) for v in views]
@@ -60,13 +60,13 @@ def by_name(result: TuneResult) -> dict[str, Setting]:
     return {setting.name: setting for setting in result.settings}
 
 
-def stretched(result: TuneResult, name: str) -> Setting:
+def rescaled(result: TuneResult, name: str) -> Setting:
     (setting,) = [setting for setting in result.settings if setting.name.startswith(f"{name} alone, logits ×")]
     return setting
 
 
-def test_surface_is_the_likelihood_of_the_part_that_chooses(
-    cache: TeacherCache, result: TuneResult, halves: list[tuple[np.ndarray, np.ndarray]]
+def test_the_surface_is_the_likelihood_on_the_chosen_part(
+    cache: TeacherCache, result: TuneResult, logits_and_cosines: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
     chooses = ~stratified_holdout(cache.labels, HOLDOUT, SEED)
     assert result.samples_chosen_on == chooses.sum() == 60 - result.samples_held_out
@@ -78,17 +78,17 @@ def test_surface_is_the_likelihood_of_the_part_that_chooses(
     labels = cache.labels[chooses]
     surface = np.zeros((len(WEIGHTS), len(values)))
     for (row, weight), (column, scale) in itertools.product(enumerate(WEIGHTS), enumerate(values)):
-        for teacher, cosine in halves:
+        for teacher, cosine in logits_and_cosines:
             fused = weight * teacher + (1 - weight) * scale * cosine
-            surface[row, column] += reference_nll(fused[chooses], labels) / len(halves)
+            surface[row, column] += reference_nll(fused[chooses], labels) / len(logits_and_cosines)
     np.testing.assert_allclose(result.nll, surface, rtol=1e-5)
     row, column = np.unravel_index(surface.argmin(), surface.shape)
     assert 0 < row < len(WEIGHTS) - 1
     assert (result.chosen_weight, result.chosen_scale.value) == (WEIGHTS[row], values[column])
 
 
-def test_settings_are_judged_on_held_out_samples(
-    cache: TeacherCache, result: TuneResult, halves: list[tuple[np.ndarray, np.ndarray]]
+def test_settings_are_evaluated_on_held_out_samples(
+    cache: TeacherCache, result: TuneResult, logits_and_cosines: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
     held = stratified_holdout(cache.labels, HOLDOUT, SEED)
 
@@ -96,12 +96,12 @@ def test_settings_are_judged_on_held_out_samples(
         views = [[-math.log(softmax(row)[y]) for row, y in zip(v, cache.labels, strict=True)] for v in logits]
         return np.mean(views, axis=0)
 
-    own = nll_by_sample([0.7 * teacher + 0.3 * 100 * cosine for teacher, cosine in halves])
+    own = nll_by_sample([0.7 * teacher + 0.3 * 100 * cosine for teacher, cosine in logits_and_cosines])
     for setting in result.settings:
         clip_factor = setting.clip_factor * (setting.clip_scale or 0.0)
-        logits = [setting.teacher_factor * teacher + clip_factor * cosine for teacher, cosine in halves]
+        logits = [setting.teacher_factor * teacher + clip_factor * cosine for teacher, cosine in logits_and_cosines]
         rows = [row for view in logits for row in view[held]]
-        expected = reference_summary(rows, list(cache.labels[held]) * len(halves))
+        expected = reference_summary(rows, list(cache.labels[held]) * len(logits_and_cosines))
         found = {name: getattr(setting, name) for name in ("nll", "top1", "ece")}
         assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-6), setting.name
         nll = nll_by_sample(logits)
@@ -113,7 +113,7 @@ def test_settings_are_judged_on_held_out_samples(
         assert setting.difference_error == pytest.approx(difference.std(ddof=1) / count, rel=1e-5, abs=1e-9)
 
 
-def test_settings_are_what_they_are_called(cache: TeacherCache, result: TuneResult) -> None:
+def test_settings_match_their_names(cache: TeacherCache, result: TuneResult) -> None:
     settings = by_name(result)
     assert next(iter(settings)) == "chosen"
     chosen = settings["chosen"]
@@ -133,19 +133,19 @@ def test_settings_are_what_they_are_called(cache: TeacherCache, result: TuneResu
     assert (clip.clip_factor, clip.clip_scale) == (1.0, 100.0)
 
 
-def test_each_half_alone_gets_the_scale_of_least_likelihood(
-    cache: TeacherCache, result: TuneResult, halves: list[tuple[np.ndarray, np.ndarray]]
+def test_each_source_alone_gets_the_factor_of_least_nll(
+    cache: TeacherCache, result: TuneResult, logits_and_cosines: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    """The derivative of the NLL by the factor, E[Σ p z − z_y], is 0 there."""
+    """The derivative of the NLL with respect to the factor, E[Σ p z − z_y], is 0 there."""
     chooses = ~stratified_holdout(cache.labels, HOLDOUT, SEED)
     labels = torch.from_numpy(cache.labels[chooses])
-    teacher, clip = (stretched(result, name) for name in ("teacher", "CLIP"))
+    teacher, clip = (rescaled(result, name) for name in ("teacher", "CLIP"))
     assert f"× {teacher.teacher_factor:.3g}" in teacher.name
     assert f"× {clip.clip_factor:.3g}" in clip.name
     assert clip.clip_scale == 100.0
     for half, factor in ((0, teacher.teacher_factor), (1, 100 * clip.clip_factor)):
-        z = torch.from_numpy(np.concatenate([view[half][chooses] for view in halves]))
-        y = labels.repeat(len(halves))[:, None]
+        z = torch.from_numpy(np.concatenate([view[half][chooses] for view in logits_and_cosines]))
+        y = labels.repeat(len(logits_and_cosines))[:, None]
 
         def slope(value: float, z: torch.Tensor = z, y: torch.Tensor = y) -> float:
             return float(((value * z).softmax(1) * z).sum(1).sub(z.gather(1, y)[:, 0]).mean())
@@ -153,24 +153,24 @@ def test_each_half_alone_gets_the_scale_of_least_likelihood(
         assert slope(0.998 * factor) < 0 < slope(1.002 * factor)
 
 
-def test_temperature_divides_both_halves(
-    cache: TeacherCache, result: TuneResult, halves: list[tuple[np.ndarray, np.ndarray]]
+def test_temperature_divides_both_sources(
+    cache: TeacherCache, result: TuneResult, logits_and_cosines: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
     cool = tune_fusion(cache, weights=[0.5], scales=([], [20.0]), holdout=HOLDOUT, seed=SEED, temperature=2.0)
     chooses = ~stratified_holdout(cache.labels, HOLDOUT, SEED)
-    fused = [(0.5 * teacher + 0.5 * 20 * cosine)[chooses] / 2 for teacher, cosine in halves]
+    fused = [(0.5 * teacher + 0.5 * 20 * cosine)[chooses] / 2 for teacher, cosine in logits_and_cosines]
     expected = np.mean([reference_nll(view, cache.labels[chooses]) for view in fused])
     assert cool.nll == ((pytest.approx(expected, rel=1e-5),),)
     assert by_name(cool)["as the cache was built"].teacher_factor == pytest.approx(0.35)
-    # What stretches the logits undoes the temperature.
+    # The factor that rescales the logits compensates the temperature.
     for name in ("teacher", "CLIP"):
-        cold, warm = (stretched(found, name) for found in (cool, result))
+        cold, warm = (rescaled(found, name) for found in (cool, result))
         assert cold.teacher_factor + cold.clip_factor == pytest.approx(warm.teacher_factor + warm.clip_factor, rel=2e-3)
         assert cold.nll == pytest.approx(warm.nll, rel=1e-3)
 
 
 def planted(path: Path, weight: float, scale: float, *, count: int = 3000) -> TeacherCache:
-    """Labels drawn from the softmax of the fusion with this weight and scale, which is then the most likely one."""
+    """A cache whose labels are drawn from the softmax of this fusion, which is then the most likely one."""
     shape: dict[str, Any] = {"num_views": 1, "block_rows": 1024, "linear_head": False, "clip_dim": 24}
     recipe: dict[str, Any] = {"codec": "float32", "store": "components"}
     images = tiny_images(count, 6)
@@ -197,13 +197,13 @@ def test_finds_the_fusion_that_the_labels_were_drawn_from(tmp_path: Path) -> Non
     assert not found.at_edge
 
 
-def test_held_out_samples_have_no_part_in_the_choice(tmp_path: Path) -> None:
+def test_held_out_samples_do_not_affect_the_choice(tmp_path: Path) -> None:
     images, results = labelled_images(), []
     held = stratified_holdout(images.labels, HOLDOUT, SEED)
     for number in range(2):
         manifest = tiny_manifest(images, linear_head=False, codec="float32", store="components")
         targets = tiny_targets(manifest)
-        targets["teacher_logits"][:, held] *= 1 - 2 * number  # the second cache's teacher says the opposite there
+        targets["teacher_logits"][:, held] *= 1 - 2 * number  # the second cache's teacher predicts the opposite there
         write(create(tmp_path / f"{number}.zarr", manifest, images), targets)
         cache = TeacherCache(tmp_path / f"{number}.zarr")
         results.append(tune_fusion(cache, weights=WEIGHTS, scales=(["model"], [3.0]), holdout=HOLDOUT, seed=SEED))
@@ -213,14 +213,14 @@ def test_held_out_samples_have_no_part_in_the_choice(tmp_path: Path) -> None:
     assert by_name(first)["teacher alone"].nll != pytest.approx(by_name(second)["teacher alone"].nll, rel=0.01)
 
 
-def test_where_the_teacher_alone_is_best_the_scale_is_the_models(tmp_path: Path) -> None:
+def test_the_scale_is_the_models_if_the_teacher_alone_is_best(tmp_path: Path) -> None:
     found = tune_fusion(planted(tmp_path / "c.zarr", 1.0, 1.0, count=600), weights=[0.0, 0.5, 1.0], scales=SCALES)
     assert (found.chosen_weight, found.chosen_scale.name) == (1.0, "model")
     assert not found.at_edge
     assert found.train_options == "--teacher-weight 1 --clip-scale model"
 
 
-def test_a_best_scale_at_the_edge_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_best_scale_at_the_edge_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = planted(tmp_path / "c.zarr", 0.2, 60.0, count=600)
     found = tune_fusion(cache, weights=[0.2, 0.5], scales=([], [1.0, 5.0]))
     assert found.chosen_scale == Scale(value=5.0)
@@ -272,12 +272,12 @@ def test_holdout_is_drawn_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 10), (1.0, 10), (-0.5, 10), (math.nan, 10), (0.2, 2)])
-def test_a_holdout_that_leaves_nothing_is_refused(share: float, count: int) -> None:
+def test_a_holdout_with_an_empty_part_is_refused(share: float, count: int) -> None:
     with pytest.raises(RecipeError, match="--holdout"):
         stratified_holdout(np.zeros(count, np.int64), share, 0)
 
 
-def test_weights_and_scales_are_read() -> None:
+def test_weights_and_scales_are_parsed() -> None:
     assert parse_weights("0:1:0.05") == [round(0.05 * step, 2) for step in range(21)]
     assert parse_weights("0.7,0.1,0.7") == [0.1, 0.7]
     assert parse_weights("0.2:0.5:0.2") == [0.2, 0.4]
@@ -291,7 +291,7 @@ def test_weights_and_scales_are_read() -> None:
     "text",
     ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:2:0.5", "-0.1,0.5", "nan", "0:1:1e-9", "0:inf:1", "inf:inf:1", "0:1:nan"],
 )
-def test_weights_that_make_no_sense(text: str) -> None:
+def test_malformed_weights_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="--weights"):
         parse_weights(text)
 
@@ -299,15 +299,15 @@ def test_weights_that_make_no_sense(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "modle", "0", "-3", "1:2", "10:1:5", "1:10:2.5", "0:10:3", "inf", "1:10:1", "1:10:inf", "1:10:nan"]
 )
-def test_scales_that_make_no_sense(text: str) -> None:
+def test_malformed_scales_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="--scales"):
         parse_scales(text)
 
 
-# Errors, text and picture
+# Errors, text and plot
 
 
-def test_a_fused_cache_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_fused_cache_is_refused_with_the_next_step(tmp_path: Path) -> None:
     build(tmp_path / "fused.zarr", tiny_manifest(tiny_images()), tiny_images())
     with pytest.raises(NotFoundError) as caught:
         tune_fusion(TeacherCache(tmp_path / "fused.zarr"), weights=WEIGHTS)
@@ -315,13 +315,13 @@ def test_a_fused_cache_is_refused_with_what_to_do(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
-def test_more_fusions_than_anybody_waits_for_are_refused(cache: TeacherCache) -> None:
+def test_too_many_fusions_are_refused(cache: TeacherCache) -> None:
     many = parse_weights("0:1:0.0001")
     with pytest.raises(RecipeError, match=r"too many fusions.*at most 1,000,000; found 10,001 weights × 10,000 scales"):
         tune_fusion(cache, weights=many, scales=parse_scales("1:10:10000"))
 
 
-def test_views_that_are_not_there(cache: TeacherCache, tmp_path: Path) -> None:
+def test_missing_views_are_refused(cache: TeacherCache, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such view"):
         tune_fusion(cache, [9], weights=WEIGHTS, scales=SCALES)
     images = tiny_images()
@@ -359,7 +359,7 @@ def test_json_is_plain_and_complete(result: TuneResult) -> None:
     assert len(found["settings"]) == len(result.settings)
 
 
-def test_picture_marks_choice_and_known_settings(result: TuneResult, tmp_path: Path) -> None:
+def test_the_plot_marks_the_choice_and_the_known_settings(result: TuneResult, tmp_path: Path) -> None:
     plot_surface(result, tmp_path / "surface.png")
     with Image.open(tmp_path / "surface.png") as image:
         assert (image.format, image.size) == ("PNG", (1400, 868))
@@ -374,7 +374,9 @@ def test_picture_marks_choice_and_known_settings(result: TuneResult, tmp_path: P
 
 
 @pytest.mark.parametrize("grid", [{"weights": [0.5], "scales": SCALES}, {"weights": WEIGHTS, "scales": ([], [7.0])}])
-def test_one_weight_or_one_scale_is_a_curve(cache: TeacherCache, grid: dict[str, Any], tmp_path: Path) -> None:
+def test_one_weight_or_one_scale_is_plotted_as_a_curve(
+    cache: TeacherCache, grid: dict[str, Any], tmp_path: Path
+) -> None:
     found = tune_fusion(cache, [0], **grid)
     plot_surface(found, tmp_path / "curve.png")
     (axes,) = _draw(found).axes
@@ -384,7 +386,7 @@ def test_one_weight_or_one_scale_is_a_curve(cache: TeacherCache, grid: dict[str,
 
 @pytest.mark.parametrize("ensemble", ["embedding", "logits", "probabilities"])
 def test_several_networks_are_tuned_as_they_are_fused(tmp_path: Path, ensemble: PromptEnsemble) -> None:
-    """Two teachers, two CLIPs: the surface is the likelihood of the targets that each choice reads from the cache."""
+    """With two teachers and two CLIPs, the surface is the likelihood of the targets that each choice gives."""
     images, shares = tiny_images(), {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
     recipe = FusionRecipe(feature_dim=8, prompt_ensemble=ensemble)
     build(tmp_path / "c", tiny_manifest(images, store="components", num_views=2, fusion=recipe, **shares), images)

@@ -1,8 +1,9 @@
-"""Caches of every codec: written, read on every path, trained from."""
+"""Caches of every codec: written, and read in every way."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("store", ["fused", "components"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_path_reads_what_the_codec_kept(tmp_path: Path, choice: str, store: str) -> None:
+def test_every_way_of_reading_gives_the_decoded_rows(tmp_path: Path, choice: str, store: str) -> None:
     manifest = tiny_manifest(IMAGES, codec=CHOICES[choice], store=store, linear_head=False)
     written = build(tmp_path / "cache", manifest, IMAGES)
     cache = TeacherCache.open(tmp_path / "cache")
@@ -53,7 +54,7 @@ def test_every_path_reads_what_the_codec_kept(tmp_path: Path, choice: str, store
     assert verify(tmp_path / "copy").sound
 
 
-def test_a_resident_view_takes_the_bytes_of_the_codes(tmp_path: Path) -> None:
+def test_a_resident_view_is_as_large_as_its_codes(tmp_path: Path) -> None:
     sizes = {}
     for choice in ("float32", "float16", "compact"):
         build(tmp_path / choice, tiny_manifest(IMAGES, codec=choice), IMAGES)
@@ -61,10 +62,11 @@ def test_a_resident_view_takes_the_bytes_of_the_codes(tmp_path: Path) -> None:
     assert sizes["float16"] == sizes["float32"] // 2 == 2 * sizes["compact"]  # 5 classes: one byte each
 
 
-def test_zarr_alone_reads_what_is_documented(tmp_path: Path) -> None:
+def test_zarr_alone_reads_the_documented_arrays(tmp_path: Path) -> None:
     manifest = tiny_manifest(IMAGES, codec=TargetCodecs(logits=FixedStep(), features=FeatureSteps()))
     build(tmp_path / "cache", manifest, IMAGES)
-    group, cache = zarr.open_group(tmp_path / "cache", mode="r"), TeacherCache.open(tmp_path / "cache")
+    group: Any = zarr.open_group(tmp_path / "cache", mode="r")
+    cache = TeacherCache.open(tmp_path / "cache")
     logits = group["fused_logits"]
     assert logits.attrs["scale_factor"] == 1 / 64
     np.testing.assert_array_equal(logits[1] * np.float32(1 / 64), cache.read_array("fused_logits", 1))
@@ -72,7 +74,7 @@ def test_zarr_alone_reads_what_is_documented(tmp_path: Path) -> None:
     np.testing.assert_array_equal(group["fused_features"][2] * steps, cache.read_array("fused_features", 2))
 
 
-def test_axes_of_one_name_have_one_length(tmp_path: Path) -> None:
+def test_axes_of_the_same_name_have_the_same_length(tmp_path: Path) -> None:
     """Tools that align arrays by dimension names rely on that."""
     for choice in ("top-k", "compact"):
         manifest = tiny_manifest(
@@ -80,14 +82,15 @@ def test_axes_of_one_name_have_one_length(tmp_path: Path) -> None:
         )
         create(tmp_path / choice, manifest, IMAGES)
         lengths: dict[str, int] = {}
-        for _, array in zarr.open_group(tmp_path / choice, mode="r").arrays():
+        group: Any = zarr.open_group(tmp_path / choice, mode="r")
+        for _, array in group.arrays():
             assert array.metadata.dimension_names is not None
             for axis, length in zip(array.metadata.dimension_names, array.shape, strict=True):
                 assert lengths.setdefault(str(axis), length) == length
 
 
 def test_features_are_rounded_for_their_head(tmp_path: Path) -> None:
-    """Logits through the stored head are closer than those of features that were rounded to nearest."""
+    """Logits through the stored head are closer than those of features rounded to nearest."""
     codecs = TargetCodecs(logits=Float32(), features=FeatureSteps(resolution=2.0))
     manifest = tiny_manifest(IMAGES, codec=codecs, store="components", teacher_dim=24)
     written = tiny_targets(manifest)
@@ -117,7 +120,7 @@ def test_codecs_are_fitted_to_evenly_spaced_rows() -> None:
     assert not fitted_targets(tiny_manifest(IMAGES).recipe)
 
 
-def test_what_a_codec_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_rows_out_of_range_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     writer = create(tmp_path / "cache", tiny_manifest(IMAGES, codec="compact"), IMAGES)
     logits = np.zeros((16, 5), np.float32)
     logits[3, 2] = 60.0
@@ -129,9 +132,9 @@ def test_what_a_codec_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Pa
 def test_presets_and_their_limits() -> None:
     assert resolve_codecs("dense", 10).logits.reference == "max"  # type: ignore[union-attr]
     assert resolve_codecs("dense", 100).logits.reference == "mean"  # type: ignore[union-attr]
-    pair = TargetCodecs.model_validate({"logits": "companded"})
-    assert resolve_codecs(pair, 10) is pair
-    assert str(pair) == "companded logits, float16 features"
+    chosen = TargetCodecs.model_validate({"logits": "companded"})
+    assert resolve_codecs(chosen, 10) is chosen
+    assert str(chosen) == "companded logits, float16 features"
     with pytest.raises(RecipeError, match="no such codec"):
         resolve_codecs("zip", 10)  # type: ignore[arg-type]
     for wrong in ({"logits": "feature-steps"}, {"features": "top-k"}, {"features": "companded"}):
@@ -155,7 +158,7 @@ def test_top_k_targets_are_read_sparse(tmp_path: Path) -> None:
         TeacherCache.open(tmp_path / "plain").load_view(0).sparse_logits([0], 1.0)
 
 
-def test_packed_arrays_without_the_package_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pcodec_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "cache", tiny_manifest(IMAGES, codec="dense"), IMAGES)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for attempt in (
