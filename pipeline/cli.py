@@ -1,4 +1,4 @@
-"""`build-cache`: run a teacher and CLIP once over every (image, augmentation seed) and store their fused targets."""
+"""`build-cache`: run a teacher and CLIP once over every (image, view) and store their fused targets."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def build_cache(
     recipe: RecipeArgument = "digits",
     views: Annotated[
-        int | None, typer.Option("--views", help="Number of cached views; more than a cache has adds to it.")
+        int | None, typer.Option("--views", help="Number of views to cache. Raise it to add views to a cache.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Base seed of the views.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", help="resnet32x4, timm:NAME, torchvision:NAME, or a run of train-student."),
+        typer.Option("--teacher", help="resnet32x4 etc., timm:NAME, torchvision:NAME, or a run of train-student."),
     ] = None,
     teacher_checkpoint: Annotated[
         str | None,
@@ -58,10 +58,10 @@ def build_cache(
     ] = None,
     teacher_weight: Annotated[
         float | None,
-        typer.Option("--teacher-weight", help="The teacher's share of the fused logits, 0 to 1 (α in the paper)."),
+        typer.Option("--teacher-weight", help="Weight of the teacher in the fused logits, 0 to 1 (α in the paper)."),
     ] = None,
     store: Annotated[
-        str | None, typer.Option("--store", help="fused, or components (teacher and CLIP kept apart).")
+        str | None, typer.Option("--store", help="What to store: fused, or components (teacher and CLIP separately).")
     ] = None,
     codec: Annotated[
         str | None,
@@ -71,8 +71,8 @@ def build_cache(
         str | None,
         typer.Option(
             "--out",
-            help="Folder of the cache; or s3://…, gs://…, az://…: a place of caches, or the cache itself if it ends in "
-            ".zarr. Default: one per fingerprint in $TEACHER_CACHE_HOME (~/.cache/teacher-cache).",
+            help="Folder of the cache, or a URL (s3://…, gs://…, az://…). A URL that ends in .zarr is the cache itself, "
+            "others hold several caches. Default: a folder in $TEACHER_CACHE_HOME (~/.cache/teacher-cache).",
         ),
     ] = None,
     device: Device = None,
@@ -83,24 +83,26 @@ def build_cache(
     overrides: Overrides = None,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Time a few batches, say what the cache would cost and when it pays, and stop."),
+        typer.Option("--plan", help="Time a few batches, print what the cache costs and when it pays off, and stop."),
     ] = False,
     plan_student: Annotated[
-        str, typer.Option("--plan-student", help="With --plan: the student that is to be trained.")
+        str, typer.Option("--plan-student", help="With --plan: the student to train from the cache.")
     ] = "resnet8x4",
-    plan_epochs: Annotated[int, typer.Option("--plan-epochs", min=1, help="With --plan: its epochs.")] = 240,
+    plan_epochs: Annotated[
+        int, typer.Option("--plan-epochs", min=1, help="With --plan: the epochs of that student.")
+    ] = 240,
     show_recipe: ShowRecipe = False,
     as_json: ResultAsJson = False,
 ) -> None:
     """Run a teacher and CLIP once over every (image, view) and store their fused targets.
 
-    Without arguments it builds the embedded default: handwritten digits with two small teachers, offline, in seconds.
-    Interrupt it at any time: the same command goes on where it stopped.
+    Without arguments it builds a demo cache: handwritten digits with a small teacher and CLIP, offline, in seconds.
+    You can interrupt it at any time: the same command continues where it stopped.
     """
     options = {
         "num_views": views,
         "views.base_seed": seed,
-        # A teacher named here replaces the recipe's wholly: weights and normalisation belong to the network.
+        # --teacher replaces the whole teacher of the recipe: weights and normalisation belong to the network.
         "teacher": {"name": teacher} if teacher else None,
         "teacher.weights": teacher_checkpoint,
         "clip.name": clip,
@@ -123,14 +125,14 @@ def build_cache(
     elif plan:
         from pipeline.plan import make_plan
 
-        found = make_plan(loaded, plan_student, plan_epochs)
-        print(json.dumps(found.model_dump() | {"verdict": found.verdict}) if as_json else found)
+        estimate = make_plan(loaded, plan_student, plan_epochs)
+        print(json.dumps(estimate.model_dump() | {"verdict": estimate.verdict}) if as_json else estimate)
     else:
         _build(loaded, as_json)
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:
-    # zarr and what it needs take a while to import: --help and --show-recipe do not wait for them.
+    # Imported here because zarr takes long to import, and --help and --show-recipe do not need it.
     import sys
 
     from cache_tools.units import human_bytes
@@ -158,21 +160,21 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
     if result.images:
         print(f"computed {result.images:,} images in {result.elapsed_s:.1f} s ({rate:,.0f} images/s)")
     if result.url:
-        print(f"{human_bytes(result.bytes_moved)} moved; a mirror is in {result.path}")
+        print(f"{human_bytes(result.bytes_moved)} moved; the local mirror is {result.path}")
     plural = "" if manifest.num_views == 1 else "s"
     print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples")
     print(f"next: {_next_step(recipe, result.url or result.path)}")
 
 
 def _next_step(recipe: BuildRecipe, where: str | Path) -> str:
-    """How to train from this cache: few names are recipes of `train-student`, and other caches may have the same."""
+    """The command that trains from this cache, by its name only if that is a recipe of `train-student` and unique."""
     from cache_tools.home import registry
     from train.recipe import builtin_recipes
 
-    known = recipe.name in builtin_names(builtin_recipes())
-    train = f"train-student {recipe.name}" if known else "train-student"
-    alone = len(list(registry.cache_home().glob(f"{recipe.name}-*{registry.SUFFIX}"))) == 1
-    return train if known and alone and recipe.out is None else f"{train} --cache {shlex.quote(str(where))}"
+    is_recipe = recipe.name in builtin_names(builtin_recipes())
+    train = f"train-student {recipe.name}" if is_recipe else "train-student"
+    is_unique = len(list(registry.cache_home().glob(f"{recipe.name}-*{registry.SUFFIX}"))) == 1
+    return train if is_recipe and is_unique and recipe.out is None else f"{train} --cache {shlex.quote(str(where))}"
 
 
 def main() -> None:

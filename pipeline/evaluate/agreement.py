@@ -1,4 +1,4 @@
-"""How far a student says what its teachers say, on images that none of them was trained on."""
+"""Agreement of a student with its teachers on test images."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pipeline.networks.ensemble import TeacherEnsemble
 from pipeline.networks.stored import load_stored_ensemble
 from train.runs.stored import StoredRun
 
+_SOURCES = ("teacher", "CLIP", "fusion")
+
 
 class Agreement(Frozen):
     """A student compared with one source of targets on `n` images; shares in [0, 1].
@@ -24,11 +26,11 @@ class Agreement(Frozen):
     Attributes:
         source: `teacher`, `CLIP` or `fusion`.
         top1: of the source itself.
-        agreement: images on which both favour the same class.
+        agreement: share of images for which both predict the same class.
         kl: mean KL(source ‖ student) at temperature 1, in nats.
-        wrong: images on which the source is wrong.
-        follows_when_wrong: of these, where the student gives the same wrong answer; None if the source is never wrong.
-        right_when_wrong: of these, where the student is right.
+        wrong: number of images for which the source is wrong.
+        follows_when_wrong: share of these for which the student predicts the same wrong class; None if there are none.
+        right_when_wrong: share of these for which the student is right; None if there are none.
     """
 
     source: str
@@ -44,15 +46,15 @@ class Agreement(Frozen):
 def load_teachers(
     run: StoredRun, images: ImageSet, device: torch.device, precision: Precision | None = None
 ) -> TeacherEnsemble:
-    """Teacher and CLIP of the cache that a run learned from, fused as the run fused them.
+    """Load teacher and CLIP of the cache that a run was trained from, fused as the run fused them.
 
     Args:
-        images: whose classes and canvas the teachers are loaded for.
-        precision: of the forward passes, the cache's own if None.
+        images: the teachers are loaded for their classes and canvas size.
+        precision: of the forward passes; None for the cache's own.
 
     Raises:
-        NotFoundError: a run on labels alone, or a cache that does not say how its teachers were made.
-        WeightsError: weights that are missing, or not those the cache was built with.
+        NotFoundError: the run was trained on labels alone, or the cache does not record how its teachers were loaded.
+        WeightsError: weights are missing, or not those that the cache was built with.
     """
     manifest = run.manifest
     if manifest is None:
@@ -84,8 +86,8 @@ def agreement(
     """Compare a student with teacher, CLIP and fusion.
 
     Args:
-        student_NC: its logits on the clean `images`, float32 [N, C] on the teachers' device.
-        advance: told the number of images after each batch.
+        student_NC: its logits for the clean `images`, float32 [N, C] on the teachers' device.
+        advance: called with the number of images after each batch.
     """
     labels = torch.from_numpy(images.labels).to(student_NC.device)
     sums = torch.zeros(len(_SOURCES), 6, dtype=torch.float64, device=student_NC.device)
@@ -101,11 +103,8 @@ def agreement(
     return tuple(_figures(name, *row) for name, row in zip(_SOURCES, sums.tolist(), strict=True))
 
 
-_SOURCES = ("teacher", "CLIP", "fusion")
-
-
 def _counts(student: Tensor, source: Tensor, labels: Tensor) -> Tensor:
-    """float64 [6]: images, source right, same answer, Σ KL, both wrong alike, student right where the source is not."""
+    """float64 [6]: images, source right, same prediction, Σ KL, same wrong prediction, only the student right."""
     own, other = student.argmax(1), source.argmax(1)
     log_student, log_source = student.double().log_softmax(1), source.double().log_softmax(1)
     kl = F.kl_div(log_student, log_source, reduction="sum", log_target=True)

@@ -1,4 +1,4 @@
-"""`evaluate-student`: everything there is to say about a trained student on test images."""
+"""`evaluate-student`: evaluate a trained student on test images."""
 
 from __future__ import annotations
 
@@ -21,50 +21,64 @@ def evaluate_student(
     run: RunArgument,
     checkpoint: Annotated[
         str | None,
-        typer.Option("--checkpoint", help="last, best or ema: whose details are shown. Default: last, or the file."),
+        typer.Option(
+            "--checkpoint",
+            help="last, best or ema: the checkpoint to report in detail. Default: the given file, or last.",
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Instead of the run's test split.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Evaluate on this split instead of the run's test split.")
+    ] = None,
     robustness: Annotated[
-        bool, typer.Option("--robustness", help="Measure errors under the 15 corruptions of ImageNet-C.")
+        bool, typer.Option("--robustness", help="Measure the error under the 15 corruptions of ImageNet-C.")
     ] = False,
     robustness_samples: Annotated[
         int | None,
-        typer.Option("--robustness-samples", help="Corrupt this many evenly spaced test images only."),
+        typer.Option("--robustness-samples", help="Corrupt only this many evenly spaced test images."),
     ] = None,
     corruptions: Annotated[
         Path | None,
-        typer.Option("--corruptions", help="Corrupted test images in the layout of CIFAR-10-C, instead of our own."),
+        typer.Option(
+            "--corruptions",
+            help="A folder of corrupted test images in the layout of CIFAR-10-C, instead of generated ones.",
+        ),
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option("--baseline", help="The run that mCE is relative to. Default: this run's twin on labels alone."),
+        typer.Option(
+            "--baseline", help="The run that mCE is relative to. Default: this run's twin trained on labels alone."
+        ),
     ] = None,
     shifted: Annotated[
-        Path | None, typer.Option("--shifted", help="A folder of other pictures, in folders named as the classes.")
+        Path | None,
+        typer.Option("--shifted", help="A folder of other images of the same classes, one folder per class."),
     ] = None,
     teachers: Annotated[
         bool,
-        typer.Option("--teachers", help="Compare with the cache's teacher, CLIP and fusion (needs their weights)."),
+        typer.Option(
+            "--teachers", help="Compare with the teacher, CLIP and fusion of the cache (needs their weights)."
+        ),
     ] = False,
     data_dir: DataDir = None,
     download: Download = False,
     device: Device = "auto",
     precision: Annotated[
-        str, typer.Option("--precision", help="Of the student's forward passes: float32, bfloat16 or float16.")
+        str,
+        typer.Option("--precision", help="Precision of the student's forward passes: float32, bfloat16 or float16."),
     ] = "float32",
     batch_size: ForwardBatchSize = 512,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="Processes that make corrupted images. Default: one per core."),
+        typer.Option("--workers", help="Processes that generate corrupted images. Default: one per core."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the report. Default: RUN/evaluation.")] = None,
     as_json: ReportAsJson = False,
 ) -> None:
-    """Evaluate a student on test images: accuracy, likelihood, calibration, confusions, robustness, its teachers.
+    """Evaluate a student on test images: accuracy, likelihood, calibration, confusions, robustness, agreement.
 
-    Tables and pictures go to RUN/evaluation. Corrupted images are made once and kept below $TEACHER_CACHE_HOME.
+    Tables and figures go to RUN/evaluation. Corrupted images are generated once and kept in $TEACHER_CACHE_HOME.
     """
-    # torch takes seconds to import: --help does not wait for it.
+    # Imported here because torch takes seconds to import, and --help does not need it.
     import os
 
     from pipeline.evaluate.evaluator import evaluate_student as evaluate

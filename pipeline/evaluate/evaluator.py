@@ -1,7 +1,7 @@
-"""Everything there is to say about a trained student on test images, in one report beside the run.
+"""Evaluate a trained student on test images and write one report beside the run.
 
-Each part is a library function of its own (`train.evaluate`, `train.evaluate.confusion`, `train.evaluate.robustness`,
-`train.evaluate.shifted`, `pipeline.evaluate.agreement`); this puts them together for one run.
+Each part is a library function (`train.evaluate`, `train.evaluate.confusion`, `train.evaluate.robustness`,
+`train.evaluate.shifted`, `pipeline.evaluate.agreement`). This module combines them for one run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cache_tools.errors import DataError
 from cache_tools.files import output_folder
 from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
 from pipeline.evaluate.report import CONFUSION, CONFUSION_PICTURE, EvaluateOptions, EvaluationReport, RobustnessReport
-from pipeline.evaluate.student import EvaluatedStudent, evaluated_student, measure_robustness, parquet
+from pipeline.evaluate.student import EvaluatedStudent, evaluate_checkpoint, measure_robustness, parquet
 from train.checkpoints import StudentCard, read_card
 from train.evaluate.confusion import class_figures, confused_pairs, confusion_frame, confusion_matrix
 from train.evaluate.corruptions import Corrupted, open_corrupted
@@ -30,20 +30,20 @@ from train.runs.stored import StoredRun, open_run
 
 
 def evaluate_student(path: Path | str, options: EvaluateOptions | None = None) -> EvaluationReport:
-    """Evaluate a run of train-student, and write the report, tables and pictures into its folder `evaluation`.
+    """Evaluate a run of train-student and write the report, tables and figures into its folder `evaluation`.
 
     Args:
         path: a run folder, or a checkpoint file in one.
 
     Raises:
-        CacheError: the subclass says what is wrong: run, checkpoint, images, corruptions, teachers, device or options.
+        CacheError: a problem with the run, checkpoint, images, corruptions, teachers, device or options.
     """
     options = options or EvaluateOptions()
     return _Evaluator(path, options).report()
 
 
 class _Evaluator:
-    """One evaluation: what is needed is opened and checked before anything long begins."""
+    """One evaluation. Everything that it needs is opened and checked before any long computation."""
 
     def __init__(self, path: Path | str, options: EvaluateOptions) -> None:
         self.options = options
@@ -62,7 +62,7 @@ class _Evaluator:
         self.corrupted = self._open_corrupted()
 
     def report(self) -> EvaluationReport:
-        """Run everything that was asked for, then write."""
+        """Compute all parts that the options ask for, then write them."""
         students = {which: self._student(self.run, which, which) for which in self.run.checkpoints()}
         student = students[self.checkpoint]
         baseline = None if self.baseline is None else self._student(*self.baseline, "baseline")
@@ -100,7 +100,7 @@ class _Evaluator:
         return report
 
     def _open_baseline(self, card: StudentCard) -> tuple[StoredRun, str] | None:
-        """The run that mCE is relative to, and its checkpoint of the same kind."""
+        """The run that mCE is relative to, and the checkpoint to take from it."""
         twin = self.run.labels_only()
         path = self.options.baseline or twin
         if path is None:
@@ -137,7 +137,7 @@ class _Evaluator:
 
     def _student(self, run: StoredRun, which: str, title: str) -> EvaluatedStudent:
         options = self.options
-        return evaluated_student(
+        return evaluate_checkpoint(
             run, which, self.images, self.device, options.batch_size, options.precision, title=f"evaluate {title}"
         )
 

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, what it found, and its files."""
+"""Options of an evaluation, its results, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ class EvaluateOptions(Frozen):
     """What to evaluate of a run, and how.
 
     Attributes:
-        checkpoint: `last`, `best` or `ema`: whose details are reported. None for `last`, or the file that was given.
-        split: instead of the run's test split.
-        robustness: on corrupted copies, made and kept if there are none; `corruptions` is a folder in the layout of
-            CIFAR-10-C instead, `robustness_samples` a limit on test images.
+        checkpoint: `last`, `best` or `ema`, the one to report in detail; None for the given file, or `last`.
+        split: replaces the run's test split.
+        robustness: evaluate on corrupted copies, which are generated once and kept.
+        robustness_samples: the largest number of test images to corrupt.
+        corruptions: a folder in the layout of CIFAR-10-C, used instead of generated copies.
         baseline: the run that mCE is relative to; None for the run's own twin on labels alone.
-        shifted: a folder of other pictures of the same classes.
+        shifted: a folder of other images of the same classes.
         teachers: compare with the cache's teachers.
         precision: of the student's forward passes.
-        workers: processes that make corrupted copies.
+        workers: processes that generate corrupted copies.
     """
 
     checkpoint: Literal["last", "best", "ema"] | None = None
@@ -61,7 +62,7 @@ class CheckpointFigures(Frozen):
 
 
 class RobustnessReport(Frozen):
-    """`baseline` is the run that mCE is relative to; `source` made the `samples` corrupted images."""
+    """Robustness on `samples` corrupted images from `source`; `baseline` is the run that mCE is relative to."""
 
     source: str
     samples: int
@@ -70,7 +71,7 @@ class RobustnessReport(Frozen):
 
 
 class EvaluationReport(Frozen):
-    """Stored as `evaluation.json`; details (classes, pairs, robustness, shifted, teachers) are of `checkpoint`."""
+    """The content of `evaluation.json`. All but `figures` and `baseline_figures` is about `checkpoint`."""
 
     run: Path
     folder: Path
@@ -96,13 +97,13 @@ class EvaluationReport(Frozen):
 
     @property
     def chosen(self) -> CheckpointFigures:
-        """The figures of the checkpoint that the details are about."""
+        """The figures of `checkpoint`."""
         return next(row for row in self.figures if row.checkpoint == self.checkpoint)
 
     def save(self, files: Mapping[str, bytes]) -> None:
         """Write the report and its files into `folder`, each atomically, the report last.
 
-        What an earlier evaluation left and this one did not make goes away: the folder is about one evaluation.
+        Files that only an earlier evaluation wrote are removed: the folder is about one evaluation.
         """
         (self.folder / REPORT).unlink(missing_ok=True)
         for name in (CONFUSION, CONFUSION_PICTURE, ROBUSTNESS, ROBUSTNESS_PICTURE):

@@ -1,4 +1,4 @@
-"""One set of a run's weights: what it says about the test split, and what corruptions do to it."""
+"""One checkpoint of a run: its logits on the test split and its robustness to corruptions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.runs.stored import StoredRun
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedStudent:
-    """A network in eval mode, how it reads pixels, and its logits float32 [N, C] on the clean test split."""
+    """A network in eval mode, its preprocessing, and its logits float32 [N, C] on the clean test split."""
 
     run: StoredRun
     model: nn.Module
@@ -33,7 +33,7 @@ class EvaluatedStudent:
 
     @property
     def title(self) -> str:
-        """For tables and pictures."""
+        """Its name in tables and figures."""
         loss = self.run.recipe.loss_name
         return f"{self.run.recipe.student} ({'on labels' if loss == 'ce' else loss})"
 
@@ -44,7 +44,7 @@ class EvaluatedStudent:
         return _predict(self.model, self.preprocessing, images, device, batch_size, precision, title)
 
 
-def evaluated_student(
+def evaluate_checkpoint(
     run: StoredRun,
     which: str,
     images: ImageSet,
@@ -72,9 +72,9 @@ def measure_robustness(
     batch_size: int = 512,
     precision: Precision = "float32",
 ) -> tuple[RobustnessReport, dict[str, bytes]]:
-    """The student and its baseline on corrupted copies of `images`; the report, and the files that go with it."""
-    both = {"student": student} if baseline is None else {"student": student, "baseline": baseline}
-    total = len(both) * len(corrupted) * len(CORRUPTIONS) * len(SEVERITIES)
+    """Evaluate the student and its baseline on corrupted copies of `images`. Returns the report and its files."""
+    students = {"student": student} if baseline is None else {"student": student, "baseline": baseline}
+    total = len(students) * len(corrupted) * len(CORRUPTIONS) * len(SEVERITIES)
     with Progress("robustness", total, "images") as progress:
         frames = {
             who: robustness(
@@ -86,9 +86,9 @@ def measure_robustness(
                 batch_size=batch_size,
                 advance=progress.advance,
             )
-            for who, entry in both.items()
+            for who, entry in students.items()
         }
-    clean = {who: _clean_error(entry.logits, corrupted) for who, entry in both.items()}
+    clean = {who: _clean_error(entry.logits, corrupted) for who, entry in students.items()}
     summary = summarise(frames["student"], clean["student"], frames.get("baseline"), clean.get("baseline"))
     table = pl.concat([frame.select(pl.lit(who).alias("student"), pl.all()) for who, frame in frames.items()])
     files = {ROBUSTNESS: parquet(table), ROBUSTNESS_PICTURE: _picture(student, baseline, frames, summary, images)}
@@ -122,7 +122,7 @@ def _predict(
 
 
 def _clean_error(logits: Tensor, corrupted: Corrupted) -> float:
-    """On the same images as they are without corruption."""
+    """The error on the uncorrupted originals of the same images."""
     index, labels = (torch.from_numpy(array).to(logits.device) for array in (corrupted.index, corrupted.labels))
     return int((logits[index].argmax(1) != labels).sum()) / len(index)
 

@@ -1,4 +1,4 @@
-"""An evaluation on the terminal."""
+"""Print an evaluation as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _WORST_CLASSES = 10
 
 
 def print_report(report: EvaluationReport) -> None:
-    """Tables of everything in a report."""
-    # Piped output is for grep and awk: whole lines, however wide.
+    """Print all tables and notes of a report."""
+    # Piped output is for grep and awk: lines are not wrapped.
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     for table in _tables(report):
         console.print(table)
@@ -75,8 +75,8 @@ def _classes(report: EvaluationReport) -> Table:
 
 
 def _confused(report: EvaluationReport) -> Table:
-    table = _table("Confused most", "class")
-    table.add_column("taken for", no_wrap=True)
+    table = _table("Most confused classes", "class")
+    table.add_column("predicted as", no_wrap=True)
     table.add_column("images", justify="right", no_wrap=True)
     table.add_column("of the class", justify="right", no_wrap=True)
     for pair in report.confused:
@@ -105,7 +105,7 @@ def _robustness(report: RobustnessReport) -> Table:
 
 def _teachers(report: EvaluationReport) -> Table:
     table = _table("Agreement with the teachers on clean test images", "")
-    titles = ("its top-1", "same answer", "KL to student", "wrong", "student follows", "student is right")
+    titles = ("top-1", "same prediction", "KL to student", "wrong", "student follows", "student is right")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for row in report.teachers or ():
@@ -116,7 +116,7 @@ def _teachers(report: EvaluationReport) -> Table:
 
 def _notes(report: EvaluationReport) -> Iterable[str]:
     if len(report.figures) > 1:
-        yield f"← the checkpoint that everything below the first table is about: {report.checkpoint}."
+        yield f"← everything below the first table is about this checkpoint: {report.checkpoint}."
     robust = report.robustness
     if robust is not None:
         clean = f"clean error on the same {robust.samples:,} images {robust.summary.clean_error:.2%}"
@@ -125,15 +125,15 @@ def _notes(report: EvaluationReport) -> Iterable[str]:
             yield "No run on labels alone to compare with: mean errors are not normalised, and there is no mCE."
         else:
             figures = f"mCE {_ratio(robust.summary.mce)}, relative mCE {_ratio(robust.summary.relative_mce)}"
-            yield f"{figures}: the means of CE and relative CE; 1 is as good as the baseline, {robust.baseline}."
+            yield f"{figures}: means of CE and relative CE; 1 equals the baseline, {robust.baseline}."
             missing = len(robust.summary.corruptions) - (robust.summary.relative_corruptions or 0)
             if missing:
-                yield f"Relative mCE leaves {missing} of 15 corruptions out: the baseline loses nothing there."
+                yield f"Relative mCE leaves out {missing} of 15 corruptions: they do not raise the baseline's error."
     if report.teachers is not None:
-        yield "follows, is right: of the images on which that teacher is wrong. KL is in nats, at temperature 1."
+        yield "follows, is right: shares of the images that the teacher gets wrong. KL is in nats, at temperature 1."
     best = next((row for row in report.figures if row.checkpoint == "best"), None)
     if best is not None:
-        yield "The best epoch was chosen on the test split, as papers do: an optimistic figure."
+        yield "The best epoch was chosen on the test split, as in papers: its figures are optimistic."
     yield f"Everything is in {report.folder}"
 
 

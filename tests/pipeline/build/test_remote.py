@@ -336,7 +336,7 @@ def test_the_command_says_what_it_moved_and_what_is_next(root, url, tmp_path):
     file.write_text(dump_yaml(recipe(root, None, num_views=1)))
     done = CliRunner().invoke(app, [str(file), "--out", url])
     assert done.exit_code == 0, done.output
-    assert "moved; a mirror is in " in done.stdout
+    assert "moved; the local mirror is " in done.stdout
     assert done.stdout.splitlines()[-1] == f"next: train-student --cache {url}"
     told = json.loads(CliRunner().invoke(app, [str(file), "--out", url, "--views", "2", "--json"]).stdout)
     assert (told["url"], told["images_computed"]) == (url, SAMPLES)
