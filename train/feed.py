@@ -218,7 +218,7 @@ class Feed(ABC):
 
 
 class ResidentFeed(Feed):
-    """All pixels of the split on the device: a view is made at once in the epoch's order, and a batch is a slice of it."""
+    """All pixels of the split on the device: an epoch's view is made at once, and a batch is a slice of it."""
 
     _resident: torch.Tensor | None = None
 

@@ -56,7 +56,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         CacheError: of a subclass that says what is wrong: recipe, device, cache, images, storage, divergence, memory.
     """
     device = run_device(recipe)
-    trackers.chosen(recipe)  # fail on a missing package before the data are opened
+    trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
     data = open_data(recipe, device)
     try:
         result = train_on(data, recipe, device, overwrite=overwrite)

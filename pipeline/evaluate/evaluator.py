@@ -21,7 +21,7 @@ from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
 from pipeline.evaluate.report import CONFUSION, CONFUSION_PICTURE, EvaluateOptions, EvaluationReport, RobustnessReport
 from pipeline.evaluate.student import EvaluatedStudent, evaluate_checkpoint, measure_robustness, parquet
 from train.checkpoints import StudentCard, read_card
-from train.evaluate.confusion import class_figures, confused_pairs, confusion_frame, confusion_matrix
+from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused
 from train.evaluate.corruptions import Corrupted, open_corrupted
 from train.evaluate.metrics import Evaluation, evaluate_logits
 from train.evaluate.shifted import open_shifted
@@ -87,7 +87,7 @@ class _Evaluator:
             figures=tuple(entry.figures for entry in students.values()),
             baseline_figures=None if baseline is None else baseline.figures,
             classes=class_figures(matrix, names),
-            confused=confused_pairs(matrix, names),
+            confused=most_confused(matrix, names),
             robustness=self._robustness(student, baseline, files),
             shifted=self._shifted(student),
             shifted_folder=self.options.shifted,

@@ -12,7 +12,7 @@ from cache_tools.config import Frozen
 from cache_tools.files import put_durably
 from cache_tools.format.recipe import Precision
 from pipeline.evaluate.agreement import Agreement
-from train.evaluate.confusion import ClassFigures, ConfusedPair
+from train.evaluate.confusion import ClassFigures, Confusion
 from train.evaluate.metrics import Evaluation
 from train.evaluate.robustness import RobustnessSummary
 
@@ -86,7 +86,7 @@ class EvaluationReport(Frozen):
     figures: tuple[CheckpointFigures, ...]
     baseline_figures: CheckpointFigures | None = None
     classes: tuple[ClassFigures, ...]
-    confused: tuple[ConfusedPair, ...]
+    confused: tuple[Confusion, ...]
     robustness: RobustnessReport | None = None
     shifted: Evaluation | None = None
     shifted_folder: Path | None = None

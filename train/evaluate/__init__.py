@@ -1,4 +1,4 @@
-"""How good a classifier is: accuracy, likelihood, calibration, confusions, robustness."""
+"""The quality of a classifier: accuracy, likelihood, calibration, confusions, robustness."""
 
 from train.evaluate.metrics import Evaluation, Meter, evaluate, evaluate_logits, predict
 

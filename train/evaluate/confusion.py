@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which."""
+"""The confusions of a classifier: the matrix, figures by class, the most frequent mistakes, and a plot of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ from torch import Tensor
 from cache_tools.config import Frozen
 from cache_tools.plotting import INK, VERMILLION, plain, png, shorten
 
+# Of the plot: numbers in the cells, names at the axes, confusions in the list.
+_MAX_CLASSES_WITH_NUMBERS, _MAX_CLASSES_WITH_NAMES, _MAX_LISTED = 20, 50, 12
+_MAX_NAME_LENGTH = 18
+
 
 class ClassFigures(Frozen):
-    """One class: `n` samples of it, the share of them that was recognised (recall), and the share of right answers
-    among all answers that name it (precision); None where there is nothing to divide by."""
+    """Figures of one class.
+
+    Attributes:
+        n: number of its samples.
+        accuracy: fraction of them that was recognised (recall); None without samples.
+        precision: fraction of right answers among all that name this class; None if none does.
+    """
 
     label: int
     name: str
@@ -26,8 +35,8 @@ class ClassFigures(Frozen):
     precision: float | None
 
 
-class ConfusedPair(Frozen):
-    """`count` samples of class `label` were taken for `predicted`, a `share` of the class."""
+class Confusion(Frozen):
+    """`count` samples of class `label`, a `share` of the class, were classified as `predicted`."""
 
     label: str
     predicted: str
@@ -76,32 +85,28 @@ def class_figures(matrix: npt.NDArray[np.int64], names: Sequence[str]) -> tuple[
     )
 
 
-def confused_pairs(matrix: npt.NDArray[np.int64], names: Sequence[str], most: int = 10) -> tuple[ConfusedPair, ...]:
-    """Up to `most` pairs of classes with the most mistakes; of equals, the larger share of its class comes first."""
+def most_confused(matrix: npt.NDArray[np.int64], names: Sequence[str], most: int = 10) -> tuple[Confusion, ...]:
+    """Up to `most` confusions with the highest counts; of equal counts, the larger share comes first."""
     wrong = matrix * ~np.eye(len(matrix), dtype=bool)
     shares = wrong / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     order = np.lexsort((-shares.ravel(), -wrong.ravel()))[:most]
-    pairs = [divmod(int(place), len(matrix)) for place in order]
+    cells = [divmod(int(place), len(matrix)) for place in order]
     return tuple(
-        ConfusedPair(
+        Confusion(
             label=names[label],
             predicted=names[answer],
             count=int(wrong[label, answer]),
             share=float(shares[label, answer]),
         )
-        for label, answer in pairs
+        for label, answer in cells
         if wrong[label, answer]
     )
-
-
-_MOST_NUMBERS, _MOST_NAMES, _MOST_PAIRS = 20, 50, 12
-_LONGEST_NAME = 18
 
 
 def plot_confusion(matrix: npt.NDArray[np.int64], names: Sequence[str], title: str) -> bytes:
     """A PNG of counts [C, C], row = label, column = answer.
 
-    Numbers stand in the cells of up to 20 classes, names at the axes of up to 50.
+    Up to 20 classes have numbers in the cells, and up to 50 have names at the axes.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -113,7 +118,7 @@ def plot_confusion(matrix: npt.NDArray[np.int64], names: Sequence[str], title: s
     figure.suptitle(plain(title), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     left, right = figure.subplots(1, 2, width_ratios=(side - 0.6, 3.4))
     _plot_matrix(left, matrix, names, figure)
-    _plot_pairs(right, confused_pairs(matrix, names, _MOST_PAIRS))
+    _list_confusions(right, most_confused(matrix, names, _MAX_LISTED))
     return png(figure)
 
 
@@ -122,13 +127,13 @@ def _plot_matrix(axes: Any, matrix: npt.NDArray[np.int64], names: Sequence[str],
 
     classes = len(matrix)
     percent = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # The square root lets a confusion of 1 % be seen beside 99 % that are right.
+    # On a square-root scale a confusion of 1 % is visible beside 99 % right answers.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="antialiased")
     axes.set_title("Answers, % of each class", loc="left", fontsize=10, color=INK)
     axes.set_xlabel("answer", fontsize=10)
     axes.set_ylabel("class", fontsize=10)
     _name_axes(axes, names)
-    if classes <= _MOST_NUMBERS:
+    if classes <= _MAX_CLASSES_WITH_NUMBERS:
         size = 9 if classes <= 12 else 7
         for label, answer in zip(*np.nonzero(matrix), strict=True):
             value = percent[label, answer]
@@ -149,9 +154,9 @@ def _plot_matrix(axes: Any, matrix: npt.NDArray[np.int64], names: Sequence[str],
 
 def _name_axes(axes: Any, names: Sequence[str]) -> None:
     classes = len(names)
-    if classes <= _MOST_NAMES:
+    if classes <= _MAX_CLASSES_WITH_NAMES:
         size = 9 if classes <= 24 else 7
-        short = [shorten(name, _LONGEST_NAME) for name in names]
+        short = [shorten(name, _MAX_NAME_LENGTH) for name in names]
         axes.set_xticks(range(classes), short, rotation=90 if classes > 3 else 0, fontsize=size)
         axes.set_yticks(range(classes), short, fontsize=size)
     else:
@@ -159,23 +164,23 @@ def _name_axes(axes: Any, names: Sequence[str]) -> None:
         axes.set_ylabel("class, by number", fontsize=10)
 
 
-def _plot_pairs(axes: Any, pairs: Sequence[ConfusedPair]) -> None:
-    axes.set_title("Confused most: images (% of the class)", loc="left", fontsize=10, color=INK)
+def _list_confusions(axes: Any, confusions: Sequence[Confusion]) -> None:
+    axes.set_title("Most confused: images (% of the class)", loc="left", fontsize=10, color=INK)
     axes.set_axis_off()
-    if not pairs:
+    if not confusions:
         axes.text(0, 0.97, "nothing", transform=axes.transAxes, va="top", fontsize=9, color=INK)
         return
-    longest = max(pair.count for pair in pairs)
-    for place, pair in enumerate(pairs):
-        axes.barh(place, pair.count / longest, height=0.34, color=VERMILLION, left=0)
-        text = " → ".join(shorten(name, _LONGEST_NAME) for name in (pair.label, pair.predicted))
+    longest = max(confusion.count for confusion in confusions)
+    for place, confusion in enumerate(confusions):
+        axes.barh(place, confusion.count / longest, height=0.34, color=VERMILLION, left=0)
+        text = " → ".join(shorten(name, _MAX_NAME_LENGTH) for name in (confusion.label, confusion.predicted))
         axes.text(0, place - 0.24, text, va="bottom", fontsize=9, color=INK)
         axes.text(
-            pair.count / longest + 0.02, place, f"{pair.count:,} ({100 * pair.share:.1f} %)",
+            confusion.count / longest + 0.02, place, f"{confusion.count:,} ({100 * confusion.share:.1f} %)",
             va="center", fontsize=8, color=INK,
         )  # fmt: skip
     axes.set_xlim(0, 1.55)
-    axes.set_ylim(max(len(pairs), _MOST_PAIRS) - 0.5, -0.8)
+    axes.set_ylim(max(len(confusions), _MAX_LISTED) - 0.5, -0.8)
 
 
 def _percent(value: float) -> str:

@@ -1,10 +1,10 @@
-"""Corrupted copies of test images, made once with the package `imagecorruptions` and kept below the cache home.
+"""Corrupted copies of test images, made once with the package `imagecorruptions` and stored in the cache home.
 
-The functions and strengths are ImageNet-C's, applied to the canvas as it is. CIFAR-10-C has weaker strengths of its
-own for 32 × 32 images: for figures that compare with published ones, evaluate on its files instead.
+The functions and strengths are ImageNet-C's, applied to the canvas as it is. CIFAR-10-C uses weaker strengths for its
+32 × 32 images: to compare with published figures, evaluate on its files instead.
 
-Every copy is a function of (image, corruption, severity, seed), so neither the number of processes nor an
-interruption changes a byte, and the copies of some images are the same as among the copies of all.
+Every copy is a function of (image, corruption, severity, seed): the number of processes, an interruption or a smaller
+number of images changes no byte of it.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from cache_tools.philox import sample_words
 from train.evaluate.corruptions import CORRUPTIONS, LABELS, SEVERITIES, Corrupted, evenly_spaced, open_corrupted
 
 PACKAGE = "imagecorruptions-imaug"
-MIN_SIDE = 32  # of the package's functions
+MIN_SIDE = 32  # the package refuses smaller images
 _CHUNK_BYTES = 2 << 20
 _RECIPE = "corruptions.json"
 
 
 def corrupted_copies(images: ImageSet, samples: int | None = None, *, seed: int = 0, workers: int = 1) -> Corrupted:
-    """Corrupted copies of a test split, made if they are not there yet, then memory-mapped.
+    """Open corrupted copies of a test split, memory-mapped; make them first if they do not exist.
 
-    They are in `$TEACHER_CACHE_HOME/corruptions/`, in a folder named by what determines them. An interrupted run goes
-    on after the last finished corruption.
+    They are in `$TEACHER_CACHE_HOME/corruptions/`, in a folder named after everything that determines them. An
+    interrupted run resumes after the last finished corruption.
 
     Args:
         images: at least 32 × 32.
-        samples: copies of this many evenly spaced images only; None for all.
+        samples: number of evenly spaced images to copy; None for all.
         seed: of the noise, 0 … 2⁶⁴−1.
         workers: processes that make copies; with more than one the calling script needs the usual
             `if __name__ == "__main__":`.
@@ -60,31 +60,31 @@ def corrupted_copies(images: ImageSet, samples: int | None = None, *, seed: int 
     """
     if min(images.image_size) < MIN_SIDE:
         raise DataError(
-            "these images are too small to be corrupted",
+            "the images are too small for the corruptions",
             where=f"{images.name}, split {images.split}",
             expected=f"at least {MIN_SIDE} × {MIN_SIDE}",
             found=f"{images.image_size[0]} × {images.image_size[1]}",
-            next_step="give a folder of corrupted copies with --corruptions",
+            next_step="pass a folder of corrupted copies with --corruptions",
         )
     whole = _recipe(images, evenly_spaced(len(images), None), seed)
     if samples is not None and samples < len(images):
-        if not _complete(_folder(whole)):
+        if not _is_complete(_folder(whole)):
             index = evenly_spaced(len(images), samples)
-            return _made(images, index, _recipe(images, index, seed), seed, workers)
+            return _open_or_make(images, index, _recipe(images, index, seed), seed, workers)
     else:
         samples = None
-    copies = _made(images, evenly_spaced(len(images), None), whole, seed, workers)
+    copies = _open_or_make(images, evenly_spaced(len(images), None), whole, seed, workers)
     return open_corrupted(copies.folder, images.labels, samples, source=copies.source)
 
 
 def corrupt_images(
     pixels_NHWC: npt.NDArray[np.uint8], index: npt.NDArray[np.int64], name: str, severity: int, seed: int = 0
 ) -> npt.NDArray[np.uint8]:
-    """Corrupt images with the package, each with random numbers of its own.
+    """Corrupt images with the package, each with its own random numbers.
 
     Args:
         pixels_NHWC: uint8 [B, H, W, 3].
-        index: int64 [B], which samples they are: what the random numbers depend on, beside the other arguments.
+        index: int64 [B], their sample indices; the random numbers depend on them and on the other arguments.
         severity: 1 … 5.
 
     Returns:
@@ -93,9 +93,9 @@ def corrupt_images(
     imagecorruptions = _package()
     words = sample_words(seed, index.astype(np.uint64), severity, CORRUPTIONS.index(name))[0].tolist()
     own_seed = name in {"impulse_noise", "glass_blur"}  # these two do not draw from numpy's global generator
-    state = np.random.get_state()  # noqa: NPY002  # the package's own generator
+    state = np.random.get_state()  # noqa: NPY002  # the generator that the package uses
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints when it crops a layer
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints whenever it crops a layer
             out = np.empty_like(pixels_NHWC)
             for row, word in enumerate(words):
                 np.random.seed(word)  # noqa: NPY002
@@ -107,7 +107,7 @@ def corrupt_images(
 
 
 def _recipe(images: ImageSet, index: npt.NDArray[np.int64], seed: int) -> dict[str, Any]:
-    """What determines the copies. Copies that are there already need no import of the package."""
+    """Everything that determines the copies. The package is not imported, which existing copies do not need."""
     return {
         "dataset": images.name,
         "split": images.split,
@@ -127,13 +127,15 @@ def _folder(recipe: dict[str, Any]) -> Path:
     return cache_home() / "corruptions" / f"{name}-{digest[:12]}"
 
 
-def _complete(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return (folder / LABELS).is_file()  # written last
 
 
-def _made(images: ImageSet, index: npt.NDArray[np.int64], recipe: dict[str, Any], seed: int, workers: int) -> Corrupted:
+def _open_or_make(
+    images: ImageSet, index: npt.NDArray[np.int64], recipe: dict[str, Any], seed: int, workers: int
+) -> Corrupted:
     folder, labels = _folder(recipe), images.labels[index]
-    if not _complete(folder):
+    if not _is_complete(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         put_durably(folder / _RECIPE, json.dumps(recipe | {"made_with": _versions()}, indent=2).encode())
@@ -155,7 +157,7 @@ def _make(folder: Path, images: ImageSet, index: npt.NDArray[np.int64], seed: in
             _write(
                 folder / f"{name}.npy",
                 (each, *images.image_size, 3),
-                _advancing(_chunks(images, index, name, seed, pool, workers), progress, name),
+                _report_progress(_chunks(images, index, name, seed, pool, workers), progress, name),
             )
 
 
@@ -185,7 +187,7 @@ def _chunks(
         yield pending.popleft().result()
 
 
-def _advancing(
+def _report_progress(
     chunks: Iterator[npt.NDArray[np.uint8]], progress: Progress, note: str
 ) -> Iterator[npt.NDArray[np.uint8]]:
     for chunk in chunks:
@@ -195,7 +197,7 @@ def _advancing(
 
 @contextlib.contextmanager
 def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Spawned processes, which inherit neither threads nor a CUDA context; None to work in this one."""
+    """A pool of spawned processes, which inherit no threads and no CUDA context; None to work in this process."""
     if count <= 1:
         yield None
         return
@@ -207,7 +209,7 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _write(path: Path, shape: tuple[int, ...], chunks: Iterator[npt.NDArray[np.uint8]]) -> None:
-    """An .npy file that is there completely or not at all. Plain writes: a full disk is an error, not a crash."""
+    """Write an .npy file atomically. A memory map would be shorter, but on a full disk it crashes the process."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
@@ -231,7 +233,7 @@ def _npy(array: npt.NDArray[Any]) -> memoryview:
 
 
 def _versions() -> dict[str, str]:
-    """Of everything that the pixels come from; only the package's own is part of the folder's name."""
+    """Versions of all packages that affect the pixels. Only the corruption package's is in the folder's name."""
     names = (PACKAGE, "numpy", "scipy", "scikit-image", "opencv-python", "opencv-python-headless", "pillow", "numba")
     found = {}
     for name in names:
@@ -244,21 +246,21 @@ def _package_version() -> str:
     try:
         return version(PACKAGE)
     except PackageNotFoundError as error:
-        raise _not_there(error) from error
+        raise _cannot_import(error) from error
 
 
 def _package() -> Any:
     try:
         import imagecorruptions
-    except ImportError as error:  # not installed, or its OpenCV lacks a library of the system
-        raise _not_there(error) from error
+    except ImportError as error:  # not installed, or a system library of its OpenCV is missing
+        raise _cannot_import(error) from error
     return imagecorruptions
 
 
-def _not_there(error: ImportError) -> RecipeError:
+def _cannot_import(error: ImportError) -> RecipeError:
     return RecipeError(
-        "cannot load the package that corrupts images",
+        "cannot import the package that corrupts images",
         where=PACKAGE,
         found=error,
-        next_step="pip install 'teacher-cache[robustness]', or give a folder of corrupted copies with --corruptions",
+        next_step="pip install 'teacher-cache[robustness]', or pass a folder of corrupted copies with --corruptions",
     )

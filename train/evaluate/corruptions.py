@@ -1,9 +1,9 @@
-"""Corrupted test images on the disk, in the layout of CIFAR-10-C: read, never made, here.
+"""Read corrupted test images in the layout of CIFAR-10-C.
 
 A folder holds `NAME.npy`, uint8 [5·n, H, W, 3], the five severities one after the other, for each of the 15 test
 corruptions of ImageNet-C (Hendrycks & Dietterich, "Benchmarking neural network robustness to common corruptions and
 perturbations", ICLR 2019), and `labels.npy`, the labels of the n test images (once, or once per severity). Files
-are memory-mapped: opening costs nothing, and any number of students read the same pages.
+are memory-mapped: opening them is instant, and any number of students share the same pages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cache_tools.errors import DataError
 
-# The paper's order and groups.
+# In the paper's order, with the paper's groups.
 KINDS: dict[str, str] = {
     "gaussian_noise": "noise",
     "shot_noise": "noise",
@@ -44,12 +44,12 @@ LABELS = "labels.npy"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Corrupted:
-    """Corrupted copies of test images, opened.
+    """Opened corrupted copies of test images.
 
     Attributes:
-        folder: where they are.
-        source: what made them, for reports.
-        index: int64 [n], the rows of the test split that they are copies of, rising.
+        folder: of the files.
+        source: the program or files they come from, for reports.
+        index: int64 [n], their rows in the test split, rising.
         labels: int64 [n].
         image_size: (height, width).
     """
@@ -68,7 +68,7 @@ class Corrupted:
     def load(self, name: str, severity: int, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
         """Pixels uint8 [B, 3, H, W] of images `rows` under a corruption of severity 1 … 5.
 
-        A copy whose channels lie last in memory, as they do in the file.
+        A copy, channels-last in memory as in the file.
         """
         pixels = self._files[name]
         chosen = self._rows[rows] + (severity - 1) * (len(pixels) // len(SEVERITIES))
@@ -94,14 +94,14 @@ def open_corrupted(
     """Open a folder of corrupted copies of test images.
 
     Args:
-        labels: int64 [n] of the images that the folder should hold, in their order: the whole test split's for
-            CIFAR-10-C and CIFAR-100-C.
-        samples: use this many evenly spaced ones of them only; None for all.
-        index: the rows of the test split that these n images are, where they are not all of it.
-        source: what made the files.
+        labels: int64 [n], the expected labels of the folder's images: for CIFAR-10-C and CIFAR-100-C those of the whole
+            test split.
+        samples: number of evenly spaced images to use; None for all.
+        index: int64 [n], rows of the images in the test split, if the folder does not hold all of it.
+        source: see `Corrupted`.
 
     Raises:
-        DataError: a file that is missing, damaged or of another shape; labels that are not the expected ones.
+        DataError: a missing or damaged file, a wrong shape, or unexpected labels.
     """
     folder = Path(folder).expanduser()
     missing = [f"{name}.npy" for name in CORRUPTIONS if not (folder / f"{name}.npy").is_file()]
@@ -116,7 +116,7 @@ def open_corrupted(
     files = {name: _read(folder / f"{name}.npy", len(labels)) for name in CORRUPTIONS}
     sizes = {file.shape[1:3] for file in files.values()}
     if len(sizes) > 1:
-        raise DataError("corrupted images of several sizes", where=folder, found=sorted(sizes))
+        raise DataError("corrupted images of different sizes", where=folder, found=sorted(sizes))
     rows = evenly_spaced(len(labels), samples)
     return Corrupted(
         folder=folder,
@@ -130,7 +130,7 @@ def open_corrupted(
 
 
 def evenly_spaced(total: int, samples: int | None) -> npt.NDArray[np.int64]:
-    """`samples` of `total` rows, or all, at equal distances: the same images for every student."""
+    """Up to `samples` of `total` rows at equal distances, the same for every student; None for all."""
     count = total if samples is None else min(samples, total)
     return np.arange(count, dtype=np.int64) * total // max(count, 1)
 
@@ -140,7 +140,7 @@ def _check_labels(path: Path, expected: npt.NDArray[np.int64]) -> None:
     severities = len(labels) // max(len(expected), 1) if labels.ndim == 1 and labels.dtype.kind in "iu" else 0
     if severities not in {1, len(SEVERITIES)} or len(labels) != severities * len(expected):
         raise DataError(
-            "these are not labels of the test images",
+            "not the labels of the test images",
             where=path,
             expected=f"{len(expected):,} integers, or {len(SEVERITIES)} times as many",
             found=f"{labels.dtype} {list(labels.shape)}",
@@ -148,10 +148,10 @@ def _check_labels(path: Path, expected: npt.NDArray[np.int64]) -> None:
     if not np.array_equal(labels, np.tile(expected, severities)):
         different = np.flatnonzero(labels != np.tile(expected, severities))
         raise DataError(
-            "the labels are not those of the test split in its order",
+            "the labels differ from those of the test split",
             where=path,
-            found=f"{len(different):,} of {len(labels):,} are others, the first at row {different[0]}",
-            next_step="give the corrupted copies of the dataset that the student was trained on",
+            found=f"{len(different):,} of {len(labels):,} differ, the first at row {different[0]}",
+            next_step="use corrupted copies of the dataset that the student was trained on",
         )
 
 
@@ -159,7 +159,7 @@ def _read(path: Path, count: int) -> npt.NDArray[np.uint8]:
     pixels = _load(path)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(SEVERITIES) * count:
         raise DataError(
-            "these are not corrupted copies of the test images",
+            "not corrupted copies of the test images",
             where=path,
             expected=f"uint8 [{len(SEVERITIES)}·{count}, height, width, 3]",
             found=f"{pixels.dtype} {list(pixels.shape)}",
@@ -176,5 +176,5 @@ def _load(path: Path) -> npt.NDArray[Any]:
             where=path,
             expected="a whole .npy file",
             found=str(error) or type(error).__name__,
-            next_step="fetch or make it again",
+            next_step="download it or make it again",
         ) from error

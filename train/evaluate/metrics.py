@@ -1,4 +1,4 @@
-"""How good a classifier's logits are: accuracy, likelihood, calibration."""
+"""Accuracy, likelihood and calibration of a classifier."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Evaluation(Frozen):
         n: samples.
         top1, top5: accuracy in [0, 1]; top5 is None for five classes or fewer, where it would always be 1.
         nll: mean negative log-likelihood of the labels, in nats.
-        ece: expected calibration error in [0, 1], 15 equal bins of the confidence, each weighted by its share.
+        ece: expected calibration error in [0, 1], with 15 equal bins of the confidence, weighted by their size.
         brier: mean over samples of Σ_c (p_c − y_c)², in [0, 2] (Brier 1950); None in results of earlier versions.
     """
 
@@ -51,12 +51,12 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a network on a split's clean images (no views).
 
-    The network is put into eval mode and every module's own mode is restored afterwards. The next batch is
-    loaded while the current one is computed.
+    The network is in eval mode meanwhile; afterwards every module has its own mode again. The next batch is loaded
+    while the current one is computed.
 
     Args:
         model: on `device`; pixels prepared by `preprocessing` → logits [B, C].
-        precision: of the forward passes (autocast); the figures are always computed from float32 logits.
+        precision: of the forward passes (autocast); the figures are always computed in float32 and above.
 
     Raises:
         DivergedError: logits that are not finite.
@@ -79,10 +79,10 @@ def predict(
     precision: Precision = "float32",
     advance: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Logits of all clean images of a split, float32 [N, C] on `device`, for whatever is measured on them.
+    """Logits of all clean images of a split, float32 [N, C] on `device`.
 
     Args:
-        advance: told the number of images after each batch.
+        advance: called after each batch with its number of images.
 
     Raises:
         DataError: a split without images, or an image that cannot be decoded.
@@ -113,9 +113,9 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
 
 
 class Meter:
-    """torchmetrics' accuracies and calibration error, likelihood and Brier score in float64, batch by batch.
+    """The figures of an `Evaluation`, added up batch by batch on the device.
 
-    Everything stays on the device until `compute`.
+    Accuracies and calibration error are torchmetrics'; likelihood and Brier score are sums in float64.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -131,7 +131,7 @@ class Meter:
         self._count += len(labels)
         self._finite &= torch.isfinite(logits).all()
         self._nll += F.cross_entropy(logits.double(), labels, reduction="sum")
-        # Above 1 by a rounding error would read as logits to torchmetrics.
+        # torchmetrics would take values above 1, even by a rounding error, for logits.
         probabilities = logits.softmax(dim=1).clamp_max(1.0)
         # Σ_c (p_c − y_c)² = Σ_c p_c² − 2 p_label + 1
         of_label = probabilities.gather(1, labels[:, None])[:, 0]
@@ -142,7 +142,7 @@ class Meter:
             self._top5.update(logits, labels)
 
     def compute(self) -> Evaluation:
-        """The figures of everything added so far.
+        """The figures of all batches so far.
 
         Raises:
             DivergedError: logits that are not finite.
@@ -181,7 +181,7 @@ class Meter:
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device, precision: Precision = "float32") -> Iterator[None]:
-    """Eval mode, no gradients and a precision inside; afterwards every module has the mode it had."""
+    """Inside, the model is in eval mode, without gradients and at this precision; its modes are restored afterwards."""
     modes = {module: module.training for module in model.modules()}  # a frozen batch norm stays frozen
     model.eval()
     dtype: torch.dtype = getattr(torch, precision)
@@ -196,9 +196,9 @@ def evaluating(model: nn.Module, device: torch.device, precision: Precision = "f
 def batches(
     load: Callable[[slice], np.ndarray], count: int, batch_size: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first row, uint8 pixels [B, 3, H, W] on the device), in order; one batch is loaded ahead.
+    """Batches in order, as (first row, uint8 pixels [B, 3, H, W] on the device); the next one is loaded meanwhile.
 
-    Pixels come channels-last, as in training: convolutions are a third to a half faster, on the CPU too.
+    Pixels are channels-last, as in training: convolutions are a third to a half faster, on the CPU too.
 
     Args:
         load: rows → uint8 [B, 3, H, W]; called in another thread.

@@ -1,7 +1,7 @@
-"""How much a student loses under corruptions, by itself and against a baseline.
+"""Robustness: a student's error under corruptions, absolute and relative to a baseline.
 
 Hendrycks & Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019.
-There the baseline is AlexNet; here it is another student, as a rule the same network trained on labels alone.
+There the baseline is AlexNet; here it is another student, usually the same network trained on labels alone.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class CorruptionError(Frozen):
-    """One corruption; errors are shares in [0, 1].
+    """The errors under one corruption, in [0, 1].
 
     Attributes:
         by_severity: the student's errors at severities 1 … 5.
         error, baseline_error: means over the severities.
-        ce: Σ_s error / Σ_s baseline error, None without a baseline, or where it makes no error.
-        relative_ce: Σ_s (error − clean error) / Σ_s (baseline error − baseline clean error), None where the baseline
-            loses nothing.
+        ce: Σ_s error / Σ_s baseline error; None without a baseline, or if it makes no error.
+        relative_ce: Σ_s (error − clean error) / Σ_s (baseline error − baseline clean error); None if the baseline is no
+            worse than on clean images.
     """
 
     corruption: str
@@ -44,14 +44,14 @@ class CorruptionError(Frozen):
 
 
 class RobustnessSummary(Frozen):
-    """The figures of the paper; everything with a baseline is None without one.
+    """The figures of the paper. Those that compare with a baseline are None without one.
 
     Attributes:
         clean_error, baseline_clean_error: on the same images without corruption.
         mean_error: over corruptions and severities, not normalised.
-        mce: mean over corruptions of `ce`; 1 is as good as the baseline, less is better.
-        relative_mce: mean of `relative_ce` over the corruptions that have one (`relative_corruptions` of them): what
-            is lost beyond the clean error. Small denominators make it noisy.
+        mce: mean of `ce` over the corruptions; 1 is as good as the baseline, less is better.
+        relative_mce: mean of `relative_ce`, which ignores the clean error, over the `relative_corruptions` corruptions
+            that have one. Small denominators make it noisy.
     """
 
     clean_error: float
@@ -78,7 +78,7 @@ def robustness(
 
     Args:
         model: on `device`; pixels prepared by `preprocessing` → logits [B, C].
-        advance: told the number of images after each batch, and the corruption.
+        advance: called after each batch with its number of images and the corruption.
 
     Returns:
         75 rows: corruption, kind, severity, n, error, nll, ece, brier; error = 1 − top-1, the others as in
@@ -99,7 +99,9 @@ def robustness(
                     if advance is not None:
                         advance(len(pixels), name)
                 found = meter.compute()
-                wrong = found.n - round(found.n * found.top1)  # exact: relative CE subtracts errors that may be equal
+                wrong = found.n - round(
+                    found.n * found.top1
+                )  # an integer: relative CE subtracts errors that may be equal
                 figures = {"error": wrong / found.n, "nll": found.nll, "ece": found.ece, "brier": found.brier}
                 rows.append({"corruption": name, "kind": KINDS[name], "severity": severity, "n": found.n, **figures})
     return pl.DataFrame(rows)
@@ -111,11 +113,11 @@ def summarise(
     baseline: pl.DataFrame | None = None,
     baseline_clean_error: float | None = None,
 ) -> RobustnessSummary:
-    """Corruption errors from the frames of `robustness`, student and baseline on the same images.
+    """Summarise the frames that `robustness` returned for a student and a baseline on the same images.
 
     Args:
-        clean_error, baseline_clean_error: of both on the same images without corruption, in [0, 1]; the second is
-            needed with a baseline.
+        clean_error, baseline_clean_error: on the same images without corruption, in [0, 1]; the second is required with
+            a baseline.
     """
     own = {name: _mean(by_severity) for name, by_severity in _by_corruption(errors).items()}
     plain = {
@@ -158,7 +160,7 @@ def _by_corruption(errors: pl.DataFrame) -> dict[str, tuple[float, ...]]:
 
 
 def _ratio(value: float, reference: float) -> float | None:
-    """None where the reference is nothing but rounding, or negative."""
+    """value / reference; None if the reference is negative or no more than rounding."""
     return value / reference if reference > 1e-12 else None
 
 

@@ -1,4 +1,4 @@
-"""A picture of robustness: error by severity for each corruption, the student against its baseline."""
+"""A plot of robustness: error by severity for each corruption, for the student and its baseline."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def plot_robustness(
     student_name: str = "student",
     baseline_name: str = "baseline",
 ) -> bytes:
-    """A PNG of 3 × 5 panels, one per corruption: error in % over severity, 0 being the clean images.
+    """A PNG of 3 × 5 panels, one per corruption: error in % over severity, where 0 means clean images.
 
     Args:
         errors, baseline: frames of `train.evaluate.robustness.robustness`.
-        num_classes: for the line of a guesser.
+        num_classes: gives the error of guessing.
     """
     from matplotlib.figure import Figure
 

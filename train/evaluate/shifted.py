@@ -1,4 +1,4 @@
-"""A folder of other pictures of the same classes, as a test split."""
+"""A folder of other images of the same classes as a test split, to measure a distribution shift."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from cache_tools.images.recipe import DatasetRecipe
 
 
 def open_shifted(folder: Path | str, class_names: Sequence[str], image_size: tuple[int, int]) -> ImageSet:
-    """Open `folder/CLASS/**/image` with a student's labels.
+    """Open `folder/CLASS/**/image` with the labels of a student.
 
-    Class folders are named as the student's classes; case, blanks, dashes, underscores and slashes do not matter, and
-    classes may be missing.
+    The folders have the names of the student's classes; case, blanks, dashes, underscores and slashes do not matter.
+    Classes may be missing.
 
     Args:
-        image_size: (height, width) of the canvas that the student is evaluated on, a square.
+        image_size: (height, width) of the student's canvas, a square.
 
     Raises:
-        DataError: no such folder, a class that the student does not know, two folders of one class, or broken images.
+        DataError: no such folder, a class that the student does not know, two folders of one class, or damaged images.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError("no such folder of shifted test images", where=folder, expected="CLASS/IMAGE below it")
     if image_size[0] != image_size[1]:
-        raise DataError("folders are read to square canvases only", where=folder, found=f"{image_size}")
+        raise DataError("image folders need a square canvas", where=folder, found=f"{image_size}")
     recipe = DatasetRecipe(name="folder", data_dir=folder, test_split=None, image_size=image_size[0])
     images = open_images(recipe.absolute(), "all")
     known = {_plain(name): label for label, name in enumerate(class_names)}

@@ -92,7 +92,7 @@ def read_run(path: Path) -> list[TrialRecord]:
 def _read_folder(path: Path) -> TrialRecord:
     identity, recipe = _identity(path), path / folder.RECIPE
     common: dict[str, Any] = {
-        "settings": {key: value for key, value in folder.flat(identity["recipe"]).items() if key != "seed"},
+        "settings": {key: value for key, value in folder.flatten(identity["recipe"]).items() if key != "seed"},
         "data": identity["data"],
         "fingerprint": identity["data"].get("fingerprint"),
         "folder": path,

@@ -1,1 +1,1 @@
-"""The folder of a run: files, metrics, trackers, results."""
+"""The folder of a run: its files, metrics, trackers and result."""

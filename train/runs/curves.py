@@ -1,4 +1,4 @@
-"""A picture of a run: its loss terms and its accuracy, epoch by epoch."""
+"""A plot of a run: its loss terms and its accuracy by epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cache_tools.plotting import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY_BL
 if TYPE_CHECKING:
     import polars
 
-# The line style repeats what the colour says.
+# The line styles tell the curves apart without colour.
 _LOSSES = {
     "loss": ("total", BLACK, "-"),
     "loss_ce": ("cross entropy", BLUE, "--"),
@@ -31,9 +31,9 @@ def plot_curves(
     Args:
         history: one row per epoch with `epoch` (from 0), any of `loss`, `loss_ce`, `loss_logit`, `loss_feature`, and
             `test_top1` in [0, 1]; columns that are missing and values that are null are left out.
-        path: where the PNG goes, 1400 × 560 pixels.
+        path: of the PNG, 1400 × 560 pixels.
         title: one line above both panels.
-        references: label → top-1 in [0, 1], dashed lines to compare with (teacher, CLIP, fusion, labels only).
+        references: label → top-1 in [0, 1], drawn as dashed lines (teacher, CLIP, fusion, labels only).
     """
     _draw(history, title, dict(references or {})).savefig(path, format="png")
 
@@ -90,9 +90,9 @@ def _plot_accuracy(axes: Any, history: polars.DataFrame, references: dict[str, f
 
 
 def _accuracy_range(curve: Sequence[float], references: Sequence[float]) -> tuple[float, float]:
-    """Limits of the accuracy axis: all references and the later three quarters of the curve.
+    """Limits of the accuracy axis: they include all references and the last three quarters of the curve.
 
-    The first epochs may leave the picture below, so that the differences that matter are seen.
+    The first epochs may fall below them, so that later differences are visible.
     """
     later = list(curve[len(curve) // 4 :]) + list(references)
     low, high = min(later), max([*curve, *references])
@@ -101,7 +101,7 @@ def _accuracy_range(curve: Sequence[float], references: Sequence[float]) -> tupl
 
 
 def _label_right(axes: Any, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
-    """Texts right of the axes at their heights, moved apart where they would overlap."""
+    """Write labels to the right of the axes at their heights, moved apart where they would overlap."""
     gap = 0.062 * (high - low)
     labels = sorted(labels)
     heights = _spread([height for height, _, _ in labels], gap, low, high)
@@ -120,7 +120,7 @@ def _label_right(axes: Any, labels: list[tuple[float, str, str]], low: float, hi
 
 def _spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Sorted heights moved as little as needed to be `gap` apart and, as far as they fit, within [low, high]."""
-    placed: list[list[float]] = []  # groups of touching labels, each as its wanted heights
+    placed: list[list[float]] = []  # groups of touching labels, each with the heights that they should have
     for height in heights:
         group = [height]
         while placed and _bottom(group, gap, low, high) < _bottom(placed[-1], gap, low, high) + gap * len(placed[-1]):
@@ -130,7 +130,7 @@ def _spread(heights: Sequence[float], gap: float, low: float, high: float) -> li
 
 
 def _bottom(group: list[float], gap: float, low: float, high: float) -> float:
-    """Height of a group's lowest label when the group is centred on the heights its labels want."""
+    """Height of a group's lowest label, when the group is centred on the heights that its labels should have."""
     span = gap * (len(group) - 1)
     return max(min(sum(group) / len(group) - span / 2, high - span), low)
 
@@ -148,7 +148,7 @@ def _dress(axes: Any, history: polars.DataFrame) -> None:
 
 
 def _plain_log_ticks(axes: Any) -> None:
-    """1, 2, 5, 10 … instead of powers, which a loss that falls by half would not reach."""
+    """Ticks at 1, 2, 5, 10, …: between powers of ten alone, a loss that halves would have none."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -157,21 +157,21 @@ def _plain_log_ticks(axes: Any) -> None:
 
 
 def _points(history: polars.DataFrame, column: str) -> tuple[list[int], list[float]]:
-    """Epochs and values of a column where it has finite ones."""
+    """The epochs and values of a column, without null and infinite ones."""
     if column not in history.columns:
         return [], []
-    pairs = zip(_epochs(history), history[column].to_list(), strict=True)
-    kept = [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
+    points = zip(_epochs(history), history[column].to_list(), strict=True)
+    kept = [(epoch, float(value)) for epoch, value in points if value is not None and math.isfinite(value)]
     return [epoch for epoch, _ in kept], [value for _, value in kept]
 
 
 def _epochs(history: polars.DataFrame) -> list[int]:
-    """Numbers of the finished epochs, counted from 1 as the progress lines and the result do."""
+    """Numbers of the finished epochs, counted from 1 as in the progress lines and the result."""
     return [epoch + 1 for epoch in history["epoch"].to_list()]
 
 
 def _marker(epochs: Sequence[int], most: int) -> str:
-    """Dots for a few points, which a line alone would not show."""
+    """Dots if there are few points, which a line alone would not show."""
     return "o" if len(epochs) <= most else ""
 
 

@@ -1,4 +1,4 @@
-"""What is recorded while a run goes on: a row per epoch in `metrics.parquet`, and whatever trackers follow it."""
+"""The metrics of a run: a row per epoch in `metrics.parquet`, passed on to experiment trackers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cache_tools.errors import DataError
 from cache_tools.files import put_durably
 from train.recipe import TrainRecipe
 from train.runs.folder import METRICS, TRACKERS
-from train.runs.trackers import LOGGERS, Row, State, chosen
+from train.runs.trackers import TRACKER_CLASSES, Row, State, choose_trackers
 
 if TYPE_CHECKING:
     from train.runs.result import RunResult
 
 
 def read_metrics(folder: Path) -> pl.DataFrame | None:
-    """A row per finished epoch of the run in a folder; None where nothing is recorded.
+    """Read the metrics of a run, a row per finished epoch; None if there are none.
 
     Raises:
         DataError: a damaged file.
@@ -40,12 +40,12 @@ def read_metrics(folder: Path) -> pl.DataFrame | None:
             "damaged metrics",
             where=path,
             found=str(error).partition("\n")[0],
-            next_step="restore the file, or remove it and go without these curves",
+            next_step="restore the file, or delete it to do without these curves",
         ) from error
 
 
 def epochs_logged(folder: Path) -> int:
-    """How many epochs are recorded; none where the file is damaged: a run that goes on writes it again in full."""
+    """The number of recorded epochs; 0 for a damaged file, which a resumed run rewrites."""
     try:
         metrics = read_metrics(folder)
     except DataError:
@@ -54,35 +54,35 @@ def epochs_logged(folder: Path) -> int:
 
 
 class RunLog:
-    """Writes rows of metrics into a run folder and passes them on to trackers.
+    """Writes the metrics of a run and passes them on to its trackers.
 
-    A tracker that fails is left out from then on, with one warning. `trackers.json` says how each is found again, and
-    how many epochs it has been told if it does not follow any more: a resumed run tells it the others.
+    A tracker that raises is dropped with one warning, and the run goes on. `trackers.json` stores how to find each
+    tracker's run again and, for a dropped one, how many epochs it received: a resumed run sends it the others.
 
     Args:
-        history: the epochs that are finished already.
+        history: the epochs that are already finished.
     """
 
     def __init__(self, folder: Path, recipe: TrainRecipe, history: Sequence[Row]) -> None:
-        names = chosen(recipe)
-        self._folder, self._loggers = folder, {name: LOGGERS[name]() for name in names}
+        names = choose_trackers(recipe)
+        self._folder, self._trackers = folder, {name: TRACKER_CLASSES[name]() for name in names}
         self._saved = _read(folder / TRACKERS)
-        told = epochs_logged(folder)
+        recorded = epochs_logged(folder)
         self._known = {
-            name: entry if entry["epochs"] is not None else {**entry, "epochs": told}
+            name: entry if entry["epochs"] is not None else {**entry, "epochs": recorded}
             for name, entry in self._saved.items()
         }
         for name in names:
             self._start(name, recipe, history)
         self._save()
-        if told < len(history):  # killed after the state of an epoch, before its row
+        if recorded < len(history):  # killed after the state of an epoch was stored, before its row
             self._store(history)
 
     def write(self, history: Sequence[Row]) -> None:
-        """Record all finished epochs; the last row is new."""
-        for name in list(self._loggers):
-            self._tell(name, history, len(history) - 1)
-        self._store(history)  # last: what stands here has been told
+        """Record all finished epochs, of which the last is new."""
+        for name in list(self._trackers):
+            self._send(name, history, len(history) - 1)
+        self._store(history)  # last: trackers have received every epoch that is recorded
 
     def _store(self, history: Sequence[Row]) -> None:
         table = pl.DataFrame(list(history), infer_schema_length=None)
@@ -91,7 +91,7 @@ class RunLog:
         put_durably(self._folder / METRICS, buffer.getbuffer())
 
     def finish(self, result: RunResult) -> RunResult:
-        """The end of the run; gives the result back."""
+        """End the run of every tracker, and return the result."""
         self._end(result)
         return result
 
@@ -104,34 +104,34 @@ class RunLog:
     def _start(self, name: str, recipe: TrainRecipe, history: Sequence[Row]) -> None:
         entry = self._known.get(name, {"run": None, "epochs": 0})
         run = self._try(name, "start", recipe, self._folder, entry["run"])
-        if name not in self._loggers:
+        if name not in self._trackers:
             return
         self._known[name] = {"run": run, "epochs": entry["epochs"] if run == entry["run"] else 0}
         self._save()
-        if self._tell(name, history, self._known[name]["epochs"]):
+        if self._send(name, history, self._known[name]["epochs"]):
             self._known[name]["epochs"] = None
 
-    def _tell(self, name: str, history: Sequence[Row], first: int) -> bool:
+    def _send(self, name: str, history: Sequence[Row], first: int) -> bool:
         for number in range(first, len(history)):
             self._try(name, "epoch", history[number])
-            if name not in self._loggers:
+            if name not in self._trackers:
                 self._known[name]["epochs"] = number
                 self._save()
                 return False
         return True
 
     def _end(self, result: RunResult | None) -> None:
-        for name in list(self._loggers):
+        for name in list(self._trackers):
             self._try(name, "finish", result)
-        self._loggers.clear()
+        self._trackers.clear()
 
     def _try(self, name: str, method: str, *arguments: Any) -> Any:
         try:
-            return getattr(self._loggers[name], method)(*arguments)
-        except Exception as error:  # whatever a third party's client raises: a run is worth more than its tracker
+            return getattr(self._trackers[name], method)(*arguments)
+        except Exception as error:  # any error of a third party's client: it must not stop the run
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
             warn(f"{name} stopped logging, the run goes on ({self._folder}): {reason}")
-            del self._loggers[name]
+            del self._trackers[name]
             return None
 
     def _save(self) -> None:
@@ -146,7 +146,7 @@ class _Entry(Frozen):
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What trackers said about their runs; nothing if that is lost or damaged, and they start anew."""
+    """The stored states of the trackers; empty if they are lost or damaged, and the trackers start new runs."""
     try:
         entries = TypeAdapter(dict[str, _Entry]).validate_json(path.read_bytes())
     except (FileNotFoundError, ValueError):

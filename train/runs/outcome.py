@@ -1,4 +1,4 @@
-"""How a trial of a sweep ended where it has no result: it failed, or was stopped for being worse than others."""
+"""How a trial of a sweep ended without a result: it failed, or it was stopped because others were better."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from train.runs.result import load_result
 
 
 class Failure(Frozen):
-    """Why a trial has no result; `failed.json` in its folder. Remove that file to have it tried again."""
+    """Why a trial failed, stored as `failed.json` in its folder. Without that file the trial is tried again.
+
+    Attributes:
+        kind: `diverged`, `memory`, `died` or `error`.
+    """
 
     kind: str
     message: str
@@ -25,23 +29,26 @@ class Failure(Frozen):
 
 
 def load_failure(folder: Path) -> Failure | None:
-    """What stopped a trial, None if nothing did."""
+    """The failure of a trial; None if it did not fail."""
     try:
         return Failure.model_validate_json((folder / FAILED).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 
 
-def settled(folder: Path) -> bool:
-    """Whether nothing is left to do for the trial of a folder: it finished, failed or was stopped."""
+def is_settled(folder: Path) -> bool:
+    """Whether a trial has ended: it finished, failed or was stopped."""
     return load_result(folder) is not None or load_failure(folder) is not None or (folder / STOPPED).exists()
 
 
 def last_value(history: pl.DataFrame, metric: str, where: str) -> float | None:
-    """A metric as it was measured last in a run's epochs; None if it was not yet, or if it is no number.
+    """The last measured value of a metric; None before the first measurement, and for NaN.
+
+    Args:
+        where: the setting that names the metric, for the error.
 
     Raises:
-        RecipeError: the metric, which `where` names, is none of the run's figures.
+        RecipeError: the run has no such metric.
     """
     if metric not in history.columns:
         numbers = [name for name, dtype in history.schema.items() if dtype.is_numeric()]

@@ -1,4 +1,4 @@
-"""What a run's last weights say about each test image: enough for reliability diagrams and accuracies by class."""
+"""The predictions of a run's last weights for each test image, for reliability diagrams and accuracies by class."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ def store_predictions(
     device: torch.device,
     batch_size: int = 512,
 ) -> None:
-    """Write `test.parquet` into a run folder: a row per test image, in the split's order.
+    """Write `test.parquet` into a run folder: a row per test image, in the split's order; nothing without a test split.
 
-    Columns: label and predicted (uint32), confidence (float32, the probability of the predicted class). Nothing is
-    written without a test split.
+    Columns: label and predicted (uint32), confidence (float32, the probability of the predicted class).
     """
     if images is None:
         return
@@ -49,14 +48,14 @@ def store_predictions(
 
 
 def write_predictions(folder: Path, predictions: pl.DataFrame) -> None:
-    """Write a table of label, predicted and confidence as `test.parquet`, atomically."""
+    """Write a table with label, predicted and confidence as `test.parquet`, atomically."""
     buffer = io.BytesIO()
     _typed(predictions).write_parquet(buffer, compression="zstd")
     put_durably(folder / PREDICTIONS, buffer.getbuffer())
 
 
 def read_predictions(folder: Path) -> pl.DataFrame | None:
-    """The table of `store_predictions`, None where a run has none (an older one, or one without a test split).
+    """Read the table of `store_predictions`; None if a run has none (no test split, or an earlier version).
 
     Raises:
         DataError: a damaged file.
@@ -71,10 +70,10 @@ def read_predictions(folder: Path) -> pl.DataFrame | None:
 
 
 def reliability(predictions: pl.DataFrame, bins: int = CALIBRATION_BINS) -> pl.DataFrame:
-    """How often the answers are right that are given with a certain confidence.
+    """Accuracy by confidence, the data of a reliability diagram.
 
     Returns:
-        A row per bin [k ⁄ bins, (k + 1) ⁄ bins) of the confidence, 1.0 being in the last one: count, and the means
+        A row per bin [k ⁄ bins, (k + 1) ⁄ bins) of the confidence, the last one including 1.0: count, and the means
         confidence and accuracy, null in an empty bin. Σ count · |accuracy − confidence| ⁄ Σ count is the ECE.
     """
     edges = np.linspace(0, 1, bins + 1, dtype=np.float32)
@@ -91,7 +90,7 @@ def reliability(predictions: pl.DataFrame, bins: int = CALIBRATION_BINS) -> pl.D
 
 
 def class_accuracy(predictions: pl.DataFrame, num_classes: int) -> pl.DataFrame:
-    """A row per class: count, and accuracy, the share of its images that are recognised (null without images)."""
+    """A row per class: count, and accuracy, the fraction of its images that are recognised (null without images)."""
     labels = predictions["label"].to_numpy()
     right = (predictions["label"] == predictions["predicted"]).to_numpy()
     count = np.bincount(labels, minlength=num_classes)
@@ -110,5 +109,5 @@ def _damaged(path: Path, found: str) -> DataError:
         where=path,
         expected=f"a parquet file with {', '.join(_COLUMNS)}",
         found=found,
-        next_step="delete the file: the page is then made without them",
+        next_step="delete the file to make the page without them",
     )

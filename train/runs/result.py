@@ -1,4 +1,4 @@
-"""What came out of a run, and how it is told."""
+"""The result of a run, and its summary as text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from train.runs.folder import REPORT, RESULT
 
 
 class RunResult(Frozen):
-    """Stored as `result.json` beside what it is about.
+    """The result of a run, stored as `result.json` in its folder.
 
     Attributes:
-        folder: where the run is.
-        last, best, ema: on the test split: the weights of the last epoch, those with the best test top-1 of all
-            epochs (chosen on the test set, as papers do: an optimistic figure), and the average of weights.
-        teachers: top-1 of teacher, CLIP and fusion as the cache's preflight measured them.
+        folder: of the run.
+        last, best, ema: figures on the test split of the last weights, of those with the highest test top-1 of all
+            epochs (selected on the test set, as papers do, so the figure is optimistic), and of the averaged weights.
+        teachers: top-1 of teacher, CLIP and fusion, measured by the cache's preflight.
         labels_only: the same run on labels alone.
-        train_s: seconds spent in training steps, resumed parts included; opening, evaluation and writing are not.
+        train_s: seconds spent in training steps, also before a resume; without opening, evaluation and writing.
         environment: versions, device, threads.
-        command: what was run last.
+        command: the last command line.
     """
 
     name: str
@@ -52,7 +52,7 @@ class RunResult(Frozen):
 
 
 def load_result(folder: Path) -> RunResult | None:
-    """The result of a finished run, None if it is not finished.
+    """Load the result of a run; None if the run is not finished.
 
     Raises:
         WeightsError: a damaged file.
@@ -71,7 +71,7 @@ def load_result(folder: Path) -> RunResult | None:
 
 
 def summary(result: RunResult) -> str:
-    """The result as a table of a few lines."""
+    """The result as a short table."""
     lines = [f"{'':<28}{'top-1':>8}{'top-5':>9}{'NLL':>9}{'ECE':>9}"]
     teachers = result.teachers or {}
     names = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "teacher + CLIP, fused"}
@@ -85,9 +85,9 @@ def summary(result: RunResult) -> str:
     return "\n".join([*lines, "", *_notes(result)])
 
 
-def _student_lines(result: RunResult, how: str) -> list[str]:
+def _student_lines(result: RunResult, training: str) -> list[str]:
     best = f"best epoch ({result.best_epoch + 1})" if result.best_epoch is not None else ""
-    rows = ((f"{result.student} {how}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema))
+    rows = ((f"{result.student} {training}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema))
     return [f"{label:<28}{_figures(evaluation)}" for label, evaluation in rows if evaluation is not None]
 
 
@@ -101,7 +101,7 @@ def _notes(result: RunResult) -> list[str]:
     if result.last is not None:
         notes.append(f"Students: {result.last.n:,} images of the {result.test_split} split, seed {result.seed}.")
     else:
-        notes.append("There is no test split: nothing was evaluated.")
+        notes.append("Nothing was evaluated: there is no test split.")
     if (teachers := result.teachers) and "n" in teachers:
         split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
         notes.append(f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of {split}, when the cache was built.")
@@ -109,5 +109,5 @@ def _notes(result: RunResult) -> list[str]:
         f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
         f"{result.train_s:.1f} s of training on {result.environment.get('device', '?')}."
     )
-    notes.append(f"Everything is in {result.folder}, and to be looked at in {result.folder / REPORT}")
+    notes.append(f"Everything is in {result.folder}; open {result.folder / REPORT} in a browser.")
     return notes

@@ -1,4 +1,4 @@
-"""A run folder of `train-student` read back: its recipe, its checkpoints, and the images it is tested on."""
+"""Read the run folder of a student: its recipe, its checkpoints and its test images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CHECKPOINTS = {"last": checkpoints.LAST, "best": checkpoints.BEST, "ema": checkp
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRun:
-    """What a run folder says.
+    """A run as its folder describes it.
 
     Attributes:
-        dataset: where training and test images came from.
-        manifest: of the cache it learned from, None for a run on labels alone.
-        cache: where that cache was: a path, or the URL of a remote one whose mirror is gone.
+        dataset: the source of the training and test images.
+        manifest: of the cache that the run learned from; None for a run on labels alone.
+        cache: the path of that cache, or the URL of a remote one whose local mirror is gone.
     """
 
     folder: Path
@@ -42,36 +42,39 @@ class StoredRun:
         """The file of the `last`, `best` or `ema` weights.
 
         Raises:
-            RecipeError: no such kind.
-            WeightsError: the run has no such checkpoint (yet).
+            RecipeError: no such kind of checkpoint.
+            WeightsError: the run does not have it, or not yet.
         """
         if which not in CHECKPOINTS:
             raise RecipeError("no such checkpoint", where=which, expected=f"one of {', '.join(CHECKPOINTS)}")
         path = self.folder / CHECKPOINTS[which]
         if not path.is_file():
-            there = ", ".join(self.checkpoints()) or "none"
+            found = ", ".join(self.checkpoints()) or "none"
             finish = "train it to the end with the same train-student command"
-            train = "train with --set ema_decay=0.999 to have one" if which == "ema" else finish
-            raise WeightsError(f"this run has no '{which}' checkpoint", where=self.folder, found=there, next_step=train)
+            next_step = "train with --set ema_decay=0.999 to have one" if which == "ema" else finish
+            raise WeightsError(
+                f"this run has no '{which}' checkpoint", where=self.folder, found=found, next_step=next_step
+            )
         return path
 
     def checkpoints(self) -> list[str]:
-        """Which of last, best and ema there are."""
+        """The kinds of checkpoints that exist, of last, best and ema."""
         return [which for which, name in CHECKPOINTS.items() if (self.folder / name).is_file()]
 
     def labels_only(self) -> Path | None:
-        """The folder of the same run on labels alone, if it was trained too."""
-        twin = self.folder / folder.LABELS_ONLY
-        return twin if (twin / checkpoints.LAST).is_file() else None
+        """The folder of the same run on labels alone; None if it was not trained."""
+        path = self.folder / folder.LABELS_ONLY
+        return path if (path / checkpoints.LAST).is_file() else None
 
     def open_test(
         self, card: StudentCard, split: str | None = None, data_dir: Path | None = None, download: bool = False
     ) -> ImageSet:
-        """The split it is evaluated on.
+        """Open the test images of the run.
 
         Args:
-            split: instead of the run's own test split.
-            data_dir, download: instead of where the images were, and whether to fetch them.
+            split: another split than the run's own test split.
+            data_dir: another folder of the images than the run's.
+            download: fetch missing images, even if the run did not.
 
         Raises:
             DataError: no test split, missing images, or other classes than the student's.
@@ -91,11 +94,14 @@ class StoredRun:
 
 
 def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
-    """A run folder, or the one that a checkpoint file lies in; and which checkpoint the file is, None for a folder.
+    """Open a run folder, or the folder of a checkpoint file.
+
+    Returns:
+        The run, and the kind of the checkpoint file; None for a folder.
 
     Raises:
-        NotFoundError: no run there.
-        FormatError, RecipeError: a damaged or newer recipe or manifest.
+        NotFoundError: no run at this path.
+        FormatError, RecipeError: a recipe or manifest that is damaged or from a newer version.
     """
     path = Path(path).expanduser()
     which = next((kind for kind, name in CHECKPOINTS.items() if name == path.name and path.is_file()), None)
@@ -121,7 +127,7 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
 
 
 def _read_cache(path: Path) -> tuple[Manifest, Path | str]:
-    """The manifest that the run kept of its cache: the cache itself may be gone."""
+    """The run's copy of the manifest, and the place of the cache, which may no longer exist."""
     try:
         stored = json.loads(path.read_bytes())
         cache, url = Path(stored["path"]), stored.get("url")

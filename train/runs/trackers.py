@@ -1,6 +1,6 @@
 """Experiment trackers that follow a run: TensorBoard, MLflow and Weights & Biases behind one small interface.
 
-A tracker only listens. What it is told is in the run's own files too, and nothing that it does reaches the training.
+A tracker only receives. Its data are in the run's own files too, and its errors do not affect the training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cache_tools.errors import RecipeError
 from train.recipe import TrainRecipe
-from train.runs.folder import BOARD
+from train.runs.folder import BOARD, flatten
 
 if TYPE_CHECKING:
     from train.runs.result import RunResult
@@ -27,29 +27,29 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow", "wandb
 _MLFLOW_BATCH = 100  # parameters per request
 
 
-class Logger(Protocol):
-    """What a run tells a tracker. Any method may raise: the run goes on without this tracker."""
+class Tracker(Protocol):
+    """The interface of a tracker. Any method may raise; the run then goes on without this tracker."""
 
     def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
-        """Open the tracker's own run.
+        """Start or resume the tracker's own run.
 
         Args:
             folder: of our run.
-            stored: what an earlier start gave, so that a resumed run goes on where it was; None for a new one.
+            stored: the return value of an earlier start, to resume its run; None for a new run.
 
         Returns:
-            How to find the tracker's run again: `stored` itself exactly if it is continued.
+            How to find the tracker's run again. It equals `stored` if and only if that run is resumed.
         """
 
     def epoch(self, row: Row) -> None:
-        """A finished epoch; figures that were not measured are None."""
+        """Receive a finished epoch; figures that were not measured are None."""
 
     def finish(self, result: RunResult | None) -> None:
-        """The end: with a result, or None for a run that was stopped and may go on later."""
+        """End the run, with its result, or None for a run that was stopped and may be resumed."""
 
 
-class TensorBoardLogger:
-    """Events in `tb` in the run folder."""
+class TensorBoardTracker:
+    """Writes events into `tb` in the run folder."""
 
     def __init__(self) -> None:
         self._writer: Any = None
@@ -61,7 +61,7 @@ class TensorBoardLogger:
     def epoch(self, row: Row) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._writer is None:  # what an earlier process wrote of this epoch and later ones is void
+        if self._writer is None:  # purges what an earlier process wrote for this epoch and later ones
             self._writer = SummaryWriter(str(self._folder), purge_step=row["epoch"])
         for name, value in _figures(row):
             self._writer.add_scalar(name, value, row["epoch"])
@@ -72,8 +72,8 @@ class TensorBoardLogger:
             self._writer.close()
 
 
-class MLflowLogger:
-    """A run where MLflow's own settings say: `MLFLOW_TRACKING_URI`, or `mlflow.db` in the working folder."""
+class MLflowTracker:
+    """Logs to MLflow's configured server: `MLFLOW_TRACKING_URI`, or `mlflow.db` in the working folder."""
 
     def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
         import mlflow
@@ -86,7 +86,8 @@ class MLflowLogger:
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
         tags = {"folder": str(folder.absolute()), "student": recipe.student, "loss": recipe.loss_name}
         self._run_id = self._client.create_run(experiment, run_name=_title(recipe), tags=tags).info.run_id
-        params = [mlflow.entities.Param(key, text) for key, text in _flat(recipe.model_dump(mode="json"))]
+        settings = flatten(recipe.model_dump(mode="json"))
+        params = [mlflow.entities.Param(key, str(value)) for key, value in settings.items()]
         for start in range(0, len(params), _MLFLOW_BATCH):
             self._client.log_batch(self._run_id, params=params[start : start + _MLFLOW_BATCH])
         return {"tracking_uri": uri, "run_id": self._run_id}
@@ -108,7 +109,7 @@ class MLflowLogger:
         self._client.log_batch(self._run_id, [Metric(name, value, now_ms, step) for name, value in figures.items()])
 
     def _reopened(self, run_id: str) -> bool:
-        """Whether the run is still there; it runs again then."""
+        """Set an existing run to running again; False if it does not exist any more."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -128,15 +129,15 @@ class MLflowLogger:
         if found is None:
             try:
                 return self._client.create_experiment(name)
-            except MlflowException:  # another run was quicker
+            except MlflowException:  # another process has just created it
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
                     raise
         return found.experiment_id
 
 
-class WandbLogger:
-    """A run of Weights & Biases, offline where nobody is logged in: `wandb sync` sends it later."""
+class WandbTracker:
+    """Logs to Weights & Biases, offline without a login: `wandb sync` uploads the run later."""
 
     def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
         import wandb
@@ -149,7 +150,7 @@ class WandbLogger:
             name=_title(recipe),
             config={**recipe.model_dump(mode="json"), "folder": str(folder.absolute())},
             mode="offline" if offline else None,
-            reinit="create_new",  # students that train together have a run each
+            reinit="create_new",  # each student that trains beside others has its own run
             settings=wandb.Settings(console="off"),
         )
         return stored or {"id": self._run.id}
@@ -165,23 +166,23 @@ class WandbLogger:
         self._run.finish(exit_code=0 if result is not None else 1)
 
 
-LOGGERS: dict[str, Callable[[], Logger]] = {
-    "tensorboard": TensorBoardLogger,
-    "mlflow": MLflowLogger,
-    "wandb": WandbLogger,
+TRACKER_CLASSES: dict[str, Callable[[], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "mlflow": MLflowTracker,
+    "wandb": WandbTracker,
 }
 
 
-def chosen(recipe: TrainRecipe) -> tuple[str, ...]:
-    """The recipe's trackers, each once; TensorBoard, if it is installed, where the recipe names none.
+def choose_trackers(recipe: TrainRecipe) -> tuple[str, ...]:
+    """The names of a recipe's trackers, each once. If the recipe names none, TensorBoard if it is installed.
 
     Raises:
-        RecipeError: a tracker whose package is missing or does not import.
+        RecipeError: a tracker whose package cannot be imported.
     """
     if recipe.loggers is None:
-        return ("tensorboard",) if _problem("tensorboard") is None else ()
+        return ("tensorboard",) if _import_error("tensorboard") is None else ()
     for name in recipe.loggers:
-        if (problem := _problem(name)) is not None:
+        if (problem := _import_error(name)) is not None:
             raise RecipeError(
                 f"logging to '{name}' needs a package that cannot be imported",
                 where="--log",
@@ -191,11 +192,11 @@ def chosen(recipe: TrainRecipe) -> tuple[str, ...]:
     return tuple(dict.fromkeys(recipe.loggers))
 
 
-def _problem(name: str) -> str | None:
-    """Why a tracker's package cannot be used; None if it can."""
+def _import_error(name: str) -> str | None:
+    """Why the package of a tracker cannot be imported; None if it can."""
     try:
         importlib.import_module(_MODULES[name])
-    except Exception as error:  # a broken package raises anything
+    except Exception as error:  # a broken package may raise anything
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 
@@ -205,22 +206,13 @@ def _title(recipe: TrainRecipe) -> str:
 
 
 def _figures(row: Row) -> Iterator[tuple[str, float]]:
-    """What was measured."""
+    """The figures that were measured."""
     return ((name, value) for name, value in row.items() if name != "epoch" and value is not None)
 
 
 def _final(result: RunResult) -> dict[str, float]:
-    """What is known only in the end."""
+    """The figures that are known only at the end of a run."""
     figures: dict[str, float] = {"parameters": result.parameters, "total_train_s": result.train_s}
     if result.best is not None and result.best_epoch is not None:
         figures |= {"best_test_top1": result.best.top1, "best_epoch": result.best_epoch}
     return figures
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values as text."""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cache_tools.console import Progress
 from train.runs.metrics import epochs_logged
-from train.runs.outcome import settled
+from train.runs.outcome import is_settled
 from train.sweep.recipe import Trial
 
 READ_EVERY_S = 2.0
@@ -34,7 +34,7 @@ class SweepProgress(Progress):
 
     def _update(self, *, last: bool = False) -> None:
         self._read_at = time.monotonic()
-        for trial in [trial for trial in self._unsettled if settled(trial.folder)]:
+        for trial in [trial for trial in self._unsettled if is_settled(trial.folder)]:
             self._unsettled.remove(trial)
             self._settled_epochs += trial.recipe.epochs  # a failed or stopped trial has no epochs left to train
         done = self._settled_epochs + self._epochs_done(self._unsettled)

@@ -22,8 +22,8 @@ from train.report.html import write_report
 from train.report.trials import save_table
 from train.run import run_device
 from train.runs import trackers
-from train.runs.folder import FAILED, REPORT, differences, forget, stored_identity, worth_keeping
-from train.runs.outcome import settled
+from train.runs.folder import FAILED, REPORT, differences, is_worth_keeping, remove_run, stored_identity
+from train.runs.outcome import is_settled
 from train.runs.result import load_result
 from train.students import create_student
 from train.sweep.halving import Halving, check_metric, resume_stopped
@@ -83,7 +83,7 @@ def run_sweep(
 
     if sweep.search is None:
         open_folders(trials)
-        num_settled = sum(settled(trial.folder) for trial in trials)
+        num_settled = sum(is_settled(trial.folder) for trial in trials)
         say(f"{len(trials)} trial{'s' if len(trials) > 1 else ''}, {num_settled} done, in {folder}")
         _train(trials, trials, sweep, train)
     else:
@@ -123,7 +123,9 @@ def reopen(trials: Sequence[Trial], asha: Asha | None, *, retry_failed: bool = F
     Raises:
         RecipeError: such runs without `overwrite`.
     """
-    kept = [trial for trial in trials if worth_keeping(trial.folder) or (not retry_failed and settled(trial.folder))]
+    kept = [
+        trial for trial in trials if is_worth_keeping(trial.folder) or (not retry_failed and is_settled(trial.folder))
+    ]
     others = _other_runs(kept)
     if others and not overwrite:
         named = [f"{trial.name}: {', '.join(found)}" for trial, found in others[:_NAMED_IN_ERROR]]
@@ -136,7 +138,7 @@ def reopen(trials: Sequence[Trial], asha: Asha | None, *, retry_failed: bool = F
             next_step="choose another --out, or train these trials again with --overwrite",
         )
     for trial, _ in others:
-        forget(trial.folder)
+        remove_run(trial.folder)
     resume_stopped(trials, asha)
     if retry_failed:
         for trial in trials:
@@ -155,7 +157,7 @@ def _checked_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
         with torch.device("meta"):
             create_student(student, 10)
     for trial in trials:
-        trackers.chosen(trial.recipe)
+        trackers.choose_trackers(trial.recipe)
     if sweep.asha is not None:
         Halving.of_trials(trials, sweep.asha)
     batch_streams(trials)
@@ -164,7 +166,7 @@ def _checked_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
 
 def _train(trials: Sequence[Trial], compared: Sequence[Trial], sweep: SweepRecipe, train: Engine) -> None:
     """Train the trials that are not settled; halving compares them with all of `compared`."""
-    unsettled = [trial for trial in trials if not settled(trial.folder)]
+    unsettled = [trial for trial in trials if not is_settled(trial.folder)]
     if unsettled:
         halving = None if sweep.asha is None else Halving.of_trials(compared, sweep.asha)
         train(batch_streams(unsettled), halving)

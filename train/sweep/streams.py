@@ -26,7 +26,7 @@ from train.data import Opener, TrainingData, open_data
 from train.feed import CachedTargets, Feed, open_feed
 from train.loop import explain_out_of_memory, repeatable
 from train.run import Run, claimed_run, run_device, train_group
-from train.runs.outcome import Failure, settled
+from train.runs.outcome import Failure, is_settled
 from train.runs.result import RunResult
 from train.sweep.halving import Halving
 from train.sweep.recipe import Trial
@@ -167,7 +167,7 @@ def _train_side_by_side(
         runs: list[tuple[_OpenTrial, Run]] = []
         for trial, data in opened:
             path, digest = stack.enter_context(claimed_run(data, trial.recipe))
-            if settled(path):
+            if is_settled(path):
                 continue
             try:
                 with explain_out_of_memory(trial.recipe, device):

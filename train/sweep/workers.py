@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache_tools.errors import CacheError, error_from_data, error_to_data
-from train.runs.outcome import Failure, settled
+from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
 from train.sweep.recipe import Trial
@@ -84,7 +84,7 @@ class ProcessEngine:
         with process.stdout as stream:
             if process.returncode == _CACHE_ERROR and (line := stream.readline()):
                 raise error_from_data(json.loads(line))
-        unsettled = [trial for trial in share if not settled(trial.folder)] if process.returncode != 0 else []
+        unsettled = [trial for trial in share if not is_settled(trial.folder)] if process.returncode != 0 else []
         if is_retry and unsettled:
             end = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
             cause = ", probably for lack of memory" if process.returncode == -9 else ""

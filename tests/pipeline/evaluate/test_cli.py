@@ -154,7 +154,7 @@ def test_a_run_goes_on_and_starts_over_beside_its_evaluation(run: Path, root: Pa
         (["--baseline", "/nowhere"], "no run of train-student"),
         (["--shifted", "/nowhere"], "no such folder"),
         (["--data-dir", "/nowhere"], "image folder not found"),
-        (["--robustness"], "too small to be corrupted"),
+        (["--robustness"], "too small for the corruptions"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(run: Path, arguments: list[str], words: str):

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from train.evaluate.confusion import class_figures, confused_pairs, confusion_frame, confusion_matrix, plot_confusion
+from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused, plot_confusion
 
 NAMES = ("cat", "dog", "owl", "yak")
 # Nobody is a yak, though two were taken for one.
@@ -48,7 +48,7 @@ def test_classes_have_accuracy_and_precision():
 
 
 def test_pairs_are_sorted_by_mistakes_then_share():
-    pairs = confused_pairs(MATRIX, NAMES)
+    pairs = most_confused(MATRIX, NAMES)
     assert [(pair.label, pair.predicted, pair.count) for pair in pairs] == [
         ("owl", "dog", 3),  # half of the owls
         ("cat", "dog", 3),
@@ -56,8 +56,8 @@ def test_pairs_are_sorted_by_mistakes_then_share():
         ("dog", "cat", 1),
     ]
     assert pairs[0].share == pytest.approx(0.5)
-    assert confused_pairs(MATRIX, NAMES, 1) == pairs[:1]
-    assert confused_pairs(np.diag([3, 4]), ("a", "b")) == ()
+    assert most_confused(MATRIX, NAMES, 1) == pairs[:1]
+    assert most_confused(np.diag([3, 4]), ("a", "b")) == ()
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])

@@ -75,14 +75,14 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "array", "words"),
     [
-        ("labels.npy", np.roll(np.tile(LABELS, 5), 1), "200 of 200 are others, the first at row 0"),
-        ("labels.npy", np.where(np.arange(200) == 77, 3, np.tile(LABELS, 5)), "1 of 200 are others.*row 77"),
-        ("labels.npy", LABELS[:-1], "not labels of the test images"),
-        ("labels.npy", np.tile(LABELS, 5).astype(np.float32), "not labels of the test images"),
+        ("labels.npy", np.roll(np.tile(LABELS, 5), 1), "200 of 200 differ, the first at row 0"),
+        ("labels.npy", np.where(np.arange(200) == 77, 3, np.tile(LABELS, 5)), "1 of 200 differ.*row 77"),
+        ("labels.npy", LABELS[:-1], "not the labels of the test images"),
+        ("labels.npy", np.tile(LABELS, 5).astype(np.float32), "not the labels of the test images"),
         ("snow.npy", np.zeros((199, 32, 32, 3), np.uint8), "not corrupted copies"),
         ("snow.npy", np.zeros((200, 3, 32, 32), np.uint8), "not corrupted copies"),
         ("snow.npy", np.zeros((200, 32, 32, 3), np.float32), "not corrupted copies"),
-        ("snow.npy", np.zeros((200, 16, 16, 3), np.uint8), "several sizes"),
+        ("snow.npy", np.zeros((200, 16, 16, 3), np.uint8), "different sizes"),
         ("snow.npy", np.array({"an": "object"}), "cannot read"),
     ],
 )

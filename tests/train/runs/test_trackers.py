@@ -189,7 +189,7 @@ def notebook(monkeypatch) -> type[Notebook]:
     monkeypatch.setattr(Notebook, "told", [])
     monkeypatch.setattr(Notebook, "fails_at", None)
     monkeypatch.setattr(Notebook, "runs", 0)
-    monkeypatch.setitem(trackers.LOGGERS, "tensorboard", Notebook)
+    monkeypatch.setitem(trackers.TRACKER_CLASSES, "tensorboard", Notebook)
     return Notebook
 
 
@@ -316,7 +316,7 @@ def test_the_recipe_says_what_follows(cache: Path, tmp_path):
     assert "'tensorboard', 'mlflow' or 'wandb'" in wrong.stderr
     followed, alone = (tiny_run.recipe(cache, tmp_path, loggers=names) for names in (ALL, ()))
     assert followed.values() == alone.values(), "no part of what makes a run"
-    assert trackers.chosen(tiny_run.recipe(cache, tmp_path, loggers=["tensorboard"] * 2)) == ("tensorboard",)
+    assert trackers.choose_trackers(tiny_run.recipe(cache, tmp_path, loggers=["tensorboard"] * 2)) == ("tensorboard",)
 
 
 def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> None:

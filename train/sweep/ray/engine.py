@@ -18,7 +18,7 @@ from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
 from cache_tools.places import is_remote
 from cache_tools.store.group import read_manifest
-from train.runs.outcome import Failure, settled
+from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
 from train.sweep.ray.link import Driver
@@ -180,7 +180,7 @@ class RayEngine:
 
 def _retried(share: Sequence[Trial], reason: str) -> list[Trial]:
     """The trials of a share whose worker died twice that are trained again, one by one. A single trial has failed."""
-    unsettled = [trial for trial in share if not settled(trial.folder)]
+    unsettled = [trial for trial in share if not is_settled(trial.folder)]
     if len(share) > 1:
         return unsettled
     for trial in unsettled:
