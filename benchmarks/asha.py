@@ -1,8 +1,8 @@
-"""What stopping the worse trials early saves, and what it costs: the same grid with and without `--asha`.
+"""What early stopping of the worse trials saves and costs: the same grid with and without `--asha`.
 
-Every repeat trains the grid twice with a seed of its own, to the end and as a contest. `time` and `epochs` are what the
-contest takes of the whole; `kept_best` counts the repeats whose best trial was among those that came to the end;
-`behind` is how far the best that did is behind the best of all, in points of test top-1.
+Every repeat trains the grid twice with its own seed, in full and by successive halving. `time` and `epochs` are
+halving's shares of the full grid. `kept_best` counts the repeats in which the best trial of the full grid was trained
+to the end. `behind` is the loss of test top-1, in points, from the best trial of all to the best one that was.
 
     python benchmarks/asha.py
     python benchmarks/asha.py --dataset fashion-mnist --cache CACHE --rounds 3
@@ -31,7 +31,9 @@ from train.sweep.run import run_sweep
 @command
 def main(
     dataset: Dataset = "digits",
-    cache: Annotated[Path | None, typer.Option("--cache", help="Train from this one instead of building one.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Train from this cache instead of building one.")
+    ] = None,
     student: Annotated[str, typer.Option("--student")] = "resnet8",
     rates: Annotated[str, typer.Option("--rates", help="Learning rates, separated by commas.")] = (
         "0.003,0.01,0.03,0.05,0.1,0.15,0.2,0.3,0.5"
@@ -50,44 +52,45 @@ def main(
         if cache is None:
             cache = Path(folder) / "cache"
             build(dataset, overrides, views, device, cache)
-        pairs = []
+        repeats = []
         for seed in range(rounds):
             settings = {"cache": str(cache), "student": student, "epochs": epochs, "seed": seed, "device": str(device)}
             base = load_train_recipe(dataset, ("loggers=[]",), settings).model_dump(mode="json")
-            told: dict[str, Any] = {"name": "grid", "base": base, "grid": {"lr": [float(x) for x in rates.split(",")]}}
-            whole = _swept(told, Path(folder) / f"whole-{seed}")
-            contest = _swept({**told, "asha": {"keep_one_in": keep_one_in}}, Path(folder) / f"asha-{seed}")
-            pairs.append((whole, contest))
-    figures = _figures(pairs)
-    of = {"dataset": dataset, "student": student, "rates": rates, "run_epochs": epochs, "keep_one_in": keep_one_in}
-    print(json.dumps({"benchmark": "asha", **figures, **of, "rounds": rounds, **environment(device)}), flush=True)
+            sweep: dict[str, Any] = {"name": "grid", "base": base, "grid": {"lr": [float(x) for x in rates.split(",")]}}
+            full = _run_sweep(sweep, Path(folder) / f"full-{seed}")
+            halving = _run_sweep({**sweep, "asha": {"keep_one_in": keep_one_in}}, Path(folder) / f"asha-{seed}")
+            repeats.append((full, halving))
+    figures = _figures(repeats)
+    settings = {"dataset": dataset, "student": student, "rates": rates, "run_epochs": epochs}
+    settings |= {"keep_one_in": keep_one_in, "rounds": rounds}
+    print(json.dumps({"benchmark": "asha", **figures, **settings, **environment(device)}), flush=True)
 
 
-def _swept(told: dict[str, Any], folder: Path) -> tuple[pl.DataFrame, float]:
-    """The trials of a sweep, and the seconds it took; costs of students are measured in both alike."""
+def _run_sweep(recipe: dict[str, Any], folder: Path) -> tuple[pl.DataFrame, float]:
+    """The trials of a sweep and its seconds; the costs of students are measured in both sweeps."""
     start = time.perf_counter()
-    trials = run_sweep(SweepRecipe.model_validate(told), folder).trials
+    trials = run_sweep(SweepRecipe.model_validate(recipe), folder).trials
     return trials, time.perf_counter() - start
 
 
-def _figures(pairs: list[tuple[tuple[pl.DataFrame, float], tuple[pl.DataFrame, float]]]) -> dict[str, Any]:
+def _figures(repeats: list[tuple[tuple[pl.DataFrame, float], tuple[pl.DataFrame, float]]]) -> dict[str, Any]:
     behind, ranks = [], []
-    for (whole, _), (contest, _) in pairs:
-        order = whole.sort("top1", descending=True, nulls_last=True)["trial"].to_list()
-        kept = contest.filter(pl.col("status") == "finished").sort("top1", descending=True)
-        behind.append(100 * (whole["top1"].max() - kept["top1"][0]))  # type: ignore[operator]
+    for (full, _), (halving, _) in repeats:
+        order = full.sort("top1", descending=True, nulls_last=True)["trial"].to_list()
+        kept = halving.filter(pl.col("status") == "finished").sort("top1", descending=True)
+        behind.append(100 * (full["top1"].max() - kept["top1"][0]))  # type: ignore[operator]
         ranks.append(order.index(kept["trial"][0]) + 1)
-    epochs = [[table["epochs_done"].sum() for table, _ in pair] for pair in pairs]
+    epochs = [[table["epochs_done"].sum() for table, _ in repeat] for repeat in repeats]
     return {
-        "time": ratios([contest[1] for _, contest in pairs], [whole[1] for whole, _ in pairs]),
-        "epochs": ratios([contest for _, contest in epochs], [whole for whole, _ in epochs]),
+        "time": ratios([halving_s for _, (_, halving_s) in repeats], [full_s for (_, full_s), _ in repeats]),
+        "epochs": ratios([halving for _, halving in epochs], [full for full, _ in epochs]),
         "kept_best": sum(rank == 1 for rank in ranks),
         "rank_of_kept": ranks,
         "behind": {
             "mean": round(float(np.mean(behind)), 3),
             "std": round(float(np.std(behind, ddof=min(1, len(behind) - 1))), 3),
         },
-        "best_top1": [round(100 * whole["top1"].max(), 2) for (whole, _), _ in pairs],  # type: ignore[operator]
+        "best_top1": [round(100 * full["top1"].max(), 2) for (full, _), _ in repeats],  # type: ignore[operator]
     }
 
 

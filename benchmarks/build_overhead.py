@@ -1,8 +1,8 @@
-"""What building costs on top of the networks: throughput of the build loop over that of bare forward passes.
+"""The overhead of building: throughput of the build loop over that of bare forward passes.
 
-Each round builds a whole cache (fused, float16) into a new temporary folder and, right before or after it, runs teacher
-and CLIP over the same batches of ready view pixels. A build also loads images, makes views, fuses, writes and commits;
-most of that happens while the networks run.
+Each round builds a whole cache (fused, float16) in a new temporary folder and, right before or after it, runs teacher
+and CLIP over the same batches of ready view pixels. A build also loads images, makes views, fuses, writes and commits.
+Most of that happens while the networks run.
 
     python benchmarks/build_overhead.py
     python benchmarks/build_overhead.py --dataset cifar100 --views 2 --batch-size 512 --device cuda
@@ -91,18 +91,18 @@ def _figures(times: Times) -> dict[str, dict[str, float]]:
 
 
 def _build(recipe: BuildRecipe) -> Cost:
-    """What the build loop of a new cache takes; the cache is removed again."""
+    """The cost of the build loop of a new cache, which is removed afterwards."""
     processor = 0.0
 
     def on_milestone(text: str) -> None:
         nonlocal processor
-        processor = time.process_time()  # the last one says that the loop begins
+        processor = time.process_time()  # the last milestone is the start of the loop
 
     result = build_cache(recipe, on_milestone)
-    taken = Cost(result.elapsed_s, time.process_time() - processor)
+    build_cost = Cost(result.elapsed_s, time.process_time() - processor)
     assert result.images > 0, "nothing was built"
     shutil.rmtree(result.path)
-    return taken
+    return build_cost
 
 
 def _view_batches(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> list[torch.Tensor]:
@@ -120,7 +120,7 @@ def _view_batches(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemb
 
 
 def _bare(recipe: BuildRecipe, images: ImageSet, batches: list[torch.Tensor], device: torch.device) -> Cost:
-    """What the networks alone take, freshly loaded as in a build, so that both sides start alike."""
+    """The cost of the networks alone, freshly loaded as in a build."""
     ensemble = _load(recipe, images, device)
 
     def forward() -> None:

@@ -1,14 +1,14 @@
-"""Real targets to measure codecs on, and students that have learnt a little of them.
+"""Real targets to measure codecs on, and partly trained students of them.
 
-* 1000 classes: what EfficientNet-Lite0 with its published ImageNet weights says of random-resized-crop views (area 8 to
-  100 %, flip) of scikit-image's nine colour photos at 224 × 224: features before the head, and the head.
+* 1000 classes: outputs of EfficientNet-Lite0 with its published ImageNet weights for random-resized-crop views (area 8
+  to 100 %, flip) of scikit-image's nine colour photos at 224 × 224: features before the head, and the head.
 * 100 classes: every tenth of these logits, and (a harder case) the hundred that carry most of the probability.
 * 10 classes: the fused logits of a cache of Fashion-MNIST; of one with components, made from its features in float32.
 
 The student (`cache_tools.analysis.fidelity`) is a ReLU network of one hidden layer on the view's pixels, averaged to
-16 × 16 (photos) or 8 × 8, that learns KD at temperature 1 plus KD at temperature 4. Gradient errors are taken with it
-at two stages, on the rows it learns from; they grow as it approaches its targets, because what they are relative to
-shrinks.
+16 × 16 (photos) or 8 × 8, trained with KD at temperature 1 plus KD at temperature 4. Gradient errors are measured at
+two stages of its training, on its training rows. They grow as it approaches its targets, because they are relative to a
+gradient that shrinks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HIDDEN = {1000: 512, 100: 512, 10: 128}
 
 
 class Targets(NamedTuple):
-    """One data set: logits [N, C] float32, rows mean-centred, and a student's logits at each stage."""
+    """Targets of one dataset: logits [N, C] float32, rows mean-centred, and a student's logits at each stage."""
 
     name: str
     logits: torch.Tensor
@@ -40,7 +40,7 @@ class Targets(NamedTuple):
 
 
 class Photos(NamedTuple):
-    """Features [N, 1280] of photo views, the head [1000, 1280] + [1000] behind them, pooled pixels [N, 768]."""
+    """Features [N, 1280] of photo views, the head's weight [1000, 1280] and bias [1000], pooled pixels [N, 768]."""
 
     features: Rows
     weight: Rows
@@ -53,7 +53,7 @@ class Photos(NamedTuple):
 
 
 def photo_targets(views: int, saved: Path | None) -> Photos:
-    """From `saved` (.npz) if it exists, else made (about 30 ms a view) and saved there."""
+    """Read from `saved` (.npz) if it exists; otherwise computed (about 30 ms per view) and saved there."""
     if saved is not None and saved.is_file():
         with np.load(saved) as stored:
             return Photos(
@@ -69,7 +69,7 @@ def photo_targets(views: int, saved: Path | None) -> Photos:
 
 
 def with_students(name: str, logits: Rows, pixels: Rows) -> Targets:
-    """The targets of a data set; trains its student."""
+    """The targets of a dataset with its student, which is trained here."""
     targets = torch.from_numpy(np.ascontiguousarray(logits))
     targets = targets - targets.mean(dim=1, keepdim=True)
     inputs = torch.from_numpy(np.ascontiguousarray(pixels))

@@ -1,4 +1,4 @@
-"""What codecs are compared with: the truncated targets of the literature, and what we tried and did not keep."""
+"""Alternatives that codecs are compared with: truncated targets of the literature, and codecs that we rejected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAN = float("nan")
 
 
 def top_smoothed(logits: torch.Tensor, k: int) -> tuple[Arrays, torch.Tensor]:
-    """The k largest probabilities (int16 class, float16), the rest of the mass even over all others: ReLabel, FKD."""
+    """The k largest probabilities (int16 class, float16), the rest spread evenly over all others: ReLabel, FKD."""
     p = logits.double().softmax(dim=1)
     largest = p.topk(k, dim=1)
     kept = largest.values.half()
@@ -28,7 +28,7 @@ def top_smoothed(logits: torch.Tensor, k: int) -> tuple[Arrays, torch.Tensor]:
 
 
 class MassTopK(TopK):
-    """Not kept: as many classes per row as it takes to capture a share of its mass."""
+    """Rejected: as many classes per row as are needed to capture a share of its mass."""
 
     mass: float = 0.85
 
@@ -42,7 +42,7 @@ class MassTopK(TopK):
 
 
 def rotated(features: Rows, resolution: float) -> tuple[Arrays, Rows]:
-    """Not kept: principal components (of these very rows), all in one step, as many per deviation as `FeatureSteps`."""
+    """Rejected: principal components of the same rows, all with one step, as many per deviation as `FeatureSteps`."""
     mean = features.mean(axis=0)
     _, directions = np.linalg.eigh(np.cov((features - mean).T))
     deviation = features.std(axis=0)

@@ -1,10 +1,10 @@
 """Bytes and fidelity of every codec on real targets, side by side: one JSON line per row.
 
-`bytes` is what the files of the zarr arrays take, checksums included, per (image, view). `g` is the relative error of
-the KD gradient with respect to the student's logits against float32 targets, in per cent, at temperature 1 and 4, for a
-student at two stages of training (keys `STEPS@T`; what students: `codec_arrays.py`). Where features are stored, the
-head makes the logits from them, and the bytes are those of both. For top-k `g` is that of its own loss,
-`train.losses.tail.kd_tail`, and `g_even_tail` that of a dense loss on its even tail.
+`bytes` is the size of the files of the zarr arrays per (image, view), checksums included. `g` is the relative error of
+the KD gradient with respect to the student's logits, against float32 targets, in per cent, at temperatures 1 and 4, for
+a student at two stages of training (keys `STEPS@T`; the students are those of `codec_arrays.py`). If features are
+stored, the head computes the logits from them, and the bytes cover both. For top-k, `g` is for its own loss,
+`train.losses.tail.kd_tail`, and `g_even_tail` for a dense loss on its even tail.
 
     python benchmarks/codec_table.py --saved photos.npz
     python benchmarks/codec_table.py --saved photos.npz --cache fashion-mnist    # and a cache of ten classes
@@ -42,7 +42,10 @@ BATCH = 256
 @command
 def main(
     views: Annotated[int, typer.Option("--views", min=32, help="Views of the photos.")] = 4096,
-    saved: Annotated[Path | None, typer.Option("--saved", help="What the network said (.npz): read, or made.")] = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option("--saved", help="File (.npz) of the network's outputs: read if it exists, else written."),
+    ] = None,
     cache: Annotated[
         str | None, typer.Option("--cache", help="A cache of ten classes: path, name or fingerprint.")
     ] = None,
@@ -120,7 +123,7 @@ def _thousand(targets: Targets, photos: Photos) -> Iterator[dict[str, Any]]:
 
 
 def dense(targets: Targets, codec: Codec, bar: str | None = None) -> dict[str, Any]:
-    """A row for logits stored as they are."""
+    """A row for logits that are stored directly."""
     size, stored, times = _encoded(codec, targets.logits.numpy(), {})
     return _row(targets, {"codec": codec.model_dump(mode="json")}, size, codec.decode(stored), bar) | times
 
@@ -128,7 +131,7 @@ def dense(targets: Targets, codec: Codec, bar: str | None = None) -> dict[str, A
 def through_head(
     targets: Targets, photos: Photos, codec: Codec, *, aware: bool, bar: str | None = None
 ) -> dict[str, Any]:
-    """A row for features from which the head makes the logits; `aware`: rounded with the head in mind."""
+    """A row for features from which the head computes the logits. `aware` rounds them to suit the head."""
     constants = codec.fit(photos.features)
     if aware:
         assert isinstance(codec, FeatureSteps)
@@ -147,7 +150,7 @@ def through_head(
 
 
 def sparse(targets: Targets, codec: TopK, bar: str | None = None, *, rival: str | None = None) -> dict[str, Any]:
-    """A row for top-k: g of the loss with a tail, at the codec's temperature alone."""
+    """A row for top-k: g of the loss with a tail, only at the codec's temperature."""
     size, stored, times = _encoded(codec, targets.logits.numpy(), {})
     known = codec.sparse(stored)
     joint = torch.cat([known.log_p, known.log_tail[:, None]], dim=1).double().softmax(dim=1)[:, :-1]
@@ -187,7 +190,7 @@ def _row(
 
 
 def _judged(row: dict[str, Any], bar: str | None) -> dict[str, Any]:
-    """Whether a row meets a bar `≤ BYTES B…, g ≤ PERCENT %…`, at every stage and temperature that it has."""
+    """Add whether a row meets a bar `≤ BYTES B…, g ≤ PERCENT %…` at all of its stages and temperatures."""
     if bar is None:
         return row
     most_bytes, most_g = (float(part.split("≤ ")[1].split()[0]) for part in bar.split(", "))
@@ -197,7 +200,7 @@ def _judged(row: dict[str, Any], bar: str | None) -> dict[str, Any]:
 def _encoded(
     codec: Codec, values: npt.NDArray[np.float32], constants: Mapping[str, npt.NDArray[np.float32]]
 ) -> tuple[float, dict[str, npt.NDArray[Any]], dict[str, float]]:
-    """Bytes per row in zarr, what was encoded, and what encoding and decoding a batch of an index take per row."""
+    """Bytes per row in zarr, the encoded arrays, and the times per row to encode all rows and decode a batch."""
     start = time.process_time()
     stored = codec.encode(values, constants)
     encode_us = (time.process_time() - start) / len(values) * 1e6

@@ -1,6 +1,6 @@
-"""What a cache saves: an epoch with live teachers over an epoch from the cache, and how much of it could be saved.
+"""The speed-up of a cache: an epoch with live teachers over an epoch from the cache, and its share of the ideal.
 
-Both epochs run through the same loop with the same loss on the same views. The ideal is what is left if everything but
+Both epochs run through the same loop with the same loss on the same views. The ideal is the speed-up if everything but
 the networks were free: (teacher + CLIP + student) / student, from bare forward passes of teacher and CLIP and bare
 student steps on labels, on the same batches, timed in the same rounds.
 
@@ -48,7 +48,7 @@ from train.recipe import TrainRecipe
 CLOCK = (
     "online and cached: whole epochs, with making the view and reading targets or running the teachers; "
     "teachers: one forward pass of each, from uint8 pixels, per batch; "
-    "student: forward, cross-entropy, backward, update per batch; in both the batches are there already"
+    "student: forward, cross-entropy, backward, update per batch; both of these on batches in memory"
 )
 
 
@@ -112,7 +112,7 @@ def _figures(times: Times) -> dict[str, dict[str, float]]:
 
 
 class BareStudent:
-    """Nothing but a student's steps on labels: no feed, no schedule, no figures kept."""
+    """A student's steps on labels alone, without feed, schedule or metrics."""
 
     def __init__(self, data: TrainingData, recipe: TrainRecipe, device: torch.device) -> None:
         self._student = new_student(data, recipe).to(device).to(memory_format=torch.channels_last).train()

@@ -1,7 +1,7 @@
-"""What the benchmarks share: variants timed alternately in one process, and compared round by round.
+"""Shared by the benchmarks: time variants alternately in one process and compare them round by round.
 
-A machine's speed drifts with its clock and its other users, by far more than what is measured here. So each round times
-every variant once, the order turns with every round, and a ratio is the median over rounds of ratios within a round.
+A machine's speed drifts with its clock and its other users, by far more than the differences measured here. So each
+round times every variant once, the order alternates, and a ratio is the median over rounds of ratios within a round.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Times = dict[str, list[float]]  # variant → seconds in each round
 
 
 class Cost(NamedTuple):
-    """What a piece of work took: on the clock, and of the processor by all threads of this process.
+    """Wall-clock time of a piece of work, and processor time of all threads of this process.
 
-    Processor time does not see other programs, nor what runs on a GPU, nor what work in the background hides.
+    Processor time excludes other programs and the GPU, and counts background work in full.
     """
 
     wall_s: float
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What each variant took in each round."""
+    """The times of each variant in each round."""
 
     wall: Times
     processor: Times
@@ -46,16 +46,18 @@ class Costs(NamedTuple):
 Dataset = Annotated[str, typer.Option("--dataset", help="A build recipe: digits, fashion-mnist, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a value of that recipe: --set dataset.split=test. Again for more."),
+    typer.Option("--set", help="Change a value of that recipe, e.g. dataset.split=test; may be repeated."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU. Default: torch's own.")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds of all variants, after one to warm up.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="torch's threads on the CPU. Default: torch's own choice.")
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds of all variants, after one warm-up round.")]
 Views = Annotated[int, typer.Option("--views", min=2, help="Cached views to cycle through.")]
 
 
 def prepared_device(name: str, threads: int | None) -> torch.device:
-    """The device to run on; sets torch's threads where asked, and the process up as the commands do."""
+    """The device to run on. Sets torch's threads, and sets up the process as the commands do."""
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -63,36 +65,36 @@ def prepared_device(name: str, threads: int | None) -> torch.device:
 
 
 def cost(work: Callable[[], object], device: torch.device) -> Cost:
-    """What `work` takes, all of its work on the device included, none that was queued before."""
-    _wait(device)
+    """The cost of `work`, including all of its work on the device and excluding earlier queued work."""
+    _synchronise(device)
     start, processor = time.perf_counter(), time.process_time()
     work()
-    _wait(device)
+    _synchronise(device)
     return Cost(time.perf_counter() - start, time.process_time() - processor)
 
 
 def interleaved(variants: Mapping[str, Callable[[int], Cost]], rounds: int) -> Costs:
-    """What each variant takes in each round; a first round, not counted, warms up.
+    """Time each variant in each round, after a warm-up round that is not counted.
 
     Args:
-        variants: given the number of the round, from 0 with the warm-up, each does its work and says what it took.
+        variants: each takes the number of the round (the warm-up is 0), does its work, and returns the cost.
     """
     costs = Costs({name: [] for name in variants}, {name: [] for name in variants})
     for number in range(rounds + 1):
         measured = {}
         with _no_garbage_collection():
-            for name in _turned(list(variants), number):
+            for name in _alternating(list(variants), number):
                 measured[name] = variants[name](number)
         if number > 0:
             for name, (wall_s, processor_s) in measured.items():
                 costs.wall[name].append(wall_s)
                 costs.processor[name].append(processor_s)
-        print(f"round {number}/{rounds}: {_listed(measured)}", file=sys.stderr, flush=True)
+        print(f"round {number}/{rounds}: {_summary(measured)}", file=sys.stderr, flush=True)
     return costs
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """Median of the ratios within rounds, and their quartiles: what the machine's noise leaves open."""
+    """Median and quartiles of the ratios within rounds; the quartiles show the noise of the machine."""
     low, median, high = np.quantile(np.divide(numerator, denominator), (0.25, 0.5, 0.75))
     return {"median": round(float(median), 4), "q1": round(float(low), 4), "q3": round(float(high), 4)}
 
@@ -105,10 +107,10 @@ def report(
     clock: str,
     device: torch.device,
 ) -> None:
-    """Print the one JSON line of a benchmark: its figures, and what somebody needs to judge them.
+    """Print the JSON line of a benchmark: its figures, settings and environment.
 
     Args:
-        figures: the ratios of a benchmark, made once from wall-clock times and once from processor times.
+        figures: computes the ratios of a benchmark, called for wall-clock times and for processor times.
     """
     line = {
         "benchmark": name,
@@ -137,18 +139,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _turned(names: list[str], number: int) -> list[str]:
-    """Forwards and backwards in turn, so that a steady drift of the machine favours nobody."""
+def _alternating(names: list[str], number: int) -> list[str]:
+    """Names forwards in even rounds and backwards in odd ones, so that a steady drift favours no variant."""
     return names if number % 2 == 0 else names[::-1]
 
 
-def _listed(measured: Mapping[str, Cost]) -> str:
-    return ", ".join(f"{name} {taken.wall_s:.3f} s" for name, taken in measured.items())
+def _summary(measured: Mapping[str, Cost]) -> str:
+    return ", ".join(f"{name} {measured_cost.wall_s:.3f} s" for name, measured_cost in measured.items())
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Collect between rounds, not inside whichever variant happens to fill the counter."""
+    """Collect garbage between rounds, not inside the variant that happens to reach the threshold."""
     gc.collect()
     gc.disable()
     try:
@@ -157,6 +159,6 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _wait(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

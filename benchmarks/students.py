@@ -1,4 +1,4 @@
-"""A cache to train from and learners that train from it, for the benchmarks of training."""
+"""Caches and learners for the benchmarks of training."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def build_recipe(dataset: str, overrides: list[str] | None, path: Path, **option
 
 
 def build(dataset: str, overrides: list[str] | None, views: int, device: torch.device, path: Path) -> BuildRecipe:
-    """Build the cache that is trained from, and give the recipe of it."""
+    """Build a cache to train from, and return its recipe."""
     recipe = build_recipe(dataset, overrides, path, num_views=views, device=str(device))
     build_cache(recipe)
     return recipe
 
 
 def train_recipe(cache: Path, student: str, batch_size: int, rounds: int, device: torch.device) -> TrainRecipe:
-    """A run of distillation from `cache`, long enough for a warm-up epoch, `rounds` more, and one to read ahead."""
+    """A distillation run from `cache`, with epochs for the warm-up, `rounds`, and one that the feed reads ahead."""
     data: dict[str, Any] = {"cache": str(cache), "student": student, "batch_size": batch_size, "epochs": rounds + 2}
     return TrainRecipe.model_validate({"name": "benchmark", "device": str(device), **data})
 
 
 def opened(recipe: TrainRecipe, device: torch.device) -> TrainingData:
-    """Images, views and cached targets of a run, checked as `train-student` checks them."""
+    """Open images, views and cached targets of a run, with the checks of `train-student`."""
     return open_data(recipe, device)
 
 
@@ -48,8 +48,8 @@ class Epochs:
     """A student with its own loop and feed, trained epoch by epoch under a clock.
 
     Args:
-        targets: where the batches get their targets.
-        loss: what is made of them.
+        targets: the source of the batches' targets.
+        loss: the loss on them.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Epochs:
         self.learner = Learner(self.recipe, student, objective, data.preprocessing, self.feed.steps_per_epoch, device)
 
     def cost(self, epoch: int) -> Cost:
-        """What a whole epoch takes: its view read and made, every batch, every step."""
+        """The cost of a whole epoch: reading and making its view, every batch and every step."""
         return cost(lambda: train_epoch([self.learner], self.feed, epoch, lambda count: None), self._device)
 
     def close(self) -> None:
@@ -75,12 +75,12 @@ class Epochs:
 
 
 def new_student(data: TrainingData, recipe: TrainRecipe) -> Any:
-    """The student of a recipe with its first weights, the same for the same seed."""
+    """The student of a recipe with initial weights from its seed."""
     torch.manual_seed(recipe.seed)
     return create_student(recipe.student, len(data.images.class_names))
 
 
 def cached_fusion(data: TrainingData) -> Fusion:
-    """How teachers and CLIPs were fused when the cache was built, so that live targets are the cached ones."""
+    """The fusion that the cache was built with, so that live targets equal cached ones."""
     assert isinstance(data.cache, TeacherCache)
     return Fusion.stored(data.cache.manifest)

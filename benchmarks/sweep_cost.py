@@ -1,9 +1,9 @@
-"""What students cost side by side on one stream of batches, over what their arithmetic alone costs.
+"""The cost of training several students on one stream of batches, over that of their arithmetic alone.
 
-`ratio` is an epoch of all students together, views, pixels, targets and normalisation included, over the sum of their
-bare steps (forward, loss, backward, update) on batches that are in memory already. `separate` is the same for epochs of
-their own. With `--processes`, `commands` is one `sweep-students` over as many `train-student` one after the other,
-start-up included.
+`ratio` is the time of an epoch of all students together, with views, pixels, targets and normalisation, over the sum
+of their bare steps (forward, loss, backward, update) on batches in memory. `separate` is the same for separate epochs.
+With `--processes`, `commands` is the time of one `sweep-students` over that of one `train-student` per student in
+sequence, start-up included.
 
     python benchmarks/sweep_cost.py --threads 1
     python benchmarks/sweep_cost.py --threads 1 --processes --rounds 3
@@ -61,7 +61,7 @@ def main(
     batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
     views: Views = 4,
     rounds: Rounds = 7,
-    processes: Annotated[bool, typer.Option("--processes", help="Compare the commands, too.")] = False,
+    processes: Annotated[bool, typer.Option("--processes", help="Also compare the commands.")] = False,
     device_name: Device = "auto",
     threads: Threads = None,
     overrides: Overrides = None,
@@ -76,7 +76,8 @@ def main(
         data = opened(recipe, device)
         feed = data.feed(recipe, device)
         learners = {
-            way: [_learner(data, recipe, name, feed.steps_per_epoch, device) for name in names] for way in _WAYS
+            variant: [_learner(data, recipe, name, feed.steps_per_epoch, device) for name in names]
+            for variant in ("together", "separate", "bare")
         }
         feeds = [data.feed(recipe, device) for _ in names]
         kept: list[tuple[Batch, torch.Tensor]] = [(b, model_inputs(b, data.preprocessing)) for b in feed.epoch(0)]
@@ -119,9 +120,6 @@ def main(
     report("sweep_cost", _figures, costs, settings, CLOCK, device)
 
 
-_WAYS = ("together", "separate", "bare")
-
-
 def _learner(data: TrainingData, recipe: TrainRecipe, student: str, steps: int, device: torch.device) -> Learner:
     torch.manual_seed(recipe.seed)
     network = create_student(student, len(data.images.class_names))
@@ -131,7 +129,7 @@ def _learner(data: TrainingData, recipe: TrainRecipe, student: str, steps: int, 
 
 
 def _command(cache: Path, names: list[str], out: Path, *, together: bool) -> Cost:
-    """Two epochs of every student by the commands."""
+    """The cost of two epochs of every student through the commands."""
     shared = ["digits", "--cache", str(cache), "--epochs", "2", "--set", "compare_with_labels=false", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     if together:

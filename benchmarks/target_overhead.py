@@ -1,7 +1,7 @@
-"""What cached targets cost: an epoch of distillation from a cache over an epoch on labels only.
+"""The overhead of cached targets: an epoch of distillation from a cache over an epoch on labels only.
 
-Same student, same first weights, same loop, same views and batches in both. A third variant is handed the targets and
-does not use them, which tells reading and indexing them (`feed`) from the distillation loss itself (`loss`).
+Student, initial weights, loop, views and batches are the same in both. A third variant receives the targets and ignores
+them, which separates reading and indexing them (`feed`) from the distillation loss itself (`loss`).
 
     python benchmarks/target_overhead.py
     python benchmarks/target_overhead.py --dataset fashion-mnist --rounds 7 --device cuda

@@ -71,7 +71,7 @@ def build_cache(
         str | None,
         typer.Option(
             "--out",
-            help="Folder of the cache, or a URL (s3://…, gs://…, az://…). A URL that ends in .zarr is the cache itself, "
+            help="Folder of the cache, or a URL (s3://…, gs://…, az://…). A URL ending in .zarr is the cache itself, "
             "others hold several caches. Default: a folder in $TEACHER_CACHE_HOME (~/.cache/teacher-cache).",
         ),
     ] = None,
