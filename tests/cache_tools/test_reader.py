@@ -333,6 +333,7 @@ def test_damage_is_found_and_named(tmp_path: Path, file: str, kind: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("array", ["fused_logits", "commits", "labels"])
 def test_a_flipped_bit_in_metadata_is_an_error_or_changes_nothing(tmp_path: Path, array: str) -> None:
     targets = build(tmp_path / "c", MANIFEST, IMAGES)

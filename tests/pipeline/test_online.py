@@ -19,6 +19,8 @@ from train.data import TrainingData, open_data
 from train.recipe import TrainRecipe
 from train.run import train_on
 
+pytestmark = pytest.mark.medium
+
 CPU = torch.device("cpu")
 BATCH_SIZE = 64  # any size of at least 16: below, matrix products take another path and differ in the last bit
 

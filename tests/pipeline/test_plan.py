@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.plan import Plan
 
+pytestmark = pytest.mark.medium
+
 
 def make(**changes: Any) -> Plan:
     """50 000 images × 16 views, teachers at 1000 images/s, a student of 240 epochs at 2000."""

@@ -32,6 +32,8 @@ from pipeline.replay import Comparison, replay, tolerance_of
 from tests.support import tiny_build
 from tests.support.tiny_clip import make_folder
 
+pytestmark = pytest.mark.medium
+
 SAMPLES, VIEWS = 48, 3
 ROWS = SAMPLES * VIEWS
 

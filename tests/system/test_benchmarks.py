@@ -17,6 +17,8 @@ import pytest
 
 from tests.support.turns import slow
 
+pytestmark = pytest.mark.medium
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SAMPLES = 359  # the test split of the digits
 SMALLEST = ("--set", "dataset.split=test", "--rounds", "1", "--views", "2", "--threads", "1", "--device", "cpu")

@@ -23,7 +23,10 @@ from pipeline.recipe import load_build_recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 VIEWS, WIDTH = 128, 48
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("pcodec") is None, reason="needs pcodec (the codecs extra)")
+pytestmark = [
+    pytest.mark.medium,
+    pytest.mark.skipif(importlib.util.find_spec("pcodec") is None, reason="needs pcodec (the codecs extra)"),
+]
 
 
 def run(*options: str | Path) -> list[dict[str, Any]]:

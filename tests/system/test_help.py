@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 SLOW = {"cv2", "matplotlib", "onnx", "open_clip", "optuna", "pandas", "polars", "ray", "scipy", "sklearn", "timm"}

@@ -21,6 +21,8 @@ from cache_tools.images import open_images
 from cache_tools.images.recipe import DatasetRecipe
 from pipeline.networks.prompts import render_prompts, template_set
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "train_clip.py"
 SHIPPED = ROOT / "pipeline" / "assets" / "digits-clip"

@@ -18,6 +18,8 @@ from tests.support import tiny_run
 from train import run
 from train.cli import app
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).parents[2]
 
 

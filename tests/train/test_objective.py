@@ -68,7 +68,7 @@ KINDS = ("ce", "kd", "dkd", "standardised_kd", "standardised_dkd")
 FEATURES = ("none", "mse", "cosine", "rkd", "pkt", "crd")
 
 
-@pytest.mark.parametrize(("kind", "feature"), itertools.product(KINDS, FEATURES))
+@pytest.mark.parametrize(("kind", "feature"), list(itertools.product(KINDS, FEATURES)))
 def test_terms_add_up_and_reach_the_student(kind: str, feature: str) -> None:
     objective = make_objective(kind=kind, feature=feature, ce_weight=0.7)
     logits, features, batch = make_step(0)

@@ -54,6 +54,7 @@ def cache(tmp_path_factory, pictures: Path) -> Path:
     return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("real_curves")
 def test_a_run_leaves_everything(cache: Path, pictures: Path, tmp_path):
     recipe = tiny_run.recipe(cache, tmp_path / "run", ema_decay=0.9, loss={"kind": "kd", "feature": "cosine"})
@@ -100,6 +101,7 @@ def test_metrics_have_a_row_per_epoch(cache: Path, tmp_path):
     assert result.train_s == pytest.approx(table["train_s"].sum())
 
 
+@pytest.mark.medium
 def test_tensorboard_events_match_the_metrics(cache: Path, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -120,6 +122,7 @@ def test_a_run_without_tensorboard(monkeypatch, cache: Path, tmp_path):
     assert not (tmp_path / "run" / "tb").exists()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("loss", [{"kind": "ce"}, {"kind": "dkd", "feature": "crd"}], ids=["ce", "dkd+crd"])
 def test_the_same_recipe_gives_the_same_files(cache: Path, pictures: Path, tmp_path, loss: dict[str, Any]):
     dataset = tiny_run.dataset(pictures).model_dump()
@@ -130,6 +133,7 @@ def test_the_same_recipe_gives_the_same_files(cache: Path, pictures: Path, tmp_p
     assert (tmp_path / "one" / LAST).read_bytes() != (tmp_path / "three" / LAST).read_bytes()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("moment", ["before the first state", "between best and state", "after a state", "at the end"])
 def test_an_interrupted_run_goes_on(monkeypatch, cache: Path, tmp_path, moment: str):
     def settings(name: str) -> TrainRecipe:
@@ -198,6 +202,7 @@ for name in ("killed", "through"):
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seed", [1])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(cache: Path, tmp_path, seed: int):
     """SIGKILL at seven moments, then the same command: byte-identical to a run that was left alone."""
@@ -208,6 +213,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(cache: Path, tmp_path, 
     assert not list((tmp_path / "killed").glob("*.partial"))
 
 
+@pytest.mark.medium
 def test_a_finished_run_is_shown_not_trained_again(monkeypatch, cache: Path, tmp_path):
     recipe = tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True)
     result = train_student(recipe)
@@ -218,6 +224,7 @@ def test_a_finished_run_is_shown_not_trained_again(monkeypatch, cache: Path, tmp
         train_student(recipe, overwrite=True)
 
 
+@pytest.mark.medium
 def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures: Path, tmp_path):
     result = train_student(tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True))
     assert result.labels_only is not None
@@ -242,6 +249,7 @@ def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures:
     assert load_result(tmp_path / "run") == result
 
 
+@pytest.mark.medium
 def test_a_comparison_that_was_interrupted_is_made_up_for(monkeypatch, cache: Path, tmp_path):
     recipe = tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True)
     with monkeypatch.context() as patch:
@@ -255,6 +263,7 @@ def test_a_comparison_that_was_interrupted_is_made_up_for(monkeypatch, cache: Pa
     assert len(pl.read_parquet(tmp_path / "run" / "labels-only" / "metrics.parquet")) == 3
 
 
+@pytest.mark.medium
 def test_another_recipe_never_takes_over_a_folder(cache: Path, tmp_path):
     train_student(tiny_run.recipe(cache, tmp_path / "run"))
     other = tiny_run.recipe(cache, tmp_path / "run", epochs=1, optimiser={"learning_rate": 0.01})
@@ -274,6 +283,7 @@ def test_another_cache_is_another_run(cache: Path, pictures: Path, tmp_path):
         train_student(tiny_run.recipe(rebuilt, tmp_path / "run"))
 
 
+@pytest.mark.medium
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(cache: Path, tmp_path):
     train_student(tiny_run.recipe(cache, tmp_path / "run", ema_decay=0.5))
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -286,6 +296,7 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(cache: Path, tmp_p
     assert len(list((tmp_path / "run" / "tb").iterdir())) <= 1
 
 
+@pytest.mark.medium
 def test_overwrite_removes_the_comparison_with_labels(cache: Path, tmp_path):
     """The page would compare with it."""
     train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1, compare_with_labels=True))
@@ -306,6 +317,7 @@ def test_a_folder_of_something_else_is_left_alone(cache: Path, tmp_path):
         train_student(tiny_run.recipe(cache, tmp_path / "photos" / "cat.jpg"))
 
 
+@pytest.mark.medium
 def test_two_processes_never_write_the_same_run(cache: Path, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "run").mkdir()

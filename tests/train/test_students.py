@@ -220,6 +220,7 @@ def test_names() -> None:
     assert create_student("resnet18", 3).num_features == 512
 
 
+@pytest.mark.medium
 def test_names_need_neither_timm_nor_torchvision() -> None:
     code = (
         "import sys; from train.students import create_student, student_names; student_names();"
@@ -233,6 +234,7 @@ def test_names_need_neither_timm_nor_torchvision() -> None:
 # --- timm --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "size", "rank", "options"),
     [
@@ -279,6 +281,7 @@ TORCHVISION = [  # one network of every class; sizes as small as each takes
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "size", "rank", "options"), TORCHVISION)
 def test_interface_of_torchvision(name: str, size: int, rank: int, options: dict[str, Any]) -> None:
     import torchvision
@@ -307,6 +310,7 @@ def test_torchvision_student_trains_copies_and_reloads() -> None:
         assert torch.equal(copy.deepcopy(network)(batch), logits)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", slow("googlenet"), "mobilenet_v3_small"])
 def test_torchvision_pretrained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the download: the thousand classes, their replacement, GoogLeNet's aux heads and input range."""

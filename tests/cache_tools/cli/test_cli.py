@@ -12,6 +12,8 @@ from cache_tools.cli import app
 from cache_tools.home import registry
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 
+pytestmark = pytest.mark.medium
+
 IMAGES = tiny_images()
 
 

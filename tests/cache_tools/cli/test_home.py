@@ -13,6 +13,8 @@ from cache_tools.home.registry import SUFFIX
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.s3_server import new_bucket
 
+pytestmark = pytest.mark.medium
+
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES, name="digits")
 NAME = f"digits-{MANIFEST.fingerprint[:12]}{SUFFIX}"

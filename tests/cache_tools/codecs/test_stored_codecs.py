@@ -21,6 +21,8 @@ from cache_tools.reader import TeacherCache
 from cache_tools.store.encoding import Encoder, fit_codecs, fitted_targets, sample_rows
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 
+pytestmark = pytest.mark.medium
+
 IMAGES = tiny_images()
 CHOICES = {
     **{name: name for name in PRESETS},

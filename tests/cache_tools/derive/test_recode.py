@@ -37,6 +37,8 @@ from tests.support.cache_factory import (
     write,
 )
 
+pytestmark = pytest.mark.medium
+
 IMAGES = tiny_images()
 STORES: dict[str, dict[str, Any]] = {
     "fused": {"store": "fused"},

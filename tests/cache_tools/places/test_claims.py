@@ -36,6 +36,7 @@ def test_a_block_is_claimed_once(place: Place) -> None:
     assert list(claims_place(place).entries()) == []
 
 
+@pytest.mark.medium
 def test_an_expired_claim_is_taken_over_by_exactly_one_builder(place: Place) -> None:
     foreign = json.dumps({"owner": "x", "host": "another-host", "pid": 1}).encode()
     claims_place(place).put("0.0.0", foreign)

@@ -382,6 +382,7 @@ def run_on_tmpfs(folder: Path, body: str, size: str) -> str:
     return result.stdout
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux mount namespaces")
 def test_a_cache_on_a_read_only_disk_can_be_read_but_not_written(tmp_path: Path) -> None:
     assert run_on_tmpfs(tmp_path, _READ_ONLY, "4m") == "complete\n"

@@ -29,6 +29,8 @@ from tests.support.s3_server import new_bucket
 from tests.support.tiny_build import arrays_of
 from tests.support.turns import slow
 
+pytestmark = pytest.mark.medium
+
 SAMPLES, VIEWS, ROWS = 150, 5, 16
 BLOCKS = VIEWS * -(-SAMPLES // ROWS)
 

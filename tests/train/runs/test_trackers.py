@@ -23,6 +23,8 @@ from train.run import train_student
 from train.runs import trackers
 from train.runs.metrics import RunLog, epochs_logged, read_metrics
 
+pytestmark = pytest.mark.medium
+
 ALL = ("tensorboard", "mlflow", "wandb")
 TIMINGS = ["train_s", "images_per_s"]
 

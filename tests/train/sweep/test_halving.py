@@ -19,6 +19,8 @@ from train.sweep.recipe import Asha, SweepRecipe
 from train.sweep.run import SweepResult, run_sweep, train_in_process
 from train.sweep.workers import ProcessEngine
 
+pytestmark = pytest.mark.medium
+
 RATES = (1e-5, 0.02, 0.05, 0.1)
 RULES = Asha(metric="loss", keep_one_in=2, first_epochs=1)
 

@@ -30,6 +30,8 @@ from train.sweep.streams import batch_streams, image_opener
 from train.sweep.table import over_seeds, trials_table
 from train.sweep.workers import ProcessEngine, divide_streams
 
+pytestmark = pytest.mark.medium
+
 STUDENTS = ("resnet8", "ShuffleV2", "timm:resnet10t")
 
 

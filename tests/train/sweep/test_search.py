@@ -30,6 +30,8 @@ from train.sweep.run import SweepResult, run_sweep, train_in_process
 from train.sweep.search_recipe import Range, Search, edges, parse_range
 from train.sweep.suggest import Outcome, Suggestions
 
+pytestmark = pytest.mark.medium
+
 optuna = pytest.importorskip("optuna")
 
 FIGURES = ("trial", "status", "top1", "nll", "ece", "best_epoch", "epochs_done")

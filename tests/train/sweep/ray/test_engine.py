@@ -232,6 +232,7 @@ def test_the_other_node_finishes_the_trials_of_a_lost_node(
     same(on_cluster, undisturbed)
 
 
+@pytest.mark.medium
 def test_no_cluster(cache: Path, tmp_path: Path) -> None:
     with RayEngine(tmp_path, "127.0.0.2:9", threads=1) as engine, pytest.raises(StorageError, match="no Ray cluster"):
         run_sweep(sweep(cache), tmp_path, engine=engine)
@@ -276,6 +277,7 @@ def test_other_versions_on_a_node_are_an_error(nodes: Cluster, tmp_path: Path, m
         engine([], None)
 
 
+@pytest.mark.medium
 def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys, importlib.util as util\n"
