@@ -1,10 +1,10 @@
-"""What the fused softmax gains from each scale of CLIP's cosines, on one component cache, without training anything.
+"""The effect of the scale of CLIP's cosines on the fused softmax of a component cache, without any training.
 
     build-cache fashion-mnist --set dataset.split=test --set store=components --set name=fashion-mnist-test
     python examples/clip_scale_study.py fashion-mnist-test
 
 `moved by CLIP` is the mean total variation between softmax(z_F / T) and softmax(α z_T / T): how far CLIP's share moves
-the targets at all. Everything else is measured against the labels, at T = 1.
+the targets. Everything else is measured against the labels at T = 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @command
 def scales(
     reference: Annotated[str, typer.Argument(metavar="CACHE", help="A component cache.")],
-    view: Annotated[int, typer.Option("--view", help="Which view.")] = 0,
+    view: Annotated[int, typer.Option("--view", help="The view to compare on.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line per row.")] = False,
 ) -> None:
     """Compare CLIP scales on one view of a component cache."""

@@ -1,8 +1,8 @@
-"""What a codec costs the student: resnet8 on 20 000 images of Fashion-MNIST from caches of every codec, five seeds.
+"""The effect of codecs on a student: resnet8 on 20 000 images of Fashion-MNIST from caches of every codec, five seeds.
 
-All caches are recoded from two of float32, so the teachers said the same everywhere. Every run sees 60 000 images (3
-epochs) in bfloat16. Temperature 4, where small probabilities count most; top-k is trained at 1, the only temperature
-that it is for, and compared with float32 at 1.
+All caches are recoded from two float32 caches, so their targets come from the same forward passes. Every run sees
+60 000 images (3 epochs) in bfloat16. The temperature is 4, where small probabilities count most. top-k is only meant
+for temperature 1: it is trained there and compared with float32 at 1.
 
     python examples/codec_study.py caches
     python examples/codec_study.py train [--shard 0/2]
@@ -35,7 +35,7 @@ SOURCES = {"fused": "fm-fused", "components": "fm-parts"}
 
 
 class Variant(NamedTuple):
-    """A cache and how it is trained from; `codec` is None for the source itself."""
+    """A cache and the temperature of its runs; `codec` is None for the source itself."""
 
     store: str
     codec: str | None
@@ -76,8 +76,10 @@ def caches() -> None:
 
 @app.command()
 @command
-def train(shard: Annotated[str, typer.Option("--shard", help="i/n: every n-th run, from the i-th.")] = "0/1") -> None:
-    """Train what is not finished, seed by seed."""
+def train(
+    shard: Annotated[str, typer.Option("--shard", help="i/n: train every n-th run, starting at the i-th.")] = "0/1",
+) -> None:
+    """Train all unfinished runs, seed by seed."""
     keep_freed_memory()
     number, count = (int(word) for word in shard.split("/"))
     for seed, variant in [(seed, variant) for seed in SEEDS for variant in VARIANTS][number::count]:
@@ -103,7 +105,7 @@ def train(shard: Annotated[str, typer.Option("--shard", help="i/n: every n-th ru
 @app.command()
 @command
 def table(as_json: Annotated[bool, typer.Option("--json", help="One JSON line per variant.")] = False) -> None:
-    """Top-1 of every variant, mean ± std, and seed by seed against float32 of the same store and temperature."""
+    """Print top-1 of every variant, mean ± std, and its difference from float32 with the same seed and store."""
     scores = {variant: _scores(variant) for variant in VARIANTS}
     for variant, top1 in scores.items():
         exact = scores[Variant(variant.store, None, variant.temperature)]
@@ -135,11 +137,11 @@ def _scores(variant: Variant) -> dict[int, float]:
 
 
 def _bytes(name: str) -> float:
-    """Bytes of the logits and features per (image, view), files as they are."""
+    """Stored bytes of the logits and features per (image, view)."""
     path = registry.find(name).path
     folders = [folder for folder in path.iterdir() if (folder / "c.0.0.0").is_file() and folder.name != "commits"]
-    whole = [folder for folder in folders if any(folder.glob("c.1.*"))]  # constants have no second view
-    return sum(size_and_time(folder)[0] for folder in whole) / (SAMPLES * VIEWS)
+    targets = [folder for folder in folders if any(folder.glob("c.1.*"))]  # constants have no second view
+    return sum(size_and_time(folder)[0] for folder in targets) / (SAMPLES * VIEWS)
 
 
 def _mean_std(values: list[float]) -> tuple[float, float]:

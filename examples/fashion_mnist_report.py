@@ -1,4 +1,4 @@
-"""Tables and pictures of the finished runs of `fashion_mnist_study.py`.
+"""Tables and figures of the finished runs of `fashion_mnist_study.py`.
 
 python examples/fashion_mnist_report.py robustness --samples 500      # the full-label runs, under corruptions
 python examples/fashion_mnist_report.py tables --out study.jsonl --plot views.png
@@ -34,10 +34,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 @command
 def robustness(
-    samples: Annotated[int, typer.Option("--samples", help="Test images, evenly spaced.")] = 500,
+    samples: Annotated[int, typer.Option("--samples", help="Number of evenly spaced test images.")] = 500,
     workers: Annotated[int, typer.Option("--workers", help="Processes that corrupt images.")] = 1,
 ) -> None:
-    """Errors of every finished full-label run under 15 corruptions × 5 severities, kept beside the run."""
+    """Measure and store the errors of every finished full-label run under 15 corruptions × 5 severities."""
     dataset, device = DatasetRecipe(name="fashion-mnist"), resolve_device("cpu")
     copies = corrupted_copies(open_images(dataset, "test"), samples, workers=workers)
     runs = [run for run in method_runs() if run.fraction == 1.0 and load_result(run.folder)]
@@ -57,10 +57,10 @@ def robustness(
 @app.command()
 @command
 def tables(
-    out: Annotated[Path, typer.Option("--out", help="All finished runs, one JSON line each.")] = Path("study.jsonl"),
-    plot: Annotated[Path, typer.Option("--plot", help="Picture of accuracy against views.")] = Path("views.png"),
+    out: Annotated[Path, typer.Option("--out", help="File with one JSON line per finished run.")] = Path("study.jsonl"),
+    plot: Annotated[Path, typer.Option("--plot", help="Figure of accuracy against views.")] = Path("views.png"),
 ) -> None:
-    """All finished runs as JSON lines; means ± standard deviations over seeds on the terminal; a picture of views."""
+    """Write all finished runs as JSON lines, print means ± standard deviations over seeds, and plot the views."""
     table = pl.DataFrame([row for make in PARTS.values() for run in make() if (row := _row(run))])
     table.write_ndjson(out)
     _print(table.group_by("part", "fraction", "variant", maintain_order=True).agg(_means(*FIGURES)))
@@ -86,7 +86,7 @@ def _row(run: Run) -> dict[str, Any] | None:
 
 
 def _paired(table: pl.DataFrame) -> pl.DataFrame:
-    """Top-1 minus that of two references, seed by seed: means and standard deviations of the differences in points."""
+    """Means and standard deviations, in points, of the top-1 differences from two references with the same seed."""
     methods = table.filter(pl.col("part") == "methods")
     rows, keys = methods.select("fraction", "variant", "seed", pl.col("top1") * 100), ["fraction", "seed"]
     for reference in ("labels", "KD, teacher alone"):
@@ -101,7 +101,7 @@ def _paired(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _robustness_row(run: Run, samples: int) -> dict[str, Any] | None:
-    """One run against the run on labels with the same seed, on the same images."""
+    """Compare a run with the run on labels of the same seed, on the same images."""
     baseline = Run(run.part, "labels", run.fraction, run.seed, METHODS["labels"])
     if not (baseline.folder / ERRORS).exists():
         return None
@@ -137,7 +137,7 @@ def _preprocessing(dataset: DatasetRecipe) -> Any:
 
 def _means(*names: str) -> list[pl.Expr]:
     figures = [(pl.col(name).mean().alias(name), pl.col(name).std().alias(f"± {name}")) for name in names]
-    return [pl.len().alias("n"), *(expression for pair in figures for expression in pair)]
+    return [pl.len().alias("n"), *(expression for mean_and_std in figures for expression in mean_and_std)]
 
 
 def _print(table: pl.DataFrame) -> None:
@@ -146,7 +146,7 @@ def _print(table: pl.DataFrame) -> None:
 
 
 def _plot_views(table: pl.DataFrame, path: Path) -> None:
-    """Top-1 against the number of cached views: each seed a dot, mean and standard deviation over seeds."""
+    """Plot top-1 against the number of cached views: a dot per seed, mean and standard deviation over seeds."""
     from matplotlib.figure import Figure
 
     if table.is_empty():

@@ -1,14 +1,14 @@
-"""What distilling from the fused teacher does to a small student on Fashion-MNIST: the runs behind docs/results.md.
+"""The runs behind docs/results.md: distilling a small student from the fused teacher on Fashion-MNIST.
 
-Every run is a `train-student` run of resnet8 that sees 60 000 images (3 epochs of 20 000; in the study of views 40 500,
-135 epochs of 300), in bfloat16, best learning rate of three for each method, chosen on 10 000 other images.
+Every run is a `train-student` run of resnet8 in bfloat16. It sees 60 000 images (3 epochs of 20 000), in the study of
+views 40 500 (135 epochs of 300). Each method has the best of three learning rates, chosen on 10 000 other images.
 
     python examples/fashion_mnist_study.py caches
     python examples/fashion_mnist_study.py train tune
     python examples/fashion_mnist_study.py train methods views clip-views scales [--shard 0/2]
 
-`train` leaves finished runs alone and goes on with interrupted ones; shards share the work between processes.
-`fashion_mnist_report.py` makes tables and pictures of what is finished.
+`train` skips finished runs and continues interrupted ones. Shards divide the work between processes.
+`fashion_mnist_report.py` makes tables and figures of the finished runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RATES = (0.06, 0.2, 0.6)
 TUNING_SEED, TUNING_SPLIT = 100, "train[50000:]"
 VIEWS = (1, 2, 4, 8, 16, 135)
 
-# Loss and fusion of each method; what is not named is as in the paper [w_L 3, T 3, w_F 0.8, α 0.7, CLIP's own scale].
+# Loss and fusion of each method; the rest is as in the paper [w_L 3, T 3, w_F 0.8, α 0.7, CLIP's own scale].
 CRD = {"feature": "crd", "feature_source": "fused", "crd_negatives": 512, "crd_dim": 64}
 METHODS: dict[str, dict[str, Any]] = {
     "labels": {"loss": named_loss("ce")},
@@ -87,10 +87,10 @@ def caches() -> None:
 @command
 def train(
     parts: Annotated[list[str], typer.Argument(help="tune, methods, views, clip-views, scales.")],
-    shard: Annotated[str, typer.Option("--shard", help="i/n: every n-th run, from the i-th.")] = "0/1",
-    seeds: Annotated[int, typer.Option("--seeds", help="The first of the five seeds only.")] = len(SEEDS),
+    shard: Annotated[str, typer.Option("--shard", help="i/n: train every n-th run, starting at the i-th.")] = "0/1",
+    seeds: Annotated[int, typer.Option("--seeds", help="Train only this many of the five seeds.")] = len(SEEDS),
 ) -> None:
-    """Train what is not finished of the named parts: runs with all labels first, seed by seed."""
+    """Train the unfinished runs of the named parts: runs with all labels first, seed by seed."""
     keep_freed_memory()
     number, count = (int(word) for word in shard.split("/"))
     runs = [run for part in parts for run in PARTS[part]() if run.seed < seeds or part == "tune"]
@@ -99,7 +99,7 @@ def train(
 
 
 def tune_runs() -> Iterator[Run]:
-    """Each method at three learning rates, labels alone also with fewer labels."""
+    """Each method at three learning rates; labels alone also at smaller fractions of the labels."""
     for variant, settings in METHODS.items():
         for fraction in FRACTIONS if variant == "labels" else (1.0,):
             for rate in RATES:
@@ -122,14 +122,14 @@ def views_runs() -> Iterator[Run]:
 
 
 def clip_view_runs() -> Iterator[Run]:
-    """RichKD-L with CLIP's targets of the clean image for every view, as the official code has them."""
+    """RichKD-L with CLIP's targets of the clean image for every view, as in the official code."""
     for variant in ("RichKD-L", "KD, CLIP alone"):
         for seed in SEEDS:
             yield Run("clip-views", f"{variant}, clean CLIP", 1.0, seed, {**METHODS[variant], "fusion.clip_view": 0})
 
 
 def scale_runs() -> Iterator[Run]:
-    """RichKD-L at other scales of CLIP's cosines than CLIP's own."""
+    """RichKD-L with other scales of the cosines than CLIP's own."""
     for scale in ("match", 1.0):
         for seed in SEEDS:
             yield Run("scales", f"scale {scale}", 1.0, seed, {**METHODS["RichKD-L"], "fusion.clip_scale": scale})
@@ -142,7 +142,7 @@ PARTS = {
     "clip-views": clip_view_runs,
     "scales": scale_runs,
 }
-"""Makers of the runs of each part, by name."""
+"""The runs of each part, by its name."""
 
 
 def _train(run: Run) -> None:
@@ -150,7 +150,7 @@ def _train(run: Run) -> None:
     if load_result(run.folder) is not None:
         return
     data = open_data(recipe, device)
-    if run.part == "tune":  # never on the images that the figures come from
+    if run.part == "tune":  # tune on other images than the test images of the results
         from dataclasses import replace
 
         data = replace(data, test=open_images(data.dataset, TUNING_SPLIT))
@@ -178,7 +178,7 @@ def recipe_of(run: Run) -> TrainRecipe:
     recipe = load_train_recipe("fashion-mnist", (), options | settings)
     if recipe.loss.needs_targets:
         return recipe
-    # Labels alone: as many images seen, all of them labelled, a new view of each in every epoch.
+    # Labels alone: the same number of images seen, all labelled, with a new view of each in every epoch.
     dataset = recipe.dataset
     assert dataset is not None
     twin = recipe.on_labels(dataset.model_copy(update={"split": "train[:20000]"}), recipe.views, 1)
@@ -186,7 +186,7 @@ def recipe_of(run: Run) -> TrainRecipe:
 
 
 def _best_rate(run: Run) -> float:
-    """Of the tuning runs of this method; fewer labels than all take the rate of all, except without a teacher."""
+    """The best learning rate of the method's tuning runs; only `labels` was tuned for each fraction of the labels."""
     base = next(name for name, settings in METHODS.items() if _same_method(settings, run.settings))
     fraction = run.fraction if base == "labels" else 1.0
     scores = {}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the two networks that ship in pipeline/assets, from the repository's root. A few minutes on two CPU cores.
-# The same machine and library versions give the same bytes; others give networks that are as good.
+# Train the two networks that ship in pipeline/assets, in a few minutes on two CPU cores.
+# The same machine and library versions give the same bytes; others give equally good networks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

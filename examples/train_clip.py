@@ -1,11 +1,11 @@
-"""Fit a small CLIP on an image source and write it in open_clip's own `local-dir:` format.
+"""Train a small CLIP on a dataset and write it in open_clip's own `local-dir:` format.
 
     python examples/train_clip.py digits --samples 720 --out runs/digits-clip                  # half a minute
     python examples/train_clip.py fashion-mnist --samples 20000 --out runs/fashion-mnist-clip  # two to three minutes
 
-Images meet captions ("a blurry photo of a sandal") in one embedding space: open_clip's CLIP class with a narrow
-ModifiedResNet and a two-layer text transformer, from scratch, contrastively. It is a real CLIP in every respect but
-its size, so that the whole pipeline can be run, tested and understood without downloading one.
+It is open_clip's CLIP class with a narrow ModifiedResNet and a two-layer text transformer, trained from scratch and
+contrastively on images and captions ("a blurry photo of a sandal"). Only its size differs from other CLIPs: the whole
+pipeline can be run, tested and understood without a download.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: reproducible matrix products
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts, for reproducible matrix products
 
 import numpy as np
 import open_clip
@@ -37,7 +37,7 @@ from cache_tools.preprocess import prepare
 from cache_tools.views import Flip, PadCrop, ViewRecipe
 from pipeline.networks.prompts import prompt_class_name, render_prompts, template_set
 
-CONTEXT_LENGTH = 24  # tokens; the longest of the prompts in use has about 15
+CONTEXT_LENGTH = 24  # tokens; the longest prompt has about 15
 MAX_LOGIT_SCALE = 100.0
 WEIGHTS_FILE, CONFIG_FILE, REPORT_FILE = "open_clip_model.safetensors", "open_clip_config.json", "training.json"
 
@@ -55,15 +55,15 @@ def main(
     batch_size: Annotated[int, typer.Option(min=2)] = 128,
     learning_rate: Annotated[float, typer.Option()] = 2e-3,
     weight_decay: Annotated[float, typer.Option()] = 0.05,
-    width: Annotated[int, typer.Option(help="of the vision tower; 64 is CLIP RN50's", min=2)] = 12,
-    embed_dim: Annotated[int, typer.Option(help="of the common embedding space", min=2)] = 64,
+    width: Annotated[int, typer.Option(help="width of the vision tower; CLIP RN50 has 64", min=2)] = 12,
+    embed_dim: Annotated[int, typer.Option(help="dimension of the common embedding space", min=2)] = 64,
     templates: Annotated[str, typer.Option(help="richkd, openai, siglip, or a file")] = "richkd",
-    padding: Annotated[int, typer.Option(help="of the random pad-crop", min=0)] = 4,
+    padding: Annotated[int, typer.Option(help="padding of the random pad-crop", min=0)] = 4,
     flip: Annotated[bool | None, typer.Option(help="random mirroring; default: yes, except for digits")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
-    """Fit a small CLIP on labelled images; captions are prompt templates filled with class names."""
+    """Train a small CLIP on labelled images; captions are prompt templates filled with class names."""
     recipe = dataset_recipe(dataset, data_dir, download, image_size)
     target = resolve_device(device)
     images = open_images(recipe)
@@ -100,7 +100,7 @@ def main(
 
 
 class Plan(Frozen):
-    """What determines the weights, together with the config; stored beside them."""
+    """The settings that, with the config, determine the weights; stored beside them."""
 
     dataset: str
     num_samples: int
@@ -115,7 +115,7 @@ class Plan(Frozen):
 
 
 def dataset_recipe(dataset: str, data_dir: Path | None, download: bool, image_size: int | None) -> DatasetRecipe:
-    """A source's name or a folder as a recipe; a folder without a `train` sub-folder is one split without a test."""
+    """The recipe of a named dataset or a folder; a folder without `train` is one split without a test split."""
     fields: dict[str, Any] = {"name": dataset, "data_dir": data_dir, "download": download, "image_size": image_size}
     folder = Path(dataset).expanduser()
     if folder.is_dir():
@@ -125,13 +125,13 @@ def dataset_recipe(dataset: str, data_dir: Path | None, download: bool, image_si
 
 
 def model_config(image_size: tuple[int, int], embed_dim: int, width: int) -> dict[str, Any]:
-    """open_clip's `model_cfg`: a ModifiedResNet (which halves the canvas five times) and a text transformer.
+    """open_clip's `model_cfg`: a ModifiedResNet, which halves the canvas five times, and a text transformer.
 
-    The text tower is narrow because the tokenizer's 49 408 embeddings are most of the file.
+    The text tower is narrow because the embeddings of the tokenizer's 49 408 tokens are most of the file.
     """
     if image_size[0] % 32:
         raise RecipeError(
-            "the vision tower cannot take this canvas",
+            "the vision tower does not accept this canvas",
             expected="a multiple of 32 pixels",
             found=image_size[0],
             next_step="set --image-size",
@@ -152,15 +152,15 @@ def view_ops(padding: int, flip: bool) -> tuple[PadCrop | Flip, ...]:
 
 
 def fit(model: open_clip.CLIP, images: ImageSet, chosen: np.ndarray, plan: Plan) -> None:
-    """Contrastive training on the samples `chosen`: epoch e sees view e, each image with one caption of its class.
+    """Train contrastively on the samples `chosen`: epoch e uses view e, and each image has one caption of its class.
 
-    Which sample, view and caption meet is a function of the seed alone. The weights are too, on one machine with one
-    thread count; over machines their last bits differ.
+    The seed determines which sample, view and caption are combined. It also determines the weights on one machine with
+    one thread count; between machines their last bits differ.
     """
     device = model.logit_scale.device
     tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
     captions = tokenizer(render_prompts(plan.templates, images.class_names)).to(device)  # [P · C, tokens]
-    forget_unused_tokens(model, captions)
+    zero_unused_tokens(model, captions)
     steps = len(chosen) // plan.batch_size
     groups = parameter_groups(model, plan.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), fused=True)
@@ -194,10 +194,10 @@ def fit(model: open_clip.CLIP, images: ImageSet, chosen: np.ndarray, plan: Plan)
 def unicl_loss(
     image_BD: torch.Tensor, text_BD: torch.Tensor, labels_B: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Image–text contrast where every caption of an image's class is right (UniCL, Yang et al., CVPR 2022, eq. 2–3).
+    """Contrastive loss in which every caption of an image's class is right (UniCL, Yang et al., CVPR 2022, eq. 2–3).
 
-    With CLIP's one-hot targets two sandals of a batch would push each other's captions away. Unit rows; batch mean of
-    the cross-entropies image → text and text → image with targets uniform over equal labels.
+    With CLIP's one-hot targets two sandals in a batch would repel each other's captions. Rows have unit length. The
+    loss is the batch mean of the cross-entropies image → text and text → image, with targets uniform over equal labels.
     """
     logits_BB = scale * image_BD @ text_BD.T
     same_BB = (labels_B[:, None] == labels_B[None, :]).float()
@@ -206,13 +206,13 @@ def unicl_loss(
 
 
 def encode_captions(model: open_clip.CLIP, captions: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Unit rows [B, D] of the captions numbered `chosen`, each different one encoded once."""
-    different, place = chosen.unique(return_inverse=True)
-    return model.encode_text(captions[different], normalize=True)[place]
+    """Unit rows [B, D] of the captions numbered `chosen`; each distinct caption is encoded once."""
+    distinct, positions = chosen.unique(return_inverse=True)
+    return model.encode_text(captions[distinct], normalize=True)[positions]
 
 
-def forget_unused_tokens(model: open_clip.CLIP, captions: torch.Tensor) -> None:
-    """Zero the embeddings of tokens that no caption has: never trained, they would be noise that fills the file."""
+def zero_unused_tokens(model: open_clip.CLIP, captions: torch.Tensor) -> None:
+    """Zero the embeddings of tokens that no caption has. They are never trained, and zeros compress well."""
     used = torch.zeros(len(model.token_embedding.weight), 1, device=captions.device)
     used[captions.unique()] = 1
     with torch.no_grad():
@@ -228,7 +228,7 @@ def parameter_groups(model: open_clip.CLIP, weight_decay: float) -> list[dict[st
 
 
 def write(model: open_clip.CLIP, config: dict[str, Any], preprocessing: Preprocessing, out: Path) -> None:
-    """open_clip's folder: config and weights, these in float16 (half the size; open_clip computes in float32)."""
+    """Write open_clip's folder: the config, and float16 weights for half the size (open_clip computes in float32)."""
     state = {
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in model.state_dict().items()
@@ -248,7 +248,7 @@ def write(model: open_clip.CLIP, config: dict[str, Any], preprocessing: Preproce
 
 @torch.no_grad()
 def zero_shot_top1(folder: Path, images: ImageSet, templates: tuple[str, ...], device: torch.device) -> float:
-    """Top-1 of the model as anybody would load it, classified by open_clip itself."""
+    """Zero-shot top-1 of the written model, loaded and classified by open_clip itself."""
     name = f"local-dir:{folder}"
     model, _ = open_clip.create_model_from_pretrained(name, device=device)
     model.eval()
