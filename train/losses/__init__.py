@@ -1,6 +1,6 @@
-"""Distillation losses as plain functions, and the contrastive memory of CRD.
+"""Distillation losses as plain functions, and CRD's contrastive memory.
 
-Every loss is a batch mean unless it says otherwise.
+A loss is a batch mean unless it says otherwise.
 """
 
 from train.losses.contrastive import ContrastiveMemory, NegativeSampler

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation (Tian et al. 2020): embeddings, memories, negatives drawn on the device."""
+"""Contrastive representation distillation (CRD, Tian et al. 2020): embeddings, memories, negatives."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DENSE_RATIO = 64
 
 
 class Components(NamedTuple):
-    """The networks whose own features are the target, teachers before CLIPs.
+    """The networks whose own features are the targets, teachers before CLIPs.
 
     Attributes:
         widths: of their features.
-        weights: what each counts in the mix, with sum 1; a network of weight 0 is left out.
+        weights: of the networks in the mix, with sum 1; a network of weight 0 is left out.
     """
 
     widths: tuple[int, ...]
@@ -33,10 +33,10 @@ class Components(NamedTuple):
 
 
 class ContrastiveTerm(nn.Module):
-    """CRD between student and targets, with a learned linear embedding of either side [RichKD's feature term].
+    """CRD between student and targets, each with a learned linear embedding [RichKD's feature term].
 
     v_s = normalise(E_s f_s) and v_F = normalise(Σ_k w_k normalise(E_k f_k)); for a teacher and CLIP the weights are α
-    and 1 − α. With a single target v_F is its embedding, as in CRD itself. Negatives are a function of (seed, step).
+    and 1 − α. With a single target v_F is its embedding, as in CRD. Negatives are a function of (seed, step).
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class ContrastiveTerm(nn.Module):
         self.seed, self.step = seed, 0
 
     def forward(self, student_features: Tensor, target_features: Sequence[Tensor], index: Tensor) -> Tensor:
-        """The loss of one step; in training mode it also updates the memories and counts the step.
+        """The loss of one step; in training mode it also updates the memories and the step count.
 
         Args:
             student_features: [B, student_dim].
-            target_features: of each network [B, width], in the order of `targets`.
+            target_features: [B, width] of each network, in the order of `targets`.
             index: int64 [B], distinct samples.
         """
         seed = int(np.random.SeedSequence(self.seed, spawn_key=(self.step,)).generate_state(1)[0])
@@ -69,7 +69,7 @@ class ContrastiveTerm(nn.Module):
         return self.memory(student_unit, self._target_unit(target_features), index, contrast_index)
 
     def get_extra_state(self) -> Tensor:
-        """The step count, kept on the host where it is used."""
+        """The step count. It is used, and so kept, on the host."""
         return torch.tensor(self.step)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -86,15 +86,15 @@ class ContrastiveTerm(nn.Module):
 
 
 class ContrastiveMemory(nn.Module):
-    """CRD's loss with its two momentum memories, all of it in buffers, so that a checkpoint resumes exactly.
+    """CRD's loss with its two momentum memories, in buffers, so that a checkpoint resumes exactly.
 
-    Student v_s is told apart from negatives in the target's memory and target v_t from those in the student's:
+    Student v_s is contrasted with negatives in the target's memory, and target v_t with those in the student's:
 
         P = exp(memory[contrast] · v / temperature) / Z,   c = K / n
         side = −( Σ log(P₊ / (P₊ + c + 1e-7)) + Σ log(c / (P₋ + c + 1e-7)) ) / B,   loss = both sides
 
-    Z = n · mean(exp(…)) of the first training step, one per side, a constant afterwards. Everything is computed
-    from log P, so no temperature overflows. After a training step
+    Each side has a Z = n · mean(exp(…)) of the first training step, constant afterwards. Everything is computed from
+    log P, so no temperature overflows. A training step ends with
     memory[index] = normalise(momentum · memory[index] + (1 − momentum) · v); in eval mode nothing changes.
 
     Args:
@@ -102,7 +102,7 @@ class ContrastiveMemory(nn.Module):
         dim: width of the embeddings.
         negatives: K, per sample.
         temperature, momentum: 0.07 and 0.5 in the reference.
-        seed: for the memories' first values, uniform with variance 1 / dim.
+        seed: of the memories' initial values, uniform with variance 1 / dim.
     """
 
     memory_student: Tensor
@@ -154,7 +154,7 @@ class ContrastiveMemory(nn.Module):
 
     @torch.no_grad()
     def _log_normaliser(self, sides: list[Tensor]) -> Tensor:
-        """log Z per side: the stored one, or where there is none yet (NaN) that of this batch. No branch, no sync."""
+        """log Z of each side: the stored one or, if there is none yet (NaN), this batch's. No branch, no sync."""
         first = torch.stack([torch.logsumexp(scores, dim=(0, 1)) for scores in sides])
         first = first + math.log(self.num_samples / sides[0].numel())
         return torch.where(self.log_normaliser.isnan(), first.to(self.log_normaliser), self.log_normaliser)
@@ -174,20 +174,20 @@ class ContrastiveMemory(nn.Module):
 
 
 class NegativeSampler(nn.Module):
-    """K negatives of other classes for every sample of a batch, drawn on the device without waiting for it.
+    """Draws K negatives of other classes for every sample of a batch, on the device and without waiting for it.
 
-    The samples of other classes, in class order, are cut into K strata of equal size (± 1), one sample is drawn
-    from each, and a random rotation per row evens out the ± 1. So negatives are distinct and every sample of
-    another class is drawn with the same probability: the loss, a sum over negatives, has the same expectation as
-    with the reference's uniform choice without replacement. What differs is that negatives are spread evenly over
-    the classes, which lowers the variance. Where there are fewer than K samples of other classes they repeat, evenly.
+    The samples of other classes, in class order, are divided into K strata of equal size (± 1). One sample is drawn
+    from each, and a random rotation per row evens out the ± 1. So negatives are distinct, and every sample of another
+    class is drawn with the same probability: the loss, a sum over negatives, has the same expectation as with the
+    reference's uniform choice without replacement. The difference is that negatives are spread evenly over the classes,
+    which lowers the variance. If there are fewer than K samples of other classes, they repeat evenly.
 
     Args:
         labels: int [N], the labels of all training samples.
         negatives: K.
 
     Raises:
-        RecipeError: all samples have one class, so there is nothing to contrast with.
+        RecipeError: all samples have the same class, so there are no negatives.
     """
 
     labels: Tensor
@@ -206,14 +206,14 @@ class NegativeSampler(nn.Module):
                 next_step="choose another loss.feature",
             )
         self.negatives, self.num_samples = negatives, len(labels)
-        # Functions of the labels, which the cache keeps: not worth space in a checkpoint.
+        # Not stored in checkpoints, because they are functions of the labels, which the cache has.
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
         self.register_buffer("first", count.cumsum(0) - count, persistent=False)
         self.register_buffer("count", count, persistent=False)
 
     def forward(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """contrast_index int64 [B, K + 1]: `index` first, then the negatives. `generator` lives on index's device."""
+        """contrast_index int64 [B, K + 1]: `index`, then the negatives. `generator` is on the device of `index`."""
         label = self.labels[index][:, None]
         count = self.count[label]
         others = self.num_samples - count
@@ -222,12 +222,12 @@ class NegativeSampler(nn.Module):
         width = ((stratum + 1) * others // self.negatives - start).clamp_min(1)
         place = start + _random_below(width, start.shape, generator)
         place = (place + _random_below(others, others.shape, generator)) % others
-        place = place + count * (place >= self.first[label])  # step over the sample's own class
+        place = place + count * (place >= self.first[label])  # skip the sample's own class
         return torch.cat([index[:, None], self.by_class[place]], dim=1)
 
 
 def _fewest_negatives(labels: Tensor | np.ndarray) -> int:
-    """Size of the smallest set of samples of other classes, at least 1."""
+    """The smallest number of samples of other classes that any sample has, at least 1."""
     counts = np.bincount(np.asarray(labels))
     return max(len(labels) - int(counts.max()), 1)
 

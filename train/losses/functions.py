@@ -1,8 +1,8 @@
-"""What a student can be asked to match, as plain functions: batch mean unless said otherwise.
+"""Distillation losses as plain functions. A loss is a batch mean unless it says otherwise.
 
 `student_NC`, `target_NC` are raw logits [B, C]; `student_ND`, `target_ND` features [B, D] (for `rkd` and `pkt` the
 two widths may differ); `labels` int64 [B]. Each returns a scalar tensor, differentiable with respect to the student,
-computed in float32 at least whatever autocast is on, and never waits for the device. Extreme finite logits give
+computed in float32 or float64 even under autocast, and never waits for the device. Extreme finite logits give
 finite losses and gradients. p = softmax(target / T) and q = softmax(student / T) below.
 """
 
@@ -23,8 +23,8 @@ _SHORT = 1e-12
 def cross_entropy(student_NC: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
     """Cross entropy with the ground-truth labels.
 
-    With `labelled` (bool [B]) the other samples count as 0 and the mean is still over all of the batch: a labelled
-    sample weighs as much as it does where all are labelled, and a batch without any gives 0.
+    With `labelled` (bool [B]) the other samples count as 0, and the mean is still over the whole batch: a labelled
+    sample has the same weight as if all were labelled, and a batch without labels gives 0.
     """
     if labelled is None:
         return F.cross_entropy(student_NC, labels)
@@ -42,8 +42,8 @@ def dkd(student_NC: Tensor, target_NC: Tensor, labels: Tensor, alpha: float, bet
     """Decoupled knowledge distillation (Zhao et al. 2022): T² · (alpha · TCKD + beta · NCKD).
 
     TCKD compares the binary distributions (labelled class, all others), NCKD the distributions over the other
-    classes alone. The reference hides the labelled class by subtracting 1000 from its logit; here it is left out,
-    which is the same number and stays right for logits of any size.
+    classes alone. The reference hides the labelled class by subtracting 1000 from its logit. Here it is left out, which
+    gives the same number and is right for logits of any size.
     """
     student_NC, target_NC = student_NC / temperature, target_NC / temperature
     others = _other_classes(labels, student_NC.shape[1])
@@ -63,8 +63,8 @@ def standardised_kd(student_NC: Tensor, target_NC: Tensor, temperature: float) -
 def standardise(logits_NC: Tensor) -> Tensor:
     """Each row to mean 0 and standard deviation 1: (z − mean) / (1e-7 + std), std with C − 1.
 
-    A constant row (a classifier that starts at zero) has no scale: it is only centred, where the formula itself
-    has an infinite derivative.
+    A constant row (of a classifier that starts at zero) is only centred: it has no scale, and the formula's derivative
+    would be infinite.
     """
     variance, mean = torch.var_mean(logits_NC, dim=1, keepdim=True)
     flat = variance <= _STANDARDISE_EPS**2
@@ -80,7 +80,7 @@ def feature_mse(student_ND: Tensor, target_ND: Tensor) -> Tensor:
 
 @full_precision
 def feature_cosine(student_ND: Tensor, target_ND: Tensor) -> Tensor:
-    """Mean of 1 − cosine similarity; an all-zero feature counts as orthogonal to everything."""
+    """Mean of 1 − cosine similarity; an all-zero feature is orthogonal to every other."""
     return 1.0 - (unit_rows(student_ND) * unit_rows(target_ND)).sum(dim=1).mean()
 
 
@@ -116,7 +116,7 @@ def _divergence(student_NC: Tensor, target_NC: Tensor) -> Tensor:
 
 
 def _other_classes(labels: Tensor, num_classes: int) -> Tensor:
-    """[B, C − 1] int64: per row all classes but the labelled one. A mask and a select would wait for the device."""
+    """[B, C − 1] int64: in each row all classes but the labelled one. A masked select would wait for the device."""
     classes = torch.arange(num_classes - 1, device=labels.device)[None]
     return classes + (classes >= labels[:, None])
 

@@ -1,4 +1,4 @@
-"""Two guards that the losses share: full precision under autocast, and rows of unit length that survive zeros."""
+"""Numerics that the losses share: full precision under autocast, and unit vectors that are safe for zeros."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHORT = 1e-12
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a loss outside autocast with half-precision tensors widened to float32 (float64 stays float64).
+    """Run a loss outside autocast, with half-precision tensors converted to float32 (float64 stays float64).
 
-    Differences of log-probabilities, distances and exp(similarity / 0.07) lose all their digits in float16, and
-    autocast would put the matrix products of the relational and contrastive losses there.
+    Differences of log-probabilities, distances and exp(similarity / 0.07) lose all their digits in float16, which
+    autocast would use for the matrix products of the relational and contrastive losses.
     """
 
     @functools.wraps(function)
@@ -36,8 +36,8 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 def unit_rows(vectors: Tensor) -> Tensor:
     """`vectors` [..., D] with every vector scaled to length 1.
 
-    A vector shorter than 1e-12 has no direction: it passes as it is, so that its gradient is of ordinary size
-    instead of 1e12 times too large.
+    A vector shorter than 1e-12 has no direction and is returned unchanged; otherwise its gradient would be 1e12 times
+    too large.
     """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(length > _SHORT, length, torch.ones_like(length))

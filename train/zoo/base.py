@@ -1,4 +1,4 @@
-"""What the networks of the zoo share: timm's interface, bias-free convolutions, the initialisation of the papers."""
+"""Shared by the networks of the zoo: timm's interface, bias-free convolutions, the initialisation of the papers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ZooNetwork(nn.Module):
     """timm's classification interface over a convolutional trunk.
 
     A network sets `num_classes` and `num_features` and defines `forward_features` and `get_classifier`.
-    Pooling is global, so that any input size works that survives the strides.
+    Pooling is global, so any input size works that is large enough for the strides.
     """
 
     num_classes: int
@@ -35,7 +35,7 @@ class ZooNetwork(nn.Module):
 
 
 def conv(width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Size-preserving (but for the stride) convolution without bias: a batch norm follows every one of them."""
+    """A convolution with "same" padding and without bias, because a batch norm follows every one of them."""
     return nn.Conv2d(width_in, width_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
@@ -43,7 +43,7 @@ def initialise(network: nn.Module, linear_std: float | None = None) -> None:
     """He et al. 2015, fan-out: convolutions N(0, 2 / (k²·width_out)) with zero bias.
 
     Args:
-        network: initialised in place, from torch's default generator. Batch norms already start as the identity.
+        network: initialised in place, from torch's default generator. Batch norms are the identity already.
         linear_std: standard deviation for linear layers (zero bias); None keeps torch's uniform initialisation.
     """
     for module in network.modules():

@@ -48,7 +48,7 @@ class MobileNetV2(ZooNetwork):
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion, 3×3 depthwise, linear 1×1 projection; a skip where neither size nor width changes."""
+    """1×1 expansion, 3×3 depthwise, linear 1×1 projection; a skip if neither size nor width changes."""
 
     def __init__(self, width_in: int, width: int, stride: int, expansion: int) -> None:
         super().__init__()

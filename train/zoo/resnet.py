@@ -74,7 +74,7 @@ class ResNet(ZooNetwork):
 class ResidualBlock(nn.Module):
     """relu(branch(x) + skip(x)), where skip is the identity or a strided 1×1 projection.
 
-    The projection is registered last and under `skip_name`: the two published layouts differ in nothing else.
+    The projection is registered last, as `skip_name`, the only difference between the two published layouts.
     """
 
     expansion: int

@@ -23,7 +23,7 @@ class ShuffleNetV1(ZooNetwork):
         self.num_classes, self.num_features = num_classes, 960
         self.conv1 = conv(in_chans, 24, 1)
         self.bn1 = nn.BatchNorm2d(24)
-        # The stem is too thin to be grouped.
+        # The stem has too few channels for groups.
         self.layer1 = _stage_v1(24, 240, BLOCKS[0], groups_in=1)
         self.layer2 = _stage_v1(240, 480, BLOCKS[1])
         self.layer3 = _stage_v1(480, 960, BLOCKS[2])
@@ -38,7 +38,7 @@ class ShuffleNetV1(ZooNetwork):
 
 
 class ShuffleNetV2(ZooNetwork):
-    """Half of the channels pass each block untouched; stages 116, 232 and 464 wide, then 1×1 to 1024."""
+    """Half of the channels pass each block unchanged; stages 116, 232 and 464 wide, then 1×1 to 1024."""
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class SplitBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """V2 at stride 2: both halves are computed from the whole input."""
+    """V2 at stride 2: both halves are computed from all channels."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()

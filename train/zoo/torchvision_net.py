@@ -23,8 +23,8 @@ _GOOGLENET_TRUNK = (
     "inception4a inception4b inception4c inception4d inception4e maxpool4 inception5a inception5b"
 )
 
-# class → (steps to the last map, steps that pool it). A step is a child module, or else one of _OPERATIONS.
-# What precedes the linear layer inside `classifier`, `head` or `heads` runs after pooling and is not listed.
+# class → (steps to the last map, steps that pool it). A step is a child module or one of _OPERATIONS.
+# Layers before the linear one inside `classifier`, `head` or `heads` run after pooling and are not listed.
 FAMILIES: dict[str, tuple[str, str]] = {
     "AlexNet": ("features", "avgpool flatten"),
     "ConvNeXt": ("features", "avgpool"),
@@ -46,10 +46,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
 
 
 class TorchvisionNetwork(nn.Module):
-    """A torchvision classifier as student: `forward_features` gives its last map, or a ViT's tokens.
+    """A torchvision classifier as a student: `forward_features` returns its last map, or a ViT's tokens.
 
-    It takes over the children of `network` under their own names, so that state dicts are torchvision's. Auxiliary
-    classifiers (GoogLeNet, Inception) are left behind.
+    It keeps the children of `network` under their own names, so that state dicts are torchvision's. It drops auxiliary
+    classifiers (GoogLeNet, Inception).
 
     Raises:
         RecipeError: the last layer is not linear (SqueezeNet), or the class is not in FAMILIES.
@@ -117,10 +117,10 @@ class TorchvisionNetwork(nn.Module):
 
 
 def create(name: str, num_classes: int, **kwargs: Any) -> TorchvisionNetwork:
-    """Build torchvision's `name`; `pretrained=True` stands for `weights="DEFAULT"`.
+    """Build torchvision's `name`; `pretrained=True` means `weights="DEFAULT"`.
 
-    With weights the network is built for the classes it was trained on, then gets a new linear layer if
-    `num_classes` differs. Raises whatever torchvision's builder raises.
+    A pretrained network is built for the classes it was trained on, then gets a new linear layer if `num_classes`
+    differs. Errors of torchvision's builder are passed on.
     """
     import torchvision
 
@@ -135,14 +135,14 @@ def create(name: str, num_classes: int, **kwargs: Any) -> TorchvisionNetwork:
 
 
 def names() -> list[str]:
-    """torchvision's classification networks, those without a linear classifier included."""
+    """The names of torchvision's classification networks, including those without a linear classifier."""
     import torchvision
 
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def _head_name(network: nn.Module, name: str) -> str:
-    """The child that ends in the linear classifier."""
+    """The name of the child that ends in the linear classifier."""
     last = None
     for head_name in ("fc", "classifier", "head", "heads"):
         head = getattr(network, head_name, None)
@@ -167,7 +167,7 @@ def _patch_tokens(network: nn.Module, images_NCHW: torch.Tensor) -> torch.Tensor
 
 
 def _inception_range(network: nn.Module, images_NCHW: torch.Tensor) -> torch.Tensor:
-    """From ImageNet's mean and deviation to [−1, 1], which the published GoogLeNet and Inception weights read."""
+    """Rescale from ImageNet's mean and deviation to [−1, 1], the input of the published GoogLeNet and Inception."""
     mean = images_NCHW.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = images_NCHW.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     return images_NCHW * (std / 0.5) + (mean - 0.5) / 0.5

@@ -35,7 +35,7 @@ class WideResNet(ZooNetwork):
 
 
 class Stage(nn.Module):
-    """Blocks in a row, one level down (`block1.layer.0…`) as the checkpoints have them."""
+    """A sequence of blocks, in a child `layer` (`block1.layer.0…`) as in the checkpoints."""
 
     def __init__(self, width_in: int, width: int, blocks: int, stride: int) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ class Stage(nn.Module):
 class WideBlock(nn.Module):
     """skip(x) + conv(relu(bn(conv(relu(bn(x)))))).
 
-    Where the width changes, the 1×1 skip reads the activated input. (Only the width counts: no stage of this family
-    strides without widening.)
+    If the width changes, the 1×1 skip reads the activated input. (Only the width is checked: every strided stage of
+    this family is also wider.)
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
