@@ -34,14 +34,15 @@ def reference(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, i
         ),
     ],
 )
-def test_known_answers(counter, key, expected) -> None:
+def test_known_answers(counter: tuple[int, int, int, int], key: int, expected: tuple[int, int, int, int]) -> None:
     assert tuple(philox.philox4x32(counter, key).tolist()) == expected
     assert reference(counter, key) == expected
 
 
 @given(st.lists(st.tuples(WORD, WORD, WORD, WORD), min_size=1, max_size=20), st.integers(0, 2**64 - 1))
-def test_equals_the_reference(counters, key) -> None:
-    words = philox.philox4x32(tuple(np.array(column) for column in zip(*counters, strict=True)), key)
+def test_equals_the_reference(counters: list[tuple[int, int, int, int]], key: int) -> None:
+    first, second, third, fourth = (np.array(column) for column in zip(*counters, strict=True))
+    words = philox.philox4x32((first, second, third, fourth), key)
     assert words.dtype == np.uint32
     assert [tuple(column) for column in words.T.tolist()] == [reference(counter, key) for counter in counters]
 
@@ -65,7 +66,7 @@ def test_sample_words_splits_the_index_and_names_the_slot() -> None:
 
 
 @given(st.lists(WORD, min_size=1, max_size=20), st.integers(1, 2**31))
-def test_below_is_multiply_high(words, limit) -> None:
+def test_below_is_multiply_high(words: list[int], limit: int) -> None:
     drawn = philox.below(np.array(words, dtype=np.uint32), limit)
     assert drawn.dtype == np.int64
     assert drawn.tolist() == [word * limit >> 32 for word in words]
@@ -78,7 +79,7 @@ def test_below_takes_a_limit_per_word() -> None:
 
 
 @given(WORD)
-def test_chance_is_a_threshold(word) -> None:
+def test_chance_is_a_threshold(word: int) -> None:
     words = np.array([word], dtype=np.uint32)
     assert philox.chance(words, 1.0).all()
     assert not philox.chance(words, 0.0).any()

@@ -26,7 +26,7 @@ from train.losses.tail import kd_tail
 HAS_PCODEC = importlib.util.find_spec("pcodec") is not None
 IMAGES = tiny_images(num_classes=7)
 TEMPERATURES = (1.0, 3.0)
-STORES = {
+STORES: dict[str, dict[str, Any]] = {
     "fused": {"store": "fused"},
     "components": {"store": "components"},
     "mixed": {"store": "components", "teacher_weights": (0.3, 0.7), "clip_weights": (0.5, 0.5)},

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +147,12 @@ def test_classes_against_pairwise_loops(cache: TeacherCache, stats: TeacherStats
         members = np.flatnonzero(cache.labels == label)
         row = row_of(stats.classes, label=label)
         assert row["n"] == len(members)
-        accuracies = {}
+        accuracies: dict[str, Any] = {}
         for source in SOURCES:
-            said = [int(np.argmax(view[source][sample])) for view in logits for sample in members]
-            accuracies[source] = said.count(label) / len(said) if said else None
+            predicted = [int(np.argmax(view[source][sample])) for view in logits for sample in members]
+            accuracies[source] = predicted.count(label) / len(predicted) if predicted else None
             assert row[f"{source}_accuracy"] == pytest.approx(accuracies[source])
-            values = [reference_consistency(view[source][members], label) for view in logits]
+            values: list[Any] = [reference_consistency(view[source][members], label) for view in logits]
             if None in values:
                 assert row[f"{source}_consistency"] is None
             else:
@@ -200,24 +200,24 @@ def mean_of(rows: list[list[float]]) -> list[float]:
 
 def test_disagreement_sample_by_sample(cache: TeacherCache, stats: TeacherStats, logits: list[Logits]) -> None:
     for view in (0, 1, 2, None):
-        counts: Counter[str] = Counter()
+        counts: dict[str, float] = defaultdict(float)
         for number in range(VIEWS) if view is None else [view]:
             for sample, label in enumerate(cache.labels):
                 p = {source: softmax(logits[number][source][sample]) for source in SOURCES}
-                said = {source: int(np.argmax(p[source])) for source in SOURCES}
+                predicted = {source: int(np.argmax(p[source])) for source in SOURCES}
                 middle = mean_of([p["teacher"], p["clip"]])
                 counts["rows"] += 1
                 counts["divergence"] += (kl(p["teacher"], middle) + kl(p["clip"], middle)) / 2
                 for other in ("teacher", "clip"):
-                    counts[f"fusion_corrects_{other}"] += said["fusion"] == label != said[other]
-                    counts[f"fusion_spoils_{other}"] += said[other] == label != said["fusion"]
-                if said["teacher"] != said["clip"]:
+                    counts[f"fusion_corrects_{other}"] += predicted["fusion"] == label != predicted[other]
+                    counts[f"fusion_spoils_{other}"] += predicted[other] == label != predicted["fusion"]
+                if predicted["teacher"] != predicted["clip"]:
                     counts["differ"] += 1
-                    counts["differ_teacher_right"] += said["teacher"] == label
-                    counts["differ_clip_right"] += said["clip"] == label
-                    counts["differ_neither_right"] += label not in {said["teacher"], said["clip"]}
-                    counts["differ_fusion_with_teacher"] += said["fusion"] == said["teacher"]
-                    counts["differ_fusion_with_clip"] += said["fusion"] == said["clip"]
+                    counts["differ_teacher_right"] += predicted["teacher"] == label
+                    counts["differ_clip_right"] += predicted["clip"] == label
+                    counts["differ_neither_right"] += label not in {predicted["teacher"], predicted["clip"]}
+                    counts["differ_fusion_with_teacher"] += predicted["fusion"] == predicted["teacher"]
+                    counts["differ_fusion_with_clip"] += predicted["fusion"] == predicted["clip"]
         row = row_of(stats.disagreement, view=view)
         assert counts["differ_clip_right"] > 0 < counts["differ_neither_right"]
         assert set(row) == set(counts) - {"rows"} | {"view"}
@@ -344,7 +344,7 @@ def test_only_complete_views_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"confident": 0.0}, {"confident": 1.5}, {"temperature": 0.0}, {"temperature": math.nan}]
 )
-def test_settings_out_of_range_are_refused(cache: TeacherCache, settings: dict[str, float]) -> None:
+def test_settings_out_of_range_are_refused(cache: TeacherCache, settings: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="bad --"):
         analyse(cache, **settings)
 
@@ -404,7 +404,7 @@ def test_a_full_disk_keeps_the_old_files(cache: TeacherCache, tmp_path: Path, mo
 
 def test_several_networks_are_analysed_as_their_mix(tmp_path: Path) -> None:
     images = tiny_images(60, CLASSES)
-    shares = {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
+    shares: dict[str, Any] = {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
     build(tmp_path / "c.zarr", tiny_manifest(images, num_views=1, store="components", **shares), images)
     cache, everything = TeacherCache(tmp_path / "c.zarr"), slice(None)
     targets, got = cache.load_view(0), analyse(TeacherCache(tmp_path / "c.zarr"), confident=CONFIDENT)

@@ -82,7 +82,7 @@ def test_the_surface_is_the_likelihood_on_the_chosen_part(
             fused = weight * teacher + (1 - weight) * scale * cosine
             surface[row, column] += reference_nll(fused[chooses], labels) / len(logits_and_cosines)
     np.testing.assert_allclose(result.nll, surface, rtol=1e-5)
-    row, column = np.unravel_index(surface.argmin(), surface.shape)
+    row, column = (int(place) for place in np.unravel_index(surface.argmin(), surface.shape))
     assert 0 < row < len(WEIGHTS) - 1
     assert (result.chosen_weight, result.chosen_scale.value) == (WEIGHTS[row], values[column])
 
@@ -160,7 +160,7 @@ def test_temperature_divides_both_sources(
     chooses = ~stratified_holdout(cache.labels, HOLDOUT, SEED)
     fused = [(0.5 * teacher + 0.5 * 20 * cosine)[chooses] / 2 for teacher, cosine in logits_and_cosines]
     expected = np.mean([reference_nll(view, cache.labels[chooses]) for view in fused])
-    assert cool.nll == ((pytest.approx(expected, rel=1e-5),),)
+    np.testing.assert_allclose(cool.nll, [[expected]], rtol=1e-5)
     assert by_name(cool)["as the cache was built"].teacher_factor == pytest.approx(0.35)
     # The factor that rescales the logits compensates the temperature.
     for name in ("teacher", "CLIP"):
@@ -387,7 +387,8 @@ def test_one_weight_or_one_scale_is_plotted_as_a_curve(
 @pytest.mark.parametrize("ensemble", ["embedding", "logits", "probabilities"])
 def test_several_networks_are_tuned_as_they_are_fused(tmp_path: Path, ensemble: PromptEnsemble) -> None:
     """With two teachers and two CLIPs, the surface is the likelihood of the targets that each choice gives."""
-    images, shares = tiny_images(), {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
+    images = tiny_images()
+    shares: dict[str, Any] = {"teacher_weights": (0.3, 0.7), "clip_weights": (0.4, 0.6)}
     recipe = FusionRecipe(feature_dim=8, prompt_ensemble=ensemble)
     build(tmp_path / "c", tiny_manifest(images, store="components", num_views=2, fusion=recipe, **shares), images)
     cache = TeacherCache.open(tmp_path / "c")

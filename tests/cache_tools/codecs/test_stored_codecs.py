@@ -24,7 +24,7 @@ from tests.support.cache_factory import build, create, tiny_images, tiny_manifes
 pytestmark = pytest.mark.medium
 
 IMAGES = tiny_images()
-CHOICES = {
+CHOICES: dict[str, Any] = {
     **{name: name for name in PRESETS},
     "row-step": TargetCodecs(logits=RowStep(), features=RowStep()),
     "fixed-step": TargetCodecs(logits=FixedStep(), features=FixedStep(pack="pcodec")),

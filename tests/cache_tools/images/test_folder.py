@@ -6,6 +6,7 @@ import hashlib
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,8 +48,8 @@ def recipe_for(root: Path, **fields: object) -> DatasetRecipe:
     return DatasetRecipe.model_validate({"name": "folder", "data_dir": root, "image_size": SIZE, **fields})
 
 
-def decode(image: Image.Image, tmp_path: Path, suffix: str, **options: object) -> np.ndarray:
-    """What becomes of an image when it is saved and opened as a one-image folder."""
+def decode(image: Image.Image, tmp_path: Path, suffix: str, **options: Any) -> np.ndarray:
+    """Save an image, open it as a folder of one image, and return its pixels."""
     folder = tmp_path / "one" / "train" / "class"
     folder.mkdir(parents=True)
     image.save(folder / f"image{suffix}", **options)
@@ -67,7 +68,8 @@ def test_order_labels_and_keys(root: Path) -> None:
     assert not images.resident
     assert images.image_size == (SIZE, SIZE)
     everything = images.load(slice(None))
-    assert (everything.shape, everything.dtype) == ((12, 3, SIZE, SIZE), np.uint8)
+    assert everything.shape == (12, 3, SIZE, SIZE)
+    assert everything.dtype == np.uint8
     order = np.array([11, 0, 11, -1])
     np.testing.assert_array_equal(images.load(order), everything[order])
     with pytest.raises(IndexError):

@@ -4,6 +4,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_tools.errors import DataError, RecipeError
-from cache_tools.views import pixels
+from cache_tools.views import ColourJitter, pixels
 from cache_tools.views.recipe import ViewRecipe
 
 SEED = 11
 INDEX = np.array([7, 3, 2**40, 0, 12, 5, 6, 900, 1, 2])
 
 
-def photos(count, height, width):
+def photos(count: int, height: int, width: int) -> torch.Tensor:
     """Smooth colour with noise, full range; [N, 3, H, W] uint8."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width]
@@ -28,20 +29,21 @@ def photos(count, height, width):
     return torch.from_numpy((127.5 * smooth + 127.5 + rng.normal(0, 20, smooth.shape)).clip(0, 255).astype(np.uint8))
 
 
-def run(ops, images, index=INDEX, view=1, **fields):
+def run(ops: Any, images: torch.Tensor, index: Any = INDEX, view: int = 1, **fields: Any) -> tuple[Any, Any]:
     """(views as numpy, parameters by op position and name) of a recipe."""
     recipe = ViewRecipe(base_seed=SEED, ops=ops, **fields)
     made = recipe.apply(images, index, view)
     assert made.dtype == torch.uint8
-    assert tuple(made.shape) == (len(images), 3, *recipe.output_size(images.shape[2:]))
-    drawn = {}
-    for key, values in recipe.parameters(index, view, images.shape[2:]).items():
+    height, width = images.shape[2:]
+    assert tuple(made.shape) == (len(images), 3, *recipe.output_size((height, width)))
+    drawn: dict[int, dict[str, Any]] = {}
+    for key, values in recipe.parameters(index, view, (height, width)).items():
         position, _, name = key.split(".")
         drawn.setdefault(int(position), {})[name] = values
     return made.numpy(), drawn
 
 
-def reference_move(image, op, values):
+def reference_move(image: Any, op: dict[str, Any], values: Any) -> Any:
     """One pad-crop or flip of one image [3, H, W] with numpy's own padding and slicing."""
     if op["op"] == "flip":
         return image[:, :, ::-1] if values["flipped"] else image
@@ -73,7 +75,7 @@ def reference_move(image, op, values):
     ids=lambda ops: "+".join(op["op"] for op in ops),
 )
 @pytest.mark.parametrize("size", [(32, 32), (9, 14)])
-def test_pad_crop_and_flip_equal_a_plain_per_image_reference(ops, size) -> None:
+def test_pad_crop_and_flip_equal_a_plain_per_image_reference(ops: list[Any], size: Any) -> None:
     images = photos(60, *size)
     made, drawn = run(ops, images, index=np.arange(60))
     for i, image in enumerate(images.numpy()):
@@ -86,7 +88,7 @@ def test_pad_crop_and_flip_equal_a_plain_per_image_reference(ops, size) -> None:
 @given(
     st.integers(2, 12), st.integers(2, 12), st.integers(0, 15), st.sampled_from(["reflect", 0, 255]), st.integers(0, 99)
 )
-def test_pad_crop_of_any_size_equals_the_reference(height, width, padding, fill, view) -> None:
+def test_pad_crop_of_any_size_equals_the_reference(height: int, width: int, padding: int, fill: Any, view: int) -> None:
     if fill == "reflect":
         padding %= min(height, width)
     ops = [{"op": "pad-crop", "padding": padding, "fill": fill}, {"op": "flip"}]
@@ -98,13 +100,13 @@ def test_pad_crop_of_any_size_equals_the_reference(height, width, padding, fill,
         np.testing.assert_array_equal(made[i], image)
 
 
-def reference_jitter(image, strengths, values):
+def reference_jitter(image: Any, strengths: dict[str, float], values: Any) -> Any:
     """Colour jitter of one image on Python integers, as the documentation says."""
 
-    def grey(pixel):
+    def grey(pixel: Any) -> int:
         return (19_595 * pixel[0] + 38_470 * pixel[1] + 7_471 * pixel[2] + 32_768) >> 16
 
-    def level(fixed):
+    def level(fixed: int) -> int:
         return min(max((fixed + 32_768) >> 16, 0), 255)
 
     one = 65_536
@@ -136,7 +138,7 @@ def reference_jitter(image, strengths, values):
     ],
     ids="+".join,
 )
-def test_colour_jitter_equals_integer_arithmetic(strengths) -> None:
+def test_colour_jitter_equals_integer_arithmetic(strengths: dict[str, float]) -> None:
     images = photos(10, 7, 9)
     made, drawn = run([{"op": "colour-jitter", **strengths}], images)
     for i, image in enumerate(images.numpy()):
@@ -163,10 +165,9 @@ def test_hue_keeps_greys_and_swaps_channels_at_a_third() -> None:
     made, _ = run([{"op": "colour-jitter", "hue": 0.5}], grey)
     np.testing.assert_array_equal(made, grey.numpy())
     red = torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
-    recipe = ViewRecipe(ops=[{"op": "colour-jitter", "hue": 0.5}])
     third = pixels.jitter(
         red,
-        recipe.ops[0],
+        ColourJitter(hue=0.5),
         {
             name: torch.tensor([value])
             for name, value in {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 341}.items()
@@ -182,7 +183,7 @@ def test_no_hue_weight_is_near_a_rounding_boundary() -> None:
     assert np.abs(weights - np.floor(weights) - 0.5).min() > 1e-6
 
 
-def reference_resize(column, start, length, size):
+def reference_resize(column: Any, start: int, length: int, size: Any) -> Any:
     """One line of pixels, resampled on Python integers."""
     out = []
     for i in range(size):
@@ -197,7 +198,7 @@ def reference_resize(column, start, length, size):
 @pytest.mark.parametrize(
     ("source", "size"), [((12, 12), 12), ((9, 17), [5, 6]), ((6, 5), 13), ((40, 30), [7, 33]), ((1, 1), 3), ((5, 8), 1)]
 )
-def test_random_resized_crop_equals_integer_arithmetic(source, size) -> None:
+def test_random_resized_crop_equals_integer_arithmetic(source: Any, size: Any) -> None:
     images = photos(4, *source)
     made, drawn = run([{"op": "random-resized-crop", "size": size}], images, index=INDEX[:4])
     height, width = made.shape[2:]
@@ -211,7 +212,7 @@ def test_random_resized_crop_equals_integer_arithmetic(source, size) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 300), st.data())
-def test_resampling_weights_add_up_and_stay_in_the_box(source, size, data) -> None:
+def test_resampling_weights_add_up_and_stay_in_the_box(source: int, size: int, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, source))
     place, weights = pixels.triangle_taps(torch.tensor([length]), source, size)
     assert weights.sum(2).eq(1 << 15).all()
@@ -223,7 +224,7 @@ def test_resampling_weights_add_up_and_stay_in_the_box(source, size, data) -> No
 
 
 @pytest.mark.parametrize(("source", "size"), [(64, 32), (48, 48), (40, 97), (224, 64)])
-def test_random_resized_crop_is_close_to_pil_and_torchvision(source, size) -> None:
+def test_random_resized_crop_is_close_to_pil_and_torchvision(source: Any, size: Any) -> None:
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     from PIL import Image
 
@@ -242,7 +243,7 @@ def test_random_resized_crop_is_close_to_pil_and_torchvision(source, size) -> No
 
 
 @pytest.mark.parametrize("fill", [0, 255, [10, 20, 30], "random"])
-def test_random_erasing_equals_slicing(fill) -> None:
+def test_random_erasing_equals_slicing(fill: Any) -> None:
     images = photos(10, 20, 30)
     op = {"op": "random-erasing", "probability": 0.7, "fill": fill}
     made, drawn = run([op], images)
@@ -290,14 +291,14 @@ PINNED_PIXELS = {
 }
 
 
-def noise(count, size):
+def noise(count: int, size: Any) -> torch.Tensor:
     """Pixels that depend on no library: position arithmetic, all 256 levels."""
     place = torch.arange(count * 3 * size * size, dtype=torch.int64)
     return ((place * place * 7_919 + place * 40_503 >> 7) & 255).to(torch.uint8).view(count, 3, size, size)
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_pixels_are_pinned(name) -> None:
+def test_pixels_are_pinned(name: str) -> None:
     """A change here changes the pixels of every existing cache: it needs a new ViewRecipe version."""
     recipe = ViewRecipe(base_seed=2024, ops=EVERY_OP[name])
     made = recipe.apply(noise(50, 32), range(100, 150), 2)
@@ -305,7 +306,9 @@ def test_pixels_are_pinned(name) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_order_batch_size_chunks_threads_and_memory_layout_do_not_matter(name, monkeypatch) -> None:
+def test_order_batch_size_chunks_threads_and_memory_layout_do_not_matter(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = ViewRecipe(base_seed=SEED, ops=EVERY_OP[name])
     images, index = noise(37, 32), torch.arange(37) * 3
     whole = recipe.apply(images, index, 5)
@@ -332,7 +335,7 @@ def test_order_batch_size_chunks_threads_and_memory_layout_do_not_matter(name, m
 
 
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_clean_first_returns_the_image_unchanged(name) -> None:
+def test_clean_first_returns_the_image_unchanged(name: str) -> None:
     images = photos(10, 32, 32)
     made, _ = run(EVERY_OP[name], images, view=0, clean_first=True)
     if "resized" in name or name == "imagenet":
@@ -392,7 +395,7 @@ def test_no_images_and_one_image() -> None:
     ],
     ids=["float", "grey", "one image", "numpy"],
 )
-def test_images_of_the_wrong_type_are_refused(images) -> None:
+def test_images_of_the_wrong_type_are_refused(images: Any) -> None:
     with pytest.raises(DataError, match="uint8"):
         ViewRecipe(ops=["flip"]).apply(images, [0, 1], 0)
 
@@ -406,7 +409,7 @@ def test_images_and_indices_must_match() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", EVERY_OP)
-def test_cuda_makes_the_same_pixels(name, monkeypatch) -> None:
+def test_cuda_makes_the_same_pixels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     recipe = ViewRecipe(base_seed=SEED, ops=EVERY_OP[name])

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ SIDE = st.integers(1, 300)
 
 
 @given(INDEX, VIEW, st.randoms(use_true_random=False))
-def test_order_subset_and_batch_size_do_not_matter(index, view, random) -> None:
+def test_order_subset_and_batch_size_do_not_matter(index: Any, view: int, random: Any) -> None:
     whole = EVERYTHING.parameters(index, view, (32, 32))
     order = random.sample(range(len(index)), random.randint(1, len(index)))
     some = EVERYTHING.parameters([index[i] for i in order], view, (32, 32))
@@ -75,14 +76,15 @@ def test_order_subset_and_batch_size_do_not_matter(index, view, random) -> None:
 
 def test_every_type_of_index_gives_the_same_parameters() -> None:
     expected = EVERYTHING.parameter_digest([3, 4, 5], 1, (32, 32))
-    kinds = [
+    view: Any = np.int64(1)
+    kinds: list[Any] = [
         range(3, 6),
         (3, 4, 5),
         np.arange(3, 6, dtype=np.uint8),
         torch.arange(3, 6),
         torch.tensor([3, 4, 5], dtype=torch.int32),
     ]
-    assert {EVERYTHING.parameter_digest(kind, np.int64(1), (32, 32)) for kind in kinds} == {expected}
+    assert {EVERYTHING.parameter_digest(kind, view, (32, 32)) for kind in kinds} == {expected}
     assert ViewRecipe().parameter_digest([], 0, (1, 1)) > 0
 
 
@@ -107,7 +109,7 @@ def test_parameters_are_pinned() -> None:
 
 
 def test_the_digest_depends_on_every_input() -> None:
-    def digest(recipe=EVERYTHING, index=(0, 1), view=0, size=(32, 32)):
+    def digest(recipe: Any = EVERYTHING, index: Any = (0, 1), view: int = 0, size: Any = (32, 32)) -> int:
         return recipe.parameter_digest(index, view, size)
 
     others = [
@@ -126,7 +128,7 @@ def test_the_digest_depends_on_every_input() -> None:
 
 
 @given(st.integers(0, 40), INDEX, VIEW)
-def test_pad_crop_and_flip_use_multiply_high_and_one_bit(padding, index, view) -> None:
+def test_pad_crop_and_flip_use_multiply_high_and_one_bit(padding: int, index: Any, view: int) -> None:
     recipe = ViewRecipe(base_seed=5, ops=[{"op": "pad-crop", "padding": padding}, "flip"])
     drawn = recipe.parameters(index, view, (32, 32))
     words = sample_words(5, np.array(index, dtype=np.uint64), view, 0).astype(object)
@@ -148,12 +150,12 @@ def test_offsets_and_flips_are_uniform() -> None:
 
 
 @given(st.floats(0, 1), st.floats(0, 0.5), VIEW)
-def test_jitter_stays_within_its_strengths(strength, hue, view) -> None:
-    op = {"op": "colour-jitter", "brightness": strength, "contrast": strength / 2, "saturation": strength, "hue": hue}
-    drawn = ViewRecipe(ops=[op]).parameters(range(50), view, (8, 8))
+def test_jitter_stays_within_its_strengths(strength: float, hue: float, view: int) -> None:
+    strengths = {"brightness": strength, "contrast": strength / 2, "saturation": strength}
+    drawn = ViewRecipe(ops=[{"op": "colour-jitter", "hue": hue} | strengths]).parameters(range(50), view, (8, 8))
     for name in ("brightness", "contrast", "saturation"):
         factors = drawn[f"0.colour-jitter.{name}"]
-        assert np.abs(factors - 65_536).max() <= round(op[name] * 65_536)
+        assert np.abs(factors - 65_536).max() <= round(strengths[name] * 65_536)
     assert np.abs(drawn["0.colour-jitter.hue"]).max() <= round(hue * 1024)
 
 
@@ -167,7 +169,7 @@ def test_jitter_reaches_both_ends() -> None:
     assert set(turns.tolist()) == set(range(-512, 513))
 
 
-def reference_box(words, size, scale, ratio):
+def reference_box(words: Any, size: Any, scale: Any, ratio: Any) -> Any:
     """`draw_box` for one sample on Python integers and rational numbers."""
     height, width = size
     table = [int(value) for value in view_ops.ratio_table()]
@@ -201,7 +203,7 @@ def reference_box(words, size, scale, ratio):
     st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted).filter(lambda pair: pair[1] > 1.01 * pair[0]),
     st.integers(0, 1000),
 )
-def test_boxes_equal_the_reference_and_stay_inside(size, scale, ratio, view) -> None:
+def test_boxes_equal_the_reference_and_stay_inside(size: Any, scale: Any, ratio: Any, view: int) -> None:
     words = sample_words(1, np.arange(5, dtype=np.uint64), view, 0)
     drawn = view_ops.draw_box(words, size, tuple(scale), tuple(ratio))
     for i in range(5):
@@ -254,7 +256,7 @@ def test_ratio_table_is_exact() -> None:
 
 
 @given(st.lists(st.integers(0, 2**52 - 1), min_size=1), st.integers(0, 2**26 - 1))
-def test_integer_square_roots_are_exact(values, root) -> None:
+def test_integer_square_roots_are_exact(values: Any, root: int) -> None:
     values = [*values, root * root, max(0, root * root - 1)]
     assert view_ops.integer_sqrt(np.array(values)).tolist() == [math.isqrt(value) for value in values]
 
@@ -278,7 +280,7 @@ def test_view_0_is_neutral_with_clean_first() -> None:
 
 
 def test_seeds_views_and_positions_are_independent() -> None:
-    def flips(seed, view, ops):
+    def flips(seed: int, view: int, ops: list[Any]) -> Any:
         drawn = ViewRecipe(base_seed=seed, ops=ops).parameters(range(64), view, (8, 8))
         return tuple(list(drawn.values())[-1].tolist())
 
@@ -322,7 +324,7 @@ def test_recipes_round_trip() -> None:
         {"ops": ["flip"] * 65},
     ],
 )
-def test_bad_recipes_are_refused(recipe) -> None:
+def test_bad_recipes_are_refused(recipe: Any) -> None:
     with pytest.raises(ValidationError):
         ViewRecipe.model_validate(recipe)
     with pytest.raises(RecipeError):
@@ -335,13 +337,13 @@ def test_the_nearest_key_is_suggested_for_a_misspelt_one() -> None:
 
 
 @pytest.mark.parametrize("index", [[-1], [2**63], [0.5], [[1, 2]], "ab", None, [[1], [2, 3]], [True]])
-def test_bad_indices_are_refused(index) -> None:
+def test_bad_indices_are_refused(index: Any) -> None:
     with pytest.raises(DataError, match="ind"):
         ViewRecipe(ops=["flip"]).parameters(index, 0, (8, 8))
 
 
 @pytest.mark.parametrize("view", [-1, 2**32, 0.5, "0", None])
-def test_bad_views_are_refused(view) -> None:
+def test_bad_views_are_refused(view: Any) -> None:
     with pytest.raises(DataError, match="view"):
         ViewRecipe(ops=["flip"]).parameters([0], view, (8, 8))
 
