@@ -37,12 +37,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def run(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
-    command = [sys.executable, "-m", "cache_tools.cli", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
+def run(home: Path, *arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(arguments), env={"TEACHER_CACHE_HOME": str(home)})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.stderr
     return result
 
 
@@ -209,16 +207,8 @@ def test_ls_reads_one_file_of_each_cache(home: Path) -> None:
         assert set(map(str, opened)) == {"zarr.json"}
 
 
-def analyse(home: Path, *arguments: str, code: int = 0) -> Result:
-    """As `run`, in this process: torch is imported once."""
-    result = CliRunner().invoke(app, arguments, env={"TEACHER_CACHE_HOME": str(home)})
-    assert result.exit_code == code, result.stderr
-    assert isinstance(result.exception, SystemExit | None)
-    return result
-
-
 def test_stats_of_a_component_cache_names_all_three(home: Path) -> None:
-    text = analyse(home, "stats", "half", "--confident", "0.6").stdout
+    text = run(home, "stats", "half", "--confident", "0.6").stdout
     for words in (
         "digits/train, cache",
         "75 samples × view 0, 5 classes",
@@ -232,13 +222,13 @@ def test_stats_of_a_component_cache_names_all_three(home: Path) -> None:
 
 
 def test_stats_of_a_fused_cache_are_of_the_fusion_only(home: Path) -> None:
-    text = analyse(home, "stats", "digits", "--view", "1").stdout
+    text = run(home, "stats", "digits", "--view", "1").stdout
     assert "This cache has the fusion only (store: fused)" in text
     assert "CLIP top-1" not in text
 
 
 def test_stats_json_and_folder_agree(home: Path, tmp_path: Path) -> None:
-    printed = json.loads(analyse(home, "stats", "digits", "--json", "--out", str(tmp_path / "a" / "b")).stdout)
+    printed = json.loads(run(home, "stats", "digits", "--json", "--out", str(tmp_path / "a" / "b")).stdout)
     assert printed == json.loads((tmp_path / "a" / "b" / "stats.json").read_text())
     assert printed["about"]["views"] == [0, 1, 2]
     assert {row["view"] for row in printed["summary"]} == {0, 1, 2, None}
@@ -248,7 +238,7 @@ def test_stats_json_and_folder_agree(home: Path, tmp_path: Path) -> None:
 
 def test_stats_can_fuse_again(home: Path) -> None:
     found = json.loads(
-        analyse(home, "stats", "half", "--json", "--teacher-weight", "1", "--clip-scale", "match").stdout
+        run(home, "stats", "half", "--json", "--teacher-weight", "1", "--clip-scale", "match").stdout
     )
     assert found["about"]["teacher_weight"] == 1.0
     teacher, fusion = (
@@ -270,10 +260,10 @@ def test_tune_fusion_prints_options_for_the_other_commands(home: Path, tmp_path:
         "--plot",
         str(tmp_path / "p.png"),
     )
-    text = analyse(home, *arguments).stdout
+    text = run(home, *arguments).stdout
     line = next(line for line in text.splitlines() if line.strip().startswith("build-cache"))
     fusion = load_build_recipe("digits", [word for word in line.split() if "=" in word]).fusion
-    found = json.loads(analyse(home, *arguments, "--json").stdout)
+    found = json.loads(run(home, *arguments, "--json").stdout)
     assert fusion.teacher_weight == found["chosen_weight"]
     chosen = found["chosen_scale"]
     assert fusion.clip_scale == (chosen["name"] or chosen["value"])
@@ -300,7 +290,7 @@ def test_tune_fusion_prints_options_for_the_other_commands(home: Path, tmp_path:
     ],
 )
 def test_bad_analysis_options_are_one_line_and_exit_code_2(home: Path, arguments: list[str], message: str) -> None:
-    result = analyse(home, *arguments, code=2)
+    result = run(home, *arguments, code=2)
     assert result.stdout == ""
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1

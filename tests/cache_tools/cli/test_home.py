@@ -1,14 +1,14 @@
-"""The commands on the cache home and other places, run as a user runs them."""
+"""The commands on the cache home and other places."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from cache_tools.cli import app
 from cache_tools.home.registry import SUFFIX
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.s3_server import new_bucket
@@ -27,12 +27,10 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def run(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cache_tools.cli", *arguments]
-    environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
+def run(home: Path, *arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(arguments), env={"TEACHER_CACHE_HOME": str(home)})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.stderr
     return result
 
 
