@@ -1,4 +1,4 @@
-"""`build-cache` as a user types it: every mistake is one line and exit code 2, and nothing stored is lost."""
+"""The `build-cache` command: its output, its options, and errors of one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_a_build_and_the_same_again(recipe_file: Path, tmp_path: Path):
+def test_a_build_and_its_repetition(recipe_file: Path, tmp_path: Path):
     first = build(recipe_file, "--out", tmp_path / "c", "--json")
     assert first.exit_code == 0, first.stderr
     summary = json.loads(first.stdout)
@@ -47,15 +47,15 @@ def test_a_build_and_the_same_again(recipe_file: Path, tmp_path: Path):
     assert "computed 60 images" in more.stdout
 
 
-def test_the_next_step_is_one_that_runs(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By the name where `train-student` has a recipe of that name and no other cache is meant; else by the path."""
+def test_the_printed_next_step_runs(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It names the cache if the name is a recipe of `train-student` and unique; otherwise it gives the path."""
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "a home"))
 
     def next_step(*options: object) -> list[str]:
         done = build(recipe_file, "--set", "preflight_samples=0", "--set", "out=null", *options)
         assert done.exit_code == 0, done.stderr
-        said, command, *arguments = shlex.split(done.stdout.splitlines()[-1])
-        assert (said, command) == ("next:", "train-student")
+        label, command, *arguments = shlex.split(done.stdout.splitlines()[-1])
+        assert (label, command) == ("next:", "train-student")
         shown = CliRunner().invoke(train_app, [*arguments, "--show-recipe"])
         assert shown.exit_code == 0, shown.stderr
         TeacherCache.open(yaml.safe_load(shown.stdout)["cache"])
@@ -68,7 +68,7 @@ def test_the_next_step_is_one_that_runs(recipe_file: Path, tmp_path: Path, monke
     assert next_step("--set", f"out={out}") == ["--cache", out]
 
 
-def test_a_build_into_the_folder_one_stands_in(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_build_into_the_working_folder(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "c").mkdir()
     monkeypatch.chdir(tmp_path / "c")
     done = build(recipe_file, "--out", ".")
@@ -92,13 +92,13 @@ def test_options_reach_the_recipe():
         assert line in shown.stdout
 
 
-def test_another_clip_does_not_keep_the_recipes_tag():
+def test_another_clip_drops_the_tag_of_the_recipe():
     shown = build("cifar100", "--clip", "local-dir:somewhere", "--show-recipe")
     assert "weights: openai" not in shown.stdout
 
 
 def test_options_for_one_network_against_a_recipe_of_several(tmp_path: Path):
-    """--teacher replaces them all; what would change one of them says how to name it."""
+    """--teacher replaces all teachers. Options that change one network name the key to set instead."""
     several = load_build_recipe(
         "digits",
         ["teacher=[{name: resnet8, weights: a.pth}, {name: resnet20, weights: b.pth}]", "clip=[{name: c}, {name: d}]"],
@@ -149,7 +149,7 @@ def test_cuda_where_there_is_none(recipe_file: Path, tmp_path: Path):
     assert "0 CUDA device(s)" in done.stderr
 
 
-def test_a_broken_image_is_one_line(recipe_file: Path, tmp_path: Path):
+def test_a_broken_image_is_a_one_line_error(recipe_file: Path, tmp_path: Path):
     pictures = tmp_path / "pictures"
     shutil.copytree(recipe_file.parent / "pictures", pictures)
     victim = next((pictures / "train" / "green").iterdir())
@@ -169,7 +169,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a small disk needs user namespaces")
-def test_a_read_only_disk_is_one_line(recipe_file: Path, tmp_path: Path):
+def test_a_read_only_disk_is_a_one_line_error(recipe_file: Path, tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
     command = f"mount -t tmpfs -o ro none {disk} && exec {sys.executable} -m pipeline.cli {recipe_file} --out {disk}/c"

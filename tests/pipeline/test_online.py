@@ -78,7 +78,7 @@ def test_a_float32_cache_gives_the_weights_of_live_teachers_bit_for_bit(root: Pa
         assert torch.equal(weight, online[name]), name
 
 
-def test_a_float16_cache_changes_the_loss_by_little(root: Path, record_property):
+def test_a_float16_cache_barely_changes_the_loss(root: Path, record_property):
     """The same weights on the same batches: the largest relative difference of the loss that float16 targets make."""
     from train.losses.functions import kd
     from train.students import create_student

@@ -1,4 +1,4 @@
-"""Rows computed again: an untouched cache passes however it is stored; wrong numbers with right checksums do not."""
+"""Replay: an untouched cache passes with every codec, wrong numbers with right checksums do not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def recipe(root: Path, out: Path, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def built(root: Path) -> Callable[..., TeacherCache]:
-    """A real build with these settings, made once."""
+    """Build a cache with these settings, once per setting."""
     made: dict[str, TeacherCache] = {}
 
     def build(**settings: Any) -> TeacherCache:
@@ -75,10 +75,8 @@ def again(cache: TeacherCache, count: int = ROWS, **options: Any) -> Replay:
 
 @pytest.mark.parametrize("store", ["fused", "components"])
 @pytest.mark.parametrize("codec", ["float32", "float16", "compact", "top-k"])
-def test_an_untouched_cache_is_what_the_teachers_say(
-    built: Callable[..., TeacherCache], store: str, codec: str
-) -> None:
-    """Other batches than those of the build; bit for bit all but the same."""
+def test_an_untouched_cache_passes(built: Callable[..., TeacherCache], store: str, codec: str) -> None:
+    """The batches differ from those of the build, so nearly all bits are the same, but not all."""
     cache = built(store=store, codec=codec)
     found = again(cache)
     assert found.sound
@@ -121,12 +119,12 @@ def test_the_rows_are_drawn_by_the_seed(built: Callable[..., TeacherCache], monk
     cache, drawn = built(), []
     add = Comparison.add
 
-    def noted(self: Comparison, view: int, index: np.ndarray, *arrays: Any) -> None:
+    def record(self: Comparison, view: int, index: np.ndarray, *arrays: Any) -> None:
         if self._name == "fused_logits":
             drawn[-1] += [(view, int(sample)) for sample in index]
         add(self, view, index, *arrays)
 
-    monkeypatch.setattr(Comparison, "add", noted)
+    monkeypatch.setattr(Comparison, "add", record)
     for seed in (1, 1, 2):
         drawn.append([])
         assert again(cache, 40, seed=seed).rows == 40
@@ -141,7 +139,7 @@ def test_the_rows_are_drawn_by_the_seed(built: Callable[..., TeacherCache], monk
 
 
 def test_a_fused_copy_is_replayed_through_its_source(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
-    """Its prompts are its own, its weight too; the half-precision features of the source are on the way."""
+    """It has its own prompts and weight, and its source stores half-precision features."""
     source = built(store="components", codec="float16")
     choice = FusionChoice(teacher_weight=0.4, prompt_ensemble="logits")
     path = fuse(source, choice, templates=("a tinted {}", "{}"), codec="float32", out=tmp_path / "made").path
@@ -161,7 +159,7 @@ def test_a_converted_copy_is_replayed(built: Callable[..., TeacherCache], tmp_pa
     assert again(TeacherCache(path)).sound
 
 
-def test_what_the_source_was_fitted_to_is_asked_of_the_source(
+def test_constants_of_fitted_codecs_come_from_the_source(
     built: Callable[..., TeacherCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
@@ -177,7 +175,7 @@ def test_what_the_source_was_fitted_to_is_asked_of_the_source(
     assert again(TeacherCache(made)).sound
 
 
-def test_a_derived_cache_that_does_not_say_its_source(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
+def test_a_derived_cache_without_a_recorded_source(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
     cache = fuse(built(store="components"), FusionChoice(), out=tmp_path / "made")
     for provenance in ({}, {"source": {"name": "x"}}):
         silent = TeacherCache(cache.path)
@@ -192,7 +190,7 @@ def test_a_derived_cache_that_does_not_say_its_source(built: Callable[..., Teach
 def forged(
     cache: TeacherCache, out: Path, change: Callable[[dict[str, np.ndarray]], None], **manifest: Any
 ) -> TeacherCache:
-    """The same cache with other numbers and the commits that belong to them."""
+    """A copy of a cache with other numbers and commits that match them."""
     stored = cache.manifest.model_copy(update=manifest)
     writer = CacheWriter.create(
         out,
@@ -255,7 +253,7 @@ def test_wrong_numbers_with_right_checksums_are_found(
     assert f"{target}: {wrong} row" in str(found)
 
 
-def test_another_fusion_than_the_manifest_says_is_found(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
+def test_another_fusion_than_the_manifest_has_is_found(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
     cache = built()
     scales = {"clip_scales": (cache.manifest.clip_scales[0] * 1.05,)}
     found = again(forged(cache, tmp_path / "forged", lambda rows: None, **scales))
@@ -270,7 +268,7 @@ def test_swapped_rows_are_found_through_a_coarse_codec(
     assert not again(TeacherCache(recode(exact, resolve_codecs(codec, 3), "coded", tmp_path / "coded").path)).sound
 
 
-def test_other_weights_are_one_clear_error(root: Path, built: Callable[..., TeacherCache]) -> None:
+def test_other_weights_are_an_error(root: Path, built: Callable[..., TeacherCache]) -> None:
     cache = built(codec="float32")
     for file in (root / "teacher.safetensors", root / "tiny-clip" / "open_clip_model.safetensors"):
         good = file.read_bytes()
@@ -289,21 +287,21 @@ def test_other_weights_are_one_clear_error(root: Path, built: Callable[..., Teac
             file.write_bytes(good)
 
 
-def test_a_cache_that_does_not_say_how_its_networks_were_loaded(built: Callable[..., TeacherCache]) -> None:
+def test_a_cache_without_a_build_recipe_is_an_error(built: Callable[..., TeacherCache]) -> None:
     cache = TeacherCache(built().path)
     cache.manifest = cache.manifest.model_copy(update={"build_recipe": {}})
     with pytest.raises(NotFoundError, match="does not record how its teachers were loaded"):
         again(cache)
 
 
-def test_recipes_of_older_versions_still_say_it(built: Callable[..., TeacherCache]) -> None:
+def test_build_recipes_of_older_versions_are_read(built: Callable[..., TeacherCache]) -> None:
     cache = TeacherCache(built().path)
     old = {key: value for key, value in cache.manifest.build_recipe.items() if key != "codec"} | {"dtype": "float16"}
     cache.manifest = cache.manifest.model_copy(update={"build_recipe": old})
     assert again(cache, 5).sound
 
 
-def test_views_that_are_not_complete_are_not_drawn_from(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
+def test_rows_are_drawn_only_from_complete_views(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
     cache = Path(shutil.copytree(built().path, tmp_path / "cache"))
     (cache / "commits" / "c.1.0.0").unlink()
     found = again(TeacherCache(cache), ROWS)
@@ -317,7 +315,7 @@ def test_views_that_are_not_complete_are_not_drawn_from(built: Callable[..., Tea
 # The tolerance
 
 
-def test_tolerances_follow_how_precisely_the_networks_ran() -> None:
+def test_tolerances_follow_the_precision_of_the_networks() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert tolerance_of("float32", cpu, "cpu") == 1e-4
     for device, built_on in ((cuda, "cpu"), (cpu, "NVIDIA H100"), (cuda, "NVIDIA H100"), (cpu, None)):
@@ -326,8 +324,8 @@ def test_tolerances_follow_how_precisely_the_networks_ran() -> None:
     assert tolerance_of("bfloat16", cpu, "cpu") == 0.5
 
 
-def test_the_comparison_is_the_one_of_its_docstring() -> None:
-    """One row, one number at a time; rows that differ by growing amounts, so that some pass and some do not."""
+def test_the_comparison_follows_its_docstring() -> None:
+    """Computed again one number at a time, for rows with growing differences: some pass and some do not."""
     rng = np.random.default_rng(0)
     values = rng.normal(0, 2, (40, 6)).astype(np.float32)
     stored = values + (rng.normal(0, 1, (40, 6)) * np.geomspace(1e-3, 3, 40)[:, None]).astype(np.float32)
@@ -378,17 +376,17 @@ def run(*arguments: object, code: int = 0) -> Any:
     return done
 
 
-def test_the_command_tells_figures_and_leaves_with_1(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
+def test_the_command_prints_figures_and_exits_with_1(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
     cache = built(codec="float32")
-    told = run(cache.path, "--replay", 30, "--seed", 4).stdout.splitlines()
-    assert told[0].startswith("sound: 6 of 6 blocks")
+    output = run(cache.path, "--replay", 30, "--seed", 4).stdout.splitlines()
+    assert output[0].startswith("sound: 6 of 6 blocks")
     same = "the pixels of 16 views are those that the teachers saw"
-    assert told[1] == f"images: folder/train, {SAMPLES} samples in the order of the cache; {same}"
-    assert told[2] == "replay: 30 rows computed again in float32 on cpu, built on cpu"
-    assert told[3].strip().startswith("fused_logits: largest difference ")
+    assert output[1] == f"images: folder/train, {SAMPLES} samples in the order of the cache; {same}"
+    assert output[2] == "replay: 30 rows computed again in float32 on cpu, built on cpu"
+    assert output[3].strip().startswith("fused_logits: largest difference ")
     bad = forged(cache, tmp_path / "forged", swap_two)
-    told = run(bad.path, "--replay", ROWS, code=1).stdout
-    assert "fused_logits: 2 rows are not what the teachers compute, the worst at view 1, sample" in told
+    output = run(bad.path, "--replay", ROWS, code=1).stdout
+    assert "fused_logits: 2 rows are not what the teachers compute, the worst at view 1, sample" in output
     found = json.loads(run(bad.path, "--replay", ROWS, "--json", code=1).stdout)
     assert (found["sound"], found["images"]["sound"], found["replay"]["sound"]) == (False, True, False)
     assert found["problems"] == []
@@ -411,7 +409,7 @@ def test_renamed_and_shuffled_images_are_found_by_content(
     assert "in another order, matched by their contents" in run(cache.path, "--images", "--data-dir", pictures).stdout
 
 
-def test_other_images_are_said_and_nothing_is_replayed(
+def test_other_images_are_reported_and_not_replayed(
     built: Callable[..., TeacherCache], root: Path, tmp_path: Path
 ) -> None:
     cache = built(codec="float32")
@@ -425,15 +423,15 @@ def test_other_images_are_said_and_nothing_is_replayed(
     assert "no such folder" in run(cache.path, "--images", "--data-dir", tmp_path / "nowhere", code=2).stderr
 
 
-def test_drifted_pixels_are_said(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
+def test_drifted_pixels_are_reported(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
     cache = built(codec="float32")
     canaries = tuple(canary.model_copy(update={"pixel_digest": "0" * 32}) for canary in cache.manifest.canaries)
     drifted = forged(cache, tmp_path / "drifted", lambda rows: None, canaries=canaries)
     assert "not the pixels that the teachers saw" in run(drifted.path, "--images", code=1).stdout
 
 
-def test_damaged_bytes_come_first(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
+def test_damaged_bytes_are_reported_first(built: Callable[..., TeacherCache], tmp_path: Path) -> None:
     cache = Path(shutil.copytree(built(codec="float32").path, tmp_path / "cache"))
     (cache / "fused_logits" / "c.1.0.0").unlink()
-    told = run(cache, "--replay", 5, code=1).stdout
-    assert "images and teachers were not checked: repair the cache first" in told
+    output = run(cache, "--replay", 5, code=1).stdout
+    assert "images and teachers were not checked: repair the cache first" in output

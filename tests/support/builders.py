@@ -1,4 +1,4 @@
-"""Builds in processes of their own, forked from a server that has imported everything so that they start at once."""
+"""Builds in separate processes, forked from a server that has already imported everything."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Builder:
     """A process that builds a recipe.
 
     Args:
-        pause_after: how many blocks it stores before it waits for `go_on`.
-        environment: variables that differ from those of this process.
+        pause_after: the number of blocks it stores before it waits for `go_on`.
+        environment: changes to the variables of this process.
     """
 
     def __init__(self, recipe: BuildRecipe, pause_after: int | None = None, **environment: object) -> None:
@@ -38,14 +38,14 @@ class Builder:
         sender.close()
 
     def wait_until_paused(self) -> None:
-        """Wait until it holds a claim on a block that it has not stored."""
+        """Wait until it has claimed a block that it has not stored."""
         assert self._pause.reached.wait(DEADLINE_S), "the builder did not reach its pause"
 
     def go_on(self) -> None:
         self._pause.over.set()
 
     def result(self) -> BuildResult:
-        """Wait for the end; raises what the build raised."""
+        """Wait for the end of the build and return its result or raise its exception."""
         assert self._answers.poll(DEADLINE_S), "the builder did not end"
         answer = self._answers.recv()
         self.process.join()
@@ -60,7 +60,7 @@ class Builder:
 
 
 def wait_for_blocks(place: Place, count: int) -> int:
-    """Wait until at least `count` blocks are committed; gives their number."""
+    """Wait until at least `count` blocks are committed. Returns their number."""
     deadline = time.monotonic() + DEADLINE_S
     while (found := len(list_committed(place))) < count:
         assert time.monotonic() < deadline, f"{found} of {count} blocks"
@@ -69,27 +69,27 @@ def wait_for_blocks(place: Place, count: int) -> int:
 
 
 class _Pause:
-    """Lets a test stop a builder, and wait until it has stopped."""
+    """Lets a test pause a builder and wait until it has paused."""
 
     def __init__(self, after: int | None) -> None:
         self._after = after
         self.reached, self.over = _CONTEXT.Event(), _CONTEXT.Event()
 
     def install(self) -> None:
-        """Replace the builder's function that stores a block; called in its process."""
+        """Replace the function that stores a block, in the builder's process."""
         if self._after is None:
             return
         from pipeline.build import blocks as build_blocks
 
         after, store, blocks = self._after, build_blocks._store, itertools.count()
 
-        def held(*arguments: Any) -> int:
+        def pause_then_store(*arguments: Any) -> int:
             if next(blocks) >= after:
                 self.reached.set()
                 self.over.wait(DEADLINE_S)
             return store(*arguments)
 
-        build_blocks._store = held
+        build_blocks._store = pause_then_store
 
 
 def _build(recipe: BuildRecipe, environment: Mapping[str, str], pause: _Pause, sender: Connection) -> None:

@@ -1,4 +1,4 @@
-"""CIFAR-100 in its published file layout with a few made-up images; torchvision's MD5 sums are patched to match."""
+"""CIFAR-100 in its published file layout with a few random images; torchvision's MD5 sums are patched to match."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = 100
 
 
 def write_cifar100(root: Path, patch: pytest.MonkeyPatch, *, train: int = 32, test: int = 16) -> Path:
-    """`root/cifar-100-python`; labels run through the first classes."""
+    """Write `root/cifar-100-python`; labels cycle through the first eight classes."""
     rng = np.random.default_rng(0)
     cls: Any = datasets.CIFAR100
     folder = root / cls.base_folder

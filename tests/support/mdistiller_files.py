@@ -1,4 +1,4 @@
-"""Checkpoints as mdistiller's and RepDistiller's training scripts write and publish them, with random weights."""
+"""Checkpoints in the formats of mdistiller and RepDistiller, with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.students import create_student
 
 
 def checkpoint(architecture: str, num_classes: int = 100, *, prefix: str = "", seed: int = 0) -> dict[str, Any]:
-    """The dictionary that is saved every few epochs; the optimiser's learning rate is a numpy number in it."""
+    """The dictionary that their training scripts save; the optimiser's learning rate in it is a numpy number."""
     torch.manual_seed(seed)
     network = create_student(architecture, num_classes)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -33,7 +33,7 @@ def checkpoint(architecture: str, num_classes: int = 100, *, prefix: str = "", s
 
 
 def write_tree(root: Path, *architectures: str, zipped: bool = False) -> Path:
-    """`cifar_teachers/ARCHITECTURE_vanilla/ckpt_epoch_240.pth`; torch 1.5 and older did not zip."""
+    """Write `cifar_teachers/ARCHITECTURE_vanilla/ckpt_epoch_240.pth`; torch before 1.6 did not zip files."""
     tree = root / "cifar_teachers"
     for architecture in architectures:
         file = tree / f"{architecture}_vanilla" / "ckpt_epoch_240.pth"
@@ -43,7 +43,7 @@ def write_tree(root: Path, *architectures: str, zipped: bool = False) -> Path:
 
 
 def write_archive(tree: Path, name: str = "cifar_teachers.tar") -> Path:
-    """The published archive, with the hidden doubles that macOS adds."""
+    """Write an archive like the published one, with the hidden files that macOS adds."""
     (tree / "resource").write_bytes(b"\0")
     with tarfile.open(tree.parent / name, "w:gz" if name.endswith("gz") else "w") as archive:
         archive.add(tree, tree.name)

@@ -1,4 +1,4 @@
-"""Build recipes that run quickly: small tinted pictures, an untrained resnet8, the CLIP of the package."""
+"""Build recipes that run fast: small tinted images, an untrained resnet8, the CLIP of the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.students import create_student
 
 
 def write_teacher(path: Path, class_names: tuple[str, ...] = tiny_run.CLASSES, architecture: str = "resnet8") -> Path:
-    """A checkpoint as train-student writes it, with weights drawn from seed 0."""
+    """Write a checkpoint like train-student's, with random weights of seed 0."""
     torch.manual_seed(0)
     student = create_student(architecture, len(class_names))
     card = StudentCard(
@@ -34,7 +34,7 @@ def write_teacher(path: Path, class_names: tuple[str, ...] = tiny_run.CLASSES, a
 
 
 def recipe(root: Path, **changes: Any) -> BuildRecipe:
-    """Three views of the pictures below `root/pictures`, float32, no preflight (the teacher is untrained)."""
+    """Three views of the images in `root/pictures`, float32, no preflight because the teacher is untrained."""
     data: dict[str, Any] = {
         "name": "tiny",
         "dataset": tiny_run.dataset(root / "pictures").model_dump(),
@@ -54,14 +54,14 @@ def recipe(root: Path, **changes: Any) -> BuildRecipe:
 
 
 def prepare(root: Path, *, train: int = 150) -> Path:
-    """The files that `recipe(root)` needs."""
+    """Write the files that `recipe(root)` needs."""
     tiny_run.write_pictures(root / "pictures", train=train)
     write_teacher(root / "teacher.safetensors")
     return root
 
 
 def constant_teacher(folder: Path) -> Path:
-    """A teacher that gives every image the same answer."""
+    """Write a teacher that gives every image the same logits."""
     path = write_teacher(folder / "constant.safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -71,7 +71,7 @@ def constant_teacher(folder: Path) -> Path:
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, without half-written ones."""
+    """The content of every file below a folder, partial files left out."""
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
@@ -80,7 +80,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def arrays_of(path: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which holds the date."""
+    """The content of every file except the manifest, which has the date."""
     files = files_of(path)
     del files["zarr.json"]
     return files

@@ -1,4 +1,4 @@
-"""A CLIP with random weights, small enough to make one in every test."""
+"""A CLIP with random weights, small enough to create one in every test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NORMALISATION = {"mean": [0.3, 0.4, 0.5], "std": [0.2, 0.25, 0.3]}
 
 
 def make_folder(folder: Path, **changes: Any) -> Path:
-    """A CLIP with random weights in open_clip's local-dir format."""
+    """Write a CLIP with random weights in open_clip's local-dir format."""
     folder.mkdir()
     config = CONFIG | changes
     (folder / "open_clip_config.json").write_text(

@@ -1,6 +1,6 @@
-"""benchmarks/: each script runs as the README says, at its smallest, and prints one JSON line of plausible figures.
+"""Each script of benchmarks/ runs at its smallest and prints one JSON line of plausible figures.
 
-These tests set no bounds on time: the scripts measure it, on an idle machine.
+These tests do not check times: the scripts measure them on an idle machine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]
 
 
 def start(script: str, *options: str) -> subprocess.Popen[str]:
-    # Not in the repository's folder: the scripts must not depend on where they are called from.
+    # In another working folder: the scripts must not depend on it.
     return subprocess.Popen(
         [sys.executable, BENCHMARKS / f"{script}.py", *options],
         cwd="/",
@@ -84,8 +84,8 @@ def test_a_benchmark_prints_one_line_of_figures(script: str):
 
 
 @pytest.mark.slow
-def test_the_cost_of_stopping_early_is_measured(tmp_path: Path):
-    """Of two learning rates one is far too small: the time saved, and the rank of the trial that was kept."""
+def test_asha_measures_the_cost_of_stopping_early(tmp_path: Path):
+    """One of two learning rates is far too small. Checks the time saved and the rank of the trial that was kept."""
     process = start("asha", *SMALLEST, "--rates", "0.0001,0.1", "--keep-one-in", "2", "--epochs", "3")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

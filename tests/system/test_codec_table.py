@@ -1,7 +1,7 @@
-"""benchmarks/codec_table.py: runs as the README says and prints a JSON line per codec, on small random features.
+"""benchmarks/codec_table.py runs as its README says and prints a JSON line per codec, on small random features.
 
-The script's own limits are for the real arrays; these tests check what holds for any. The real network computes four
-views.
+The script's own limits are for the real arrays. These tests check what holds for any arrays. One test computes four
+views with the real network.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run("--views", str(VIEWS), "--saved", folder / "photos.npz", "--cache", folder / "digits")
 
 
-def of(rows: list[dict[str, Any]], targets: str, codec: str, **fields: Any) -> dict[str, Any]:
+def row_of(rows: list[dict[str, Any]], targets: str, codec: str, **fields: Any) -> dict[str, Any]:
     (row,) = (
         row
         for row in rows
@@ -86,32 +86,32 @@ def test_every_row_is_a_measurement(rows: list[dict[str, Any]]) -> None:
 
 
 def test_float32_is_exact_and_float16_nearly(rows: list[dict[str, Any]]) -> None:
-    assert set(of(rows, "imagenet-1000", "float32")["g"].values()) == {0.0}
+    assert set(row_of(rows, "imagenet-1000", "float32")["g"].values()) == {0.0}
     # numbers without redundancy, less what zstd finds in their exponents
-    assert 0.85 * 4000 < of(rows, "imagenet-1000", "float32")["bytes"] < 1.01 * 4000
-    half = of(rows, "digits", "float16")
+    assert 0.85 * 4000 < row_of(rows, "imagenet-1000", "float32")["bytes"] < 1.01 * 4000
+    half = row_of(rows, "digits", "float16")
     assert 0 < max(half["g"].values()) < 1
     assert half["g"].keys() == {"300@1", "300@4", "1000@1", "1000@4"}
 
 
 def test_rounding_that_knows_the_head_has_the_smaller_error_at_the_same_size(rows: list[dict[str, Any]]) -> None:
     nearest, aware = (
-        of(rows, "imagenet-1000", "feature-steps", rounding=rounding, pack="pcodec", resolution=19.0)
+        row_of(rows, "imagenet-1000", "feature-steps", rounding=rounding, pack="pcodec", resolution=19.0)
         for rounding in ("nearest", "head")
     )
     assert aware["g"]["100@4"] < 0.9 * nearest["g"]["100@4"]
     assert aware["bytes"] < 1.1 * nearest["bytes"]
 
 
-def test_companding_costs_nothing_and_lowers_the_error(rows: list[dict[str, Any]]) -> None:
-    plain = of(rows, "imagenet-100-every", "fixed-step")
-    companded = of(rows, "imagenet-100-every", "companded", reference="mean", pack="pcodec")
+def test_companding_lowers_the_error_at_the_same_size(rows: list[dict[str, Any]]) -> None:
+    plain = row_of(rows, "imagenet-100-every", "fixed-step")
+    companded = row_of(rows, "imagenet-100-every", "companded", reference="mean", pack="pcodec")
     assert companded["bytes"] < 1.05 * plain["bytes"]
     assert companded["g"]["100@1"] < plain["g"]["100@1"]
 
 
-def test_more_classes_less_error(rows: list[dict[str, Any]]) -> None:
-    kept = [of(rows, "imagenet-1000", "top-k", min_probability=p, temperature=1.0) for p in (2e-3, 1e-3, 5e-4)]
+def test_more_classes_give_a_smaller_error(rows: list[dict[str, Any]]) -> None:
+    kept = [row_of(rows, "imagenet-1000", "top-k", min_probability=p, temperature=1.0) for p in (2e-3, 1e-3, 5e-4)]
     for fewer, more in itertools.pairwise(kept):
         assert fewer["classes_mean"] < more["classes_mean"]
         assert fewer["bytes"] < more["bytes"]

@@ -1,4 +1,4 @@
-"""Renamed, moved and shuffled image files: training still gives every image its own targets."""
+"""Training gives every image its own targets even if files are renamed, moved and shuffled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHUFFLES = 3
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures with two copies of one: one in the same class, one in another class."""
+    """Images of which one has two copies: one in the same class, one in another class."""
     root = tiny_run.write_pictures(tmp_path_factory.mktemp("order") / "pictures", train=40, test=6)
     blue, red = root / "train" / "blue", root / "train" / "red"
     for target in (blue / "900.png", red / "050.png"):
@@ -47,12 +47,12 @@ def recipe_file(cache: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(recipe_file: Path) -> dict[str, torch.Tensor]:
-    """The weights of a student of the files as they were when the cache was built."""
+    """The weights of a student trained on the original files."""
     return learned(recipe_file, recipe_file.parent / "as-built")
 
 
 def shuffled(pictures: Path, root: Path, seed: int) -> Path:
-    """The same images under other names, some of them in folders of their own inside their class."""
+    """Copy the images under other names, some of them into sub-folders of their class."""
     rng = np.random.default_rng(seed)
     shutil.copytree(pictures / "test", root / "test")
     for folder in (pictures / "train").iterdir():
@@ -76,7 +76,7 @@ def learned(recipe_file: Path, out: Path, *arguments: object) -> dict[str, torch
 
 @pytest.mark.parametrize("seed", range(SHUFFLES))
 def test_every_image_is_trained_on_with_its_own_targets(cache: Path, pictures: Path, tmp_path: Path, seed: int) -> None:
-    """By content: the batches of an epoch against the rows that the cache has under the key of each file."""
+    """Compare the batches of an epoch with the rows that the cache has for the content of each file."""
     root = shuffled(pictures, tmp_path / "pictures", seed)
     recipe = tiny_run.recipe(cache, tmp_path / "run", data_dir=root, epochs=2)
     data = open_data(recipe, torch.device("cpu"))
@@ -111,7 +111,7 @@ def class_of(file: Path, root: Path) -> str:
 
 
 @pytest.mark.parametrize("seed", range(SHUFFLES))
-def test_the_student_is_the_same_to_the_last_bit(
+def test_the_student_is_identical_bit_for_bit(
     weights: dict[str, torch.Tensor], recipe_file: Path, pictures: Path, tmp_path: Path, seed: int
 ) -> None:
     root = shuffled(pictures, tmp_path / "pictures", seed)
@@ -120,10 +120,10 @@ def test_the_student_is_the_same_to_the_last_bit(
     assert all(found[name].equal(weights[name]) for name in weights)
 
 
-def test_another_order_of_the_same_names_is_seen_too(
+def test_swapped_names_are_noticed(
     weights: dict[str, torch.Tensor], recipe_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """Two files change names: nothing but their content tells."""
+    """Two files swap their names, so that only their content shows it."""
     root = tmp_path / "pictures"
     shutil.copytree(pictures, root)
     first, second = (root / "train" / "green" / name for name in ("001.png", "004.png"))
@@ -134,7 +134,9 @@ def test_another_order_of_the_same_names_is_seen_too(
     assert all(found[name].equal(weights[name]) for name in weights)
 
 
-def test_the_same_images_are_labelled_when_only_some_are(recipe_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_same_images_keep_their_labels_with_a_label_fraction(
+    recipe_file: Path, pictures: Path, tmp_path: Path
+) -> None:
     options = ("--label-fraction", 0.5)
     expected = learned(recipe_file, tmp_path / "as-built", *options)
     root = shuffled(pictures, tmp_path / "pictures", 9)
@@ -146,7 +148,7 @@ def test_the_same_images_are_labelled_when_only_some_are(recipe_file: Path, pict
 def test_other_images_or_labels_stop_before_the_first_step(
     recipe_file: Path, pictures: Path, tmp_path: Path, change: str
 ) -> None:
-    """A copy that changes class changes a label, and the label of an image is a part of what the cache knows."""
+    """`label` moves a copy of an image to another class: labels are part of the cache's identity."""
     root = shuffled(pictures, tmp_path / "pictures", 5)
     red, blue = root / "train" / "red", root / "train" / "blue"
     copies = duplicates(root)
@@ -176,7 +178,7 @@ def test_other_images_or_labels_stop_before_the_first_step(
 
 
 def duplicates(root: Path) -> list[Path]:
-    """Files of which there is another with the same bytes."""
+    """Files whose bytes occur more than once."""
     files = sorted((root / "train").rglob("*.png"))
     contents = [file.read_bytes() for file in files]
     return [file for file, content in zip(files, contents, strict=True) if contents.count(content) > 1]

@@ -1,4 +1,4 @@
-"""examples/train_clip.py and what it ships: a CLIP that open_clip itself loads, the same bytes for the same seed."""
+"""examples/train_clip.py and the shipped CLIP: open_clip loads its folders, and the same seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_same_seed_same_bytes_and_open_clip_loads_them(script: ModuleType, tmp_p
     assert (report["num_samples"], report["epochs"], report["seed"]) == (96, 2, 3)
 
 
-def test_a_folder_of_photographs(script: ModuleType, tmp_path: Path) -> None:
+def test_a_folder_of_images(script: ModuleType, tmp_path: Path) -> None:
     for label, colour in enumerate(("red", "blue")):
         folder = tmp_path / "photos" / colour
         folder.mkdir(parents=True)
@@ -96,15 +96,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         script.command(script.main)(dataset, tmp_path / "clip", **options)
-    assert left.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.strip().splitlines()) == 1
+    assert exited.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
 
 
-def test_the_shipped_model_is_small_and_knows_its_digits(script: ModuleType) -> None:
+def test_the_shipped_model_is_small_and_accurate(script: ModuleType) -> None:
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 7_000_000
     report = json.loads((SHIPPED / "training.json").read_text())
     images = open_images(DatasetRecipe(name="digits"), "test")
@@ -114,14 +114,14 @@ def test_the_shipped_model_is_small_and_knows_its_digits(script: ModuleType) -> 
 
 
 def test_the_shipped_weights_were_trained_on_the_captions_only() -> None:
-    """Every token of a caption has an embedding, no other token has one."""
+    """Exactly the tokens of captions have embeddings other than zero."""
     embedding = load_file(SHIPPED / "open_clip_model.safetensors")["token_embedding.weight"]
     tokenizer = open_clip.get_tokenizer(f"local-dir:{SHIPPED}")
     names = open_images(DatasetRecipe(name="digits"), "test").class_names
     captions = tokenizer(render_prompts(template_set("richkd"), names))
-    known = torch.zeros(len(embedding), dtype=torch.bool)
-    known[captions.unique()] = True
-    assert torch.equal(embedding.abs().amax(1) > 0, known)
+    used = torch.zeros(len(embedding), dtype=torch.bool)
+    used[captions.unique()] = True
+    assert torch.equal(embedding.abs().amax(1) > 0, used)
     assert (captions.argmax(1) < captions.shape[1] - 1).all()  # nothing was cut off
 
 
@@ -144,7 +144,7 @@ def test_loss_is_cross_entropy_with_targets_shared_by_a_class(script: ModuleType
     assert float(script.unicl_loss(image, text, distinct, scale)) == pytest.approx(float(clip), rel=1e-6)
 
 
-def test_captions_are_encoded_once_and_put_in_place(script: ModuleType) -> None:
+def test_each_distinct_caption_is_encoded_once(script: ModuleType) -> None:
     torch.manual_seed(0)
     model = open_clip.CLIP(**script.model_config((32, 32), 16, 4)).eval()
     captions = open_clip.SimpleTokenizer(context_length=script.CONTEXT_LENGTH)(["one", "a two", "three"])

@@ -1,4 +1,4 @@
-"""Several builders of one cache at once, as processes: each block once, the bytes of a clean build, no leftovers."""
+"""Several processes build one cache at once: each block once, the bytes of a single build, no leftovers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(root: Path) -> dict[str, bytes]:
-    """The arrays of a build by one builder, in one go."""
+    """The arrays of an uninterrupted build by one builder."""
     build_cache(tiny_build.recipe(root, num_views=VIEWS, block_rows=ROWS, out=root / "clean.zarr"))
     return arrays_of(root / "clean.zarr")
 
@@ -58,7 +58,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 def start(
     root: Path, tmp_path: Path, out: Path | str, number: int, pause_after: int | None = None, **changes: object
 ) -> Builder:
-    """A builder with a cache home of its own, as on a machine of its own."""
+    """A builder with its own cache home, as on another machine."""
     recipe = tiny_build.recipe(root, **({"num_views": VIEWS, "block_rows": ROWS, "out": out} | changes))
     return Builder(recipe, pause_after, TEACHER_CACHE_HOME=tmp_path / f"home-{number}")
 
@@ -67,7 +67,7 @@ def start(
 def test_builders_share_the_work(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str, builders: int):
     running = [start(root, tmp_path, out, number, pause_after=1) for number in range(2)]
     for builder in running:
-        builder.wait_until_paused()  # neither can do everything before the other begins
+        builder.wait_until_paused()  # neither can finish before the other begins
     running += [start(root, tmp_path, out, number) for number in range(2, builders)]
     for builder in running:
         builder.go_on()
@@ -77,8 +77,8 @@ def test_builders_share_the_work(root: Path, clean: dict[str, bytes], tmp_path: 
     check(open_place(out), clean, tmp_path)
 
 
-def test_what_killed_builders_leave_is_taken_over(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str):
-    """One is killed alone; then one of three. Nobody waits for claims to expire, and nothing is done again."""
+def test_blocks_of_killed_builders_are_taken_over(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str):
+    """One builder is killed alone, then one of three. No builder waits for claims to expire or repeats a block."""
     place, first = open_place(out), start(root, tmp_path, out, 0, pause_after=6)
     first.wait_until_paused()
     wait_for_blocks(place, 6)
@@ -94,8 +94,8 @@ def test_what_killed_builders_leave_is_taken_over(root: Path, clean: dict[str, b
     check(place, clean, tmp_path)
 
 
-def test_one_cache_made_and_grown_by_several(root: Path, tmp_path: Path, out: Path | str):
-    """Builders that want 2, 4 and 3 views, at once: nobody takes another's views away."""
+def test_several_builders_create_and_grow_one_cache(root: Path, tmp_path: Path, out: Path | str):
+    """Builders of 2, 4 and 3 views at once: the cache ends with 4."""
     running = [start(root, tmp_path, out, views, num_views=views) for views in (2, 4, 3)]
     for builder in running:
         builder.result()
@@ -109,7 +109,7 @@ def test_one_cache_made_and_grown_by_several(root: Path, tmp_path: Path, out: Pa
     assert not list(claims_place(open_place(out)).entries())
 
 
-def test_growing_tells_who_and_when_and_watches_the_new_views(root: Path, tmp_path: Path):
+def test_growing_records_provenance_and_adds_canaries(root: Path, tmp_path: Path):
     build_cache(tiny_build.recipe(root, num_views=1, out=tmp_path / "c"))
     first = TeacherCache.open(tmp_path / "c").manifest
     build_cache(tiny_build.recipe(root, num_views=3, out=tmp_path / "c"))
@@ -123,7 +123,7 @@ def test_growing_tells_who_and_when_and_watches_the_new_views(root: Path, tmp_pa
     assert {name: manifest.provenance[name] for name in first.provenance} == first.provenance
 
 
-def test_progress_counts_what_others_finish(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_progress_includes_blocks_of_other_builders(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bars: list[Progress] = []
 
     class Seen(Progress):
@@ -145,7 +145,7 @@ def test_progress_counts_what_others_finish(root: Path, tmp_path: Path, monkeypa
     assert bar.done == bar.total == VIEWS * SAMPLES
 
 
-def test_a_builder_that_fails_gives_its_blocks_up(tmp_path: Path):
+def test_a_failing_builder_releases_its_claims(tmp_path: Path):
     root = tiny_build.prepare(tmp_path, train=60)
     victim = sorted((root / "pictures" / "train" / "red").iterdir())[-1]
     data = victim.read_bytes()
@@ -156,7 +156,7 @@ def test_a_builder_that_fails_gives_its_blocks_up(tmp_path: Path):
     assert not (tmp_path / ".cache.zarr.claims").exists()
 
 
-def test_a_builder_whose_disk_is_full_gives_its_blocks_up(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_builder_with_a_full_disk_releases_its_claims(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, whole = tmp_path / "c", CacheWriter.write_block
 
     def full(self: CacheWriter, view: int, block: int, *arguments: object) -> None:
@@ -193,7 +193,7 @@ def test_a_block_that_another_builder_took_over_is_not_written(root: Path, tmp_p
 
 
 def check(place: Place, clean: dict[str, bytes], tmp_path: Path) -> None:
-    """The bytes of a clean build, all sound, and nothing beside the cache."""
+    """Check that the cache is sound, has the bytes of a single build, and that nothing lies beside it."""
     copy_cache(place, LocalPlace(tmp_path / "copy.zarr"))
     assert verify(tmp_path / "copy.zarr").sound
     found = arrays_of(tmp_path / "copy.zarr")
@@ -202,7 +202,7 @@ def check(place: Place, clean: dict[str, bytes], tmp_path: Path) -> None:
     assert not list(claims_place(place).entries())
     if isinstance(place, LocalPlace):
         hidden = [path for path in place.path.parent.iterdir() if path.name.startswith(".")]
-        # Half a claim of a builder that was killed while it wrote: it goes with the first builder a while later.
+        # A partial claim of a builder that was killed while it wrote is removed by a later builder.
         assert [file for path in hidden for file in path.rglob("*") if not file.name.endswith(PARTIAL)] == []
         assert [path.name for path in hidden if path.name != claims_place(place).name] == []
 

@@ -1,4 +1,4 @@
-"""The build: what it stores, that it resumes byte for byte after SIGKILL, and what it refuses before doing harm."""
+"""The build: what it stores, how it resumes, and which errors it raises before it changes anything."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_rows_are_the_fused_targets_of_their_view(root: Path, built: TeacherCach
         torch.testing.assert_close(targets.features(index), ensemble.fuse([teacher], [clip])[1], rtol=1e-4, atol=1e-5)
 
 
-def test_views_differ_and_the_manifest_tells_everything(root: Path, built: TeacherCache):
+def test_views_differ_and_the_manifest_is_complete(root: Path, built: TeacherCache):
     assert not np.array_equal(
         built.read_array("fused_logits", 0, slice(0, 50)), built.read_array("fused_logits", 1, slice(0, 50))
     )
@@ -88,7 +88,7 @@ def test_match_brings_clip_to_the_teachers_spread(root: Path):
     assert TeacherCache.open(path).manifest.clip_scale == pytest.approx(float(spread), rel=1e-3)
 
 
-def test_the_same_command_again_does_nothing_and_more_views_are_added(root: Path):
+def test_a_repeated_build_does_nothing_and_more_views_are_added(root: Path):
     path = root / "again.zarr"
     first = build_cache(tiny_build.recipe(root, num_views=1, out=path))
     before = files_of(path)
@@ -109,7 +109,7 @@ def test_batch_and_block_sizes_do_not_change_the_targets(root: Path, built: Teac
     )
 
 
-def test_a_view_is_built_anew_if_its_commit_is_gone(root: Path):
+def test_a_block_without_commit_is_rebuilt(root: Path):
     path = root / "gap.zarr"
     build_cache(tiny_build.recipe(root, out=path))
     before = arrays_of(path)
@@ -125,8 +125,8 @@ def refused(root: Path, **changes: object) -> CacheError:
     return caught.value
 
 
-def test_a_teacher_no_better_than_chance_is_refused(root: Path, tmp_path):
-    """Pictures whose labels say nothing: even a good teacher guesses there, and an untrained one always does."""
+def test_a_teacher_no_better_than_chance_is_an_error(root: Path, tmp_path):
+    """A teacher that gives every image the same logits."""
     error = refused(
         root, preflight_samples=2000, out=tmp_path / "c.zarr", teacher={"name": str(constant_teacher(tmp_path))}
     )
@@ -156,7 +156,7 @@ def test_a_teacher_with_another_class_order(root: Path, tmp_path):
     assert "blue" in str(error)
 
 
-def test_another_recipes_cache_is_left_alone(root: Path, tmp_path):
+def test_the_cache_of_another_recipe_is_not_touched(root: Path, tmp_path):
     path = tmp_path / "c.zarr"
     build_cache(tiny_build.recipe(root, num_views=1, out=path))
     before = files_of(path)
@@ -165,14 +165,14 @@ def test_another_recipes_cache_is_left_alone(root: Path, tmp_path):
     assert files_of(path) == before
 
 
-def test_a_folder_of_something_else_is_left_alone(root: Path, tmp_path):
+def test_a_folder_with_other_files_is_not_touched(root: Path, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     error = refused(root, out=tmp_path)
     assert isinstance(error, StorageError)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_broken_image_is_named_and_nothing_committed_is_lost(tmp_path):
+def test_a_broken_image_is_named_in_the_error(tmp_path):
     root = tiny_build.prepare(tmp_path, train=60)
     victim = sorted((root / "pictures" / "train" / "red").iterdir())[-1]
     victim.write_bytes(victim.read_bytes()[:60])

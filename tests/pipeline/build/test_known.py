@@ -1,4 +1,4 @@
-"""A complete cache is recognised by what its networks would be read from: nothing is loaded, and nothing mistaken."""
+"""A complete cache is recognised from files, recipe and code versions, without loading a network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def found(wanted: BuildRecipe) -> bool:
     return find_finished(wanted, open_images(wanted.dataset)) is not None
 
 
-def test_the_second_time_no_network_is_loaded(root: Path):
+def test_a_complete_cache_is_recognised_without_loading_a_network(root: Path):
     build_cache(recipe(root))
     (root / "tiny.yaml").write_text(dump_yaml(recipe(root)))
     again = subprocess.run(
@@ -56,7 +56,7 @@ def test_the_second_time_no_network_is_loaded(root: Path):
     assert not imported & HEAVY
 
 
-def test_an_unreadable_cache_of_the_same_name_stops_nobody(root: Path):
+def test_an_unreadable_cache_of_the_same_name_is_ignored(root: Path):
     build_cache(recipe(root))
     other = root.parent / "home" / "tiny-000000000000.zarr"
     other.mkdir()
@@ -66,7 +66,7 @@ def test_an_unreadable_cache_of_the_same_name_stops_nobody(root: Path):
     assert found(recipe(root))
 
 
-def test_only_what_values_come_from_counts(root: Path):
+def test_only_fields_that_determine_values_count(root: Path):
     build_cache(recipe(root))
     same = {"batch_size": 7, "device": "cuda", "preflight_samples": 99, "num_views": 1, "block_rows": 128}
     assert found(recipe(root, **same))
@@ -112,7 +112,7 @@ def test_a_block_that_is_gone_is_built_again(root: Path):
     assert found(recipe(root))
 
 
-def test_templates_are_read_not_their_name(root: Path):
+def test_the_content_of_a_template_file_counts_not_its_name(root: Path):
     templates = root / "templates.txt"
     clip = {"name": "local-dir:package:digits-clip", "templates": str(templates)}
     templates.write_text("a photo of a {}\n")
@@ -134,14 +134,12 @@ def test_templates_are_read_not_their_name(root: Path):
         {"teacher": {"name": "resnet8", "weights": "nowhere.pth"}},
     ],
 )
-def test_what_a_library_looks_after_cannot_be_told_from_files(root: Path, changes: dict[str, object]):
+def test_weights_managed_by_a_library_have_no_digest(root: Path, changes: dict[str, object]):
     assert inputs_digest(recipe(root, **changes)) is None
 
 
 @pytest.mark.parametrize("part", known.CODE_VERSIONS)
-def test_another_code_version_leaves_the_decision_to_the_fingerprint(
-    root: Path, monkeypatch: pytest.MonkeyPatch, part: str
-):
+def test_every_code_version_is_part_of_the_digest(root: Path, monkeypatch: pytest.MonkeyPatch, part: str):
     before = inputs_digest(recipe(root))
     monkeypatch.setitem(known.CODE_VERSIONS, part, known.CODE_VERSIONS[part] + 1)
     assert inputs_digest(recipe(root)) != before
@@ -221,7 +219,7 @@ def test_the_shipped_networks_have_their_pinned_identities_and_targets():
     )
 
 
-def test_a_damaged_cache_is_left_to_the_build(root: Path):
+def test_a_damaged_cache_is_not_recognised(root: Path):
     result = build_cache(recipe(root))
     (result.path / "zarr.json").write_text("{}")
     assert not found(recipe(root))

@@ -1,4 +1,4 @@
-"""Building to an object store, through a real HTTP server: block by block, resumable, and never two caches in one."""
+"""Builds to an object store through a real HTTP server: block by block, resumable, never two caches in one."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def same_as(clean: dict[str, bytes], url: str, tmp_path: Path) -> None:
 
 
 def leftovers(home: Path) -> list[str]:
-    """What is hidden beside mirrors, but for the records of where they belong, and what is removed when it is old."""
+    """Hidden files beside mirrors, except records of their origin and partial files, which expire."""
     kept = {".origin", ".partial"}
     return [path.name for path in home.iterdir() if path.name.startswith(".") and path.suffix not in kept]
 
 
-def test_a_build_to_a_url_counts_what_it_moves_and_keeps_a_mirror(root, clean, url, tmp_path, home):
+def test_a_build_to_a_url_counts_its_traffic_and_keeps_a_mirror(root, clean, url, tmp_path, home):
     result = build_cache(recipe(root, url))
     assert (result.images, result.url) == (VIEWS * SAMPLES, url)
     assert result.bytes_moved == sum(entry.size for entry in open_place(url).entries())
@@ -94,12 +94,12 @@ def test_a_build_to_a_url_counts_what_it_moves_and_keeps_a_mirror(root, clean, u
     assert leftovers(home) == []
 
 
-def test_the_second_time_nothing_is_done(root, url, home):
+def test_a_repeated_build_does_nothing(root, url, home):
     build_cache(recipe(root, url))
     before = {entry.key: entry for entry in open_place(url).entries()}
-    said: list[str] = []
-    again = build_cache(recipe(root, url), said.append)
-    assert said == [f"{url} is complete: nothing to do"]
+    messages: list[str] = []
+    again = build_cache(recipe(root, url), messages.append)
+    assert messages == [f"{url} is complete: nothing to do"]
     assert (again.images, again.bytes_moved) == (0, 0)
     shutil.rmtree(home)  # as on another machine
     other = build_cache(recipe(root, url))
@@ -107,7 +107,7 @@ def test_the_second_time_nothing_is_done(root, url, home):
     assert {entry.key: entry for entry in open_place(url).entries()} == before
 
 
-def test_without_zarr_at_its_end_a_url_takes_caches_of_any_recipe(root, url):
+def test_a_url_without_zarr_suffix_holds_caches_of_any_recipe(root, url):
     place = url.rpartition("/")[0]
     first = build_cache(recipe(root, place, num_views=1))
     second = build_cache(recipe(root, place, num_views=1, views={"base_seed": 5, "ops": ["flip"]}))
@@ -116,7 +116,7 @@ def test_without_zarr_at_its_end_a_url_takes_caches_of_any_recipe(root, url):
     assert build_cache(recipe(root, f"{place}/", num_views=1)).images == 0
 
 
-def test_a_cache_of_the_home_is_pushed_and_not_computed_again(root, clean, url, tmp_path):
+def test_a_cache_in_the_home_is_pushed_instead_of_recomputed(root, clean, url, tmp_path):
     built = build_cache(recipe(root, None))
     (built.path / "commits" / "c.1.2.0").unlink()
     result = build_cache(recipe(root, url))
@@ -124,7 +124,7 @@ def test_a_cache_of_the_home_is_pushed_and_not_computed_again(root, clean, url, 
     same_as(clean, url, tmp_path)
 
 
-def test_more_views_are_added_there_from_any_machine(root, url, tmp_path, monkeypatch):
+def test_any_machine_can_add_views_to_a_remote_cache(root, url, tmp_path, monkeypatch):
     build_cache(recipe(root, url, num_views=1))
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "another-home"))
     grown = build_cache(recipe(root, url, num_views=3))
@@ -143,7 +143,7 @@ def test_more_views_are_added_there_from_any_machine(root, url, tmp_path, monkey
     same_as(arrays_of(tmp_path / "clean.zarr"), url, tmp_path)
 
 
-def test_a_cache_and_its_mirror_grow_alone(root, url, monkeypatch):
+def test_growing_claims_the_cache_and_its_mirror(root, url, monkeypatch):
     from pipeline.build import cache
 
     build_cache(recipe(root, url, num_views=1))
@@ -159,8 +159,8 @@ def test_a_cache_and_its_mirror_grow_alone(root, url, monkeypatch):
     assert claimed == [True, True]
 
 
-def test_a_builder_killed_at_random_requests_goes_on(root, clean, url, tmp_path, home):
-    """From the making of the cache to its last blocks: the store stops answering, and the builder is killed."""
+def test_a_builder_killed_at_random_requests_resumes(root, clean, url, tmp_path, home):
+    """The store stops answering at any time from the creation to the last blocks, and the builder is killed."""
     place, progress, random_count = open_place(url), [0], random.Random(1)
     with flaky_proxy() as proxy:
         for most in (20, 60, 60, 60, 60):
@@ -171,7 +171,7 @@ def test_a_builder_killed_at_random_requests_goes_on(root, clean, url, tmp_path,
             proxy.go_on()
             progress.append(len(list_committed(place)))
         assert progress == sorted(progress), "a committed block was lost"
-        assert progress[-1] > 0, "no kill came after a commit: the test shows nothing"
+        assert progress[-1] > 0, "every kill came before the first commit"
         Builder(recipe(root, url)).result()
     same_as(clean, url, tmp_path)
     assert leftovers(home) == []
@@ -188,7 +188,7 @@ def test_builders_through_a_store_that_fails_a_fifth_of_its_requests(root, clean
     same_as(clean, url, tmp_path)
 
 
-def test_a_mirror_in_use_is_not_tidied_away(root, url, monkeypatch):
+def test_a_mirror_in_use_is_not_removed(root, url, monkeypatch):
     from pipeline.build import cache
 
     refused = []
@@ -204,7 +204,7 @@ def test_a_mirror_in_use_is_not_tidied_away(root, url, monkeypatch):
     assert refused
 
 
-def test_a_mirror_that_two_work_in_is_kept_until_both_are_done(home, tmp_path):
+def test_a_mirror_with_two_builders_is_kept_until_both_are_done(home, tmp_path):
     images = tiny_images()
     writer, store = create(home / "tiny.zarr", tiny_manifest(images), images), LocalPlace(tmp_path / "store.zarr")
     copy_cache(LocalPlace(writer.path), store)
@@ -217,8 +217,8 @@ def test_a_mirror_that_two_work_in_is_kept_until_both_are_done(home, tmp_path):
     housekeeping.remove(writer.path)
 
 
-def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, monkeypatch):
-    """The manifest comes last: what was uploaded before it is overwritten by the next."""
+def test_an_interrupted_creation_leaves_no_cache(root, clean, url, tmp_path, monkeypatch):
+    """The manifest is uploaded last: files without one are overwritten by the next build."""
     from cache_tools.places import metadata
 
     copied: list[str] = []
@@ -242,7 +242,7 @@ def test_a_cut_while_the_cache_is_made_leaves_none(root, clean, url, tmp_path, m
 
 
 class OtherMachine:
-    """Constants as another machine would compute them: the last bits differ."""
+    """Makes constants differ in their last bits, as on another machine."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         whole = TeacherEnsemble.constants
@@ -255,7 +255,7 @@ class OtherMachine:
         monkeypatch.setenv("TEACHER_CACHE_HOME", str(home))
 
 
-def test_constants_are_those_of_the_builder_that_was_there_first(root, clean, url, tmp_path, monkeypatch):
+def test_the_first_builder_determines_the_constants(root, clean, url, tmp_path, monkeypatch):
     first = build_cache(recipe(root, url, num_views=2))
     OtherMachine(monkeypatch, tmp_path / "another-home")
     result = build_cache(recipe(root, url))
@@ -266,8 +266,8 @@ def test_constants_are_those_of_the_builder_that_was_there_first(root, clean, ur
         np.testing.assert_array_equal(mirrored.constant(name), TeacherCache.open(first.path).constant(name))
 
 
-def test_two_who_make_a_cache_at_once_end_with_the_constants_of_one(root, url, tmp_path, monkeypatch):
-    """The other machine has made its own cache, without blocks, when it finds that it was not the first."""
+def test_two_builders_creating_one_cache_end_with_the_same_constants(root, url, tmp_path, monkeypatch):
+    """The second builder has created its own cache, without blocks, before it finds that it was not the first."""
     from pipeline.build import cache
 
     whole = cache._create
@@ -290,7 +290,7 @@ def test_two_who_make_a_cache_at_once_end_with_the_constants_of_one(root, url, t
     TeacherCache.open(tmp_path / "copy.zarr").require_complete()
 
 
-def test_blocks_with_other_constants_are_never_mixed_in(root, url, tmp_path, monkeypatch):
+def test_blocks_with_other_constants_are_never_mixed(root, url, tmp_path, monkeypatch):
     build_cache(recipe(root, url, num_views=1))
     before = {entry.key: entry for entry in open_place(url).entries()}
     OtherMachine(monkeypatch, tmp_path / "another-home")
@@ -303,7 +303,7 @@ def test_blocks_with_other_constants_are_never_mixed_in(root, url, tmp_path, mon
     assert build_cache(recipe(root, url)).images == (VIEWS - 1) * SAMPLES
 
 
-def test_another_recipes_cache_there_is_left_alone(root, url):
+def test_a_remote_cache_of_another_recipe_is_not_touched(root, url):
     build_cache(recipe(root, url, num_views=1))
     before = {entry.key: entry for entry in open_place(url).entries()}
     with pytest.raises(MismatchError, match="another recipe"):
@@ -311,14 +311,14 @@ def test_another_recipes_cache_there_is_left_alone(root, url):
     assert {entry.key: entry for entry in open_place(url).entries()} == before
 
 
-def test_what_is_no_cache_there_is_left_alone(root, url):
+def test_other_remote_files_are_not_touched(root, url):
     open_place(f"{url}/thesis").put("chapter-1.tex", b"precious")
     with pytest.raises(StorageError, match="place is taken"):
         build_cache(recipe(root, url))
     assert [entry.key for entry in open_place(url).entries()] == ["thesis/chapter-1.tex"]
 
 
-def test_a_bucket_that_is_not_there_is_one_line(root, server, tmp_path):
+def test_a_missing_bucket_is_a_one_line_error(root, server, tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_yaml(recipe(root, "s3://no-such-bucket-here/tiny.zarr")))
     done = CliRunner().invoke(app, [str(file)])
@@ -326,24 +326,24 @@ def test_a_bucket_that_is_not_there_is_one_line(root, server, tmp_path):
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == done.stderr.splitlines()[-1:]
 
 
-def test_a_scheme_that_nobody_knows_is_said_before_anything_is_loaded(root):
+def test_an_unknown_scheme_fails_before_anything_is_loaded(root):
     with pytest.raises(RecipeError, match="not a URL of an object store"):
         build_cache(recipe(root, "nosuch://bucket/c.zarr", teacher={"name": "nowhere.safetensors"}))
 
 
-def test_the_command_says_what_it_moved_and_what_is_next(root, url, tmp_path):
+def test_the_command_prints_its_traffic_and_the_next_step(root, url, tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_yaml(recipe(root, None, num_views=1)))
     done = CliRunner().invoke(app, [str(file), "--out", url])
     assert done.exit_code == 0, done.output
     assert "moved; the local mirror is " in done.stdout
     assert done.stdout.splitlines()[-1] == f"next: train-student --cache {url}"
-    told = json.loads(CliRunner().invoke(app, [str(file), "--out", url, "--views", "2", "--json"]).stdout)
-    assert (told["url"], told["images_computed"]) == (url, SAMPLES)
-    assert 0 < told["bytes_moved"] < sum(entry.size for entry in open_place(url).entries())
+    summary = json.loads(CliRunner().invoke(app, [str(file), "--out", url, "--views", "2", "--json"]).stdout)
+    assert (summary["url"], summary["images_computed"]) == (url, SAMPLES)
+    assert 0 < summary["bytes_moved"] < sum(entry.size for entry in open_place(url).entries())
 
 
-def test_a_url_stays_one_in_recipes_and_plans(root, url, home):
+def test_recipes_and_plans_keep_a_url(root, url, home):
     wanted = recipe(root, url)
     assert wanted.out == url
     assert type(wanted).model_validate(wanted.model_dump(mode="json")) == wanted

@@ -1,4 +1,4 @@
-"""Agreement equals counting image by image in float64; the teachers are those of the cache, or nothing is said."""
+"""Agreement equals counting image by image in float64. The teachers are those of the cache, or it is an error."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_figures_equal_counting(run: StoredRun, images: ImageSet):
         assert row.right_when_wrong == pytest.approx(corrects / wrong)
 
 
-def test_a_student_that_is_its_teacher_agrees_with_it(run: StoredRun, images: ImageSet):
+def test_a_student_equal_to_its_teacher_agrees_with_it(run: StoredRun, images: ImageSet):
     ensemble = load_teachers(run, images, CPU)
     (teacher,), _ = ensemble.outputs(torch.from_numpy(images.load(slice(None))))
     same = agreement(teacher.logits, ensemble, images, batch_size=len(images))[0]
@@ -84,7 +84,7 @@ def test_a_student_that_is_its_teacher_agrees_with_it(run: StoredRun, images: Im
     assert same.kl == pytest.approx(0.0, abs=1e-9)
 
 
-def test_the_fusion_is_the_runs_own(run: StoredRun, images: ImageSet):
+def test_the_fusion_of_the_run_is_used(run: StoredRun, images: ImageSet):
     ensemble = load_teachers(run, images, CPU)
     assert ensemble.fusion.teacher_weight == 0.7
     assert run.manifest is not None
@@ -114,9 +114,9 @@ def test_missing_and_changed_weights_are_errors(run: StoredRun, images: ImageSet
         (root / "teacher.safetensors").write_bytes(weights)
 
 
-def test_a_cache_that_keeps_no_build_recipe_is_an_error(run: StoredRun, images: ImageSet):
+def test_a_cache_without_a_build_recipe_is_an_error(run: StoredRun, images: ImageSet):
     assert run.manifest is not None
-    silent = StoredRun(
+    without_recipe = StoredRun(
         folder=run.folder,
         recipe=run.recipe,
         dataset=run.dataset,
@@ -124,4 +124,4 @@ def test_a_cache_that_keeps_no_build_recipe_is_an_error(run: StoredRun, images: 
         cache=run.cache,
     )
     with pytest.raises(NotFoundError, match="does not record how its teachers were loaded"):
-        load_teachers(silent, images, CPU)
+        load_teachers(without_recipe, images, CPU)

