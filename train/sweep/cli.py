@@ -100,9 +100,7 @@ def sweep_students(
     """
     for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
         if value is not None and engine != "ray":
-            raise RecipeError(
-                "an option of Ray, but another engine", where=f"{option} {value}", expected="--engine ray"
-            )
+            raise RecipeError("this option needs the Ray engine", where=f"{option} {value}", expected="--engine ray")
     options = {
         "cache": cache,
         "epochs": epochs,

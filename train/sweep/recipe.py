@@ -40,7 +40,7 @@ class Asha(Frozen):
         return larger_is_better(self.metric)
 
     def rungs(self, epochs: int) -> list[int]:
-        """Numbers of epochs after which trials are compared; the last epoch is none of them."""
+        """Numbers of epochs after which trials are compared; the last epoch is not one of them."""
         rungs = [self.first_epochs]
         while rungs[-1] * self.keep_one_in < epochs:
             rungs.append(rungs[-1] * self.keep_one_in)

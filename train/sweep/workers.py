@@ -55,7 +55,8 @@ class ProcessEngine:
                 for process in running:
                     process.terminate()
                 for process in running:
-                    process.wait()
+                    with process:  # waits for its end and closes its pipes
+                        pass
 
     def _start(self, share: Sequence[Trial], halving: Halving | None) -> subprocess.Popen[bytes]:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ class ProcessEngine:
 
 
 def divide_streams(streams: Sequence[Sequence[Trial]], count: int) -> list[list[Trial]]:
-    """Divide streams among `count` workers. Streams stay whole, but for the last ones where they leave workers idle."""
+    """Divide streams among `count` workers. The last streams are cut if they would leave workers idle as a whole."""
     whole = len(streams) - len(streams) % count
     found = [list(stream) for stream in streams[:whole]]
     for stream in streams[whole:]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
@@ -40,7 +40,7 @@ FAMILIES = (
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("export") / "pictures", train=24, test=21)
 
 
@@ -50,7 +50,7 @@ def trained(pictures: Path) -> Path:
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path) -> Path:
+def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -102,7 +102,7 @@ np.save(folder + "/onnx.npy", np.concatenate(rows))
 
 @pytest.mark.medium
 @pytest.mark.parametrize("student", [*FAMILIES[:1], *map(slow, FAMILIES[1:-1]), *FAMILIES[-1:]])
-def test_every_family_in_every_format(pictures: Path, student: str):
+def test_every_family_in_every_format(pictures: Path, student: str) -> None:
     pytest.importorskip("onnxruntime")
     dataset = tiny_run.dataset(pictures)
     if student == "timm:test_vit":  # takes this size only
@@ -119,7 +119,7 @@ def test_every_family_in_every_format(pictures: Path, student: str):
 
 
 @pytest.mark.medium
-def test_files_run_without_our_packages(run: Path, pictures: Path, tmp_path):
+def test_files_run_without_our_packages(run: Path, pictures: Path, tmp_path: Path) -> None:
     """In processes that cannot import teacher-cache, from pixels, with batches of several sizes."""
     pytest.importorskip("onnxruntime")
     export_student(run, ExportOptions(formats=ALL))
@@ -137,7 +137,7 @@ def test_files_run_without_our_packages(run: Path, pictures: Path, tmp_path):
 
 
 @pytest.mark.medium
-def test_timm_loads_an_exported_timm_student(pictures: Path):
+def test_timm_loads_an_exported_timm_student(pictures: Path) -> None:
     import timm
 
     run = train(pictures, "timm:test_efficientnet", epochs=1)
@@ -156,7 +156,7 @@ def test_timm_loads_an_exported_timm_student(pictures: Path):
 
 
 @pytest.mark.medium
-def test_torchvision_loads_an_exported_torchvision_student(pictures: Path):
+def test_torchvision_loads_an_exported_torchvision_student(pictures: Path) -> None:
     from torchvision.models import get_model
 
     run = train(pictures, "torchvision:shufflenet_v2_x0_5", epochs=1)
@@ -172,7 +172,7 @@ def test_torchvision_loads_an_exported_torchvision_student(pictures: Path):
 
 
 @pytest.mark.medium
-def test_the_code_in_the_documentation(pictures: Path):
+def test_the_code_in_the_documentation(pictures: Path) -> None:
     pytest.importorskip("onnxruntime")
     run = train(pictures, "timm:test_efficientnet", epochs=1)
     export_student(run, ExportOptions(formats=ALL))
@@ -189,7 +189,7 @@ def test_the_code_in_the_documentation(pictures: Path):
 
 
 @pytest.mark.parametrize("weights", ["best", "ema"])
-def test_other_weights(run: Path, pictures: Path, weights: str):
+def test_other_weights(run: Path, pictures: Path, weights: str) -> None:
     report = export_student(run, ExportOptions(weights=weights, formats=("safetensors",)))
     assert (report.checkpoint, report.epoch) == (weights, read_card(run / f"{weights}.safetensors").epoch)
     assert (run / "export" / "model.safetensors").read_bytes() == (run / f"{weights}.safetensors").read_bytes()
@@ -198,7 +198,7 @@ def test_other_weights(run: Path, pictures: Path, weights: str):
 
 
 @pytest.mark.medium
-def test_a_fixed_batch_of_normalised_images(run: Path, pictures: Path):
+def test_a_fixed_batch_of_normalised_images(run: Path, pictures: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     options = ExportOptions(formats=("torch-export", "onnx"), batch_size=4, input="normalised", samples=10)
     report = export_student(run, options)
@@ -212,7 +212,7 @@ def test_a_fixed_batch_of_normalised_images(run: Path, pictures: Path):
     np.testing.assert_allclose(logits, expected_logits(run, pictures)[:4].numpy(), atol=1e-5)
 
 
-def test_an_export_replaces_an_earlier_one(run: Path):
+def test_an_export_replaces_an_earlier_one(run: Path) -> None:
     export_student(run, ExportOptions(formats=("safetensors", "torchscript")))
     export_student(run, ExportOptions(formats=("torchscript",), weights="best"))
     assert {path.name for path in (run / "export").iterdir()} == {"model.torchscript.pt", "config.json"}
@@ -224,7 +224,7 @@ def test_an_export_replaces_an_earlier_one(run: Path):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", ALL)
-def test_a_corrupted_export_is_caught(monkeypatch, run: Path, name: str):
+def test_a_corrupted_export_is_caught(monkeypatch: pytest.MonkeyPatch, run: Path, name: str) -> None:
     """Negate the weights of the classifier in the written file: the earlier export stays as it was."""
     if name == "onnx":
         pytest.importorskip("onnxruntime")
@@ -251,7 +251,7 @@ def test_a_corrupted_export_is_caught(monkeypatch, run: Path, name: str):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_truncated_export_is_caught(monkeypatch, run: Path, name: str):
+def test_a_truncated_export_is_caught(monkeypatch: pytest.MonkeyPatch, run: Path, name: str) -> None:
     if name == "onnx":
         pytest.importorskip("onnxruntime")
     real = FORMATS[name]
@@ -268,7 +268,7 @@ def test_a_truncated_export_is_caught(monkeypatch, run: Path, name: str):
 
 
 @pytest.mark.medium
-def test_a_graph_that_normalises_with_other_numbers_is_caught(monkeypatch, run: Path):
+def test_a_graph_that_normalises_with_other_numbers_is_caught(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     """0 … 1 instead of 0 … 255, the most common mistake in deployments."""
     real = formats.affine
     monkeypatch.setattr(formats, "affine", lambda *given: tuple(value / 255 for value in real(*given)))
@@ -278,14 +278,14 @@ def test_a_graph_that_normalises_with_other_numbers_is_caught(monkeypatch, run: 
 
 
 @pytest.mark.medium
-def test_the_tolerance_option(run: Path):
+def test_the_tolerance_option(run: Path) -> None:
     failed = invoke(run, "--format", "torchscript", "--tolerance", "1e-12")
     assert failed.exit_code == 2
     assert "at most 1e-12" in failed.stderr
     assert invoke(run, "--format", "torchscript", "--tolerance", "1e-3").exit_code == 0
 
 
-def test_the_printed_table_and_json(run: Path):
+def test_the_printed_table_and_json(run: Path) -> None:
     table = invoke(run, "--format", "safetensors,torchscript", "--samples", 5)
     assert table.exit_code == 0, table.stderr
     for words in (
@@ -314,7 +314,7 @@ def test_the_printed_table_and_json(run: Path):
         (["--data-dir", "/nowhere"], "image folder not found"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(run: Path, arguments: list[str], words: str):
+def test_errors_are_one_line_and_exit_code_2(run: Path, arguments: list[str], words: str) -> None:
     failed = invoke(run, *arguments)
     assert failed.exit_code == 2
     assert failed.stderr.startswith("error: ")
@@ -322,7 +322,7 @@ def test_errors_are_one_line_and_exit_code_2(run: Path, arguments: list[str], wo
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_other_errors(monkeypatch, run: Path, tmp_path):
+def test_other_errors(monkeypatch: pytest.MonkeyPatch, run: Path, tmp_path: Path) -> None:
     assert "no run of train-student here" in invoke(tmp_path / "nothing").stderr
     (tmp_path / "file").write_text("")
     assert "a file is where the export should be" in invoke(run, "--out", tmp_path / "file").stderr
@@ -337,5 +337,5 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def invoke(*arguments: object):  # type: ignore[no-untyped-def]  # typer's result type is not public
+def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

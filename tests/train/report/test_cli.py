@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.support.run_folders import write_run, write_sweep
 from train.report.cli import app
@@ -13,7 +13,7 @@ from train.report.cli import app
 ROOT = Path(__file__).parents[3]
 
 
-def invoke(*arguments: object):  # type: ignore[no-untyped-def]  # typer's result type is not public
+def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

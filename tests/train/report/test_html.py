@@ -64,7 +64,7 @@ def page(path: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory) -> Page:
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Page:
     folder = write_sweep(tmp_path_factory.mktemp("sweep") / "s", {"resnet8": 0.85, "vgg8": 0.93}, losses=("kd", "ce"))
     return page(write_report([], folder / "report.html", trials=read_table(folder), title="A sweep"))
 

@@ -365,17 +365,12 @@ def test_processes_give_the_same_table(
     assert epochs[-1] == 2 * 2 * 2
 
 
-def test_streams_are_divided_to_fill_the_processes() -> None:
-    trials = [[SweepTrial(number) for number in range(8)]]
-    assert [len(share) for share in divide_streams(trials, 3)] == [3, 3, 2]  # type: ignore[arg-type]
-    assert [len(share) for share in divide_streams(trials * 4, 2)] == [8, 8, 8, 8]  # type: ignore[arg-type]
-    assert [len(share) for share in divide_streams(trials * 3, 2)] == [8, 8, 4, 4]  # type: ignore[arg-type]
-    assert [len(share) for share in divide_streams([trials[0][:1]], 3)] == [1]  # type: ignore[arg-type]
-
-
-class SweepTrial:
-    def __init__(self, number: int) -> None:
-        self.number = number
+def test_streams_are_divided_to_fill_the_processes(cache: Path, tmp_path: Path) -> None:
+    trials = [make_trials(sweep(cache, seeds=8), tmp_path)]
+    assert [len(share) for share in divide_streams(trials, 3)] == [3, 3, 2]
+    assert [len(share) for share in divide_streams(trials * 4, 2)] == [8, 8, 8, 8]
+    assert [len(share) for share in divide_streams(trials * 3, 2)] == [8, 8, 4, 4]
+    assert [len(share) for share in divide_streams([trials[0][:1]], 3)] == [1]
 
 
 def test_damaged_metrics(cache: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cache_tools.errors import CacheError, MismatchError, StorageError, error_to
 from train.sweep.ray.worker import folder_not_seen, probe, train_share, versions
 
 CONNECT_S, PROBE_S = 10.0, 60.0
-OBJECT_STORE_BYTES = 100_000_000  # small, for nothing goes through it
+OBJECT_STORE_BYTES = 100_000_000  # small: no data go through it
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would upload the working folder

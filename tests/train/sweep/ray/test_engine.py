@@ -134,14 +134,14 @@ def test_each_node_stages_a_remote_cache_once(
     url = f"s3://{new_bucket()}/caches/tiny.zarr"
     copy_cache(LocalPlace(cache), open_place(url))
     proxy.forget()
-    of = {"students": ("resnet8",), "losses": (), "seeds": 3}
-    on_cluster = on_ray(sweep(url, **of), tmp_path / "ray", nodes, workers=3)
+    changes: dict[str, Any] = {"students": ("resnet8",), "losses": (), "seeds": 3}
+    on_cluster = on_ray(sweep(url, **changes), tmp_path / "ray", nodes, workers=3)
     chunks = [path for path in proxy.paths("GET") if "/fused_logits/c." in path]
     assert len(chunks) == 2 * len(set(chunks)) == 2 * 2 * 4, "each node reads four blocks of each of two views"
     for home in nodes.homes:
         assert len(list(home.glob("tiny-*.zarr"))) == 1, "each node has a mirror"
     assert shares_of(tmp_path / "ray") == 3
-    same(on_cluster, run_sweep(sweep(cache, **of), tmp_path / "local"))
+    same(on_cluster, run_sweep(sweep(cache, **changes), tmp_path / "local"))
 
 
 @pytest.mark.slow
