@@ -67,7 +67,9 @@ def train(root: Path, cache: str, name: str, *, online: bool = False, **loss: ob
     return load_file(run.out / "last.safetensors"), history["loss"].to_list()
 
 
-@pytest.mark.parametrize("loss", [{}, {"feature": "cosine"}], ids=["kd", "kd+features"])
+@pytest.mark.parametrize(
+    "loss", [pytest.param({}, marks=pytest.mark.slow), {"feature": "cosine"}], ids=["kd", "kd+features"]
+)
 def test_a_float32_cache_gives_the_weights_of_live_teachers_bit_for_bit(root: Path, loss: dict):
     tag = "-".join(loss.values()) or "kd"
     cached, cached_losses = train(root, "float32", f"cached-{tag}", **loss)

@@ -45,6 +45,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_and_open_clip_loads_them(script: ModuleType, tmp_path: Path) -> None:
     options = {"samples": 96, "epochs": 2, "batch_size": 32, "device": "cpu"}
     script.main("digits", tmp_path / "a", seed=3, **options)

@@ -237,9 +237,7 @@ def test_stats_json_and_folder_agree(home: Path, tmp_path: Path) -> None:
 
 
 def test_stats_can_fuse_again(home: Path) -> None:
-    found = json.loads(
-        run(home, "stats", "half", "--json", "--teacher-weight", "1", "--clip-scale", "match").stdout
-    )
+    found = json.loads(run(home, "stats", "half", "--json", "--teacher-weight", "1", "--clip-scale", "match").stdout)
     assert found["about"]["teacher_weight"] == 1.0
     teacher, fusion = (
         next(row for row in found["summary"] if row["source"] == source) for source in ("teacher", "fusion")

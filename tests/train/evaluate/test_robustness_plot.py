@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from tests.support.turns import slow
 from train.evaluate.corruptions import CORRUPTIONS, SEVERITIES
 from train.evaluate.robustness import summarise
 from train.evaluate.robustness_plot import plot_robustness
@@ -46,22 +47,22 @@ def test_a_baseline_is_a_second_line():
     assert share(both, vermillion) > 0.002
 
 
-def test_every_panel_moves_with_its_errors():
+@pytest.mark.parametrize("number", [slow(0), 7, slow(14)])
+def test_every_panel_moves_with_its_errors(number: int):
     """A corruption's errors change its own panel and no other."""
     base = np.full((15, 5), 0.3)
     plain = frame(base)
     before = pixels(plot_robustness(plain, summarise(plain, 0.3), "t", num_classes=10))
-    for number in (0, 7, 14):
-        errors = base.copy()
-        errors[number] = 0.8
-        changed = frame(errors)
-        after = pixels(plot_robustness(changed, summarise(changed, 0.3), "t", num_classes=10))
-        rows, columns = np.nonzero((before != after).any(axis=2))
-        height, width = before.shape[:2]
-        assert int(rows.mean() // (height / 3)) == number // 5
-        assert int(columns.mean() // (width / 5)) == number % 5
-        assert np.ptp(rows) < height / 3
-        assert np.ptp(columns) < width / 5
+    errors = base.copy()
+    errors[number] = 0.8
+    changed = frame(errors)
+    after = pixels(plot_robustness(changed, summarise(changed, 0.3), "t", num_classes=10))
+    rows, columns = np.nonzero((before != after).any(axis=2))
+    height, width = before.shape[:2]
+    assert int(rows.mean() // (height / 3)) == number // 5
+    assert int(columns.mean() // (width / 5)) == number % 5
+    assert np.ptp(rows) < height / 3
+    assert np.ptp(columns) < width / 5
 
 
 def test_names_are_text_and_not_formulae():

@@ -350,6 +350,7 @@ def test_an_error_of_a_process_is_raised_as_it_is(cache: Path, tmp_path: Path) -
     assert f"error: {raised.value}" in (tmp_path / "workers.log").read_text()
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_table(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,7 @@ def test_table_and_weights_equal_those_of_one_machine(nodes: Cluster, cache: Pat
     same(again, on_cluster)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again(
     nodes: Cluster, cache: Path, undisturbed: SweepResult, tmp_path: Path
 ) -> None:
