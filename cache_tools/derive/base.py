@@ -33,7 +33,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter, check_free
 
 MAX_WORKERS = 4
-_BUILD_ONLY = {"inputs", "grown"}  # provenance by which a build recognises its own cache
+_BUILD_ONLY = {"inputs", "grown"}  # by its `inputs`, a build recognises its own cache
 
 Constants = Mapping[str, npt.NDArray[np.float32]]
 Convert = Callable[[int, slice], Mapping[str, npt.NDArray[Any]]]

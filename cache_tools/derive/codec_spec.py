@@ -34,13 +34,13 @@ def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
     if not plus:
         if spec in PRESETS:
             return resolve_codecs(spec, len(recipe.dataset.class_names))
-        codec = _codec(spec)
+        codec = _parse_codec(spec)
         fields = {
             "logits": None if isinstance(codec, FeatureSteps) else codec,
             "features": None if isinstance(codec, Companded | TopK) else codec,
         }
     else:
-        fields = {"logits": _codec(logits) if logits else None, "features": _codec(features) if features else None}
+        fields = {"logits": _parse_codec(logits) if logits else None, "features": _parse_codec(features) if features else None}
     stored = kinds(recipe)
     changes = {key: codec for key, codec in fields.items() if codec is not None and key in stored}
     if not changes:
@@ -77,7 +77,7 @@ def choose(recipe: CacheRecipe, spec: str | None, logits: str | None, features: 
     return recipe.codecs, "-".join(name for name in names if name)
 
 
-def _codec(text: str) -> Codec:
+def _parse_codec(text: str) -> Codec:
     name, _, parameters = text.partition(":")
     if name not in CODECS:
         known = ", ".join(dict.fromkeys([*PRESETS, *CODECS]))
@@ -87,11 +87,11 @@ def _codec(text: str) -> Codec:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise RecipeError("cannot read a codec", where=text, expected="NAME:KEY=VALUE,KEY=VALUE", found=repr(item))
-        fields[key.strip()] = _number(value.strip())
+        fields[key.strip()] = _parse_value(value.strip())
     return parse_codec(fields, where=f"codec {text}")
 
 
-def _number(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     if fraction := _FRACTION.fullmatch(text):
         try:
             return float(fraction[1]) / float(fraction[2])

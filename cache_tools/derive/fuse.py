@@ -67,7 +67,7 @@ def fuse(
         RecipeError: not one weight for each network, a `clip_view` (which cache recipes do not have), a bad codec.
         WeightsError: new templates, and a CLIP whose weights are not the cache's.
         IncompleteError: view 0 is not complete, and the CLIP scale is `match` or the codec is fitted to its rows.
-        FormatError, MismatchError, StorageError: as `derive.derive`.
+        FormatError, MismatchError, StorageError: as `base.derive`.
     """
     resolved, recipe = _resolve(cache, choice), fused_recipe(cache, choice, templates, codec)
     label = name or f"{cache.manifest.name}-fused"

@@ -48,7 +48,7 @@ def recode(
         IncompleteError: view 0 of the source is not complete.
         FormatError: numbers that a codec cannot represent, in the sample (then nothing is made) or in a block; or a
             damaged block in the source.
-        MismatchError, StorageError: as `derive.derive`.
+        MismatchError, StorageError: as `base.derive`.
     """
     source = BlockReader(cache)
     recipe = cache.recipe.model_copy(update={"codecs": codecs})

@@ -80,8 +80,8 @@ def remove(path: Path) -> None:
     """
     if not is_cache(path):
         raise StorageError("not a cache: nothing was removed", where=path, expected="a folder with zarr.json")
-    if use := _use(path, time.time()):
-        raise StorageError(f"{use}: nothing was removed", where=path, next_step="try again when that is done")
+    if reason := _why_in_use(path, time.time()):
+        raise StorageError(f"{reason}: nothing was removed", where=path, next_step="try again when that is done")
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         path.rename(hidden)
@@ -131,10 +131,10 @@ def _kept_because(record: CacheRecord, now_s: float) -> str | None:
         return "a link: the cache is elsewhere"
     if record.unknown:
         return f"{record.unknown}: it may be sound"
-    return _use(record.path, now_s)
+    return _why_in_use(record.path, now_s)
 
 
-def _use(path: Path, now_s: float) -> str | None:
+def _why_in_use(path: Path, now_s: float) -> str | None:
     """Why a cache is in use, None if it is not: a process that builds, stages or copies it holds a fresh claim."""
     try:
         newest = max((entry.modified_s for entry in claims_place(LocalPlace(path)).entries()), default=0.0)

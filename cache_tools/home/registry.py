@@ -75,6 +75,62 @@ def cache_path(name: str, fingerprint: str) -> Path:
     return cache_home() / f"{name}-{fingerprint[:12]}{SUFFIX}"
 
 
+def resolve(reference: str | Path) -> Path:
+    """The folder of the cache that a reference means: a path, or what `find` finds.
+
+    Raises:
+        NotFoundError: nothing, or several caches; a URL.
+    """
+    if is_remote(reference):
+        raise NotFoundError(
+            "this needs a cache on a local disk",
+            where=reference,
+            next_step=f"`cache-tools pull {reference}` brings it into the cache home",
+        )
+    path = local_path(reference)
+    looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
+    if looks_like_path or (reference and is_cache(path)):
+        if not os.path.exists(path):  # Path.exists raises for names that no file can have
+            raise NotFoundError("no cache here", where=path, next_step=_advice(list_caches()))
+        return path
+    return find(str(reference)).path
+
+
+def find(reference: str) -> CacheRecord:
+    """The cache of the home with this name, fingerprint prefix (four hex digits or more) or `NAME-FINGERPRINT`.
+
+    If several match and exactly one is complete, it is that one.
+
+    Raises:
+        NotFoundError: none matches (the message has similar names), or several (it has their fingerprints).
+    """
+    caches = list_caches()
+    matches = [found for found in caches if found.name == reference] or [
+        found for found in caches if _has_prefix(found, reference)
+    ]
+    complete = [found for found in matches if found.complete]
+    if len(matches) == 1 or len(complete) == 1:
+        return (complete if len(complete) == 1 else matches)[0]
+    if matches:
+        listed = ", ".join(
+            f"{m.fingerprint[:12] or m.path.name} ({m.views_done}/{m.views_total} views)" for m in matches
+        )
+        raise NotFoundError(
+            "several caches match", where=reference, found=listed, next_step="give more of the fingerprint, or the path"
+        )
+    near = difflib.get_close_matches(reference, sorted({found.name for found in caches}), n=3, cutoff=0.5)
+    advice = f"did you mean {' or '.join(near)}; otherwise " if near else ""
+    advice += (
+        "run `cache-tools ls`" if _is_hex(reference) else "`cache-tools ls` lists the caches, `build-cache` makes more"
+    )
+    raise NotFoundError(
+        "no such cache",
+        where=reference,
+        expected=f"a path, or a name or fingerprint in {cache_home()}",
+        next_step=advice,
+    )
+
+
 def is_cache(path: Path) -> bool:
     """Whether `path` is a folder with a zarr.json."""
     return os.path.isfile(path / "zarr.json")
@@ -164,13 +220,6 @@ def used_file(path: Path) -> Path:
     return path.absolute().with_name(f".{path.name}.used")
 
 
-def _used_s(path: Path) -> float:
-    try:
-        return used_file(path).stat().st_mtime
-    except OSError:
-        return 0.0
-
-
 def read_complete_views(path: Path, manifest: Manifest) -> list[int]:
     """The complete views of a cache, from the names of its commit files."""
     try:
@@ -186,60 +235,11 @@ def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
     return sorted(view for view, count in counts.items() if count == manifest.num_blocks)
 
 
-def resolve(reference: str | Path) -> Path:
-    """The folder of the cache that a reference means: a path, or what `find` finds.
-
-    Raises:
-        NotFoundError: nothing, or several caches; a URL.
-    """
-    if is_remote(reference):
-        raise NotFoundError(
-            "this needs a cache on a local disk",
-            where=reference,
-            next_step=f"`cache-tools pull {reference}` brings it into the cache home",
-        )
-    path = local_path(reference)
-    looks_like_path = isinstance(reference, Path) or os.sep in reference or reference.endswith(SUFFIX)
-    if looks_like_path or (reference and is_cache(path)):
-        if not os.path.exists(path):  # Path.exists raises for names that no file can have
-            raise NotFoundError("no cache here", where=path, next_step=_advice(list_caches()))
-        return path
-    return find(str(reference)).path
-
-
-def find(reference: str) -> CacheRecord:
-    """The cache of the home with this name, fingerprint prefix (four hex digits or more) or `NAME-FINGERPRINT`.
-
-    If several match and exactly one is complete, it is that one.
-
-    Raises:
-        NotFoundError: none matches (the message has similar names), or several (it has their fingerprints).
-    """
-    caches = list_caches()
-    matches = [found for found in caches if found.name == reference] or [
-        found for found in caches if _has_prefix(found, reference)
-    ]
-    complete = [found for found in matches if found.complete]
-    if len(matches) == 1 or len(complete) == 1:
-        return (complete if len(complete) == 1 else matches)[0]
-    if matches:
-        listed = ", ".join(
-            f"{m.fingerprint[:12] or m.path.name} ({m.views_done}/{m.views_total} views)" for m in matches
-        )
-        raise NotFoundError(
-            "several caches match", where=reference, found=listed, next_step="give more of the fingerprint, or the path"
-        )
-    near = difflib.get_close_matches(reference, sorted({found.name for found in caches}), n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(near)}; otherwise " if near else ""
-    build = (
-        "run `cache-tools ls`" if _is_hex(reference) else "`cache-tools ls` lists the caches, `build-cache` makes more"
-    )
-    raise NotFoundError(
-        "no such cache",
-        where=reference,
-        expected=f"a path, or a name or fingerprint in {cache_home()}",
-        next_step=advice + build,
-    )
+def _used_s(path: Path) -> float:
+    try:
+        return used_file(path).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_empty(folder: Path) -> bool:

@@ -57,9 +57,9 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
         MismatchError: another cache at `target`, or the same one in blocks of another size.
         StorageError: something that is no cache at `target`, or storage that is full, read-only or unreachable.
     """
-    if not lacks_metadata(target, manifest):
-        return []
     existing = _existing(target, manifest)
+    if existing is not None and existing.num_views >= manifest.num_views:
+        return []
     layouts, whole = array_layouts(manifest), ("labels", "sample_keys", *constant_shapes(manifest.recipe))
     if existing is None:
         _check_free(target, layouts)
@@ -74,11 +74,9 @@ def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]
             sizes.append(size)
             progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
     group = read_file(source, GROUP, MAX_METADATA_BYTES)
-    if not target.put(
-        GROUP, group, only_new=existing is None
-    ):  # another process was faster: check that it is the same cache
-        return sizes + copy_metadata(source, target, manifest)
-    return [*sizes, len(group)]
+    if target.put(GROUP, group, only_new=existing is None):
+        return [*sizes, len(group)]
+    return sizes + copy_metadata(source, target, manifest)  # another process was faster: is it the same cache?
 
 
 def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:

@@ -201,7 +201,8 @@ def test_a_half_built_remote_cache_shows_its_complete_views(proxy: FlakyProxy, t
     np.testing.assert_array_equal(cache.read_array("fused_logits", 1, slice(0, 20)), targets["fused_logits"][1, :20])
     write(writer, targets)
     publish(tmp_path / "half.zarr", proxy, url)
-    assert cache.is_complete, "the same reader sees the new blocks"
+    same_reader = cache
+    assert same_reader.is_complete, "it sees the new blocks"
     np.testing.assert_array_equal(cache.read_array("fused_logits", 1), targets["fused_logits"][1])
 
 
