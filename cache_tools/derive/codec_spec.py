@@ -40,7 +40,10 @@ def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
             "features": None if isinstance(codec, Companded | TopK) else codec,
         }
     else:
-        fields = {"logits": _parse_codec(logits) if logits else None, "features": _parse_codec(features) if features else None}
+        fields = {
+            "logits": _parse_codec(logits) if logits else None,
+            "features": _parse_codec(features) if features else None,
+        }
     stored = kinds(recipe)
     changes = {key: codec for key, codec in fields.items() if codec is not None and key in stored}
     if not changes:
