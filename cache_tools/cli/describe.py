@@ -102,7 +102,7 @@ def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None
     for record in records:
         modified = _date(record.modified_s)
         identity = (record.name, record.fingerprint[:12], record.dataset, record.teacher, record.clip)
-        used = (human_age(time.time() - record.used_s),) if local else ()
+        used = (_age(time.time() - record.used_s),) if local else ()
         table.add_row(*identity, _views(record), human_bytes(record.size_bytes), modified, *used)
     # Piped output is for grep and awk: never wrap lines.
     Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
@@ -159,7 +159,7 @@ def _date(time_s: float) -> str:
         return ""
 
 
-def human_age(seconds: float) -> str:
+def _age(seconds: float) -> str:
     """`40 min`, `3 h`, `12 d` ago; `now` within a minute."""
     minutes = seconds / 60
     if minutes < 1:
