@@ -11,10 +11,8 @@ from cache_tools.cli import describe
 from cache_tools.cli.options import AsJson, Cache, LocalCache, Yes
 from cache_tools.console import print_json
 from cache_tools.errors import StorageError
-from cache_tools.files import find_leftovers
 from cache_tools.home import housekeeping, registry
 from cache_tools.home.listing import Filters, RemoteRecord, list_remote
-from cache_tools.home.sizes import size_and_time
 from cache_tools.places import LocalPlace, is_remote, open_place
 from cache_tools.units import human_bytes
 
@@ -132,31 +130,27 @@ def prune_command(
         keep_bytes=None if keep_size is None else units.num_bytes(keep_size),
         incomplete=incomplete,
     )
-    records = registry.list_caches()
-    found = housekeeping.find_candidates(records, rules)
-    removed = [candidate for candidate in found if candidate.kept_because is None]
-    partial = {path: size_and_time(path)[0] for path in find_leftovers(registry.cache_home())} if incomplete else {}
-    if yes:
-        for candidate in removed:
-            housekeeping.remove(candidate.record.path)
-        housekeeping.remove_leftovers(partial)
-    freed = sum(candidate.record.size_bytes for candidate in removed) + sum(partial.values())
+    pruned = housekeeping.prune(rules, dry_run=not yes)
     if as_json:
-        caches = [candidate.model_dump(mode="json") for candidate in found]
-        print_json({"removed": yes, "bytes": freed, "caches": caches, "leftovers": [str(path) for path in partial]})
-        return
-    for candidate in found:
-        kept = candidate.kept_because
-        verb = f"keeping ({kept})" if kept else "removed" if yes else "would remove"
-        size = human_bytes(candidate.record.size_bytes)
-        print(f"{verb} {candidate.record.path} ({size}; {candidate.reason})")
-    for path, size_bytes in partial.items():
-        print(f"{'removed' if yes else 'would remove'} {path} ({human_bytes(size_bytes)}; left by a killed command)")
+        caches = [candidate.model_dump(mode="json") for candidate in pruned.candidates]
+        leftovers = [str(path) for path in pruned.leftovers]
+        print_json({"removed": yes, "bytes": pruned.bytes_freed, "caches": caches, "leftovers": leftovers})
+    else:
+        _print_pruned(pruned, rules, dry_run=not yes)
+
+
+def _print_pruned(pruned: housekeeping.Pruned, rules: housekeeping.PruneRules, *, dry_run: bool) -> None:
+    removed = "would remove" if dry_run else "removed"
+    for candidate in pruned.candidates:
+        verb = removed if candidate.kept_because is None else f"keeping ({candidate.kept_because})"
+        print(f"{verb} {candidate.record.path} ({human_bytes(candidate.record.size_bytes)}; {candidate.reason})")
+    for path, size_bytes in pruned.leftovers.items():
+        print(f"{removed} {path} ({human_bytes(size_bytes)}; left by a killed command)")
     if rules == housekeeping.PruneRules():
         print("No rule given: add --older-than, --unused-for, --keep-size or --incomplete.")
     else:
-        hint = "" if yes or not (removed or partial) else ". Add --yes to remove them."
-        print(f"{len(removed)} caches, {human_bytes(freed)}{hint}")
-    left = housekeeping.remaining_bytes(records, {candidate.record.path for candidate in removed})
-    if rules.keep_bytes is not None and left > rules.keep_bytes:
-        print(f"The cache home is still larger than --keep-size: the caches that were kept take {human_bytes(left)}.")
+        hint = ". Add --yes to remove them." if dry_run and (pruned.removed or pruned.leftovers) else ""
+        print(f"{len(pruned.removed)} caches, {human_bytes(pruned.bytes_freed)}{hint}")
+    if rules.keep_bytes is not None and pruned.bytes_left > rules.keep_bytes:
+        kept = human_bytes(pruned.bytes_left)
+        print(f"The cache home is still larger than --keep-size: the caches that were kept take {kept}.")

@@ -10,9 +10,10 @@ from pathlib import Path
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import StorageError
-from cache_tools.files import PARTIAL, remove_leftover, sync_folder
+from cache_tools.files import PARTIAL, find_leftovers, remove_leftover, sync_folder
 from cache_tools.home.origin import origin_file
-from cache_tools.home.registry import CacheRecord, is_cache, used_file
+from cache_tools.home.registry import CacheRecord, cache_home, is_cache, list_caches, used_file
+from cache_tools.home.sizes import size_and_time
 from cache_tools.places import LocalPlace
 from cache_tools.places.claims import EXPIRE_S, claims_place
 
@@ -39,6 +40,51 @@ class Candidate(Frozen):
     record: CacheRecord
     reason: str
     kept_because: str | None = None
+
+
+class Pruned(Frozen):
+    """What `prune` removed, or would remove.
+
+    Attributes:
+        candidates: the caches that the rules select, least recently used first.
+        leftovers: bytes of each file and folder that killed commands left behind.
+        bytes_left: size of the caches that stay.
+    """
+
+    candidates: tuple[Candidate, ...]
+    leftovers: dict[Path, int]
+    bytes_left: int
+
+    @property
+    def removed(self) -> list[Candidate]:
+        """The candidates that are not kept."""
+        return [candidate for candidate in self.candidates if candidate.kept_because is None]
+
+    @property
+    def bytes_freed(self) -> int:
+        return sum(candidate.record.size_bytes for candidate in self.removed) + sum(self.leftovers.values())
+
+
+def prune(rules: PruneRules, *, dry_run: bool) -> Pruned:
+    """Remove the caches of the cache home that the rules select, and with `incomplete` leftovers of killed commands.
+
+    Raises:
+        StorageError: no permission, or a cache that came into use just now.
+    """
+    records = list_caches()
+    found = find_leftovers(cache_home()) if rules.incomplete else []
+    candidates = find_candidates(records, rules)
+    removed = {candidate.record.path for candidate in candidates if candidate.kept_because is None}
+    pruned = Pruned(
+        candidates=tuple(candidates),
+        leftovers={path: size_and_time(path)[0] for path in found},
+        bytes_left=remaining_bytes(records, removed),
+    )
+    if not dry_run:
+        for candidate in pruned.removed:
+            remove(candidate.record.path)
+        remove_leftovers(pruned.leftovers)
+    return pruned
 
 
 def find_candidates(
