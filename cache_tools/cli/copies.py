@@ -27,7 +27,10 @@ def pull_command(
     source: SourcePlace,
     out: Annotated[
         str | None,
-        typer.Option("--out", help="Folder of the copy if it ends in .zarr, else of caches. Default: the cache home."),
+        typer.Option(
+            "--out",
+            help="Folder. If it ends in .zarr it becomes the copy, else the copy goes inside. Default: the cache home.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

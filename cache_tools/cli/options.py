@@ -13,7 +13,11 @@ Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a URL, a na
 LocalCache = Annotated[str, typer.Argument(metavar="CACHE", help="A path, a name, or 4+ digits of a fingerprint.")]
 SourcePlace = Annotated[str, typer.Argument(help="Folder or URL of the cache.")]
 TargetPlace = Annotated[
-    str, typer.Argument(help="Folder or URL (s3://…, gs://…, az://…): of the copy if it ends in .zarr, else of caches.")
+    str,
+    typer.Argument(
+        help="Folder or URL (s3://…, gs://…, az://…). If it ends in .zarr, it becomes the copy; "
+        "else the copy goes inside."
+    ),
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
