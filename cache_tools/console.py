@@ -51,7 +51,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except CacheError as error:
             exit_with(str(error), 2)
         except KeyboardInterrupt:
-            exit_with("Interrupted. Run the same command again to go on from what is stored.", 130)
+            exit_with("Interrupted. Run the same command again to resume.", 130)
         except OSError as error:
             if error.errno not in _STORAGE_ERRNOS:
                 raise
@@ -82,7 +82,7 @@ def storage_error(error: OSError) -> StorageError:
     return StorageError(
         f"cannot write or read: {error.strerror or error}",
         where=error.filename,
-        next_step=f"{step} or choose another --out, then run the same command again: what is committed is kept",
+        next_step=f"{step} or choose another --out, then run the same command again: committed work is kept",
     )
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-MAX_PART, MAX_PATH = 1200, 4200
+MAX_PART, MAX_PATH = 1200, 4200  # characters of a part of a message; text from a file may be of any length
 
 
 class CacheError(Exception):
@@ -48,16 +48,6 @@ class CacheError(Exception):
                 "" if self.next_step.endswith("?") else "."
             )
         return printable(" ".join(message.split()))
-
-
-def _abridged(text: str, most: int = MAX_PART) -> str:
-    """Cut text to `most` characters: text from a file may be of any length."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def printable(text: str) -> str:
-    """Escape control characters and lone surrogates, so that the text cannot affect a terminal."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class RecipeError(CacheError):
@@ -112,14 +102,24 @@ class DivergedError(CacheError):
     """The loss or the logits are NaN or infinite."""
 
 
+def printable(text: str) -> str:
+    """Escape control characters and lone surrogates, so that the text cannot affect a terminal."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
 def error_to_data(error: CacheError) -> dict[str, str | None]:
-    """An error as plain data, to be sent to another process. `kind` is its class."""
+    """Convert an error to plain data that another process can read; `kind` is its class."""
     parts = {part: getattr(error, part) for part in ("what", "where", "expected", "found", "next_step")}
     return {"kind": type(error).__name__, **{key: None if part is None else str(part) for key, part in parts.items()}}
 
 
 def error_from_data(data: Mapping[str, Any]) -> CacheError:
-    """The error that `error_to_data` was given."""
+    """Restore the error from the data of `error_to_data`."""
     parts = {key: data.get(key) for key in ("where", "expected", "found", "next_step")}
     kind: type[CacheError] = getattr(sys.modules[__name__], str(data["kind"]), CacheError)
     return kind(data["what"], **parts)
+
+
+def _abridged(text: str, most: int = MAX_PART) -> str:
+    """Cut text to `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -25,8 +25,8 @@ def load(name: str) -> Any:
     Raises:
         NotFoundError: no plugin of that name is installed, or its import fails.
     """
-    found = entry_points(group=GROUP, name=name)
-    if not found:
+    points = entry_points(group=GROUP, name=name)
+    if not points:
         installed = sorted({point.name for point in entry_points(group=GROUP)})
         raise NotFoundError(
             "the plugin that runs this network is not installed",
@@ -35,7 +35,7 @@ def load(name: str) -> Any:
             found=", ".join(installed) or "no plugins",
             next_step="reinstall teacher-cache with pip",
         )
-    point = next(iter(found))
+    point = next(iter(points))
     try:
         return point.load()
     except (ImportError, AttributeError) as error:

@@ -146,12 +146,12 @@ class Bench:
     def _sparse_gradients(self, spec: TargetSpec, known: SparseTargets, dense: dict[str, float]) -> dict[str, Any]:
         assert isinstance(spec.codec, TopK)
         p_NC = _probabilities(known, spec.width)
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "captured_mass": float(p_NC.sum(dim=1).mean()),
             "classes_kept": float((known.classes < spec.width).double().sum(dim=1).mean()),
         }
         if spec.name != "fused_logits":  # fused as dense logits
-            return {**found, "g": dense}
+            return {**figures, "g": dense}
         t = spec.codec.temperature
         own = {}
         if t in self.temperatures and not isinstance(self.source.cache.targets[spec.name].codec, TopK):
@@ -159,10 +159,10 @@ class Bench:
                 f"{stage}@{t:g}": fidelity.tail_gradient_error(self.logits, p_NC, student, t)
                 for stage, student in self.students.items()
             }
-        return {**found, "g": own, "g_even_tail": dense}
+        return {**figures, "g": own, "g_even_tail": dense}
 
     def _target_costs(self, recipe: CacheRecipe, stored: Stored, constants: Rows) -> dict[str, TargetCost]:
-        found, samples = {}, self.source.cache.num_samples
+        costs, samples = {}, self.source.cache.num_samples
         for spec in targets(recipe, self.source.cache.manifest.block_rows):
             parts = {array.suffix: stored[array.name] for array in spec.arrays}
             fitted = {key.removeprefix(spec.name): constants[key] for key in spec.constants}
@@ -170,13 +170,13 @@ class Bench:
             if target_kind(spec.name) == "logits":
                 decoded, truth = centre_rows(decoded), centre_rows(truth)
             size = sum(stored_bytes(spec, array, stored[array.name], samples) for array in spec.arrays)
-            found[spec.name] = TargetCost(
+            costs[spec.name] = TargetCost(
                 codec=spec.codec.model_dump(mode="json"),
                 bytes=size / len(self.index),
                 error=_relative(decoded, truth),
                 largest_error=float((decoded - truth).abs().max()),
             )
-        return found
+        return costs
 
     def _fused(self, recipe: CacheRecipe, stored: Stored, constants: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits and features that `TeacherCache.load_view` would give to training."""

@@ -82,10 +82,10 @@ def measure(
         _check_readable(cache.recipe, codecs)
     view, temperatures = _default_view(cache) if view is None else view, tuple(dict.fromkeys(temperatures))
     bench = Bench(BlockReader(cache), view, rows, temperatures)
-    found = [bench.cost(AS_IT_IS, cache.recipe.codecs)]
+    costs = [bench.cost(AS_IT_IS, cache.recipe.codecs)]
     with Progress("measure", len(chosen), "codecs") as progress:
         for spec, codecs in chosen.items():
-            found.append(bench.cost(spec, codecs))
+            costs.append(bench.cost(spec, codecs))
             progress.advance(1, spec)
     recipe = cache.recipe
     return CostTable(
@@ -101,7 +101,7 @@ def measure(
         temperatures=temperatures,
         reference=str(recipe.codecs),
         student=_about(bench),
-        codecs=tuple(sorted(found, key=lambda cost: np.inf if cost.bytes is None else cost.bytes)),
+        codecs=tuple(sorted(costs, key=lambda cost: np.inf if cost.bytes is None else cost.bytes)),
         left_out=tuple(left_out),
     )
 

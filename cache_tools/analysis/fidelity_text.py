@@ -14,45 +14,45 @@ from cache_tools.units import human_bytes
 _MISSING = "–"
 
 
-def print_costs(found: CostTable) -> None:
+def print_costs(costs: CostTable) -> None:
     """Print heading, table and notes."""
     console = make_console()
-    print(_heading(found))
+    print(_heading(costs))
     console.print()
-    console.print(_table(found))
+    console.print(_table(costs))
     print()
-    for line in _notes(found):
+    for line in _notes(costs):
         print(line)
 
 
-def _heading(found: CostTable) -> str:
-    samples = f"{found.rows:,} of {found.num_samples:,} samples" if found.rows < found.num_samples else "all samples"
+def _heading(costs: CostTable) -> str:
+    samples = f"{costs.rows:,} of {costs.num_samples:,} samples" if costs.rows < costs.num_samples else "all samples"
     student = "; ".join(
         f"{steps} steps: same top-1 for {percent(share)}, KL "
-        + ", ".join(f"{found.student.kl[f'{steps}@{t:g}']:.2g} at T={t:g}" for t in found.temperatures)
-        for steps, share in found.student.agreement.items()
+        + ", ".join(f"{costs.student.kl[f'{steps}@{t:g}']:.2g} at T={t:g}" for t in costs.temperatures)
+        for steps, share in costs.student.agreement.items()
     )
     return "\n".join(
         [
-            f"{found.dataset}, cache {found.fingerprint[:12]}: {samples} of view {found.view}, "
-            f"{found.classes} classes, store {found.store}",
-            f"compared with: the decoded targets of the cache ({found.reference})",
-            f"student: {found.student.what}; {student}",
+            f"{costs.dataset}, cache {costs.fingerprint[:12]}: {samples} of view {costs.view}, "
+            f"{costs.classes} classes, store {costs.store}",
+            f"compared with: the decoded targets of the cache ({costs.reference})",
+            f"student: {costs.student.what}; {student}",
         ]
     )
 
 
-def _table(found: CostTable) -> Table:
-    names = list(dict.fromkeys(name for cost in found.codecs for name in cost.targets))
+def _table(costs: CostTable) -> Table:
+    names = list(dict.fromkeys(name for cost in costs.codecs for name in cost.targets))
     titles = [f"{name} B" for name in names] + (["all B"] if len(names) > 1 else [])
-    titles += ["whole cache", *(f"g T={t:g}" for t in found.temperatures), *(f"KL T={t:g}" for t in found.temperatures)]
+    titles += ["whole cache", *(f"g T={t:g}" for t in costs.temperatures), *(f"KL T={t:g}" for t in costs.temperatures)]
     titles += ["top-1 kept", "features", "largest", "opens in"]
     table = new_table("codec", titles)
-    for cost in found.codecs:
+    for cost in costs.codecs:
         if cost.bytes is not None:
             sizes = [f"{cost.targets[name].bytes:.1f}" for name in names] + [f"{cost.bytes:.1f}"] * (len(names) > 1)
-            whole = human_bytes(round(cost.bytes * found.num_samples * found.num_views))
-            table.add_row(cost.spec, *sizes, whole, *_errors(cost, found.temperatures))
+            whole = human_bytes(round(cost.bytes * costs.num_samples * costs.num_views))
+            table.add_row(cost.spec, *sizes, whole, *_errors(cost, costs.temperatures))
     return table
 
 
@@ -78,30 +78,30 @@ def _worst(errors: Mapping[str, float], temperature: float) -> float | None:
     return max((error for key, error in errors.items() if key.endswith(f"@{temperature:g}")), default=None)
 
 
-def _notes(found: CostTable) -> list[str]:
+def _notes(costs: CostTable) -> list[str]:
     notes = [
         "B: bytes per (image, view) in the chunk files of zarr, checksums included. g: error of the KD gradient with "
         "respect to the student's logits, relative to the gradient; the worse of both stages.",
         "KL: of the cache's softmax from the decoded one, nats. features: error of the fused features relative to "
         "their spread; largest: of a single number.",
     ]
-    if found.rows < found.num_samples:
+    if costs.rows < costs.num_samples:
         notes.append(
             "Samples are evenly spaced. If neighbours are alike (folders by class), real files are a little smaller."
         )
-    if "top-k logits" in found.reference:
+    if "top-k logits" in costs.reference:
         notes.append("The cache holds top-k logits, so the reference has an even tail itself.")
-    for cost in found.codecs:
+    for cost in costs.codecs:
         if cost.captured_mass is not None and cost.classes_kept is not None:
             kept = (
                 f"keeps {cost.classes_kept:.1f} classes of a row on average, {percent(cost.captured_mass)} of the mass"
             )
             even = "; even: a dense loss that spreads the rest evenly" if cost.g_even_tail else ""
             notes.append(f"{cost.spec}: {kept}{even}")
-    notes += [f"{cost.spec}: cannot store this cache: {cost.problem}" for cost in found.codecs if cost.problem]
-    notes += [f"warning: {caution}" for caution in dict.fromkeys(cost.caution for cost in found.codecs) if caution]
-    if found.left_out:
+    notes += [f"{cost.spec}: cannot store this cache: {cost.problem}" for cost in costs.codecs if cost.problem]
+    notes += [f"warning: {caution}" for caution in dict.fromkeys(cost.caution for cost in costs.codecs) if caution]
+    if costs.left_out:
         notes.append(
-            f"Left out because they need pcodec (pip install 'teacher-cache[codecs]'): {', '.join(found.left_out)}"
+            f"Left out because they need pcodec (pip install 'teacher-cache[codecs]'): {', '.join(costs.left_out)}"
         )
     return notes

@@ -90,9 +90,9 @@ class TeacherStats:
 
     def suspicious(self, count: int) -> pl.DataFrame:
         """The `count` samples, wrong in at least one view, whose label the fusion contradicts most in the mean."""
-        found = self.samples.filter(pl.col("views_against") > 0)
+        wrong = self.samples.filter(pl.col("views_against") > 0)
         columns = ("sample", "label", "class", "rival", "rival_class", "against", "against_max", "views_against")
-        return found.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
+        return wrong.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
 
     def to_dict(self, rows: int = 20) -> dict[str, Any]:
         """Plain JSON, with the `rows` most frequent confusions and the `rows` most suspicious samples."""
@@ -227,12 +227,12 @@ class ViewStream:
 
     def stability(self) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
         """Source → (same top-1 in all views, divergence) per sample [N]; empty for a single view."""
-        found = {}
+        by_source = {}
         for name, stability in self._stability.items():
             parts = [stability.compute(rows) for rows in self._chunks()]
             same, divergence = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-            found[name] = (same, divergence)
-        return found
+            by_source[name] = (same, divergence)
+        return by_source
 
     def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
         labels, figures, p = self._labels[rows], {}, {}

@@ -222,8 +222,8 @@ class Companded(Codec):
 
     def _relative(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         wide: npt.NDArray[np.float64] = rows.astype(np.float64)
-        reference = wide.max if self.reference == "max" else wide.mean
-        return wide - reference(axis=1, keepdims=True)
+        reference: npt.NDArray[np.float64] = (wide.max if self.reference == "max" else wide.mean)(axis=1, keepdims=True)
+        return wide - reference
 
 
 def _magnitude(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
