@@ -1,4 +1,4 @@
-"""Run folders like those of `train-student`, with results that a test chooses and without training; and a sweep."""
+"""Run folders and sweeps like those of the commands, without training, with results that a test chooses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_run(
     class_names: tuple[str, ...] = (),
     **changes: Any,
 ) -> Path:
-    """A run of 400 test images whose last evaluation is about `top1`; `changes` are keys of its recipe."""
+    """Write a run with 400 test images whose last top-1 is about `top1`; `changes` are keys of its recipe."""
     data: dict[str, Any] = {
         "name": name,
         "cache": None if loss == "ce" else "digits",
@@ -90,7 +90,7 @@ def write_run(
 
 
 def write_sweep(path: Path, students: dict[str, float], *, seeds: int = 3, losses: tuple[str, ...] = ("kd",)) -> Path:
-    """A sweep's folder: runs, and `trials.parquet` with their costs, one trial that failed and one that was stopped.
+    """Write a sweep: runs, and `trials.parquet` with their costs, one failed trial and one stopped trial.
 
     Args:
         students: name → top-1 of its first seed; the others lose half a point each.

@@ -1,4 +1,4 @@
-"""Students and training states on disk: what is written reads back, what is damaged says so."""
+"""Students and training states are read back as they were written; damaged files are clear errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CARD = StudentCard(
 )
 
 
-def test_student_round_trip(tmp_path):
+def test_student_round_trip(tmp_path: Path) -> None:
     student = trained_student()
     save_student(tmp_path / "s.safetensors", student, CARD)
     loaded, card = load_student(tmp_path / "s.safetensors")
@@ -47,7 +47,7 @@ def test_student_round_trip(tmp_path):
     torch.testing.assert_close(loaded(images), student.eval()(images), rtol=0, atol=0)
 
 
-def test_metadata_are_plain_strings_that_others_can_read(tmp_path):
+def test_metadata_are_plain_strings_that_others_can_read(tmp_path: Path) -> None:
     save_student(tmp_path / "s.safetensors", trained_student(), CARD)
     with safe_open(tmp_path / "s.safetensors", framework="numpy") as stored:
         metadata = stored.metadata()
@@ -57,21 +57,21 @@ def test_metadata_are_plain_strings_that_others_can_read(tmp_path):
     assert metadata["num_classes"] == "3"
 
 
-def test_memory_layout_does_not_show(tmp_path):
+def test_the_file_does_not_depend_on_the_memory_layout(tmp_path: Path) -> None:
     student = trained_student()
     save_student(tmp_path / "plain", student, CARD)
     save_student(tmp_path / "channels_last", student.to(memory_format=torch.channels_last), CARD)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "channels_last").read_bytes()
 
 
-def test_a_run_folder_stands_for_its_last_epoch(tmp_path):
+def test_a_run_folder_loads_its_last_epoch(tmp_path: Path) -> None:
     save_student(tmp_path / LAST, trained_student(), CARD)
     assert student_file(tmp_path) == tmp_path / LAST
     assert load_student(tmp_path)[1] == CARD
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "no card", "other classes"])
-def test_bad_checkpoints_are_weights_errors(tmp_path, damage: str):
+def test_bad_checkpoints_are_weights_errors(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "s.safetensors"
     save_student(path, trained_student(), CARD)
     if damage == "missing":
@@ -89,7 +89,7 @@ def test_bad_checkpoints_are_weights_errors(tmp_path, damage: str):
     assert "\n" not in str(caught.value)
 
 
-def test_card_survives_unknown_keys_but_not_missing_ones(tmp_path):
+def test_a_card_may_have_unknown_keys_but_no_missing_ones(tmp_path: Path) -> None:
     metadata = CARD.to_metadata()
     assert StudentCard.from_metadata(metadata | {"format": "pt"}, Path("x")) == CARD
     del metadata["class_names"]
@@ -99,7 +99,7 @@ def test_card_survives_unknown_keys_but_not_missing_ones(tmp_path):
     assert read_card(tmp_path / "s") == CARD
 
 
-def test_state_round_trip(tmp_path):
+def test_state_round_trip(tmp_path: Path) -> None:
     state = {"weights": torch.arange(3), "history": [{"epoch": 0, "loss": 1.5, "top5": None}], "best_epoch": 0}
     assert load_state(tmp_path / "state.pt") is None
     save_state(tmp_path / "state.pt", state)
@@ -111,7 +111,7 @@ def test_state_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300])
-def test_a_truncated_state_says_so(tmp_path, keep: int):
+def test_a_truncated_state_is_an_error(tmp_path: Path, keep: int) -> None:
     save_state(tmp_path / "state.pt", {"weights": torch.arange(100)})
     path = tmp_path / "state.pt"
     path.write_bytes(path.read_bytes()[:keep])
@@ -119,13 +119,13 @@ def test_a_truncated_state_says_so(tmp_path, keep: int):
         load_state(path)
 
 
-def test_a_state_without_a_part_says_so(tmp_path):
+def test_a_state_without_a_key_is_an_error(tmp_path: Path) -> None:
     save_state(tmp_path / "state.pt", {"learner": {}, "history": []})
     with pytest.raises(WeightsError, match="--overwrite"):
         load_state(tmp_path / "state.pt", ("learner", "history", "best_epoch"))
 
 
-def test_a_state_runs_no_code(tmp_path):
+def test_loading_a_state_runs_no_code(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'pwned'}",)
@@ -141,5 +141,5 @@ def test_a_state_runs_no_code(tmp_path):
 def trained_student() -> torch.nn.Module:
     torch.manual_seed(0)
     student = create_student("resnet8", 3)
-    student(torch.rand(4, 3, 32, 32))  # batch statistics away from their first values
+    student(torch.rand(4, 3, 32, 32))  # so that batch statistics differ from their initial values
     return student

@@ -1,4 +1,4 @@
-"""`train-student` as a user types it: what it prints, how it fails, how fast it answers, and what it never imports."""
+"""The command `train-student`: its output, its errors, its start-up, and the imports it must avoid."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, pictures: Path) -> str:
-    """A recipe file with a cache and a dataset, as a user would write one."""
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> str:
+    """A recipe file with a cache and a dataset."""
     folder = tmp_path_factory.mktemp("recipe")
     data = {
         "name": "tiny",
@@ -46,7 +46,7 @@ def recipe_file(tmp_path_factory, pictures: Path) -> str:
     return str(folder / "tiny.yaml")
 
 
-def test_a_run_prints_a_table_and_json(recipe_file: str, tmp_path):
+def test_a_run_prints_a_table_and_json(recipe_file: str, tmp_path: Path) -> None:
     arguments = [recipe_file, "--out", str(tmp_path / "run"), "--compare-with-labels"]
     first = invoke(*arguments)
     assert first.exit_code == 0, first.stderr
@@ -58,7 +58,7 @@ def test_a_run_prints_a_table_and_json(recipe_file: str, tmp_path):
     assert 0 <= result["last"]["top1"] <= 1
 
 
-def test_labels_alone_need_no_cache(recipe_file: str, tmp_path):
+def test_labels_alone_need_no_cache(recipe_file: str, tmp_path: Path) -> None:
     done = invoke(
         recipe_file, "--loss", "ce", "--student", "resnet14", "--set", "cache=null", "--out", str(tmp_path / "r")
     )
@@ -67,7 +67,7 @@ def test_labels_alone_need_no_cache(recipe_file: str, tmp_path):
     assert not (tmp_path / "r" / "cache.json").exists()
 
 
-def test_show_recipe_is_the_whole_recipe_with_options_and_overrides():
+def test_show_recipe_prints_the_whole_recipe_with_options_and_overrides() -> None:
     shown = invoke(
         "digits", "--loss", "richkd", "--epochs", "7", "--lr", "0.3", "--batch-size", "32", "--seed", "5",
         "--student", "wrn_16_1", "--cache", "abc", "--device", "cpu", "--out", "o", "--data-dir", "d", "--download",
@@ -99,7 +99,7 @@ def test_show_recipe_is_the_whole_recipe_with_options_and_overrides():
         (["--epochs", "0"], "epochs"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(arguments: list[str], words: str):
+def test_errors_are_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
     failed = invoke(*arguments)
     assert failed.exit_code == 2
     assert words in failed.stderr
@@ -109,20 +109,22 @@ def test_errors_are_one_line_and_exit_code_2(arguments: list[str], words: str):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none(recipe_file: str):
+def test_cuda_without_a_gpu_is_an_error(recipe_file: str) -> None:
     failed = invoke(recipe_file, "--device", "cuda")
     assert failed.exit_code == 2
     assert "CUDA" in failed.stderr
 
 
-def test_a_place_that_cannot_be_written(recipe_file: str, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(recipe_file: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     failed = invoke(recipe_file, "--out", str(tmp_path / "file" / "run"))
     assert failed.exit_code == 2
     assert "cannot write" in failed.stderr
 
 
-def test_a_full_disk(monkeypatch, recipe_file: str, tmp_path):
+def test_a_full_disk_is_an_error_and_the_run_resumes(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: str, tmp_path: Path
+) -> None:
     def full(path: Path, data: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -134,7 +136,7 @@ def test_a_full_disk(monkeypatch, recipe_file: str, tmp_path):
     assert invoke(recipe_file, "--out", str(tmp_path / "run")).exit_code == 0
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, recipe_file: str, tmp_path):
+def test_ctrl_c_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, recipe_file: str, tmp_path: Path) -> None:
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
@@ -156,8 +158,8 @@ print("LOADED", *loaded)
 """
 
 
-def test_a_full_run_never_imports_a_teacher(recipe_file: str, tmp_path):
-    """Cached targets with a feature term and the comparison: the process that trains has no way to run a teacher."""
+def test_a_full_run_never_imports_a_teacher(recipe_file: str, tmp_path: Path) -> None:
+    """Training on cached targets, with a feature term and the comparison, imports nothing that can run a teacher."""
     arguments = [recipe_file, "--loss", "richkd", "--compare-with-labels", "--out", str(tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-c", WITNESS, *arguments],

@@ -1,4 +1,4 @@
-"""Training from caches of every codec, through the commands' own path."""
+"""Training from caches of every codec."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("codec", ["float16", "compact", "dense", "coarse"])
 @pytest.mark.parametrize("store", ["fused", "components"])
-def test_dense_codecs_train_like_the_numbers_they_keep(pictures: Path, tmp_path: Path, codec: str, store: str) -> None:
-    """The same batches, with targets that differ by what the codec rounded off."""
-    losses_of = {}
+def test_dense_codecs_train_like_float32_targets(pictures: Path, tmp_path: Path, codec: str, store: str) -> None:
+    """The batches are the same, but for the rounding of the targets."""
+    targets_of = {}
     for choice in ("float32", codec):
         cache = tiny_run.write_cache(tmp_path / choice, pictures, codec=choice, store=store, linear_head=False)
         recipe = tiny_run.recipe(cache, tmp_path / f"run-{choice}", epochs=1, loss={"kind": "kd", "feature": "mse"})
         feed = open_data(recipe, CPU).feed(recipe, CPU)
-        losses_of[choice] = [batch.targets for batch in feed.epoch(0)]
+        targets_of[choice] = [batch.targets for batch in feed.epoch(0)]
         feed.close()
         assert train_student(recipe).last is not None
-    for exact, coded in zip(losses_of["float32"], losses_of[codec], strict=True):
+    for exact, coded in zip(targets_of["float32"], targets_of[codec], strict=True):
         assert isinstance(exact.logits, torch.Tensor)
         assert isinstance(coded.logits, torch.Tensor)
         p, q = exact.logits.softmax(dim=1), coded.logits.softmax(dim=1)
@@ -46,8 +46,8 @@ def test_dense_codecs_train_like_the_numbers_they_keep(pictures: Path, tmp_path:
         torch.testing.assert_close(coded.features, exact.features, rtol=0, atol=1.0)
 
 
-def test_top_k_targets_reach_the_loss_as_they_are(pictures: Path, tmp_path: Path) -> None:
-    """With every class stored in fine steps it is the dense loss."""
+def test_top_k_targets_reach_the_loss_undecoded(pictures: Path, tmp_path: Path) -> None:
+    """With every class stored in fine steps, the loss equals that of dense targets."""
     fine = TopK(min_probability=0.0, step=1 / 127, spread=2.0)
     kd = {"kind": "kd", "temperature": 1.0}
     exact = tiny_run.write_cache(tmp_path / "exact", pictures, codec="float32")
@@ -72,7 +72,7 @@ def test_top_k_targets_reach_the_loss_as_they_are(pictures: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "loss", [{"kind": "kd", "temperature": 4.0}, {"kind": "dkd", "temperature": 1.0}, {"kind": "standardised_kd"}]
 )
-def test_top_k_targets_are_refused_where_they_mislead(pictures: Path, tmp_path: Path, loss: dict[str, object]) -> None:
+def test_top_k_targets_are_refused_for_other_losses(pictures: Path, tmp_path: Path, loss: dict[str, object]) -> None:
     cache = tiny_run.write_cache(tmp_path / "cache", pictures, codec="top-k")
     with pytest.raises(RecipeError, match=r"expected loss.kind=kd, loss.temperature=1; found loss.kind"):
         open_data(tiny_run.recipe(cache, tmp_path / "run", loss=loss), CPU)

@@ -1,4 +1,4 @@
-"""A component cache's teacher and CLIP features reach CRD: which ones, mixed how, resumed exactly, as live ones do."""
+"""CRD on the teacher and CLIP features of a component cache: which features, which mix, exact resume, live teachers."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ RICHKD = {"kind": "kd", "feature": "crd", "crd_dim": 8}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory, pictures: Path) -> dict[str, Path]:
-    """The same images with both kinds of targets."""
+def caches(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
+    """A cache of fused targets and one of components, of the same images."""
     root = tmp_path_factory.mktemp("caches")
     return {
         store: tiny_run.write_cache(root / f"{store}.zarr", pictures, store=store) for store in ("fused", "components")
     }
 
 
-def test_the_feed_gives_each_network_s_own_features(caches: dict[str, Path], tmp_path):
+def test_the_feed_has_the_features_of_each_network(caches: dict[str, Path], tmp_path: Path) -> None:
     recipe = tiny_run.recipe(caches["components"], tmp_path, loss=RICHKD)
     data = open_data(recipe, CPU)
     assert data.components == Components((12, 10), (0.7, pytest.approx(0.3)))
     index = torch.tensor([4, 0, 31])
     targets = data.targets.view(2).batch(index, torch.empty(0))
     cache = TeacherCache.open(caches["components"])
-    assert targets.features is None, "nothing reads the fused features"
+    assert targets.features is None, "the loss does not use the fused features"
     assert targets.components is not None
     for values, name in zip(targets.components, ("teacher_features", "clip_features"), strict=True):
         stored = torch.from_numpy(cache.read_array(name, 2)[[4, 0, 31]]).float()
@@ -58,7 +58,7 @@ def test_the_feed_gives_each_network_s_own_features(caches: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize(
-    ("store", "loss", "taken"),
+    ("store", "loss", "used"),
     [
         ("components", {}, True),
         ("components", {"feature_source": "components"}, True),
@@ -69,25 +69,27 @@ def test_the_feed_gives_each_network_s_own_features(caches: dict[str, Path], tmp
         ("fused", {}, False),
     ],
 )
-def test_when_components_are_taken(caches: dict[str, Path], tmp_path, store: str, loss: dict[str, Any], taken: bool):
+def test_when_components_are_used(
+    caches: dict[str, Path], tmp_path: Path, store: str, loss: dict[str, Any], used: bool
+) -> None:
     data = open_data(tiny_run.recipe(caches[store], tmp_path, loss=RICHKD | loss), CPU)
-    assert (data.components is not None) == taken
+    assert (data.components is not None) == used
     targets = data.targets.view(0).batch(torch.arange(3), torch.empty(0))
-    assert (targets.components is not None) == taken
-    fused_wanted = not taken and LossRecipe(**(RICHKD | loss)).needs_features
-    assert (targets.features is not None) == fused_wanted
+    assert (targets.components is not None) == used
+    uses_fused = not used and LossRecipe(**(RICHKD | loss)).needs_features
+    assert (targets.features is not None) == uses_fused
 
 
-def test_the_mix_is_the_fusion_s_feature_weight(caches: dict[str, Path], tmp_path):
+def test_the_feature_weight_of_the_fusion_sets_the_mix(caches: dict[str, Path], tmp_path: Path) -> None:
     fusion = {"feature_weight": 1.0, "teacher_weight": 0.2}
     recipe = tiny_run.recipe(caches["components"], tmp_path / "run", loss=RICHKD, fusion=fusion, epochs=1)
     data = open_data(recipe, CPU)
     assert data.components == Components((12, 10), (1.0, 0.0))
     train_student(recipe)
-    assert embedded(tmp_path / "run") == {"student": 64, "targets.0": 12}, "CLIP counts nothing and has no embedding"
+    assert embedded(tmp_path / "run") == {"student": 64, "targets.0": 12}, "a network of weight 0 has no embedding"
 
 
-def test_a_run_learns_an_embedding_per_network(caches: dict[str, Path], tmp_path):
+def test_a_run_learns_an_embedding_per_network(caches: dict[str, Path], tmp_path: Path) -> None:
     result = train_student(tiny_run.recipe(caches["components"], tmp_path / "own", loss=RICHKD, epochs=1))
     assert result.loss == "kd+crd"
     assert embedded(tmp_path / "own") == {"student": 64, "targets.0": 12, "targets.1": 10}
@@ -96,7 +98,9 @@ def test_a_run_learns_an_embedding_per_network(caches: dict[str, Path], tmp_path
     assert embedded(tmp_path / "fused") == {"student": 64, "targets.0": 8}
 
 
-def test_an_interrupted_run_goes_on_exactly(monkeypatch, caches: dict[str, Path], tmp_path):
+def test_an_interrupted_run_resumes_exactly(
+    monkeypatch: pytest.MonkeyPatch, caches: dict[str, Path], tmp_path: Path
+) -> None:
     def run(name: str) -> tuple[dict[str, Any], list[float]]:
         train_student(tiny_run.recipe(caches["components"], tmp_path / name, loss=RICHKD))
         state = checkpoints.load_state(tmp_path / name / "state.pt")
@@ -125,8 +129,8 @@ def test_an_interrupted_run_goes_on_exactly(monkeypatch, caches: dict[str, Path]
     assert "contrast.memory.memory_target" in straight["objective"]
 
 
-def test_live_teachers_give_the_same_run(tmp_path):
-    """A float32 component cache of real networks, against the same networks in the training process."""
+def test_live_teachers_give_the_same_run(tmp_path: Path) -> None:
+    """A float32 component cache of real networks equals the same networks in the training process."""
     root = tiny_build.prepare(tmp_path, train=96)
     build = tiny_build.recipe(root, store="components", num_views=2)
     built = build_cache(build)
@@ -142,13 +146,13 @@ def test_live_teachers_give_the_same_run(tmp_path):
     assert losses["cached"] == losses["live"]
 
 
-def test_a_fused_cache_has_no_components(caches: dict[str, Path], tmp_path):
+def test_a_fused_cache_has_no_components(caches: dict[str, Path], tmp_path: Path) -> None:
     loss = RICHKD | {"feature_source": "components"}
     with pytest.raises(RecipeError, match=r"has only fused targets.*found fused_logits, fused_features.*--store"):
         open_data(tiny_run.recipe(caches["fused"], tmp_path, loss=loss), CPU)
 
 
-def test_the_command_says_what_the_cache_has(caches: dict[str, Path], pictures: Path, tmp_path):
+def test_the_error_says_which_features_the_cache_has(caches: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     arguments = ["--cache", str(caches["fused"]), "--loss", "richkd", "--set", "loss.feature_source=components"]
     failed = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "run"), "--data-dir", str(pictures)])
     assert failed.exit_code == 2
@@ -160,7 +164,7 @@ def test_the_command_says_what_the_cache_has(caches: dict[str, Path], pictures: 
 
 
 def embedded(run: Path) -> dict[str, int]:
-    """Width of what each embedding of a finished run reads."""
+    """Input width of each embedding of a finished run."""
     state = checkpoints.load_state(run / "state.pt")
     assert state is not None
     weights = {key: value for key, value in state["learner"]["objective"].items() if key.endswith(".weight")}

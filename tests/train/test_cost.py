@@ -1,4 +1,4 @@
-"""Parameters and FLOPs against sums by hand, latency against orderings that hold on any machine."""
+"""Parameters and FLOPs equal hand counts; latencies have the order that they must have on any machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
 
 class MultiheadAttention(nn.Module):
-    """torch's own module, two heads over pixels as tokens; in eval mode it has a fused kernel of its own."""
+    """torch's own module with two heads over pixels as tokens. In eval mode it runs a fused kernel of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Slow(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_parameters_and_flops_by_hand():
+def test_parameters_and_flops_by_hand() -> None:
     cost = measure(Small(), (10, 14), CPU, batch_sizes=(1,), budget_s=0)
     assert cost.parameters == (3 * 8 * 9 + 8) + (8 // 4 * 12 * 9) + 2 * 12 + (12 * 5 + 5)
     wide = 5 * 7 * 8 * (3 * 9)  # output positions × channels × multiply-accumulates of each
@@ -85,7 +85,7 @@ def test_attention_is_counted_whichever_kernel_is_selected(backend: SDPBackend |
 
 
 def test_attention_is_counted_on_devices_without_data() -> None:
-    """On the meta device, and on a GPU that a fake mode pretends."""
+    """On the meta device, and in a fake mode that pretends a GPU."""
     counted = count_flops(Attention().eval(), (6, 4))
     with torch.device("meta"):
         assert count_flops(Attention().eval(), (6, 4)) == counted
@@ -115,8 +115,8 @@ def test_transformers_count_the_same_with_data_and_without(name: str) -> None:
     assert count_flops(create_student(name, 10).eval(), size) == without
 
 
-def test_known_networks():
-    """Multiply-accumulates as others count them, in billions: timm and torchvision at 224 × 224, resnet56 on CIFAR."""
+def test_known_networks() -> None:
+    """Multiply-accumulates in billions, as timm, torchvision (at 224 × 224) and the CIFAR literature publish them."""
     expected = {
         ("timm:resnet18", 224): 1.82,
         ("timm:vit_tiny_patch16_224", 224): 1.26,
@@ -129,7 +129,7 @@ def test_known_networks():
         assert count_flops(student, (size, size)) / 2e9 == pytest.approx(giga, rel=0.02)
 
 
-def test_flops_grow_with_images_depth_and_width():
+def test_flops_grow_with_image_size_depth_and_width() -> None:
     def flops(name: str, size: int = 32) -> int:
         return count_flops(create_student(name, 10).eval(), (size, size))
 
@@ -138,7 +138,7 @@ def test_flops_grow_with_images_depth_and_width():
     assert flops("resnet8", 64) == pytest.approx(4 * flops("resnet8", 32), rel=0.001)
 
 
-def test_latency_is_per_batch_of_each_size():
+def test_latency_is_per_batch_of_each_size() -> None:
     cost = measure(Slow(), (4, 4), CPU, batch_sizes=(1, 8), budget_s=0)
     one, eight = cost.latency
     assert (one.batch_size, eight.batch_size) == (1, 8)
@@ -150,20 +150,20 @@ def test_latency_is_per_batch_of_each_size():
     assert (cost.device, cost.threads) == ("cpu", torch.get_num_threads())
 
 
-def test_a_budget_buys_more_runs():
+def test_a_larger_budget_gives_more_runs() -> None:
     more = measure(Slow(), (4, 4), CPU, batch_sizes=(1,), budget_s=0.2).latency[0].runs
     assert MIN_RUNS < more <= 0.2 / 0.003 + 1 <= MAX_RUNS
 
 
-def test_more_arithmetic_takes_longer():
-    """resnet110 against resnet8, more than 20 times: far more than the noise of a busy machine."""
+def test_more_arithmetic_takes_longer() -> None:
+    """resnet110 has more than 20 times the FLOPs of resnet8: far more than the noise of a busy machine."""
     small, large = (measure(create_student(name, 10), (32, 32), CPU, batch_sizes=(1,), budget_s=0.2)
                     for name in ("resnet8", "resnet110"))  # fmt: skip
     assert large.flops > 20 * small.flops
     assert large.latency[0].median_ms > small.latency[0].median_ms
 
 
-def test_the_student_and_random_numbers_are_left_alone():
+def test_measuring_changes_neither_the_student_nor_the_random_state() -> None:
     student = create_student("resnet8", 3).train()
     before = {key: value.clone() for key, value in student.state_dict().items()}
     random_state = torch.get_rng_state()
@@ -174,13 +174,13 @@ def test_the_student_and_random_numbers_are_left_alone():
     assert student.conv1.weight.is_contiguous()
 
 
-def test_images_that_the_network_cannot_take():
+def test_images_of_a_wrong_size_are_an_error() -> None:
     with pytest.raises(RecipeError, match=r"cannot take images of this size.*30 × 30 pixels"):
         measure(create_student("timm:test_vit", 3), (30, 30), CPU)
 
 
 @pytest.mark.cuda
-def test_on_a_gpu():
+def test_a_gpu_counts_the_same_flops() -> None:
     cost = measure(create_student("resnet8", 10), (32, 32), "cuda", budget_s=0.1)
     on_cpu = measure(create_student("resnet8", 10), (32, 32), CPU, batch_sizes=(1,), budget_s=0)
     assert (cost.flops, cost.parameters) == (on_cpu.flops, on_cpu.parameters)

@@ -1,4 +1,4 @@
-"""The feeds against a plain reference, and against each other: same batches, same order, same bits."""
+"""Both feeds equal a plain reference and each other: same batches, same order, same bits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SAMPLES, VIEWS = 75, 3
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> TeacherCache:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     path = tmp_path_factory.mktemp("feed") / "cache.zarr"
     images = cache_factory.tiny_images(SAMPLES)
     cache_factory.build(path, cache_factory.tiny_manifest(images, num_views=VIEWS), images)
@@ -47,7 +47,7 @@ def cache(tmp_path_factory) -> TeacherCache:
 
 @pytest.mark.parametrize("kind", [ResidentFeed, StreamingFeed])
 @pytest.mark.parametrize("device", DEVICES)
-def test_batches_are_the_plain_reference(cache: TeacherCache, kind: type[Feed], device: str):
+def test_batches_equal_a_plain_reference(cache: TeacherCache, kind: type[Feed], device: str) -> None:
     images = cache_factory.tiny_images(SAMPLES)
     feed = make(kind, images, cache, device=torch.device(device))
     for epoch in (0, 1, 4):
@@ -78,7 +78,7 @@ def test_batches_are_the_plain_reference(cache: TeacherCache, kind: type[Feed], 
     ],
     ids=["identity", "crop", "resized"],
 )
-def test_streaming_is_resident_bit_for_bit(monkeypatch, views: ViewRecipe, device: str):
+def test_streaming_equals_resident_bit_for_bit(monkeypatch: pytest.MonkeyPatch, views: ViewRecipe, device: str) -> None:
     monkeypatch.setattr(feeds, "PIECE_BYTES", 20 * 3 * 32 * 32)  # several pieces, none a multiple of the batch
     images = cache_factory.tiny_images(SAMPLES)
     both = [make(kind, images, views=views, device=torch.device(device)) for kind in (ResidentFeed, StreamingFeed)]
@@ -91,15 +91,15 @@ def test_streaming_is_resident_bit_for_bit(monkeypatch, views: ViewRecipe, devic
         feed.close()
 
 
-def test_a_folder_is_streamed_like_memory(monkeypatch):
-    """A source that is not resident: decoded in pieces, the same batches."""
+def test_an_undecoded_source_gives_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that decodes its images in pieces gives the same batches."""
     images = cache_factory.tiny_images(SAMPLES)
     lazy = Undecoded(images)
     for resident, streamed in zip(make(ResidentFeed, lazy).epoch(1), make(StreamingFeed, lazy).epoch(1), strict=True):
         same(resident, streamed)
 
 
-def test_views_cycle_with_a_cache_and_never_repeat_without(cache: TeacherCache):
+def test_views_cycle_with_a_cache_and_never_repeat_without(cache: TeacherCache) -> None:
     cached, fresh = make(ResidentFeed, cache=cache, epochs=8), make(ResidentFeed, epochs=8)
     epochs = range(7)
     assert [cached._view_of(epoch) for epoch in epochs] == [0, 1, 2, 0, 1, 2, 0]
@@ -107,16 +107,16 @@ def test_views_cycle_with_a_cache_and_never_repeat_without(cache: TeacherCache):
     assert not torch.equal(next(fresh.epoch(3)).pixels, next(fresh.epoch(6)).pixels)
 
 
-def test_order_is_a_function_of_seed_and_epoch():
+def test_order_is_a_function_of_seed_and_epoch() -> None:
     orders = [epoch_order(100, seed, epoch) for seed in (0, 1, 1 << 32, 1 << 40) for epoch in (0, 1)]
     assert all(torch.equal(order.sort().values, torch.arange(100)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == len(orders)
     assert torch.equal(epoch_order(100, 1, 1), orders[3])
     torch.manual_seed(12)
-    assert torch.equal(epoch_order(100, 1, 1), orders[3]), "the global generator is left out of it"
+    assert torch.equal(epoch_order(100, 1, 1), orders[3]), "the global generator has no effect"
 
 
-def test_mixed_seeds_differ_in_what_the_generator_looks_at():
+def test_mixed_seeds_differ_within_32_bits() -> None:
     assert len({mixed_seed(seed, epoch) for seed in range(50) for epoch in range(50)}) == 2500
     assert all(0 <= mixed_seed(seed, 0) < 1 << 32 for seed in (0, (1 << 63) - 1))
 
@@ -125,34 +125,34 @@ def test_mixed_seeds_differ_in_what_the_generator_looks_at():
     ("count", "size", "sizes"),
     [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (9, 4, [4, 4]), (3, 4, [3]), (3, 1, [1, 1, 1]), (2, 2, [2])],
 )
-def test_only_a_last_batch_of_one_is_left_out(count: int, size: int, sizes: list[int]):
+def test_only_a_last_batch_of_one_is_left_out(count: int, size: int, sizes: list[int]) -> None:
     bounds = batch_bounds(count, size)
     assert [stop - start for start, stop in bounds] == sizes
     assert [start for start, _ in bounds] == list(np.cumsum([0, *sizes[:-1]]))
 
 
-def test_one_sample_cannot_be_trained_on():
+def test_a_single_sample_is_an_error() -> None:
     with pytest.raises(RecipeError, match="single sample"):
         batch_bounds(1, 64)
 
 
-@pytest.mark.parametrize("wanted", ["logits", "features"])
-def test_only_what_is_used_is_read(cache: TeacherCache, tmp_path, wanted: str):
+@pytest.mark.parametrize("used", ["logits", "features"])
+def test_only_the_arrays_in_use_are_read(cache: TeacherCache, tmp_path: Path, used: str) -> None:
     path = tmp_path / "half.zarr"
     shutil.copytree(cache.path, path)
-    other = {"logits": "fused_features", "features": "fused_logits"}[wanted]
+    other = {"logits": "fused_features", "features": "fused_logits"}[used]
     for chunk in (path / other).glob("c*"):
         chunk.unlink()
     half = TeacherCache.open(path)
     both = {"logits": False, "features": False}
-    targets = CachedTargets(half, CPU, **(both | {wanted: True})).view(0).batch(torch.arange(4), torch.empty(0))
-    assert (targets.logits is None) == (wanted == "features")
-    assert (targets.features is None) == (wanted == "logits")
+    targets = CachedTargets(half, CPU, **(both | {used: True})).view(0).batch(torch.arange(4), torch.empty(0))
+    assert (targets.logits is None) == (used == "features")
+    assert (targets.features is None) == (used == "logits")
     with pytest.raises(FormatError):
         CachedTargets(half, CPU, logits=True, features=True).view(0)
 
 
-def test_the_next_view_is_fetched_during_an_epoch_and_nothing_after_the_last():
+def test_the_next_view_is_fetched_during_an_epoch_and_nothing_after_the_last() -> None:
     source = Recorder()
     feed = make(ResidentFeed, targets=source, num_views=2, epochs=3)
     steps = feed.epoch(0)
@@ -163,11 +163,11 @@ def test_the_next_view_is_fetched_during_an_epoch_and_nothing_after_the_last():
     for epoch in (0, 1, 2):
         list(feed.epoch(epoch))
     feed.close()
-    assert not source.closed, "it is not the feed's"
+    assert not source.closed, "the feed does not own the source"
     assert source.views == [0, 1, 0, 1, 0]
 
 
-def test_a_single_view_is_fetched_once():
+def test_a_single_view_is_fetched_once() -> None:
     source = Recorder()
     feed = make(ResidentFeed, targets=source, num_views=1, epochs=4)
     for epoch in range(4):
@@ -175,7 +175,7 @@ def test_a_single_view_is_fetched_once():
     assert source.views == [0]
 
 
-def test_trouble_in_the_background_reaches_the_loop():
+def test_an_error_in_the_background_thread_is_raised() -> None:
     class Broken(Undecoded):
         def load(self, index: Any) -> np.ndarray:
             raise DataError("cannot decode", where="x.png")
@@ -191,7 +191,7 @@ def test_trouble_in_the_background_reaches_the_loop():
         list(make(ResidentFeed, targets=Gone()).epoch(0))
 
 
-def test_an_epoch_left_early_leaves_no_threads():
+def test_an_abandoned_epoch_leaves_no_threads() -> None:
     before = set(threading.enumerate())
     feed = make(StreamingFeed)
     steps = feed.epoch(0)
@@ -204,14 +204,14 @@ def test_an_epoch_left_early_leaves_no_threads():
 
 
 @pytest.mark.parametrize(("free", "kind"), [(1 << 40, ResidentFeed), (1000, StreamingFeed)])
-def test_memory_decides(monkeypatch, free: int, kind: type[Feed]):
+def test_free_memory_decides_which_feed_is_opened(monkeypatch: pytest.MonkeyPatch, free: int, kind: type[Feed]) -> None:
     monkeypatch.setattr(feeds, "free_memory", lambda device: free)
     settings: dict[str, Any] = {"batch_size": 16, "epochs": 1, "seed": 0, "device": CPU}
     feed = open_feed(cache_factory.tiny_images(SAMPLES), ViewRecipe(), None, NoTargets(), **settings)
     assert type(feed) is kind
 
 
-def test_resident_needs_room_for_the_pixels_and_one_view(monkeypatch):
+def test_the_resident_feed_needs_memory_for_all_pixels_and_one_view(monkeypatch: pytest.MonkeyPatch) -> None:
     images = Undecoded(cache_factory.tiny_images(SAMPLES))
     settings: dict[str, Any] = {"batch_size": 16, "epochs": 1, "seed": 0, "device": CPU}
     needed = SAMPLES * 3 * (32 * 32 + 24 * 24)
@@ -221,13 +221,13 @@ def test_resident_needs_room_for_the_pixels_and_one_view(monkeypatch):
         assert type(open_feed(images, views, None, NoTargets(), **settings)) is kind
 
 
-def test_free_memory_is_a_plausible_number():
+def test_free_memory_is_plausible() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < feeds.free_memory(CPU) <= total
 
 
 class Recorder:
-    """A target source without targets that remembers what was asked for."""
+    """A target source without targets that records the requested views."""
 
     def __init__(self) -> None:
         self.views: list[int] = []

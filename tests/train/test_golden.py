@@ -1,4 +1,4 @@
-"""The golden numbers through the objective that training runs; and no golden array is left without a test."""
+"""The objective gives the golden numbers, and every golden array is tested."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from train.objective import Objective
 from train.recipe import LossRecipe, named_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# They need spatial maps, which a cache does not hold.
+# Losses of spatial maps, which a cache does not store.
 SPATIAL = {"student_map", "teacher_map"} | {
     f"{name}.{part}" for name in ("at_p2", "sp", "nst") for part in ("loss", "grad")
 }
 
 
 class Data(dict[str, Tensor]):
-    """The arrays of a golden file, which remember whether they were read."""
+    """The arrays of a golden file, with a record of those that were read."""
 
     def __init__(self, name: str) -> None:
         with np.load(GOLDEN / f"{name}.npz") as file:
@@ -46,7 +46,7 @@ class Data(dict[str, Tensor]):
 
 
 class Drawn(nn.Module):
-    """In place of the sampler: the negatives that the reference drew."""
+    """Replaces the sampler by the negatives that the reference drew."""
 
     contrast_index: Tensor
 
@@ -95,8 +95,8 @@ def test_totals_with_warm_up(batch: str, name: str) -> None:
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("scale", [1, 100])
-def test_richkd_s_logit_term_on_fused_logits(batch: str, scale: int) -> None:
-    """The targets as a cache holds them: α · teacher + (1 − α) · scale · cosine, rows of mean 0."""
+def test_the_logit_term_of_richkd_on_fused_logits(batch: str, scale: int) -> None:
+    """Targets as in a cache: α · teacher + (1 − α) · scale · cosine, rows of mean 0."""
     data = Data(f"losses_{batch}")
     count, classes = data["student_logits"].shape
     fused = fusion.centre_rows(fusion.fuse_logits(data["teacher_logits"], data["clip_cosine"], 0.7, scale))
@@ -176,7 +176,7 @@ TERMS = {
 
 
 def richkd_batch(data: Data, step: str) -> Batch:
-    """Logits as a cache fuses them, and the features of a component cache."""
+    """Fused logits, and the features of a component cache."""
     alpha = float(data["alpha"])
     teacher, cosine = data[f"{step}.teacher_logits"], data[f"{step}.clip_cosine"]
     fused = fusion.centre_rows(fusion.fuse_logits(teacher, cosine, alpha, clip_scale=1.0))
@@ -225,11 +225,11 @@ def test_richkd_l_needs_no_features() -> None:
             assert_near(terms[name], data[f"{step}.{name}"], 1e-5)
 
 
-# Nothing is left out
+# Completeness
 
 
-def test_every_array_has_a_test() -> None:
-    """The tests of crd and richkd_b16 above check for themselves that they read everything."""
+def test_every_golden_array_is_tested() -> None:
+    """The tests of crd and richkd_b16 above check themselves that they read every array."""
     results = {
         name: {f"{name}.{part}" for part in ("loss", "grad")} for name in (*LOGIT_CASES, *FEATURE_CASES, *TOTALS)
     }

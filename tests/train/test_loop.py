@@ -1,4 +1,4 @@
-"""The training step against a handwritten one, schedules against their tables, and going on from a state."""
+"""The training loop equals a handwritten one, schedules equal their tables, and a run resumes exactly from a state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLES, CLASSES = 70, 5
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> TeacherCache:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     path = tmp_path_factory.mktemp("loop") / "cache.zarr"
     images = cache_factory.tiny_images(SAMPLES, CLASSES)
     cache_factory.build(path, cache_factory.tiny_manifest(images, codec="float32"), images)
@@ -42,7 +42,7 @@ def cache(tmp_path_factory) -> TeacherCache:
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    """On one thread: networks this small are no quicker with more, and far slower beside other work."""
+    """One thread: networks this small are no faster with more, and far slower beside other processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with repeatable(CPU, False):
@@ -53,12 +53,12 @@ def deterministic():
 # schedules
 
 
-def test_multistep_changes_at_the_first_update_of_each_milestone():
+def test_multistep_changes_at_the_first_update_of_each_milestone() -> None:
     rates = learning_rates(ScheduleRecipe(name="multistep", milestones=(2, 4)), epochs=6, steps=3)
     assert rates == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 6)
 
 
-def test_the_papers_schedule_is_torchs():
+def test_the_schedule_of_the_paper_equals_torchs() -> None:
     """torch's MultiStepLR, stepped once per epoch, is what the reference implementations of the field use."""
     ours = learning_rates(ScheduleRecipe(name="multistep", milestones=(150, 180, 210)), epochs=240, steps=1)
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -71,14 +71,14 @@ def test_the_papers_schedule_is_torchs():
     assert ours == pytest.approx(theirs)
 
 
-def test_cosine_falls_update_by_update_to_its_minimum():
+def test_cosine_falls_update_by_update_to_its_minimum() -> None:
     rates = learning_rates(ScheduleRecipe(min_learning_rate=0.2), epochs=5, steps=4)
     expected = [0.2 + 0.4 * (1 + math.cos(math.pi * update / 20)) for update in range(20)]
     assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["cosine", "multistep", "constant"])
-def test_warm_up_rises_to_the_full_rate(name: Any):
+def test_warm_up_rises_to_the_full_rate(name: Any) -> None:
     rates = learning_rates(ScheduleRecipe(name=name, warmup_epochs=2, milestones=(3,)), epochs=4, steps=5)
     assert rates[0] == pytest.approx(1 / 11)
     assert all(late - early == pytest.approx(1 / 11) for early, late in itertools.pairwise(rates[:10]))
@@ -88,12 +88,12 @@ def test_warm_up_rises_to_the_full_rate(name: Any):
     ]
 
 
-def test_a_warm_up_as_long_as_the_run():
+def test_a_warm_up_as_long_as_the_run() -> None:
     rates = learning_rates(ScheduleRecipe(warmup_epochs=1), epochs=1, steps=4)
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
-def test_optimisers_take_their_settings_and_skip_what_is_frozen():
+def test_optimisers_have_their_settings_and_skip_frozen_parameters() -> None:
     frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
     sgd = create_optimiser(OptimiserRecipe(nesterov=True, weight_decay=0.1), [nn.Parameter(torch.zeros(1)), frozen])
     group = sgd.param_groups[0]
@@ -106,8 +106,8 @@ def test_optimisers_take_their_settings_and_skip_what_is_frozen():
 # the step
 
 
-def test_an_epoch_is_the_plain_loop(cache: TeacherCache):
-    """Weights after two epochs equal a loop written out with nothing but torch: order, views, loss, SGD."""
+def test_an_epoch_equals_a_plain_loop(cache: TeacherCache) -> None:
+    """Weights after two epochs equal those of a loop in plain torch: order, views, loss, SGD."""
     recipe = make_recipe(loss={"kind": "kd", "distill_weight": 2.0, "temperature": 4.0})
     learner, feed = make_learner(recipe, cache)
     student = copy.deepcopy(learner.student)
@@ -138,16 +138,16 @@ def test_an_epoch_is_the_plain_loop(cache: TeacherCache):
 
 
 def learner_step(epoch: int, rows: torch.Tensor, recipe: TrainRecipe) -> int:
-    """Number of the update that `rows` is the batch of."""
+    """Number of the update whose batch is `rows`."""
     order = epoch_order(SAMPLES, recipe.seed, epoch)
     return 5 * epoch + int((order == rows[0]).nonzero()) // 16
 
 
-def test_two_runs_are_the_same_bit_for_bit(cache: TeacherCache):
+def test_two_runs_are_the_same_bit_for_bit(cache: TeacherCache) -> None:
     recipe = make_recipe(loss={"kind": "dkd", "feature": "crd"}, ema_decay=0.9)
     results = []
     for disturbance in (1, 2):
-        torch.manual_seed(disturbance)  # what ran before in this process does not matter
+        torch.manual_seed(disturbance)  # earlier work in this process has no effect
         learner, feed = make_learner(recipe, cache)
         for epoch in range(2):
             torch.rand(disturbance)
@@ -156,14 +156,14 @@ def test_two_runs_are_the_same_bit_for_bit(cache: TeacherCache):
     assert_same(*results)
 
 
-def test_seeds_differ(cache: TeacherCache):
+def test_seeds_differ(cache: TeacherCache) -> None:
     one, two = (make_learner(make_recipe(seed=seed), cache)[0].student.state_dict() for seed in (0, 1))
     assert any(not torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize("optimiser", [{"name": "sgd", "nesterov": True}, {"name": "adamw", "learning_rate": 1e-3}])
-def test_going_on_from_a_state_is_going_on(cache: TeacherCache, optimiser: dict[str, Any], tmp_path):
-    """With everything that has a memory: momentum, warm-up of the loss, contrastive memories, EMA, dropout."""
+def test_a_resumed_learner_continues_exactly(cache: TeacherCache, optimiser: dict[str, Any], tmp_path: Path) -> None:
+    """With everything that has state: momentum, warm-up of the loss, contrastive memories, EMA, dropout."""
     recipe = make_recipe(
         loss={"kind": "dkd", "feature": "crd", "warmup_epochs": 2},
         optimiser=optimiser,
@@ -183,7 +183,7 @@ def test_going_on_from_a_state_is_going_on(cache: TeacherCache, optimiser: dict[
     assert_same(through.state_dict(), resumed.state_dict())
 
 
-def test_average_of_weights_is_what_it_says(cache: TeacherCache):
+def test_the_average_of_weights_equals_its_definition(cache: TeacherCache) -> None:
     learner, feed = make_learner(make_recipe(ema_decay=0.9), cache, Dropping())
     average = {key: value.clone().float() for key, value in learner.student.state_dict().items()}
     count = 0
@@ -205,7 +205,7 @@ def test_average_of_weights_is_what_it_says(cache: TeacherCache):
             torch.testing.assert_close(value, average[key], rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache):
+def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache) -> None:
     seen: list[torch.dtype] = []
     loss = {"kind": "kd", "feature": "mse"}
     learner, feed = make_learner(make_recipe(precision="bfloat16", loss=loss), cache, Dropping())
@@ -219,8 +219,8 @@ def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache):
     assert means["loss"] != exact["loss"]
 
 
-def test_means_are_over_samples_not_batches(cache: TeacherCache):
-    """With a learning rate of next to nothing, the mean of the loss is the loss over the whole set, short batch too."""
+def test_means_are_over_samples_and_not_over_batches(cache: TeacherCache) -> None:
+    """With a learning rate near 0, the mean of the loss is the loss over the whole set, including the short batch."""
     recipe = make_recipe(loss={"kind": "kd", "ce_weight": 1.0}, optimiser={"learning_rate": 1e-12, "weight_decay": 0.0})
     learner, feed = make_learner(recipe, cache, Steady())
     means = train_alone(learner, feed, 0)
@@ -234,13 +234,13 @@ def test_means_are_over_samples_not_batches(cache: TeacherCache):
     assert means["train_top1"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), abs=1e-6)
 
 
-def test_a_diverged_run_stops_with_advice(cache: TeacherCache):
+def test_a_diverged_run_stops_with_advice(cache: TeacherCache) -> None:
     learner, feed = make_learner(make_recipe(optimiser={"learning_rate": 1e30}), cache)
     with pytest.raises(DivergedError, match=r"diverged.*epoch 1.*lower --lr"):
         train_alone(learner, feed, 0)
 
 
-def test_settings_are_put_back():
+def test_settings_are_restored() -> None:
     def settings() -> tuple[Any, ...]:
         return (
             torch.are_deterministic_algorithms_enabled(),
@@ -266,7 +266,7 @@ def test_settings_are_put_back():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_no_step_waits_for_the_gpu(cache: TeacherCache, precision: str):
+def test_no_step_waits_for_the_gpu(cache: TeacherCache, precision: str) -> None:
     recipe = make_recipe(loss={"kind": "kd", "feature": "crd"}, precision=precision, ema_decay=0.9)
     learner, feed = make_learner(recipe, cache, device=torch.device("cuda"))
     train_alone(learner, feed, 0)
@@ -358,7 +358,7 @@ class Dropping(nn.Module):
 
 
 class Steady(Dropping):
-    """Without anything that depends on the batch."""
+    """A student whose output for an image does not depend on the batch."""
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.conv(images))
@@ -434,7 +434,7 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
             assert_same(one[key], other[key], f"{path}/{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{path}/{number}")
+        for number, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same(first, second, f"{path}/{number}")
     else:
         assert one == other, path

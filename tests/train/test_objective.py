@@ -1,4 +1,4 @@
-"""The objective adds the right terms, learns its own parts, warms up, resumes exactly and asks for what it needs."""
+"""The objective: its terms, its learned layers, its warm-up, exact resume, and errors for missing targets."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_terms_add_up_and_reach_the_student(kind: str, feature: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_each_term_is_its_loss_with_the_recipe_s_numbers() -> None:
+def test_each_term_is_its_loss_with_the_settings_of_the_recipe() -> None:
     logits, features, batch = make_step(1)
     target, labels = batch.targets.logits, batch.labels
     assert target is not None
@@ -95,26 +95,26 @@ def test_each_term_is_its_loss_with_the_recipe_s_numbers() -> None:
         "temperature": 5.0, "distill_weight": 2.0, "dkd_alpha": 1.5, "dkd_beta": 6.0, "feature_weight": 0.5,
         "rkd_distance_weight": 3.0, "rkd_angle_weight": 4.0,
     }  # fmt: skip
-    wanted_logit = {
+    logit_losses = {
         "kd": losses.kd(logits, target, 5.0),
         "dkd": losses.dkd(logits, target, labels, 1.5, 6.0, 5.0),
         "standardised_kd": losses.standardised_kd(logits, target, 5.0),
         "standardised_dkd": losses.dkd(losses.standardise(logits), losses.standardise(target), labels, 1.5, 6.0, 5.0),
     }
-    wanted_feature = {
+    feature_losses = {
         "mse": losses.feature_mse(features, square.targets.features),
         "cosine": losses.feature_cosine(features, square.targets.features),
         "rkd": losses.rkd(features, square.targets.features, 3.0, 4.0),
         "pkt": losses.pkt(features, square.targets.features),
     }
-    assert wanted_logit.keys() == LOGIT_TERMS.keys()
-    assert wanted_feature.keys() == FEATURE_TERMS.keys()
-    for kind, wanted in wanted_logit.items():
-        assert torch.equal(make_objective(kind=kind, **numbers)(logits, None, batch)["loss_logit"], 2.0 * wanted)
-    for feature, wanted in wanted_feature.items():
+    assert logit_losses.keys() == LOGIT_TERMS.keys()
+    assert feature_losses.keys() == FEATURE_TERMS.keys()
+    for kind, expected in logit_losses.items():
+        assert torch.equal(make_objective(kind=kind, **numbers)(logits, None, batch)["loss_logit"], 2.0 * expected)
+    for feature, expected in feature_losses.items():
         objective = make_objective(STUDENT_DIM, kind="ce", feature=feature, **numbers)
         assert not list(objective.parameters()), "equal widths need no projector"
-        assert torch.equal(objective(logits, features, square)["loss_feature"], 0.5 * wanted)
+        assert torch.equal(objective(logits, features, square)["loss_feature"], 0.5 * expected)
 
 
 def test_warm_up_weights_only_the_logit_term() -> None:
@@ -159,7 +159,7 @@ def test_crd_resumes_exactly_and_draws_new_negatives_every_step() -> None:
     assert not torch.equal(train_steps(forgetful, range(3, 4))[0], straight[3])
 
 
-def test_crd_leaves_its_state_alone_in_eval_mode() -> None:
+def test_crd_does_not_change_its_state_in_eval_mode() -> None:
     objective = make_objective(kind="ce", feature="crd", crd_dim=6)
     train_steps(objective, range(2))
     objective.eval()
@@ -169,13 +169,13 @@ def test_crd_leaves_its_state_alone_in_eval_mode() -> None:
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
 
 
-def test_crd_draws_no_more_negatives_than_there_are() -> None:
+def test_crd_draws_at_most_all_samples_of_other_classes() -> None:
     objective = make_objective(feature="crd")
     assert objective.contrast is not None
     assert objective.contrast.memory.negatives == SAMPLES - int(np.bincount(LABELS).max())
 
 
-def test_seed_decides_the_learned_parts_and_the_global_generator_is_left_alone() -> None:
+def test_the_seed_sets_the_initial_parameters_and_not_the_global_generator() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -228,8 +228,8 @@ def test_missing_targets_are_named(
         ("fused", (0.7, 0.3), ["student", "targets.0"]),
     ],
 )
-def test_what_crd_embeds(source: str, weights: tuple[float, float], names: list[str]) -> None:
-    """One embedding per network that counts; the fused features have one."""
+def test_which_features_crd_embeds(source: str, weights: tuple[float, float], names: list[str]) -> None:
+    """Each network with a weight above 0 has an embedding; the fused features have one."""
     widths = {"fused": (TARGET_DIM,)}.get(source, COMPONENTS.widths)
     objective = component_objective(COMPONENTS._replace(weights=weights), feature_source=source)
     learned = {name.removeprefix("contrast.embed_"): value for name, value in objective.named_parameters()}
@@ -250,8 +250,8 @@ def test_the_weights_of_components_decide_the_mix() -> None:
     even = component_objective(COMPONENTS._replace(weights=(0.5, 0.5)))
     unit = even.get_submodule("contrast")._target_unit((teacher, clip))  # type: ignore[operator]
     embeds = [even.get_submodule(f"contrast.embed_targets.{number}") for number in range(2)]
-    wanted = unit_rows(sum(unit_rows(embed(x)) for embed, x in zip(embeds, (teacher, clip), strict=True)))
-    torch.testing.assert_close(unit, wanted)
+    expected = unit_rows(sum(unit_rows(embed(x)) for embed, x in zip(embeds, (teacher, clip), strict=True)))
+    torch.testing.assert_close(unit, expected)
     other = component_objective(COMPONENTS._replace(weights=(0.9, 0.1)))
     assert even(logits, features, batch)["loss"] != other(logits, features, batch)["loss"]
 
@@ -266,7 +266,7 @@ def test_crd_on_components_resumes_exactly() -> None:
     resumed = component_objective(COMPONENTS, seed=1)
     resumed.load_state_dict(first.state_dict())
     assert resumed.contrast is not None
-    resumed.contrast.seed = 0  # of the run; nothing else of its first state survives
+    resumed.contrast.seed = 0  # it is the run's; everything else is loaded
     assert torch.equal(torch.stack(steps(resumed, range(3, 6))), torch.stack(straight[3:]))
 
 
@@ -307,7 +307,7 @@ def test_recipe_properties() -> None:
         ({"crd_momentum": 1.0}, "bad value for 'crd_momentum'"),
     ],
 )
-def test_bad_recipes_are_refused(data: dict[str, object], message: str) -> None:
+def test_invalid_recipes_are_errors(data: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         validate(LossRecipe, data, where="loss")
 
@@ -327,12 +327,12 @@ def test_a_step_never_waits_for_the_device() -> None:
     assert batch.targets.features is not None
     components = tuple(part.cuda() for part in component_targets(0).components or ())
     targets = BatchTargets(batch.targets.logits.cuda(), batch.targets.features.cuda(), components)
-    there = Batch(NO_PIXELS, batch.labels.cuda(), batch.index.cuda(), targets)
+    on_gpu = Batch(NO_PIXELS, batch.labels.cuda(), batch.index.cuda(), targets)
     logits, features = logits.detach().cuda(), features.detach().cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         objective.set_epoch(1)
-        objective(logits, features, there)
-        mixed(logits, features, there)
+        objective(logits, features, on_gpu)
+        mixed(logits, features, on_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,9 +1,10 @@
-"""Training recipes: built-in ones, validation in our words, what identifies a run."""
+"""Training recipes: the built-in ones, their validation, and the values that identify a run."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ PAIRS = (
 NAMES = ("cifar100", *PAIRS, "digits", "fashion-mnist")
 
 
-def test_built_in_recipes():
+def test_built_in_recipes() -> None:
     assert tuple(builtin_names(builtin_recipes())) == NAMES
     paper = load_train_recipe("cifar100")
     assert (paper.student, paper.epochs, paper.batch_size) == ("resnet8x4", 240, 64)
@@ -44,7 +45,7 @@ def test_built_in_recipes():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_labels_alone_see_the_views_that_the_cache_has(name: str):
+def test_a_run_on_labels_alone_has_the_views_of_the_cache(name: str) -> None:
     train = load_train_recipe(name)
     assert train.cache is not None
     build = load_build_recipe(train.cache)
@@ -54,15 +55,15 @@ def test_labels_alone_see_the_views_that_the_cache_has(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shown_recipe_reads_back_as_the_same(name: str, tmp_path):
+def test_a_shown_recipe_reads_back_as_the_same(name: str, tmp_path: Path) -> None:
     recipe = load_train_recipe(name, ["epochs=7", "loss.temperature=2.5"])
     (tmp_path / "shown.yaml").write_text(dump_yaml(recipe))
     assert load_train_recipe(str(tmp_path / "shown.yaml")) == recipe
     assert (recipe.epochs, recipe.loss.temperature) == (7, 2.5)
 
 
-def test_losses_by_name():
-    """Weights of CE, logit term and feature term, and the temperature: as in the papers' code."""
+def test_losses_by_name() -> None:
+    """Weights of CE, logit term and feature term, and the temperature, are those of the papers' code."""
     terms = {}
     for name in LOSSES:
         loss = LossRecipe(**named_loss(name))
@@ -92,7 +93,7 @@ def test_losses_by_name():
         ({"kind": "kd", "distill_weight": 0.0}, "ce"),
     ],
 )
-def test_name_of_a_loss(loss: dict[str, Any], name: str):
+def test_the_name_of_a_loss(loss: dict[str, Any], name: str) -> None:
     assert make(loss=loss).loss_name == name
 
 
@@ -113,7 +114,7 @@ def test_name_of_a_loss(loss: dict[str, Any], name: str):
         ({"precision": "float8"}, "'precision'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str, Any], words: str):
+def test_an_impossible_recipe_is_an_error_of_one_line(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     import yaml
 
     data = {"name": "mine", "cache": "c", "dataset": {"name": "digits"}, "epochs": 10} | changes
@@ -123,7 +124,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
-def test_values_are_what_determines_the_result():
+def test_values_hold_everything_that_determines_the_result() -> None:
     recipe = make()
     for same in ({"device": "cpu"}, {"out": "x"}, {"name": "other"}, {"data_dir": "d"}, {"cache": "elsewhere"},
                  {"dataset": {"name": "cifar10"}}, {"compare_with_labels": True}):  # fmt: skip
@@ -146,12 +147,12 @@ def test_values_are_what_determines_the_result():
         ("Nobody's", "Nobody's"),
     ],
 )
-def test_a_student_has_one_spelling(written: str, name: str):
+def test_a_student_has_one_canonical_name(written: str, name: str) -> None:
     assert make(student=written).values() == make(student=name).values()
     assert make(student=name).student == name
 
 
-def test_on_labels_alone_dataset_and_views_count_but_not_where_they_are():
+def test_on_labels_alone_the_values_hold_dataset_and_views_but_not_data_dir() -> None:
     recipe = make(loss={"kind": "ce"})
     assert recipe.values() != make(loss={"kind": "kd"}).values()
     assert make(loss={"kind": "ce"}, cache="other").values() == recipe.values()
@@ -161,16 +162,16 @@ def test_on_labels_alone_dataset_and_views_count_but_not_where_they_are():
     assert make(loss={"kind": "ce"}, views={"base_seed": 2}).values() != recipe.values()
 
 
-def test_twin_on_labels_differs_in_loss_alone():
+def test_on_labels_changes_only_the_loss() -> None:
     recipe = make(compare_with_labels=True)
-    twin = recipe.on_labels(recipe.dataset, recipe.views, 4)
-    before, after = recipe.model_dump(), twin.model_dump()
+    on_labels = recipe.on_labels(recipe.dataset, recipe.views, 4)
+    before, after = recipe.model_dump(), on_labels.model_dump()
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {"cache", "loss", "num_views", "compare_with_labels"}
-    assert not twin.loss.needs_targets
+    assert not on_labels.loss.needs_targets
 
 
-def test_folder_says_what_is_in_it_and_is_another_for_another_recipe():
+def test_every_recipe_has_a_folder_with_a_telling_name() -> None:
     recipe = make(student="timm:mobilenetv3_small_050.lamb_in1k")
     folder = run_folder(recipe, recipe_digest({"recipe": recipe.values()}))
     assert folder.parent.name == "runs"
@@ -179,7 +180,7 @@ def test_folder_says_what_is_in_it_and_is_another_for_another_recipe():
     assert str(run_folder(make(out="here"), "0" * 64)) == "here"
 
 
-def test_recipes_and_the_command_line_load_without_torch():
+def test_recipes_and_the_command_line_load_without_torch() -> None:
     code = (
         "import sys, train.cli, train.recipe; train.recipe.load_train_recipe('digits');"
         "print([m for m in ('torch', 'timm', 'zarr', 'matplotlib', 'polars', 'sklearn') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""`train-student` from a URL: the same student, bit for bit, whatever the store does meanwhile."""
+"""`train-student` from a URL gives the same student, bit for bit, even from an unreliable store."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, local: Path) -> bytes:
-    """The student from the local cache."""
+    """The weights of the student from the local cache."""
     out = tmp_path_factory.mktemp("reference") / "run"
     train_student(tiny_run.recipe(local, out))
     return (out / "last.safetensors").read_bytes()
@@ -43,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, local: Path) -> bytes:
 
 @pytest.fixture
 def proxy(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
-    """A proxy that fails nothing yet, in front of the S3 server; the cache home is empty."""
+    """A proxy in front of the S3 server, without failures yet, and an empty cache home."""
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     with flaky_proxy(seed=5) as proxy:
         yield proxy
@@ -61,11 +61,11 @@ def command(url: str, out: Path) -> list[str]:
     """`train-student` with the settings of `tiny_run.recipe`."""
     recipe = tiny_run.recipe("unused", out).model_dump(mode="json", exclude={"cache", "out", "fusion"})
     file = out.parent / "recipe.yaml"
-    file.write_text(json.dumps(recipe))  # which is YAML too
+    file.write_text(json.dumps(recipe))  # JSON is valid YAML
     return [sys.executable, "-m", "train.cli", str(file), "--cache", url, "--out", str(out)]
 
 
-def test_the_student_is_that_of_the_local_cache(proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path) -> None:
+def test_a_remote_cache_gives_the_same_student(proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path) -> None:
     done = subprocess.run(command(url, tmp_path / "run"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/last.safetensors").read_bytes() == weights
@@ -78,13 +78,13 @@ def test_the_student_is_that_of_the_local_cache(proxy: FlakyProxy, url: str, wei
     assert open_run(tmp_path / "run")[0].cache == url, "the mirror is gone: it is read from the store again"
 
 
-def test_only_the_views_and_arrays_of_the_run_come(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:
+def test_only_the_views_and_arrays_of_the_run_are_downloaded(proxy: FlakyProxy, url: str, tmp_path: Path) -> None:
     train_student(tiny_run.recipe(url, tmp_path / "run", num_views=2, epochs=5))
     mirror = TeacherCache.open(url)
     assert registry.read_complete_views(mirror.path, mirror.manifest) == [0, 1]
 
 
-def test_a_store_that_fails_a_fifth_of_its_requests(
+def test_a_store_that_fails_a_fifth_of_its_requests_gives_the_same_student(
     proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path
 ) -> None:
     proxy.fail(0.2)
@@ -93,10 +93,10 @@ def test_a_store_that_fails_a_fifth_of_its_requests(
     assert (tmp_path / "run/last.safetensors").read_bytes() == weights
 
 
-def test_a_store_that_goes_away_stops_the_run_and_the_same_command_goes_on(
+def test_a_run_that_loses_its_store_stops_and_resumes(
     proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path
 ) -> None:
-    """Two views are there; the third is needed in the third epoch."""
+    """Two views are staged; the third epoch needs the third."""
     first = TeacherCache.open(url)
     assert first.is_complete
     for view in (0, 1):
@@ -109,7 +109,7 @@ def test_a_store_that_goes_away_stops_the_run_and_the_same_command_goes_on(
     assert (tmp_path / "run/last.safetensors").read_bytes() == weights
 
 
-def test_a_run_without_a_network_from_what_is_staged(
+def test_a_staged_cache_needs_no_network(
     proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = TeacherCache.open(url)
@@ -123,7 +123,9 @@ def test_a_run_without_a_network_from_what_is_staged(
 
 
 @pytest.mark.slow
-def test_several_runs_at_once_bring_each_view_once(proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path) -> None:
+def test_several_runs_at_once_download_each_view_once(
+    proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path
+) -> None:
     runs = [tmp_path / f"{number}" / "run" for number in range(2)]
     for run in runs:
         run.parent.mkdir()

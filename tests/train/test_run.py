@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, that they repeat, that they go on after any interruption, and what they refuse."""
+"""Whole runs: their files, that they repeat, that they resume after any interruption, and their errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from train import run
-from train import run as runs
 from train.checkpoints import BEST, EMA, LAST, load_student, read_card
 from train.data import open_data
 from train.evaluate.metrics import evaluate
@@ -45,18 +44,18 @@ TIMINGS = ("train_s", "images_per_s")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory, pictures: Path) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
 
 
 @pytest.mark.medium
 @pytest.mark.usefixtures("real_curves")
-def test_a_run_leaves_everything(cache: Path, pictures: Path, tmp_path):
+def test_a_run_writes_all_its_files(cache: Path, pictures: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(cache, tmp_path / "run", ema_decay=0.9, loss={"kind": "kd", "feature": "cosine"})
     result = train_student(recipe)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
@@ -82,13 +81,13 @@ def test_a_run_leaves_everything(cache: Path, pictures: Path, tmp_path):
         assert expected is not None
         again = evaluate(student, test, open_data(recipe, CPU).preprocessing, CPU)
         assert (again.n, again.top1) == (expected.n, expected.top1)
-        assert again.nll == pytest.approx(expected.nll, rel=1e-5)  # another memory layout, other rounding
+        assert again.nll == pytest.approx(expected.nll, rel=1e-5)  # another memory layout rounds differently
     assert result.best_epoch is not None
     assert read_card(tmp_path / "run" / BEST).epoch == result.best_epoch + 1
     assert read_card(tmp_path / "run" / LAST).epoch == 3
 
 
-def test_metrics_have_a_row_per_epoch(cache: Path, tmp_path):
+def test_metrics_have_a_row_per_epoch(cache: Path, tmp_path: Path) -> None:
     result = train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=5, evaluate_every=2))
     table = pl.read_parquet(tmp_path / "run" / "metrics.parquet")
     assert table["epoch"].to_list() == [0, 1, 2, 3, 4]
@@ -102,7 +101,7 @@ def test_metrics_have_a_row_per_epoch(cache: Path, tmp_path):
 
 
 @pytest.mark.medium
-def test_tensorboard_events_match_the_metrics(cache: Path, tmp_path):
+def test_tensorboard_events_match_the_metrics(cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -116,7 +115,7 @@ def test_tensorboard_events_match_the_metrics(cache: Path, tmp_path):
         np.testing.assert_allclose([scalar.value for scalar in scalars], table[name], rtol=1e-6)
 
 
-def test_a_run_without_tensorboard(monkeypatch, cache: Path, tmp_path):
+def test_a_run_without_tensorboard(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1)).last is not None
     assert not (tmp_path / "run" / "tb").exists()
@@ -124,7 +123,9 @@ def test_a_run_without_tensorboard(monkeypatch, cache: Path, tmp_path):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("loss", [{"kind": "ce"}, {"kind": "dkd", "feature": "crd"}], ids=["ce", "dkd+crd"])
-def test_the_same_recipe_gives_the_same_files(cache: Path, pictures: Path, tmp_path, loss: dict[str, Any]):
+def test_the_same_recipe_gives_the_same_files(
+    cache: Path, pictures: Path, tmp_path: Path, loss: dict[str, Any]
+) -> None:
     dataset = tiny_run.dataset(pictures).model_dump()
     for name in ("one", "two"):
         train_student(tiny_run.recipe(cache, tmp_path / name, loss=loss, dataset=dataset, ema_decay=0.8))
@@ -135,7 +136,7 @@ def test_the_same_recipe_gives_the_same_files(cache: Path, pictures: Path, tmp_p
 
 @pytest.mark.medium
 @pytest.mark.parametrize("moment", ["before the first state", "between best and state", "after a state", "at the end"])
-def test_an_interrupted_run_goes_on(monkeypatch, cache: Path, tmp_path, moment: str):
+def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, moment: str) -> None:
     def settings(name: str) -> TrainRecipe:
         return tiny_run.recipe(cache, tmp_path / name, loss={"kind": "kd", "feature": "crd"}, ema_decay=0.9, epochs=4)
 
@@ -163,7 +164,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tests import tiny_run
 import train.run
-from train.run import train_student  # everything is imported, nothing computed: forking is safe
+from train.run import train_student  # before any computation, so that forking is safe
 
 cache, out, epochs = Path(sys.argv[1]), Path(sys.argv[2]), 30
 random.seed(int(sys.argv[3]))
@@ -183,7 +184,7 @@ def stamp():
 kills = 0
 for attempt in range(7):
     child, before, patience = start("killed"), stamp(), time.monotonic() + 60
-    if attempt % 3:  # after an epoch or two more; otherwise anywhere, even before the first
+    if attempt % 3:  # after one or two more epochs; otherwise at any moment, even before the first epoch
         while stamp() == before and time.monotonic() < patience:
             time.sleep(0.001)
     time.sleep(random.uniform(0.0, 0.15))
@@ -204,8 +205,8 @@ for name in ("killed", "through"):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("seed", [1])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(cache: Path, tmp_path, seed: int):
-    """SIGKILL at seven moments, then the same command: byte-identical to a run that was left alone."""
+def test_a_killed_run_resumes_exactly(cache: Path, tmp_path: Path, seed: int) -> None:
+    """After SIGKILL at seven moments the same command gives the same bytes as an uninterrupted run."""
     arguments = [sys.executable, "-c", KILLS, str(cache), str(tmp_path), str(seed)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -214,7 +215,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(cache: Path, tmp_path, 
 
 
 @pytest.mark.medium
-def test_a_finished_run_is_shown_not_trained_again(monkeypatch, cache: Path, tmp_path):
+def test_a_finished_run_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True)
     result = train_student(recipe)
     monkeypatch.setattr(run, "create_student", None)
@@ -225,7 +226,7 @@ def test_a_finished_run_is_shown_not_trained_again(monkeypatch, cache: Path, tmp
 
 
 @pytest.mark.medium
-def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures: Path, tmp_path):
+def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures: Path, tmp_path: Path) -> None:
     result = train_student(tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True))
     assert result.labels_only is not None
     assert result.labels_only.folder == tmp_path / "run" / "labels-only"
@@ -243,28 +244,28 @@ def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures:
     same_runs(tmp_path / "run" / "labels-only", tmp_path / "alone")
     assert alone.last == result.labels_only.last
     assert alone.fingerprint is None
-    told = summary(result)
+    text = summary(result)
     for words in ("teacher ", "CLIP ", "resnet8 distilled", "resnet8 on labels alone", "points of top-1", "75.00%"):
-        assert words in told
+        assert words in text
     assert load_result(tmp_path / "run") == result
 
 
 @pytest.mark.medium
-def test_a_comparison_that_was_interrupted_is_made_up_for(monkeypatch, cache: Path, tmp_path):
+def test_an_interrupted_comparison_resumes(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True)
     with monkeypatch.context() as patch:
-        interrupt(patch, run.checkpoints, "save_state", 5)  # three epochs, then the second of the comparison
+        interrupt(patch, run.checkpoints, "save_state", 5)  # after three epochs, in the second of the comparison
         with pytest.raises(KeyboardInterrupt):
             train_student(recipe)
     assert load_result(tmp_path / "run") is not None
-    monkeypatch.setattr(runs, "command_line", lambda: "the same command")
+    monkeypatch.setattr(run, "command_line", lambda: "the same command")
     result = train_student(recipe)
     assert result.labels_only is not None
     assert len(pl.read_parquet(tmp_path / "run" / "labels-only" / "metrics.parquet")) == 3
 
 
 @pytest.mark.medium
-def test_another_recipe_never_takes_over_a_folder(cache: Path, tmp_path):
+def test_a_folder_with_a_run_of_another_recipe_is_refused(cache: Path, tmp_path: Path) -> None:
     train_student(tiny_run.recipe(cache, tmp_path / "run"))
     other = tiny_run.recipe(cache, tmp_path / "run", epochs=1, optimiser={"learning_rate": 0.01})
     with pytest.raises(RecipeError, match=r"recipe\.epochs 3 there, 1 now.*learning_rate 0\.05 there.*--overwrite"):
@@ -273,7 +274,7 @@ def test_another_recipe_never_takes_over_a_folder(cache: Path, tmp_path):
     assert train_student(other).epochs == 1
 
 
-def test_another_cache_is_another_run(cache: Path, pictures: Path, tmp_path):
+def test_another_cache_is_another_run(cache: Path, pictures: Path, tmp_path: Path) -> None:
     train_student(tiny_run.recipe(cache, tmp_path / "run"))
     moved = tmp_path / "moved.zarr"
     shutil.copytree(cache, moved)
@@ -284,7 +285,7 @@ def test_another_cache_is_another_run(cache: Path, pictures: Path, tmp_path):
 
 
 @pytest.mark.medium
-def test_overwrite_removes_what_a_run_writes_and_nothing_else(cache: Path, tmp_path):
+def test_overwrite_removes_only_the_files_of_a_run(cache: Path, tmp_path: Path) -> None:
     train_student(tiny_run.recipe(cache, tmp_path / "run", ema_decay=0.5))
     (tmp_path / "run" / "notes.txt").write_text("mine")
     for made_of_it in ("evaluation", "export"):
@@ -297,8 +298,8 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(cache: Path, tmp_p
 
 
 @pytest.mark.medium
-def test_overwrite_removes_the_comparison_with_labels(cache: Path, tmp_path):
-    """The page would compare with it."""
+def test_overwrite_removes_the_comparison_with_labels(cache: Path, tmp_path: Path) -> None:
+    """Otherwise the page would compare with it."""
     train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1, compare_with_labels=True))
     (tmp_path / "run" / "labels-only" / "notes.txt").write_text("mine")
     result = train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1), overwrite=True)
@@ -307,7 +308,7 @@ def test_overwrite_removes_the_comparison_with_labels(cache: Path, tmp_path):
     assert "Labels alone" not in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_folder_of_something_else_is_left_alone(cache: Path, tmp_path):
+def test_a_folder_that_is_no_run_is_refused_and_not_changed(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
     for overwrite in (False, True):
@@ -318,7 +319,7 @@ def test_a_folder_of_something_else_is_left_alone(cache: Path, tmp_path):
 
 
 @pytest.mark.medium
-def test_two_processes_never_write_the_same_run(cache: Path, tmp_path):
+def test_only_one_process_may_write_a_run(cache: Path, tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as lock:
@@ -328,15 +329,15 @@ def test_two_processes_never_write_the_same_run(cache: Path, tmp_path):
     assert train_student(tiny_run.recipe(cache, tmp_path / "run", epochs=1)).last is not None
 
 
-def test_images_that_have_moved(cache: Path, pictures: Path, tmp_path):
+def test_moved_images_give_the_same_run(cache: Path, pictures: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(pictures, moved)
-    train_student(tiny_run.recipe(cache, tmp_path / "here"))
-    train_student(tiny_run.recipe(cache, tmp_path / "there", data_dir=moved))
-    same_runs(tmp_path / "here", tmp_path / "there")
+    train_student(tiny_run.recipe(cache, tmp_path / "original"))
+    train_student(tiny_run.recipe(cache, tmp_path / "moved-run", data_dir=moved))
+    same_runs(tmp_path / "original", tmp_path / "moved-run")
 
 
-def test_without_a_test_split(pictures: Path, tmp_path):
+def test_a_run_without_a_test_split(pictures: Path, tmp_path: Path) -> None:
     dataset = tiny_run.dataset(pictures).model_dump() | {"test_split": None}
     result = train_student(tiny_run.recipe(tmp_path, tmp_path / "run", loss={"kind": "ce"}, dataset=dataset))
     assert (result.last, result.best, result.best_epoch) == (None, None, None)
@@ -345,19 +346,19 @@ def test_without_a_test_split(pictures: Path, tmp_path):
     assert "no test split" in summary(result)
 
 
-def test_targets_from_elsewhere(cache: Path, tmp_path):
-    """`train_on` takes any source of targets: one that gives the cache's own rows gives the cache's own student."""
+def test_any_source_of_targets_can_be_trained_on(cache: Path, tmp_path: Path) -> None:
+    """A source that returns the rows of a cache gives the same student as the cache."""
     recipe = tiny_run.recipe(cache, tmp_path / "cached")
     data = open_data(recipe, CPU)
     train_on(data, recipe, CPU)
     opened = TeacherCache.open(cache)
 
-    class Elsewhere:
+    class RowsOfCache:
         def __init__(self, view: int = 0) -> None:
             self.number = view
 
-        def view(self, view: int) -> Elsewhere:
-            return Elsewhere(view)
+        def view(self, view: int) -> RowsOfCache:
+            return RowsOfCache(view)
 
         def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
             rows = opened.read_array("fused_logits", self.number)[index.numpy()]
@@ -369,11 +370,11 @@ def test_targets_from_elsewhere(cache: Path, tmp_path):
     from dataclasses import replace
 
     other = tiny_run.recipe(cache, tmp_path / "elsewhere")
-    train_on(replace(data, targets=Elsewhere()), other, CPU)
+    train_on(replace(data, targets=RowsOfCache()), other, CPU)
     same_runs(tmp_path / "cached", tmp_path / "elsewhere")
 
 
-def refusals() -> dict[str, tuple[type[CacheError], str]]:
+def expected_errors() -> dict[str, tuple[type[CacheError], str]]:
     return {
         "missing cache": (NotFoundError, "no cache here"),
         "half-built cache": (IncompleteError, "build-cache"),
@@ -390,18 +391,18 @@ def refusals() -> dict[str, tuple[type[CacheError], str]]:
     }
 
 
-@pytest.mark.parametrize("case", refusals())
-def test_bad_input_is_one_clear_line(cache: Path, pictures: Path, tmp_path, case: str):
+@pytest.mark.parametrize("case", expected_errors())
+def test_bad_input_is_one_clear_line(cache: Path, pictures: Path, tmp_path: Path, case: str) -> None:
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    kind, words = refusals()[case]
+    kind, words = expected_errors()[case]
     with pytest.raises(kind, match=words) as caught:
-        train_student(spoiled(case, cache, pictures, tmp_path))
+        train_student(broken_recipe(case, cache, pictures, tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def spoiled(case: str, cache: Path, pictures: Path, tmp_path: Path) -> TrainRecipe:
-    """A recipe that cannot work, and whatever makes it so."""
+def broken_recipe(case: str, cache: Path, pictures: Path, tmp_path: Path) -> TrainRecipe:
+    """A recipe that must fail, with the files that make it fail."""
     changes: dict[str, Any] = {
         "unknown student": {"student": "resnet9"},
         "no CUDA": {"device": "cuda"},
@@ -428,7 +429,7 @@ def spoiled(case: str, cache: Path, pictures: Path, tmp_path: Path) -> TrainReci
 
 
 def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, count: int) -> None:
-    """Ctrl-C at the count-th call of a function."""
+    """Raise KeyboardInterrupt at the count-th call of a function."""
     original, calls = getattr(place, name), []
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -441,7 +442,7 @@ def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, count: int) -> N
 
 
 def same_runs(one: Path, other: Path) -> None:
-    """Byte-identical students, and the same metrics but for the time they took."""
+    """Check that two runs have byte-identical students and the same metrics, except for timings."""
     for name in (LAST, BEST, EMA):
         assert (one / name).exists() == (other / name).exists()
         if (one / name).exists():

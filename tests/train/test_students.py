@@ -1,4 +1,4 @@
-"""The zoo against the golden layouts and outputs of mdistiller; timm's interface on every student."""
+"""The zoo has the layouts and outputs of mdistiller; every student has timm's interface."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OUTPUTS = np.load(GOLDEN / "models.npz")
 
 
 def rule_values(key: str, shape: torch.Size, number: int) -> torch.Tensor:
-    """The golden rule for tensor `number` of a state dict."""
+    """Values by the rule of the golden data, for tensor `number` of a state dict."""
     if key.endswith("num_batches_tracked"):
         return torch.zeros((), dtype=torch.int64)
     j = np.arange(int(np.prod(shape)), dtype=np.float64)
@@ -49,7 +49,7 @@ def rule_values(key: str, shape: torch.Size, number: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
 def filled(request: pytest.FixtureRequest) -> tuple[str, Any]:
-    """(name, network) with rule-filled weights, in eval mode; one network alive at a time."""
+    """(name, network) with weights by that rule, in eval mode; one network in memory at a time."""
     network = create_student(request.param, num_classes=100)
     state = network.state_dict()
     network.load_state_dict({key: rule_values(key, t.shape, i) for i, (key, t) in enumerate(state.items())})
@@ -67,7 +67,7 @@ def images(batch: int, size: int, channels: int = 3) -> torch.Tensor:
 # --- the zoo -----------------------------------------------------------------------------------------------------
 
 
-def test_layout_is_the_published_one(filled: tuple[str, Any]) -> None:
+def test_state_dicts_have_the_published_layout(filled: tuple[str, Any]) -> None:
     name, network = filled
     golden = LAYOUTS[name]
     assert [[key, list(t.shape)] for key, t in network.state_dict().items()] == golden["state_dict"]
@@ -90,7 +90,7 @@ def test_outputs_match_the_reference(filled: tuple[str, Any]) -> None:
 
 
 def assert_interface(network: Any, batch: torch.Tensor, num_classes: int, rank: int = 4) -> None:
-    """timm's interface, in eval mode; `rank` is that of the last map: 4, or 3 for tokens."""
+    """Check timm's interface in eval mode. `rank` is that of the last map: 4, or 3 for tokens."""
     with torch.no_grad():
         logits = network(batch)
         last_map = network.forward_features(batch)
@@ -125,7 +125,7 @@ def test_zoo_maps_are_activated_and_pool_to_the_features(filled: tuple[str, Any]
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [28, 40, 64])
-def test_zoo_takes_other_sizes(filled: tuple[str, Any], size: int) -> None:
+def test_the_zoo_takes_other_image_sizes(filled: tuple[str, Any], size: int) -> None:
     _, network = filled
     logits = network(images(1, size))
     assert logits.shape == (1, 100)
@@ -150,14 +150,14 @@ def test_zoo_trains(name: str) -> None:
     for key, parameter in network.named_parameters():
         assert parameter.grad is not None, key
         assert torch.isfinite(parameter.grad).all(), key
-        # A batch norm cancels the bias in front of it (VGG): only rounding is left of that gradient.
+        # A batch norm cancels the bias before it (VGG), so the gradient of that bias is rounding noise.
         if parameter.ndim > 1:
             assert parameter.grad.abs().max() > 0, key
 
 
 @pytest.mark.parametrize("name", ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
-def test_in_place_operations_leave_gradients_right(name: str) -> None:
-    """Gradients in float64 against a central difference along one random direction."""
+def test_gradients_are_right_despite_in_place_operations(name: str) -> None:
+    """Gradients in float64 equal a central difference along one random direction."""
     torch.manual_seed(1)
     network = create_student(name, num_classes=5).double().train()
     batch, labels = images(4, 16).double(), torch.tensor([0, 1, 2, 3])
@@ -198,7 +198,7 @@ def test_zoo_initialisation() -> None:
         assert not linear.bias.any()
 
 
-def test_random_weights_come_from_the_default_generator() -> None:
+def test_random_weights_are_drawn_from_the_default_generator() -> None:
     states = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -207,7 +207,7 @@ def test_random_weights_come_from_the_default_generator() -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_zoo_takes_other_channels() -> None:
+def test_the_zoo_takes_other_channels() -> None:
     for name in ("resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"):
         assert create_student(name, 10, in_chans=1)(images(2, 32, channels=1)).shape == (2, 10)
 
@@ -221,7 +221,7 @@ def test_names() -> None:
 
 
 @pytest.mark.medium
-def test_names_need_neither_timm_nor_torchvision() -> None:
+def test_names_are_listed_without_importing_timm_or_torchvision() -> None:
     code = (
         "import sys; from train.students import create_student, student_names; student_names();"
         "create_student('resnet8', 10);"
@@ -261,7 +261,7 @@ def test_timm_options_pass_through(tmp_path: Path) -> None:
 
 # --- torchvision -------------------------------------------------------------------------------------------------
 
-TORCHVISION = [  # one network of every class; sizes as small as each takes
+TORCHVISION = [  # one network of every class, at the smallest size that it takes
     slow("alexnet", 64, 4, {}),
     slow("convnext_tiny", 32, 4, {}),
     slow("densenet121", 32, 4, {}),
@@ -313,7 +313,7 @@ def test_torchvision_student_trains_copies_and_reloads() -> None:
 @pytest.mark.medium
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", slow("googlenet"), "mobilenet_v3_small"])
 def test_torchvision_pretrained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but the download: the thousand classes, their replacement, GoogLeNet's aux heads and input range."""
+    """Everything but the download: a thousand classes, their replacement, GoogLeNet's aux heads and input range."""
     import torchvision
     from torchvision.models import _api
 
@@ -357,17 +357,17 @@ def test_bad_names_and_options(name: str, options: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm:resnet10t", "torchvision:resnet18"])
-def test_a_student_needs_classes(name: str) -> None:
+def test_a_student_needs_at_least_one_class(name: str) -> None:
     with pytest.raises(RecipeError, match="num_classes"):
         create_student(name, 0)
 
 
-def test_a_timm_encoder_is_no_student() -> None:
+def test_a_timm_encoder_is_refused() -> None:
     with torch.device("meta"), pytest.raises(RecipeError, match="no classifier"):
         create_student("timm:mobilenetv5_300m_enc", 10)
 
 
-def test_weights_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_downloaded_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.models import _api
 
     def unreachable(*args: Any, **kwargs: Any) -> None:

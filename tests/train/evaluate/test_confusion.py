@@ -1,4 +1,4 @@
-"""Confusions equal plain counting; the picture is drawn for few and for many classes."""
+"""Confusions equal plain counting; the plot works for few and for many classes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused, plot_confusion
 
 NAMES = ("cat", "dog", "owl", "yak")
-# Nobody is a yak, though two were taken for one.
+# No sample is a yak, but two were classified as one.
 MATRIX = np.array([[5, 3, 0, 2], [1, 9, 0, 0], [0, 3, 3, 0], [0, 0, 0, 0]])
 
 
-def test_counts_are_label_by_answer():
+def test_counts_by_label_and_answer() -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(500, 7)).astype(np.float32), rng.integers(0, 7, 500)
     expected = np.zeros((7, 7), int)
@@ -27,7 +27,7 @@ def test_counts_are_label_by_answer():
     assert np.array_equal(found, expected)
 
 
-def test_the_table_has_every_count_and_the_whole_diagonal():
+def test_the_table_has_every_count_and_the_full_diagonal() -> None:
     table = confusion_frame(MATRIX, NAMES)
     assert table.columns == ["label", "label_name", "predicted", "predicted_name", "count", "share"]
     rows = {(row["label_name"], row["predicted_name"]): row for row in table.to_dicts()}
@@ -39,7 +39,7 @@ def test_the_table_has_every_count_and_the_whole_diagonal():
     assert table["share"].dtype == pl.Float64
 
 
-def test_classes_have_accuracy_and_precision():
+def test_classes_have_accuracy_and_precision() -> None:
     cat, dog, owl, yak = class_figures(MATRIX, NAMES)
     assert (cat.n, cat.accuracy, cat.precision) == (10, 0.5, pytest.approx(5 / 6))
     assert (dog.accuracy, dog.precision) == (0.9, pytest.approx(9 / 15))
@@ -47,21 +47,21 @@ def test_classes_have_accuracy_and_precision():
     assert (yak.n, yak.accuracy, yak.precision) == (0, None, 0.0)
 
 
-def test_pairs_are_sorted_by_mistakes_then_share():
-    pairs = most_confused(MATRIX, NAMES)
-    assert [(pair.label, pair.predicted, pair.count) for pair in pairs] == [
+def test_confusions_are_sorted_by_count_then_share() -> None:
+    confusions = most_confused(MATRIX, NAMES)
+    assert [(confusion.label, confusion.predicted, confusion.count) for confusion in confusions] == [
         ("owl", "dog", 3),  # half of the owls
         ("cat", "dog", 3),
         ("cat", "yak", 2),
         ("dog", "cat", 1),
     ]
-    assert pairs[0].share == pytest.approx(0.5)
-    assert most_confused(MATRIX, NAMES, 1) == pairs[:1]
+    assert confusions[0].share == pytest.approx(0.5)
+    assert most_confused(MATRIX, NAMES, 1) == confusions[:1]
     assert most_confused(np.diag([3, 4]), ("a", "b")) == ()
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_the_picture_is_a_png_with_something_in_it(classes: int):
+def test_the_plot_is_a_png_that_is_not_empty(classes: int) -> None:
     rng = np.random.default_rng(classes)
     matrix = rng.poisson(0.3, (classes, classes)) + 20 * np.eye(classes, dtype=np.int64)
     names = [f"a rather long name of class {label}" for label in range(classes)]
@@ -74,6 +74,6 @@ def test_the_picture_is_a_png_with_something_in_it(classes: int):
     assert clean != data
 
 
-def test_names_are_text_and_not_formulae():
+def test_dollar_signs_in_names_are_no_formulas() -> None:
     names = (r"$\foo{$", "a $5 bill and a $10 bill", "$", "yak")
     assert plot_confusion(MATRIX, names, r"$\foo{$").startswith(b"\x89PNG")

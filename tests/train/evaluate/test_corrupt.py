@@ -1,10 +1,11 @@
-"""Copies are ImageNet-C's, repeat byte for byte however they are made, and are made once."""
+"""Corrupted copies: they are ImageNet-C's, are made once, and are the same bytes however they are made."""
 
-# ruff: noqa: NPY002  # numpy's global generator is what the package draws from
+# ruff: noqa: NPY002  # the package draws from numpy's global generator
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def photos() -> ImageSet:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -48,12 +49,12 @@ def nhwc(images: ImageSet, index: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.load(index).transpose(0, 2, 3, 1))
 
 
-def test_the_names_are_the_packages():
+def test_the_names_are_the_packages() -> None:
     assert list(CORRUPTIONS) == imagecorruptions.get_corruption_names()
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_an_image_depends_on_nothing_but_itself_and_its_number(photos: ImageSet, name: str):
+def test_a_copy_depends_only_on_the_image_and_its_index(photos: ImageSet, name: str) -> None:
     index = np.arange(24)
     for severity in (1, 5):
         together = corrupt_images(nhwc(photos, index), index, name, severity)
@@ -66,31 +67,31 @@ def test_an_image_depends_on_nothing_but_itself_and_its_number(photos: ImageSet,
 
 @pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"defocus_blur", "zoom_blur", "brightness", "contrast",
                                                              "pixelate", "jpeg_compression"}))  # fmt: skip
-def test_random_ones_differ_between_images_and_seeds(photos: ImageSet, name: str):
+def test_random_corruptions_differ_between_images_and_seeds(photos: ImageSet, name: str) -> None:
     index = np.arange(2)
-    darkest = int(photos.load(slice(None)).mean(axis=(1, 2, 3)).argmin())  # snow makes bright ones all white
+    darkest = int(photos.load(slice(None)).mean(axis=(1, 2, 3)).argmin())  # snow turns bright images all white
     twice = nhwc(photos, np.array([darkest, darkest]))
     made = corrupt_images(twice, index, name, 4)
     assert not np.array_equal(made[0], made[1])
     assert not np.array_equal(made, corrupt_images(twice, index, name, 4, seed=1))
 
 
-def test_what_a_simple_corruption_does_is_known(photos: ImageSet):
-    """Contrast in a dozen lines of float64; gaussian noise by its spread; both as the paper's code has them."""
+def test_simple_corruptions_equal_their_formulas(photos: ImageSet) -> None:
+    """Contrast equals a few lines of float64; gaussian noise has the spread of the paper's code."""
     index = np.arange(24)
     clean = nhwc(photos, index).astype(np.float64) / 255
     for severity, factor in zip(SEVERITIES, (0.4, 0.3, 0.2, 0.1, 0.05), strict=True):
         means = clean.mean(axis=(1, 2), keepdims=True)
-        wanted = np.clip((clean - means) * factor + means, 0, 1) * 255
+        expected = np.clip((clean - means) * factor + means, 0, 1) * 255
         made = corrupt_images(nhwc(photos, index), index, "contrast", severity)
-        assert np.abs(made - wanted).max() <= 1.0
+        assert np.abs(made - expected).max() <= 1.0
     grey = np.full((24, 32, 32, 3), 128, np.uint8)
     for severity, sigma in ((1, 0.08), (2, 0.12)):
         made = corrupt_images(grey, index, "gaussian_noise", severity)
         assert made.std() / 255 == pytest.approx(sigma, rel=0.02)
 
 
-def test_the_callers_random_numbers_go_on_as_if_nothing_happened(photos: ImageSet):
+def test_the_random_state_of_the_caller_does_not_change(photos: ImageSet) -> None:
     np.random.seed(3)
     expected = np.random.random(5)
     np.random.seed(3)
@@ -100,7 +101,7 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_happened(photos: ImageSe
 
 @pytest.mark.medium
 @pytest.mark.slow
-def test_processes_make_the_same_files_as_one(photos: ImageSet, home, monkeypatch):
+def test_processes_make_the_same_files_as_one(photos: ImageSet, home, monkeypatch: pytest.MonkeyPatch) -> None:
     one = corrupted_copies(photos)
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(home / "other"))
     two = corrupted_copies(photos, workers=2)
@@ -111,7 +112,9 @@ def test_processes_make_the_same_files_as_one(photos: ImageSet, home, monkeypatc
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
 
-def test_copies_are_made_once_and_some_are_a_part_of_all(photos: ImageSet, home, monkeypatch):
+def test_copies_are_made_once_and_a_few_are_a_subset_of_all(
+    photos: ImageSet, home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     some = corrupted_copies(photos, 7)
     assert some.index.tolist() == [0, 3, 6, 10, 13, 17, 20]
     assert len(list((home / "corruptions").iterdir())) == 1
@@ -121,7 +124,7 @@ def test_copies_are_made_once_and_some_are_a_part_of_all(photos: ImageSet, home,
     monkeypatch.setattr(corrupt, "corrupt_images", None)  # a call would fail
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     again = corrupted_copies(photos, 7)
-    assert again.folder == everything.folder, "some are read from all where all are there"
+    assert again.folder == everything.folder, "a few are read from the copies of all, if they exist"
     assert np.array_equal(again.index, some.index)
     for name in CORRUPTIONS:
         whole = np.load(everything.folder / f"{name}.npy")
@@ -131,7 +134,7 @@ def test_copies_are_made_once_and_some_are_a_part_of_all(photos: ImageSet, home,
             assert np.array_equal(everything.load(name, severity)[some.index], some.load(name, severity))
 
 
-def test_other_images_seeds_and_numbers_are_other_folders(photos: ImageSet):
+def test_other_images_seeds_or_sample_counts_have_other_folders(photos: ImageSet) -> None:
     index = np.arange(24)
     recipes = [
         corrupt._recipe(photos, index, 0),
@@ -144,7 +147,7 @@ def test_other_images_seeds_and_numbers_are_other_folders(photos: ImageSet):
     assert all(folder.name.startswith("photo-test_50_-") for folder in folders)
 
 
-def test_an_interrupted_run_goes_on(photos: ImageSet, monkeypatch):
+def test_an_interrupted_run_resumes(photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     real = corrupt.corrupt_images
 
@@ -169,7 +172,7 @@ def test_an_interrupted_run_goes_on(photos: ImageSet, monkeypatch):
         assert np.array_equal(resumed.load(name, 4).transpose(0, 2, 3, 1), real(nhwc(photos, index), index, name, 4, 0))
 
 
-def test_the_folder_says_how_it_was_made(photos: ImageSet):
+def test_the_folder_records_how_it_was_made(photos: ImageSet) -> None:
     made = corrupted_copies(photos, 2)
     recipe = json.loads((made.folder / "corruptions.json").read_text())
     assert recipe["samples"] == 2
@@ -178,7 +181,7 @@ def test_the_folder_says_how_it_was_made(photos: ImageSet):
     assert made.source.startswith("imagecorruptions-imaug ")
 
 
-def test_small_images_are_an_error(tmp_path):
+def test_small_images_are_an_error(tmp_path: Path) -> None:
     from tests.support import tiny_run
 
     pictures = open_images(tiny_run.dataset(tiny_run.write_pictures(tmp_path / "p", train=3, test=3)), "test")
@@ -186,7 +189,7 @@ def test_small_images_are_an_error(tmp_path):
         corrupted_copies(pictures)
 
 
-def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corrupt, "PACKAGE", "no-such-package")
     with pytest.raises(RecipeError, match=r"teacher-cache\[robustness\]"):
         corrupted_copies(open_images(DatasetRecipe(name="digits"), "test"), 2)

@@ -1,4 +1,4 @@
-"""Corrupted images on the disk: the right rows of the right file, and clear errors for everything else."""
+"""Corrupted images are read from the right rows of the right file; anything else is a clear error."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LABELS = np.arange(40, dtype=np.int64) % 10
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corrupted_folder.write(tmp_path_factory.mktemp("corrupted"), LABELS)
 
 
-def test_there_are_the_fifteen_of_the_paper_in_four_groups():
+def test_there_are_fifteen_corruptions_of_four_kinds() -> None:
     assert len(CORRUPTIONS) == 15
     assert [list(KINDS.values()).count(kind) for kind in ("noise", "blur", "weather", "digital")] == [3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("samples", [None, 40, 100, 13, 1])
 @pytest.mark.parametrize("rows", [slice(None), slice(0, 5), slice(3, 9), slice(10, 10)])
-def test_every_row_is_the_right_one(folder: Path, samples: int | None, rows: slice):
+def test_every_row_is_loaded_from_its_place(folder: Path, samples: int | None, rows: slice) -> None:
     opened = open_corrupted(folder, LABELS, samples)
     assert len(opened) == min(samples or 40, 40)
     assert np.array_equal(opened.labels, LABELS[opened.index])
@@ -41,29 +41,29 @@ def test_every_row_is_the_right_one(folder: Path, samples: int | None, rows: sli
             assert np.array_equal(opened.loader(name, severity)(rows), pixels)
 
 
-def test_images_are_evenly_spaced():
+def test_images_are_evenly_spaced() -> None:
     assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
     assert evenly_spaced(3, None).tolist() == [0, 1, 2]
     assert evenly_spaced(0, 5).tolist() == []
 
 
-def test_an_index_says_which_test_images_these_are(folder: Path):
+def test_an_index_gives_the_rows_in_the_test_split(folder: Path) -> None:
     opened = open_corrupted(folder, LABELS, 10, index=np.arange(40) * 3)
     assert opened.index.tolist() == [0, 12, 24, 36, 48, 60, 72, 84, 96, 108]
 
 
-def test_labels_may_be_stored_once(tmp_path):
+def test_labels_may_be_stored_once(tmp_path: Path) -> None:
     folder = corrupted_folder.write(tmp_path, LABELS)
     np.save(folder / "labels.npy", LABELS)
     assert np.array_equal(open_corrupted(folder, LABELS).labels, LABELS)
 
 
-def test_nothing_is_read_when_opening(folder: Path):
+def test_opening_reads_no_pixels(folder: Path) -> None:
     opened = open_corrupted(folder, LABELS)
     assert all(isinstance(file, np.memmap) for file in opened._files.values())
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     folder = corrupted_folder.write(tmp_path, LABELS)
     (folder / "fog.npy").unlink()
     with pytest.raises(DataError, match=r"no fog\.npy"):
@@ -86,7 +86,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("snow.npy", np.array({"an": "object"}), "cannot read"),
     ],
 )
-def test_wrong_arrays_are_errors(tmp_path, name: str, array: np.ndarray, words: str):
+def test_wrong_arrays_are_errors(tmp_path: Path, name: str, array: np.ndarray, words: str) -> None:
     folder = corrupted_folder.write(tmp_path, LABELS)
     np.save(folder / name, array, allow_pickle=True)
     with pytest.raises(DataError, match=words):
@@ -94,7 +94,7 @@ def test_wrong_arrays_are_errors(tmp_path, name: str, array: np.ndarray, words: 
 
 
 @pytest.mark.parametrize("size", [0, 60, 3000])
-def test_a_truncated_file_is_an_error(tmp_path, size: int):
+def test_a_truncated_file_is_an_error(tmp_path: Path, size: int) -> None:
     folder = corrupted_folder.write(tmp_path, LABELS)
     data = (folder / "frost.npy").read_bytes()
     (folder / "frost.npy").write_bytes(data[:size])
@@ -102,7 +102,7 @@ def test_a_truncated_file_is_an_error(tmp_path, size: int):
         open_corrupted(folder, LABELS)
 
 
-def test_pixels_are_a_copy_that_may_be_written_to(folder: Path):
+def test_loaded_pixels_are_a_writable_copy(folder: Path) -> None:
     opened = open_corrupted(folder, LABELS)
     for rows in (slice(0, 5), slice(0, 10, 3)):
         pixels = opened.load("fog", 2, rows)

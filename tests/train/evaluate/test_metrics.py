@@ -1,4 +1,4 @@
-"""Evaluation equals plain float64 formulas, on logits and on real images, and leaves the network as it was."""
+"""Evaluation equals plain float64 formulas, on logits and on real images, and does not change the network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_equals_slow(found: Evaluation, logits: Tensor, labels: np.ndarray) ->
     expected = slow_evaluation(logits.numpy(), labels)
     if logits.shape[1] <= 5:
         del expected["top5"]
-    # accuracies and bins are counted by torchmetrics in float32
+    # torchmetrics counts accuracies and bins in float32
     assert found.model_dump(exclude_none=True) == pytest.approx(expected, rel=2e-6, abs=2e-6)
     assert found.nll == pytest.approx(expected["nll"], rel=1e-12)
 
@@ -62,7 +62,7 @@ def test_logits_equal_slow_formulas(classes: int) -> None:
     assert_equals_slow(found, torch.from_numpy(logits), labels)
 
 
-def test_many_rows_are_evaluated_in_pieces() -> None:
+def test_many_rows_are_evaluated_in_batches() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, (20_001, 8)).astype(np.float32)
     labels = rng.integers(0, 8, 20_001)
@@ -71,13 +71,13 @@ def test_many_rows_are_evaluated_in_pieces() -> None:
     )
 
 
-def test_certain_and_right_is_perfect() -> None:
+def test_confident_right_answers_are_perfect() -> None:
     labels = torch.arange(30) % 10
     found = evaluate_logits(1e4 * torch.nn.functional.one_hot(labels, 10).half(), labels)
     assert found == Evaluation(n=30, top1=1.0, top5=1.0, nll=0.0, ece=0.0, brier=0.0)
 
 
-def test_certain_and_wrong_costs_its_full_margin() -> None:
+def test_confident_wrong_answers_cost_their_full_margin() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
     logits = torch.tensor([[0.0, 1000.0, -5.0]]).repeat(4, 1)
     assert evaluate_logits(logits, labels) == Evaluation(n=4, top1=0.0, top5=None, nll=1000.0, ece=1.0, brier=2.0)
@@ -113,7 +113,7 @@ def test_real_images_equal_one_plain_forward_pass(digits: ImageSet, batch_size: 
     model = small_network()
     pixels = prepare(torch.from_numpy(digits.load(slice(None))), PREPROCESSING)
     with torch.no_grad():
-        model.train()(pixels)  # creates the lazy layer and moves the running statistics
+        model.train()(pixels)  # creates the lazy layer and changes the running statistics
         logits = model.eval()(pixels)
     model.train()
     found = evaluate(model, digits, PREPROCESSING, CPU, batch_size)
@@ -124,7 +124,7 @@ def test_real_images_equal_one_plain_forward_pass(digits: ImageSet, batch_size: 
     assert found.ece == pytest.approx(expected["ece"], abs=1e-4)
 
 
-def test_the_network_is_left_as_it_was(digits: ImageSet) -> None:
+def test_evaluation_does_not_change_the_network(digits: ImageSet) -> None:
     model = small_network()
     model(torch.zeros(2, 3, 32, 32))
     model.train()
@@ -134,7 +134,7 @@ def test_the_network_is_left_as_it_was(digits: ImageSet) -> None:
     evaluate(model, digits, PREPROCESSING, CPU, 256)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    model(torch.zeros(2, 3, 32, 32)).sum().backward()  # nothing of inference mode stays behind
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()  # works only if no tensor is left from inference mode
 
 
 def test_modes_are_restored_after_an_error(digits: ImageSet) -> None:
@@ -170,7 +170,7 @@ def test_half_precision_logits_are_evaluated_in_float32(digits: ImageSet) -> Non
     assert 0 < (logits - full).abs().max() < 0.05 * full.abs().max()
 
 
-def test_results_without_a_brier_score_are_read() -> None:
+def test_results_without_a_brier_score_can_be_read() -> None:
     assert Evaluation.model_validate_json('{"n": 3, "top1": 0.5, "top5": null, "nll": 1.0, "ece": 0.1}').brier is None
 
 
@@ -179,6 +179,6 @@ def test_results_without_a_brier_score_are_read() -> None:
 def test_cuda_equals_cpu(digits: ImageSet) -> None:
     model = small_network()
     model(torch.zeros(2, 3, 32, 32))
-    here = evaluate(model, digits, PREPROCESSING, CPU)
-    there = evaluate(model.cuda(), digits, PREPROCESSING, torch.device("cuda"))
-    assert there.model_dump() == pytest.approx(here.model_dump(), abs=2e-3)
+    on_cpu = evaluate(model, digits, PREPROCESSING, CPU)
+    on_gpu = evaluate(model.cuda(), digits, PREPROCESSING, torch.device("cuda"))
+    assert on_gpu.model_dump() == pytest.approx(on_cpu.model_dump(), abs=2e-3)

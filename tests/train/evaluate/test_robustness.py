@@ -1,4 +1,4 @@
-"""Errors per corruption equal plain counting; mCE equals the paper's formulas worked by hand."""
+"""Errors by corruption equal plain counting; mCE equals the paper's formulas by hand."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from train.evaluate.robustness import robustness, summarise
 pytestmark = pytest.mark.medium
 
 CPU = torch.device("cpu")
-BYTES = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))  # pixels arrive as 0 … 255
+BYTES = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))  # the network gets pixels 0 … 255
 LABELS = np.arange(60, dtype=np.int64) % 7
 
 
 @pytest.fixture(scope="module")
-def corrupted(tmp_path_factory) -> Corrupted:
+def corrupted(tmp_path_factory: pytest.TempPathFactory) -> Corrupted:
     folder: Path = corrupted_folder.write(tmp_path_factory.mktemp("corrupted"), LABELS)
     return open_corrupted(folder, LABELS)
 
@@ -40,7 +40,7 @@ class Knowing(nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_every_error_is_counted_where_it_belongs(corrupted: Corrupted, batch_size: int):
+def test_errors_are_counted_by_corruption_and_severity(corrupted: Corrupted, batch_size: int) -> None:
     advanced = []
     found = robustness(
         Knowing(), corrupted, BYTES, CPU, batch_size=batch_size, advance=lambda count, name: advanced.append(count)
@@ -57,7 +57,7 @@ def test_every_error_is_counted_where_it_belongs(corrupted: Corrupted, batch_siz
     assert sum(advanced) == 75 * 60
 
 
-def test_bfloat16_gives_nearly_the_same(corrupted: Corrupted):
+def test_bfloat16_gives_nearly_the_same(corrupted: Corrupted) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7))
     scaled = Preprocessing(mean=(10.0, 3.0, 30.0), std=(10.0, 3.0, 30.0))
@@ -67,7 +67,7 @@ def test_bfloat16_gives_nearly_the_same(corrupted: Corrupted):
     assert np.abs(one["nll"].to_numpy() - other["nll"].to_numpy()).max() < 0.02
 
 
-def test_logits_that_are_not_finite_are_an_error(corrupted: Corrupted):
+def test_logits_that_are_not_finite_are_an_error(corrupted: Corrupted) -> None:
     class Broken(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
             return torch.full((len(pixels), 7), torch.nan)
@@ -77,7 +77,7 @@ def test_logits_that_are_not_finite_are_an_error(corrupted: Corrupted):
 
 
 def frame(errors: np.ndarray) -> pl.DataFrame:
-    """errors [15, 5] as `robustness` gives them."""
+    """A frame like that of `robustness`, from errors [15, 5]."""
     rows = [
         {"corruption": name, "severity": severity, "error": float(errors[c, s])}
         for c, name in enumerate(CORRUPTIONS)
@@ -86,7 +86,7 @@ def frame(errors: np.ndarray) -> pl.DataFrame:
     return pl.DataFrame(rows).sample(fraction=1.0, shuffle=True, seed=1)
 
 
-def test_mce_is_the_mean_of_ratios_not_the_ratio_of_means():
+def test_mce_is_the_mean_of_ratios_not_the_ratio_of_means() -> None:
     rng = np.random.default_rng(0)
     student, baseline = rng.uniform(0.2, 0.5, (15, 5)), rng.uniform(0.3, 0.9, (15, 5))
     found = summarise(frame(student), 0.05, frame(baseline), 0.1)
@@ -102,22 +102,22 @@ def test_mce_is_the_mean_of_ratios_not_the_ratio_of_means():
     assert [row.corruption for row in found.corruptions] == list(CORRUPTIONS)
 
 
-def test_a_student_against_itself_is_one():
+def test_the_mce_of_a_student_against_itself_is_one() -> None:
     errors = frame(np.random.default_rng(1).uniform(0.2, 0.9, (15, 5)))
     found = summarise(errors, 0.1, errors, 0.1)
     assert found.mce == pytest.approx(1.0)
     assert found.relative_mce == pytest.approx(1.0)
 
 
-def test_without_a_baseline_there_is_no_mce():
+def test_without_a_baseline_there_is_no_mce() -> None:
     found = summarise(frame(np.full((15, 5), 0.25)), 0.1)
     assert (found.mean_error, found.mce, found.relative_mce) == (pytest.approx(0.25), None, None)
     assert found.corruptions[3].error == pytest.approx(0.25)
 
 
-def test_a_baseline_that_loses_nothing_has_no_relative_error():
+def test_a_baseline_no_worse_than_clean_gives_no_relative_error() -> None:
     baseline = np.full((15, 5), 0.4)
-    baseline[2] = 0.1  # as good as clean
+    baseline[2] = 0.1  # no worse than on clean images
     found = summarise(frame(np.full((15, 5), 0.3)), 0.1, frame(baseline), 0.1)
     assert found.corruptions[2].relative_ce is None
     assert found.relative_corruptions == 14
@@ -125,7 +125,7 @@ def test_a_baseline_that_loses_nothing_has_no_relative_error():
     assert found.mce == pytest.approx((14 * 0.75 + 3.0) / 15)
 
 
-def test_a_baseline_without_errors_has_no_mce():
+def test_a_baseline_without_errors_has_no_mce() -> None:
     baseline = np.full((15, 5), 0.4)
     baseline[2] = 0.0
     assert summarise(frame(baseline), 0.1, frame(baseline), 0.0).mce is None

@@ -1,4 +1,4 @@
-"""The picture of robustness shows what is in the frames, with and without a baseline."""
+"""The plot of robustness shows the data of the frames, with and without a baseline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def share(image: np.ndarray, colour: tuple[int, int, int]) -> float:
     return float((np.abs(image - np.array(colour)).max(axis=2) < 12).mean())
 
 
-def test_a_baseline_is_a_second_line():
+def test_a_baseline_adds_a_second_line() -> None:
     rng = np.random.default_rng(0)
     own, other = frame(rng.uniform(0, 0.5, (15, 5))), frame(rng.uniform(0.4, 0.9, (15, 5)))
     alone = pixels(plot_robustness(own, summarise(own, 0.05), "alone", num_classes=10))
@@ -48,7 +48,7 @@ def test_a_baseline_is_a_second_line():
 
 
 @pytest.mark.parametrize("number", [slow(0), 7, slow(14)])
-def test_every_panel_moves_with_its_errors(number: int):
+def test_every_panel_shows_its_own_errors(number: int) -> None:
     """A corruption's errors change its own panel and no other."""
     base = np.full((15, 5), 0.3)
     plain = frame(base)
@@ -65,7 +65,7 @@ def test_every_panel_moves_with_its_errors(number: int):
     assert np.ptp(columns) < width / 5
 
 
-def test_names_are_text_and_not_formulae():
+def test_dollar_signs_in_names_are_no_formulas() -> None:
     errors, name = frame(np.full((15, 5), 0.3)), r"$\foo{$"
     summary = summarise(errors, 0.3, errors, 0.3)
     names = {"student_name": name, "baseline_name": name}

@@ -1,4 +1,4 @@
-"""Folders become a student's labels by name."""
+"""A folder of images gets the labels of a student by the names of its class folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def picture(folder: Path, grey: int) -> None:
     Image.fromarray(np.full((40, 40, 3), grey, np.uint8)).save(folder / f"{grey}.png")
 
 
-def test_labels_are_the_students_whatever_the_order_and_the_case(tmp_path):
+def test_labels_follow_the_students_class_names(tmp_path: Path) -> None:
     picture(tmp_path / "ankle_boot", 10)
     picture(tmp_path / "BAG", 20)
     picture(tmp_path / "T Shirt_top", 30)
@@ -31,12 +31,12 @@ def test_labels_are_the_students_whatever_the_order_and_the_case(tmp_path):
     assert dict(zip(grey.tolist(), images.labels.tolist(), strict=True)) == {10: 1, 20: 2, 30: 0, 31: 0}
 
 
-def test_classes_may_be_missing(tmp_path):
+def test_classes_may_be_missing(tmp_path: Path) -> None:
     picture(tmp_path / "bag", 20)
     assert open_shifted(tmp_path, NAMES, (32, 32)).labels.tolist() == [2]
 
 
-def test_unknown_and_double_classes_are_errors(tmp_path):
+def test_unknown_and_repeated_classes_are_errors(tmp_path: Path) -> None:
     picture(tmp_path / "bag", 20)
     picture(tmp_path / "sandal", 20)
     with pytest.raises(DataError, match=r"does not know these classes.*t-shirt/top.*found sandal"):
@@ -46,6 +46,6 @@ def test_unknown_and_double_classes_are_errors(tmp_path):
         open_shifted(tmp_path, NAMES, (32, 32))
 
 
-def test_a_missing_folder_is_an_error(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         open_shifted(tmp_path / "nothing", NAMES, (32, 32))

@@ -1,4 +1,4 @@
-"""Losses and their gradients: golden data of the reference implementations, slow float64 formulas, extreme input."""
+"""Losses and gradients equal the references' and slow float64 formulas, and are finite for extreme input."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(size: float) -> None:
         assert grad.isfinite().all()
 
 
-def test_dkd_stays_right_where_a_mask_of_minus_1000_leaks() -> None:
+def test_dkd_is_right_where_a_mask_of_minus_1000_fails() -> None:
     student = torch.tensor([[4000.0, 1.0, 0.0]], dtype=torch.float64)
     target = torch.tensor([[4000.0, 0.0, 1.0]], dtype=torch.float64)
     expected = slow_kd(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]), 1.0)
@@ -180,7 +180,7 @@ def test_dkd_stays_right_where_a_mask_of_minus_1000_leaks() -> None:
     assert float(value) == pytest.approx(expected, rel=1e-12)
 
 
-def test_rows_without_scale_or_direction_give_finite_gradients_of_ordinary_size() -> None:
+def test_degenerate_rows_give_gradients_of_ordinary_size() -> None:
     flat, target = torch.zeros(4, 6), torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     flat[2] = 3.0
     for loss in (losses.feature_cosine, losses.rkd, lambda s, t: losses.standardised_kd(s, t, 2.0)):
@@ -190,7 +190,7 @@ def test_rows_without_scale_or_direction_give_finite_gradients_of_ordinary_size(
         assert grad.abs().max() < 1e3
     _, grad = value_and_grad(lambda s: losses.pkt(s, target), flat)
     assert grad.isfinite().all()
-    same = torch.ones(3, 4)  # a batch of one point: no distance is above 0
+    same = torch.ones(3, 4)  # all samples are one point: every distance is 0
     assert value_and_grad(lambda s: losses.rkd(s, same), same)[1].isfinite().all()
 
 
@@ -224,7 +224,7 @@ def embed(data: Data, name: str, features: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dense_ratio", [0, 1000])
 def test_crd_golden(dense_ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive, "DENSE_RATIO", dense_ratio)  # gathered rows, or one product with the memory
+    monkeypatch.setattr(contrastive, "DENSE_RATIO", dense_ratio)  # by gathering rows, or by one product with the memory
     data = load("crd")
     memory = memory_of(data, negatives=40)
     for k in range(2):
@@ -296,7 +296,7 @@ def test_crd_equals_slow_formula_and_its_gradient_is_its_derivative() -> None:
     assert float(memory(student, target, index, contrast)) == pytest.approx(expected, rel=1e-10)
     assert memory.log_normaliser.isnan().all(), "eval mode changes nothing"
 
-    memory.log_normaliser.copy_(torch.tensor([3.0, 4.0]))  # a constant, so that finite differences see it as one
+    memory.log_normaliser.copy_(torch.tensor([3.0, 4.0]))  # constant for finite differences too
     both = (student.requires_grad_(), target.requires_grad_())
     assert torch.autograd.gradcheck(lambda s, t: memory(s, t, index, contrast), both)
 
@@ -376,14 +376,14 @@ def test_one_class_has_no_negatives() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_losses_on_cuda_equal_the_cpu_and_never_wait() -> None:
     data = load("losses_b16_c20")
-    there = {key: value.cuda() for key, value in data.items()}
+    on_gpu = {key: value.cuda() for key, value in data.items()}
     memory = memory_of(load("crd"), negatives=40).cuda()
     sampler = losses.NegativeSampler(torch.arange(120) % 5, 40).cuda()
     unit, index = unit64(8, 16, seed=0).float().cuda(), torch.arange(8).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values = {name: case(there, there["student_logits"]) for name, case in LOGIT_CASES.items()}
-        values |= {name: case(there, there["student_features"]) for name, case in FEATURE_CASES.items()}
+        values = {name: case(on_gpu, on_gpu["student_logits"]) for name, case in LOGIT_CASES.items()}
+        values |= {name: case(on_gpu, on_gpu["student_features"]) for name, case in FEATURE_CASES.items()}
         contrast = sampler(index, torch.Generator("cuda").manual_seed(0))
         memory(unit, unit, index, contrast)
     finally:

@@ -1,4 +1,4 @@
-"""train/losses/tail.py: KD with a bucket for the tail, against float64 and against the whole KL."""
+"""KD with a bucket for the tail equals a float64 reference and, with all classes, the full KL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_logits(rows: int = 16, seed: int = 0, scale: float = 3.0) -> Tensor:
 
 
 def top(target: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact top-k targets at a temperature, unrounded, in the dtype of `target`; one more slot stays empty."""
+    """Exact top-k targets at a temperature, in the dtype of `target`, with one empty slot."""
     log_p = (target / temperature).log_softmax(dim=1)
     classes = log_p.topk(k, dim=1).indices.sort(dim=1).values
     rest = log_p.scatter(1, classes, NOTHING).logsumexp(dim=1)
@@ -34,7 +34,7 @@ def top(target: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Ten
 
 
 def reference(student: Tensor, target: Tensor, k: int, temperature: float) -> Tensor:
-    """The definition, row by row in float64, nothing clever."""
+    """The definition, row by row in float64."""
     total = torch.zeros((), dtype=torch.float64)
     for s, t in zip(student, target.double(), strict=True):
         p, q = (t / temperature).softmax(0), (s / temperature).softmax(0)
@@ -47,7 +47,7 @@ def reference(student: Tensor, target: Tensor, k: int, temperature: float) -> Te
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_with_all_classes_it_is_the_whole_divergence(temperature: float) -> None:
+def test_with_all_classes_it_equals_the_full_divergence(temperature: float) -> None:
     target, student = random_logits(seed=1), random_logits(seed=2).requires_grad_()
     whole = losses.kd(student, target, temperature)
     bucket = kd_tail(student, *top(target, CLASSES, temperature), temperature)
@@ -83,7 +83,7 @@ def test_gradcheck() -> None:
 )
 @settings(max_examples=200, deadline=None)
 def test_never_negative_and_always_finite(target: np.ndarray, student: np.ndarray, kept: int) -> None:
-    """From what the codec stores, rounded as it is; also for a student that agrees."""
+    """For targets as the codec rounds them, also for a student that agrees."""
     codec = TopK(num_classes=CLASSES, max_classes=kept)
     targets = codec.sparse(codec.encode(target))
     for rows in (student, target):
@@ -96,7 +96,7 @@ def test_never_negative_and_always_finite(target: np.ndarray, student: np.ndarra
         assert torch.isfinite(logits.grad).all()
 
 
-def test_a_student_that_agrees_has_nothing_to_learn() -> None:
+def test_a_student_that_agrees_has_no_gradient() -> None:
     target = random_logits(seed=7)
     student = target.clone().requires_grad_()
     loss = kd_tail(student, *top(target, 4, 1.0), 1.0)
@@ -118,7 +118,7 @@ def test_only_the_mass_of_the_tail_matters() -> None:
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)
 
 
-def test_half_precision_students_are_widened() -> None:
+def test_half_precision_is_computed_in_float32() -> None:
     target, student = random_logits(seed=9), random_logits(seed=10)
     parts = top(target, 3, 1.0)
     expected = kd_tail(student.half().float(), *parts, 1.0)

@@ -1,4 +1,4 @@
-"""The picture of a run shows what the history holds, names what it compares with, and never hides a label."""
+"""The plot of a run shows its history and its references, and its labels never overlap."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_history(**columns: list[float | None]) -> pl.DataFrame:
     return pl.DataFrame({**data, **columns})
 
 
-def test_a_png_of_readable_size_with_something_on_both_halves(tmp_path: Path) -> None:
+def test_the_png_has_a_readable_size_and_two_panels(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     plot_curves(make_history(), path, "digits: resnet8x4", REFERENCES)
     with Image.open(path) as image:
@@ -43,7 +43,7 @@ def test_a_png_of_readable_size_with_something_on_both_halves(tmp_path: Path) ->
         assert (0xD5, 0x5E, 0x00) in colours, "the logit term left, the teacher right"
 
 
-def test_lines_hold_the_history() -> None:
+def test_lines_show_the_history() -> None:
     history = make_history()
     left, right = _draw(history, "title", REFERENCES).axes
     assert [line.get_label() for line in left.lines] == ["total", "cross entropy", "logit term"]
@@ -55,7 +55,7 @@ def test_lines_hold_the_history() -> None:
     texts = {text.get_text() for text in right.texts}
     assert texts == {"teacher 98.1", "CLIP 94.0", "fusion 98.6", "labels only 97.2", "student 96.3"}
     styles = {line.get_linestyle() for line in left.lines}
-    assert len(styles) == len(left.lines), "the style alone tells lines apart"
+    assert len(styles) == len(left.lines), "the lines differ in style, not only in colour"
 
 
 def test_missing_columns_and_values_are_left_out() -> None:
@@ -86,7 +86,7 @@ def test_short_runs(rows: int, tmp_path: Path) -> None:
     curve=st.lists(st.floats(0, 100), min_size=1, max_size=50),
     references=st.lists(st.floats(0, 100), max_size=5),
 )
-def test_end_of_the_curve_and_references_are_in_range(curve: list[float], references: list[float]) -> None:
+def test_the_end_of_the_curve_and_references_are_in_range(curve: list[float], references: list[float]) -> None:
     low, high = _accuracy_range(curve, references)
     assert all(low < value < high for value in [*curve[len(curve) // 4 :], *references])
 
@@ -101,5 +101,5 @@ def test_labels_do_not_overlap_and_stay_inside(heights: list[float]) -> None:
     assert placed[-1] <= 100 + 1e-9
 
 
-def test_labels_that_do_not_touch_stay_where_they_are() -> None:
+def test_labels_that_do_not_touch_are_not_moved() -> None:
     assert _spread([10.0, 50.0, 90.0], 5.0, 0.0, 100.0) == [10.0, 50.0, 90.0]

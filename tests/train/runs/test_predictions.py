@@ -1,4 +1,4 @@
-"""What a run keeps of its test predictions is what its weights say, and gives its own ECE and accuracy back."""
+"""The stored predictions of a run are those of its weights, and give the run's own ECE and accuracy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory):
     """A trained run, its result and its test images."""
     folder = tmp_path_factory.mktemp("predictions")
     pictures = tiny_run.write_pictures(folder / "pictures", test=61)
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
     return recipe, train_student(recipe), open_images(tiny_run.dataset(pictures), "test")
 
 
-def test_a_run_keeps_what_its_last_weights_say(run) -> None:
+def test_a_run_stores_the_predictions_of_its_last_weights(run) -> None:
     recipe, result, images = run
     student, _ = load_student(result.folder / LAST)
     logits = predict(student, images, open_data(recipe, CPU).preprocessing, CPU).double()
@@ -68,7 +68,7 @@ def test_bins_by_hand() -> None:
     assert classes["accuracy"].to_list() == [1.0, 0.5, 0.0, None]
 
 
-def test_without_a_test_split_nothing_is_kept(run, tmp_path: Path) -> None:
+def test_without_a_test_split_nothing_is_stored(run, tmp_path: Path) -> None:
     recipe, _, _ = run
     student, _ = load_student(recipe.out / LAST)
     store_predictions(tmp_path, student, None, open_data(recipe, CPU).preprocessing, CPU)
@@ -76,7 +76,7 @@ def test_without_a_test_split_nothing_is_kept(run, tmp_path: Path) -> None:
     assert read_predictions(tmp_path) is None
 
 
-def test_a_thousand_classes_and_ten_thousand_images_are_small(tmp_path: Path) -> None:
+def test_the_file_of_ten_thousand_images_is_small(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 1000, 10_000)
     columns = {"label": labels, "predicted": labels, "confidence": rng.random(10_000)}
@@ -85,7 +85,7 @@ def test_a_thousand_classes_and_ten_thousand_images_are_small(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["cut off", "another table"])
-def test_damage_is_one_clear_line(run, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_an_error_of_one_line(run, tmp_path: Path, damage: str) -> None:
     _, result, _ = run
     file = tmp_path / "test.parquet"
     file.write_bytes((result.folder / "test.parquet").read_bytes()[:100])

@@ -16,7 +16,7 @@ from train.runs.stored import open_run
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stored")
     pictures = tiny_run.write_pictures(root / "pictures", train=24, test=9)
     cache = tiny_run.write_cache(root / "tiny.zarr", pictures)
@@ -26,11 +26,11 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copy(trained: Path, tmp_path) -> Path:
+def copy(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_a_run_knows_its_recipe_images_and_checkpoints(trained: Path):
+def test_a_run_has_its_recipe_images_and_checkpoints(trained: Path) -> None:
     run, which = open_run(trained)
     assert which is None
     assert run.recipe.student == "resnet8"
@@ -43,26 +43,26 @@ def test_a_run_knows_its_recipe_images_and_checkpoints(trained: Path):
     assert len(run.open_test(read_card(run.checkpoint("last")), "train")) == 24
 
 
-def test_the_cache_may_be_gone(copy: Path):
+def test_the_cache_may_have_been_deleted(copy: Path) -> None:
     record = json.loads((copy / "cache.json").read_text())
     (copy / "cache.json").write_text(json.dumps(record | {"path": "/nowhere"}))
     run, _ = open_run(copy)
     assert len(run.open_test(read_card(run.checkpoint("best")))) == 9
 
 
-def test_a_checkpoint_file_stands_for_its_run(trained: Path):
+def test_a_checkpoint_file_opens_its_run(trained: Path) -> None:
     run, which = open_run(trained / "best.safetensors")
     assert (run.folder, which) == (trained, "best")
 
 
-def test_a_run_on_labels_alone_has_no_teachers(trained: Path):
+def test_a_run_on_labels_alone_has_no_teachers(trained: Path) -> None:
     run, _ = open_run(trained / "labels-only")
     assert run.manifest is None
     assert run.labels_only() is None
     assert run.dataset.name == "folder"
 
 
-def test_errors_say_what_is_missing(copy: Path, tmp_path):
+def test_errors_say_what_is_missing(copy: Path, tmp_path: Path) -> None:
     run, _ = open_run(copy)
     with pytest.raises(WeightsError, match=r"no 'ema' checkpoint.*found last, best.*ema_decay"):
         run.checkpoint("ema")
@@ -77,7 +77,7 @@ def test_errors_say_what_is_missing(copy: Path, tmp_path):
         open_run(tmp_path)
 
 
-def test_damaged_records_are_errors(copy: Path):
+def test_damaged_records_are_errors(copy: Path) -> None:
     (copy / "cache.json").write_text("{}")
     with pytest.raises(CacheError, match="damaged record of the cache"):
         open_run(copy)
@@ -89,7 +89,7 @@ def test_damaged_records_are_errors(copy: Path):
         open_run(copy)
 
 
-def test_other_classes_are_an_error(trained: Path, tmp_path):
+def test_other_classes_are_an_error(trained: Path, tmp_path: Path) -> None:
     run, _ = open_run(trained)
     card = read_card(run.checkpoint("last"))
     with pytest.raises(DataError, match=r"other classes.*red.*blue, green"):

@@ -1,4 +1,4 @@
-"""Real MLflow, Weights & Biases and TensorBoard follow a run without touching it; a broken one is left out."""
+"""MLflow, Weights & Biases and TensorBoard follow a run without changing it; a broken tracker is dropped."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ TIMINGS = ["train_s", "images_per_s"]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("loggers")
     return tiny_run.write_cache(root / "tiny.zarr", tiny_run.write_pictures(root / "pictures", train=24, test=9))
 
 
 @pytest.fixture(scope="module")
 def alone(cache: Path) -> Path:
-    """A run that nothing follows."""
+    """A run without trackers."""
     return train_student(tiny_run.recipe(cache, cache.parent / "alone", loggers=())).folder
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path) -> Path:
-    """Trackers of this machine, in a folder of the test's own, and no network."""
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Local trackers in a folder of the test, without a network."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -53,8 +53,10 @@ def offline(monkeypatch, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_every_tracker_follows_a_run_through_an_interruption(monkeypatch, cache: Path, alone: Path, offline: Path):
-    """One run of each tracker, with all epochs; and the student is bit for bit the one that nothing followed."""
+def test_every_tracker_follows_an_interrupted_run(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, alone: Path, offline: Path
+) -> None:
+    """Each tracker has one run with all epochs, and the student is bit for bit that of a run without trackers."""
     pytest.importorskip("mlflow")
     pytest.importorskip("wandb")
     recipe = tiny_run.recipe(cache, offline / "run", loggers=ALL)
@@ -74,7 +76,7 @@ def test_every_tracker_follows_a_run_through_an_interruption(monkeypatch, cache:
 
 
 def mlflow_series(offline: Path, names: Any) -> dict[str, list[float]]:
-    """Of the only run there is, which has to be finished and to have the recipe."""
+    """The metrics of the only run, which must be finished and have the recipe."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{offline / 'mlflow.db'}")
@@ -94,7 +96,7 @@ def mlflow_series(offline: Path, names: Any) -> dict[str, list[float]]:
 
 
 def wandb_series(offline: Path, names: Any) -> dict[str, list[float]]:
-    """Of the files of both processes, which have to be of one run."""
+    """The metrics in the files of both processes, which must belong to one run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows, runs = [], []
@@ -139,8 +141,10 @@ def tensorboard_series(folder: Path, names: Any) -> dict[str, list[float]]:
     return {name: [scalar.value for scalar in events.Scalars(name)] for name in names}
 
 
-def test_mlflow_breaks_in_the_middle(monkeypatch, capsys, cache: Path, alone: Path, offline: Path):
-    """Its database is overwritten after the first epoch: one warning, and a run as if nothing had followed it."""
+def test_a_broken_mlflow_does_not_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path, alone: Path, offline: Path
+) -> None:
+    """After the first epoch its database is overwritten: one warning, and the run equals one without trackers."""
     pytest.importorskip("mlflow")
     broken: list[Path] = []
     save = train.run.checkpoints.save_state
@@ -161,18 +165,18 @@ def test_mlflow_breaks_in_the_middle(monkeypatch, capsys, cache: Path, alone: Pa
     same_runs(alone, offline / "run")
 
 
-class Notebook:
-    """A tracker that writes down what it is told, and fails where it is told to."""
+class Recorder:
+    """A tracker that records its calls, and raises at the call `fails_at`."""
 
-    told: ClassVar[list[Any]] = []
+    calls: ClassVar[list[Any]] = []
     fails_at: ClassVar[Any] = None
     runs: ClassVar[int] = 0
 
     def start(self, recipe: TrainRecipe, folder: Path, stored: dict[str, str] | None) -> dict[str, str]:
         self._note("start")
         if stored is None:
-            Notebook.runs += 1
-        return stored or {"number": str(Notebook.runs)}
+            Recorder.runs += 1
+        return stored or {"number": str(Recorder.runs)}
 
     def epoch(self, row: Any) -> None:
         self._note(row["epoch"])
@@ -181,73 +185,78 @@ class Notebook:
         self._note("stopped" if result is None else "finished")
 
     def _note(self, word: Any) -> None:
-        if word == Notebook.fails_at:
+        if word == Recorder.fails_at:
             raise ConnectionError("no route\nto host")
-        Notebook.told.append(word)
+        Recorder.calls.append(word)
 
 
 @pytest.fixture
-def notebook(monkeypatch) -> type[Notebook]:
-    monkeypatch.setattr(Notebook, "told", [])
-    monkeypatch.setattr(Notebook, "fails_at", None)
-    monkeypatch.setattr(Notebook, "runs", 0)
-    monkeypatch.setitem(trackers.TRACKER_CLASSES, "tensorboard", Notebook)
-    return Notebook
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    monkeypatch.setattr(Recorder, "calls", [])
+    monkeypatch.setattr(Recorder, "fails_at", None)
+    monkeypatch.setattr(Recorder, "runs", 0)
+    monkeypatch.setitem(trackers.TRACKER_CLASSES, "tensorboard", Recorder)
+    return Recorder
 
 
 ROWS = [{"epoch": number, "loss": 1.0 / (1 + number)} for number in range(5)]
 
 
 def follow(folder: Path, first: int, last: int, *names: str) -> None:
-    """Epochs first to last of a run, in a process of its own as far as the log can tell."""
+    """Record epochs `first` to `last` of a run, with a new log as in a new process."""
     recipe = TrainRecipe(name="tiny", cache="tiny", loggers=names)  # type: ignore[arg-type]
     with RunLog(folder, recipe, ROWS[:first]) as log:
         for number in range(first, last):
             log.write(ROWS[: number + 1])
 
 
-def test_a_resumed_run_tells_what_is_new(notebook: type[Notebook], tmp_path):
+def test_a_resumed_run_sends_only_new_epochs(recorder: type[Recorder], tmp_path: Path) -> None:
     follow(tmp_path, 0, 2, "tensorboard")
     follow(tmp_path, 2, 4, "tensorboard")
-    assert notebook.told == ["start", 0, 1, "stopped", "start", 2, 3, "stopped"]
-    assert notebook.runs == 1
+    assert recorder.calls == ["start", 0, 1, "stopped", "start", 2, 3, "stopped"]
+    assert recorder.runs == 1
 
 
-def test_a_tracker_that_comes_later_is_told_everything(notebook: type[Notebook], tmp_path):
+def test_a_tracker_added_later_receives_all_epochs(recorder: type[Recorder], tmp_path: Path) -> None:
     follow(tmp_path, 0, 2)
     follow(tmp_path, 2, 3, "tensorboard")
     follow(tmp_path, 3, 4)
     follow(tmp_path, 4, 5, "tensorboard")
-    assert notebook.told == ["start", 0, 1, 2, "stopped", "start", 3, 4, "stopped"]
+    assert recorder.calls == ["start", 0, 1, 2, "stopped", "start", 3, 4, "stopped"]
 
 
 @pytest.mark.parametrize(
-    ("fails_at", "told"),
+    ("fails_at", "calls"),
     [("start", []), (1, ["start", 0]), ("stopped", ["start", 0, 1, 2])],
 )
-def test_what_a_broken_tracker_missed_it_is_told_later(
-    notebook: type[Notebook], monkeypatch, capsys, tmp_path, fails_at: Any, told: list[Any]
-):
-    monkeypatch.setattr(notebook, "fails_at", fails_at)
+def test_a_broken_tracker_receives_the_missed_epochs_later(
+    recorder: type[Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    fails_at: Any,
+    calls: list[Any],
+) -> None:
+    monkeypatch.setattr(recorder, "fails_at", fails_at)
     follow(tmp_path, 0, 3, "tensorboard")
-    assert notebook.told == told
+    assert recorder.calls == calls
     warnings = capsys.readouterr().err.strip().splitlines()
     assert len(warnings) == 1
     assert warnings[0].endswith("ConnectionError: no route")
-    monkeypatch.setattr(notebook, "fails_at", None)
+    monkeypatch.setattr(recorder, "fails_at", None)
     follow(tmp_path, 3, 4, "tensorboard")
-    assert [word for word in notebook.told if isinstance(word, int)] == [0, 1, 2, 3]
-    assert notebook.runs == 1
+    assert [word for word in recorder.calls if isinstance(word, int)] == [0, 1, 2, 3]
+    assert recorder.runs == 1
 
 
-def test_an_epoch_between_the_state_and_the_log(notebook: type[Notebook], tmp_path):
-    """The state knows epoch 2, the log does not: a process was killed between the two."""
+def test_a_kill_between_the_state_and_the_metrics_loses_no_epoch(recorder: type[Recorder], tmp_path: Path) -> None:
+    """The state has epoch 2 and the metrics do not: the process was killed between the two."""
     follow(tmp_path, 0, 2, "tensorboard")
     follow(tmp_path, 3, 4, "tensorboard")
-    assert [word for word in notebook.told if isinstance(word, int)] == [0, 1, 2, 3]
+    assert [word for word in recorder.calls if isinstance(word, int)] == [0, 1, 2, 3]
 
 
-def test_damaged_metrics_are_written_again(notebook: type[Notebook], tmp_path):
+def test_damaged_metrics_are_rewritten(recorder: type[Recorder], tmp_path: Path) -> None:
     follow(tmp_path, 0, 2, "tensorboard")
     (tmp_path / "metrics.parquet").write_bytes(b"PAR1")
     assert epochs_logged(tmp_path) == 0
@@ -268,36 +277,38 @@ def test_damaged_metrics_are_written_again(notebook: type[Notebook], tmp_path):
         '{"tensorboard": {"run": 1, "epochs": -1}}',
     ],
 )
-def test_a_damaged_record_of_trackers_begins_anew(notebook: type[Notebook], tmp_path, text: str):
+def test_a_damaged_record_of_trackers_starts_new_runs(recorder: type[Recorder], tmp_path: Path, text: str) -> None:
     follow(tmp_path, 0, 2, "tensorboard")
     (tmp_path / "trackers.json").write_text(text)
     follow(tmp_path, 2, 3, "tensorboard")
-    assert notebook.told == ["start", 0, 1, "stopped", "start", 0, 1, 2, "stopped"]
-    assert notebook.runs == 2
-    told = json.loads((tmp_path / "trackers.json").read_bytes())
-    assert told == {"tensorboard": {"run": {"number": "2"}, "epochs": None}}
+    assert recorder.calls == ["start", 0, 1, "stopped", "start", 0, 1, 2, "stopped"]
+    assert recorder.runs == 2
+    stored = json.loads((tmp_path / "trackers.json").read_bytes())
+    assert stored == {"tensorboard": {"run": {"number": "2"}, "epochs": None}}
 
 
-def test_starting_over_is_a_new_run(notebook: type[Notebook], cache: Path, tmp_path):
+def test_overwrite_starts_a_new_run_of_the_tracker(recorder: type[Recorder], cache: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(cache, tmp_path / "run", epochs=1, loggers=["tensorboard"])
     train_student(recipe)
-    train_student(recipe)  # finished: nothing to tell
-    assert (notebook.runs, notebook.told) == (1, ["start", 0, "finished"])
+    train_student(recipe)  # finished: nothing to send
+    assert (recorder.runs, recorder.calls) == (1, ["start", 0, "finished"])
     train_student(recipe, overwrite=True)
-    assert notebook.runs == 2
+    assert recorder.runs == 2
 
 
-def test_a_run_that_fails_is_not_finished(notebook: type[Notebook], monkeypatch, cache: Path, tmp_path):
+def test_an_interrupted_run_is_not_marked_finished(
+    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
     interrupt(monkeypatch, train.run, "train_epoch", 2)
     with pytest.raises(KeyboardInterrupt):
         train_student(tiny_run.recipe(cache, tmp_path / "run", loggers=["tensorboard"]))
-    assert notebook.told == ["start", 0, "stopped"]
+    assert recorder.calls == ["start", 0, "stopped"]
 
 
 @pytest.mark.parametrize(("name", "module"), [("mlflow", "mlflow"), ("tensorboard", "torch.utils.tensorboard")])
-def test_a_missing_package_is_an_error_before_anything_happens(
-    monkeypatch, cache: Path, tmp_path, name: str, module: str
-):
+def test_a_missing_package_is_an_error_before_training_starts(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, name: str, module: str
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     arguments = ["--cache", str(cache), "--out", str(tmp_path / "run"), "--device", "cpu"]
     failed = CliRunner().invoke(app, [*arguments, "--log", name])
@@ -308,7 +319,7 @@ def test_a_missing_package_is_an_error_before_anything_happens(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_recipe_says_what_follows(cache: Path, tmp_path):
+def test_the_recipe_names_the_trackers(cache: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["digits", "--log", "mlflow, wandb,mlflow", "--show-recipe"])
     assert "loggers:\n- mlflow\n- wandb\n" in shown.stdout
     assert "loggers: []" in CliRunner().invoke(app, ["digits", "--log", "none", "--show-recipe"]).stdout
@@ -317,12 +328,12 @@ def test_the_recipe_says_what_follows(cache: Path, tmp_path):
     assert wrong.exit_code == 2
     assert "'tensorboard', 'mlflow' or 'wandb'" in wrong.stderr
     followed, alone = (tiny_run.recipe(cache, tmp_path, loggers=names) for names in (ALL, ()))
-    assert followed.values() == alone.values(), "no part of what makes a run"
+    assert followed.values() == alone.values(), "trackers are not among the values of a run"
     assert trackers.choose_trackers(tiny_run.recipe(cache, tmp_path, loggers=["tensorboard"] * 2)) == ("tensorboard",)
 
 
 def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> None:
-    """Ctrl-C at the given call of a function, before it does anything."""
+    """Raise KeyboardInterrupt at the given call of a function."""
     real, calls = getattr(place, name), []
 
     def stop(*arguments: Any) -> Any:
@@ -335,7 +346,7 @@ def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> No
 
 
 def same_runs(one: Path, other: Path) -> None:
-    """Byte-identical students, and the same metrics but for the time they took."""
+    """Check that two runs have byte-identical students and the same metrics, except for timings."""
     for name in (LAST, BEST):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     tables = [pl.read_parquet(folder / "metrics.parquet").drop(TIMINGS) for folder in (one, other)]
