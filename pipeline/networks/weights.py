@@ -191,7 +191,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     """A message's next step that suggests the most similar name; None if no name is similar."""
     by_lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
-    return f"did you mean '{by_lower[close[0]]}'" if close else None
+    return f"did you mean '{by_lower[close[0]]}'?" if close else None
 
 
 def first_line(error: BaseException) -> str:

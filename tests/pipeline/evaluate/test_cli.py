@@ -173,9 +173,9 @@ def test_other_errors(run: Path, tmp_path):
     assert nothing.exit_code == 2
     assert "no run of train-student here" in nothing.stderr
     (tmp_path / "file").write_text("")
-    taken = invoke(run, "--out", tmp_path / "file")
-    assert taken.exit_code == 2
-    assert "a file is where the evaluation should be" in taken.stderr
+    blocked = invoke(run, "--out", tmp_path / "file")
+    assert blocked.exit_code == 2
+    assert "a file is where the evaluation should be" in blocked.stderr
     alone = invoke(run / "labels-only", "--teachers")
     assert alone.exit_code == 2
     assert "no teachers" in alone.stderr

@@ -96,9 +96,9 @@ def test_rows_equal_the_outputs_of_four_networks_fused_by_hand(
         pixels = cache.recipe.views.apply(torch.from_numpy(images.load(index)), index, view)
         z, f = [], []
         for seed, spec in zip((0, 2), plan.teachers, strict=True):
-            said = load_teacher(spec, names, CPU, images.image_size, plan.dataset.normalisation)(pixels)
-            z.append(said.logits.double().numpy())
-            f.append(unit(said.features.double().numpy() @ projection_matrix(said.features.shape[1], 16, seed)))
+            output = load_teacher(spec, names, CPU, images.image_size, plan.dataset.normalisation)(pixels)
+            z.append(output.logits.double().numpy())
+            f.append(unit(output.features.double().numpy() @ projection_matrix(output.features.shape[1], 16, seed)))
         for seed, clip_spec in zip((1, 3), plan.clips, strict=True):
             clip = load_clip(clip_spec, names, CPU)
             features, text = clip(pixels).features.double().numpy(), clip.text_features.double().numpy()
@@ -235,8 +235,8 @@ def test_the_preflight_measures_every_network_the_groups_and_the_fusion(root: Pa
     """Labels are chosen so that each untrained teacher gets every other one right."""
     images, ensemble = loaded(recipe(root))
     teachers, clips = ensemble.outputs(torch.from_numpy(images.load(EVERYTHING)))
-    z = [said.logits for said in teachers] + [
-        clip.identity.logit_scale * said.cosine for clip, said in zip(ensemble.clips, clips, strict=True)
+    z = [output.logits for output in teachers] + [
+        clip.identity.logit_scale * output.cosine for clip, output in zip(ensemble.clips, clips, strict=True)
     ]
     z += [0.3 * z[0] + 0.7 * z[1], 0.6 * z[2] + 0.4 * z[3]]
     z += [0.7 * z[4] + 0.3 * z[5]]
