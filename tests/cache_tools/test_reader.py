@@ -315,6 +315,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("file", "kind"),
     [

@@ -26,6 +26,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("codec", ["float16", "compact", "dense", "coarse"])
 @pytest.mark.parametrize("store", ["fused", "components"])
 def test_dense_codecs_train_like_float32_targets(pictures: Path, tmp_path: Path, codec: str, store: str) -> None:

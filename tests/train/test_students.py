@@ -67,6 +67,7 @@ def images(batch: int, size: int, channels: int = 3) -> torch.Tensor:
 # --- the zoo -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_state_dicts_have_the_published_layout(filled: tuple[str, Any]) -> None:
     name, network = filled
     golden = LAYOUTS[name]
@@ -140,6 +141,7 @@ def test_zoo_does_not_depend_on_memory_format(filled: tuple[str, Any]) -> None:
     assert relative_error(logits, network(batch).numpy()) < 1e-4
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", student_names())
 def test_zoo_trains(name: str) -> None:
     torch.manual_seed(0)
@@ -220,6 +222,7 @@ def test_names() -> None:
     assert create_student("resnet18", 3).num_features == 512
 
 
+@pytest.mark.medium
 @pytest.mark.medium
 def test_names_are_listed_without_importing_timm_or_torchvision() -> None:
     code = (

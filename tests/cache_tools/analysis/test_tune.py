@@ -384,6 +384,7 @@ def test_one_weight_or_one_scale_is_plotted_as_a_curve(
     assert not found.at_edge or len(found.scales) > 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("ensemble", ["embedding", "logits", "probabilities"])
 def test_several_networks_are_tuned_as_they_are_fused(tmp_path: Path, ensemble: PromptEnsemble) -> None:
     """With two teachers and two CLIPs, the surface is the likelihood of the targets that each choice gives."""

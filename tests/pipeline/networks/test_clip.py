@@ -185,20 +185,21 @@ def test_loading_prints_nothing_and_does_not_change_logging(folder: Path, capfd:
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seeded half-precision weights, 86 MB."""
+    path = tmp_path_factory.mktemp("builtin") / "vit-s.pt"
+    config = open_clip.get_model_config(TestBuiltinConfig.name)
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**config).state_dict()
+    torch.save({"state_dict": {f"module.{key}": value.half() for key, value in state.items()}}, path)
+    return path
+
+
 class TestBuiltinConfig:
     """open_clip's own configs, with a checkpoint file: ViT-S-32-alt is the smallest."""
 
     name = "ViT-S-32-alt"
-
-    @pytest.fixture(scope="class")
-    def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Seeded half-precision weights, 86 MB."""
-        path = tmp_path_factory.mktemp("builtin") / "vit-s.pt"
-        config = open_clip.get_model_config(self.name)
-        torch.manual_seed(0)
-        state = open_clip.CLIP(**config).state_dict()
-        torch.save({"state_dict": {f"module.{key}": value.half() for key, value in state.items()}}, path)
-        return path
 
     def test_local_checkpoint(self, checkpoint: Path) -> None:
         ours = load_clip(ClipSpec(name=self.name, weights=str(checkpoint), templates="siglip"), CLASSES[:2], CPU)
