@@ -77,7 +77,7 @@ def measure_robustness(
     total = len(students) * len(corrupted) * len(CORRUPTIONS) * len(SEVERITIES)
     with Progress("robustness", total, "images") as progress:
         frames = {
-            who: robustness(
+            name: robustness(
                 entry.model,
                 corrupted,
                 entry.preprocessing,
@@ -86,11 +86,11 @@ def measure_robustness(
                 batch_size=batch_size,
                 advance=progress.advance,
             )
-            for who, entry in students.items()
+            for name, entry in students.items()
         }
-    clean = {who: _clean_error(entry.logits, corrupted) for who, entry in students.items()}
+    clean = {name: _clean_error(entry.logits, corrupted) for name, entry in students.items()}
     summary = summarise(frames["student"], clean["student"], frames.get("baseline"), clean.get("baseline"))
-    table = pl.concat([frame.select(pl.lit(who).alias("student"), pl.all()) for who, frame in frames.items()])
+    table = pl.concat([frame.select(pl.lit(name).alias("student"), pl.all()) for name, frame in frames.items()])
     files = {ROBUSTNESS: parquet(table), ROBUSTNESS_PICTURE: _picture(student, baseline, frames, summary, images)}
     report = RobustnessReport(
         source=corrupted.source,
