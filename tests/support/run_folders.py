@@ -52,7 +52,7 @@ def write_run(
     recipe = TrainRecipe.model_validate(data | changes)
     path.mkdir(parents=True)
     table = _predictions(np.random.default_rng(seed), top1, classes)
-    right = (table["label"] == table["predicted"]).mean()
+    right = float(np.mean((table["label"] == table["predicted"]).to_numpy()))
     history = _history(epochs if finished else epochs - 1, right)
     history.write_parquet(path / folder.METRICS)
     identity = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,11 @@ def test_a_card_may_have_unknown_keys_but_no_missing_ones(tmp_path: Path) -> Non
 
 
 def test_state_round_trip(tmp_path: Path) -> None:
-    state = {"weights": torch.arange(3), "history": [{"epoch": 0, "loss": 1.5, "top5": None}], "best_epoch": 0}
+    state: dict[str, Any] = {
+        "weights": torch.arange(3),
+        "history": [{"epoch": 0, "loss": 1.5, "top5": None}],
+        "best_epoch": 0,
+    }
     assert load_state(tmp_path / "state.pt") is None
     save_state(tmp_path / "state.pt", state)
     loaded = load_state(tmp_path / "state.pt")
@@ -127,7 +132,7 @@ def test_a_state_without_a_key_is_an_error(tmp_path: Path) -> None:
 
 def test_loading_a_state_runs_no_code(tmp_path: Path) -> None:
     class Payload:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (f"touch {tmp_path / 'pwned'}",)
 
     (tmp_path / "pickled.pt").write_bytes(pickle.dumps({"x": Payload()}, protocol=2))

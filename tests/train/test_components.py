@@ -54,6 +54,7 @@ def test_the_feed_has_the_features_of_each_network(caches: dict[str, Path], tmp_
     for values, name in zip(targets.components, ("teacher_features", "clip_features"), strict=True):
         stored = torch.from_numpy(cache.read_array(name, 2)[[4, 0, 31]]).float()
         assert torch.equal(values, stored), name
+    assert isinstance(targets.logits, torch.Tensor)
     assert torch.equal(targets.logits, cache.load_view(2).logits(index))
 
 

@@ -171,7 +171,7 @@ def test_measuring_changes_neither_the_student_nor_the_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert student.training
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
-    assert student.conv1.weight.is_contiguous()
+    assert student.get_parameter("conv1.weight").is_contiguous()
 
 
 def test_images_of_a_wrong_size_are_an_error() -> None:

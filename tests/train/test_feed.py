@@ -144,8 +144,8 @@ def test_only_the_arrays_in_use_are_read(cache: TeacherCache, tmp_path: Path, us
     for chunk in (path / other).glob("c*"):
         chunk.unlink()
     half = TeacherCache.open(path)
-    both = {"logits": False, "features": False}
-    targets = CachedTargets(half, CPU, **(both | {used: True})).view(0).batch(torch.arange(4), torch.empty(0))
+    source = CachedTargets(half, CPU, logits=used == "logits", features=used == "features")
+    targets = source.view(0).batch(torch.arange(4), torch.empty(0))
     assert (targets.logits is None) == (used == "features")
     assert (targets.features is None) == (used == "logits")
     with pytest.raises(FormatError):
@@ -155,7 +155,7 @@ def test_only_the_arrays_in_use_are_read(cache: TeacherCache, tmp_path: Path, us
 def test_the_next_view_is_fetched_during_an_epoch_and_nothing_after_the_last() -> None:
     source = Recorder()
     feed = make(ResidentFeed, targets=source, num_views=2, epochs=3)
-    steps = feed.epoch(0)
+    steps: Any = feed.epoch(0)  # a generator
     next(steps)
     assert source.fetched.acquire(timeout=10)
     assert source.fetched.acquire(timeout=10), "view 1 while epoch 0 runs"
@@ -194,7 +194,7 @@ def test_an_error_in_the_background_thread_is_raised() -> None:
 def test_an_abandoned_epoch_leaves_no_threads() -> None:
     before = set(threading.enumerate())
     feed = make(StreamingFeed)
-    steps = feed.epoch(0)
+    steps: Any = feed.epoch(0)  # a generator
     next(steps)
     assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("pixels")]
     steps.close()

@@ -121,7 +121,7 @@ def objective_of(
     samples, dim = data["memory_student.0"].shape
     negatives = data["step0.contrast_index"].shape[1] - 1
     objective = Objective(
-        LossRecipe(**(recipe | {"crd_negatives": negatives, "crd_dim": dim})),  # type: ignore[arg-type]
+        LossRecipe(**(recipe | {"crd_negatives": negatives, "crd_dim": dim})),
         student_dim=data["embed_student.weight"].shape[1],
         target_dim=64,
         num_classes=20,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
 
 
 @pytest.fixture(autouse=True)
-def deterministic():
+def deterministic() -> Iterator[None]:
     """One thread: networks this small are no faster with more, and far slower beside other processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def test_two_runs_are_the_same_bit_for_bit(cache: TeacherCache) -> None:
             torch.rand(disturbance)
             train_alone(learner, feed, epoch)
         results.append(learner.state_dict())
-    assert_same(*results)
+    assert_same(results[0], results[1])
 
 
 def test_seeds_differ(cache: TeacherCache) -> None:
@@ -210,7 +210,9 @@ def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache) -> No
     loss = {"kind": "kd", "feature": "mse"}
     learner, feed = make_learner(make_recipe(precision="bfloat16", loss=loss), cache, Dropping())
     plain, plain_feed = make_learner(make_recipe(loss=loss), cache, Dropping())
-    learner.student.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    learner.student.get_submodule("conv").register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype)
+    )
     means = train_alone(learner, feed, 0)
     exact = train_alone(plain, plain_feed, 0)
     assert set(seen) == {torch.bfloat16}
@@ -245,7 +247,7 @@ def test_settings_are_restored() -> None:
         return (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
+            getattr(torch.utils.deterministic, "fill_uninitialized_memory"),  # noqa: B009  # not declared
             torch.backends.cudnn.benchmark,
             torch.get_rng_state().tolist(),
         )

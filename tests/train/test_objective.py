@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +27,9 @@ LABELS = np.arange(SAMPLES) % CLASSES
 NO_PIXELS = torch.empty(0)
 
 
-def make_objective(target_dim: int | None = TARGET_DIM, **recipe: object) -> Objective:
+def make_objective(target_dim: int | None = TARGET_DIM, **recipe: Any) -> Objective:
     return Objective(
-        LossRecipe(**recipe),  # type: ignore[arg-type]
+        LossRecipe(**recipe),
         student_dim=STUDENT_DIM,
         target_dim=target_dim,
         num_classes=CLASSES,
@@ -51,10 +52,10 @@ def make_step(seed: int) -> tuple[Tensor, Tensor, Batch]:
 COMPONENTS = Components((11, 5), (0.7, 0.3))
 
 
-def component_objective(components: Components, *, seed: int = 0, **recipe: object) -> Objective:
+def component_objective(components: Components, *, seed: int = 0, **recipe: Any) -> Objective:
     settings = {"kind": "ce", "feature": "crd", "crd_negatives": 11, "crd_dim": 6} | recipe
     return Objective(
-        LossRecipe(**settings),  # type: ignore[arg-type]
+        LossRecipe(**settings),
         STUDENT_DIM, TARGET_DIM, CLASSES, SAMPLES, LABELS, components=components, seed=seed,
     )  # fmt: skip
 
@@ -89,9 +90,10 @@ def test_terms_add_up_and_reach_the_student(kind: str, feature: str) -> None:
 def test_each_term_is_its_loss_with_the_settings_of_the_recipe() -> None:
     logits, features, batch = make_step(1)
     target, labels = batch.targets.logits, batch.labels
-    assert target is not None
-    square = Batch(NO_PIXELS, batch.labels, batch.index, BatchTargets(target, torch.randn(8, STUDENT_DIM)))
-    numbers = {
+    assert isinstance(target, Tensor)
+    target_features = torch.randn(8, STUDENT_DIM)
+    square = Batch(NO_PIXELS, batch.labels, batch.index, BatchTargets(target, target_features))
+    numbers: dict[str, Any] = {
         "temperature": 5.0, "distill_weight": 2.0, "dkd_alpha": 1.5, "dkd_beta": 6.0, "feature_weight": 0.5,
         "rkd_distance_weight": 3.0, "rkd_angle_weight": 4.0,
     }  # fmt: skip
@@ -102,10 +104,10 @@ def test_each_term_is_its_loss_with_the_settings_of_the_recipe() -> None:
         "standardised_dkd": losses.dkd(losses.standardise(logits), losses.standardise(target), labels, 1.5, 6.0, 5.0),
     }
     feature_losses = {
-        "mse": losses.feature_mse(features, square.targets.features),
-        "cosine": losses.feature_cosine(features, square.targets.features),
-        "rkd": losses.rkd(features, square.targets.features, 3.0, 4.0),
-        "pkt": losses.pkt(features, square.targets.features),
+        "mse": losses.feature_mse(features, target_features),
+        "cosine": losses.feature_cosine(features, target_features),
+        "rkd": losses.rkd(features, target_features, 3.0, 4.0),
+        "pkt": losses.pkt(features, target_features),
     }
     assert logit_losses.keys() == LOGIT_TERMS.keys()
     assert feature_losses.keys() == FEATURE_TERMS.keys()
@@ -144,7 +146,7 @@ def train_steps(objective: Objective, steps: range, *, components: bool = False)
 
 
 def test_crd_resumes_exactly_and_draws_new_negatives_every_step() -> None:
-    settings = {"kind": "ce", "feature": "crd", "crd_negatives": 11, "crd_dim": 6}
+    settings: dict[str, Any] = {"kind": "ce", "feature": "crd", "crd_negatives": 11, "crd_dim": 6}
     straight = train_steps(make_objective(**settings), range(6))
     first = make_objective(**settings)
     train_steps(first, range(3))
@@ -210,11 +212,11 @@ def test_half_precision_student_gives_float32_terms() -> None:
     ],
 )
 def test_missing_targets_are_named(
-    recipe: dict[str, str], has_logits: bool, target_dim: int | None, message: str
+    recipe: dict[str, Any], has_logits: bool, target_dim: int | None, message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         Objective(
-            LossRecipe(**recipe),  # type: ignore[arg-type]
+            LossRecipe(**recipe),
             STUDENT_DIM, target_dim, CLASSES, SAMPLES, LABELS, has_logits=has_logits,
         )  # fmt: skip
 
@@ -250,7 +252,7 @@ def test_the_weights_of_components_decide_the_mix() -> None:
     even = component_objective(COMPONENTS._replace(weights=(0.5, 0.5)))
     unit = even.get_submodule("contrast")._target_unit((teacher, clip))  # type: ignore[operator]
     embeds = [even.get_submodule(f"contrast.embed_targets.{number}") for number in range(2)]
-    expected = unit_rows(sum(unit_rows(embed(x)) for embed, x in zip(embeds, (teacher, clip), strict=True)))
+    expected = unit_rows(unit_rows(embeds[0](teacher)) + unit_rows(embeds[1](clip)))
     torch.testing.assert_close(unit, expected)
     other = component_objective(COMPONENTS._replace(weights=(0.9, 0.1)))
     assert even(logits, features, batch)["loss"] != other(logits, features, batch)["loss"]
@@ -323,7 +325,7 @@ def test_a_step_never_waits_for_the_device() -> None:
     objective = make_objective(kind="dkd", feature="crd", warmup_epochs=3).cuda()
     mixed = component_objective(COMPONENTS).cuda()
     logits, features, batch = make_step(0)
-    assert batch.targets.logits is not None
+    assert isinstance(batch.targets.logits, Tensor)
     assert batch.targets.features is not None
     components = tuple(part.cuda() for part in component_targets(0).components or ())
     targets = BatchTargets(batch.targets.logits.cuda(), batch.targets.features.cuda(), components)

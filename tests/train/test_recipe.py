@@ -164,6 +164,7 @@ def test_on_labels_alone_the_values_hold_dataset_and_views_but_not_data_dir() ->
 
 def test_on_labels_changes_only_the_loss() -> None:
     recipe = make(compare_with_labels=True)
+    assert recipe.dataset is not None
     on_labels = recipe.on_labels(recipe.dataset, recipe.views, 4)
     before, after = recipe.model_dump(), on_labels.model_dump()
     changed = {key for key in before if before[key] != after[key]}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def photos() -> ImageSet:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -101,7 +102,7 @@ def test_the_random_state_of_the_caller_does_not_change(photos: ImageSet) -> Non
 
 @pytest.mark.medium
 @pytest.mark.slow
-def test_processes_make_the_same_files_as_one(photos: ImageSet, home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_make_the_same_files_as_one(photos: ImageSet, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = corrupted_copies(photos)
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(home / "other"))
     two = corrupted_copies(photos, workers=2)
@@ -113,7 +114,7 @@ def test_processes_make_the_same_files_as_one(photos: ImageSet, home, monkeypatc
 
 
 def test_copies_are_made_once_and_a_few_are_a_subset_of_all(
-    photos: ImageSet, home, monkeypatch: pytest.MonkeyPatch
+    photos: ImageSet, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = corrupted_copies(photos, 7)
     assert some.index.tolist() == [0, 3, 6, 10, 13, 17, 20]
@@ -148,23 +149,28 @@ def test_other_images_seeds_or_sample_counts_have_other_folders(photos: ImageSet
 
 
 def test_an_interrupted_run_resumes(photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made: list[str] = []
     real = corrupt.corrupt_images
 
-    def stops(pixels, index, name, severity, seed):
+    def stop(pixels: Any, index: Any, name: str, severity: int, seed: int) -> Any:
         made.append(name)
         if name == "motion_blur" and severity == 3:
             raise KeyboardInterrupt
         return real(pixels, index, name, severity, seed)
 
-    monkeypatch.setattr(corrupt, "corrupt_images", stops)
+    monkeypatch.setattr(corrupt, "corrupt_images", stop)
     with pytest.raises(KeyboardInterrupt):
         corrupted_copies(photos, 6)
     folder = corrupt._folder(corrupt._recipe(photos, np.arange(6), 0))
     assert not (folder / "labels.npy").exists()
     assert not list(folder.glob("*.partial"))
     made.clear()
-    monkeypatch.setattr(corrupt, "corrupt_images", lambda *args: made.append(args[2]) or real(*args))
+
+    def record(pixels: Any, index: Any, name: str, severity: int, seed: int) -> Any:
+        made.append(name)
+        return real(pixels, index, name, severity, seed)
+
+    monkeypatch.setattr(corrupt, "corrupt_images", record)
     resumed = corrupted_copies(photos, 6)
     assert set(made) == set(CORRUPTIONS[CORRUPTIONS.index("motion_blur") :])
     index = resumed.index

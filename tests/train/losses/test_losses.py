@@ -127,8 +127,11 @@ def test_logit_losses_equal_slow_formulas(temperature: float) -> None:
     assert float(losses.dkd(s, t, y, 1.5, 4.0, temperature)) == pytest.approx(
         slow_dkd(student, target, labels, 1.5, 4.0, temperature), rel=1e-11
     )
-    rows = [(x - x.mean(1, keepdims=True)) / (1e-7 + x.std(1, ddof=1, keepdims=True)) for x in (student, target)]
-    assert float(losses.standardised_kd(s, t, temperature)) == pytest.approx(slow_kd(*rows, temperature), rel=1e-11)
+    first, second = (
+        (x - x.mean(1, keepdims=True)) / (1e-7 + x.std(1, ddof=1, keepdims=True)) for x in (student, target)
+    )
+    expected = slow_kd(first, second, temperature)
+    assert float(losses.standardised_kd(s, t, temperature)) == pytest.approx(expected, rel=1e-11)
     picked = [-math.log(softmax64(row)[label]) for row, label in zip(student, labels, strict=True)]
     assert float(losses.cross_entropy(s, y)) == pytest.approx(np.mean(picked), rel=1e-12)
 

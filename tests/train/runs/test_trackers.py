@@ -204,7 +204,7 @@ ROWS = [{"epoch": number, "loss": 1.0 / (1 + number)} for number in range(5)]
 
 def follow(folder: Path, first: int, last: int, *names: str) -> None:
     """Record epochs `first` to `last` of a run, with a new log as in a new process."""
-    recipe = TrainRecipe(name="tiny", cache="tiny", loggers=names)  # type: ignore[arg-type]
+    recipe = TrainRecipe(name="tiny", cache="tiny", loggers=names)
     with RunLog(folder, recipe, ROWS[:first]) as log:
         for number in range(first, last):
             log.write(ROWS[: number + 1])
