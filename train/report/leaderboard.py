@@ -20,7 +20,7 @@ class Column:
     Attributes:
         header: its text; a line break is written `|`.
         text: formats a value.
-        larger_is_better: the column sorts the largest value first when it is first pressed.
+        largest_first: the first press of the header sorts the largest value first.
         has_deviation: the standard deviation stands beside the mean.
         hint: tooltip of the header.
     """
@@ -28,7 +28,7 @@ class Column:
     name: str
     header: str
     text: Format
-    larger_is_better: bool = False
+    largest_first: bool = False
     has_deviation: bool = False
     hint: str = ""
 
@@ -46,11 +46,11 @@ COLUMNS = (
         name="top1",
         header="Top-1 %",
         text=_percent,
-        larger_is_better=True,
+        largest_first=True,
         has_deviation=True,
         hint="test split, last epoch",
     ),
-    Column(name="top5", header="Top-5 %", text=_percent, larger_is_better=True, has_deviation=True),
+    Column(name="top5", header="Top-5 %", text=_percent, largest_first=True, has_deviation=True),
     Column(name="nll", header="NLL", text=_four, has_deviation=True, hint="negative log-likelihood in nats"),
     Column(name="ece", header="ECE", text=_four, has_deviation=True, hint="expected calibration error, 15 bins"),
     Column(name="parameters", header="Parameters", text=lambda value: f"{value:,.0f}"),
@@ -62,11 +62,11 @@ COLUMNS = (
         name="best_top1",
         header="Best|top-1 %",
         text=_percent,
-        larger_is_better=True,
+        largest_first=True,
         hint="of all epochs, chosen on the test split, hence optimistic",
     ),
-    Column(name="best_epoch", header="at|epoch", text=lambda value: f"{value:.0f}", larger_is_better=True),
-    Column(name="ema_top1", header="EMA|top-1 %", text=_percent, larger_is_better=True, hint="average of the weights"),
+    Column(name="best_epoch", header="at|epoch", text=lambda value: f"{value:.0f}", largest_first=True),
+    Column(name="ema_top1", header="EMA|top-1 %", text=_percent, largest_first=True, hint="average of the weights"),
 )
 
 
@@ -115,7 +115,7 @@ class _Table:
         return f"<tr>{''.join(cells)}</tr>"
 
     def _head(self, column: Column) -> str:
-        first = "descending" if column.larger_is_better else "ascending"
+        first = "descending" if column.largest_first else "ascending"
         kind = "number wide" if self.has_intervals and column.has_deviation else "number"
         return _header(column.name, column.header, first, kind, column.hint)
 
