@@ -112,6 +112,7 @@ class Driver:
 
 
 def _read(stream: IO[str], events: queue.Queue[dict[str, Any] | None]) -> None:
-    for line in stream:
-        events.put(json.loads(line))
+    with stream:
+        for line in stream:
+            events.put(json.loads(line))
     events.put(None)
