@@ -143,7 +143,7 @@ def _student_step(
         inputs = prepare(pixels.contiguous(memory_format=torch.channels_last), Preprocessing(mean=mean, std=std))
         loss = F.cross_entropy(student(inputs), labels[torch.from_numpy(index).to(device)])
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
 
     return step

@@ -188,7 +188,7 @@ def _plain_weights(pretrained: str | None) -> Iterator[str | None]:
     if pretrained is None or not _is_torchscript(pretrained):
         yield pretrained
         return
-    weights = torch.jit.load(pretrained, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    weights = torch.jit.load(pretrained, map_location="cpu").state_dict()
     with tempfile.TemporaryDirectory(prefix="clip-") as folder:
         plain = Path(folder) / "weights.safetensors"
         kept = {name: tensor.detach() for name, tensor in weights.items() if name not in _NOT_WEIGHTS}

@@ -58,9 +58,7 @@ class TeacherEnsemble:
         ]
         self._prompts = None if _uses_class_embeddings(fusion) else [_prompts(clip, fusion) for clip in self.clips]
         # A second stream lets a small teacher fill the gaps that CLIP leaves on a GPU.
-        self._clip_stream = (
-            torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        )
+        self._clip_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def device(self) -> torch.device:

@@ -167,7 +167,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_recipes_are_frozen() -> None:
     recipe = load_build_recipe("digits")
     with pytest.raises(ValueError, match="frozen"):
-        recipe.num_views = 3  # type: ignore[misc]
+        recipe.num_views = 3
 
 
 def test_an_empty_file_is_refused_for_missing_keys(tmp_path: Path) -> None:

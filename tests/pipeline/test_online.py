@@ -63,6 +63,7 @@ def train(root: Path, cache: str, name: str, *, online: bool = False, **loss: ob
     run = recipe(root, name, **loss).model_copy(update={"cache": str(root / cache)})
     data = open_data(run, CPU)
     train_on(live(data) if online else data, run, CPU)
+    assert run.out is not None
     history = pl.read_parquet(run.out / "metrics.parquet")
     return load_file(run.out / "last.safetensors"), history["loss"].to_list()
 

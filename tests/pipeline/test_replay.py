@@ -116,7 +116,8 @@ def test_several_networks_and_prompts(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_rows_are_drawn_by_the_seed(built: Callable[..., TeacherCache], monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, drawn = built(), []
+    drawn: list[Any] = []
+    cache = built()
     add = Comparison.add
 
     def record(self: Comparison, view: int, index: np.ndarray, *arrays: Any) -> None:
@@ -262,7 +263,7 @@ def test_another_fusion_than_the_manifest_has_is_found(built: Callable[..., Teac
 
 @pytest.mark.parametrize("codec", ["compact", "top-k"])
 def test_swapped_rows_are_found_through_a_coarse_codec(
-    built: Callable[..., TeacherCache], root: Path, tmp_path: Path, codec: str
+    built: Callable[..., TeacherCache], root: Path, tmp_path: Path, codec: Any
 ) -> None:
     exact = forged(built(codec="float32"), tmp_path / "forged", swap_two)
     assert not again(TeacherCache(recode(exact, resolve_codecs(codec, 3), "coded", tmp_path / "coded").path)).sound

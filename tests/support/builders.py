@@ -89,7 +89,7 @@ class _Pause:
                 self.over.wait(DEADLINE_S)
             return store(*arguments)
 
-        build_blocks._store = pause_then_store
+        build_blocks._store = pause_then_store  # type: ignore[assignment]
 
 
 def _build(recipe: BuildRecipe, environment: Mapping[str, str], pause: _Pause, sender: Connection) -> None:

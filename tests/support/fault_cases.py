@@ -114,8 +114,8 @@ class Case:
             clean = TeacherCache.open(self._clean)
             blocks = list(np.ndindex(cache.num_views, cache.manifest.num_blocks))
             found = _compare(cache, clean, blocks)
-            lost = set(map(tuple, seen)) - set(_readable(cache, blocks))
-            problems = [*found.problems, *(f"view {view}, block {block}: lost" for view, block in sorted(lost))]
+            missing = {(view, block) for view, block in seen} - set(_readable(cache, blocks))
+            problems = [*found.problems, *(f"view {view}, block {block}: lost" for view, block in sorted(missing))]
             problems += [f"{problem.where}: {problem.what}" for problem in verify(path).problems]
             if finished:
                 problems += _differences(path, self._clean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ def clip_row(image: Array, text: Array, embeddings: Array | None, scale: float, 
     return np.log(np.mean(shares, axis=0))
 
 
-def mean(parts: list[Array], weights: list[float]) -> Array:
+def mean(parts: Sequence[Array], weights: Sequence[float]) -> Array:
     return np.sum([weight * part for weight, part in zip(weights, parts, strict=True)], axis=0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def softmax(logits: np.ndarray) -> list[float]:
 
 def reference_summary(rows: list[np.ndarray], labels: list[int]) -> dict[str, float]:
     """Plain loops over samples; a bin of the confidence at a time."""
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
     for row, label in zip(rows, labels, strict=True):
         p = softmax(row)

@@ -59,7 +59,8 @@ def kill_repeatedly(case: Case, kills: int, rng: random.Random) -> Iterator[dict
     elapsed_s, calls = _run_undisturbed(case)
     done = number = 0
     while done < kills:
-        target, seen = in_child(lambda number=number: case.new_target(number)), []
+        target = in_child(lambda number=number: case.new_target(number))
+        seen: list[Any] = []
         number += 1
         for _ in range(min(rng.randint(1, MAX_CHAIN), kills - done)):
             instant = _draw_instant(rng, elapsed_s, calls)

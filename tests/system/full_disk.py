@@ -113,7 +113,7 @@ def _with_full_disk(case: Case, target: str, pattern: str, number: int, disk: Pa
                 _fill(opened, _ballast(disk))
         return opened(self, mode, *args, **kwargs)
 
-    Path.open = watched  # type: ignore[method-assign, assignment]
+    Path.open = watched  # type: ignore[method-assign]
     case.run(target)
 
 

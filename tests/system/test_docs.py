@@ -222,8 +222,9 @@ def test_arrays_are_those_of_the_format(cache: TeacherCache) -> None:
 def test_fusing_as_the_format_says_gives_our_targets(format_code: SimpleNamespace, tmp_path: Path) -> None:
     """Both kinds of heads, several networks, every prompt ensemble; and a single teacher and CLIP."""
     images = cache_factory.tiny_images()
+    choices: tuple[dict[str, Any], ...] = ({}, {"teacher_weights": (0.3, 0.7), "clip_weights": (0.2, 0.3, 0.5)})
     for ensemble in ("embedding", "logits", "probabilities"):
-        for number, shares in enumerate(({}, {"teacher_weights": (0.3, 0.7), "clip_weights": (0.2, 0.3, 0.5)})):
+        for number, shares in enumerate(choices):
             manifest = cache_factory.tiny_manifest(
                 images, store="components", fusion=FusionRecipe(prompt_ensemble=ensemble), **shares
             )
@@ -241,7 +242,7 @@ def test_decoding_as_the_format_says_gives_our_targets(
 ) -> None:
     from cache_tools.codecs.presets import TargetCodecs
 
-    choice = (
+    choice: Any = (
         codec if codec in {"compact", "dense"} else TargetCodecs.model_validate({"logits": codec, "features": codec})
     )
     for classes in (5, 40):

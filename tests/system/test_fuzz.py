@@ -161,7 +161,10 @@ OLD_METADATA = {"zarr_format": 2, "shape": [4], "chunks": [4], "dtype": "|O", "f
 
 
 def with_manifest(document: bytes) -> Callable[[Path], None]:
-    return lambda path: (path / "zarr.json").write_bytes(document) and None
+    def write(path: Path) -> None:
+        (path / "zarr.json").write_bytes(document)
+
+    return write
 
 
 @fuzz("json")
@@ -408,7 +411,11 @@ def test_commands(victims: dict[str, Victim], data: st.DataObject, kind: str, co
         document = to_json(group)
     else:
         document = to_json(data.draw(changed_json(json.loads(file.read_bytes()))))
-    with victim.changed(lambda path: file.write_bytes(document) and None) as path, limited_resources():
+
+    def write(path: Path) -> None:
+        file.write_bytes(document)
+
+    with victim.changed(write) as path, limited_resources():
         for left in path.parent.glob(f"{path.name}-*"):
             shutil.rmtree(left)
         arguments = [part.replace("{}", str(path)) for part in command]

@@ -95,7 +95,7 @@ def test_every_image_is_trained_on_with_its_own_targets(cache: Path, pictures: P
                     (opened.sample_keys == np.frombuffer(key, np.uint8)).all(axis=1) & (opened.labels == label)
                 )
                 assert sample in places
-                np.testing.assert_array_equal(batch.targets.logits[row], logits[sample])
+                np.testing.assert_array_equal(np.asarray(batch.targets.logits)[row], logits[sample])
                 view = opened.recipe.views.apply(
                     torch.from_numpy(data.images.load(np.array([sample]))), [sample], epoch
                 )

@@ -198,11 +198,11 @@ def test_sizes_are_right() -> None:
     rows = {row[0].strip("`"): row for row in table("cache")}
     assert sorted(rows) == sorted(caches())
     for name, (_, features, sixteen, all_epochs) in rows.items():
-        dim = create_student(load_build_recipe(name).teacher.name, 100).num_features
+        dim: Any = create_student(load_build_recipe(name).teacher.name, 100).num_features
         view_gb = images * (dim + clip_dim) * 2 / 1e9
         assert features == f"{dim} + {clip_dim}"
         assert (sixteen, all_epochs) == (f"{16 * view_gb:.1f} GB", f"{240 * view_gb:.1f} GB")
-        parameters = sum(p.numel() for p in create_student(load_build_recipe(name).teacher.name, 100).parameters())
+        parameters = sum(int(p.numel()) for p in create_student(load_build_recipe(name).teacher.name, 100).parameters())
         assert f"{load_build_recipe(name).teacher.name} {parameters * 4 / 1e6:.0f} MB" in TEXT
 
 

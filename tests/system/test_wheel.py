@@ -21,7 +21,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if built := os.environ.get("WHEEL"):
         return Path(built)
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, ROOT]
+    command: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, ROOT]
     subprocess.run(command, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
     return path
@@ -48,7 +48,7 @@ def test_wheel_builds_a_cache_and_trains_a_student(environment: Path, tmp_path: 
     variables["TEACHER_CACHE_HOME"] = str(tmp_path / "caches")
 
     def run(command: str, *arguments: str) -> str:
-        words = [environment / "bin" / command, *arguments]
+        words: list[str | Path] = [environment / "bin" / command, *arguments]
         return subprocess.run(words, check=True, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True).stdout
 
     where = "import cache_tools, train, pipeline; print(*(m.__file__ for m in (cache_tools, train, pipeline)))"

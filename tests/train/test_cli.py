@@ -174,5 +174,5 @@ def test_a_full_run_never_imports_a_teacher(recipe_file: str, tmp_path: Path) ->
     assert (tmp_path / "run" / "labels-only" / "result.json").exists()
 
 
-def invoke(*arguments: str):  # type: ignore[no-untyped-def]  # typer's result type is not public
+def invoke(*arguments: str):
     return CliRunner().invoke(app, list(arguments))

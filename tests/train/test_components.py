@@ -45,7 +45,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str
 def test_the_feed_has_the_features_of_each_network(caches: dict[str, Path], tmp_path: Path) -> None:
     recipe = tiny_run.recipe(caches["components"], tmp_path, loss=RICHKD)
     data = open_data(recipe, CPU)
-    assert data.components == Components((12, 10), (0.7, pytest.approx(0.3)))
+    assert data.components is not None
+    assert data.components.widths == (12, 10)
+    assert data.components.weights == pytest.approx((0.7, 0.3))
     index = torch.tensor([4, 0, 31])
     targets = data.targets.view(2).batch(index, torch.empty(0))
     cache = TeacherCache.open(caches["components"])

@@ -156,7 +156,7 @@ def test_crd_on_one_target_over_two_steps() -> None:
     recipe = named_loss("crd") | {"ce_weight": 0.0, "feature_weight": 1.0}
     objective = objective_of(data, recipe, sides, None)
     for step in ("step0", "step1"):
-        objective.contrast.sampler.contrast_index = data[f"{step}.contrast_index"]  # type: ignore[union-attr]
+        objective.contrast.sampler.contrast_index = data[f"{step}.contrast_index"]
         features, index = data[f"{step}.student_features"].requires_grad_(), data[f"{step}.index"]
         batch = batch_of(index, index % 20, features=data[f"{step}.target_features"])
         loss = objective(torch.zeros(8, 20), features, batch)["loss"]

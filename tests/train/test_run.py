@@ -29,7 +29,7 @@ from cache_tools.errors import (
 from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
-from train import run
+from train import checkpoints, run
 from train.checkpoints import BEST, EMA, LAST, load_student, read_card
 from train.data import open_data
 from train.evaluate.metrics import evaluate
@@ -37,6 +37,7 @@ from train.feed import BatchTargets
 from train.recipe import TrainRecipe
 from train.run import train_on, train_student
 from train.runs import folder as run_files
+from train.runs.metrics import RunLog
 from train.runs.result import load_result, summary
 
 CPU = torch.device("cpu")
@@ -141,12 +142,13 @@ def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch, cache: Path
         return tiny_run.recipe(cache, tmp_path / name, loss={"kind": "kd", "feature": "crd"}, ema_decay=0.9, epochs=4)
 
     train_student(settings("through"))
-    place, calls = {
-        "before the first state": (run.checkpoints, ("save_state", 1)),
-        "between best and state": (run.checkpoints, ("save_state", 3)),
-        "after a state": (run.RunLog, ("write", 2)),
+    moments: dict[str, tuple[Any, tuple[str, int]]] = {
+        "before the first state": (checkpoints, ("save_state", 1)),
+        "between best and state": (checkpoints, ("save_state", 3)),
+        "after a state": (RunLog, ("write", 2)),
         "at the end": (run, ("draw_curves", 1)),
-    }[moment]
+    }
+    place, calls = moments[moment]
     name, count = calls
     with monkeypatch.context() as patch:
         interrupt(patch, place, name, count)
@@ -162,7 +164,7 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from tests import tiny_run
+from tests.support import tiny_run
 import train.run
 from train.run import train_student  # before any computation, so that forking is safe
 
@@ -254,7 +256,7 @@ def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures:
 def test_an_interrupted_comparison_resumes(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True)
     with monkeypatch.context() as patch:
-        interrupt(patch, run.checkpoints, "save_state", 5)  # after three epochs, in the second of the comparison
+        interrupt(patch, checkpoints, "save_state", 5)  # after three epochs, in the second of the comparison
         with pytest.raises(KeyboardInterrupt):
             train_student(recipe)
     assert load_result(tmp_path / "run") is not None
@@ -403,7 +405,7 @@ def test_bad_input_is_one_clear_line(cache: Path, pictures: Path, tmp_path: Path
 
 def broken_recipe(case: str, cache: Path, pictures: Path, tmp_path: Path) -> TrainRecipe:
     """A recipe that must fail, with the files that make it fail."""
-    changes: dict[str, Any] = {
+    settings: dict[str, dict[str, Any]] = {
         "unknown student": {"student": "resnet9"},
         "no CUDA": {"device": "cuda"},
         "float16 on a CPU": {"precision": "float16"},
@@ -411,7 +413,8 @@ def broken_recipe(case: str, cache: Path, pictures: Path, tmp_path: Path) -> Tra
         "no memory": {"loss": {"kind": "kd", "feature": "crd", "crd_dim": 1 << 40}},
         "missing cache": {"cache": tmp_path / "nowhere.zarr"},
         "missing images": {"data_dir": str(tmp_path / "gone")},
-    }.get(case, {})
+    }
+    changes = settings.get(case, {})
     if case == "half-built cache":
         changes["cache"] = tiny_run.write_cache(tmp_path / "half.zarr", pictures, blocks=5)
     elif case == "images of another dataset":

@@ -112,15 +112,13 @@ def open_safetensors(path: Path, source: Source) -> Model:
 def write_torchscript(source: Source, path: Path) -> None:
     """A traced graph, for libtorch and tools that load nothing else. Newer versions of torch deprecate TorchScript."""
     with _quiet():
-        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-            source.module, source.example(), check_trace=False
-        )
+        traced = torch.jit.trace(source.module, source.example(), check_trace=False)
         torch.jit.save(traced, str(path), _extra_files=source.extra_files)
 
 
 def open_torchscript(path: Path, source: Source) -> Model:
     with _quiet():
-        model: Model = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        model: Model = torch.jit.load(str(path), map_location="cpu")
         return model
 
 

@@ -132,8 +132,8 @@ def test_rows_out_of_range_are_refused_and_nothing_is_written(tmp_path: Path) ->
 
 
 def test_presets_and_their_limits() -> None:
-    assert resolve_codecs("dense", 10).logits.reference == "max"  # type: ignore[union-attr]
-    assert resolve_codecs("dense", 100).logits.reference == "mean"  # type: ignore[union-attr]
+    assert resolve_codecs("dense", 10).logits.reference == "max"
+    assert resolve_codecs("dense", 100).logits.reference == "mean"
     chosen = TargetCodecs.model_validate({"logits": "companded"})
     assert resolve_codecs(chosen, 10) is chosen
     assert str(chosen) == "companded logits, float16 features"

@@ -325,6 +325,6 @@ def test_a_file_that_changes_after_opening_is_refused(root: Path) -> None:
 def test_many_files_show_progress(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[int] = []
     monkeypatch.setattr(image_folder, "PROGRESS_FROM_FILES", 12)
-    monkeypatch.setattr(image_folder.Progress, "advance", lambda self, count, note="": shown.append(count))
+    monkeypatch.setattr("cache_tools.images.folder.Progress.advance", lambda self, count, note="": shown.append(count))
     open_images(recipe_for(root))
     assert sum(shown) == 12

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache_tools.format import commits
 from cache_tools.reader import TeacherCache
 from cache_tools.store import blocks
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
@@ -40,6 +41,4 @@ def test_the_commit_of_a_block_has_the_digest_of_each_array(tmp_path: Path) -> N
     cache = TeacherCache.open(tmp_path / "c")
     commit = cache.commit(1, 2)
     assert list(commit) == ["view_parameters", "fused_logits", "fused_features"]
-    assert commit["fused_logits"] == blocks.commits.block_digest(
-        cache.read_stored("fused_logits", 1, MANIFEST.block(2))
-    )
+    assert commit["fused_logits"] == commits.block_digest(cache.read_stored("fused_logits", 1, MANIFEST.block(2)))

@@ -7,6 +7,7 @@ import random
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,8 @@ def test_growing_claims_the_cache_and_its_mirror(root, url, monkeypatch):
     from pipeline.build import cache
 
     build_cache(recipe(root, url, num_views=1))
-    whole, claimed = cache._grow, []
+    claimed: list[Any] = []
+    whole = cache._grow
 
     def grow(writer, *arguments):
         places = (open_place(url), LocalPlace(writer.path))

@@ -185,6 +185,6 @@ def test_other_errors(run: Path, tmp_path):
     assert "damaged checkpoint" in damaged.stderr
 
 
-def invoke(*arguments: object):  # type: ignore[no-untyped-def]  # typer's result type is not public
+def invoke(*arguments: object):
     device = () if "--device" in arguments else ("--device", "cpu")
     return CliRunner().invoke(app, [str(argument) for argument in (*arguments, *device)])

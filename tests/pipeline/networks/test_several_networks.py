@@ -27,7 +27,6 @@ from tests.support.fusion_by_hand import clip_row, fused_by_hand, mean, unit
 from tests.support.tiny_build import arrays_of, constant_teacher
 from tests.support.tiny_clip import make_folder
 from train.data import open_data
-from train.losses.contrastive import Components
 from train.run import train_student
 
 pytestmark = pytest.mark.medium
@@ -94,7 +93,8 @@ def test_rows_equal_the_outputs_of_four_networks_fused_by_hand(
     index = np.array([95, 3, 77, 20])
     for view in range(3):
         pixels = cache.recipe.views.apply(torch.from_numpy(images.load(index)), index, view)
-        z, f = [], []
+        z: list[Any] = []
+        f: list[Any] = []
         for seed, spec in zip((0, 2), plan.teachers, strict=True):
             output = load_teacher(spec, names, CPU, images.image_size, plan.dataset.normalisation)(pixels)
             z.append(output.logits.double().numpy())
@@ -123,6 +123,9 @@ def test_live_networks_give_the_rows_of_a_float32_cache_bit_for_bit(
         index = torch.from_numpy(np.random.default_rng(view).permutation(SAMPLES)[:48])
         pixels = cache.recipe.views.apply(torch.from_numpy(images.load(index.numpy())), index, view)
         batch, targets = live.view(view).batch(index, pixels), cache.load_view(view)
+        assert isinstance(batch.logits, torch.Tensor)
+        assert batch.features is not None
+        assert batch.components is not None
         assert torch.equal(batch.logits, targets.logits(index))
         assert torch.equal(batch.features, targets.features(index))
         own = caches["components"].load_view(view).component_features(index)
@@ -224,7 +227,10 @@ def test_a_run_trains_from_several_networks(root: Path, caches: dict[str, Teache
     loss = {"kind": "kd", "feature": "crd", "crd_dim": 8}
     run = tiny_run.recipe(caches["components"].path, tmp_path / "run", loss=loss, epochs=1)
     widths, weights = (64, 128, 64, 32), (0.7 * 0.3, 0.7 * 0.7, 0.3 * 0.6, 0.3 * 0.4)
-    assert open_data(run, CPU).components == Components(widths, pytest.approx(weights))
+    components = open_data(run, CPU).components
+    assert components is not None
+    assert components.widths == widths
+    assert components.weights == pytest.approx(weights)
     assert train_student(run).loss == "kd+crd"
 
 

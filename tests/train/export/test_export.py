@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
+from cache_tools.preprocess import affine
 from tests.support import tiny_run
 from tests.support.turns import slow
 from train.checkpoints import load_student, read_card
@@ -270,7 +271,7 @@ def test_a_truncated_export_is_caught(monkeypatch: pytest.MonkeyPatch, run: Path
 @pytest.mark.medium
 def test_a_graph_that_normalises_with_other_numbers_is_caught(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     """0 … 1 instead of 0 … 255, the most common mistake in deployments."""
-    real = formats.affine
+    real = affine
     monkeypatch.setattr(formats, "affine", lambda *given: tuple(value / 255 for value in real(*given)))
     failed = invoke(run, "--format", "torchscript")
     assert failed.exit_code == 2

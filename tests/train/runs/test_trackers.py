@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import train.run
 from cache_tools.errors import DataError
 from tests.support import tiny_run
+from train import checkpoints
 from train.checkpoints import BEST, LAST
 from train.cli import app
 from train.recipe import TrainRecipe
@@ -61,7 +62,7 @@ def test_every_tracker_follows_an_interrupted_run(
     pytest.importorskip("wandb")
     recipe = tiny_run.recipe(cache, offline / "run", loggers=ALL)
     with monkeypatch.context() as patch:
-        interrupt(patch, train.run.checkpoints, "save_state", 3)
+        interrupt(patch, checkpoints, "save_state", 3)
         with pytest.raises(KeyboardInterrupt):
             train_student(recipe)
     train_student(recipe)
@@ -147,7 +148,7 @@ def test_a_broken_mlflow_does_not_stop_the_run(
     """After the first epoch its database is overwritten: one warning, and the run equals one without trackers."""
     pytest.importorskip("mlflow")
     broken: list[Path] = []
-    save = train.run.checkpoints.save_state
+    save = checkpoints.save_state
 
     def save_and_break(path: Path, state: dict[str, Any]) -> None:
         save(path, state)
@@ -155,7 +156,7 @@ def test_a_broken_mlflow_does_not_stop_the_run(
             (offline / "mlflow.db").write_bytes(b"no database" * 100_000)
             broken.append(offline / "mlflow.db")
 
-    monkeypatch.setattr(train.run.checkpoints, "save_state", save_and_break)
+    monkeypatch.setattr(checkpoints, "save_state", save_and_break)
     train_student(tiny_run.recipe(cache, offline / "run", loggers=["mlflow"]))
     assert broken
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]

@@ -19,7 +19,7 @@ from cache_tools.images.recipe import DatasetRecipe
 from tests.support import tiny_run
 from train.data import open_data
 from train.recipe import LossRecipe, load_train_recipe
-from train.run import train_student
+from train.run import train_group, train_student
 from train.runs.folder import METRICS, STOPPED
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
@@ -226,7 +226,7 @@ def test_trials_that_do_not_fit_in_memory_are_halved_until_they_do(
     import train.sweep.streams as streams
 
     sizes = []
-    train = streams.train_group
+    train = train_group
 
     def small(runs: Any, *args: Any, **options: Any) -> Any:
         sizes.append(len(runs))
@@ -321,8 +321,7 @@ def test_a_trial_that_fails_in_evaluation_affects_no_others(
 ) -> None:
     """The loss may stay finite while weights or averages of batch norms become infinite."""
     import train.run as one_run
-
-    evaluate = one_run.evaluate
+    from train.evaluate.metrics import evaluate
 
     def spoiled(model: Any, *args: Any, **options: Any) -> Any:
         if type(model).__name__ == "WideResNet":
