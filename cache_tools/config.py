@@ -8,7 +8,6 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache_tools.errors import RecipeError
@@ -17,7 +16,7 @@ from cache_tools.errors import RecipeError
 class Frozen(BaseModel):
     """An immutable model, validated on construction, that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 Recipe = TypeVar("Recipe", bound=Frozen)
@@ -29,7 +28,7 @@ UNION_TAGS = (ONE, SEVERAL, NAME, FIELDS)
 
 # safe_load raises its own error for bad grammar, and others for a date such as 2020-13-45, a number without digits
 # (0b_) or with thousands of them, a value that contradicts its tag (!!bool 7), and lists nested without end.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_YAML_ERRORS = (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def one_or_several(value: Any) -> str:
@@ -95,16 +94,20 @@ def parse_yaml(text: str, what: str, *, where: object) -> Any:
     Raises:
         RecipeError: the text is not YAML, or Python cannot hold or print a value.
     """
+    import yaml
+
     try:
         data = yaml.safe_load(text)
         repr(data)  # fails for a number of thousands of hexadecimal digits, which no error message could print
         return data
-    except _YAML_ERRORS as error:
+    except (yaml.YAMLError, *_YAML_ERRORS) as error:
         raise RecipeError(what, where=where, expected="YAML", found=str(error)) from error
 
 
 def dump_yaml(recipe: BaseModel) -> str:
     """The full recipe as YAML, defaults included, as `--show-recipe` prints it and results store it."""
+    import yaml
+
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 

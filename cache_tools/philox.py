@@ -7,18 +7,22 @@ integer arithmetic, so the words are the same on every machine.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
+
+from cache_tools.lazy import np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 WORD_BITS = 32
-_MASK = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_MASK = 0xFFFFFFFF
+_SHIFT = 32
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _BATCH = 16_384  # the nine temporaries of a batch stay in the L2 cache
 
-Word = npt.ArrayLike
+Word: TypeAlias = "npt.ArrayLike"
 
 
 def philox4x32(counter: tuple[Word, Word, Word, Word], key: int) -> npt.NDArray[np.uint32]:

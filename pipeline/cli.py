@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_tools.config import builtin_names, dump_yaml
 from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
-from pipeline.recipe import BuildRecipe, load_build_recipe
 from train.options import (
     DataDir,
     Device,
@@ -24,6 +22,9 @@ from train.options import (
     ResultAsJson,
     ShowRecipe,
 )
+
+if TYPE_CHECKING:
+    from pipeline.recipe import BuildRecipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -99,6 +100,10 @@ def build_cache(
     Without arguments it builds a demo cache: handwritten digits with a small teacher and CLIP, offline, in seconds.
     You can interrupt it at any time: the same command continues where it stopped.
     """
+    # Imported here, as everything slow below: --help must answer at once.
+    from cache_tools.config import dump_yaml
+    from pipeline.recipe import load_build_recipe
+
     options = {
         "num_views": views,
         "views.base_seed": seed,
@@ -132,7 +137,6 @@ def build_cache(
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:
-    # Imported here because zarr takes long to import, and --help and --show-recipe do not need it.
     import sys
 
     from cache_tools.units import human_bytes
@@ -168,6 +172,7 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
 
 def _next_step(recipe: BuildRecipe, where: str | Path) -> str:
     """The command that trains from this cache, by its name only if that is a recipe of `train-student` and unique."""
+    from cache_tools.config import builtin_names
     from cache_tools.home import registry
     from train.recipe import builtin_recipes
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.config import dump_yaml
 from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
 from train.options import (
@@ -22,7 +21,6 @@ from train.options import (
     ResultAsJson,
     ShowRecipe,
 )
-from train.recipe import load_train_recipe, named_loss
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -91,6 +89,10 @@ def train_student(
     With --cache and no recipe, the settings (student, epochs, learning rate) are those of the recipe digits.
     You can interrupt it at any time: the same command resumes after the last finished epoch.
     """
+    # Imported here, as everything slow below: --help must answer at once.
+    from cache_tools.config import dump_yaml
+    from train.recipe import load_train_recipe, named_loss
+
     options = {
         "cache": cache,
         "student": student,

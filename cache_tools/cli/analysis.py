@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from cache_tools.cli.options import AsJson, Cache, Device, Temperature, View, parse_clip_scale, parse_views
-from cache_tools.config import validate
 from cache_tools.console import print_json
 
 
@@ -37,6 +36,7 @@ def stats_command(
     On images that the teacher was trained on, the teacher looks better than it is.
     """
     from cache_tools.analysis import stats
+    from cache_tools.config import validate
     from cache_tools.reader import TeacherCache
     from cache_tools.refusion import FusionChoice
 

@@ -12,8 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cache_tools.config import Frozen
 from cache_tools.derive.lineage import Source, lineage
 from cache_tools.errors import NotFoundError, printable
@@ -25,6 +23,7 @@ from cache_tools.home import registry
 from cache_tools.home.listing import RemoteRecord, commit_names, remote_record
 from cache_tools.home.registry import CacheRecord, complete_views
 from cache_tools.home.sizes import size_and_time
+from cache_tools.lazy import np
 from cache_tools.places import Place
 from cache_tools.places.metadata import manifest_at
 from cache_tools.store.group import read_manifest

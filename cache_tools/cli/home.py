@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,10 +11,13 @@ from cache_tools.cli import describe
 from cache_tools.cli.options import AsJson, Cache, LocalCache, Yes
 from cache_tools.console import print_json
 from cache_tools.errors import StorageError
-from cache_tools.home import housekeeping, registry
+from cache_tools.home import registry
 from cache_tools.home.listing import Filters, RemoteRecord, list_remote
 from cache_tools.places import LocalPlace, is_remote, open_place
 from cache_tools.units import human_bytes
+
+if TYPE_CHECKING:
+    from cache_tools.home.housekeeping import Pruned, PruneRules
 
 
 def list_command(
@@ -87,6 +90,8 @@ def rm_command(
     yes: Yes = False,
 ) -> None:
     """Remove caches. Without --yes, only show what would be removed."""
+    from cache_tools.home import housekeeping
+
     for reference in references:
         if is_remote(reference):
             raise StorageError(
@@ -124,6 +129,8 @@ def prune_command(
     as_json: AsJson = False,
 ) -> None:
     """Remove caches of the cache home by age, use, size or state. Without --yes, only show what would be removed."""
+    from cache_tools.home import housekeeping
+
     rules = housekeeping.PruneRules(
         older_than_s=None if older_than is None else units.seconds(older_than),
         unused_for_s=None if unused_for is None else units.seconds(unused_for),
@@ -139,14 +146,14 @@ def prune_command(
         _print_pruned(pruned, rules, dry_run=not yes)
 
 
-def _print_pruned(pruned: housekeeping.Pruned, rules: housekeeping.PruneRules, *, dry_run: bool) -> None:
+def _print_pruned(pruned: Pruned, rules: PruneRules, *, dry_run: bool) -> None:
     removed = "would remove" if dry_run else "removed"
     for candidate in pruned.candidates:
         verb = removed if candidate.kept_because is None else f"keeping ({candidate.kept_because})"
         print(f"{verb} {candidate.record.path} ({human_bytes(candidate.record.size_bytes)}; {candidate.reason})")
     for path, size_bytes in pruned.leftovers.items():
         print(f"{removed} {path} ({human_bytes(size_bytes)}; left by a killed command)")
-    if rules == housekeeping.PruneRules():
+    if rules == type(rules)():
         print("No rule given: add --older-than, --unused-for, --keep-size or --incomplete.")
     else:
         hint = ". Add --yes to remove them." if dry_run and (pruned.removed or pruned.leftovers) else ""

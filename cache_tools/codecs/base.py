@@ -10,20 +10,20 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, PositiveInt
 
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError
+from cache_tools.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
-Rows = npt.NDArray[np.float32]
-Encoded = dict[str, npt.NDArray[Any]]  # suffix → array [B, width of that array]
+Rows: TypeAlias = "npt.NDArray[np.float32]"
+Encoded: TypeAlias = "dict[str, npt.NDArray[Any]]"  # suffix → array [B, width of that array]
 Stored = Mapping[str, Any]  # the same, as numpy arrays or as tensors
 Constants = Mapping[str, Any]  # suffix → float32 array or tensor
 NO_CONSTANTS: Constants = MappingProxyType({})
@@ -49,6 +49,7 @@ _PACKED: dict[Pack, dict[str, Any]] = {
         },
     },
 }
+_ITEM_BYTES = {"int8": 1, "int16": 2, "uint8": 1, "float16": 2, "float32": 4}
 FILL_VALUES = {"int8": -128, "int16": -32768, "uint8": 255, "float16": float("nan"), "float32": float("nan")}
 
 
@@ -81,7 +82,7 @@ class StoredArray(Frozen):
             serializer, compressors = _PACKED["pcodec"], []
         else:
             # zarr writes little-endian by default; other readers reject an endianness for single bytes.
-            endian = {} if np.dtype(self.dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
+            endian = {} if self._itemsize == 1 else {"configuration": {"endian": "little"}}
             serializer = {"name": "bytes", **endian}
             packed = _PACKED[self.pack]
             if self.pack == "blosc":
@@ -118,7 +119,7 @@ class StoredArray(Frozen):
 
     @property
     def _itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
+        return _ITEM_BYTES[self.dtype]
 
 
 class Codec(Frozen, ABC):

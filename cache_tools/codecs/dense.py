@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from cache_tools.codecs.base import (
@@ -21,12 +19,14 @@ from cache_tools.codecs.base import (
     reject,
     round_to_int16,
 )
+from cache_tools.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 # Decoding multiplies in float32, which adds a few units in the last place to the rounding error of the code.
-FLOAT32_SLACK = 4 * float(np.finfo(np.float32).eps)
+FLOAT32_SLACK = 4 * 2.0**-23  # four times the machine epsilon of float32
 
 
 class Float16(Codec):

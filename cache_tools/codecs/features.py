@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from cache_tools.codecs.base import (
@@ -23,8 +21,10 @@ from cache_tools.codecs.base import (
 )
 from cache_tools.codecs.dense import FLOAT32_SLACK
 from cache_tools.errors import FormatError
+from cache_tools.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 STEPS, FEEDBACK = "_steps", "_feedback"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from cache_tools.codecs import AnyCodec, Codec, Companded, FeatureSteps, Float16, Float32, Pack, TopK
 from cache_tools.config import Frozen
@@ -23,8 +23,8 @@ class TargetCodecs(Frozen):
     embeddings stand for their logits too: those are not stored, and only the codec of the features matters.
     """
 
-    logits: AnyCodec = Float16()
-    features: AnyCodec = Float16()
+    logits: AnyCodec = Field(default_factory=Float16)
+    features: AnyCodec = Field(default_factory=Float16)
 
     @field_validator("logits", "features", mode="before")
     @classmethod

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, PositiveInt, model_validator
 
 from cache_tools.codecs.base import (
@@ -21,8 +19,10 @@ from cache_tools.codecs.base import (
     gather,
 )
 from cache_tools.errors import FormatError
+from cache_tools.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 NOTHING = -1e30  # the logarithm of probability 0: finite, and its exp is 0 in every precision

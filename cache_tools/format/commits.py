@@ -11,14 +11,16 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NamedTuple
 
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe
+from cache_tools.lazy import np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 
 COMMITS = "commits"
 PARAMETERS = "view_parameters"

@@ -7,12 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cache_tools.codecs.features import STEPS
 from cache_tools.format import commits
 from cache_tools.format.arrays import CHUNK_BYTES, ArraySpec, TargetSpec, constant_shapes, targets
 from cache_tools.format.manifest import Manifest
+from cache_tools.lazy import np
 
 _DIMENSIONS = {
     "labels": ("sample",),

@@ -109,7 +109,7 @@ class CacheRecipe(Frozen):
     clips: tuple[ClipIdentity, ...] = Field(min_length=1)
     fusion: FusionRecipe
     store: Store = "fused"
-    codecs: TargetCodecs = TargetCodecs()
+    codecs: TargetCodecs = Field(default_factory=TargetCodecs)
     precision: Precision = "float32"
     derived_from: str | None = None
 

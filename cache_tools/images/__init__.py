@@ -7,12 +7,13 @@ Fashion-MNIST, CIFAR), `folder.py` has folders. Opening imports no torch, torchv
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from cache_tools.errors import DataError
-from cache_tools.images.arrays import SOURCES
-from cache_tools.images.folder import open_folder
-from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
+
+if TYPE_CHECKING:
+    from cache_tools.images.image_set import ImageSet
 
 # `train[:20000]`, `train[50%:]`, `train[::5]`
 _END = r"(?:-?[0-9]+|[0-9]+(?:[.][0-9]+)?%)?"
@@ -42,7 +43,11 @@ def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
 
 def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
     if recipe.name == "folder":
+        from cache_tools.images.folder import open_folder
+
         return open_folder(recipe, split)
+    from cache_tools.images.arrays import SOURCES
+
     return SOURCES[recipe.name](recipe, split)
 
 

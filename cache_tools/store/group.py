@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, FormatError, NotFoundError
 from cache_tools.files import MAX_METADATA_BYTES, check_file
@@ -20,8 +17,10 @@ from cache_tools.format.arrays import ArraySpec
 from cache_tools.format.layout import Layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.stored import MANIFEST_KEY, parse_manifest
+from cache_tools.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import zarr
 
 RESTORE = "restore it from a copy, or remove the cache and build it again"

@@ -11,19 +11,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from cache_tools.config import Frozen
 from cache_tools.errors import RecipeError
+from cache_tools.lazy import np
 from cache_tools.philox import below, chance
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
 Size = tuple[int, int]
-Integers = npt.NDArray[np.int64]
-Words = Callable[[int], npt.NDArray[np.uint32]]  # draw number → uint32 [4, N]
+Integers: TypeAlias = "npt.NDArray[np.int64]"
+Words: TypeAlias = "Callable[[int], npt.NDArray[np.uint32]]"  # draw number → uint32 [4, N]
 
 MAX_SIDE = 16_384  # areas times 2³² stay below 2⁶³
 ONE = 1 << 16  # 1.0 of a colour factor

@@ -11,18 +11,18 @@ import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeGuard
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from cache_tools.config import Frozen
 from cache_tools.errors import DataError, RecipeError
+from cache_tools.lazy import np
 from cache_tools.philox import sample_words
 from cache_tools.views.ops import MAX_SIDE, Integers, Size, ViewOp, Words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
     import torch
 
     Index: TypeAlias = int | range | Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.config import validate
 from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
 from train.options import DataDir, Device, Download, ForwardBatchSize, ReportAsJson, RunArgument
@@ -81,6 +80,7 @@ def evaluate_student(
     # Imported here because torch takes seconds to import, and --help does not need it.
     import os
 
+    from cache_tools.config import validate
     from pipeline.evaluate.evaluator import evaluate_student as evaluate
     from pipeline.evaluate.report import EvaluateOptions
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_tools.config import validate
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
 from train.options import DataDir, ReportAsJson, RunArgument
@@ -62,6 +61,7 @@ def export_student(
         "data_dir": data_dir,
     }
     # torch takes seconds to import: --help does not wait for it.
+    from cache_tools.config import validate
     from train.export.student import ExportOptions
     from train.export.student import export_student as export
 

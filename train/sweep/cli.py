@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,8 +13,9 @@ from cache_tools.console import command
 from cache_tools.errors import RecipeError
 from cache_tools.memory import keep_freed_memory
 from train.options import Cache, DataDir, Device, Epochs
-from train.sweep.options import read_sweep
-from train.sweep.recipe import SweepRecipe
+
+if TYPE_CHECKING:
+    from train.sweep.recipe import SweepRecipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -98,6 +99,9 @@ def sweep_students(
     Each trial is a run of train-student, with the same numbers. Interrupt it at any time: the same command resumes,
     and with more students, losses or seeds it trains the new trials.
     """
+    # Imported here, as everything slow below: --help must answer at once.
+    from train.sweep.options import read_sweep
+
     for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
         if value is not None and engine != "ray":
             raise RecipeError("this option needs the Ray engine", where=f"{option} {value}", expected="--engine ray")
