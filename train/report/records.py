@@ -133,7 +133,9 @@ def _unfinished(recipe_file: Path, common: Mapping[str, Any]) -> TrialRecord:
     history = common["history"] if common["history"] is not None else pl.DataFrame({"train_s": []})
     tested = history.filter(pl.col("test_n").is_not_null()).tail(1).to_dicts() if "test_n" in history.columns else []
     row = tested[0] if tested else {}
-    figures = {name: row.get(f"test_{name}") for name in _FIGURES} | {"train_s": history["train_s"].cast(pl.Float64).sum() or None}
+    figures = {name: row.get(f"test_{name}") for name in _FIGURES} | {
+        "train_s": history["train_s"].cast(pl.Float64).sum() or None
+    }
     return TrialRecord(
         name=recipe.name,
         student=recipe.student,
