@@ -1,7 +1,8 @@
 """Commits: 64-bit digests of the stored rows of each block. Blocks without a commit are never read.
 
 The array `commits` is uint64 [V, blocks, 1 + number of target arrays]. Each block has one chunk, a file that is
-replaced atomically. Column 0 is the digest of the block's view parameters; the others are the digests of its rows, in
+written once all its digests are known (`CacheWriter.write_stored`) and replaced atomically: a listing sees the file, a
+reader the digests. Column 0 is the digest of the block's view parameters; the others are the digests of its rows, in
 the order of `arrays.target_arrays`. The fill value 0 means "not committed", so no digest is 0.
 """
 

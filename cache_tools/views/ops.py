@@ -1,9 +1,10 @@
 """The ops of a view: frozen recipes, and the integers that each op draws for a sample.
 
-An op draws whole numbers (offsets, sides, fixed-point factors) from the Philox words of its own slots by integer
+An op draws whole numbers (offsets, sides, fixed-point factors) from the Philox words of its own draws by integer
 arithmetic. `cache_tools/views/pixels.py` applies them to pixels, again by integer arithmetic. No torch here.
 
-A change of what any op draws needs a new version of ViewRecipe: existing caches were built with this one.
+To add an op: its class here, its name in `ViewOp`, its pixels in `views/pixels.py`. Adding one needs no new version of
+ViewRecipe; a change of what an op draws does, because existing caches were built with this one.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Op(Frozen):
         return size
 
     def draw(self, words: Words, size: Size) -> dict[str, Integers]:
-        """Draw the parameters: name → int64 [N]. `words(k)` are the four Philox words [4, N] of the op's slot k."""
+        """Draw the parameters: name → int64 [N]. `words(k)` are the four Philox words [4, N] of the op's draw k."""
         return {}
 
     def neutral(self, count: int, size: Size) -> dict[str, Integers]:
@@ -274,7 +275,7 @@ def ratio_table() -> Integers:
 
 
 def _ratio_range(ratio: tuple[float, float]) -> tuple[int, int]:
-    """Positions of the smallest and largest ratio within the limits; twice that of the next lower one if none is."""
+    """Positions of the smallest and largest ratio within the limits; if there is none, twice the next lower one."""
     table = ratio_table()
     low = int(np.searchsorted(table, round(ratio[0] * (1 << RATIO_BITS))))
     high = int(np.searchsorted(table, round(ratio[1] * (1 << RATIO_BITS)), side="right")) - 1

@@ -137,7 +137,7 @@ def _build(output: Output, missing: list[BlockId], images: ImageSet, ensemble: T
     with (  # exited in reverse order: claims are released after the writes, which also ends the loader's wait
         BatchLoader(images, manifest, _blocks_to_compute(output, claims, missing), batch_size, pin=on_cuda) as batches,
         claims,
-        ThreadPoolExecutor(max_workers=output.writers, thread_name_prefix="writer") as pool,
+        ThreadPoolExecutor(max_workers=output.store_threads, thread_name_prefix="writer") as pool,
         Progress("build", total, "images", done=total - left) as progress,
     ):
         for batch in batches:
@@ -150,7 +150,7 @@ def _build(output: Output, missing: list[BlockId], images: ImageSet, ensemble: T
                 if batch.samples[-1] + 1 == rows.stop:
                     block, copied = BlockId(batch.view, batch.block), _copy_event(ensemble.device)
                     pending.append(pool.submit(_store, output, claims, block, buffers, copied))
-            while pending and (len(pending) > output.writers + 1 or pending[0].done()):
+            while pending and (len(pending) > output.store_threads + 1 or pending[0].done()):
                 count += pending.popleft().result()
             reported += _report_done_by_others(claims.done_by_others[reported:], manifest, progress)
         _report_done_by_others(claims.done_by_others[reported:], manifest, progress)

@@ -147,7 +147,7 @@ def _create(
     preflight = None
     if recipe.preflight_samples:
         preflight = run_preflight(
-            ensemble, _labelled_split(recipe, images), recipe.preflight_samples, recipe.batch_size
+            ensemble, _preflight_images(recipe, images), recipe.preflight_samples, recipe.batch_size
         )
         say(f"preflight: {preflight}")
     manifest = Manifest(
@@ -226,6 +226,6 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
         return None
 
 
-def _labelled_split(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
+def _preflight_images(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
     """The test split if there is one: a teacher looks too good on its own training images."""
     return open_images(recipe.dataset, recipe.dataset.test_split) if recipe.dataset.test_split else images

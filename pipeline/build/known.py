@@ -40,7 +40,7 @@ from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec
 from train.zoo import ZOO_VERSION
 
 INPUTS = "inputs"  # the key in the provenance
-MAX_BYTES = 4 << 30  # hashing more than this takes longer than loading the one file that is needed
+MAX_BYTES = 4 << 30  # hashing larger files takes longer than loading the networks
 CODE_VERSIONS = {  # the views have theirs in their recipe
     "format": FORMAT_VERSION,
     "images": IMAGES_VERSION,
@@ -99,7 +99,7 @@ def inputs_digest(recipe: BuildRecipe) -> str | None:
 
 
 def _candidates(recipe: BuildRecipe) -> Iterator[Finished]:
-    """Caches that may be the recipe's, judged by their names. Unreadable ones are left to the build to report."""
+    """The cache that `out` names, else those in its folder named `NAME-…`. The build reports unreadable ones."""
     if recipe.out is not None and names_a_cache(recipe.out):
         with suppress(NotFoundError, FormatError):
             manifest = manifest_at(open_place(recipe.out))

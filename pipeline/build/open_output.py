@@ -123,7 +123,10 @@ def _manifest_at(place: Place, recipe: CacheRecipe) -> Manifest | None:
 
 
 def _adopt(place: Place, path: Path, manifest: Manifest) -> int:
-    """Copy the object store's metadata (labels, constants, scales, views) to the mirror. Returns the bytes moved."""
+    """Copy the object store's metadata (labels, constants, scales, views) to the mirror; return the bytes moved.
+
+    A mirror without blocks whose constants differ is removed first.
+    """
     if registry.is_cache(path):
         local, mirror = read_manifest(path), LocalPlace(path)
         if not _can_mix(local, manifest) and list_committed(mirror):

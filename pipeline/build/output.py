@@ -32,11 +32,11 @@ class Output:
         path: the folder.
         place: where other builders and readers find the cache; the claims lie beside it.
         manifest: of the finished cache.
-        writers: the number of threads that may store blocks at the same time.
+        store_threads: the number of threads that may store blocks at the same time.
         bytes_moved: to and from an object store.
     """
 
-    writers = 1
+    store_threads = 1
 
     def __init__(self, writer: CacheWriter) -> None:
         self._writer, self.path, self.manifest = writer, writer.path, writer.manifest
@@ -81,7 +81,7 @@ class Output:
 class MirroredOutput(Output):
     """A cache in an object store that is being built through a folder, its mirror."""
 
-    writers = 4
+    store_threads = 4
     _mirror_claims: Claims
 
     def __init__(self, writer: CacheWriter, place: Place, manifest: Manifest, moved: int) -> None:

@@ -133,7 +133,7 @@ def test_one_builder_at_a_time_holds_a_claim(place: Place) -> None:
     assert most == [1, 1, 1, 1]
 
 
-def test_a_growing_claim_is_exclusive_while_builders_come_and_go(place: Place) -> None:
+def test_the_claim_on_growing_a_cache_is_exclusive_while_builders_come_and_go(place: Place) -> None:
     with growing(place):
         with Claims(place) as builder:  # the one who does the first block
             assert next(builder.share(BLOCKS, lambda: {BlockId(0, 1)}, lambda block: False)) == (0, 0)
@@ -152,7 +152,7 @@ def test_any_number_of_builders_may_prevent_pruning(place: Place) -> None:
         with Claims(place) as second:
             second.prevent_pruning()
             second.prevent_pruning()
-            assert len(list(claims_place(place).entries())) == 3
+            assert len(list(claims_place(place).entries())) == 3  # one for each call
         assert len(list(claims_place(place).entries())) == 1
     assert list(claims_place(place).entries()) == []
 
