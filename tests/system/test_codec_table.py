@@ -24,7 +24,7 @@ from pipeline.recipe import load_build_recipe
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 VIEWS, WIDTH = 128, 48
 pytestmark = [
-    pytest.mark.medium,
+    pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("pcodec") is None, reason="needs pcodec (the codecs extra)"),
 ]
 

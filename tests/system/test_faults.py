@@ -19,7 +19,7 @@ from tests.support.turns import LONG, slow, turns
 from tests.system import full_disk
 
 KILLS = turns(2, 8)
-ALWAYS, SLOW = ("recode", "build-s3"), ("build", "grow", "fuse", "push", "push-s3")
+ALWAYS, SLOW = ("recode", "push-s3"), ("build", "grow", "fuse", "push", "build-s3")
 SWEEP_KILLS = turns(2, 10)
 
 pytestmark = [pytest.mark.turns, pytest.mark.timeout(1800)]

@@ -205,7 +205,7 @@ for name in ("killed", "through"):
 """
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_a_killed_run_resumes_exactly(cache: Path, tmp_path: Path, seed: int) -> None:
     """After SIGKILL at seven moments the same command gives the same bytes as an uninterrupted run."""
