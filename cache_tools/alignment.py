@@ -85,7 +85,7 @@ def aligned(cache: CachedSamples, images: ImageSet) -> ImageSet:
 
 
 def check_canaries(cache: CachedSamples, images: ImageSet) -> None:
-    """Make a few views of samples again and compare their pixels with those that the teachers saw.
+    """Make a few views again and compare their pixels with those that the teachers saw.
 
     Raises:
         MismatchError: view code or image decoding has changed; names the first view and sample.
@@ -192,7 +192,7 @@ def _order_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, obje
 
 
 def _unmatched(keys: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> list[int]:
-    """Rows of `keys` without a counterpart in `others`; each row of `others` is the counterpart of one."""
+    """Rows of `keys` without an equal row in `others`; each row of `others` is matched at most once."""
     left = Counter(key.tobytes() for key in others)
     unmatched = []
     for row, key in enumerate(keys):

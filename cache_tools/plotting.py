@@ -12,7 +12,7 @@ YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 LIGHT_BLUE, LIGHT_ORANGE = "#8CCBF0", "#F2C667"
 INK, DARK_GREY, GREY, LIGHT_GREY, GRID = "#222222", "#666666", "#8a8a8a", "#c8c8c8", "#e3e3e3"
 
-# By source of the predictions; markers and order repeat what the colours say.
+# By source of the predictions; markers and order carry the same information as the colours.
 COLOURS = {"teacher": BLUE, "clip": ORANGE, "fusion": GREEN}
 MARKERS = {"teacher": "s", "clip": "^", "fusion": "o"}
 LABELS = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}

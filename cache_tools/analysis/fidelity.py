@@ -1,6 +1,6 @@
-"""How much of the teachers' predictions survives a codec: one number per measure, from logits [B, C] as tensors.
+"""Measures of how well a codec preserves the teachers' predictions, from logits [B, C] as tensors.
 
-`fit_student` makes the student whose KD gradient `gradient_error` compares.
+`gradient_error` needs the logits of a student; `fit_student` trains one.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class CodecCost(Frozen):
 
 
 class Bench:
-    """Rows of one view of a cache, and a student that is fitted to them a little.
+    """Rows of one view of a cache, and a student that was briefly fitted to them.
 
     Attributes:
         index: the samples, evenly spaced.
@@ -179,7 +179,7 @@ class Bench:
         return costs
 
     def _fused(self, recipe: CacheRecipe, stored: Stored, constants: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits and features that `TeacherCache.load_view` would give to training."""
+        """The logits and features that a student would be trained on."""
         specs = {spec.name: spec for spec in targets(recipe, 1)}
         arrays = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in stored.items()}
         tensors = {name: torch.from_numpy(values) for name, values in constants.items()}

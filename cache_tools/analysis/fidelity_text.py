@@ -81,8 +81,8 @@ def _worst(errors: Mapping[str, float], temperature: float) -> float | None:
 def _notes(costs: CostTable) -> list[str]:
     notes = [
         "B: bytes per (image, view) in the chunk files of zarr, checksums included. g: error of the KD gradient with "
-        "respect to the student's logits, relative to the gradient; the worse of both stages.",
-        "KL: of the cache's softmax from the decoded one, nats. features: error of the fused features relative to "
+        "respect to the student's logits, relative to the gradient; the worse of the two stages.",
+        "KL: KL(cache ‖ decoded) of the softmax, in nats. features: error of the fused features relative to "
         "their spread; largest: of a single number.",
     ]
     if costs.rows < costs.num_samples:

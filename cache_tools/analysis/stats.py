@@ -89,7 +89,7 @@ class TeacherStats:
     samples: pl.DataFrame
 
     def suspicious(self, count: int) -> pl.DataFrame:
-        """The `count` samples, wrong in at least one view, whose label the fusion contradicts most in the mean."""
+        """The `count` samples, wrong in at least one view, whose label the fusion contradicts most on average."""
         wrong = self.samples.filter(pl.col("views_against") > 0)
         columns = ("sample", "label", "class", "rival", "rival_class", "against", "against_max", "views_against")
         return wrong.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
@@ -179,7 +179,7 @@ class StatsFolder:
 
     def write_view(self, view: int, frame: pl.DataFrame) -> None:
         """Write the table of a view, one row per source and sample, with figures in float32."""
-        if not self._is_cleared:  # not earlier: a mistake in the options may still end the run
+        if not self._is_cleared:  # not earlier: until here a bad option may end the run
             for stale in (self.path / "views").glob("view-*.parquet"):
                 stale.unlink()
             self._is_cleared = True

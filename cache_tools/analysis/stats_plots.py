@@ -30,7 +30,7 @@ from cache_tools.plotting import (
 
 # Up to this many classes, each has a line with its name.
 NAMED_CLASSES = 40
-# For more classes, the names of the highest and the lowest few.
+# With more classes, only so many of the highest and of the lowest are named.
 _NAMED_EXTREMES = 6
 # Rounding in float32 leaves up to this for equal views: a curve that starts high at the left edge has such samples.
 _LEAST_DIVERGENCE = 1e-6
@@ -43,7 +43,7 @@ _QUADRANTS = {
 
 
 def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
-    """Write all plots; a fused cache has none of gains, a single view none of stability.
+    """Write all plots: no gains for a fused cache, no stability for a single view.
 
     Returns:
         the files, `NAME.png` below `folder`. Plots of an earlier run that no longer apply are removed.

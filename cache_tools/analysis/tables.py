@@ -249,7 +249,7 @@ class Sums:
         )
 
     def _bins_over_views(self) -> pl.DataFrame:
-        """The bins of all views joined: their calibration error is not the mean of that of the views."""
+        """The bins over all views; their calibration error is not the mean of the errors of the views."""
         return pl.concat(self._bins).group_by("source", "bin").agg(pl.col("n", "confidence", "right").sum())
 
     def _label_counts(self) -> pl.DataFrame:

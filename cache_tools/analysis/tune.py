@@ -26,14 +26,14 @@ MAX_FUSIONS = 1_000_000  # each is evaluated on every sample and view
 
 
 class Scale(Frozen):
-    """A CLIP scale; if it is `model` or `match`, `name` says so and `value` is that of the first CLIP."""
+    """A CLIP scale. A named one (`model`, `match`) has its `name` and, as `value`, the scale of the first CLIP."""
 
     value: float
     name: str | None = None
 
     @property
     def option(self) -> str:
-        """The value for `--clip-scale`. `match` is given as a number, since it would be matched on other samples."""
+        """The value for `--clip-scale`. `match` becomes a number: on other samples it would give another scale."""
         return "model" if self.name == "model" else f"{self.value:.6g}"
 
 

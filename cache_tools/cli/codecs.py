@@ -33,7 +33,7 @@ def fidelity_command(
 ) -> None:
     """Measure what codecs would cost on a cache: bytes, KD gradient, KL, top-1, features. Changes nothing.
 
-    The reference is what the cache stores, decoded: the error of the cache's own codec does not show. docs/codecs.md
+    The reference is the decoded cache, so the error of the cache's own codec does not show. docs/codecs.md
     explains the figures.
     """
     from cache_tools.analysis.fidelity_table import measure

@@ -29,7 +29,7 @@ Constants = Mapping[str, Any]  # suffix → float32 array or tensor
 NO_CONSTANTS: Constants = MappingProxyType({})
 
 Pack = Literal["zstd", "blosc", "pcodec"]
-# Blosc's shuffle separates the bytes of 16-bit codes; nearly all the high ones are zero. Higher levels look for
+# Blosc's shuffle separates the bytes of 16-bit codes; nearly all high bytes are zero. Higher levels look for
 # repetitions, which codes do not have, and find worse Huffman tables. pcodec models the numbers: 5 to 15 % denser,
 # but tensorstore cannot read it. No zarr `transpose` before pcodec: numcodecs 0.16 scrambles arrays that are not in
 # C order.
@@ -114,7 +114,7 @@ class StoredArray(Frozen):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row before compression, as it lies in the memory of a device."""
+        """Bytes of a row before compression, and in the memory of a device."""
         return self.width * self._itemsize
 
     @property
@@ -123,7 +123,7 @@ class StoredArray(Frozen):
 
 
 class Codec(Frozen, ABC):
-    """How rows [B, width] of one target are stored. The field `codec` of a subclass tells it from the others.
+    """How rows [B, width] of one target are stored. The field `codec` is the name of the subclass.
 
     Some codecs have parameters that come from data (`constant_shapes` is not empty). `fit` computes them once per
     cache; every other call takes them as `constants`.

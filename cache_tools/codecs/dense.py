@@ -125,7 +125,7 @@ class RowStep(Codec):
         return scale * (0.5 + 128 * FLOAT32_SLACK)
 
     def _scale(self, rows: Rows) -> Rows:
-        """[B, 1]; never subnormal, even for a row of zeros, and so small that 127 of it are finite in float32."""
+        """[B, 1]; never subnormal, even for a row of zeros, and small enough that 127 times it is finite in float32."""
         limits = np.finfo(np.float32)
         largest: Rows = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
         highest = np.nextafter(limits.max / np.float32(127), np.float32(0))

@@ -133,8 +133,8 @@ def _steps(constants: Mapping[str, Any], where: str) -> Any:
 def _round_with_feedback(rows: Rows, steps: Rows, feedback: Rows) -> npt.NDArray[np.float32]:
     """Round rows to whole numbers [B, D] of steps; the error lies in directions that the head ignores.
 
-    Columns are rounded one after the other, and each error is spread over the later columns. Blocks of columns make
-    most of the work matrix products. The arrays are transposed, so that a column is contiguous.
+    Columns are rounded one after the other, and each error is spread over the later columns. They are processed in
+    blocks, so that most of the work is matrix products. The arrays are transposed, so that a column is contiguous.
     """
     pending = np.ascontiguousarray(rows.T)
     codes = np.empty_like(pending)

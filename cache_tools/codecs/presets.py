@@ -19,8 +19,8 @@ PresetName = Literal["float16", "float32", "compact", "dense", "coarse", "top-k"
 class TargetCodecs(Frozen):
     """How the logits and the features of a cache are stored.
 
-    A codec is given by its fields or by its name alone. Features of a component cache that have a linear head or class
-    embeddings stand for their logits too: those are not stored, and only the codec of the features matters.
+    A codec is given by its fields or by its name alone. A component cache does not store logits that a linear head or
+    class embeddings compute from its features: then only the codec of the features matters.
     """
 
     logits: AnyCodec = Field(default_factory=Float16)

@@ -52,7 +52,7 @@ class TopK(Codec):
     logits with an even tail.
 
     For a given total number of kept classes, one threshold for all rows keeps more of the gradient than a fixed share
-    of mass per row: rows with a wide spread cost most and give least.
+    of mass per row: rows with a wide spread need the most classes and add the least.
 
     Stored arrays: ascending class numbers as gaps to the previous class (the first to −1; 0 for no class);
     log-probabilities as uint8 companded steps, code = round((1 − p^(1/spread)) · spread/step), 255 for no class; the

@@ -1,7 +1,7 @@
 """Make a cache from another one, block by block, without a teacher pass: what recoding and fusing have in common.
 
 An interrupted run can be continued, as a build can, and the new cache grows when its source has grown. A block is
-written once the source has its rows, after these were compared with their commits.
+written as soon as the source has its rows and they agree with their commits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Convert = Callable[[int, slice], Mapping[str, npt.NDArray[Any]]]
 
 
 class Derived(Frozen):
-    """What a run that makes a cache from another one did.
+    """The result of making a cache from another one.
 
     Attributes:
         blocks: made now; `blocks_there` existed already, `blocks_missing` are not in the source yet.
@@ -100,7 +100,7 @@ def derive(
 
     Args:
         manifest: of a new cache. An existing cache keeps its own, and grows to as many views.
-        constants: computes those of a new cache (`arrays.constant_shapes`); not called for an existing cache.
+        constants: returns those of a new cache (`arrays.constant_shapes`); not called for an existing cache.
         convert: given the opened cache, returns the function that converts (view, rows) of the source into stored
             arrays by name.
         title: of the progress bar.

@@ -34,7 +34,7 @@ from cache_tools.targets import ComponentView, fusion_constants
 
 
 class Fused(Derived):
-    """What `fuse` did. `manifest` is the new cache's."""
+    """The result of `fuse`. `manifest` is the new cache's."""
 
     manifest: Manifest
 
@@ -211,7 +211,7 @@ _FROM_SOURCE = ("teacher_projection", "clip_projection", "class_embeddings")
 
 
 def _resolve(cache: TeacherCache, choice: FusionChoice) -> Fusion:
-    """The fusion that a choice means, without the scales. Prompts are not in it: they become part of the constants."""
+    """The fusion of a choice, without scales and prompts: prompts become part of the constants."""
     if cache.recipe.store != "components":
         raise NotFoundError(
             "a fused cache has no components to fuse",
@@ -221,7 +221,7 @@ def _resolve(cache: TeacherCache, choice: FusionChoice) -> Fusion:
         )
     if choice.clip_view is not None:
         raise RecipeError(
-            "a fused cache takes CLIP's targets from the view they are for",
+            "a fused cache cannot take CLIP's targets from another view",
             where="clip_view",
             found=choice.clip_view,
             next_step="train on the component cache with --set fusion.clip_view",

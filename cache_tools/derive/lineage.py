@@ -95,7 +95,7 @@ def open_source(source: Source) -> TeacherCache:
 
 def _unknown_source(manifest: Manifest, found: str) -> NotFoundError:
     return NotFoundError(
-        "the cache does not say what it was made from",
+        "the cache does not record what it was made from",
         where=manifest.name,
         expected=f"a cache of fingerprint {str(manifest.recipe.derived_from)[:12]} in its provenance",
         found=found,

@@ -22,7 +22,7 @@ from cache_tools.store.writer import CacheWriter
 
 
 class Recoded(Derived):
-    """What `recode` did. `caution` warns if the new cache looks more precise than it is."""
+    """The result of `recode`. `caution` warns if the new cache looks more precise than it is."""
 
     caution: str | None = None
 

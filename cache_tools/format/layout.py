@@ -29,7 +29,7 @@ _DIMENSIONS = {
     "teacher_head_weight": ("class", "teacher_feature"),
     "teacher_head_bias": ("class",),
 }
-# Each network has its own length of these, so also its own name: tools that align arrays by dimension rely on it.
+# Their length differs between networks, so their name must too: some tools align arrays by dimension name.
 _OF_A_NETWORK = {"teacher_feature", "clip_feature", "prompt"}
 
 

@@ -35,7 +35,7 @@ class PruneRules(Frozen):
 
 
 class Candidate(Frozen):
-    """A cache that a rule selects, and why. If it is kept all the same, `kept_because` says why."""
+    """A cache that a rule selects, and the reason. `kept_because` is the reason why it is kept nevertheless."""
 
     record: CacheRecord
     reason: str

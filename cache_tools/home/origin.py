@@ -13,7 +13,7 @@ from cache_tools.files import MAX_METADATA_BYTES, check_file, put_durably
 
 
 class OriginRecord(Frozen):
-    """What was known of the remote cache when the store was last asked.
+    """The state of the remote cache when the store was last asked.
 
     Attributes:
         url: of the cache.
@@ -29,12 +29,12 @@ class OriginRecord(Frozen):
 
     @property
     def is_mirror(self) -> bool:
-        """Whether views are staged from the URL; else the record only says that a local cache stands for the URL."""
+        """Whether views are staged from the URL; otherwise a complete local cache is used in its place."""
         return self.views > 0
 
 
 def origin_file(path: Path) -> Path:
-    """Where the record is: beside the cache, since other zarr readers warn of unknown files in it."""
+    """The file of the record, beside the cache: other zarr readers warn of unknown files in it."""
     return path.absolute().with_name(f".{path.name}.origin")
 
 
@@ -57,7 +57,7 @@ def write_origin(path: Path, record: OriginRecord) -> None:
 
 
 def mirrors_of(url: str, home: Path) -> list[tuple[Path, OriginRecord]]:
-    """The caches of a home that mirror a URL or stand for it, the most recently staged first."""
+    """The caches of a home that mirror a URL or are used in its place, the most recently staged first."""
     found = []
     for file in home.glob(".*.origin"):
         path = home / file.name.removeprefix(".").removesuffix(".origin")

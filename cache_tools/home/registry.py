@@ -65,7 +65,7 @@ def cache_home() -> Path:
 
 
 def cache_path(name: str, fingerprint: str) -> Path:
-    """Where the cache of a recipe is in the cache home: every recipe has its own path.
+    """The path of a recipe's cache in the cache home; every recipe has its own.
 
     Raises:
         RecipeError: a name that is not a plain file name.
@@ -76,7 +76,7 @@ def cache_path(name: str, fingerprint: str) -> Path:
 
 
 def resolve(reference: str | Path) -> Path:
-    """The folder of the cache that a reference means: a path, or what `find` finds.
+    """The folder of a cache: the reference itself if it is a path, else what `find` finds.
 
     Raises:
         NotFoundError: nothing, or several caches; a URL.
@@ -216,7 +216,7 @@ def mark_used(path: Path) -> None:
 
 
 def used_file(path: Path) -> Path:
-    """The file whose time is the last use of a cache; beside it, since other zarr readers warn of unknown files."""
+    """The file whose modification time is the last use of a cache; it lies beside the cache, as `origin_file` does."""
     return path.absolute().with_name(f".{path.name}.used")
 
 

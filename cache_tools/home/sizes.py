@@ -1,4 +1,4 @@
-"""The sizes of caches, kept in an index: to look at every file of a cache home takes minutes on a network disk.
+"""The sizes of caches, kept in an index: looking at every file of a cache home takes minutes on a network disk.
 
 Files of a cache are created and replaced by renaming, which changes the time of their folder. So a cache's size is
 valid as long as the times of its folders are the same. The index is a hidden file of the home.

@@ -76,7 +76,7 @@ def connect(url: str) -> Origin:
     if _has_every_view(mirror, manifest):
         nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
         if read_origin(mirror) is None:
-            with suppress(OSError):  # a read-only home: the URL will be unknown while offline, that is all
+            with suppress(OSError):  # a read-only home: only opening the URL while offline will fail
                 write_origin(mirror, nothing_to_stage)
         return Origin(mirror, nothing_to_stage)
     sizes = stage_metadata(place, mirror, manifest)
@@ -116,7 +116,7 @@ class Origin:
         return self._record.url
 
     def blocks(self, manifest: Manifest, table: zarr.Array[Any]) -> StagedBlocks:
-        """The blocks that a reader of the mirror has; `table` is the mirror's array `commits`."""
+        """The blocks that a reader of the mirror can read; `table` is the mirror's array `commits`."""
         return StagedBlocks(self, manifest, table)
 
     def committed(self, manifest: Manifest) -> npt.NDArray[np.bool_]:
@@ -293,7 +293,7 @@ def _open_folder(folder: Path) -> int:
 
 
 def _has_every_view(mirror: Path, manifest: Manifest) -> bool:
-    """Whether every view of a remote cache is here: staged, or built here, perhaps with other blocks or constants."""
+    """Whether the home has every view of a remote cache: staged or built, perhaps with other blocks or constants."""
     if not is_cache(mirror):
         return False
     found = read_manifest(mirror)

@@ -65,7 +65,7 @@ class DatasetRecipe(Frozen):
         return self.model_copy(update={"data_dir": Path(os.path.abspath(self.data_dir.expanduser()))})
 
     def located(self, data_dir: Path | None, download: bool = False) -> DatasetRecipe:
-        """The same dataset with its files in `data_dir`, if given, and fetched if either says so; absolute."""
+        """The same dataset with another `data_dir`, if given, made absolute; `download` can only be switched on."""
         changes = {"data_dir": data_dir or self.data_dir, "download": download or self.download}
         return self.model_copy(update=changes).absolute()
 
@@ -82,5 +82,5 @@ class DatasetIdentity(Frozen):
 
 
 def default_data_dir() -> Path:
-    """Where array sources are found and downloaded to if there is no data_dir."""
+    """The folder of array sources, also for downloads, if there is no data_dir."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "teacher-cache" / "datasets"

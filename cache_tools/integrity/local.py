@@ -39,7 +39,7 @@ Cure = Literal["block", "metadata", "copy"]
 
 
 class Problem(Frozen):
-    """One thing that is not as it should be.
+    """One problem that `verify` found.
 
     Attributes:
         cure: `block`: drop the commit and compute the block again; `metadata`: rewrite it from the manifest; `copy`:
@@ -54,7 +54,7 @@ class Problem(Frozen):
 
 
 class Verification(Frozen):
-    """What `verify` found. `path` is a folder or a URL; `bytes` counts the decoded bytes that were compared."""
+    """The result of `verify`. `path` is a folder or a URL; `bytes` counts the decoded bytes that were compared."""
 
     path: Path | str
     fingerprint: str
@@ -70,7 +70,7 @@ class Verification(Frozen):
 
 
 class Repair(Frozen):
-    """What `repair` did: blocks dropped, metadata files rewritten, and problems that it cannot repair."""
+    """The result of `repair`: blocks dropped, metadata files rewritten, and problems that it cannot repair."""
 
     dropped: tuple[BlockId, ...]
     rewritten: tuple[str, ...]
@@ -78,13 +78,13 @@ class Repair(Frozen):
 
 
 class BlockSource(Protocol):
-    """Where the blocks are if they are not in the folder of the cache."""
+    """A source of blocks that are not in the folder of the cache."""
 
     def committed(self) -> list[BlockId]:
         """The committed blocks, ascending."""
 
     def fetched(self, block: BlockId) -> AbstractContextManager[None]:
-        """Have the files of a block in the folder for the time of a `with` block. Called from several threads."""
+        """Keep the files of a block in the folder inside a `with` block. Called from several threads."""
 
 
 def verify(path: Path, source: BlockSource | None = None) -> Verification:
@@ -183,7 +183,7 @@ class _Checker:
         constants = {name: found[name] for name in shapes if name in found}
         expected = self.manifest.constants_digest
         if expected and constants.keys() == shapes.keys() and constants_digest(constants) != expected:
-            what = "the arrays that hold for all samples are not those that the manifest was written for"
+            what = "the constants are not those of the manifest"
             problems.append(Problem(where=str(self.path), what=what, cure="copy"))
         identity = self.manifest.recipe.dataset
         if {"labels", "sample_keys"} <= found.keys():
@@ -258,7 +258,7 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             found = found | {"shape": expected["shape"]}
         if found != expected:
             keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-            what = f"metadata is not what it should be: {', '.join(keys)}"
+            what = f"metadata differs from what the manifest requires: {', '.join(keys)}"
             yield Problem(where=str(file), what=what, cure="metadata")
 
 

@@ -102,7 +102,7 @@ class _RemoteBlocks:
                 (self._root / key).unlink(missing_ok=True)
 
     def _download(self, key: str) -> None:
-        """Download a file unchanged. Skip a missing file; for one that is too large, write another one too large."""
+        """Download a file unchanged. Skip a missing one; replace an oversized one by zeros, also oversized."""
         limit = MAX_METADATA_BYTES if key.endswith(METADATA) else self._limits[key.partition("/")[0]]
         file = self._root / key
         file.parent.mkdir(parents=True, exist_ok=True)

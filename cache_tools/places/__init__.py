@@ -1,4 +1,4 @@
-"""Where a cache can be: a folder, or a prefix of an object store (s3://, gs://, az://, http://…).
+"""Places where a cache can be: a folder, or a prefix of an object store (s3://, gs://, az://, http://…).
 
 A place stores whole files under relative keys with `/`. A file that is put appears in full or not at all.
 """

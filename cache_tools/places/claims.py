@@ -124,12 +124,12 @@ class Claims:
                 yield block
 
     def prevent_pruning(self) -> None:
-        """Claim no block, only show that the cache is in use. Any number of builders may do so at once."""
+        """Mark the cache as in use without claiming a block. Any number of builders may do so at once."""
         self._create_claim(BlockId(_IN_USE_VIEW, uuid.uuid4().int), 0)
 
     @contextmanager
     def holding(self, block: BlockId) -> Iterator[None]:
-        """Hold a claim for the time of a `with` block; wait first while another builder holds it."""
+        """Hold a claim inside a `with` block; wait first while another builder holds it."""
         poll_s = FIRST_POLL_S
         while not self.claim(block):
             time.sleep(poll_s)
@@ -196,7 +196,7 @@ class Claims:
                     self._place.put(claim.key, self._content, durable=False)
                     with self._lock:
                         released = self._held.get(block) != claim
-                    if released:  # while we wrote, so that we have just created it again
+                    if released:  # during our write, which has just created the file again
                         self._delete([claim])
                 except StorageError:  # try again at the next heartbeat; the writer meets the same error and reports it
                     continue
@@ -210,7 +210,7 @@ def growing(place: Place) -> Iterator[None]:
 
 
 def claims_place(place: Place) -> Place:
-    """Where the claims on a cache's blocks are: beside it, since other zarr readers warn of unknown files in it."""
+    """The folder of claims on a cache's blocks, beside the cache: other zarr readers warn of unknown files in it."""
     return place.sibling(f".{place.name}.claims")
 
 
@@ -228,7 +228,7 @@ class ClaimFile:
 
 
 class Clock:
-    """The time of a place, which dates its files: the clocks of hosts differ.
+    """The clock that dates the files of a place: the clocks of hosts differ.
 
     The place is asked once a minute; in between, this host's monotonic clock is used.
     """
@@ -254,7 +254,7 @@ class Clock:
 
 
 def claim_content(owner: str) -> bytes:
-    """What a claim file holds: its builder, and the machine and process that it runs in."""
+    """The content of a claim file: its builder, and the builder's machine and process."""
     return json.dumps(
         {"owner": owner, "machine": machine_name(), "pid": os.getpid(), "started": _start_time(os.getpid())}
     ).encode()

@@ -33,7 +33,7 @@ WORKERS = 8
 
 
 class CopySummary(Frozen):
-    """What a copy did.
+    """The result of a copy.
 
     Attributes:
         blocks: copied now; `blocks_there` were at the target already, `blocks_missing` are not at the source yet.
@@ -251,6 +251,5 @@ def _damaged(source: Place, block: BlockId, what: str) -> FormatError:
     return FormatError(
         what,
         where=f"{source}, view {block.view}, block {block.block}",
-        next_step=f"remove {block.commit_key} there and run the command again that made this cache: it makes the block "
-        "again",
+        next_step=f"remove {block.commit_key} there and rerun the command that made the cache: it restores the block",
     )

@@ -1,4 +1,4 @@
-"""Which blocks of a cache in a local folder are committed, and what their commits say."""
+"""The commits of a cache in a local folder."""
 
 from __future__ import annotations
 

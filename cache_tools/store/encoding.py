@@ -27,7 +27,7 @@ class Encoder:
 
     Attributes:
         targets: the targets, by name.
-        constants: the constants of each target's codec, by suffix, with the head that its rounding allows for.
+        constants: the constants of each target's codec, by suffix, with its `head_feedback` if it has one.
     """
 
     def __init__(self, recipe: CacheRecipe, constant: Callable[[str], npt.NDArray[np.float32]]) -> None:

@@ -181,7 +181,7 @@ def test_a_derived_cache_without_a_recorded_source(built: Callable[..., TeacherC
     for provenance in ({}, {"source": {"name": "x"}}):
         silent = TeacherCache(cache.path)
         silent.manifest = silent.manifest.model_copy(update={"provenance": provenance})
-        with pytest.raises(NotFoundError, match="does not say what it was made from"):
+        with pytest.raises(NotFoundError, match="does not record what it was made from"):
             again(silent)
 
 

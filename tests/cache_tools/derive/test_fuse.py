@@ -321,7 +321,7 @@ def test_a_fused_source_has_no_components(built: TeacherCache, tmp_path: Path) -
     [
         ({"prompts": (0, 9)}, NotFoundError, "no such prompt template.*expected 0 to 1; found 9"),
         ({"clip_weights": (0.5, 0.5)}, RecipeError, "not one weight for each network"),
-        ({"clip_view": 0}, RecipeError, r"takes CLIP's targets from the view they are for.*fusion\.clip_view"),
+        ({"clip_view": 0}, RecipeError, r"cannot take CLIP's targets from another view.*fusion\.clip_view"),
     ],
 )
 def test_choices_that_do_not_fit_the_cache_are_refused(

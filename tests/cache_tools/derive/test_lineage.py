@@ -63,7 +63,7 @@ def test_a_source_is_opened_at_its_path_or_from_the_home(
 def test_a_derived_cache_without_a_record_of_its_source(chain: list[TeacherCache], provenance: dict[str, Any]) -> None:
     silent = chain[2].manifest.model_copy(update={"provenance": provenance})
     with pytest.raises(
-        NotFoundError, match=rf"does not say what it was made from.*{str(silent.recipe.derived_from)[:12]}"
+        NotFoundError, match=rf"does not record what it was made from.*{str(silent.recipe.derived_from)[:12]}"
     ):
         lineage(silent)
 
