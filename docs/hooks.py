@@ -1,6 +1,6 @@
 """Add the pages that live outside docs/ to the site, and make the links between pages fit the site.
 
-The Markdown files link to each other as they lie in the repository, so that they also work on a code host.
+The Markdown files link to each other by their paths in the repository, so that the links also work on a code host.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _relink(text: str, folder: str) -> str:
-    """Links from a file in `folder` of the repository, as links between the pages of the site, which has one folder."""
+    """Turn links from a file in `folder` of the repository into links between pages of the site, all in one folder."""
 
     def target(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[1]))

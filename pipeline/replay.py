@@ -70,7 +70,7 @@ def replay(cache: TeacherCache, images: ImageSet, count: int, *, seed: int = 0, 
 
     Raises:
         IncompleteError: no view is complete.
-        NotFoundError: the cache does not say how its networks were loaded, or a source cache with fitted codecs is
+        NotFoundError: the cache does not record how its networks were loaded, or a source cache with fitted codecs is
             missing.
         WeightsError: networks are missing, or have other weights than the cache's.
     """

@@ -252,8 +252,8 @@ class ResidentFeed(Feed):
 class StreamingFeed(Feed):
     """For splits that do not fit in memory: a background thread loads, copies and transforms the next few batches.
 
-    The thread issues its CUDA work on the same stream as training. So a batch needs no synchronisation: a kernel that
-    is launched after the batch was handed over runs after it is ready.
+    The thread issues its CUDA work on the same stream as training. So a batch needs no synchronisation: kernels that
+    training launches later run after the batch is ready.
     """
 
     def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:

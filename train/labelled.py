@@ -17,7 +17,7 @@ _SLOT = 0xFFFFFFFE
 
 @dataclass(frozen=True, eq=False)
 class PartialLabels:
-    """The classes of a run's samples, as far as the run may know them.
+    """The labels that a run may use.
 
     Attributes:
         labels: int64 [N], the label of a labelled sample, else the class with the largest target logit in view 0. Loss

@@ -1,7 +1,7 @@
 """The training loop: an epoch of one or several students, and the step that each makes on each batch.
 
 Students that train together share the batches: pixels, targets and augmentation are made once. On a CPU each ends with
-the weights of a run of its own, bit for bit: it gets the same batches, and a random state of its own for dropout. A
+the same weights as if trained alone, bit for bit: it gets the same batches and has its own random state for dropout. A
 student that fails does not stop the others.
 """
 
@@ -28,7 +28,7 @@ from train.recipe import TrainRecipe
 
 EpochOutcome = dict[str, float] | Exception
 Turn = list[tuple[Batch, Tensor]]
-"""Batches that one student trains on before it is the next one's turn, each with `model_inputs` of it."""
+"""The batches that one student trains on in a row, each with its `model_inputs`."""
 
 # On a CPU a student takes several steps in a row: its weights, gradients and momentum stay in the processor's cache.
 BATCHES_PER_TURN, BYTES_PER_TURN = 8, 64 << 20
@@ -81,7 +81,8 @@ class Learner:
         self.objective = objective.to(device)
         self.optimiser = create_optimiser(recipe.optimiser, [*student.parameters(), *objective.parameters()])
         self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, steps_per_epoch)
-        # With warm-up: after n updates the average reaches back about n^(2/3) of them, so short runs have a useful one.
+        # With warm-up: after n updates the average reaches back about n^(2/3) of them, so that short runs also get a
+        # useful average.
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
@@ -175,10 +176,10 @@ def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
 
 @contextmanager
 def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
-    """Torch's settings for a run that repeats; afterwards they are as before, and so is the random state.
+    """Make torch repeatable inside the context; its settings and random state are restored on exit.
 
-    On the CPU always deterministic (same machine, same number of threads). On CUDA only if asked for: otherwise cuDNN
-    may choose the quickest algorithm.
+    Runs on the CPU always repeat (same machine, same number of threads). Runs on CUDA repeat only if `deterministic`:
+    otherwise cuDNN may choose the quickest algorithm.
     """
     cuda = device.type == "cuda"
     strict = deterministic or not cuda

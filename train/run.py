@@ -1,4 +1,4 @@
-"""Run a recipe: open what it learns from, claim the run folder, train to the last epoch, store the result."""
+"""Run a recipe: open its data, claim the run folder, train to the last epoch, store the result."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from train.students import create_student
 
 Value = TypeVar("Value")
 StopRule = Callable[[int, Sequence[Path]], set[Path]]
-"""(finished epochs, folders of the runs that would train another) → folders of those that stop."""
+"""(number of finished epochs, folders of the runs that are to continue) → folders of those that stop instead."""
 
 
 def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
@@ -53,7 +53,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         overwrite: start from scratch, whatever is in the run folder.
 
     Raises:
-        CacheError: of a subclass that says what is wrong: recipe, device, cache, images, storage, divergence, memory.
+        CacheError: a problem with recipe, device, cache, images, storage, divergence or memory.
     """
     device = run_device(recipe)
     trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
@@ -63,7 +63,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
     finally:
         data.targets.close()
     if recipe.compare_with_labels and recipe.loss.needs_targets and (result.labels_only is None or overwrite):
-        assert data.num_views is not None, "targets come in views"
+        assert data.num_views is not None, "a run with targets has a number of views"
         on_labels = recipe.on_labels(data.dataset, data.views, data.num_views)
         on_labels = on_labels.model_copy(update={"out": result.folder / folder.LABELS_ONLY})
         baseline = train_on(data.labels_only(), on_labels, device, overwrite=overwrite)
@@ -325,7 +325,7 @@ def _create_card(data: TrainingData, recipe: TrainRecipe, digest: str) -> Studen
 
 
 def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
-    """Where the targets of a run are. `url` is a remote cache's, and `path` then is its local mirror."""
+    """The location of the cache of a run: `path` and, for a remote cache, `url`; `path` is then its local mirror."""
     url = None if cache.origin is None else cache.origin.url
     return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
 
@@ -345,7 +345,7 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 
 def _value_or_error(run: Run, work: Callable[[], Value], alone: bool) -> Value | Exception:
-    """Do some work for a run.
+    """Call `work` for a run.
 
     Returns:
         Its value, or an error that concerns this run only, such as divergence or too little memory.

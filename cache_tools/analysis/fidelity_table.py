@@ -23,7 +23,7 @@ AS_IT_IS = "(as it is)"  # the spec of the cache's own codecs
 MANY_CLASSES = 100
 
 
-class StudentAbout(Frozen):
+class StudentFit(Frozen):
     """The student of the gradient errors, and how well it fits the targets after each number of steps.
 
     Attributes:
@@ -50,7 +50,7 @@ class CostTable(Frozen):
     rows: int
     temperatures: tuple[float, ...]
     reference: str
-    student: StudentAbout
+    student: StudentFit
     codecs: tuple[CodecCost, ...]
     left_out: tuple[str, ...] = ()
 
@@ -100,7 +100,7 @@ def measure(
         rows=len(bench.index),
         temperatures=temperatures,
         reference=str(recipe.codecs),
-        student=_about(bench),
+        student=_student_fit(bench),
         codecs=tuple(sorted(costs, key=lambda cost: np.inf if cost.bytes is None else cost.bytes)),
         left_out=tuple(left_out),
     )
@@ -144,8 +144,8 @@ def _default_view(cache: TeacherCache) -> int:
     return complete[min(1, len(complete) - 1)]
 
 
-def _about(bench: Bench) -> StudentAbout:
-    return StudentAbout(
+def _student_fit(bench: Bench) -> StudentFit:
+    return StudentFit(
         what=f"linear on the {bench.features.shape[1]} fused features, fitted to KD at all these temperatures",
         agreement={str(stage): fidelity.agreement(bench.logits, logits) for stage, logits in bench.students.items()},
         kl={

@@ -43,8 +43,8 @@ def _surface(result: TuneResult) -> Table:
     row = result.weights.index(result.chosen_weight)
     column = [scale.value for scale in result.scales].index(result.chosen_scale.value)
     named = [place for place, scale in enumerate(result.scales) if scale.name or scale.value == 1.0]
-    rows = _some(len(result.weights), _SURFACE_ROWS, [row])
-    columns = _some(len(result.scales), _SURFACE_COLUMNS, [column, *named])
+    rows = _choose_positions(len(result.weights), _SURFACE_ROWS, [row])
+    columns = _choose_positions(len(result.scales), _SURFACE_COLUMNS, [column, *named])
     titles = [f"{result.scales[place].value:.4g}" for place in columns]
     titles = [
         f"{title} {result.scales[place].name or ''}".strip() for title, place in zip(titles, columns, strict=True)
@@ -90,7 +90,7 @@ def _notes(result: TuneResult) -> list[str]:
     return notes
 
 
-def _some(count: int, most: int, wanted: Sequence[int]) -> list[int]:
+def _choose_positions(count: int, most: int, wanted: Sequence[int]) -> list[int]:
     """Choose about `most` of `count` positions: the wanted ones, both ends, and evenly spaced ones."""
     wanted = sorted({*wanted, 0, count - 1})
     even = np.linspace(0, count - 1, max(most - len(wanted), 0) + 2)[1:-1].round().astype(int).tolist()

@@ -44,7 +44,7 @@ def build_blocks(output: Output, images: ImageSet, ensemble: TeacherEnsemble, ba
     """
     count = 0
     with output.building():
-        while missing := output.missing_blocks():  # again only if another builder took over a block of a stalled one
+        while missing := output.missing_blocks():  # repeats only if a builder stalled and another took over its block
             count += _build(output, missing, images, ensemble, batch_size)
     return count
 

@@ -173,7 +173,7 @@ def _create(
 
 
 def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheWriter:
-    """Add room for more views, with their own canaries and a note of when and by what they were added."""
+    """Add room for more views, with their own canaries and a note of the time and the build."""
     before = writer.manifest.num_views
     return writer.grow(
         recipe.num_views,

@@ -1,4 +1,4 @@
-"""Where the cache of a recipe is built: in a folder, or in an object store with a folder of this machine as mirror."""
+"""The place where the cache of a recipe is built: a folder, or an object store with a local folder as mirror."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Destination(NamedTuple):
 
     @property
     def place(self) -> Place:
-        """Where builders and readers find the cache.
+        """The place where builders and readers find the cache.
 
         Raises:
             RecipeError: the scheme of the URL is unknown.

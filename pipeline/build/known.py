@@ -62,7 +62,7 @@ class Finished(NamedTuple):
 
 
 def find_finished(recipe: BuildRecipe, images: ImageSet) -> Finished | None:
-    """The complete cache of this recipe, if it lies where the recipe would build it."""
+    """The complete cache of this recipe, if it is where the recipe would build it."""
     inputs = inputs_digest(recipe)
     if inputs is None:
         return None

@@ -1,6 +1,6 @@
-"""Where a build stores its blocks: in a folder, or in a mirror from which each block is uploaded to an object store.
+"""Store the blocks of a build: in a folder, or in a mirror from which each block is uploaded to an object store.
 
-The mirror is a folder of this machine and a cache like any other. Computed blocks are safe there first: an interrupted
+The mirror is a folder of this machine and a cache like any other. Each block is stored there first, so an interrupted
 build continues by uploading the blocks that the store lacks.
 """
 
@@ -69,7 +69,7 @@ class Output:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Entered for the time of the build."""
+        """The context in which the blocks are built."""
         yield
 
     @property
@@ -137,7 +137,7 @@ class MirroredOutput(Output):
                     progress.advance(1, self.progress_note)
 
     def _record_origin(self, *, complete: bool) -> None:
-        """Write down the store of this mirror: readers of the mirror get missing blocks from there."""
+        """Record the URL of this mirror: its readers get missing blocks from there."""
         manifest = self.manifest
         record = OriginRecord(
             url=str(self.place), fingerprint=manifest.fingerprint, views=manifest.num_views, complete=complete

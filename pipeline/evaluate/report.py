@@ -21,7 +21,7 @@ ROBUSTNESS, ROBUSTNESS_PICTURE = "robustness.parquet", "robustness.png"
 
 
 class EvaluateOptions(Frozen):
-    """What to evaluate of a run, and how.
+    """Options of an evaluation.
 
     Attributes:
         checkpoint: `last`, `best` or `ema`, the one to report in detail; None for the given file, or `last`.

@@ -1,4 +1,4 @@
-"""What a recipe's names of weights refer to: files, files of the package, or entries of a library or hub. No torch."""
+"""Resolve a recipe's names of weights: files, files of the package, or entries of a library or hub. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load the networks of a cache as its build recipe says, and check that they are the ones that filled it."""
+"""Load the networks of a cache from its build recipe, and check that they are the ones it was built with."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_stored_ensemble(
         alternative: for messages, what a user without these networks can do.
 
     Raises:
-        NotFoundError: the cache does not say how its networks were loaded.
+        NotFoundError: the cache does not record how its networks were loaded.
         WeightsError: weights are missing, or differ from those of the build, or their preprocessing does.
     """
     recipe, built = _build_recipe(manifest, where, alternative), manifest.recipe

@@ -210,7 +210,7 @@ def _load_file(network: nn.Module, architecture: str, file: WeightsFile, names: 
 
 
 def _card_preprocessing(card: StudentCard, canvas: Size) -> Preprocessing:
-    """The preprocessing of its training: the canvas is resized only if the training used another size."""
+    """The preprocessing that the network was trained with; the canvas is resized only if its size differs."""
     return Preprocessing(size=None if card.image_size == canvas else card.image_size, mean=card.mean, std=card.std)
 
 

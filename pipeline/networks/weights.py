@@ -1,4 +1,4 @@
-"""Read, check, load and fingerprint weights. A network never keeps some of its random initial weights."""
+"""Read, check, load and fingerprint weights. No network keeps any random initial weight."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def plot_robustness(
             values = [100 * (clean or 0.0), *_percent(frame, row.corruption)]
             axes.plot((0, *SEVERITIES), values, style, color=colour, label=plain(name), linewidth=1.8, markersize=4.5)
         axes.set_title(_panel_title(row), fontsize=10.5, loc="left", color=INK)
-        _dress(axes)
+        _style_axes(axes)
     for axes in panels[:, 0]:
         axes.set_ylabel("error, %", fontsize=10)
     for axes in panels[-1]:
@@ -64,7 +64,7 @@ def _percent(frame: pl.DataFrame, corruption: str) -> list[float]:
     return [100 * error for error in rows["error"].to_list()]
 
 
-def _dress(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     axes.set_xticks((0, *SEVERITIES), ("clean", *map(str, SEVERITIES)))
     axes.set_ylim(0, 103)
     axes.set_yticks((0, 25, 50, 75, 100))

@@ -198,7 +198,7 @@ def require_packages(formats: tuple[str, ...]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings about deprecated TorchScript and constants in traces: the result is checked anyway."""
+    """Suppress warnings about deprecated TorchScript and constants in traces: the result is checked anyway."""
     with warnings.catch_warnings():
         tracer_warning = torch.jit.TracerWarning  # type: ignore[attr-defined]  # public, but not in `__all__`
         for category in (FutureWarning, DeprecationWarning, tracer_warning):

@@ -69,7 +69,7 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
 
     Raises:
         WeightsError: no such checkpoint, a network that a format does not support, or a file with other logits.
-        CacheError: an error of a subclass, about the run, images, options or storage.
+        CacheError: a problem with the run, images, options or storage.
     """
     options = options or ExportOptions()
     require_packages(options.formats)

@@ -36,7 +36,7 @@ def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None
     Args:
         out: the HTML file; its folder is created if it does not exist.
         trials: a sweep's table (of `train.sweep.table`). It adds FLOPs, latency and status of runs, trials without a
-            folder, and runs that only the table names.
+            folder, and runs that are only in the table.
         title: of the page; by default made from the runs.
 
     Returns:

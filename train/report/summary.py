@@ -44,7 +44,7 @@ def facts(comparison: Comparison) -> str:
 
 
 def notices(comparison: Comparison) -> str:
-    """What a reader has to know before comparing figures."""
+    """Warnings about the comparability of the figures."""
     lines = "\n".join(f"<li>{escape(line)}</li>" for line in _notices(comparison))
     return f'<ul class="notices">\n{lines}\n</ul>' if lines else ""
 

@@ -1,4 +1,4 @@
-"""A sweep's table of trials: write it, read it, and combine it with what the run folders say."""
+"""A sweep's table of trials: write it, read it, and combine it with the run folders."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def read_table(sweep: Path) -> pl.DataFrame:
 def read_trials(runs: Iterable[Path], table: pl.DataFrame | None = None) -> list[TrialRecord]:
     """The trials in run folders, each with its twin on labels alone, and the trials of a table without a folder.
 
-    The table adds to a run what only the sweep knows: its status, FLOPs, latency and command.
+    The table adds to a run its status, FLOPs, latency and command.
 
     Raises:
         NotFoundError: a path that is no run folder.
@@ -99,7 +99,7 @@ def read_trials(runs: Iterable[Path], table: pl.DataFrame | None = None) -> list
     trials: dict[Any, TrialRecord] = {}
     for path in folders.values():
         for trial in read_run(path):
-            assert trial.folder is not None, "it was read from one"
+            assert trial.folder is not None, "a run that was read has a folder"
             trials.setdefault(trial.folder.resolve(), trial)
     found = [_completed(trial, rows[key], settings) if key in rows else trial for key, trial in trials.items()]
     return found + [_from_row(row, settings) for key, row in rows.items() if key not in trials]
@@ -111,7 +111,7 @@ def _key(row: Mapping[str, Any], number: int) -> Path | int:
 
 
 def _completed(trial: TrialRecord, row: Mapping[str, Any], settings: Sequence[str]) -> TrialRecord:
-    """A run with what only the sweep knows about it."""
+    """A run with the columns that only the sweep's table has."""
     return replace(
         trial,
         loss=row["loss"],

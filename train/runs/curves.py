@@ -47,7 +47,7 @@ def _draw(history: polars.DataFrame, title: str, references: dict[str, float]) -
     _plot_losses(left, history)
     _plot_accuracy(right, history, references)
     for axes in (left, right):
-        _dress(axes, history)
+        _style_axes(axes, history)
     return figure
 
 
@@ -135,7 +135,7 @@ def _bottom(group: list[float], gap: float, low: float, high: float) -> float:
     return max(min(sum(group) / len(group) - span / 2, high - span), low)
 
 
-def _dress(axes: Any, history: polars.DataFrame) -> None:
+def _style_axes(axes: Any, history: polars.DataFrame) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("epoch", fontsize=10)

@@ -1,4 +1,4 @@
-"""How a trial of a sweep ended without a result: it failed, or it was stopped because others were better."""
+"""Trials of a sweep that ended without a result: failed, or stopped because others were better."""
 
 from __future__ import annotations
 

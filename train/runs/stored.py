@@ -133,7 +133,7 @@ def _read_cache(path: Path) -> tuple[Manifest, Path | str]:
         cache, url = Path(stored["path"]), stored.get("url")
         return Manifest.model_validate(stored["manifest"]), cache if url is None or cache.exists() else str(url)
     except FileNotFoundError as error:
-        raise NotFoundError("this run does not say what it learned from", where=path) from error
+        raise NotFoundError("this run does not record its cache", where=path) from error
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CacheError("damaged record of the cache", where=path, found=str(error).splitlines()[0]) from error
 

@@ -1,6 +1,6 @@
 """Experiment trackers that follow a run: TensorBoard, MLflow and Weights & Biases behind one small interface.
 
-A tracker only receives. Its data are in the run's own files too, and its errors do not affect the training.
+Trackers only receive data. The same data are in the run's own files, and errors of a tracker do not affect training.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class SweepRecipe(Frozen):
             raise RecipeError(
                 "a search trains every trial with one seed",
                 where=self.name,
-                next_step="search without --seeds, then train the best settings with several seeds: a search says how",
+                next_step="search without --seeds, then run the command that it prints to compare seeds",
             )
         if twice := [key for key in self._axes() if key in self._searched()]:
             raise RecipeError("searched twice", where=f"search.space.{twice[0]}", expected="one range or list")

@@ -185,7 +185,7 @@ def _other_runs(trials: Sequence[Trial]) -> list[tuple[Trial, list[str]]]:
 
 
 def _data(trial: Trial, stored: dict[str, Any] | None, caches: dict[str, TeacherCache]) -> Any:
-    """The identity of a trial's data. Without a cache only the images would tell: then the stored one."""
+    """The identity of a trial's data. Without a cache the stored one is used: the images are not opened."""
     recipe = trial.recipe
     if not recipe.loss.needs_targets:
         return None if stored is None else stored["data"]

@@ -1,7 +1,7 @@
 """Search for hyper-parameters: ask Optuna for a few trials, train them side by side, tell Optuna their outcomes.
 
 Nothing of the search is stored. Optuna's study is in memory, its sampler is seeded, and the same trials have the same
-outcomes. So a search that starts again asks for the same trials and finds the earlier ones trained in their folders.
+outcomes. So a restarted search gets the same suggestions and finds the earlier trials in their folders.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 
 
 class Suggestions:
-    """Suggested settings, from an Optuna study of its own.
+    """Suggested settings, from a new Optuna study.
 
     Args:
         search: sampler, seed and metric.

@@ -43,11 +43,11 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
 
 
 def _note_on_figures(sweep: SweepRecipe, seeds: int) -> str | None:
-    """How far to trust the figures."""
+    """A note on how far the figures can be trusted."""
     if sweep.asha is not None:
         return "Successive halving stopped trials early: use these figures to choose settings, not to report them."
     if sweep.search is not None:
-        return None  # the line about the best trial says it
+        return None  # the line about the best trial has this warning
     if seeds > 1:
         return "Mean ± standard deviation over seeds; 95 % is half of the interval of the mean (Student's t)."
     return "One seed: differences may be chance. Use --seeds 3 to see how much figures vary."

@@ -82,7 +82,7 @@ def test_damaged_records_are_errors(copy: Path) -> None:
     with pytest.raises(CacheError, match="damaged record of the cache"):
         open_run(copy)
     (copy / "cache.json").unlink()
-    with pytest.raises(NotFoundError, match="what it learned from"):
+    with pytest.raises(NotFoundError, match="does not record its cache"):
         open_run(copy)
     (copy / "recipe.yaml").write_text("epochs: [1")
     with pytest.raises(RecipeError, match="damaged recipe"):
