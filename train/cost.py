@@ -140,8 +140,8 @@ def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
 def _unfused_attention() -> Iterator[None]:
     """Compute attention as matrix products, which torch's counter knows on every device and in every version.
 
-    Of the fused kernels it knows some, depending on the version: before torch 2.15 not the CPU's, and in no version
-    the one that `nn.MultiheadAttention` uses in eval mode.
+    It counts only some fused kernels: before torch 2.15 not the CPU's, and in no version the one that
+    `nn.MultiheadAttention` uses in eval mode.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

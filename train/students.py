@@ -55,8 +55,8 @@ def create_student(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     Every student has timm's interface: `forward` [N, 3, H, W] → logits [N, num_classes]; `forward_features` → the
     last map before pooling (tokens for transformers); `forward_head(map, pre_logits=False)` → logits, or pooled
     features [N, num_features] with `pre_logits=True`; `num_classes`, `num_features` and `get_classifier()`, the
-    `nn.Linear` between the two. (A few timm families classify with a 1×1 convolution or several heads; for them it is
-    whatever timm returns.)
+    `nn.Linear` between the two. (A few timm families classify with a 1×1 convolution or several heads; for them
+    `get_classifier()` returns whatever timm does.)
 
     Args:
         name: a zoo name (case does not matter), `timm:NAME` or `torchvision:NAME`.

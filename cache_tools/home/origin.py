@@ -18,7 +18,7 @@ class OriginRecord(Frozen):
     Attributes:
         url: of the cache.
         fingerprint: of the cache that was there.
-        views: that its manifest promised; 0 if the home already had all of them, so that nothing is staged.
+        views: number of views in its manifest; 0 if the home already had all of them, so that nothing is staged.
         complete: whether all of these were committed; a commit is never taken back.
     """
 

@@ -1,4 +1,4 @@
-"""Read a cache from an object store: what a reader needs of it is staged in a mirror in the cache home.
+"""Read a cache from an object store: the parts that a reader needs are staged in a mirror in the cache home.
 
 Opening a URL stages metadata, labels, keys and constants. A view's blocks are staged when the view is first needed,
 each checked against its commit. The mirror is a valid half-built cache at every moment, in the place where the same

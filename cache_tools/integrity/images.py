@@ -1,4 +1,4 @@
-"""Check that images are still those that a cache's teachers saw: what training checks first, as a report."""
+"""Check that images are still those that a cache's teachers saw: the first checks of training, as a report."""
 
 from __future__ import annotations
 

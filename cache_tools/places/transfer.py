@@ -215,7 +215,7 @@ def _protected(target: Place) -> Iterator[None]:
     """Keep a target folder from being pruned; object stores are never pruned.
 
     Raises:
-        StorageError: on leaving, if the cache was removed all the same.
+        StorageError: on exit, if the cache was removed nevertheless.
     """
     if isinstance(target, LocalPlace):
         with Claims(target) as claims:
@@ -228,7 +228,7 @@ def _protected(target: Place) -> Iterator[None]:
         raise StorageError(
             "the cache was removed while it was copied",
             where=target,
-            next_step="run the same command again: it copies what is gone",
+            next_step="run the same command again: it copies the removed files again",
         )
 
 

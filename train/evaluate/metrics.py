@@ -51,7 +51,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a network on a split's clean images (no views).
 
-    The network is in eval mode meanwhile; afterwards every module has its own mode again. The next batch is loaded
+    The network is evaluated in eval mode; afterwards the mode of every module is restored. The next batch is loaded
     while the current one is computed.
 
     Args:

@@ -1,4 +1,4 @@
-"""Compare trials: group seeds of the same settings, and find what the settings differ in."""
+"""Compare trials: group seeds of the same settings, and find the keys in which settings differ."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Comparison:
 
 
 def compare(trials: Sequence[TrialRecord]) -> Comparison:
-    """Group trials by their settings and find out what these differ in."""
+    """Group trials by their settings and find the keys in which these differ."""
     groups = _groups(trials)
     varied = _varied(trials)
     several_caches = len({trial.fingerprint for trial in trials if trial.fingerprint}) > 1

@@ -21,7 +21,7 @@ class Column:
         header: its text; a line break is written `|`.
         text: formats a value.
         largest_first: the first press of the header sorts the largest value first.
-        has_deviation: the standard deviation stands beside the mean.
+        has_deviation: whether the standard deviation is shown beside the mean.
         hint: tooltip of the header.
     """
 

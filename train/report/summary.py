@@ -14,7 +14,7 @@ _MAX_REFERENCES = 6
 
 
 def headline(comparison: Comparison) -> str:
-    """A title from what the settings have in common."""
+    """A title from the values that all settings share."""
     names = list(dict.fromkeys(trial.name for trial in comparison.trials if trial.name))
     students = list(dict.fromkeys(setting.student for setting in comparison.settings))
     subject = students[0] if len(students) == 1 else f"{len(students)} students"

@@ -29,7 +29,7 @@ function startAccuracy() {
 }
 
 function top1Range(settings, share) {
-  // Without the intervals: with two seeds they are so wide that they would hide everything else.
+  // Ignore the intervals: with two seeds they are so wide that the values would be squeezed together.
   const counted = settings.some(isFinished) ? settings.filter(isFinished) : settings;
   const values = counted.flatMap((setting) => [top1(setting).mean, ...seedsOf(setting).map((trial) => trial.top1)]);
   return accuracyRange(values, data.references.map((one) => one.top1), share);

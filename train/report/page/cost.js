@@ -62,7 +62,7 @@ function plotCost(name, width) {
   const important = [...front(name), ...coloured()].filter((setting, place, all) => settings.includes(setting) && all.indexOf(setting) === place);
   labels.push(...important.map((setting) => ({
     x: x(data.settings[setting].costs[name]), y: clamp(y(top1(setting).mean), 32, height - 40), text: cut(data.settings[setting].label, width / 2), class: "halo strong",
-    // Left above first: the line of the front comes from below and goes on to the right.
+    // Try above left first: the line of the front arrives from below and continues to the right.
     anchors: [[-8, -8, "end"], [8, -8], [9, 16], [-9, 16, "end"], [-10, 4, "end"], [10, 4]], optional: true,
   })));
   const obstacles = points.map((one) => [one.x - 6, one.y - 6, one.x + 6, one.y + 6]);
@@ -91,7 +91,7 @@ function plotPoint(picture, below, name, setting, x, y) {
   const own = { class: `series ${slotClass(slot)}`, "data-setting": setting };
   const group = svg("g", own);
   const within = (value) => clamp(y(value), upper, bottom);
-  // An interval that is higher than the plot would say nothing.
+  // Leave out intervals that are taller than the plot.
   if (low !== null && slot !== null && high - low < y.domain[1] - y.domain[0]) {
     below.append(svg("g", own, svg("path", { class: "whisker", d: `M${at},${within(low)}V${within(high)}` })));
   }

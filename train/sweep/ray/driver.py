@@ -1,7 +1,7 @@
 """The process that talks to Ray for `RayEngine`. It reads jobs from standard input and answers on standard output.
 
 Ray prints, changes the environment, installs signal handlers and aborts the connected process when the cluster goes
-away. A process of its own keeps all that out of the command. Messages are JSON, one object per line.
+away. A separate process keeps all that out of the command. Messages are JSON, one object per line.
 """
 
 from __future__ import annotations
