@@ -106,7 +106,7 @@ class BlockReader:
         return stored
 
     def _read_again(self, block: BlockId) -> Stored:
-        """As `_read_block`, but keeps the block that was read last: smaller blocks are cut from it one by one."""
+        """As `_read_block`, but keeps the last block in memory, since several smaller blocks may be cut from it."""
         with self._lock:
             if self._last_block is None or self._last_block[0] != block:
                 self._last_block = None  # free its memory first

@@ -25,7 +25,7 @@ class PruneRules(Frozen):
         older_than_s: caches last written longer ago than this.
         unused_for_s: caches last trained from or built longer ago than this.
         incomplete: half-built and damaged caches, and partly staged mirrors.
-        keep_bytes: then the least recently used caches, until the home is no larger than this.
+        keep_bytes: after that, the least recently used caches until the home is no larger than this.
     """
 
     older_than_s: float | None = None

@@ -99,7 +99,7 @@ def resolve(reference: str | Path) -> Path:
 def find(reference: str) -> CacheRecord:
     """The cache of the home with this name, fingerprint prefix (four hex digits or more) or `NAME-FINGERPRINT`.
 
-    If several match and exactly one is complete, it is that one.
+    If several match and exactly one is complete, that one is returned.
 
     Raises:
         NotFoundError: none matches (the message has similar names), or several (it has their fingerprints).

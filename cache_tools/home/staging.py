@@ -97,7 +97,7 @@ class Origin:
     """The remote cache that a mirror is staged from. Made by `connect`, or from the record beside a mirror.
 
     Args:
-        checked: whether the cache in the store is known to be the mirror's.
+        checked: whether the cache in the store is known to be the one of the mirror.
         ask_store: whether to ask the store which blocks it has; False if it just failed to answer.
 
     Attributes:

@@ -156,7 +156,7 @@ def _fit(image: Image, size: int) -> np.ndarray:
 
 @contextmanager
 def _whole_images_only() -> Iterator[None]:
-    """Refuse truncated images here, even if a library has told PIL to pad them with grey in the whole process."""
+    """Refuse truncated images here, even if a library has set PIL to pad them with grey."""
     from PIL import ImageFile
 
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False

@@ -46,7 +46,6 @@ def metadata_files(manifest: Manifest) -> dict[str, Any]:
 
 
 def add_array(group: zarr.Group, name: str, layout: ArrayLayout) -> zarr.Array[Any]:
-    """Add an empty array to a group."""
     return group.create_array(
         name,
         shape=layout.shape,

@@ -282,7 +282,7 @@ def _on_device(drawn: Mapping[str, Integers], ops: int, device: torch.device) ->
 
 
 def _shifted(places_NL: Tensor, offset_N: Tensor, reflect: bool) -> Tensor:
-    """The map `places` read at l + offset; outside it is mirrored, or L, which stands for the fill level."""
+    """The map `places` read at l + offset. Beyond its ends it is mirrored, or L, which means the fill level."""
     length = places_NL.shape[1]
     at = torch.arange(length, device=places_NL.device) + offset_N[:, None]
     if reflect:

@@ -62,7 +62,7 @@ class BatchLoader:
     """Loads the batches of blocks in a thread, a few batches ahead.
 
     Args:
-        blocks: (view, block) of each. The loading thread asks for the next one when it needs it, and may have to wait.
+        blocks: (view, block) of each. The loading thread takes the next one when it needs it, and may have to wait.
     """
 
     def __init__(

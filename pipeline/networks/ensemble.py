@@ -218,7 +218,7 @@ def view_pixels(
 
 
 def _uses_class_embeddings(fusion: Fusion) -> bool:
-    """Whether images are compared with the class embeddings: all prompts, averaged as embeddings."""
+    """Whether images are compared with the class embeddings, the average of all prompt embeddings."""
     return fusion.prompts is None and fusion.prompt_ensemble == "embedding"
 
 

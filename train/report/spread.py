@@ -48,8 +48,8 @@ def interval_factor(n: int) -> float:
 def pareto_front(costs: Sequence[float | None], values: Sequence[float | None]) -> list[bool | None]:
     """Whether each entry is on the Pareto front.
 
-    It is if no other entry has at most its cost and at least its value, one of the two strictly better. Equal entries
-    are on the front together. None where cost or value is unknown.
+    An entry is on it unless another has at most its cost and at least its value, one of them strictly better. Equal
+    entries are on the front together. None where cost or value is unknown.
     """
     points = [
         None if cost is None or value is None else (cost, -value) for cost, value in zip(costs, values, strict=True)
