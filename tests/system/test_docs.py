@@ -501,6 +501,12 @@ def test_dockerfile_takes_the_steps_of_the_readme() -> None:
     assert copied == ["cache_tools", "pipeline", "train"], "what the wheel is made of"
 
 
+def test_python_in_the_documents_can_be_parsed() -> None:
+    for document in DOCUMENTS:
+        for code in fenced(document, "python"):
+            compile(code, document.name, "exec")
+
+
 def test_shell_scripts_can_be_parsed() -> None:
     for script in ROOT.glob("examples/*.sh"):
         subprocess.run(["bash", "-n", script], check=True)
