@@ -26,8 +26,8 @@ PYTEST = $(BIN)/pytest -n $(shell $(PYTHON) -c "import os; print(os.cpu_count() 
 test: check ## static checks, and all tests but those marked `slow`
 	$(PYTEST) -m "not slow"
 
-test-fast: $(STAMP) ## before each commit: the tests that take no second, without `medium`, `turns` and `slow`
-	$(PYTEST) -m "not medium and not turns and not slow"
+test-fast: $(STAMP) ## before each commit: the tests that take under a second, which have no marker `medium`, `turns` or `slow`
+	$(BIN)/pytest -n logical --dist worksteal -m "not medium and not turns and not slow"
 
 test-slow: $(STAMP) ## the tests marked `slow`, and the long turn of those marked `turns`
 	TEACHER_CACHE_LONG_TESTS=1 $(PYTEST) -m "slow or turns"

@@ -87,6 +87,7 @@ def relative(decoded: np.ndarray, truth: np.ndarray) -> float:
 # Bytes
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("store", "spec"), CASES)
 def test_bytes_equal_the_size_of_the_files(
     tables: dict[str, CostTable], recoded: dict[Any, TeacherCache], store: str, spec: str

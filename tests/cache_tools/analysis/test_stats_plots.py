@@ -56,6 +56,7 @@ def words(figure: Any) -> str:
     return "\n".join([*texts, *[text.get_text() for text in figure.texts], figure.get_suptitle()])
 
 
+@pytest.mark.medium
 def test_every_plot_is_written_and_names_dataset_and_threshold(stats: TeacherStats, tmp_path: Path) -> None:
     assert {path.name for path in plot_all(stats, tmp_path)} == ALL
     for name in ALL:

@@ -39,6 +39,8 @@ from pipeline.build.cache import build_cache
 from tests.support import cache_factory, tiny_build
 from tests.support.tiny_clip import make_folder
 
+pytestmark = pytest.mark.medium
+
 EVERYTHING = slice(None)
 IMAGES = cache_factory.tiny_images()
 

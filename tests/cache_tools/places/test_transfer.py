@@ -18,6 +18,8 @@ from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.s3_server import new_bucket
 
+pytestmark = pytest.mark.medium
+
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
 

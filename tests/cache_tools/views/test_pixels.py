@@ -350,6 +350,7 @@ def test_clean_first_returns_the_image_unchanged(name: str) -> None:
         np.testing.assert_array_equal(made, images.numpy())
 
 
+@pytest.mark.medium
 def test_worker_threads_do_not_change_the_thread_count_of_others() -> None:
     """In a separate process: a thread that starts after a view was made gets the thread count that was set.
 

@@ -54,6 +54,7 @@ def test_the_names_are_the_packages() -> None:
     assert list(CORRUPTIONS) == imagecorruptions.get_corruption_names()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_a_copy_depends_only_on_the_image_and_its_index(photos: ImageSet, name: str) -> None:
     index = np.arange(24)
@@ -66,6 +67,7 @@ def test_a_copy_depends_only_on_the_image_and_its_index(photos: ImageSet, name: 
             assert np.array_equal(alone[0], together[row])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"defocus_blur", "zoom_blur", "brightness", "contrast",
                                                              "pixelate", "jpeg_compression"}))  # fmt: skip
 def test_random_corruptions_differ_between_images_and_seeds(photos: ImageSet, name: str) -> None:
@@ -113,6 +115,7 @@ def test_processes_make_the_same_files_as_one(photos: ImageSet, home: Path, monk
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
 
+@pytest.mark.medium
 def test_copies_are_made_once_and_a_few_are_a_subset_of_all(
     photos: ImageSet, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

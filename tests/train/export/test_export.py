@@ -251,6 +251,7 @@ def test_a_corrupted_export_is_caught(monkeypatch: pytest.MonkeyPatch, run: Path
     assert contents(run / "export") == before
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ALL)
 def test_a_truncated_export_is_caught(monkeypatch: pytest.MonkeyPatch, run: Path, name: str) -> None:
     if name == "onnx":
