@@ -1,9 +1,8 @@
-"""Modules that are loaded on first use, so that commands which only look at caches start fast."""
+"""numpy, imported on first use: commands that only list caches or print help start without it."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,19 +11,14 @@ if TYPE_CHECKING:
 __all__ = ["np"]
 
 
-def _load_on_first_use(name: str) -> Any:
-    """The module `name`, which runs when an attribute of it is first read (`importlib.util.LazyLoader`)."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+class _Numpy:
+    """Attributes of numpy. Other modules still import the real one, and Python's import lock makes threads wait."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module("numpy"), name)
+        setattr(self, name, value)  # found without this function from now on
+        return value
 
 
 if not TYPE_CHECKING:
-    np = _load_on_first_use("numpy")
+    np = _Numpy()

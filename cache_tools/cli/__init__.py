@@ -5,9 +5,13 @@ Commands that read targets import torch and zarr when they run; the others impor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import typer
+
+# pydantic looks for plugins in every installed package before it builds its first model; these commands use none.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from cache_tools.cli.analysis import stats_command, tune_command
 from cache_tools.cli.codecs import fidelity_command, recode_command

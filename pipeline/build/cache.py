@@ -79,6 +79,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     from pipeline.networks.ensemble import load_ensemble
 
     device = resolve_device(recipe.device)
+    inputs = inputs_digest(recipe)
     ensemble = load_ensemble(
         recipe.teachers,
         recipe.clips,
@@ -97,7 +98,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         where,
         identity,
         recipe.num_views,
-        create=lambda path: _create(path, recipe, identity, images, ensemble, say),
+        create=lambda path: _create(path, recipe, identity, images, ensemble, inputs, say),
         grow=lambda writer: _grow(writer, recipe, images, ensemble),
     )
     manifest = output.manifest
@@ -139,6 +140,7 @@ def _create(
     identity: CacheRecipe,
     images: ImageSet,
     ensemble: TeacherEnsemble,
+    inputs: str | None,
     say: Callable[[str], None],
 ) -> CacheWriter:
     """Create an empty cache after the preflight."""
@@ -150,6 +152,8 @@ def _create(
             ensemble, _preflight_images(recipe, images), recipe.preflight_samples, recipe.batch_size
         )
         say(f"preflight: {preflight}")
+    if inputs_digest(recipe) != inputs:  # a file was replaced after its network was loaded
+        inputs = None
     manifest = Manifest(
         fingerprint=identity.fingerprint,
         name=recipe.name,
@@ -161,7 +165,7 @@ def _create(
         canaries=make_canaries(recipe.views, images, recipe.num_views),
         build_recipe=recipe.model_dump(mode="json"),
         provenance=_provenance("created", ensemble)
-        | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs_digest(recipe)},
+        | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs},
     )
     return CacheWriter.create(
         path,

@@ -50,7 +50,7 @@ CODE_VERSIONS = {  # the views have theirs in their recipe
     "fusion": FUSION_VERSION,
     "codecs": CODECS_VERSION,
 }
-LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "safetensors", "numpy")
+LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "safetensors", "numpy", "pillow")
 _VALUE_FIELDS = {"views", "teacher", "clip", "fusion", "store", "codec", "precision"}
 
 
@@ -136,5 +136,11 @@ def _teacher_path(spec: TeacherSpec) -> Path:
 
 def _clip_path(spec: ClipSpec) -> Path | None:
     if spec.name.startswith(FOLDER_PREFIX):
-        return resolve_path(spec.name.removeprefix(FOLDER_PREFIX))
+        folder = resolve_path(spec.name.removeprefix(FOLDER_PREFIX))
+        return None if _reads_from_hub(folder / "open_clip_config.json") else folder
     return None if spec.name.startswith(HUB_PREFIX) or spec.weights is None else resolve_path(spec.weights)
+
+
+def _reads_from_hub(config: Path) -> bool:
+    """Whether open_clip takes the tokenizer or the text tower from the hub: keys such as `hf_tokenizer_name`."""
+    return config.is_file() and b'"hf_' in config.read_bytes()

@@ -31,7 +31,6 @@ from train.runs.result import RunResult
 from train.sweep.halving import Halving
 from train.sweep.recipe import Trial
 
-_FAILURE_KINDS: dict[type[Exception], str] = {DivergedError: "diverged", OutOfMemoryError: "memory"}
 _OpenTrial = tuple[Trial, TrainingData]
 
 
@@ -220,4 +219,7 @@ def _has_same_images(data: TrainingData, lead: TrainingData) -> bool:
 def _save_failure(folder: Path, error: Exception) -> None:
     text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
     message = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {text[:300]}"
-    Failure(kind=_FAILURE_KINDS.get(type(error), "error"), message=message).save(folder)
+    kind = (
+        "diverged" if isinstance(error, DivergedError) else "memory" if isinstance(error, OutOfMemoryError) else "error"
+    )
+    Failure(kind=kind, message=message).save(folder)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cache_tools.store.group import read_manifest
 from pipeline.build import known
 from pipeline.build.cache import build_cache
 from pipeline.build.known import find_finished, inputs_digest
+from pipeline.networks import ensemble
 from pipeline.networks.ensemble import load_ensemble, view_pixels
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from tests.support import tiny_build
@@ -61,7 +63,7 @@ def test_an_unreadable_cache_of_the_same_name_is_ignored(root: Path):
     other = root.parent / "home" / "tiny-000000000000.zarr"
     other.mkdir()
     (other / "zarr.json").symlink_to("zarr.json")  # not even root can read it
-    with pytest.raises(StorageError, match=r"Put it right or choose another --out"):
+    with pytest.raises(StorageError, match=r"Fix the cause or choose another --out"):
         read_manifest(other)
     assert found(recipe(root))
 
@@ -110,6 +112,32 @@ def test_a_block_that_is_gone_is_built_again(root: Path):
     assert not found(recipe(root))
     assert build_cache(recipe(root)).images == 40
     assert found(recipe(root))
+
+
+def test_weights_replaced_during_the_build_are_not_recorded(root: Path, monkeypatch: pytest.MonkeyPatch):
+    load = ensemble.load_ensemble
+
+    def load_and_replace(*arguments: Any, **options: Any) -> ensemble.TeacherEnsemble:
+        loaded = load(*arguments, **options)
+        path = root / "teacher.safetensors"
+        path.write_bytes(path.read_bytes() + b" ")
+        return loaded
+
+    monkeypatch.setattr(ensemble, "load_ensemble", load_and_replace)
+    result = build_cache(recipe(root))
+    assert result.manifest.provenance["inputs"] is None
+
+
+def test_a_tokenizer_of_the_hub_is_not_determined_by_files(root: Path):
+    folder = root / "clip"
+    shutil.copytree(ROOT / "pipeline/assets/digits-clip", folder)
+    clip = {"name": f"local-dir:{folder}"}
+    assert inputs_digest(recipe(root, clip=clip)) is not None
+    config = folder / "open_clip_config.json"
+    config.write_text(
+        config.read_text().replace('"text_cfg": {', '"text_cfg": {"hf_tokenizer_name": "bert-base-uncased", ')
+    )
+    assert inputs_digest(recipe(root, clip=clip)) is None
 
 
 def test_the_content_of_a_template_file_counts_not_its_name(root: Path):
