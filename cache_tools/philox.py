@@ -67,14 +67,15 @@ def chance(words: npt.NDArray[np.uint32], probability: float) -> npt.NDArray[np.
 
 def _rounds(counter: list[npt.NDArray[np.uint64]], k0: int, k1: int) -> tuple[npt.NDArray[np.uint64], ...]:
     c0, c1, c2, c3 = counter
+    mask, shift, first_multiplier, second_multiplier = map(np.uint64, (_MASK, _SHIFT, *_MULTIPLIERS))
     for number in range(_ROUNDS):
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        round_k0 = np.uint64((k0 + number * _WEYL[0]) & 0xFFFFFFFF)
-        round_k1 = np.uint64((k1 + number * _WEYL[1]) & 0xFFFFFFFF)
+        first, second = c0 * first_multiplier, c2 * second_multiplier
+        round_k0 = np.uint64((k0 + number * _WEYL[0]) & _MASK)
+        round_k1 = np.uint64((k1 + number * _WEYL[1]) & _MASK)
         c0, c1, c2, c3 = (
-            (second >> _SHIFT) ^ c1 ^ round_k0,
-            second & _MASK,
-            (first >> _SHIFT) ^ c3 ^ round_k1,
-            first & _MASK,
+            (second >> shift) ^ c1 ^ round_k0,
+            second & mask,
+            (first >> shift) ^ c3 ^ round_k1,
+            first & mask,
         )
     return c0, c1, c2, c3
