@@ -16,7 +16,7 @@ from train.evaluate import corrupt
 from train.recipe import TrainRecipe
 from train.run import train_student
 
-pytestmark = pytest.mark.medium
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("imagecorruptions")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"

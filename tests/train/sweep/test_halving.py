@@ -96,6 +96,7 @@ def test_a_later_trial_is_compared_with_all_earlier_ones(cache: Path, whole: Swe
     assert sorted(done.values())[-1] == 4
 
 
+@pytest.mark.slow
 def test_processes_stop_trials_too(cache: Path, tmp_path: Path) -> None:
     result = run_sweep(sweep(cache), tmp_path, engine=ProcessEngine(2, tmp_path))
     statuses = result.trials["status"].to_list()
