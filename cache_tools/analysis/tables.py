@@ -42,9 +42,12 @@ def sample_table(
 
 
 def bin_sums(frame: pl.DataFrame) -> pl.DataFrame:
-    """`n` and sums per source and bin of the confidence: [k/15, (k+1)/15), the last one closed."""
+    """`n` and sums per source and bin of the confidence: [k/15, (k+1)/15), the last one closed.
+
+    Here and below `maintain_order` fixes the order of the sums, so that figures repeat to the last bit.
+    """
     number = (pl.col("confidence") * CALIBRATION_BINS).floor().clip(0, CALIBRATION_BINS - 1).cast(pl.Int32)
-    return frame.group_by("source", number.alias("bin")).agg(
+    return frame.group_by("source", number.alias("bin"), maintain_order=True).agg(
         pl.len().alias("n"), pl.col("confidence").sum(), pl.col("right").sum().cast(pl.Float64)
     )
 
@@ -52,7 +55,7 @@ def bin_sums(frame: pl.DataFrame) -> pl.DataFrame:
 def calibration_error(bins: pl.DataFrame, *by: str) -> pl.DataFrame:
     """The expected calibration error Σ_b n_b/n · |accuracy_b − confidence_b| of `bin_sums`, per group."""
     gap = (pl.col("right") - pl.col("confidence")).abs().sum() / pl.col("n").sum()
-    return bins.group_by(*by).agg(gap.alias("ece"))
+    return bins.group_by(*by, maintain_order=True).agg(gap.alias("ece"))
 
 
 def summary(frame: pl.DataFrame, confident: float) -> pl.DataFrame:
@@ -60,7 +63,7 @@ def summary(frame: pl.DataFrame, confident: float) -> pl.DataFrame:
     sure, right = pl.col("confidence") >= confident, pl.col("right")
     quadrants = (sure & right, ~sure & right, ~sure & ~right, sure & ~right)
     top5 = pl.col("in_top5").mean() if "in_top5" in frame.columns else pl.lit(None, pl.Float64)
-    return frame.group_by("source").agg(
+    return frame.group_by("source", maintain_order=True).agg(
         pl.len().cast(pl.Int64).alias("n"),
         right.mean().alias("top1"),
         top5.alias("top5"),
@@ -160,10 +163,16 @@ class Sums:
 
     def summary(self) -> pl.DataFrame:
         """Per source and view, then over all views (view null): means of means, as all views have the same samples."""
-        mean_class = pl.concat(self._consistency).group_by("source", "view").agg(pl.col("consistency").mean())
+        mean_class = (
+            pl.concat(self._consistency)
+            .group_by("source", "view", maintain_order=True)
+            .agg(pl.col("consistency").mean())
+        )
         views = pl.concat(self._summaries).join(mean_class, on=["source", "view"])
         figures = pl.exclude("source", "view", "n", "ece")
-        every = views.group_by("source").agg(pl.lit(None, pl.Int32).alias("view"), pl.col("n").sum(), figures.mean())
+        every = views.group_by("source", maintain_order=True).agg(
+            pl.lit(None, pl.Int32).alias("view"), pl.col("n").sum(), figures.mean()
+        )
         every = every.join(calibration_error(self._bins_over_views(), "source"), on="source")
         table = pl.concat([views, every.select(views.columns)])
         return self._sorted(table.select("source", "view", "n", pl.exclude("source", "view", "n")), "view")
@@ -191,7 +200,11 @@ class Sums:
         """One row per class: `n` samples, `SOURCE_accuracy`, `SOURCE_consistency`, gains of the fusion."""
         right = pl.col("n").filter(pl.col("label") == pl.col("top1")).sum() / pl.col("n").sum()
         accuracy = self._confusion.group_by("source", "label").agg(right.alias("accuracy"))
-        consistency = pl.concat(self._consistency).group_by("source", "label").agg(pl.col("consistency").mean())
+        consistency = (
+            pl.concat(self._consistency)
+            .group_by("source", "label", maintain_order=True)
+            .agg(pl.col("consistency").mean())
+        )
         table = self._label_counts()
         for values, name in ((accuracy, "accuracy"), (consistency, "consistency")):
             table = self._add_columns(table, values, name, on=["label"])
@@ -250,7 +263,11 @@ class Sums:
 
     def _bins_over_views(self) -> pl.DataFrame:
         """The bins over all views; their calibration error is not the mean of the errors of the views."""
-        return pl.concat(self._bins).group_by("source", "bin").agg(pl.col("n", "confidence", "right").sum())
+        return (
+            pl.concat(self._bins)
+            .group_by("source", "bin", maintain_order=True)
+            .agg(pl.col("n", "confidence", "right").sum())
+        )
 
     def _label_counts(self) -> pl.DataFrame:
         names = pl.DataFrame({"label": np.arange(len(self._class_names), dtype=np.int32), "class": self._class_names})

@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,8 @@ def test_bombs_are_small_files_that_decode_to_many_bytes() -> None:
     """Shown on small ones of the same make."""
     assert max(map(len, BOMBS)) < 1 << 20
     assert bytes(Zstd().decode(zstd_frame(1 << 20, 8))) == bytes(1 << 20)
-    assert bytes(Zstd().decode(zstd_frame(None, 8))) == bytes(1 << 20)
+    if version("numcodecs") != "0.16.1":  # which refuses a frame that does not state its size
+        assert bytes(Zstd().decode(zstd_frame(None, 8))) == bytes(1 << 20)
     assert len(PCodec().decode(pcodec_bomb(3))) == 3 << 20
 
 
