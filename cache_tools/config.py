@@ -6,9 +6,16 @@ import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from cache_tools.errors import RecipeError
 
@@ -17,6 +24,29 @@ class Frozen(BaseModel):
     """An immutable model, validated on construction, that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class Extensible(Frozen):
+    """A model to which fields were added after digests of its JSON had been stored.
+
+    The fields named in `added` are left out of the JSON while they have their default, so that old digests stay valid.
+    `dump_yaml` prints them all.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        if info.context and info.context.get("all_fields"):
+            return data
+        fields = type(self).model_fields
+        unchanged = {
+            key for key in self.added if getattr(self, key) == fields[key].get_default(call_default_factory=True)
+        }
+        return {key: value for key, value in data.items() if key not in unchanged}
 
 
 Recipe = TypeVar("Recipe", bound=Frozen)
@@ -108,7 +138,9 @@ def dump_yaml(recipe: BaseModel) -> str:
     """The full recipe as YAML, defaults included, as `--show-recipe` prints it and results store it."""
     import yaml
 
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(
+        recipe.model_dump(mode="json", context={"all_fields": True}), sort_keys=False, allow_unicode=True, width=100
+    )
 
 
 def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cache_tools.config import dump_yaml, load_recipe, set_dotted
+from cache_tools.config import Extensible, dump_yaml, load_recipe, set_dotted
 from cache_tools.errors import CacheError, RecipeError
 from pipeline.recipe import BuildRecipe, builtin_recipes, load_build_recipe
 
@@ -187,3 +187,16 @@ def test_messages_have_all_parts() -> None:
     error = CacheError("no such thing", where="x", expected="y", found="z", next_step="look there")
     assert str(error) == "no such thing (x); expected y; found z. Look there."
     assert yaml.safe_load(dump_yaml(load_build_recipe("digits")))["clip"]["templates"] == "richkd"
+
+
+class _Grown(Extensible):
+    added = frozenset({"margin"})
+    width: int = 4
+    margin: float = 0.0
+
+
+def test_a_field_added_later_is_left_out_of_json_while_it_has_its_default() -> None:
+    assert _Grown().model_dump(mode="json") == {"width": 4}
+    assert _Grown(margin=0.5).model_dump(mode="json") == {"width": 4, "margin": 0.5}
+    assert _Grown.model_validate(_Grown(margin=0.5).model_dump()) == _Grown(margin=0.5)
+    assert dump_yaml(_Grown()) == "width: 4\nmargin: 0.0\n"
