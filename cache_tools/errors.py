@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 MAX_PART, MAX_PATH = 1200, 4200  # characters of a part of a message; text from a file may be of any length
@@ -34,6 +35,12 @@ class CacheError(Exception):
     ) -> None:
         self.what, self.where, self.expected, self.found, self.next_step = what, where, expected, found, next_step
         super().__init__(self._message())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors come out of worker processes with their message and their parts, which may not be picklable."""
+        data = error_to_data(self)
+        parts: dict[str, Any] = {key: data[key] for key in ("where", "expected", "found", "next_step")}
+        return partial(type(self), **parts), (self.what,)
 
     def _message(self) -> str:
         where = "" if self.where is None else f" ({_abridged(str(self.where), MAX_PATH)})"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cache_tools import alignment
 from cache_tools.console import resolve_device
-from cache_tools.errors import FormatError, NotFoundError
+from cache_tools.errors import FormatError, MismatchError, NotFoundError
 from cache_tools.format import commits
 from cache_tools.format.arrays import targets
 from cache_tools.format.layout import array_layouts
@@ -53,6 +53,8 @@ def __getattr__(name: str) -> Any:
 
 class TeacherCache:
     """A cache, opened for reading. Opening is cheap: arrays are read when a view is loaded.
+
+    A pickled or copied cache is its path: unpickling, in a worker of a DataLoader for example, opens the cache again.
 
     Args:
         path: folder of the cache.
@@ -259,6 +261,9 @@ class TeacherCache:
         """Raise MismatchError unless image decoding and view code still make the pixels that the teachers saw."""
         alignment.check_canaries(self, images)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), self.path.absolute(), self.origin, self.manifest.fingerprint)
+
     def __repr__(self) -> str:
         return (
             f"TeacherCache({str(self.path)!r}, {self.num_samples} samples × {self.num_views} views, "
@@ -283,3 +288,22 @@ class TeacherCache:
         column = 1 + list(self._specs).index(name)
         digests = self._blocks.digests[view, :, column].tolist() if verify else None
         return load_array(self._arrays[name], self._specs[name], self.manifest, self.path, view, digests, pin=pin)
+
+
+def _reopen(kind: type[TeacherCache], path: Path, origin: Origin | None, fingerprint: str) -> TeacherCache:
+    """Open the cache of a pickle.
+
+    Raises:
+        NotFoundError: it is no longer there, or not on this machine.
+        MismatchError: another cache is there now.
+    """
+    cache = kind(path, origin)
+    if cache.manifest.fingerprint != fingerprint:
+        raise MismatchError(
+            "another cache is where the pickled one was",
+            where=path,
+            expected=f"fingerprint {fingerprint[:12]}",
+            found=cache.manifest.fingerprint[:12],
+            next_step="open the cache again and pickle that",
+        )
+    return cache

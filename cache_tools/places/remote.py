@@ -40,6 +40,9 @@ class RemotePlace(Place):
     def __str__(self) -> str:
         return self._url
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._url, self._patience_s)
+
     def read(self, key: str, limit: int = MAX_FILE_BYTES) -> bytes:
         import obstore
         from obstore.exceptions import BaseError, GenericError
