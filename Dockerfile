@@ -8,6 +8,7 @@ RUN python3 -m venv /opt/teacher-cache
 COPY pyproject.toml README.md LICENSE ./
 COPY cache_tools cache_tools
 COPY pipeline pipeline
+COPY teacher_cache teacher_cache
 COPY train train
 RUN /opt/teacher-cache/bin/pip install .
 

@@ -498,7 +498,7 @@ def test_dockerfile_takes_the_steps_of_the_readme() -> None:
     assert "python3 -m venv /opt/teacher-cache" in runs
     assert "/opt/teacher-cache/bin/pip install ." in runs
     copied = re.findall(r"^COPY (\w+) \1$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert copied == ["cache_tools", "pipeline", "train"], "what the wheel is made of"
+    assert copied == ["cache_tools", "pipeline", "teacher_cache", "train"], "what the wheel is made of"
 
 
 def test_python_in_the_documents_can_be_parsed() -> None:

@@ -51,7 +51,8 @@ def test_wheel_builds_a_cache_and_trains_a_student(environment: Path, tmp_path: 
         words: list[str | Path] = [environment / "bin" / command, *arguments]
         return subprocess.run(words, check=True, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True).stdout
 
-    where = "import cache_tools, train, pipeline; print(*(m.__file__ for m in (cache_tools, train, pipeline)))"
+    packages = "cache_tools, train, pipeline, teacher_cache"
+    where = f"import {packages}; print(*(module.__file__ for module in ({packages})))"
     for file in run("python", "-c", where).split():
         assert Path(file).is_relative_to(environment)
 

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import uuid
@@ -33,6 +32,7 @@ from cache_tools.files import PARTIAL, put_durably, remove_leftovers, sync_folde
 from cache_tools.home.registry import cache_home
 from cache_tools.images.image_set import ImageSet
 from cache_tools.philox import sample_words
+from cache_tools.processes import process_pool
 from train.evaluate.corruptions import CORRUPTIONS, LABELS, SEVERITIES, Corrupted, evenly_spaced, open_corrupted
 
 PACKAGE = "imagecorruptions-imaug"
@@ -201,7 +201,7 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
     if count <= 1:
         yield None
         return
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    pool = process_pool(count)
     try:
         yield pool
     finally:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache_tools.errors import CacheError, error_from_data, error_to_data
+from cache_tools.processes import command_for
 from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
@@ -66,7 +67,7 @@ class ProcessEngine:
         }
         with open(self._logs / "workers.log", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "train.sweep.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+                command_for("train.sweep.workers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
             )
         assert process.stdin is not None, "asked for a pipe"
         process.stdin.write(json.dumps(job).encode())
@@ -121,7 +122,3 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         print(json.dumps(error_to_data(error)), file=errors, flush=True)
         raise SystemExit(_CACHE_ERROR) from error
-
-
-if __name__ == "__main__":
-    main()

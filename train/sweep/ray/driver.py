@@ -6,6 +6,7 @@ away. A separate process keeps all that out of the command. Messages are JSON, o
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -14,12 +15,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from cache_tools.errors import CacheError, MismatchError, StorageError, error_to_data
-from train.sweep.ray.worker import folder_not_seen, probe, train_share, versions
+from cache_tools.processes import CLAIM
+from train.sweep.ray.worker import folder_not_seen, versions
 
 CONNECT_S, PROBE_S = 10.0, 60.0
 OBJECT_STORE_BYTES = 100_000_000  # small: no data go through it
@@ -119,7 +121,7 @@ def run_shares(job: Mapping[str, Any]) -> dict[str, str]:
 
     folder = Path(job["folder"])
     shutil.rmtree(folder / "tune", ignore_errors=True)
-    trainable = tune.with_parameters(train_share, shares=job["shares"])
+    trainable = tune.with_parameters(_trainable(), shares=job["shares"])
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": job["cpus"], "gpu": job["gpus"]}),
         param_space={"share": tune.grid_search(list(range(len(job["shares"]))))},
@@ -182,7 +184,7 @@ def _probe(node: Mapping[str, Any], folder: Path, token: str) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     on_node = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-    remote = ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=on_node)(probe)
+    remote = ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=on_node)(_remote_probe())
     try:
         found: dict[str, Any] = ray.get(remote.remote(str(folder), token), timeout=PROBE_S)
         return found
@@ -193,6 +195,33 @@ def _probe(node: Mapping[str, Any], folder: Path, token: str) -> dict[str, Any]:
             found=(str(error).strip().splitlines() or [type(error).__name__])[-1],
             next_step="install the same version of teacher-cache on it",
         ) from error
+
+
+def _remote_probe() -> Callable[[str, str], dict[str, Any]]:
+    """`worker.probe` for a process of Ray. Ray stores an inner function by its code, so that the process finds our
+    packages before it imports one of them, even beside a user's own `train.py`."""
+    claim = CLAIM
+
+    def probe(folder: str, token: str) -> dict[str, Any]:
+        importlib.import_module(claim)
+        from train.sweep.ray import worker
+
+        return worker.probe(folder, token)
+
+    return probe
+
+
+def _trainable() -> Callable[..., None]:
+    """`worker.train_share` for a process of Ray; see `_remote_probe`."""
+    claim = CLAIM
+
+    def train_share(config: Mapping[str, Any], *, shares: Sequence[str]) -> None:
+        importlib.import_module(claim)
+        from train.sweep.ray import worker
+
+        worker.train_share(config, shares=shares)
+
+    return train_share
 
 
 def _reason(error: object) -> str:
