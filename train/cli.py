@@ -42,7 +42,20 @@ def train_student(
     ] = None,
     epochs: Epochs = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", help="Batches per update (gradient accumulation).")
+    ] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the schedule.")] = None,
+    clip_grad_norm: Annotated[
+        float | None, typer.Option("--clip-grad-norm", help="Largest norm of the gradients of an update.")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option("--label-smoothing", help="Label smoothing of the CE term, 0 to 1.")
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option("--class-weights", help="Of the CE term: balanced, numbers in class order, a file, or none."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed of the first weights, the order and dropout.")
     ] = None,
@@ -99,7 +112,11 @@ def train_student(
         "loss": named_loss(loss) if loss else None,
         "epochs": epochs,
         "batch_size": batch_size,
+        "optimiser.accumulate": accumulate,
         "optimiser.learning_rate": lr,
+        "optimiser.clip_grad_norm": clip_grad_norm,
+        "loss.label_smoothing": label_smoothing,
+        "loss.class_weights": class_weights,
         "seed": seed,
         "device": device,
         "precision": precision,

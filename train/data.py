@@ -61,6 +61,11 @@ class TrainingData:
         return self.images.labels if self.known is None else self.known.labels
 
     @property
+    def real_labels(self) -> npt.NDArray[np.int64]:
+        """int64, the labels of the samples that keep theirs."""
+        return self.labels if self.known is None else self.labels[self.known.labelled]
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """The student's preprocessing of a view: no resize, the dataset's own mean and std."""
         mean, std = self.dataset.normalisation

@@ -55,6 +55,8 @@ class Batch:
     index: torch.Tensor  # int64 [B], sample indices
     targets: BatchTargets
     labelled: torch.Tensor | None = None  # bool [B], whether the label is real; None if all are
+    start: int = 0  # place of the first sample in the epoch's order
+    epoch_labels: torch.Tensor | None = None  # int64, the labels of all samples of the epoch, in its order
 
 
 class ViewSource(Protocol):
@@ -194,11 +196,12 @@ class Feed(ABC):
             self._fetch(self._view_of(epoch + 1))
         index = order.to(self.device)
         labels = self._labels[index]
+        epoch_labels = labels[: self.samples_per_epoch]
         labelled = None if self._labelled is None else self._labelled[index]
         for (start, stop), pixels in zip(self.bounds, self._pixels(order.numpy(), view), strict=True):
             rows = index[start:stop]
             real = None if labelled is None else labelled[start:stop]
-            yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels), real)
+            yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels), real, start, epoch_labels)
 
     def close(self) -> None:
         """Stop the background thread. The target source stays open: whoever opened it closes it."""

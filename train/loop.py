@@ -23,7 +23,7 @@ from cache_tools.memory import drop_tracebacks, raise_on_out_of_memory
 from cache_tools.preprocess import prepare
 from train.feed import Batch, Feed, mixed_seed
 from train.objective import Objective
-from train.optim import create_optimiser, create_schedule
+from train.optim import create_optimiser, create_schedule, trained_parameters, update_of
 from train.recipe import TrainRecipe
 
 EpochOutcome = dict[str, float] | Exception
@@ -63,7 +63,7 @@ class Learner:
 
     Args:
         student: moved to `device`; its weights stay as they are.
-        steps_per_epoch: updates per epoch, the unit of the schedule.
+        steps_per_epoch: batches per epoch; the schedule counts updates, each of one or several batches.
     """
 
     def __init__(
@@ -80,12 +80,14 @@ class Learner:
         self.student = student.to(device).to(memory_format=torch.channels_last)
         self.objective = objective.to(device)
         self.optimiser = create_optimiser(recipe.optimiser, [*student.parameters(), *objective.parameters()])
-        self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, steps_per_epoch)
+        updates_per_epoch = math.ceil(steps_per_epoch / recipe.optimiser.accumulate)
+        self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, updates_per_epoch)
         # With warm-up: after n updates the average reaches back about n^(2/3) of them, so that short runs also get a
         # useful average.
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
+        self._has_gradients = False  # of the first batches of an update
         self._means = _Means()
 
     def begin_epoch(self, epoch: int) -> None:
@@ -97,22 +99,23 @@ class Learner:
         self._means = _Means()
 
     def step(self, batch: Batch, inputs_NCHW: Tensor) -> None:
-        """Forward, loss, backward, update.
+        """Forward, loss, backward, and, on the last batch of an update, the update.
 
         Args:
             inputs_NCHW: `model_inputs` of the batch.
         """
+        update = update_of(batch, self.recipe.batch_size, self.recipe.optimiser.accumulate)
         self.schedule.step_update(self.updates)
         with self._autocast():
             logits, features = self._forward(inputs_NCHW)
-        terms = self.objective(logits, features, batch)
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(terms["loss"]).backward()
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.updates += 1
-        if self.average is not None:
-            self.average.update(self.student, self.updates)
+        terms = self.objective(logits, features, batch, update.labels)
+        if update.is_first:
+            self.optimiser.zero_grad(set_to_none=True)
+        loss = terms["loss"] if update.share == 1.0 else update.share * terms["loss"]
+        self.scaler.scale(loss).backward()
+        self._has_gradients = not update.is_last
+        if update.is_last:
+            self._update()
         self._means.add(terms, logits, batch.labels)
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
@@ -128,7 +131,8 @@ class Learner:
             "the training diverged: the loss is not a finite number",
             where=f"epoch {epoch + 1}",
             found=", ".join(f"{name} {value:g}" for name, value in means.items() if name != "train_top1"),
-            next_step="train with a lower --lr, a warm-up (--set schedule.warmup_epochs=1) or --precision float32",
+            next_step="train with a lower --lr, --clip-grad-norm 1, a warm-up (--set schedule.warmup_epochs=1) or "
+            "--precision float32",
         )
 
     @property
@@ -145,6 +149,7 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
             "updates": self.updates,
+            "gradients": self._gradients(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,6 +160,26 @@ class Learner:
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         self.updates = state["updates"]
+        gradients = state.get("gradients")  # states of earlier versions have none
+        self._has_gradients = gradients is not None
+        if gradients is not None:
+            for parameter, gradient in zip(trained_parameters(self.optimiser), gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+    def _update(self) -> None:
+        """Change the weights by the gradients of the update's batches."""
+        if (largest_norm := self.recipe.optimiser.clip_grad_norm) is not None:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(trained_parameters(self.optimiser), largest_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.updates += 1
+        if self.average is not None:
+            self.average.update(self.student, self.updates)
+
+    def _gradients(self) -> list[Tensor | None] | None:
+        """The gradients of an update's first batches; None between two updates."""
+        return [parameter.grad for parameter in trained_parameters(self.optimiser)] if self._has_gradients else None
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, C], and the classifier's input [B, D] if the loss has a feature term."""
@@ -206,7 +231,10 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
 
 def explain_out_of_memory(recipe: TrainRecipe, device: torch.device) -> AbstractContextManager[None]:
     """Inside, running out of memory raises an OutOfMemoryError that names the student and says what to change."""
-    next_step = "train with a smaller --batch-size or student, or where there is more memory"
+    next_step = (
+        "train with a smaller --batch-size (--accumulate N keeps updates as large) or student, "
+        "or where there is more memory"
+    )
     return raise_on_out_of_memory(f"{recipe.student} on {device}", next_step)
 
 

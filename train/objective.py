@@ -57,6 +57,7 @@ class Objective(nn.Module):
         labels: int [N], the labels of all training samples, for CRD's negatives.
         has_logits: whether there are target logits; by default if there are features, as in every cache.
         components: the networks whose own features are among the targets; CRD uses them unless the recipe says `fused`.
+        class_weights: [C], of the CE term, if the recipe has them; see `class_weights.class_weights`.
         seed: of the initial parameters and of CRD's negatives. The global random generator does not change.
 
     Raises:
@@ -64,6 +65,7 @@ class Objective(nn.Module):
     """
 
     logit_weight: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Objective(nn.Module):
         *,
         has_logits: bool | None = None,
         components: Components | None = None,
+        class_weights: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -86,6 +89,8 @@ class Objective(nn.Module):
         # A tensor on the device: a compiled step is not compiled again when it changes.
         self.register_buffer("logit_weight", torch.tensor(0.0), persistent=False)
         self.set_epoch(0)
+        assert (class_weights is None) == (recipe.class_weights == "none"), "the weights of the recipe"
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.projector: nn.Module = nn.Identity()
         self.contrast: ContrastiveTerm | None = None
         self.components = components if recipe.uses_components else None
@@ -110,12 +115,19 @@ class Objective(nn.Module):
         self.logit_weight.fill_(self.recipe.distill_weight * share)
 
     @full_precision
-    def forward(self, student_logits: Tensor, student_features: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(
+        self,
+        student_logits: Tensor,
+        student_features: Tensor | None,
+        batch: Batch,
+        update_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The loss terms of one step, scalars on the device.
 
         Args:
             student_logits: [B, C].
             student_features: [B, student_dim], the classifier's input; None if the recipe has no feature term.
+            update_labels: of all samples of an update of several batches, whose class weights CE is divided by.
 
         Returns:
             `loss`, with its gradient, and the detached weighted terms that add up to it: those of `loss_ce`,
@@ -123,7 +135,7 @@ class Objective(nn.Module):
         """
         recipe, terms = self.recipe, {}
         if recipe.ce_weight > 0.0:
-            terms["loss_ce"] = recipe.ce_weight * losses.cross_entropy(student_logits, batch.labels, batch.labelled)
+            terms["loss_ce"] = recipe.ce_weight * self._cross_entropy(student_logits, batch, update_labels)
         if recipe.needs_logits:
             terms["loss_logit"] = self.logit_weight * self._logit_term(student_logits, batch)
         if recipe.needs_features:
@@ -132,6 +144,19 @@ class Objective(nn.Module):
             "loss": torch.stack(list(terms.values())).sum(),
             **{name: term.detach() for name, term in terms.items()},
         }
+
+    def _cross_entropy(self, student_logits: Tensor, batch: Batch, update_labels: Tensor | None) -> Tensor:
+        mean_weight = None
+        if self.class_weights is not None and update_labels is not None:
+            mean_weight = self.class_weights[update_labels].mean()
+        return losses.cross_entropy(
+            student_logits,
+            batch.labels,
+            batch.labelled,
+            label_smoothing=self.recipe.label_smoothing,
+            class_weights=self.class_weights,
+            mean_weight=mean_weight,
+        )
 
     def _logit_term(self, student_logits: Tensor, batch: Batch) -> Tensor:
         target, recipe = batch.targets.logits, self.recipe

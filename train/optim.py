@@ -1,14 +1,16 @@
-"""The optimiser and the learning-rate schedule of a recipe."""
+"""The optimiser and the learning-rate schedule of a recipe, and the batches that share an update."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
+from train.feed import Batch
 from train.recipe import OptimiserRecipe, ScheduleRecipe
 
 
@@ -36,8 +38,44 @@ def create_optimiser(recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter]
     )
 
 
+class Update(NamedTuple):
+    """What a batch contributes to an update: all of it, or its part of the gradients that several batches add up.
+
+    Attributes:
+        is_first, is_last: of the batches of the update.
+        share: the batch's samples as a fraction of the update's. The sum of share · batch mean is the mean over all
+            samples of the update, also where its last batch is short, or where an epoch ends before it is complete.
+        labels: of all samples of the update; None if they are the batch's.
+    """
+
+    is_first: bool = True
+    is_last: bool = True
+    share: float = 1.0
+    labels: Tensor | None = None
+
+
+WHOLE_UPDATE = Update()
+
+
+def update_of(batch: Batch, batch_size: int, accumulate: int) -> Update:
+    """The update that a batch belongs to, if each takes `accumulate` batches; the last of an epoch may take fewer."""
+    if accumulate == 1:
+        return WHOLE_UPDATE
+    assert batch.epoch_labels is not None, "a feed gives the labels of the epoch"
+    samples, count = len(batch.epoch_labels), len(batch.labels)
+    first = batch.start - batch.start % (accumulate * batch_size)
+    last = min(first + accumulate * batch_size, samples)
+    is_last = batch.start + count == last
+    return Update(batch.start == first, is_last, count / (last - first), batch.epoch_labels[first:last])
+
+
+def trained_parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimiser changes."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
 def create_schedule(
-    recipe: ScheduleRecipe, optimiser: torch.optim.Optimizer, epochs: int, steps_per_epoch: int
+    recipe: ScheduleRecipe, optimiser: torch.optim.Optimizer, epochs: int, updates_per_epoch: int
 ) -> Scheduler:
     """A timm schedule counted in updates: call `step_update(t)` before update `t` (from 0 over the whole run).
 
@@ -46,7 +84,7 @@ def create_schedule(
     each milestone epoch on (epochs from 0, so milestone 150 leaves 150 epochs at the full rate). Warm-up rises
     linearly over its epochs, from nearly nothing.
     """
-    total, warmup = epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
+    total, warmup = epochs * updates_per_epoch, recipe.warmup_epochs * updates_per_epoch
     first_rate = optimiser.param_groups[0]["lr"] / (warmup + 1)
     if recipe.name == "cosine":
         return CosineLRScheduler(
@@ -61,8 +99,8 @@ def create_schedule(
     milestones = recipe.milestones if recipe.name == "multistep" else ()
     return MultiStepLRScheduler(
         optimiser,
-        # timm compares milestones with t + 1: one more, so that update `milestone · steps_per_epoch` is the first one.
-        decay_t=[milestone * steps_per_epoch + 1 for milestone in milestones],
+        # timm compares milestones with t + 1: one more, so that `milestone · updates_per_epoch` is the first one.
+        decay_t=[milestone * updates_per_epoch + 1 for milestone in milestones],
         decay_rate=recipe.gamma,
         warmup_t=warmup,
         warmup_lr_init=first_rate,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from cache_tools.config import Frozen, load_recipe
+from cache_tools.config import Extensible, Frozen, load_recipe, parse_yaml
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import Precision
 from cache_tools.images.recipe import DatasetRecipe
@@ -47,7 +49,13 @@ SETTING_ALIASES = {
     "lr": "optimiser.learning_rate",
     "temperature": "loss.temperature",
     "weight_decay": "optimiser.weight_decay",
+    "label_smoothing": "loss.label_smoothing",
+    "class_weights": "loss.class_weights",
+    "clip_grad_norm": "optimiser.clip_grad_norm",
+    "accumulate": "optimiser.accumulate",
 }
+# Settings of the CE term, which a run on labels alone shares with a run with targets.
+CE_SETTINGS = ("label_smoothing", "class_weights")
 
 # The names of mdistiller's networks, in its order.
 ZOO_NAMES = (
@@ -74,7 +82,49 @@ def canonical_student_name(name: str) -> str:
     return f"timm:{rest}" if source.lower() == "timm" else name
 
 
-class LossRecipe(Frozen):
+def _class_weights(value: Any) -> str | tuple[float, ...] | dict[str, float]:
+    """Class weights from a recipe or an option: `none`, `balanced`, a list, a mapping, or a file of weights.
+
+    The weights in a file become part of the recipe, so that a change of the file is a change of the run.
+    """
+    if value is None or value in ("none", "balanced"):
+        return value or "none"
+    where: object = "loss.class_weights"
+    if isinstance(value, str) and (numbers := _numbers(value.split(","))) is not None:
+        value = numbers
+    elif isinstance(value, str):
+        where = Path(value).expanduser()
+        value = _weights_in_file(where)
+    # YAML reads some class names as numbers.
+    named = {str(key): weight for key, weight in value.items()} if isinstance(value, dict) else None
+    weights = _numbers(value if named is None else named.values()) if isinstance(value, list | tuple | dict) else None
+    if not weights or not all(0.0 <= weight < math.inf for weight in weights):
+        expected = "none, balanced, a weight of 0 or more for each class, or a file of such weights"
+        raise RecipeError("bad class weights", where=where, expected=expected, found=repr(value)[:80])
+    return tuple(weights) if named is None else dict(zip(named, weights, strict=True))
+
+
+def _weights_in_file(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        expected = "none, balanced, numbers with commas, or a file of weights (YAML, JSON or plain numbers)"
+        raise RecipeError("cannot read class weights", where=path, expected=expected, found=found) from error
+    return _numbers(text.split()) or parse_yaml(text, "cannot read class weights", where=path)
+
+
+def _numbers(values: Iterable[Any]) -> list[float] | None:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        return None
+
+
+ClassWeights = Annotated[str | tuple[float, ...] | dict[str, float], BeforeValidator(_class_weights)]
+
+
+class LossRecipe(Extensible):
     """ce_weight · CE + distill_weight · logit term + feature_weight · feature term.
 
     The defaults are RichKD's [CE 1, w_L = 3, T = 3, w_F = 0.8] with the feature term off; `feature: crd` turns it on.
@@ -92,7 +142,12 @@ class LossRecipe(Frozen):
             components if the cache has them. The other terms compare with the fused features.
         crd_negatives: per sample, from other classes; at most as many as the dataset has.
         crd_dim: width of the embeddings.
+        label_smoothing: ε of the CE term: the labelled class has probability 1 − ε + ε/C and each other ε/C.
+        class_weights: of the CE term: `none`, `balanced` (N / (C · n_c), for n_c labelled images of the class), or a
+            weight per class: a list in class order or a mapping of names, as such or in a file.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})
 
     ce_weight: NonNegativeFloat = 1.0
     kind: Literal["ce", "kd", "dkd", "standardised_kd", "standardised_dkd"] = "kd"
@@ -110,11 +165,20 @@ class LossRecipe(Frozen):
     crd_dim: PositiveInt = 128
     crd_temperature: PositiveFloat = 0.07
     crd_momentum: float = Field(0.5, ge=0.0, lt=1.0)
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    class_weights: ClassWeights = "none"
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> LossRecipe:
         if self.ce_weight == 0.0 and not self.needs_targets:
             raise ValueError("a weight above 0 for at least one of CE, logit term and feature term")
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing_and_class_weights_are_for_ce(self) -> LossRecipe:
+        used = [name for name in CE_SETTINGS if getattr(self, name) not in (0.0, "none")]
+        if used and self.ce_weight == 0.0:
+            raise ValueError(f"a ce_weight above 0 for {' and '.join(used)}: no other term uses the labels so")
         return self
 
     @model_validator(mode="after")
@@ -149,14 +213,23 @@ class LossRecipe(Frozen):
         return self.needs_logits or self.needs_features
 
 
-class OptimiserRecipe(Frozen):
-    """SGD with momentum, or AdamW (whose first beta is `momentum`)."""
+class OptimiserRecipe(Extensible):
+    """SGD with momentum, or AdamW (whose first beta is `momentum`).
+
+    Attributes:
+        clip_grad_norm: largest norm of the gradients of all trained parameters as one vector; None for no limit.
+        accumulate: batches per update: their gradients add up to that of a batch as large as all of them.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset({"clip_grad_norm", "accumulate"})
 
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: PositiveFloat = 0.05
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 5e-4
+    clip_grad_norm: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+    accumulate: PositiveInt = 1
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimiserRecipe:
@@ -289,7 +362,7 @@ class TrainRecipe(Frozen):
             "dataset": dataset,
             "views": views,
             "num_views": num_views,
-            "loss": LossRecipe(kind="ce"),
+            "loss": LossRecipe(kind="ce", **{name: getattr(self.loss, name) for name in CE_SETTINGS}),
             "compare_with_labels": False,
         }
         return self.model_copy(update=changes)

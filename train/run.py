@@ -29,6 +29,7 @@ from train.data import TrainingData, open_data
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
 from train.loop import Learner, explain_out_of_memory, repeatable, train_epoch
+from train.losses.class_weights import class_weights
 from train.objective import Objective
 from train.recipe import TrainRecipe, recipe_digest, run_folder
 from train.report.html import write_report
@@ -306,6 +307,7 @@ def _create_learner(data: TrainingData, recipe: TrainRecipe, device: torch.devic
         len(data.images),
         data.labels,
         components=data.components,
+        class_weights=class_weights(recipe.loss, data.images.class_names, data.real_labels),
         seed=recipe.seed,
     )
     return Learner(recipe, student, objective, data.preprocessing, steps_per_epoch, device)

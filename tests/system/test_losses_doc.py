@@ -119,7 +119,7 @@ def test_every_key_of_the_recipe_is_explained():
 
 
 def test_the_commands_give_the_losses_that_are_said():
-    (block,) = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    block, _ = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     shown = []
     for line in block.splitlines():
         done = CliRunner().invoke(app, [*shlex.split(line.partition(" #")[0])[1:], "--show-recipe"])
@@ -131,3 +131,15 @@ def test_the_commands_give_the_losses_that_are_said():
     assert (shown[3].dkd_beta, shown[3].warmup_epochs) == (6.0, 2)
     assert (shown[4].feature, shown[4].feature_source) == ("crd", "fused")
     assert (shown[5].feature, shown[5].feature_weight) == ("rkd", 1.0)
+
+
+def test_the_commands_give_the_updates_that_are_said():
+    _, block = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    accumulated, smoothed, _ = block.splitlines()
+    shown = []
+    for line in (accumulated, smoothed):
+        done = CliRunner().invoke(app, [*shlex.split(line)[1:], "--show-recipe"])
+        assert done.exit_code == 0, done.stderr
+        shown.append(yaml.safe_load(done.stdout))
+    assert (shown[0]["optimiser"]["accumulate"], shown[0]["optimiser"]["clip_grad_norm"]) == (4, 1.0)
+    assert (shown[1]["loss"]["label_smoothing"], shown[1]["loss"]["class_weights"]) == (0.1, "balanced")

@@ -65,6 +65,7 @@ def test_the_labels_of_unlabelled_samples_have_no_effect(cache: Path, pictures: 
     assert 0 < known.labelled.sum() < len(known.labelled)
     assert np.array_equal(known.labels[known.labelled], data.images.labels[known.labelled])
     assert np.array_equal(known.labels[~known.labelled], targets[~known.labelled])
+    assert np.array_equal(data.real_labels, data.images.labels[known.labelled])
     batches = list(data.feed(recipe, CPU).epoch(0))
     for batch in batches:
         assert batch.labelled is not None

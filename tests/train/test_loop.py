@@ -161,7 +161,14 @@ def test_seeds_differ(cache: TeacherCache) -> None:
     assert any(not torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("optimiser", [{"name": "sgd", "nesterov": True}, {"name": "adamw", "learning_rate": 1e-3}])
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        {"name": "sgd", "nesterov": True},
+        {"name": "adamw", "learning_rate": 1e-3},
+        {"name": "sgd", "accumulate": 2, "clip_grad_norm": 0.5},
+    ],
+)
 def test_a_resumed_learner_continues_exactly(cache: TeacherCache, optimiser: dict[str, Any], tmp_path: Path) -> None:
     """With everything that has state: momentum, warm-up of the loss, contrastive memories, EMA, dropout."""
     recipe = make_recipe(

@@ -111,6 +111,9 @@ def test_the_name_of_a_loss(loss: dict[str, Any], name: str) -> None:
         ({"epochs": 0}, "'epochs'"),
         ({"seed": -1}, "'seed'"),
         ({"ema_decay": 1.0}, "'ema_decay'"),
+        ({"optimiser": {"accumulate": 0}}, "'optimiser.accumulate'"),
+        ({"optimiser": {"clip_grad_norm": 0}}, "'optimiser.clip_grad_norm'"),
+        ({"loss": {"label_smoothing": 1.0}}, "'loss.label_smoothing'"),
         ({"precision": "float8"}, "'precision'"),
     ],
 )
@@ -170,6 +173,94 @@ def test_on_labels_changes_only_the_loss() -> None:
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {"cache", "loss", "num_views", "compare_with_labels"}
     assert not on_labels.loss.needs_targets
+
+
+@pytest.mark.parametrize(
+    ("changes", "digest"),
+    [
+        ({}, "d19dde278b7f12d6a863bf74b552fd7b3cfda6776843e14bd49ce3f35e83fb25"),
+        ({"loss": {"kind": "ce"}}, "06b1060efbc91dba50e504ca728ad49f17ac7038712f5f1076b2ea61d61b1188"),
+        (
+            {"optimiser": {"name": "adamw", "learning_rate": 0.001}},
+            "c5179835658efbf661d222c3248c33038f6a85f7ac1a140d500b07cb85e39241",
+        ),
+    ],
+)
+def test_digests_of_earlier_versions_stay(changes: dict[str, Any], digest: str) -> None:
+    """Runs of version 0.1 resume and are found again."""
+    assert recipe_digest({"recipe": make(**changes).values()}) == digest
+
+
+ADDED: dict[str, dict[str, Any]] = {
+    "optimiser": {"accumulate": 4, "clip_grad_norm": 1.0},
+    "loss": {"label_smoothing": 0.1, "class_weights": (1.0, 2.0)},
+}
+
+
+@pytest.mark.parametrize(("part", "key"), [(part, key) for part, values in ADDED.items() for key in values])
+def test_an_added_setting_is_another_run(part: str, key: str) -> None:
+    recipe = make(**{part: {key: ADDED[part][key]}})
+    assert recipe.values() != make().values()
+    assert f"{key}: " in dump_yaml(make()), "a shown recipe has all settings"
+
+
+def test_on_labels_keeps_the_settings_of_the_ce_term() -> None:
+    recipe = make(loss={"kind": "dkd", "ce_weight": 0.5, "label_smoothing": 0.2, "class_weights": "balanced"})
+    assert recipe.dataset is not None
+    on_labels = recipe.on_labels(recipe.dataset, recipe.views, 4)
+    assert on_labels.loss == LossRecipe(kind="ce", label_smoothing=0.2, class_weights="balanced")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[1, 2.5, 0]", (1.0, 2.5, 0.0)),
+        ("1\n2.5\n0\n", (1.0, 2.5, 0.0)),
+        ("1 2.5 0", (1.0, 2.5, 0.0)),
+        ("cat: 1\n7: 2.5\n'no': 0", {"cat": 1.0, "7": 2.5, "no": 0.0}),
+        ('{"cat": 1, "dog": 2}', {"cat": 1.0, "dog": 2.0}),
+    ],
+)
+def test_class_weights_from_a_file_become_part_of_the_recipe(tmp_path: Path, text: str, expected: Any) -> None:
+    file = tmp_path / "weights.txt"
+    file.write_text(text)
+    recipe = load_train_recipe("digits", [f"loss.class_weights={file}"])
+    assert recipe.loss.class_weights == expected
+    assert TrainRecipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert load_train_recipe("digits", options={"loss.class_weights": str(file)}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("balanced", "balanced"), ("none", "none"), (None, "none"), ("1,2,0.5", (1.0, 2.0, 0.5)), ([1, 0], (1.0, 0.0))],
+)
+def test_class_weights_as_options(given: Any, expected: Any) -> None:
+    assert LossRecipe(class_weights=given).class_weights == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("nosuch.txt", "cannot read class weights.*nosuch.txt.*no such file"),
+        ([1, -1], "bad class weights.*0 or more.*-1"),
+        ([1, float("nan")], "bad class weights"),
+        ({"cat": float("inf")}, "bad class weights"),
+        ({"cat": "heavy"}, "bad class weights.*heavy"),
+        ([], "bad class weights"),
+        (3, "bad class weights"),
+    ],
+)
+def test_impossible_class_weights_are_refused(given: Any, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        make(loss={"class_weights": given})
+
+
+@pytest.mark.parametrize("key", ["label_smoothing", "class_weights"])
+def test_settings_of_the_ce_term_are_refused_without_one(key: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ncache: c\nloss: {ce_weight: 0}")
+    value = {"label_smoothing": "0.1", "class_weights": "balanced"}[key]
+    with pytest.raises(RecipeError, match=f"'loss'.*ce_weight above 0 for {key}"):
+        load_train_recipe(str(tmp_path / "mine.yaml"), [f"loss.{key}={value}"])
 
 
 def test_every_recipe_has_a_folder_with_a_telling_name() -> None:

@@ -138,8 +138,11 @@ def test_the_same_recipe_gives_the_same_files(
 @pytest.mark.medium
 @pytest.mark.parametrize("moment", ["before the first state", "between best and state", "after a state", "at the end"])
 def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, moment: str) -> None:
+    loss = {"kind": "kd", "feature": "crd", "label_smoothing": 0.1, "class_weights": "balanced"}
+    optimiser = {"learning_rate": 0.05, "accumulate": 3, "clip_grad_norm": 1.0}
+
     def settings(name: str) -> TrainRecipe:
-        return tiny_run.recipe(cache, tmp_path / name, loss={"kind": "kd", "feature": "crd"}, ema_decay=0.9, epochs=4)
+        return tiny_run.recipe(cache, tmp_path / name, loss=loss, optimiser=optimiser, ema_decay=0.9, epochs=4)
 
     train_student(settings("through"))
     moments: dict[str, tuple[Any, tuple[str, int]]] = {
@@ -170,7 +173,12 @@ from train.run import train_student  # before any computation, so that forking i
 
 cache, out, epochs = Path(sys.argv[1]), Path(sys.argv[2]), 30
 random.seed(int(sys.argv[3]))
-settings = dict(loss={"kind": "kd", "feature": "crd"}, ema_decay=0.9, epochs=epochs)
+settings = dict(
+    loss={"kind": "kd", "feature": "crd", "label_smoothing": 0.1, "class_weights": "balanced"},
+    optimiser={"learning_rate": 0.05, "accumulate": 3, "clip_grad_norm": 1.0},
+    ema_decay=0.9,
+    epochs=epochs,
+)
 state = out / "killed" / "state.pt"
 
 def start(name):

@@ -20,15 +20,34 @@ _SHORT = 1e-12
 
 
 @full_precision
-def cross_entropy(student_NC: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
-    """Cross entropy with the ground-truth labels.
+def cross_entropy(
+    student_NC: Tensor,
+    labels: Tensor,
+    labelled: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    mean_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy with the ground-truth labels, as `torch.nn.functional.cross_entropy` computes it.
 
-    With `labelled` (bool [B]) the other samples count as 0, and the mean is still over the whole batch: a labelled
-    sample has the same weight as if all were labelled, and a batch without labels gives 0.
+    Args:
+        labelled: bool [B]. The other samples count as 0, and the mean is still over the whole batch: a labelled sample
+            has the same weight as if all were labelled, and a batch without labels gives 0.
+        label_smoothing: ε; the labelled class has probability 1 − ε + ε/C and each other ε/C.
+        class_weights: [C], ≥ 0. The mean is over the weights of the labels: Σ_b w_b CE_b / Σ_b w_b. It is 0 where
+            all of them are 0.
+        mean_weight: the mean weight to divide by instead of the batch's, for a batch that is a part of an update.
     """
-    if labelled is None:
-        return F.cross_entropy(student_NC, labels)
-    return (F.cross_entropy(student_NC, labels, reduction="none") * labelled).mean()
+    if labelled is None and class_weights is None:
+        return F.cross_entropy(student_NC, labels, label_smoothing=label_smoothing)
+    weight = None if class_weights is None else class_weights.to(student_NC.dtype)
+    rows = F.cross_entropy(student_NC, labels, weight, reduction="none", label_smoothing=label_smoothing)
+    mean = (rows if labelled is None else rows * labelled).mean()
+    if weight is None:
+        return mean
+    divisor = weight[labels].mean() if mean_weight is None else mean_weight
+    return mean / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 
 
 @full_precision

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cache_tools.config import Frozen, set_dotted, validate
 from cache_tools.errors import RecipeError
-from train.recipe import SETTING_ALIASES, TrainRecipe, named_loss
+from train.recipe import CE_SETTINGS, SETTING_ALIASES, TrainRecipe, named_loss
 from train.sweep.search_recipe import Axis, Search, larger_is_better
 
 
@@ -262,7 +262,10 @@ def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, nu
 def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
     data: dict[str, Any] = {**copy.deepcopy(sweep.base), "name": sweep.name, "compare_with_labels": False}
     on_labels = settings.get("loss") == "ce" and data.get("cache") is not None
-    if "loss" in settings and not on_labels:
+    if on_labels:  # the loss that the other trials' names replace stays, but for its CE term
+        others = {key: value for key, value in data.get("loss", {}).items() if key not in CE_SETTINGS}
+        data["loss"] = others | {key: value for key, value in sweep.loss_settings.items() if key in CE_SETTINGS}
+    elif "loss" in settings:
         data["loss"] = named_loss(str(settings["loss"])) | sweep.loss_settings
     for key, value in settings.items():
         if key != "loss":

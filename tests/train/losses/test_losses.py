@@ -144,6 +144,49 @@ def test_relational_losses_equal_slow_formulas_for_different_widths() -> None:
     assert float(losses.pkt(s, t)) == pytest.approx(slow_pkt(student, target), rel=1e-10)
 
 
+WEIGHTS, MASK = np.array([0.5, 3.0, 0.0, 1.0]), np.array([True, False, True, True, True, False])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_smoothed_and_weighted_cross_entropy_equals_a_slow_formula(
+    smoothing: float, weights: np.ndarray | None, mask: np.ndarray | None
+) -> None:
+    """Also with a mean weight of its own; and equal to torch's where torch has the same."""
+    rng = np.random.default_rng(4)
+    student, labels = rng.normal(size=(6, 4)) * 3, np.array([0, 1, 2, 3, 1, 1])
+    total = of_labels = 0.0
+    for row, label, real in zip(student, labels, np.ones(6, bool) if mask is None else mask, strict=True):
+        of_labels += 1.0 if weights is None else weights[label]
+        for number, q in enumerate(softmax64(row)):
+            p = smoothing / 4 + (1 - smoothing) * (number == label)
+            total -= real * p * (1.0 if weights is None else weights[number]) * math.log(q)
+    z, y = torch.from_numpy(student), torch.from_numpy(labels)
+    settings = {
+        "labelled": None if mask is None else torch.from_numpy(mask),
+        "label_smoothing": smoothing,
+        "class_weights": None if weights is None else torch.from_numpy(weights).float(),
+    }
+    value = float(losses.cross_entropy(z, y, **settings))  # type: ignore[arg-type]
+    assert value == pytest.approx(total / of_labels, rel=1e-12)
+    if weights is not None:
+        other = float(losses.cross_entropy(z, y, mean_weight=torch.tensor(2.5), **settings))  # type: ignore[arg-type]
+        assert other == pytest.approx(total / 6 / 2.5, rel=1e-12)
+    if mask is None:
+        weight = None if weights is None else torch.from_numpy(weights)
+        torchs = F.cross_entropy(z, y, weight, label_smoothing=smoothing)
+        assert value == pytest.approx(float(torchs), rel=1e-12)
+
+
+def test_a_batch_of_classes_of_weight_0_has_no_loss_and_no_gradient() -> None:
+    student = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+    labels, weights = torch.tensor([2, 2, 2]), torch.from_numpy(WEIGHTS)
+    value, grad = value_and_grad(lambda s: losses.cross_entropy(s, labels, class_weights=weights), student)
+    assert float(value) == 0.0
+    assert not grad.any()
+
+
 def test_gradients_are_derivatives() -> None:
     generator = torch.Generator().manual_seed(0)
     student, target = (torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -156,6 +199,9 @@ def test_gradients_are_derivatives() -> None:
         lambda s: losses.feature_cosine(s, target),
         lambda s: losses.rkd(s, target),
         lambda s: losses.pkt(s, target),
+        lambda s: losses.cross_entropy(
+            s, labels, label_smoothing=0.1, class_weights=labels.new_tensor([1, 2, 3, 0, 5])
+        ),
     ):
         assert torch.autograd.gradcheck(loss, (student,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cache_tools.errors import RecipeError
+from tests.support import tiny_run
 from train.recipe import load_train_recipe, named_loss
 from train.sweep import cli
 from train.sweep.options import read_sweep
@@ -67,6 +69,28 @@ def test_settings_of_a_trial_win_over_set(recipe: str) -> None:
     assert (own.recipe.loss.temperature, own.recipe.loss.ce_weight) == (7, 0.5), "the loss of the base"
     assert (named.recipe.loss.temperature, named.recipe.loss.ce_weight) == (7, 1.0)
     assert other.recipe.loss.temperature == 5
+
+
+def test_settings_of_the_ce_term_apply_to_labels_alone(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of --set and of the grid; those of a loss that a name replaces do not, as in the other trials."""
+    cache = tiny_run.write_cache(tmp_path / "tiny.zarr", tiny_run.write_pictures(tmp_path / "pictures"))
+    data = yaml.safe_load(Path(recipe).read_text())
+    data |= {"cache": str(cache), "loss": {"label_smoothing": 0.4, "class_weights": "balanced"}}
+    Path(recipe).write_text(yaml.safe_dump(data))
+    grid = {"label_smoothing": (0.0, 0.2), "accumulate": (2,), "clip_grad_norm": (0.5, 1.0)}
+    trials = make_trials(sweep(recipe, losses=["ce", "kd"], grid=grid), Path("unused"))
+    found = {
+        (trial.loss, trial.recipe.loss.label_smoothing, trial.recipe.optimiser.clip_grad_norm): trial.recipe
+        for trial in trials
+    }
+    assert set(found) == {(loss, *pair) for loss in ("ce", "kd") for pair in itertools.product((0.0, 0.2), (0.5, 1.0))}
+    assert {recipe.optimiser.accumulate for recipe in found.values()} == {2}
+    assert {recipe.loss.class_weights for recipe in found.values()} == {"none"}
+    assert found["kd", 0.2, 1.0].loss.temperature == 3.0
+    weighted = make_trials(sweep(recipe, losses=["ce", "kd"], items=("loss.class_weights=1,2,3",)), Path("unused"))
+    assert [trial.recipe.loss.class_weights for trial in weighted] == [(1.0, 2.0, 3.0)] * 2
 
 
 @pytest.mark.parametrize("item", ["loss.kind=dkd", "loss={kind: dkd}"])
