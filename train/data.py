@@ -11,11 +11,12 @@ import torch
 
 from cache_tools.alignment import aligned
 from cache_tools.codecs import TopK
-from cache_tools.errors import DataError, NotFoundError, RecipeError
+from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.home import registry
 from cache_tools.images import open_images
+from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
@@ -231,17 +232,4 @@ def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:
 def _open_test(dataset: DatasetRecipe, images: ImageSet, open_split: Opener) -> ImageSet | None:
     if dataset.test_split is None:
         return None
-    test = open_split(dataset, dataset.test_split)
-    if test.class_names != images.class_names:
-        raise DataError(
-            "the test split has other classes than the training split",
-            where=f"{dataset.name}, split {dataset.test_split}",
-            expected=_abridged(images.class_names),
-            found=_abridged(test.class_names),
-            next_step="give both the same class folders, or name another test_split",
-        )
-    return test
-
-
-def _abridged(names: tuple[str, ...]) -> str:
-    return f"{len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    return with_classes(open_split(dataset, dataset.test_split), images.class_names)

@@ -373,9 +373,8 @@ class TrainRecipe(Frozen):
         if self.loss.needs_targets:  # they are the cache's, and its name and path do not matter
             data |= {"dataset": None, "views": None}
         elif data["dataset"]:
-            data["dataset"] = {
-                key: value for key, value in data["dataset"].items() if key not in {"data_dir", "download"}
-            }
+            elsewhere = {"data_dir", "download", "class_order"}  # the digest of the images covers their labels
+            data["dataset"] = {key: value for key, value in data["dataset"].items() if key not in elsewhere}
         data["cache"] = None
         return data
 

@@ -20,6 +20,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.files import put_durably
+from cache_tools.images.classes import missing_note
 from cache_tools.memory import drop_tracebacks
 from cache_tools.reader import TeacherCache
 from train import checkpoints
@@ -243,6 +244,7 @@ class Run:
             best_epoch=self.best_epoch,
             ema=_evaluation(self.history[-1], "ema"),
             teachers=None if cache is None else cache.manifest.preflight,
+            notes=() if self.data.test is None else missing_note(self.data.test),
             train_s=sum(row["train_s"] for row in self.history),
             environment=_environment(self.device),
             command=command_line(),

@@ -19,6 +19,7 @@ import numpy as np
 
 from cache_tools.console import Progress
 from cache_tools.errors import DataError
+from cache_tools.images.class_names import arrange, describe
 from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
 from cache_tools.images.recipe import DatasetRecipe
 
@@ -68,32 +69,36 @@ class FolderImages(ImageSet):
 def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
     """Open `data_dir/split/class/**/image`, or `data_dir/class/**/image` without a split folder and test_split.
 
-    Classes and files are sorted by name. Files without an image extension and hidden ones are ignored.
+    Files are sorted by name, and classes are in the recipe's `class_order`. Files without an image extension and hidden
+    ones are ignored. Only in the training split does every class folder need an image.
 
     Raises:
         DataError: the folder is missing, has no classes or an empty class, a file is empty or unreadable, or links
             form a loop.
     """
     root = _split_folder(recipe, split)
-    classes = _class_names(root)
+    training = split == recipe.split.partition("[")[0]
+    classes = arrange(tuple(_class_names(root)), recipe.class_order, complete=training)
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         images = sorted(_walk(root / name, ()), key=lambda path: path.parts)
-        if not images:
+        if not images and training:
             raise DataError(
                 "class folder without an image",
                 where=root / name,
                 expected=f"files ending in {', '.join(sorted(EXTENSIONS))}",
-                next_step="fill or remove it",
+                next_step="fill it, or remove it",
             )
         files += images
         labels += [label] * len(images)
+    if not files:
+        raise DataError("no image in any class folder", where=root, found=describe(classes))
     size = recipe.image_size or FOLDER_IMAGE_SIZE
     return FolderImages(
         name=recipe.name,
         split=split,
-        class_names=tuple(classes),
+        class_names=classes,
         labels=np.array(labels, np.int64),
         keys=_hash_files(files),
         image_size=(size, size),

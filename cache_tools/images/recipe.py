@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
-from cache_tools.config import Frozen
+from cache_tools.config import ONE, SEVERAL, Extensible, Frozen, one_or_several
+from cache_tools.images.class_names import ORDERS, read_names
 
 IMAGES_VERSION = 1  # raise when the canvas of some image file changes; see pipeline/build/known.py
 
@@ -25,7 +27,14 @@ _NORMALISATION: dict[str, Normalisation] = {
 }
 
 
-class DatasetRecipe(Frozen):
+ClassOrder = Annotated[
+    Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(one_or_several),
+    BeforeValidator(partial(read_names, where="dataset.class_order", orders=tuple(ORDERS))),
+]
+
+
+class DatasetRecipe(Extensible):
     """The source of the images.
 
     Attributes:
@@ -36,7 +45,12 @@ class DatasetRecipe(Frozen):
         data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits.
         download: whether to download missing files (Fashion-MNIST, CIFAR).
         image_size: side of the square canvas of a folder, 224 when None; the other sources have a fixed size.
+        class_order: the order of a folder's classes, which numbers the labels: `sorted` by code points, `natural` (2
+            before 10, as timm sorts), `case-blind`, `reversed`, or the names themselves. A file with one name per line
+            is read when the recipe is loaded.
     """
+
+    added = frozenset({"class_order"})
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
     split: str = "train"
@@ -44,6 +58,7 @@ class DatasetRecipe(Frozen):
     data_dir: Path | None = None
     download: bool = False
     image_size: int | None = Field(None, ge=8, le=4096)
+    class_order: ClassOrder = "sorted"
 
     @model_validator(mode="after")
     def _only_folders_choose_a_size(self) -> DatasetRecipe:
@@ -51,6 +66,8 @@ class DatasetRecipe(Frozen):
             raise ValueError(f"image_size is for folders only; {self.name} has its own size, 32")
         if self.name == "folder" and self.data_dir is None:
             raise ValueError("a folder needs data_dir")
+        if self.name != "folder" and self.class_order != "sorted":
+            raise ValueError(f"class_order is for folders only; {self.name} has its own order")
         return self
 
     @property

@@ -24,6 +24,7 @@ from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
 from cache_tools.images import open_images
+from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places import open_place
 from pipeline.build.destination import destination
@@ -232,4 +233,6 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
 
 def _preflight_images(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
     """The test split if there is one: a teacher looks too good on its own training images."""
-    return open_images(recipe.dataset, recipe.dataset.test_split) if recipe.dataset.test_split else images
+    if recipe.dataset.test_split is None:
+        return images
+    return with_classes(open_images(recipe.dataset, recipe.dataset.test_split), images.class_names)

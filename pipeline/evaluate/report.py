@@ -71,7 +71,10 @@ class RobustnessReport(Frozen):
 
 
 class EvaluationReport(Frozen):
-    """The content of `evaluation.json`. All but `figures` and `baseline_figures` is about `checkpoint`."""
+    """The content of `evaluation.json`. All but `figures` and `baseline_figures` is about `checkpoint`.
+
+    `notes` are what a reader of the figures should know, such as classes without test images.
+    """
 
     run: Path
     folder: Path
@@ -91,6 +94,7 @@ class EvaluationReport(Frozen):
     shifted: Evaluation | None = None
     shifted_folder: Path | None = None
     teachers: tuple[Agreement, ...] | None = None
+    notes: tuple[str, ...] = ()
     precision: Precision
     device: str
     command: str

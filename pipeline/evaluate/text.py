@@ -115,6 +115,7 @@ def _teachers(report: EvaluationReport) -> Table:
 
 
 def _notes(report: EvaluationReport) -> Iterable[str]:
+    yield from (f"Note: {note}." for note in report.notes)
     if len(report.figures) > 1:
         yield f"← everything below the first table is about this checkpoint: {report.checkpoint}."
     robust = report.robustness

@@ -21,6 +21,7 @@ class RunResult(Frozen):
             epochs (selected on the test set, as papers do, so the figure is optimistic), and of the averaged weights.
         teachers: top-1 of teacher, CLIP and fusion, measured by the cache's preflight.
         labels_only: the same run on labels alone.
+        notes: what a reader of the figures should know, such as classes without test images.
         train_s: seconds spent in training steps, also before a resume; without opening, evaluation and writing.
         environment: versions, device, threads.
         command: the last command line.
@@ -43,6 +44,7 @@ class RunResult(Frozen):
     ema: Evaluation | None = None
     teachers: dict[str, Any] | None = None
     labels_only: RunResult | None = None
+    notes: tuple[str, ...] = ()
     train_s: float
     environment: dict[str, str]
     command: str
@@ -102,6 +104,7 @@ def _notes(result: RunResult) -> list[str]:
         notes.append(f"Students: {result.last.n:,} images of the {result.test_split} split, seed {result.seed}.")
     else:
         notes.append("Nothing was evaluated: there is no test split.")
+    notes += [f"Note: {note}." for note in result.notes]
     if (teachers := result.teachers) and "n" in teachers:
         split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
         notes.append(f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of {split}, when the cache was built.")

@@ -12,6 +12,7 @@ from cache_tools.config import parse_yaml, validate
 from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
 from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
+from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from train import checkpoints
@@ -77,20 +78,12 @@ class StoredRun:
             download: fetch missing images, even if the run did not.
 
         Raises:
-            DataError: no test split, missing images, or other classes than the student's.
+            DataError: no test split, missing images, or a class that the student does not know.
         """
         wanted = split or self.dataset.test_split
         if wanted is None:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
-        images = open_images(self.dataset.located(data_dir, download), wanted)
-        if images.class_names != card.class_names:
-            raise DataError(
-                "the images have other classes than the student",
-                where=f"{images.name}, split {wanted}",
-                expected=_abridged(card.class_names),
-                found=_abridged(images.class_names),
-            )
-        return images
+        return with_classes(open_images(self.dataset.located(data_dir, download), wanted), card.class_names)
 
 
 def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
@@ -136,7 +129,3 @@ def _read_cache(path: Path) -> tuple[Manifest, Path | str]:
         raise NotFoundError("this run does not record its cache", where=path) from error
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CacheError("damaged record of the cache", where=path, found=str(error).splitlines()[0]) from error
-
-
-def _abridged(names: tuple[str, ...]) -> str:
-    return f"{len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"

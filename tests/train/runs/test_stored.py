@@ -89,10 +89,13 @@ def test_damaged_records_are_errors(copy: Path) -> None:
         open_run(copy)
 
 
-def test_other_classes_are_an_error(trained: Path, tmp_path: Path) -> None:
+def test_test_images_get_the_labels_of_the_student(trained: Path, tmp_path: Path) -> None:
     run, _ = open_run(trained)
     card = read_card(run.checkpoint("last"))
-    with pytest.raises(DataError, match=r"other classes.*red.*blue, green"):
-        run.open_test(card.model_copy(update={"class_names": ("red", "green", "blue")}))
+    plain = run.open_test(card)
+    turned = run.open_test(card.model_copy(update={"class_names": ("red", "white", "green", "blue")}))
+    assert [turned.class_names[label] for label in turned.labels] == [plain.class_names[x] for x in plain.labels]
+    with pytest.raises(DataError, match=r"classes that training does not know.*red.*found blue, green"):
+        run.open_test(card.model_copy(update={"class_names": ("red", "yellow")}))
     with pytest.raises(DataError, match="image folder not found"):
         run.open_test(card, data_dir=tmp_path)

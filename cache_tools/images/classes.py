@@ -1,0 +1,51 @@
+"""Test splits whose classes are not all the classes of the training split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from cache_tools.errors import DataError
+from cache_tools.images.class_names import Names, describe, listed
+from cache_tools.images.image_set import ImageSet
+
+Images = TypeVar("Images", bound=ImageSet)
+
+
+def with_classes(images: Images, class_names: Names) -> Images:
+    """A test split with the labels of the training classes, which it may lack some of. Names identify the classes.
+
+    Raises:
+        DataError: a class that is not one of `class_names` and has images.
+    """
+    if images.class_names == class_names:
+        return images
+    number = {name: label for label, name in enumerate(class_names)}
+    present = np.bincount(images.labels, minlength=len(images.class_names)) > 0
+    unknown = [
+        name for name, some in zip(images.class_names, present.tolist(), strict=True) if some and name not in number
+    ]
+    if unknown:
+        raise DataError(
+            "the test split has classes that training does not know",
+            where=f"{images.name}, split {images.split}",
+            expected=f"some of {describe(class_names)}",
+            found=listed(unknown),
+            next_step="rename or remove their folders in the test split, or name another test_split",
+        )
+    labels = np.array([number.get(name, -1) for name in images.class_names], np.int64)
+    return replace(images, labels=labels[images.labels], class_names=class_names)
+
+
+def missing_classes(images: ImageSet) -> Names:
+    """The classes that a split has no images of."""
+    counts = np.bincount(images.labels, minlength=len(images.class_names)).tolist()
+    return tuple(name for name, count in zip(images.class_names, counts, strict=True) if not count)
+
+
+def missing_note(images: ImageSet) -> tuple[str, ...]:
+    """A note about the classes without test images; empty if there are none."""
+    missing = missing_classes(images)
+    return (f"no test images of: {listed(missing)}",) if missing else ()
