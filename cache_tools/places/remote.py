@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from cache_tools.errors import NotFoundError, RecipeError, StorageError
+from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.files import MAX_FILE_BYTES, too_large
+from cache_tools.places.aws import S3Settings, own_endpoint, s3_settings
 from cache_tools.places.base import Entry, Place
+from cache_tools.places.store_errors import as_storage_error, is_final, is_missing_bucket, is_not_connected
 
-_CLIENT_ERROR = re.compile(r"status:? 4[0-9][0-9]")
-_RETRIES = 12
+_RETRIES, _FIRST_RETRIES = 12, 3
 _ATTEMPTS = 8
 PATIENCE_S = 180.0
+# How long a store is tried that has never answered: a wrong endpoint or missing credentials show within seconds.
+FIRST_PATIENCE_S, CONNECT_S = 4.0, 5.0
 
 Answer = TypeVar("Answer")
 
@@ -26,8 +27,8 @@ Answer = TypeVar("Answer")
 class RemotePlace(Place):
     """A prefix of an object store.
 
-    Credentials, region and endpoint come from the environment, as for every S3 tool (`AWS_ACCESS_KEY_ID`,
-    `AWS_ENDPOINT_URL`, …). Requests that fail for a passing reason are repeated.
+    Credentials, endpoint and region of S3 are those that the AWS tools would use (`places.aws`); other stores take them
+    from the environment. Requests that fail for a passing reason are repeated.
 
     Args:
         patience_s: how long failed requests are repeated; PATIENCE_S by default.
@@ -35,7 +36,9 @@ class RemotePlace(Place):
 
     def __init__(self, url: str, patience_s: float | None = None) -> None:
         self._url, self._patience_s = url.rstrip("/"), patience_s or PATIENCE_S
-        self._store = _object_store(self._url, self._patience_s)
+        self._settings = s3_settings() if self._url.lower().startswith(("s3://", "s3a://")) else None
+        self._has_answered = False
+        self._store = self._connect()
 
     def __str__(self) -> str:
         return self._url
@@ -104,56 +107,78 @@ class RemotePlace(Place):
         return True
 
     def sibling(self, name: str) -> RemotePlace:
-        return RemotePlace(f"{self._url.rpartition('/')[0]}/{name}")
+        return self._beside(f"{self._url.rpartition('/')[0]}/{name}")
 
     def child(self, name: str) -> RemotePlace:
-        return RemotePlace(f"{self._url}/{name}")
+        return self._beside(f"{self._url}/{name}")
 
     def tidy(self) -> None:
         """Nothing to do: object stores have no empty folders and no partial files."""
 
+    def _beside(self, url: str) -> RemotePlace:
+        """Another place of the same bucket."""
+        place = RemotePlace.__new__(RemotePlace)
+        vars(place).update(vars(self), _url=url)
+        place._store = place._connect()
+        return place
+
+    def _connect(self) -> Any:
+        """obstore's store. Until it has answered for the first time, it gives up within seconds."""
+        retries, retry_s = (_RETRIES, self._patience_s) if self._has_answered else (_FIRST_RETRIES, FIRST_PATIENCE_S)
+        return _object_store(self._url, self._settings, self._patience_s, min(retry_s, self._patience_s), retries)
+
     def _request(self, key: str, request: Callable[[], Answer]) -> Answer:
         """Make a request; repeat it after a passing failure. obstore does not repeat one whose answer was cut off."""
-        from obstore.exceptions import GenericError
+        from obstore.exceptions import AlreadyExistsError, GenericError
 
         start = time.monotonic()
         with self._storage_errors(key):
             for attempt in range(1, _ATTEMPTS):
                 try:
-                    return request()
+                    answer = request()
+                    self._be_patient()
+                    return answer
+                except (FileNotFoundError, AlreadyExistsError):
+                    self._be_patient()
+                    raise
                 except GenericError as error:
-                    if _CLIENT_ERROR.search(str(error)) or time.monotonic() - start > self._patience_s:
+                    if is_final(error) or time.monotonic() - start > self._patience_s:
                         raise
+                    if not self._has_answered and is_not_connected(error):
+                        raise
+                    self._be_patient()
                     time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # random: workers must not retry at once
             return request()
+
+    def _be_patient(self) -> None:
+        """From now on repeat requests for `patience_s`: something answers at the endpoint."""
+        if not self._has_answered:
+            self._has_answered = True
+            self._store = self._connect()
 
     @contextmanager
     def _storage_errors(self, key: str) -> Iterator[None]:
         """Turn obstore's exceptions into StorageError, except FileNotFoundError and AlreadyExistsError."""
-        from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+        from obstore.exceptions import AlreadyExistsError, BaseError
 
-        where = f"{self._url}/{key}" if key else self._url
         try:
             yield
-        except (FileNotFoundError, AlreadyExistsError):
+        except AlreadyExistsError:
             raise
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise StorageError(
-                "no permission",
-                where=where,
-                found=_first_line(error),
-                next_step="check credentials and rights (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …)",
-            ) from error
-        except (BaseError, OSError) as error:
-            raise StorageError(
-                "the object store does not answer as it should",
-                where=where,
-                found=_first_line(error),
-                next_step="check the URL, AWS_ENDPOINT_URL and the network, then run the same command: it continues",
-            ) from error
+        except (BaseError, OSError) as error:  # obstore's error for a missing file is Python's
+            if isinstance(error, FileNotFoundError) and not is_missing_bucket(error):
+                raise
+            where = f"{self._url}/{key}" if key else self._url
+            region, keys_from = (self._settings.region, self._settings.keys_from) if self._settings else ("", "")
+            raise as_storage_error(error, where, self._bucket, region, keys_from) from error
+
+    @property
+    def _bucket(self) -> str:
+        """The URL without the path."""
+        return "/".join(self._url.split("/")[:3])
 
 
-def _object_store(url: str, patience_s: float) -> Any:
+def _object_store(url: str, settings: S3Settings | None, timeout_s: float, retry_s: float, retries: int) -> Any:
     try:
         import obstore
     except ImportError as error:
@@ -162,19 +187,27 @@ def _object_store(url: str, patience_s: float) -> Any:
             where=url,
             next_step="install it: pip install 'teacher-cache[remote]'",
         ) from error
-    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") or url.startswith("http://")
+    is_plain = url.startswith("http://") or bool(settings and (settings.endpoint or "").startswith("http://"))
+    options = {
+        "allow_http": is_plain,
+        "timeout": timedelta(seconds=timeout_s),
+        "connect_timeout": timedelta(seconds=CONNECT_S),
+    }
     try:
-        return obstore.store.from_url(
-            url,
-            client_options={"allow_http": plain, "timeout": timedelta(seconds=patience_s)},
-            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=patience_s)},
-        )
+        with own_endpoint(settings):
+            return obstore.store.from_url(
+                url,
+                client_options=options,
+                retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=retry_s)},
+                **(settings.store_arguments() if settings else {}),
+            )
     except Exception as error:  # obstore raises ValueError, BaseError and its own panics for malformed URLs
         raise RecipeError(
             "not a URL of an object store",
             where=url,
             expected="s3://BUCKET/PATH, gs://…, az://… or http(s)://…",
             found=_first_line(error),
+            next_step="set AZURE_STORAGE_ACCOUNT_NAME" if "Account must be specified" in str(error) else None,
         ) from error
 
 
