@@ -15,9 +15,9 @@ from train.options import (
     Device,
     Download,
     Epochs,
+    OptionalRecipe,
     Overrides,
     Precision,
-    RecipeArgument,
     ResultAsJson,
     ShowRecipe,
 )
@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 @command
 def train_student(
-    recipe: RecipeArgument = "digits",
+    recipe: OptionalRecipe = None,
     cache: Cache = None,
     student: Annotated[
         str | None, typer.Option("--student", help="resnet8, wrn_16_2, …, timm:NAME or torchvision:NAME.")
@@ -99,12 +99,13 @@ def train_student(
     """Train a student from cached targets, or from labels alone with --loss ce.
 
     Without arguments: the embedded default, from the cache that `build-cache` makes without arguments.
-    With --cache and no recipe, the settings (student, epochs, learning rate) are those of the recipe digits.
+    With --cache and no recipe, the settings (student, epochs, learning rate) are those of the recipe digits, and the
+    run is named after the cache.
     You can interrupt it at any time: the same command resumes after the last finished epoch.
     """
     # Imported here, as everything slow below: --help must answer at once.
     from cache_tools.config import dump_yaml
-    from train.recipe import load_train_recipe, named_loss
+    from train.recipe import DEFAULT_RECIPE, load_train_recipe, named_after_cache, named_loss
 
     options = {
         "cache": cache,
@@ -130,7 +131,9 @@ def train_student(
         "compare_with_labels": compare_with_labels,
         "loggers": None if log is None else [name.strip() for name in log.split(",") if name.strip() != "none"],
     }
-    loaded = load_train_recipe(recipe, overrides or (), options)
+    loaded = load_train_recipe(recipe or DEFAULT_RECIPE, overrides or (), options)
+    if recipe is None:
+        loaded = named_after_cache(loaded)
     if show_recipe:
         print(dump_yaml(loaded), end="")
         return

@@ -10,6 +10,10 @@ import typer
 RecipeArgument = Annotated[
     str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
 ]
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file. Default: digits."),
+]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder of train-student, or a checkpoint file in one.")]
 
 Cache = Annotated[str | None, typer.Option("--cache", help="The cache: a path, a URL, a name or a fingerprint.")]

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from cache_tools.config import Extensible, Frozen, load_recipe, parse_yaml
-from cache_tools.errors import RecipeError
+from cache_tools.errors import CacheError, RecipeError
 from cache_tools.format.recipe import Precision
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.refusion import FusionChoice
@@ -42,6 +42,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "richkd": {"kind": "kd", "feature": "crd"},
 }
 
+DEFAULT_RECIPE = "digits"
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 _NO_EFFECT_ON_RESULT = {"name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"}
 # Short names in `--grid`, the same as the options of `train-student`.
@@ -385,11 +386,43 @@ def recipe_digest(values: Mapping[str, Any]) -> str:
 
 
 def run_folder(recipe: TrainRecipe, digest: str) -> Path:
-    """`out`, or `runs/NAME-STUDENT-LOSS-DIGEST`: every recipe has a folder of its own."""
+    """`out`, or `runs/NAME-STUDENT-LOSS-DIGEST`: every recipe has a folder of its own.
+
+    Earlier versions named a run after the default recipe where only a cache was given. Such a run is continued there.
+    """
     if recipe.out is not None:
         return recipe.out
     parts = (recipe.name, recipe.student, recipe.loss_name, digest[:8])
-    return Path("runs") / "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "_", part) for part in parts)
+    folder, earlier = (
+        Path("runs") / "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "_", part) for part in (name, *parts[1:]))
+        for name in (recipe.name, DEFAULT_RECIPE)
+    )
+    return earlier if earlier.is_dir() and not folder.exists() else folder
+
+
+def named_after_cache(recipe: TrainRecipe) -> TrainRecipe:
+    """The default recipe with the name of its cache, for a run where only a cache is given.
+
+    Nothing changes if the recipe has another name, learns from labels alone, or has a cache that cannot be opened:
+    the run itself reports that.
+    """
+    from cache_tools.home import registry
+    from cache_tools.places import is_remote
+    from cache_tools.store.group import read_manifest
+
+    if recipe.cache is None or not recipe.loss.needs_targets or recipe.name != DEFAULT_RECIPE:
+        return recipe
+    try:
+        if is_remote(recipe.cache):
+            from cache_tools.reader import TeacherCache
+
+            manifest = TeacherCache.open(recipe.cache).manifest
+        else:
+            manifest = read_manifest(registry.resolve(recipe.cache))
+    except CacheError:
+        return recipe
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", manifest.data_name).lstrip("._-")
+    return recipe.model_copy(update={"name": name or DEFAULT_RECIPE})
 
 
 def builtin_recipes() -> Traversable:

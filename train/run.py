@@ -39,6 +39,7 @@ from train.runs.curves import plot_curves
 from train.runs.metrics import RunLog, read_metrics
 from train.runs.predictions import store_predictions
 from train.runs.result import RunResult, load_result
+from train.runs.stored import data_name
 from train.students import create_student
 
 Value = TypeVar("Value")
@@ -286,7 +287,7 @@ def draw_curves(result: RunResult) -> None:
     references = {label: teachers[key] for key, label in names.items() if key in teachers}
     if result.labels_only is not None and result.labels_only.last is not None:
         references["labels only"] = result.labels_only.last.top1
-    title = f"{result.student} on {result.name}, loss {result.loss}, seed {result.seed}"
+    title = f"{result.student} on {data_name(result.folder, result.name)}, loss {result.loss}, seed {result.seed}"
     if (history := read_metrics(result.folder)) is not None:
         plot_curves(history, result.folder / folder.CURVES, title, references)
 

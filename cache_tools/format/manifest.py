@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from cache_tools.config import Frozen
 from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe, Finite, PromptEnsemble
-from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.images.recipe import SOURCE_NAMES, DatasetRecipe
 
 
 class Canary(Frozen):
@@ -46,6 +46,11 @@ class Manifest(Finite):
         if len(self.clip_scales) != len(self.recipe.clips):
             raise ValueError(f"{len(self.recipe.clips)} CLIPs have {len(self.clip_scales)} scales")
         return self
+
+    @property
+    def data_name(self) -> str:
+        """What to call the images: the cache's name, unless that is the name of another dataset."""
+        return self.dataset.title if self.name in SOURCE_NAMES - {self.dataset.name} else self.name
 
     @property
     def clip_scale(self) -> float:

@@ -26,6 +26,8 @@ _NORMALISATION: dict[str, Normalisation] = {
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+SOURCE_NAMES = frozenset(_NORMALISATION)
+
 
 ClassOrder = Annotated[
     Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
@@ -69,6 +71,13 @@ class DatasetRecipe(Extensible):
         if self.name != "folder" and self.class_order != "sorted":
             raise ValueError(f"class_order is for folders only; {self.name} has its own order")
         return self
+
+    @property
+    def title(self) -> str:
+        """What people call these images: the source, or the name of the folder."""
+        if self.name != "folder" or self.data_dir is None:
+            return self.name
+        return self.absolute().data_dir.name or self.name  # type: ignore[union-attr]
 
     @property
     def normalisation(self) -> Normalisation:

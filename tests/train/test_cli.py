@@ -14,6 +14,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from cache_tools.home import registry
 from tests.support import tiny_run
 from train import run
 from train.cli import app
@@ -83,6 +84,61 @@ def test_show_recipe_prints_the_whole_recipe_with_options_and_overrides() -> Non
         "data_dir": "d", "download": True, "precision": "bfloat16", "compare_with_labels": False,
     }  # fmt: skip
     assert recipe | expected == recipe
+
+
+@pytest.fixture
+def photos(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a cache in the cache home; the current folder is empty."""
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
+    tiny_run.write_cache(tmp_path / "home" / "photos-000000000000.zarr", pictures, name="photos")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return "photos"
+
+
+FAST = ("--student", "resnet8", "--epochs", "1", "--batch-size", "16", "--device", "cpu", "--log", "none")
+
+
+def test_a_run_from_a_cache_is_named_after_the_cache(photos: str, pictures: Path) -> None:
+    done = invoke("--cache", photos, *FAST)
+    assert done.exit_code == 0, done.stderr
+    (run_folder,) = Path("runs").iterdir()
+    assert run_folder.name.startswith("photos-resnet8-kd-")
+    page = (run_folder / "report.html").read_text()
+    assert "<title>resnet8 on photos</title>" in page
+    assert "21 test images of photos" in page
+    again = invoke("digits", "--cache", photos, *FAST, "--out", "named")
+    assert again.exit_code == 0, again.stderr
+    assert "<title>resnet8 on photos</title>" in Path("named/report.html").read_text(), "whatever the recipe is called"
+
+
+def test_curves_are_titled_after_the_cache(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = []
+    monkeypatch.setattr("train.run.plot_curves", lambda history, path, title, references: titles.append(title))
+    invoke("--cache", photos, *FAST, "--compare-with-labels")
+    assert titles[-1] == "resnet8 on photos, loss kd, seed 0"
+
+
+def test_names_of_runs(photos: str) -> None:
+    def name(*arguments: str) -> str:
+        return yaml.safe_load(invoke(*arguments, "--show-recipe").stdout)["name"]
+
+    assert name("--cache", photos) == "photos"
+    assert name("--cache", str(registry.resolve(photos))) == "photos"
+    assert name("digits", "--cache", photos) == "digits"
+    assert name("fashion-mnist", "--cache", photos) == "fashion-mnist"
+    assert name("--cache", photos, "--set", "name=mine") == "mine"
+    assert name("--cache", "nowhere") == "digits"
+    assert name("--cache", photos, "--loss", "ce") == "digits", "labels alone do not use the cache"
+    assert name() == "digits"
+
+
+def test_a_run_that_an_earlier_version_named_after_the_recipe_is_continued(photos: str) -> None:
+    invoke("digits", "--cache", photos, *FAST)
+    (earlier,) = Path("runs").iterdir()
+    done = invoke("--cache", photos, *FAST)
+    assert f"Everything is in {earlier}" in done.stdout
+    assert list(Path("runs").iterdir()) == [earlier]
 
 
 @pytest.mark.parametrize(

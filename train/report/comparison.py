@@ -6,10 +6,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from train.recipe import SETTING_ALIASES
+from train.report.gains import gains, pairing, twins
 from train.report.records import FINISHED, TrialRecord
 from train.report.spread import Spread, spread
 
@@ -17,7 +18,7 @@ LABELS_ALONE = "labels alone"
 # These keys follow from the loss or the cache, so they are compared only between runs of the same loss.
 _WITHIN_A_LOSS = ("loss.", "fusion.", "dataset", "views", "schedule.", "num_views")
 _NOT_COMPARED = {"student", "cache", "evaluate_every", "loss.kind", "loss.feature"}
-_FRACTIONS = {"top1", "top5", "ece", "best_top1", "ema_top1"}
+_FRACTIONS = {"top1", "top5", "ece", "best_top1", "ema_top1", "labels_top1"}
 _REFERENCES = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion"}
 
 
@@ -29,6 +30,8 @@ class Setting:
         label: a short text that no other setting has.
         varied: recipe key → value as text, for the keys that differ between settings.
         figures: name → spread over the finished trials, or over all trials if none is finished. A seed counts once.
+            `gain` is the spread of the differences in top-1 between the trials and their twins on labels alone, and
+            `labels_top1` that of the top-1 of these twins.
     """
 
     label: str
@@ -89,13 +92,15 @@ class Comparison:
         return [trial for setting in self.settings for trial in setting.trials]
 
     @property
-    def best(self) -> Setting | None:
-        """The finished setting with the best mean top-1."""
-        return next((setting for setting in self.settings if setting.finished and "top1" in setting.figures), None)
+    def headline(self) -> Setting | None:
+        """The best distilled setting; if nothing was distilled, the best one."""
+        ranked = [setting for setting in self.settings if setting.finished and "top1" in setting.figures]
+        return next((setting for setting in ranked if setting.trials[0].loss != "ce"), ranked[0] if ranked else None)
 
 
 def compare(trials: Sequence[TrialRecord]) -> Comparison:
-    """Group trials by their settings and find the keys in which these differ."""
+    """Group trials by their settings, find the keys in which these differ, and pair distilled trials with twins."""
+    trials = _with_gains(trials)
     groups = _groups(trials)
     varied = _varied(trials)
     several_caches = len({trial.fingerprint for trial in trials if trial.fingerprint}) > 1
@@ -112,6 +117,27 @@ def compare(trials: Sequence[TrialRecord]) -> Comparison:
     ]
     settings.sort(key=lambda setting: (not setting.finished, -(setting.mean("top1") or 0.0)))
     return Comparison(settings=tuple(settings), varied=columns, references=_references(trials, several_caches))
+
+
+def _with_gains(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials, those with a twin on labels alone with two more figures: `gain` and `labels_top1`."""
+    known = [
+        pairing(
+            trial.settings,
+            trial.data,
+            seed=trial.seed,
+            on_labels=trial.loss == "ce",
+            top1=trial.figures.get("top1") if trial.status == FINISHED else None,
+            images=trial.images,
+        )
+        for trial in trials
+    ]
+    return [
+        trial
+        if gain is None or place is None
+        else replace(trial, figures={**trial.figures, "gain": gain, "labels_top1": trials[place].figures["top1"]})
+        for trial, gain, place in zip(trials, gains(known), twins(known), strict=True)
+    ]
 
 
 def displayed_loss(loss: str) -> str:

@@ -40,13 +40,14 @@ def class_names(trials: Sequence[TrialRecord]) -> tuple[str, ...] | None:
 
 
 def _setting(setting: Setting, names: tuple[str, ...] | None) -> dict[str, Any]:
-    top1, predictions = setting.figures.get("top1"), _predictions(setting, None)
+    top1, gain, predictions = setting.figures.get("top1"), setting.figures.get("gain"), _predictions(setting, None)
     comparable = None if names is None else _predictions(setting, names)
     return {
         "label": setting.label,
         "status": FINISHED if setting.finished else setting.trials[0].status,
         "trials": [_trial(trial) for trial in setting.seeds],
         "top1": None if top1 is None else {key: getattr(top1, key) for key in ("mean", "low", "high")},
+        "gain": None if gain is None else {key: getattr(gain, key) for key in ("n", "mean", "low", "high")},
         "ece": _rounded(setting.mean("ece")),
         "costs": {name: setting.mean(name) for name in COSTS},
         "reliability": None if predictions is None else _columns(reliability(predictions)),

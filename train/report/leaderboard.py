@@ -22,6 +22,7 @@ class Column:
         text: formats a value.
         largest_first: the first press of the header sorts the largest value first.
         has_deviation: whether the standard deviation is shown beside the mean.
+        interval: header of the column with the interval; empty for no such column.
         hint: tooltip of the header.
     """
 
@@ -30,11 +31,16 @@ class Column:
     text: Format
     largest_first: bool = False
     has_deviation: bool = False
+    interval: str = ""
     hint: str = ""
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.2f}"
 
 
 def _four(value: float) -> str:
@@ -48,7 +54,17 @@ COLUMNS = (
         text=_percent,
         largest_first=True,
         has_deviation=True,
+        interval="95 % interval",
         hint="test split, last epoch",
+    ),
+    Column(
+        name="gain",
+        header="Gain over|labels alone",
+        text=_points,
+        largest_first=True,
+        has_deviation=True,
+        interval="95 % interval|of the gain",
+        hint="points of top-1: mean over the seeds of this student minus the same student on labels alone, same seed",
     ),
     Column(name="top5", header="Top-5 %", text=_percent, largest_first=True, has_deviation=True),
     Column(name="nll", header="NLL", text=_four, has_deviation=True, hint="negative log-likelihood in nats"),
@@ -93,25 +109,31 @@ class _Table:
         self.has_intervals = any(spread.n > 1 for one in comparison.settings for spread in one.figures.values())
         self.has_statuses = any(trial.status != FINISHED for trial in comparison.trials)
         self.names = short_names(comparison.varied)
+        self.first_columns = [column for column in columns if column.interval]
+        self.other_columns = [column for column in columns if not column.interval]
 
     def caption(self) -> str:
         text = "Test figures after the last epoch."
         if self.has_intervals:
-            text += " Several seeds: mean ± standard deviation, and the 95 % confidence interval of the mean."
+            text += (
+                " Several seeds: mean ± standard deviation, and the 95 % confidence interval of the mean (Student's t)."
+            )
+        if any(column.name == "gain" for column in self.columns):
+            text += " Gain: top-1 minus that of the same student on labels alone, paired by seed, in points."
         return text
 
     def head(self) -> str:
         cells = [_header("student", "Student", "ascending"), _header("loss", "Loss", "ascending", "varied")]
         cells += [_header(f"setting-{key}", escape(name), "ascending", "varied") for key, name in self.names.items()]
-        cells += [self._head(column) for column in self.columns[:1]]
-        if self.has_intervals:
-            cells.append(
-                _header("interval", "95 % interval", "ascending", "number", "sorts by the width of the interval")
-            )
+        for column in self.first_columns:
+            cells.append(self._head(column))
+            if self.has_intervals:
+                key = "interval" if column.name == "top1" else f"{column.name}-interval"
+                cells.append(_header(key, column.interval, "ascending", "number", "sorts by the width of the interval"))
         cells.append(_header("seed", "Seeds" if self.has_seeds else "Seed", "ascending", "number"))
         if self.has_statuses:
             cells.append(_header("status", "Status", "ascending"))
-        cells += [self._head(column) for column in self.columns[1:]]
+        cells += [self._head(column) for column in self.other_columns]
         return f"<tr>{''.join(cells)}</tr>"
 
     def _head(self, column: Column) -> str:
@@ -158,13 +180,14 @@ class _Table:
         yield from self._figures(figures, [*middle, status] if self.has_statuses else middle)
 
     def _figures(self, figures: Mapping[str, Spread], middle: list[str]) -> Iterator[str]:
-        """Cells of all figures; `middle` are the cells after the first figure and its interval."""
-        first, *others = self.columns
-        yield self._figure(first, figures.get(first.name))
-        if self.has_intervals:
-            yield _interval(first, figures.get(first.name))
+        """Cells of all figures; `middle` are the cells after the first figures and their intervals."""
+        count = figures["top1"].n if "top1" in figures else 0
+        for column in self.first_columns:
+            yield self._figure(column, figures.get(column.name))
+            if self.has_intervals:
+                yield _interval(column, figures.get(column.name), count)
         yield from middle
-        yield from (self._figure(column, figures.get(column.name)) for column in others)
+        yield from (self._figure(column, figures.get(column.name)) for column in self.other_columns)
 
     def _figure(self, column: Column, spread: Spread | None) -> str:
         wide = " wide" if self.has_intervals and column.has_deviation else ""
@@ -172,7 +195,7 @@ class _Table:
             return f'<td class="number{wide}">–{"<span class=deviation></span>" if wide else ""}</td>'
         deviation = ""
         if wide:
-            text = "" if spread.std is None else f"±&#8239;{column.text(spread.std)}"
+            text = "" if spread.std is None else f"±&#8239;{column.text(spread.std).lstrip('+')}"
             deviation = f'<span class="deviation">{text}</span>'
         return f'<td class="number{wide}" data-value="{spread.mean!r}">{column.text(spread.mean)}{deviation}</td>'
 
@@ -191,11 +214,14 @@ def _varied_cell(text: str) -> str:
     return f'<td class="varied" data-value="{_e(text)}">{_e(text)}</td>'
 
 
-def _interval(column: Column, spread: Spread | None) -> str:
+def _interval(column: Column, spread: Spread | None, seeds: int) -> str:
+    """The interval, with the number of values where that is not the number of seeds of the setting."""
     if spread is None or spread.low is None or spread.high is None:
         return '<td class="number">–</td>'
-    width = spread.high - spread.low
-    return f'<td class="number" data-value="{width!r}">{column.text(spread.low)} – {column.text(spread.high)}</td>'
+    width, between = spread.high - spread.low, "to" if column.name == "gain" else "–"
+    count = "" if spread.n == seeds else f" ({spread.n} pairs)"
+    text = f"{column.text(spread.low)} {between} {column.text(spread.high)}{count}"
+    return f'<td class="number" data-value="{width!r}">{text}</td>'
 
 
 def _status(setting: Setting) -> str:

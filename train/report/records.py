@@ -20,6 +20,7 @@ from train.runs.metrics import read_metrics
 from train.runs.outcome import load_failure
 from train.runs.predictions import read_predictions
 from train.runs.result import RunResult, load_result
+from train.runs.stored import data_name, read_manifest
 
 FINISHED, UNFINISHED, STOPPED, FAILED = "finished", "unfinished", "stopped", "failed"
 _FIGURES = ("top1", "top5", "nll", "ece")
@@ -30,14 +31,16 @@ class TrialRecord:
     """One training of one student, finished or not.
 
     Attributes:
+        name: what the images are called; see `train.runs.stored.data_name`.
         status: `finished`; `unfinished` if it was interrupted or is still running; in a sweep also `stopped` early or
             `failed`. `error` has the reason.
         figures: the known ones of top1, top5, nll, ece (test split, last epoch; of an unfinished run its last
             evaluation), best_top1, best_epoch (counted from 1), ema_top1, parameters, flops, latency_1_ms,
-            latency_128_ms, train_s.
+            latency_128_ms, train_s. `compare` adds gain and labels_top1.
         settings: dotted recipe key → value of everything that determines the result, without the seed; of a trial
             without a folder, the settings in the sweep's table.
         data: identity of images and targets, as in the run's identity.
+        images: digest of the cache's images; None for a run on labels alone, which has it in `data`.
         tested: number of images of the test split.
         teachers: top-1 of teacher, CLIP and fusion, as in `RunResult.teachers`.
         fingerprint: of the cache; None for a run on labels alone.
@@ -57,6 +60,7 @@ class TrialRecord:
     figures: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
+    images: str | None = None
     epochs: int | None = None
     test_split: str | None = None
     tested: int | None = None
@@ -86,14 +90,15 @@ def read_run(path: Path) -> list[TrialRecord]:
         DataError, RecipeError, WeightsError: a damaged file.
     """
     trial, twin = _read_folder(path), path / folder.LABELS_ONLY
-    return [trial, replace(_read_folder(twin), twin_of=path)] if is_run(twin) else [trial]
+    return [trial, replace(_read_folder(twin), name=trial.name, twin_of=path)] if is_run(twin) else [trial]
 
 
 def _read_folder(path: Path) -> TrialRecord:
-    identity, recipe = _identity(path), path / folder.RECIPE
+    identity, recipe, manifest = _identity(path), path / folder.RECIPE, read_manifest(path)
     common: dict[str, Any] = {
         "settings": {key: value for key, value in folder.flatten(identity["recipe"]).items() if key != "seed"},
         "data": identity["data"],
+        "images": None if manifest is None else manifest.recipe.dataset.content_digest,
         "fingerprint": identity["data"].get("fingerprint"),
         "folder": path,
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
@@ -111,7 +116,7 @@ def _finished(result: RunResult, common: Mapping[str, Any]) -> TrialRecord:
     figures |= {"best_epoch": None if result.best_epoch is None else result.best_epoch + 1}
     figures |= {"parameters": result.parameters, "train_s": result.train_s}
     return TrialRecord(
-        name=result.name,
+        name=data_name(result.folder, result.name),
         student=result.student,
         loss=result.loss,
         seed=result.seed,
@@ -137,7 +142,7 @@ def _unfinished(recipe_file: Path, common: Mapping[str, Any]) -> TrialRecord:
         "train_s": history["train_s"].cast(pl.Float64).sum() or None
     }
     return TrialRecord(
-        name=recipe.name,
+        name=data_name(recipe_file.parent, recipe.name),
         student=recipe.student,
         loss=recipe.loss_name,
         seed=recipe.seed,

@@ -15,10 +15,17 @@ _MAX_REFERENCES = 6
 
 def headline(comparison: Comparison) -> str:
     """A title from the values that all settings share."""
-    names = list(dict.fromkeys(trial.name for trial in comparison.trials if trial.name))
+    names = data_names(comparison)
     students = list(dict.fromkeys(setting.student for setting in comparison.settings))
     subject = students[0] if len(students) == 1 else f"{len(students)} students"
     return f"{subject} on {names[0]}" if len(names) == 1 else subject
+
+
+def data_names(comparison: Comparison) -> list[str]:
+    """What the images are called: the names of the caches, or of the datasets where there is no cache."""
+    named = [trial for trial in comparison.trials if trial.name]
+    of_caches = [trial for trial in named if trial.fingerprint is not None]
+    return list(dict.fromkeys(trial.name for trial in of_caches or named))
 
 
 def summary(comparison: Comparison) -> str:
@@ -30,7 +37,8 @@ def summary(comparison: Comparison) -> str:
         count = f"{epochs[0]:,}" if len(epochs) == 1 else f"{epochs[0]:,} to {epochs[-1]:,}"
         parts.append(f"{count} epoch{'s' * (epochs[-1] > 1)}")
     if len(tested := {trial.tested for trial in comparison.trials if trial.tested}) == 1:
-        parts.append(f"{tested.pop():,} test images")
+        names = data_names(comparison)
+        parts.append(f"{tested.pop():,} test images{f' of {names[0]}' if len(names) == 1 else ''}")
     return escape(" · ".join(parts))
 
 
@@ -83,15 +91,15 @@ def run_details(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
 
 def _facts(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
     """(kind, name, figure, note)"""
-    best = comparison.best
-    if best is not None:
-        top1 = best.figures["top1"]
+    first = comparison.headline
+    if first is not None:
+        top1 = first.figures["top1"]
         seeds = "" if top1.n == 1 else f", mean of {top1.n} seeds"
-        name = "Best student" if len(comparison.settings) > 2 else "Student"
-        yield "first", f"{name}, top-1", _percent(top1.mean), best.label + seeds
-        twins = [one for one in comparison.settings if one.finished and one.loss != best.loss]
-        if len(comparison.settings) == 2 and twins and "top1" in twins[0].figures:
-            yield from _difference(best, twins[0])
+        yield "first", f"{_headline_name(comparison, first)}, top-1", _percent(top1.mean), first.label + seeds
+        if "gain" in first.figures:
+            yield from _gain(first)
+        elif len(comparison.settings) == 2:
+            yield from _other(comparison, first)
     if len(comparison.references) <= _MAX_REFERENCES:
         for reference in comparison.references:
             note = "" if reference.n is None else f"{reference.n:,} {reference.split or 'labelled'} images"
@@ -99,10 +107,32 @@ def _facts(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
             yield "reference", label, _percent(reference.top1), note
 
 
-def _difference(best: Setting, other: Setting) -> Iterator[tuple[str, str, str, str]]:
-    top1 = other.figures["top1"].mean
-    yield "second", f"{other.label[0].upper()}{other.label[1:]}", _percent(top1), "for comparison"
-    yield "second", "Difference", f"{100 * (best.figures['top1'].mean - top1):+.2f}", "points of top-1"
+def _headline_name(comparison: Comparison, first: Setting) -> str:
+    if len(comparison.settings) <= 2:
+        return "Student"
+    is_distilled = first.trials[0].loss != "ce"
+    others = any(setting.trials[0].loss == "ce" for setting in comparison.settings)
+    return "Best distilled student" if is_distilled and others else "Best student"
+
+
+def _gain(first: Setting) -> Iterator[tuple[str, str, str, str]]:
+    """The same student on labels alone, and the difference, whatever its sign."""
+    gain, labels = first.figures["gain"], first.figures["labels_top1"]
+    pairs = "one seed" if gain.n == 1 else f"mean of {gain.n} seeds"
+    yield "second", "On labels alone, top-1", _percent(labels.mean), f"the same student, {pairs}"
+    interval = "" if gain.low is None else f", 95 % interval {100 * gain.low:+.2f} to {100 * (gain.high or 0.0):+.2f}"
+    yield "second", "Distilled − labels alone", f"{100 * gain.mean:+.2f}", f"points of top-1, {pairs}{interval}"
+
+
+def _other(comparison: Comparison, first: Setting) -> Iterator[tuple[str, str, str, str]]:
+    """The other of two settings, and their difference if both or neither were distilled."""
+    other = next(setting for setting in comparison.settings if setting is not first)
+    if not other.finished or "top1" not in other.figures:
+        return
+    top1 = other.figures["top1"]
+    yield "second", f"{other.label[0].upper()}{other.label[1:]}", _percent(top1.mean), "for comparison"
+    if (first.trials[0].loss == "ce") == (other.trials[0].loss == "ce"):
+        yield "second", "Difference", f"{100 * (first.figures['top1'].mean - top1.mean):+.2f}", "points of top-1"
 
 
 def _notices(comparison: Comparison) -> Iterator[str]:

@@ -119,6 +119,35 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
     return run, which
 
 
+def read_manifest(run: Path) -> Manifest | None:
+    """The run's copy of the manifest of its cache; None for a run on labels alone, and if the copy cannot be read."""
+    try:
+        return _read_cache(run / folder.CACHE)[0]
+    except CacheError:
+        return None
+
+
+def data_name(run: Path, default: str) -> str:
+    """What to call the images of a run: its cache's name, or the dataset's if it learned from labels alone.
+
+    A recipe's name does not say what the images are: one recipe serves many caches.
+
+    Args:
+        default: the name if the folder does not tell.
+    """
+    if (manifest := read_manifest(run)) is not None:
+        return manifest.data_name
+    dataset = (folder.stored_identity(run) or {"recipe": {}})["recipe"].get("dataset")
+    if not dataset or dataset.get("name") != "folder":
+        return dataset["name"] if dataset else default
+    try:  # the identity has no data_dir
+        return DatasetRecipe.model_validate(
+            parse_yaml((run / folder.RECIPE).read_text(encoding="utf-8"), "damaged recipe", where=run)["dataset"]
+        ).title
+    except (CacheError, OSError, ValueError, LookupError, TypeError):
+        return default
+
+
 def _read_cache(path: Path) -> tuple[Manifest, Path | str]:
     """The run's copy of the manifest, and the place of the cache, which may no longer exist."""
     try:

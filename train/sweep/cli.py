@@ -100,7 +100,7 @@ def sweep_students(
     and with more students, losses or seeds it trains the new trials.
     """
     # Imported here, as everything slow below: --help must answer at once.
-    from train.sweep.options import read_sweep
+    from train.sweep.options import default_folder, read_sweep
 
     for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
         if value is not None and engine != "ray":
@@ -118,7 +118,7 @@ def sweep_students(
         "name": name,
     }
     sweep = read_sweep(sweep_file, recipe, options, overrides or (), sweep_keys, grid or (), search, asha)
-    folder = out or Path("runs") / f"sweep-{sweep.name}"
+    folder = out or default_folder(sweep)
     if show_trials:
         if sweep.search is not None:
             raise RecipeError("a search does not know its trials in advance", where="--show-trials")

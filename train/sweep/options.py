@@ -11,8 +11,8 @@ from pydantic import ConfigDict, Field
 
 from cache_tools.config import Frozen, parse_yaml, validate
 from cache_tools.errors import NotFoundError, RecipeError
-from train.recipe import TrainRecipe, load_train_recipe
-from train.sweep.recipe import SweepRecipe, refuse_doubles
+from train.recipe import DEFAULT_RECIPE, TrainRecipe, load_train_recipe, named_after_cache
+from train.sweep.recipe import SWEEP, SweepRecipe, refuse_doubles
 from train.sweep.search_recipe import Search, parse_range
 
 
@@ -55,7 +55,9 @@ def read_sweep(
     keys = validate(_FileKeys, stored, where=str(file))
     settings = {key: value for key, value in keys.set.items() if options.get(key) is None}
     items = [*_items(settings), *overrides]
-    base = load_train_recipe(recipe or keys.recipe or "digits", items, options)
+    base = load_train_recipe(recipe or keys.recipe or DEFAULT_RECIPE, items, options)
+    if recipe is None and keys.recipe is None:
+        base = named_after_cache(base)
     data = {"name": base.name, **{key: value for key, value in stored.items() if key not in {"recipe", "set"}}}
     data |= {"base": base.model_dump(mode="json"), "loss_settings": _loss_settings(base, items)}
     data |= {key: value for key, value in sweep_keys.items() if value is not None}
@@ -65,6 +67,19 @@ def read_sweep(
     if asha and not data.get("asha"):
         data["asha"] = {}
     return validate(SweepRecipe, data, where=str(file or "options"))
+
+
+def default_folder(sweep: SweepRecipe) -> Path:
+    """`runs/sweep-NAME`.
+
+    Earlier versions named a sweep after the default recipe where only a cache was given. Such a sweep continues there.
+    """
+    folder, earlier = (Path("runs") / f"sweep-{name}" for name in (sweep.name, DEFAULT_RECIPE))
+    if not folder.exists() and (earlier / SWEEP).is_file():
+        stored = parse_yaml((earlier / SWEEP).read_text(), "damaged sweep", where=earlier / SWEEP)
+        if stored["base"]["cache"] == sweep.base["cache"]:
+            return earlier
+    return folder
 
 
 def load_sweep(file: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from cache_tools.errors import RecipeError
 from train.recipe import CE_SETTINGS, SETTING_ALIASES, TrainRecipe, named_loss
 from train.sweep.search_recipe import Axis, Search, larger_is_better
 
+SWEEP = "sweep.yaml"  # in the folder of a sweep
+
 
 class Asha(Frozen):
     """Asynchronous successive halving (Li et al. 2020): a trial that is not among the best at a rung stops there.

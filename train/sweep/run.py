@@ -27,14 +27,14 @@ from train.runs.outcome import is_settled
 from train.runs.result import load_result
 from train.students import create_student
 from train.sweep.halving import Halving, check_metric, resume_stopped
-from train.sweep.recipe import Asha, SweepRecipe, Trial, make_trial, make_trials
+from train.sweep.recipe import SWEEP, Asha, SweepRecipe, Trial, make_trial, make_trials
 from train.sweep.search import Best, run_search
 from train.sweep.search_recipe import edges
 from train.sweep.streams import batch_streams, image_opener, train_stream
 from train.sweep.suggest import check_installed
 from train.sweep.table import over_seeds, trials_table
 
-SWEEP, COSTS = "sweep.yaml", "costs.json"
+COSTS = "costs.json"
 _NAMED_IN_ERROR = 3
 
 Engine = Callable[[Sequence[Sequence[Trial]], Halving | None], None]

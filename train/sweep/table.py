@@ -10,9 +10,10 @@ from typing import Any
 import polars as pl
 
 from train.cost import Cost
+from train.report.gains import Paired, gains, pairing
 from train.report.spread import interval_factor, pareto_front
 from train.report.trials import COLUMNS, FIGURES, setting_columns
-from train.runs.folder import STOPPED
+from train.runs.folder import STOPPED, flatten, stored_identity
 from train.runs.metrics import epochs_logged
 from train.runs.outcome import load_failure
 from train.runs.result import load_result
@@ -26,12 +27,15 @@ def trials_table(trials: Sequence[Trial], costs: dict[str, Cost]) -> pl.DataFram
 
     Columns: `trial`, `student`, `loss`, `seed`, one per other setting; `status` (`finished`, `failed`, `stopped`,
     `waiting`), `error`; figures of the last epoch on the test split (null unless finished), costs, and the `command`
-    that trains the trial alone.
+    that trains the trial alone. `gain` is top1 minus that of the same student on labels alone with the same seed, null
+    where the sweep has no such trial.
 
     Args:
         costs: by student.
     """
     rows = [_row(trial, costs.get(trial.recipe.student)) for trial in trials]
+    for row, gain in zip(rows, gains([_pairing(*each) for each in zip(trials, rows, strict=True)]), strict=True):
+        row["gain"] = gain
     table = pl.DataFrame(rows, infer_schema_length=None)
     typed = table.with_columns(pl.col(name).cast(dtype) for name, dtype in COLUMNS.items())
     return typed.select(*COLUMNS, *(name for name in typed.columns if name not in COLUMNS))
@@ -40,25 +44,48 @@ def trials_table(trials: Sequence[Trial], costs: dict[str, Cost]) -> pl.DataFram
 def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
     """One row per setting over its finished trials: n, mean, standard deviation and half the 95 % interval.
 
-    The interval is Student's t over seeds; null for a single seed. `pareto_COST` is true if no other setting has at
-    least the same top-1 at a lower cost. The best top-1 comes first.
+    The interval is Student's t over seeds; null for a single seed. `gain` is the mean over the `gain_n` seeds that were
+    also trained on labels alone. `pareto_COST` is true if no other setting has at least the same top-1 at a lower cost.
+    The best top-1 comes first.
     """
     finished = table.filter(pl.col("status") == "finished")
     keys = setting_columns(table)
-    means = [pl.col(name).mean().alias(name) for name in FIGURES]
-    spread = [pl.col(name).std().alias(f"{name}_std") for name in FIGURES]
+    if "gain" not in finished.columns:  # a table of an earlier version
+        finished = finished.with_columns(gain=pl.lit(None, pl.Float64))
+    figures = ("top1", "gain", *FIGURES[1:])
+    means = [pl.col(name).mean().alias(name) for name in figures]
+    spread = [pl.col(name).std().alias(f"{name}_std") for name in figures]
     costs = [pl.col(name).first() for name in COSTS]
     groups = finished.group_by(keys, maintain_order=True).agg(
-        pl.len().alias("n"), *means, *spread, *costs, pl.col("train_s").mean()
+        pl.len().alias("n"), pl.col("gain").count().alias("gain_n"), *means, *spread, *costs, pl.col("train_s").mean()
     )
-    factors = [interval_factor(n) if n > 1 else None for n in groups["n"].to_list()]
-    groups = groups.with_columns(pl.Series("_factor", factors, dtype=pl.Float64))
-    groups = groups.with_columns((pl.col(f"{name}_std") * pl.col("_factor")).alias(f"{name}_ci95") for name in FIGURES)
+    groups = groups.with_columns(_factors(groups["n"], "_factor"), _factors(groups["gain_n"], "_gain_factor"))
+    groups = groups.with_columns(
+        (pl.col(f"{name}_std") * pl.col("_gain_factor" if name == "gain" else "_factor")).alias(f"{name}_ci95")
+        for name in figures
+    )
     top1 = groups["top1"].to_list()
     fronts = [
         pl.Series(f"pareto_{cost}", pareto_front(groups[cost].to_list(), top1), dtype=pl.Boolean) for cost in COSTS
     ]
-    return groups.drop("_factor").with_columns(fronts).sort("top1", descending=True, nulls_last=True)
+    return groups.drop("_factor", "_gain_factor").with_columns(fronts).sort("top1", descending=True, nulls_last=True)
+
+
+def _factors(counts: pl.Series, name: str) -> pl.Series:
+    """Half the 95 % interval of the mean of so many values, in standard deviations; null for fewer than two."""
+    return pl.Series(name, [interval_factor(n) if n > 1 else None for n in counts.to_list()], dtype=pl.Float64)
+
+
+def _pairing(trial: Trial, row: dict[str, Any]) -> Paired:
+    identity = stored_identity(trial.folder)
+    recipe = trial.recipe.values() if identity is None else identity["recipe"]
+    return pairing(
+        {key: value for key, value in flatten(recipe).items() if key != "seed"},
+        {} if identity is None else identity["data"],
+        seed=trial.recipe.seed,
+        on_labels=not trial.recipe.loss.needs_targets,
+        top1=row["top1"],
+    )
 
 
 def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:

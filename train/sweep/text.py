@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
+from cache_tools.screen import TextTable, count, nats, screen_width
 from train.report.comparison import short_names
 from train.report.trials import setting_columns
 from train.sweep.recipe import SweepRecipe
@@ -16,14 +18,9 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
     """The table of settings, the best first, then the trials that did not finish."""
     parts = []
     if not result.settings.is_empty():
-        with pl.Config(
-            tbl_rows=-1, tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True,
-            tbl_formatting="NOTHING", fmt_str_lengths=60, tbl_width_chars=200,
-        ):  # fmt: skip
-            parts.append(str(_table(result.settings)))
+        parts += [f"{table.text()}\n" for table in _tables(result.settings)]
         seeds = int(result.settings["n"].max())  # type: ignore[arg-type]
-        if (note := _note_on_figures(sweep, seeds)) is not None:
-            parts.append(note)
+        parts += [note for note in (_note_on_figures(sweep, seeds), _note_on_gains(result, sweep)) if note is not None]
         parts.append(
             "front: on the Pareto front of top-1 and parameters (p), FLOPs (f), latency of one image (1) or of 128 (b)."
         )
@@ -53,44 +50,94 @@ def _note_on_figures(sweep: SweepRecipe, seeds: int) -> str | None:
     return "One seed: differences may be chance. Use --seeds 3 to see how much figures vary."
 
 
-def _table(settings: pl.DataFrame) -> pl.DataFrame:
+def _note_on_gains(result: SweepResult, sweep: SweepRecipe) -> str | None:
+    """How gains are computed, or how to get them; None for a sweep that has nothing to compare with labels."""
+    if result.settings["gain_n"].sum():
+        return (
+            "gain: top-1 minus that of the same student on labels alone, in points, paired by seed"
+            " (n pairs in brackets where that is fewer)."
+        )
+    losses = [str(loss) for loss in result.settings["loss"].unique(maintain_order=True)]
+    if sweep.search is not None or sweep.trials or losses == ["ce"]:
+        return None
+    return f"No gain over labels alone is known: add --losses {','.join([*sorted({*losses} - {'ce'}), 'ce'])}."
+
+
+def _tables(settings: pl.DataFrame) -> list[TextTable]:
+    """One table; where it is wider than the screen, one each of accuracies, of likelihood and calibration, of costs."""
     names = short_names([key for key in setting_columns(settings) if _is_setting(key)])
-    return pl.DataFrame([_cells(row, names) for row in settings.iter_rows(named=True)])
+    rows = settings.to_dicts()
+    own = {title: [_value(row[key]) for row in rows] for key, title in names.items()}
+    accuracy = {"n": [str(row["n"]) for row in rows], "top-1 %": [_spread(row, "top1", 100) for row in rows]}
+    accuracy["95 %"] = [_half_interval(row, "top1") for row in rows]
+    if settings["gain_n"].sum():
+        accuracy["gain"] = [_spread(row, "gain", 100, sign="+") for row in rows]
+        accuracy["95 % of it"] = [_half_interval(row, "gain") for row in rows]
+    front = {"front": [_front(row) for row in rows]}
+    quality = {"NLL": [_spread(row, "nll") for row in rows], "ECE": [_spread(row, "ece") for row in rows]}
+    costs = _costs(rows)
+    whole = _table(own | accuracy | quality | costs | front, len(own))
+    width = screen_width()
+    if max(map(len, whole.text(1 << 20).splitlines())) <= width:
+        return [whole]
+    first = {row["student"]: place for place, row in reversed(list(enumerate(rows)))}
+    places = sorted(first.values())
+    of_students = {title: [cells[place] for place in places] for title, cells in costs.items()}
+    students = {"student": [rows[place]["student"] for place in places]}
+    return [
+        _table(own | accuracy | front, len(own)),
+        _table(own | quality, len(own)),
+        _table(students | of_students, 1),
+    ]
 
 
-def _cells(row: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
-    cells = {name: "" if row[key] is None else str(row[key]) for key, name in names.items()}
-    cells |= {"n": str(row["n"]), "top-1": _spread(row, "top1", 100), "95 %": _half_interval(row)}
-    cells |= {"NLL": _spread(row, "nll", 1, digits=4), "ECE": _spread(row, "ece", 100)}
-    cells |= {"params": _count(row["parameters"]), "FLOPs": _count(row["flops"])}
-    cells |= {"ms, 1": _ms(row["latency_1_ms"]), "ms, 128": _ms(row["latency_128_ms"])}
+def _table(columns: Mapping[str, Sequence[str]], names: int) -> TextTable:
+    table = TextTable(list(columns), names=names)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    return {
+        "params": [count(row["parameters"]) for row in rows],
+        "FLOPs": [count(row["flops"]) for row in rows],
+        "ms, 1": [_ms(row["latency_1_ms"]) for row in rows],
+        "ms, 128": [_ms(row["latency_128_ms"]) for row in rows],
+    }
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _front(row: Mapping[str, Any]) -> str:
     marks = {"p": "parameters", "f": "flops", "1": "latency_1_ms", "b": "latency_128_ms"}
-    return cells | {"front": "".join(mark for mark, cost in marks.items() if row[f"pareto_{cost}"])}
+    return "".join(mark for mark, cost in marks.items() if row[f"pareto_{cost}"])
 
 
 def _is_setting(key: str) -> bool:
     """Whether a column of `over_seeds` is a setting."""
-    return key != "n" and not key.endswith(("_std", "_ci95")) and not key.startswith("pareto_")
+    return key not in {"n", "gain_n"} and not key.endswith(("_std", "_ci95")) and not key.startswith("pareto_")
 
 
-def _spread(row: dict[str, Any], name: str, factor: float, digits: int = 2) -> str:
+def _spread(row: Mapping[str, Any], name: str, factor: float | None = None, sign: str = "") -> str:
+    """Mean ± standard deviation; in percent or points with a factor, else in nats or as a fraction."""
     if row[name] is None:
         return "–"
-    spread = "" if row[f"{name}_std"] is None else f" ± {factor * row[f'{name}_std']:.{digits}f}"
-    return f"{factor * row[name]:.{digits}f}{spread}"
+
+    def shown(value: float, sign: str = "") -> str:
+        return nats(value) if factor is None else f"{factor * value:{sign}.2f}"
+
+    std = row[f"{name}_std"]
+    return shown(row[name], sign) + ("" if std is None else f" ± {shown(std)}")
 
 
-def _half_interval(row: dict[str, Any]) -> str:
-    return "–" if row["top1_ci95"] is None else f"±{100 * row['top1_ci95']:.2f}"
-
-
-def _count(number: int | None) -> str:
-    if number is None:
+def _half_interval(row: Mapping[str, Any], name: str) -> str:
+    if row[f"{name}_ci95"] is None:
         return "–"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+    pairs = f" ({row['gain_n']})" if name == "gain" and row["gain_n"] != row["n"] else ""
+    return f"±{100 * row[f'{name}_ci95']:.2f}{pairs}"
 
 
 def _ms(value: float | None) -> str:

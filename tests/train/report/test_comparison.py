@@ -34,7 +34,7 @@ def test_seeds_of_the_same_settings_are_grouped(tmp_path: Path) -> None:
     assert top1.n == 3
     assert (top1.mean, top1.std) == pytest.approx((0.92, 0.02))
     assert top1.high - top1.low == pytest.approx(2 * 4.30265 * 0.02 / 3**0.5, rel=1e-5)  # type: ignore[operator]
-    assert found.best is found.settings[0]
+    assert found.headline is found.settings[0]
 
 
 def test_the_same_seed_twice_is_one_observation(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_unfinished_runs_do_not_count(tmp_path: Path) -> None:
     assert found.settings[0].figures["top1"].mean == pytest.approx(0.9)
     assert not found.settings[1].finished
     assert found.settings[1].mean("top1") == pytest.approx(0.99), "it is still listed"
-    assert found.best is found.settings[0]
+    assert found.headline is found.settings[0]
 
 
 def test_a_failed_trial_joins_its_setting(tmp_path: Path) -> None:

@@ -100,14 +100,82 @@ def test_failed_and_stopped_trials_show_their_reason(sweep: Page) -> None:
     assert "Of 14 runs, 1 stopped, 1 failed: not in means, intervals and Pareto fronts." in sweep.texts
 
 
+def facts(found: Page) -> dict[str, tuple[str, str]]:
+    """The key figures: name → (figure, note)."""
+    text = found.texts[: found.texts.index("Leaderboard")]
+    return {name: (text[place + 1], text[place + 2]) for place, name in enumerate(text[:-2])}
+
+
 def test_key_figures_compare_with_a_finished_twin_only(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", top1=0.9)
     twins = {
         ended: write_run(tmp_path / f"twin-{ended}", loss="ce", top1=0.8, finished=ended) for ended in (True, False)
     }
     for ended, twin in twins.items():
-        texts = page(write_report([run, twin], tmp_path / "report.html")).texts
-        assert ("for comparison" in texts, "points of top-1" in texts) == (ended, ended)
+        shown = facts(page(write_report([run, twin], tmp_path / "report.html")))
+        assert shown["Student, top-1"] == ("90.00 %", "kd")
+        assert ("Distilled − labels alone" in shown, "On labels alone, top-1" in shown) == (ended, ended)
+
+
+@pytest.mark.parametrize(
+    ("distilled", "labels", "difference"),
+    [(0.9, 0.8, "+10.00"), (0.665, 0.7325, "-6.75"), (0.5, 0.5, "+0.00"), (0.7, 0.9975, "-29.75")],
+)
+def test_the_headline_is_the_distilled_student_also_where_labels_alone_are_better(
+    tmp_path: Path, distilled: float, labels: float, difference: str
+) -> None:
+    run = write_run(tmp_path / "run", top1=distilled)
+    write_run(run / "labels-only", loss="ce", top1=labels)
+    found = page(write_report([run], tmp_path / "report.html"))
+    shown = facts(found)
+    assert shown["Student, top-1"] == (f"{100 * distilled:.2f} %", "kd")
+    assert shown["On labels alone, top-1"][0] == f"{100 * labels:.2f} %"
+    assert shown["Distilled − labels alone"] == (difference, "points of top-1, one seed")
+    assert difference in found.texts[found.texts.index("Leaderboard") :], "the same figure in the table"
+    results = [
+        json.loads((folder / "result.json").read_text())["last"]["top1"] for folder in (run, run / "labels-only")
+    ]
+    assert f"{100 * (results[0] - results[1]):+.2f}" == difference
+    (gain,) = [setting["gain"] for setting in found.data["settings"] if setting["gain"]]
+    assert gain["mean"] == pytest.approx(results[0] - results[1])
+
+
+def test_the_headline_of_a_sweep_is_the_best_distilled_student_with_its_paired_gain(tmp_path: Path) -> None:
+    """Differences by seed +2, -1, +3 points: mean 4/3, standard deviation 2.0817, t(0.975, 2) = 4.3027."""
+    tops = {"kd": (0.90, 0.92, 0.97), "ce": (0.88, 0.93, 0.94)}
+    runs = [
+        write_run(tmp_path / f"{student}-{loss}-{seed}", student=student, loss=loss, seed=seed, top1=top1 - lost)
+        for student, lost in (("vgg8", 0.0), ("resnet8", 0.3))
+        for loss, values in tops.items()
+        for seed, top1 in enumerate(values)
+    ]
+    runs.append(write_run(tmp_path / "better", student="resnet20", loss="ce", top1=0.99))
+    found = page(write_report(runs, tmp_path / "report.html"))
+    shown = facts(found)
+    assert shown["Best distilled student, top-1"] == ("93.00 %", "vgg8 · kd, mean of 3 seeds")
+    assert shown["On labels alone, top-1"][0] == "91.67 %"
+    half = 4.30265 * 2.081666 / 3**0.5
+    between = f"{4 / 3 - half:+.2f} to {4 / 3 + half:+.2f}"
+    assert shown["Distilled − labels alone"] == (
+        "+1.33", f"points of top-1, mean of 3 seeds, 95 % interval {between}",
+    )  # fmt: skip
+    assert found.texts.count(between) == 2, "a row for each student"
+    assert "±\u202f2.08" in found.texts
+
+
+def test_a_gain_over_fewer_seeds_says_so(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"kd-{seed}", seed=seed, top1=0.9 + 0.01 * seed) for seed in range(4)]
+    runs += [write_run(tmp_path / f"ce-{seed}", loss="ce", seed=seed, top1=0.88) for seed in (1, 3)]
+    found = page(write_report(runs, tmp_path / "report.html"))
+    half = 12.7062 * 2**0.5 / 2**0.5  # the differences are 3 and 5 points
+    assert f"{4 - half:+.2f} to {4 + half:+.2f} (2 pairs)" in found.texts
+
+
+def test_without_runs_on_labels_alone_there_is_no_gain(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    found = page(write_report(runs, tmp_path / "report.html"))
+    assert not [text for text in found.texts if "Gain" in text or "labels alone" in text]
+    assert [setting["gain"] for setting in found.data["settings"]] == [None]
 
 
 def test_the_page_has_the_data_of_the_plots(sweep: Page) -> None:

@@ -12,7 +12,7 @@ from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError
 from tests.support import tiny_run
 from train.checkpoints import read_card
 from train.run import train_student
-from train.runs.stored import open_run
+from train.runs.stored import data_name, open_run
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +99,35 @@ def test_test_images_get_the_labels_of_the_student(trained: Path, tmp_path: Path
         run.open_test(card.model_copy(update={"class_names": ("red", "yellow")}))
     with pytest.raises(DataError, match="image folder not found"):
         run.open_test(card, data_dir=tmp_path)
+
+
+# What the images are called
+
+
+def named(run: Path, **changes: str) -> str:
+    """`data_name` of a run whose cache has another name or dataset."""
+    record = json.loads((run / "cache.json").read_text())
+    record["manifest"] |= changes
+    (run / "cache.json").write_text(json.dumps(record))
+    return data_name(run, "default")
+
+
+def test_the_images_are_called_after_the_cache(copy: Path) -> None:
+    assert named(copy, name="photos") == "photos"
+    assert named(copy, name="flowers.v2") == "flowers.v2"
+    assert named(copy, name="digits") == "pictures", "a folder that was built with the recipe digits"
+    assert named(copy, name="cifar10", dataset={"name": "fashion-mnist"}) == "fashion-mnist"
+    assert named(copy, name="cifar10", dataset={"name": "cifar10"}) == "cifar10"
+
+
+def test_the_images_of_a_run_on_labels_alone_are_called_after_the_dataset(copy: Path) -> None:
+    twin = copy / "labels-only"
+    assert data_name(twin, "default") == "pictures"
+    (twin / "recipe.yaml").unlink()
+    assert data_name(twin, "default") == "default"
+    identity = json.loads((twin / "run.json").read_text())
+    identity["recipe"]["dataset"] = {"name": "cifar100"}
+    (twin / "run.json").write_text(json.dumps(identity))
+    assert data_name(twin, "default") == "cifar100"
+    (twin / "run.json").unlink()
+    assert data_name(twin, "default") == "default"

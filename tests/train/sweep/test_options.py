@@ -10,11 +10,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cache_tools.config import dump_yaml
 from cache_tools.errors import RecipeError
 from tests.support import tiny_run
+from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from train.recipe import load_train_recipe, named_loss
 from train.sweep import cli
-from train.sweep.options import read_sweep
+from train.sweep.options import default_folder, read_sweep
 from train.sweep.recipe import SweepRecipe, make_trials
 
 
@@ -189,3 +191,30 @@ def test_overwrite_is_passed_on(recipe: str, monkeypatch: pytest.MonkeyPatch, gi
     result = CliRunner().invoke(cli.app, [recipe, "--workers", "1", *given])
     assert "far enough" in result.output
     assert passed["overwrite"] is bool(given)
+
+
+# Names
+
+
+def test_a_sweep_of_a_cache_is_named_after_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path / "home" / "photos-000000000000.zarr", tiny_manifest(tiny_images(), name="photos"), tiny_images())
+    named = read_sweep(None, None, {"cache": "photos"}, (), {})
+    assert (named.name, default_folder(named)) == ("photos", Path("runs/sweep-photos"))
+    assert read_sweep(None, "digits", {"cache": "photos"}, (), {}).name == "digits"
+    assert read_sweep(None, None, {"cache": "photos"}, (), {"name": "mine"}).name == "mine"
+    assert read_sweep(None, None, {"cache": "elsewhere"}, (), {}).name == "digits"
+
+
+def test_a_sweep_that_an_earlier_version_named_after_the_recipe_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier, other = Path("runs/sweep-digits"), Path("runs/sweep-photos")
+    earlier.mkdir(parents=True)
+    sweeps = {cache: SweepRecipe(name="photos", base={"cache": cache}) for cache in ("photos", "flowers")}
+    (earlier / "sweep.yaml").write_text(dump_yaml(SweepRecipe(name="digits", base={"cache": "photos"})))
+    assert [default_folder(sweep) for sweep in sweeps.values()] == [earlier, other]
+    other.mkdir()
+    assert default_folder(sweeps["photos"]) == other

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from train.report.trials import COLUMNS
 from train.sweep.recipe import SweepRecipe
@@ -22,7 +23,8 @@ def table(settings: list[dict[str, str]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema_overrides=COLUMNS)
 
 
-def test_keys_with_the_same_last_part_have_a_column_each() -> None:
+def test_keys_with_the_same_last_part_have_a_column_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     optimisers, schedules, fractions = ("sgd", "adamw"), ("cosine", "constant"), ("0.1", "0.2")
     trials = table(
         [
