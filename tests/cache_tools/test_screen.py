@@ -64,7 +64,7 @@ def test_wide_and_control_characters() -> None:
     found = TextTable(["class", "n"])
     found.add_row("猫", "1")
     found.add_row("a\x1b[2J", "22")
-    assert found.text(40).splitlines() == ["class       n", "猫          1", "a\\x1b[2J  22"]
+    assert found.text(40).splitlines() == ["class      n", "猫         1", "a\\x1b[2J  22"]
 
 
 def test_a_title_and_missing_cells() -> None:

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from train.recipe import CE_SETTINGS
+
 # Keys of a recipe that a run on labels alone does not have, or that do not change what it learns.
 _OF_TARGETS = ("loss.", "fusion.", "dataset", "views", "cache", "evaluate_every", "num_views")
+_OF_LABELS = {f"loss.{name}" for name in CE_SETTINGS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,9 @@ def pairing(
         data: identity of images and targets, as in the run's identity.
         images: digest of the images of the cache, for a run with targets.
     """
-    kept = {key: value for key, value in settings.items() if not key.startswith(_OF_TARGETS)} | {"seed": seed}
+    kept = {key: value for key, value in settings.items() if key in _OF_LABELS or not key.startswith(_OF_TARGETS)} | {
+        "seed": seed
+    }
     fraction = settings.get("label_fraction") or 1.0
     if fraction < 1.0 and not on_labels:  # the run on labels alone sees as many images: see `TrainRecipe.on_labels`
         times = round(1 / fraction)

@@ -36,6 +36,7 @@ def paired(recipe: TrainRecipe, top1: float | None = 0.5, **data: Any) -> Paired
         {"loss": {"kind": "dkd", "temperature": 7.0, "feature": "crd"}, "fusion": {"teacher_weight": 0.2}},
         {"label_fraction": 0.25, "schedule": {"name": "multistep", "milestones": [4, 8], "warmup_epochs": 2}},
         {"label_fraction": 0.3, "evaluate_every": 5},
+        {"loss": {"label_smoothing": 0.1, "class_weights": "balanced"}},
     ],
 )
 def test_the_same_run_on_labels_alone_is_the_twin(changes: dict[str, Any]) -> None:
@@ -49,7 +50,8 @@ def test_the_same_run_on_labels_alone_is_the_twin(changes: dict[str, Any]) -> No
     "changes",
     [
         {"seed": 1}, {"student": "resnet20"}, {"epochs": 11}, {"batch_size": 32}, {"optimiser": {"learning_rate": 0.3}},
-        {"schedule": {"warmup_epochs": 1}}, {"ema_decay": 0.9}, {"label_fraction": 0.5},
+        {"loss": {"label_smoothing": 0.1}}, {"schedule": {"warmup_epochs": 1}}, {"ema_decay": 0.9},
+        {"label_fraction": 0.5},
     ],
 )  # fmt: skip
 def test_a_run_with_other_settings_is_not(changes: dict[str, Any]) -> None:

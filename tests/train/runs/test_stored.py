@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_test_images_get_the_labels_of_the_student(trained: Path, tmp_path: Path
 # What the images are called
 
 
-def named(run: Path, **changes: str) -> str:
+def named(run: Path, **changes: Any) -> str:
     """`data_name` of a run whose cache has another name or dataset."""
     record = json.loads((run / "cache.json").read_text())
     record["manifest"] |= changes

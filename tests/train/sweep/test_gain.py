@@ -30,7 +30,7 @@ T_095 = {1: 12.7062, 2: 4.30265}  # Student's t(0.975, n − 1), from a printed 
 
 def result(folder: Path, tops: Tops, **settings: Any) -> SweepResult:
     """A sweep with these figures by student, loss and seed; None for a trial that did not finish."""
-    trials = []
+    trials: list[Trial] = []
     for (student, loss), values in tops.items():
         for seed, top1 in enumerate(values):
             run = folder / "trials" / f"{student}-{loss}-{seed}"
