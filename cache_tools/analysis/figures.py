@@ -135,3 +135,9 @@ class Stability:
         mean = self._sum[rows].double() / self._views
         divergence = entropy(mean) - self._entropy[rows] / self._views
         return self._same[rows].cpu(), divergence.clamp_min(0.0).cpu()
+
+    def rivals(self, rows: slice, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The class but the label with the highest mean over the views (int64), and this mean (float64), on the CPU."""
+        mean = self._sum[rows].double() / self._views
+        against, rival = mean.scatter(1, labels_N[:, None], -1.0).max(dim=1)
+        return rival.cpu(), against.cpu()

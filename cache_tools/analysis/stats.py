@@ -90,8 +90,8 @@ class TeacherStats:
 
     def suspicious(self, count: int) -> pl.DataFrame:
         """The `count` samples, wrong in at least one view, whose label the fusion contradicts most on average."""
-        wrong = self.samples.filter(pl.col("views_against") > 0)
-        columns = ("sample", "label", "class", "rival", "rival_class", "against", "against_max", "views_against")
+        wrong = self.samples.filter(pl.col("views_wrong") > 0)
+        columns = ("sample", "label", "class", "rival", "rival_class", "against", "views_against", "views_wrong")
         return wrong.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
 
     def to_dict(self, rows: int = 20) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def analyse(
             if write_view is not None:
                 write_view(view, frame)
             sums.add(view, frame, consistency)
-    samples = sums.samples()
+    samples = sums.samples(stream.rivals())
     for source, (same, divergence) in stream.stability().items():
         samples = samples.with_columns(
             pl.Series(f"{source}_same_top1", same), pl.Series(f"{source}_divergence", divergence)
@@ -233,6 +233,14 @@ class ViewStream:
             same, divergence = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             by_source[name] = (same, divergence)
         return by_source
+
+    def rivals(self) -> dict[str, npt.NDArray[Any]] | None:
+        """`rival` and `against` [N]: the most probable class but the label, on average over the views; None for one."""
+        if (stability := self._stability.get(self.sources[-1])) is None:
+            return None
+        parts = [stability.rivals(rows, self._labels[rows]) for rows in self._chunks()]
+        rival, against = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+        return {"rival": rival, "against": against}
 
     def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
         labels, figures, p = self._labels[rows], {}, {}

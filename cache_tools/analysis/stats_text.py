@@ -191,9 +191,9 @@ def _confusions(stats: TeacherStats) -> Table:
 
 def _suspicious(stats: TeacherStats) -> Table:
     views = len(stats.about.views)
-    table = new_table("suspicious label: sample", ["label", "fusion predicts", "probability", "largest", "in views"])
+    table = new_table("suspicious label: sample", ["label", "fusion says", "mean probability", "top-1 in views"])
     for row in stats.suspicious(_TOP_ROWS).to_dicts():
-        figures = (number(row["against"], 3), number(row["against_max"], 3), f"{row['views_against']} of {views}")
+        figures = (number(row["against"], 3), f"{row['views_against']} of {views}")
         table.add_row(str(row["sample"]), row["class"], row["rival_class"], *figures)
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,27 +103,6 @@ def disagreement(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def merge_against(kept: pl.DataFrame, fusion: pl.DataFrame) -> pl.DataFrame:
-    """Add a view to the sum, the maximum (with its rival) and the count of the contradictions of each sample."""
-    new = fusion.select(
-        "sample",
-        "label",
-        "rival",
-        pl.col("against").alias("against_sum"),
-        pl.col("against").alias("against_max"),
-        (~pl.col("right")).cast(pl.Int32).alias("views_against"),
-    )
-    if kept.is_empty():
-        return new
-    larger = new["against_max"] > kept["against_max"]
-    return kept.with_columns(
-        pl.when(larger).then(new["rival"]).otherwise(pl.col("rival")).alias("rival"),
-        pl.when(larger).then(new["against_max"]).otherwise(pl.col("against_max")).alias("against_max"),
-        (pl.col("against_sum") + new["against_sum"]).alias("against_sum"),
-        (pl.col("views_against") + new["views_against"]).alias("views_against"),
-    )
-
-
 class Sums:
     """Accumulates the statistics of the views of a cache in small tables.
 
@@ -139,7 +119,8 @@ class Sums:
         self._consistency: list[pl.DataFrame] = []
         self._disagreement: list[pl.DataFrame] = []
         self._confusion = pl.DataFrame()
-        self._against = pl.DataFrame()
+        self._rivals = pl.DataFrame()
+        self._predicted: list[pl.Series] = []
 
     def add(self, view: int, frame: pl.DataFrame, consistency: Mapping[str, npt.NDArray[np.float64]]) -> None:
         """Add the `sample_table` of a view, and source → consistency of the classes [C] (NaN if undefined)."""
@@ -159,7 +140,9 @@ class Sums:
         counts = frame.group_by("source", "label", "top1").agg(pl.len().cast(pl.Int64).alias("n"))
         merged = pl.concat([self._confusion, counts], how="diagonal")
         self._confusion = merged.group_by("source", "label", "top1").agg(pl.col("n").sum())
-        self._against = merge_against(self._against, frame.filter(pl.col("source") == "fusion"))
+        targets = frame.filter(pl.col("source") == self._sources[-1])
+        self._rivals = targets.select("sample", "label", "rival", "against")
+        self._predicted.append(targets["top1"])
 
     def summary(self) -> pl.DataFrame:
         """Per source and view, then over all views (view null): means of means, as all views have the same samples."""
@@ -243,22 +226,34 @@ class Sums:
         every = every.with_columns(pl.col(among).fill_nan(None))
         return pl.concat([views.select("view", pl.exclude("view")), every.select("view", *views.drop("view").columns)])
 
-    def samples(self) -> pl.DataFrame:
-        """One row per sample: how strongly the fusion contradicts its label.
+    def samples(self, mean_rivals: Mapping[str, npt.NDArray[Any]] | None) -> pl.DataFrame:
+        """One row per sample: how strongly the targets contradict its label.
 
-        `against` is the probability of the most probable other class, averaged over the views; `against_max` is its
-        maximum and `rival` the class of that maximum; `views_against` counts the views with a wrong top-1.
+        `rival` is the class other than the label with the highest probability, averaged over the views, and `against`
+        is that mean. `views_against` counts the views whose top-1 is the rival, `views_wrong` those whose top-1 is not
+        the label.
+
+        Args:
+            mean_rivals: `rival` and `against` of each sample; None for a single view, which has them in its table.
         """
-        views = len(self._summaries)
-        return self._against.select(
+        table = (
+            self._rivals
+            if mean_rivals is None
+            else self._rivals.with_columns(
+                pl.Series(name, values, dtype=self._rivals.schema[name]) for name, values in mean_rivals.items()
+            )
+        )
+        agrees = [predicted == table["rival"] for predicted in self._predicted]
+        wrong = [predicted != table["label"] for predicted in self._predicted]
+        return table.select(
             "sample",
             "label",
             self._class_name("label", "class"),
-            (pl.col("against_sum") / views).alias("against"),
-            "against_max",
+            "against",
             "rival",
             self._class_name("rival", "rival_class"),
-            "views_against",
+            pl.sum_horizontal(*agrees).cast(pl.Int32).alias("views_against"),
+            pl.sum_horizontal(*wrong).cast(pl.Int32).alias("views_wrong"),
         )
 
     def _bins_over_views(self) -> pl.DataFrame:
@@ -271,7 +266,7 @@ class Sums:
 
     def _label_counts(self) -> pl.DataFrame:
         names = pl.DataFrame({"label": np.arange(len(self._class_names), dtype=np.int32), "class": self._class_names})
-        counts = self._against.group_by("label").agg(pl.len().alias("n"))
+        counts = self._rivals.group_by("label").agg(pl.len().alias("n"))
         return names.join(counts, on="label", how="left").with_columns(pl.col("n").fill_null(0))
 
     def _add_columns(self, table: pl.DataFrame, values: pl.DataFrame, name: str, on: list[str]) -> pl.DataFrame:

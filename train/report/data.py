@@ -46,7 +46,7 @@ def _setting(setting: Setting, names: tuple[str, ...] | None) -> dict[str, Any]:
         "label": setting.label,
         "status": FINISHED if setting.finished else setting.trials[0].status,
         "trials": [_trial(trial) for trial in setting.seeds],
-        "top1": None if top1 is None else {key: getattr(top1, key) for key in ("mean", "low", "high")},
+        "top1": None if top1 is None else {key: getattr(top1, key) for key in ("n", "mean", "low", "high")},
         "gain": None if gain is None else {key: getattr(gain, key) for key in ("n", "mean", "low", "high")},
         "ece": _rounded(setting.mean("ece")),
         "costs": {name: setting.mean(name) for name in COSTS},

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 
+from cache_tools.screen import nats
 from train.report.comparison import Comparison, Setting, label_names, short_names
 from train.report.records import FINISHED, TrialRecord
 from train.report.spread import Spread
@@ -43,10 +44,6 @@ def _points(value: float) -> str:
     return f"{100 * value:+.2f}"
 
 
-def _four(value: float) -> str:
-    return f"{value:.4f}" if value < 100 else f"{value:,.1f}"  # a student that diverged has a huge NLL
-
-
 COLUMNS = (
     Column(
         name="top1",
@@ -67,8 +64,8 @@ COLUMNS = (
         hint="points of top-1: mean over the seeds of this student minus the same student on labels alone, same seed",
     ),
     Column(name="top5", header="Top-5 %", text=_percent, largest_first=True, has_deviation=True),
-    Column(name="nll", header="NLL", text=_four, has_deviation=True, hint="negative log-likelihood in nats"),
-    Column(name="ece", header="ECE", text=_four, has_deviation=True, hint="expected calibration error, 15 bins"),
+    Column(name="nll", header="NLL", text=nats, has_deviation=True, hint="negative log-likelihood in nats"),
+    Column(name="ece", header="ECE", text=nats, has_deviation=True, hint="expected calibration error, 15 bins"),
     Column(name="parameters", header="Parameters", text=lambda value: f"{value:,.0f}"),
     Column(name="flops", header="MFLOPs", text=lambda value: f"{value / 1e6:,.1f}", hint="per image, forward"),
     Column(name="latency_1_ms", header="Latency ms,|1 image", text=lambda value: f"{value:,.2f}"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
+import io
 import itertools
 import json
 import math
@@ -20,6 +23,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cache_tools.analysis.figures import NonTargetConsistency, Stability, entropy, js_divergence, row_chunks
 from cache_tools.analysis.stats import StatsFolder, TeacherStats, analyse
+from cache_tools.analysis.stats_text import print_stats
 from cache_tools.errors import IncompleteError, NotFoundError, RecipeError, StorageError
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
@@ -255,13 +259,11 @@ def test_divergence_of_two_views_equals_js_divergence_and_is_0_for_equal_views()
 
 def test_confused_pairs_and_suspicious_labels(cache: TeacherCache, stats: TeacherStats, logits: list[Logits]) -> None:
     pairs: dict[str, Counter[tuple[int, int]]] = {source: Counter() for source in SOURCES}
-    against: dict[int, list[tuple[float, int, bool]]] = {}
+    views: dict[int, list[list[float]]] = {}
     for view, (sample, label) in itertools.product(logits, enumerate(cache.labels)):
         for source in SOURCES:
             pairs[source][int(label), int(np.argmax(view[source][sample]))] += 1
-        p = softmax(view["fusion"][sample])
-        rival = max((value, number) for number, value in enumerate(p) if number != label)
-        against.setdefault(sample, []).append((*rival, int(np.argmax(p)) != label))
+        views.setdefault(sample, []).append(softmax(view["fusion"][sample]))
     found = {(row["label"], row["said"]): row for row in stats.confusions.to_dicts()}
     wrong = {pair for counts in pairs.values() for pair in counts if pair[0] != pair[1]}
     assert set(found) == wrong
@@ -273,17 +275,59 @@ def test_confused_pairs_and_suspicious_labels(cache: TeacherCache, stats: Teache
         assert (row["class"], row["said_class"]) == (f"class_{label}", f"class_{said}")
     assert stats.confusions["fusion_n"].is_sorted(descending=True)
 
-    means = {sample: np.mean([value for value, _, _ in views]) for sample, views in against.items()}
-    doubted = [sample for sample, views in against.items() if any(is_wrong for _, _, is_wrong in views)]
-    worst = sorted(doubted, key=lambda sample: -means[sample])[:5]
+    expected = {sample: doubt(rows, int(cache.labels[sample])) for sample, rows in views.items()}
+    doubted = [sample for sample, (_, _, _, missed) in expected.items() if missed]
+    worst = sorted(doubted, key=lambda sample: -expected[sample][1])[:5]
     table = stats.suspicious(5)
     assert table["sample"].to_list() == worst
     for row in table.to_dicts():
-        views = against[row["sample"]]
-        assert row["against"] == pytest.approx(means[row["sample"]])
-        assert (row["against_max"], row["rival"]) == (pytest.approx(max(views)[0]), max(views)[1])
-        assert row["views_against"] == sum(is_wrong for _, _, is_wrong in views)
+        rival, against, agree, missed = expected[row["sample"]]
+        assert (row["rival"], row["rival_class"], row["against"]) == (rival, f"class_{rival}", pytest.approx(against))
+        assert (row["views_against"], row["views_wrong"]) == (agree, missed)
         assert row["label"] == cache.labels[row["sample"]]
+
+
+def doubt(views: list[list[float]], label: int) -> tuple[int, float, int, int]:
+    """In plain loops: the other class with the highest mean probability, that mean, and the views that have this class
+    as top-1 and that have another top-1 than the label."""
+    means = [sum(row[number] for row in views) / len(views) for number in range(len(views[0]))]
+    rival = max((number for number in range(len(means)) if number != label), key=lambda number: means[number])
+    best = [max(range(len(row)), key=lambda number: row[number]) for row in views]
+    return rival, means[rival], sum(one == rival for one in best), sum(one != label for one in best)
+
+
+DOG, CAT, FLOWER = 0, 1, 2
+DOUBTS = {  # views of a dog as probabilities of dog, cat, flower → the rival, views that agree, views that are wrong
+    # Cat has the largest probability of a single view, but flower is the top-1 of three views and higher on average.
+    "one view of a cat": (((0.03, 0.943, 0.027), *((0.2, 0.018, 0.782),) * 3), FLOWER, 3, 4),
+    "all views agree": (((0.1, 0.8, 0.1),) * 4, CAT, 4, 4),
+    "right in two views": (((0.1, 0.7, 0.2), (0.2, 0.6, 0.2), (0.6, 0.2, 0.2), (0.9, 0.05, 0.05)), CAT, 2, 2),
+    "a rival that is never the top-1": (((0.5, 0.3, 0.2), (0.15, 0.4, 0.45), (0.5, 0.4, 0.1)), CAT, 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTS)
+def test_a_suspicious_sample_has_one_rival_for_all_views(tmp_path: Path, case: str) -> None:
+    rows, rival, agree, wrong = DOUBTS[case]
+    images = dataclasses.replace(tiny_images(12, 3), labels=np.full(12, DOG))
+    manifest = tiny_manifest(images, num_views=len(rows), store="fused", codec="float32")
+    targets = tiny_targets(manifest)
+    targets["fused_logits"][:] = np.log((0.9, 0.05, 0.05))
+    targets["fused_logits"][:, 7] = np.log(rows)
+    write(create(tmp_path / "c.zarr", manifest, images), targets)
+    got = analyse(TeacherCache(tmp_path / "c.zarr"))
+    (row,) = got.suspicious(5).to_dicts()
+    mean = sum(p[rival] for p in rows) / len(rows)
+    assert (row["sample"], row["rival"], row["views_against"], row["views_wrong"]) == (7, rival, agree, wrong)
+    assert row["against"] == pytest.approx(mean, abs=1e-6)
+    console = [line.split() for line in text_of(got).splitlines() if line.startswith("7 ")]
+    assert console == [["7", "class_0", f"class_{rival}", f"{mean:.3f}", str(agree), "of", str(len(rows))]]
+
+
+def text_of(stats: TeacherStats) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_stats(stats)
+    return out.getvalue()
 
 
 def test_the_size_of_the_row_chunks_does_not_matter(

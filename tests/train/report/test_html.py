@@ -178,6 +178,18 @@ def test_without_runs_on_labels_alone_there_is_no_gain(tmp_path: Path) -> None:
     assert [setting["gain"] for setting in found.data["settings"]] == [None]
 
 
+@pytest.mark.parametrize(("nll", "text"), [(3.8e22, "3.80e+22"), (1234.5, "1.23e+03"), (99.5, "99.5000")])
+def test_the_likelihood_of_a_student_that_diverged_does_not_widen_the_table(
+    tmp_path: Path, nll: float, text: str
+) -> None:
+    run = write_run(tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    result["last"]["nll"] = nll
+    (run / "result.json").write_text(json.dumps(result))
+    texts = page(write_report([run], tmp_path / "report.html")).texts
+    assert text in texts[texts.index("Leaderboard") :]
+
+
 def test_the_page_has_the_data_of_the_plots(sweep: Page) -> None:
     settings = sweep.data["settings"]
     assert [setting["label"] for setting in settings[:2]] == ["vgg8 · kd", "vgg8 · labels alone"]

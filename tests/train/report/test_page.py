@@ -255,6 +255,18 @@ def test_the_front_is_that_of_the_settings_shown(show: Any) -> None:
 
 
 @pytest.mark.slow
+def test_intervals_of_two_seeds_are_not_drawn(show: Any) -> None:
+    page = show("intervals")
+    assert page.locator("#top1 .plot .whisker").count() == 0
+    assert "Intervals of two seeds are in the table only" in page.locator("#top1 figcaption").inner_text()
+    show_numbers(page.locator("#top1 figure"))
+    assert page.locator("#top1 figure tbody tr").first.locator("td").nth(1).inner_text() != "–"
+    page = show("sweep")
+    assert page.locator("#top1 .plot .whisker").count() == 10, "three seeds have an interval"
+    assert "two seeds" not in page.locator("#top1 figcaption").inner_text()
+
+
+@pytest.mark.slow
 def test_marks_switch_colours(show: Any) -> None:
     page = show()
     boxes = page.locator("#board .pick input")

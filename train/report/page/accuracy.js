@@ -1,11 +1,15 @@
 // Accuracy of the settings, a row per setting with its seeds and its interval.
 
 const MAX_ROWS = 40;
+const MIN_SEEDS = 3; // for an interval in a plot: that of two seeds is 12.7 standard errors long on each side, and fills it
 
 const withTop1 = (settings) => settings.filter((setting) => data.settings[setting].top1);
 const top1 = (setting) => data.settings[setting].top1;
 const isFinished = (setting) => data.settings[setting].status === "finished";
 const seedsOf = (setting) => data.settings[setting].trials.filter((trial) => trial.top1 !== null && trial.finished);
+
+/** Whether a plot shows this interval. Tables and tooltips have all of them. */
+const hasWhisker = ({ n, low }) => low !== null && n >= MIN_SEEDS;
 
 function interval({ low, high }) {
   return low === null ? "one seed" : `95 % interval ${percent(low)} – ${percent(high)} %`;
@@ -20,13 +24,17 @@ function startAccuracy() {
     plot: plotRows,
     numbers: rowNumbers,
     caption: () => [
-      hasSeeds ? "Filled marks: mean with 95 % confidence interval. Open marks: seeds." : "",
+      hasSeeds ? `Filled marks: mean${all.some((setting) => hasWhisker(top1(setting))) ? " with 95 % confidence interval" : ""}. Open marks: seeds.` : "",
+      all.some((setting) => top1(setting).n === 2) ? "Intervals of two seeds are in the table only: they would fill the plot." : "",
+      withTop1(shown()).some((setting) => isCut(top1(setting), top1Range(withTop1(shown())))) ? "Arrows: the interval goes on." : "",
       data.references.length ? "Vertical lines: the teachers." : "",
       withTop1(shown()).length > MAX_ROWS ? `The first ${MAX_ROWS} of ${withTop1(shown()).length} rows of the table.` : "",
       outsideNote(withTop1(shown())),
     ].filter(Boolean).join(" "),
   });
 }
+
+const isCut = (one, [first, last]) => hasWhisker(one) && (one.low < first || one.high > last);
 
 function top1Range(settings, share) {
   // Ignore the intervals: with two seeds they are so wide that the values would be squeezed together.
@@ -97,8 +105,9 @@ function plotRow(setting, scale, y, narrow, left, points) {
   const label = data.settings[setting].label + (isFinished(setting) ? "" : ` (${data.settings[setting].status})`);
   row.append(svg("text", narrow ? { class: "halo strong", x: left, y: y - 12 } : { class: "strong", x: left - 16, y: y + 4, "text-anchor": "end" }, cut(label, narrow ? last - left : left - 16)));
   const within = (value) => clamp(scale(value), first, last);
-  if (low !== null) {
-    const ends = [low, high].filter((value) => within(value) === scale(value)).map((value) => `M${scale(value)},${y - 5}v10`);
+  if (hasWhisker(top1(setting))) {
+    const ends = [[low, -1], [high, 1]].map(([value, side]) => (
+      within(value) === scale(value) ? `M${scale(value)},${y - 5}v10` : `M${within(value) - 5 * side},${y - 4}l${5 * side},4l${-5 * side},4`));
     row.append(svg("path", { class: "whisker", d: `M${within(low)},${y}H${within(high)}${ends.join("")}` }));
   }
   const seeds = seedsOf(setting);

@@ -92,7 +92,7 @@ function plotPoint(picture, below, name, setting, x, y) {
   const group = svg("g", own);
   const within = (value) => clamp(y(value), upper, bottom);
   // Leave out intervals that are taller than the plot.
-  if (low !== null && slot !== null && high - low < y.domain[1] - y.domain[0]) {
+  if (hasWhisker(top1(setting)) && slot !== null && high - low < y.domain[1] - y.domain[0]) {
     below.append(svg("g", own, svg("path", { class: "whisker", d: `M${at},${within(low)}V${within(high)}` })));
   }
   if (y(mean) > bottom) group.append(svg("path", { class: "mark", d: `M${at},${bottom}l-5,-9h10Z` }));
