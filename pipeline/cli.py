@@ -39,7 +39,10 @@ def build_cache(
     seed: Annotated[int | None, typer.Option("--seed", help="Base seed of the views.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", help="resnet32x4 etc., timm:NAME, torchvision:NAME, or a run of train-student."),
+        typer.Option(
+            "--teacher",
+            help="resnet32x4 etc., timm:NAME, torchvision:NAME, my.module:function, or a run of train-student.",
+        ),
     ] = None,
     teacher_checkpoint: Annotated[
         str | None,

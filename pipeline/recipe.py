@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from cache_tools.codecs.presets import PresetName, TargetCodecs
-from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Frozen, load_recipe, name_or_fields, one_or_several
+from cache_tools.config import (
+    FIELDS,
+    NAME,
+    ONE,
+    SEVERAL,
+    Extensible,
+    Frozen,
+    load_recipe,
+    name_or_fields,
+    one_or_several,
+)
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
 from cache_tools.images.recipe import DatasetRecipe
@@ -20,19 +30,25 @@ from cache_tools.refusion import check_clip_scale, check_shares
 from cache_tools.views.recipe import ViewRecipe
 
 
-class TeacherSpec(Frozen):
+class TeacherSpec(Extensible):
     """A conventional teacher and its weights.
 
     Attributes:
-        name: a CIFAR-zoo name (`resnet32x4`), `timm:NAME`, `torchvision:NAME`, or a run folder or `.safetensors` file
-            of `train-student`, which names its own architecture.
-        weights: a `.safetensors` or `.pth` file, `package:FILE` (shipped), or a pretrained tag of timm or torchvision.
+        name: a CIFAR-zoo name (`resnet32x4`), `timm:NAME`, `torchvision:NAME`, `package.module:function` for a network
+            of one's own, or what names its own architecture: a run folder or `.safetensors` file of `train-student`, or
+            `local-dir:FOLDER` with the `config.json` of timm or export-student.
+        weights: a checkpoint file, a folder with one, `package:FILE` (shipped), or a pretrained tag of timm or
+            torchvision.
+        weights_key: where the weights are in a checkpoint that holds several, dotted: `state_dict`, `ema.module`.
         size, interpolation, mean, std: override the preprocessing of the library or checkpoint.
         weight: its share among several teachers; equal shares by default.
     """
 
+    added = frozenset({"weights_key"})
+
     name: str
     weights: str | None = None
+    weights_key: str | None = None
     size: PositiveInt | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     mean: tuple[float, float, float] | None = None

@@ -21,9 +21,11 @@ from torch import nn
 from cache_tools.config import Frozen
 from cache_tools.errors import WeightsError
 from cache_tools.files import put_durably
+from train import own
 from train.students import create_student
+from train.weights import files
 
-LAST, BEST, EMA = "last.safetensors", "best.safetensors", "ema.safetensors"
+LAST, BEST, EMA = files.LAST, "best.safetensors", "ema.safetensors"
 
 
 class StudentCard(Frozen):
@@ -92,9 +94,11 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[
 
     Raises:
         WeightsError: a missing or damaged file, no card, or weights that do not fit its architecture.
+        RecipeError: a network of someone's own whose code the user has not agreed to import (`train.own`).
     """
     file = student_file(Path(path))
     card = read_card(file)
+    own.require_consent(card.architecture, file)
     model = create_student(card.architecture, card.num_classes)
     with safe_open(file, framework="pt", device="cpu") as stored:
         state = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # not a dict

@@ -31,7 +31,14 @@ def train_student(
     recipe: OptionalRecipe = None,
     cache: Cache = None,
     student: Annotated[
-        str | None, typer.Option("--student", help="resnet8, wrn_16_2, …, timm:NAME or torchvision:NAME.")
+        str | None, typer.Option("--student", help="resnet8, …, timm:NAME, torchvision:NAME, or my.module:function.")
+    ] = None,
+    student_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--student-weights",
+            help="What it starts from: a checkpoint, a run, or a pretrained tag of the library.",
+        ),
     ] = None,
     loss: Annotated[
         str | None,
@@ -110,6 +117,7 @@ def train_student(
     options = {
         "cache": cache,
         "student": student,
+        "student_weights": student_weights,
         "loss": named_loss(loss) if loss else None,
         "epochs": epochs,
         "batch_size": batch_size,

@@ -29,6 +29,7 @@ from cache_tools.format.recipe import Precision
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.refusion import FusionChoice
 from cache_tools.views.recipe import ViewRecipe
+from train.weights.names import files_digest, is_path
 
 # The settings of `--loss NAME`, from the paper or the reference implementation of each method.
 LOSSES: dict[str, dict[str, Any]] = {
@@ -54,6 +55,8 @@ SETTING_ALIASES = {
     "class_weights": "loss.class_weights",
     "clip_grad_norm": "optimiser.clip_grad_norm",
     "accumulate": "optimiser.accumulate",
+    "student.weights": "student_weights",
+    "student.weights_key": "student_weights_key",
 }
 # Settings of the CE term, which a run on labels alone shares with a run with targets.
 CE_SETTINGS = ("label_smoothing", "class_weights")
@@ -259,7 +262,7 @@ class ScheduleRecipe(Frozen):
         return self
 
 
-class TrainRecipe(Frozen):
+class TrainRecipe(Extensible):
     """One run: what a student learns from, and how.
 
     A loss that uses targets takes the dataset and the views of the cache. A loss on labels alone needs no cache and
@@ -274,6 +277,11 @@ class TrainRecipe(Frozen):
             learns from the targets of all samples; a run on labels alone leaves unlabelled samples out.
         data_dir: folder of the images, if not the one in the cache or in `dataset`.
         download: fetch missing images, if the source can.
+        student: a name for `create_student`; `timm:NAME.TAG` starts from the weights that timm publishes under the tag.
+        student_weights: what the student starts from instead of random weights: a checkpoint file, a run folder, or a
+            pretrained tag of timm or torchvision (`pretrained` for the default one). A classifier for other classes is
+            replaced by a new one.
+        student_weights_key: where they are in a checkpoint that holds several, dotted: `state_dict`, `ema.module`.
         ema_decay: of an exponential moving average of the weights, None for none.
         evaluate_every: epochs between evaluations on the test split; the last epoch is always evaluated.
         deterministic: deterministic kernels on CUDA too, which costs some speed. On the CPU a run always repeats
@@ -282,6 +290,8 @@ class TrainRecipe(Frozen):
         loggers: the experiment trackers that follow the run; None for TensorBoard if it is installed.
         device, out: where the run is trained, and the folder where it is stored.
     """
+
+    added = frozenset({"student_weights", "student_weights_key"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     cache: str | None = None
@@ -294,6 +304,8 @@ class TrainRecipe(Frozen):
     data_dir: Path | None = None
     download: bool = False
     student: Annotated[str, AfterValidator(canonical_student_name)] = "resnet8x4"
+    student_weights: str | None = None
+    student_weights_key: str | None = None
     loss: LossRecipe = LossRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
@@ -308,6 +320,30 @@ class TrainRecipe(Frozen):
     loggers: tuple[LoggerName, ...] | None = None
     device: str = "auto"
     out: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _student_with_weights(cls, data: Any) -> Any:
+        """`student: {name: …, weights: …}` is another spelling of `student` and `student_weights`."""
+        if not isinstance(data, dict) or not isinstance(data.get("student"), dict):
+            return data
+        spelled = {"name": "student", "weights": "student_weights", "weights_key": "student_weights_key"}
+        if unknown := sorted(data["student"].keys() - spelled.keys()):
+            raise RecipeError(
+                f"unknown recipe key 'student.{unknown[0]}'", where="student", expected=f"{', '.join(spelled)}"
+            )
+        rest = {key: value for key, value in data.items() if key != "student"}
+        return rest | {spelled[key]: value for key, value in data["student"].items()}
+
+    @model_validator(mode="after")
+    def _weights_have_a_place(self) -> TrainRecipe:
+        if self.student_weights_key is not None and self.student_weights is None:
+            raise RecipeError(
+                "student_weights_key is a place in a checkpoint, and none is named",
+                where="student_weights_key",
+                next_step="give student_weights too",
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_something_to_learn_from(self) -> TrainRecipe:
@@ -337,6 +373,15 @@ class TrainRecipe(Frozen):
         """Short name of the loss for folders and tables: `ce`, `kd`, `kd+crd`, …"""
         kind = self.loss.kind if self.loss.needs_logits else "ce"
         return f"{kind}+{self.loss.feature}" if self.loss.needs_features else kind
+
+    @property
+    def initial_weights(self) -> str | None:
+        """What the student starts from: a file, a folder or a pretrained tag; None for random weights."""
+        if self.student_weights is not None:
+            return self.student_weights
+        source, _, model = self.student.partition(":")
+        tag = model.partition(".")[2]
+        return tag if source == "timm" and tag and ":" not in model else None
 
     def locate(self, dataset: DatasetRecipe) -> DatasetRecipe:
         """The dataset as this run opens it: with the run's own data_dir and download where it sets them."""
@@ -377,6 +422,8 @@ class TrainRecipe(Frozen):
             elsewhere = {"data_dir", "download", "class_order"}  # the digest of the images covers their labels
             data["dataset"] = {key: value for key, value in data["dataset"].items() if key not in elsewhere}
         data["cache"] = None
+        if (weights := self.initial_weights) is not None:  # of a file the content matters, not the name
+            data["student_weights"] = files_digest(Path(weights).expanduser()) if is_path(weights) else weights
         return data
 
 
@@ -434,7 +481,13 @@ def load_train_recipe(
     source: str | None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
 ) -> TrainRecipe:
     """Load a built-in recipe or a YAML file, with options applied on top; see `cache_tools.config.load_recipe`."""
-    return load_recipe(TrainRecipe, source, builtin_recipes(), overrides, options)
+    return load_recipe(TrainRecipe, source, builtin_recipes(), map(_student_key, overrides), options)
+
+
+def _student_key(item: str) -> str:
+    """A `--set` item with `student_weights` for `student.weights`, since `student` is a name."""
+    key, separator, value = item.partition("=")
+    return f"{SETTING_ALIASES.get(key, key)}{separator}{value}" if key.startswith("student.") else item
 
 
 def named_loss(name: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from train.cost import check_images, count_parameters
 from train.data import TrainingData, open_data
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
+from train.initial import check_outputs, first_student
 from train.loop import Learner, explain_out_of_memory, repeatable, train_epoch
 from train.losses.class_weights import class_weights
 from train.objective import Objective
@@ -40,7 +41,6 @@ from train.runs.metrics import RunLog, read_metrics
 from train.runs.predictions import store_predictions
 from train.runs.result import RunResult, load_result
 from train.runs.stored import data_name
-from train.students import create_student
 
 Value = TypeVar("Value")
 StopRule = Callable[[int, Sequence[Path]], set[Path]]
@@ -300,8 +300,12 @@ def command_line() -> str:
 def _create_learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, steps_per_epoch: int) -> Learner:
     torch.manual_seed(recipe.seed)  # weights are drawn on the CPU, so they are the same on every device
     num_classes = len(data.images.class_names)
-    student: Any = create_student(recipe.student, num_classes)
-    check_images(student.eval(), data.views.output_size(data.images.image_size))
+    student, notes = first_student(recipe, num_classes)
+    image_size = data.views.output_size(data.images.image_size)
+    check_images(student.eval(), image_size)
+    check_outputs(student, recipe, num_classes, image_size)
+    for note in notes:
+        print(f"note: {recipe.student} {note}", file=sys.stderr, flush=True)
     objective = Objective(
         recipe.loss,
         student.num_features,

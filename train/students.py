@@ -1,16 +1,17 @@
-"""Student networks by name: the CIFAR zoo, `timm:NAME` and `torchvision:NAME`, all with timm's interface."""
+"""Student networks by name: the CIFAR zoo, `timm:NAME`, `torchvision:NAME` and one's own, all with timm's interface."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
+from train import own
 from train.recipe import STUDENT_ALIASES, canonical_student_name
+from train.weights.text import nearest
 from train.zoo import torchvision_net
 from train.zoo.base import ZooNetwork
 from train.zoo.mobilenet import MobileNetV2
@@ -59,10 +60,11 @@ def create_student(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     `get_classifier()` returns whatever timm does.)
 
     Args:
-        name: a zoo name (case does not matter), `timm:NAME` or `torchvision:NAME`.
+        name: a zoo name (case does not matter), `timm:NAME`, `torchvision:NAME`, or `package.module:function` for a
+            network of one's own (`train.own`).
         num_classes: width of the logits.
         kwargs: for the zoo `in_chans`; for timm and torchvision whatever their builders take: `pretrained=True`,
-            `in_chans`, `img_size`, `weights`, …
+            `in_chans`, `img_size`, `weights`, …; for one's own, whatever the function takes.
 
     Raises:
         RecipeError: no such network, options it does not take, or no usable classifier.
@@ -77,12 +79,14 @@ def create_student(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
         return _create_timm(rest, num_classes, kwargs)
     if source.lower() == "torchvision":
         return _create_torchvision(rest, num_classes, kwargs)
+    if own.is_own(name):
+        return own.create(name, num_classes, kwargs)
     raise RecipeError(
         "no such source of architectures",
         where=name,
-        expected="a zoo name, timm:NAME or torchvision:NAME",
+        expected="a zoo name, timm:NAME, torchvision:NAME or package.module:function",
         found=f"'{source}:'",
-        next_step=_hint(source, ("timm", "torchvision")),
+        next_step=nearest(source, ("timm", "torchvision")),
     )
 
 
@@ -97,7 +101,7 @@ def _create_zoo(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
             "no such student",
             where=name,
             expected=f"one of {', '.join((*ZOO, *STUDENT_ALIASES))}, or timm:NAME, torchvision:NAME",
-            next_step=_hint(name, (*ZOO, *STUDENT_ALIASES)),
+            next_step=nearest(name, (*ZOO, *STUDENT_ALIASES)),
         )
     unknown = sorted(options.keys() - {"in_chans"})
     if unknown:
@@ -117,7 +121,9 @@ def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
     # timm itself resolves a name with a scheme (hf-hub:…, local-dir:…).
     if ":" not in name and not timm.is_model(name):
         raise RecipeError(
-            "timm has no such model", where=f"timm:{name}", next_step=_hint(name.partition(".")[0], timm.list_models())
+            "timm has no such model",
+            where=f"timm:{name}",
+            next_step=nearest(name.partition(".")[0], timm.list_models()),
         )
     options = {"pretrained": False, **options}
     try:
@@ -145,7 +151,7 @@ def _create_torchvision(name: str, num_classes: int, options: dict[str, Any]) ->
     known = torchvision_net.names()
     if name.lower() not in known:
         raise RecipeError(
-            "torchvision has no such classifier", where=f"torchvision:{name}", next_step=_hint(name, known)
+            "torchvision has no such classifier", where=f"torchvision:{name}", next_step=nearest(name, known)
         )
     try:
         return torchvision_net.create(name, num_classes, **options)
@@ -165,9 +171,3 @@ def _not_built(name: str, options: dict[str, Any], error: Exception) -> RecipeEr
             next_step="check the name and the network connection, or start from random weights",
         )
     return RecipeError("could not build the student", where=name, expected="valid options", found=reason)
-
-
-def _hint(word: str, names: Iterable[str]) -> str | None:
-    by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
-    return f"did you mean '{by_lower[near[0]]}'?".removesuffix("?") if near else None

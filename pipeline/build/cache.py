@@ -91,6 +91,8 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         recipe.precision,
         batch_size=recipe.batch_size,
     )
+    for note in ensemble.notes:
+        say(f"note: {note}")
     identity = resolve(recipe, images, ensemble)
     if identity.codecs.caution:
         say(f"note: {identity.codecs.caution}")
@@ -166,6 +168,7 @@ def _create(
         canaries=make_canaries(recipe.views, images, recipe.num_views),
         build_recipe=recipe.model_dump(mode="json"),
         provenance=_provenance("created", ensemble)
+        | ({"notes": list(ensemble.notes)} if ensemble.notes else {})
         | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs},
     )
     return CacheWriter.create(

@@ -37,6 +37,7 @@ from pipeline.networks import NETWORKS_VERSION
 from pipeline.networks.prompts import BUILTIN_SETS
 from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, resolve_path
 from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec
+from train.own import is_own
 from train.zoo import ZOO_VERSION
 
 INPUTS = "inputs"  # the key in the provenance
@@ -130,8 +131,10 @@ def _files(recipe: BuildRecipe) -> list[Path] | None:
     return found if all(path.is_file() for path in found) else None
 
 
-def _teacher_path(spec: TeacherSpec) -> Path:
-    return resolve_path(spec.name if spec.weights is None else spec.weights)
+def _teacher_path(spec: TeacherSpec) -> Path | None:
+    if is_own(spec.name):
+        return None  # its code determines the values too, and imports what it likes
+    return resolve_path((spec.name if spec.weights is None else spec.weights).removeprefix(FOLDER_PREFIX))
 
 
 def _clip_path(spec: ClipSpec) -> Path | None:

@@ -17,8 +17,9 @@ from cache_tools.format.recipe import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.networks.clip_source import ClipSource, load_network, needs_hub, resolve_source
 from pipeline.networks.prompts import prompt_class_name, render_prompts, template_set
-from pipeline.networks.references import load_local_first
-from pipeline.networks.weights import as_network_input, first_line, freeze, mixed_precision, weights_digest
+from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
+from train.weights.names import load_local_first
+from train.weights.text import first_line
 
 if TYPE_CHECKING:
     from pipeline.recipe import ClipSpec

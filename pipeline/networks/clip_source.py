@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from cache_tools.errors import WeightsError
-from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, is_file_reference, load_local_first, resolve_path
-from pipeline.networks.weights import first_line, nearest
+from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, is_file_reference, resolve_path
+from train.weights.names import load_local_first
+from train.weights.text import first_line, nearest
 
 _NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI stores beside the weights
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")  # the files that open_clip looks for in a folder

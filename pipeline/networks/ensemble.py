@@ -64,6 +64,11 @@ class TeacherEnsemble:
     def device(self) -> torch.device:
         return self.clips[0].class_embeddings.device
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the weights of the teachers, one sentence each."""
+        return [note for teacher in self.teachers for note in teacher.notes]
+
     def constants(self, store: Store) -> dict[str, np.ndarray]:
         """The float32 arrays that a cache stores once. A `components` cache also stores heads and text features."""
         tensors: dict[str, torch.Tensor] = {}

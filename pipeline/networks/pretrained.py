@@ -1,16 +1,15 @@
-"""Pretrained weights of timm and torchvision, and the preprocessing that they were trained with."""
+"""Pretrained teachers of timm and torchvision, and the preprocessing that they were trained with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
-from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import Preprocessing
-from pipeline.networks.references import load_local_first
-from pipeline.networks.weights import class_count_error, first_line, nearest
-from train.students import create_student
+from train.pretrained import download, find_published
+from train.weights.load import class_count_error
 
 
 def load_pretrained(name: str, tag: str, num_classes: int) -> tuple[nn.Module, Preprocessing]:
@@ -21,13 +20,13 @@ def load_pretrained(name: str, tag: str, num_classes: int) -> tuple[nn.Module, P
         WeightsError: the tag is unknown (the message lists the known ones), the weights are for another class count, or
             they cannot be downloaded.
     """
-    library, _, model = name.partition(":")
-    if library == "timm":
-        return _timm(model, tag, num_classes)
-    if library == "torchvision":
-        return _torchvision(model, tag, num_classes)
-    create_student(name, num_classes)  # raises RecipeError if the name itself is unknown
-    raise WeightsError("no such weights", where=name, expected="a .safetensors or .pth file", found=repr(tag))
+    published = find_published(name, tag)
+    if published.num_classes != num_classes:
+        where = published.name if "weights" not in published.options else f"{published.name}, {published.tag}"
+        raise class_count_error(where, num_classes, published.num_classes)
+    network = download(published)
+    weights = published.options.get("weights")
+    return network, library_preprocessing(published.name, network) if weights is None else _torchvisions(weights)
 
 
 def library_preprocessing(name: str, network: Any) -> Preprocessing:
@@ -36,8 +35,13 @@ def library_preprocessing(name: str, network: Any) -> Preprocessing:
     if library == "torchvision":
         import torchvision
 
-        return _torchvision_preprocessing(torchvision.models.get_model_weights(model).DEFAULT)
+        return _torchvisions(torchvision.models.get_model_weights(model).DEFAULT)
     config = network.pretrained_cfg
+    return timm_preprocessing(config if isinstance(config, Mapping) else config.to_dict())
+
+
+def timm_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing that timm's `pretrained_cfg` describes."""
     return Preprocessing(
         size=tuple(config["input_size"][1:]),
         interpolation=_interpolation(config["interpolation"]),
@@ -46,55 +50,7 @@ def library_preprocessing(name: str, network: Any) -> Preprocessing:
     )
 
 
-def _timm(model: str, tag: str, num_classes: int) -> tuple[nn.Module, Preprocessing]:
-    import timm
-    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
-
-    architecture, _, named_tag = model.partition(".")
-    wanted = named_tag if tag == "pretrained" else tag
-    full = f"{architecture}.{wanted}" if wanted else architecture
-    if not timm.is_model(architecture):
-        create_student(f"timm:{model}", num_classes)  # raises RecipeError with the most similar name
-    known = {key.partition(".")[2]: value for key, value in get_arch_pretrained_cfgs(architecture).items()}
-    tags = sorted(key for key, value in known.items() if key and value.has_weights)
-    config = get_pretrained_cfg(full) if not wanted or wanted in known else None
-    if config is None or not config.has_weights:
-        raise _no_such_tag(f"timm:{architecture}", wanted or "pretrained", tags)
-    if config.num_classes != num_classes:
-        raise class_count_error(f"timm:{full}", num_classes, config.num_classes)
-    network = _download(f"timm:{full}", num_classes, pretrained=True)
-    return network, library_preprocessing(f"timm:{full}", network)
-
-
-def _torchvision(model: str, tag: str, num_classes: int) -> tuple[nn.Module, Preprocessing]:
-    import torchvision
-
-    if model.lower() not in torchvision.models.list_models(module=torchvision.models):
-        create_student(f"torchvision:{model}", num_classes)  # raises RecipeError with the most similar name
-    published = torchvision.models.get_model_weights(model.lower())
-    known = {entry.name: entry for entry in published} | {"pretrained": published.DEFAULT, "DEFAULT": published.DEFAULT}
-    if tag not in known:
-        raise _no_such_tag(f"torchvision:{model}", tag, [entry.name for entry in published])
-    weights = known[tag]
-    found = len(weights.meta["categories"])
-    if found != num_classes:
-        raise class_count_error(f"torchvision:{model}, {weights.name}", num_classes, found)
-    return _download(f"torchvision:{model}", num_classes, weights=weights), _torchvision_preprocessing(weights)
-
-
-def _download(name: str, num_classes: int, **options: Any) -> nn.Module:
-    try:
-        return load_local_first(lambda: create_student(name, num_classes, **options))
-    except WeightsError as error:
-        raise WeightsError(
-            "cannot get the teacher's pretrained weights",
-            where=name,
-            found=first_line(error.__cause__ or error),
-            next_step="run once with network access, or give a checkpoint file",
-        ) from error
-
-
-def _torchvision_preprocessing(weights: Any) -> Preprocessing:
+def _torchvisions(weights: Any) -> Preprocessing:
     preset = weights.transforms()
     side = preset.crop_size[0]
     return Preprocessing(
@@ -108,13 +64,3 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
 def _interpolation(name: str) -> Literal["nearest", "bilinear", "bicubic"]:
     """The interpolation of a library's config; bicubic for `random` and modes that we do not have."""
     return "bilinear" if name == "bilinear" else "nearest" if name == "nearest" else "bicubic"
-
-
-def _no_such_tag(where: str, tag: str, tags: list[str]) -> WeightsError:
-    return WeightsError(
-        "no such pretrained weights",
-        where=where,
-        expected=f"a checkpoint file, pretrained, or one of {', '.join(tags)}" if tags else "a checkpoint file",
-        found=repr(tag),
-        next_step=nearest(tag, tags),
-    )

@@ -17,7 +17,8 @@ from cache_tools.images.image_set import ImageSet
 from pipeline.networks.clip import Clip, load_clip
 from pipeline.networks.ensemble import TeacherEnsemble, load_ensemble
 from pipeline.networks.teachers import Teacher
-from pipeline.recipe import BuildRecipe, ClipSpec
+from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec
+from train import own
 
 Identity = TeacherIdentity | ClipIdentity
 
@@ -45,19 +46,27 @@ def load_stored_ensemble(
 
     Raises:
         NotFoundError: the cache does not record how its networks were loaded.
+        RecipeError: a network of someone's own whose code the user has not agreed to import (`train.own`).
         WeightsError: weights are missing, or differ from those of the build, or their preprocessing does.
     """
     recipe, built = _build_recipe(manifest, where, alternative), manifest.recipe
-    ensemble = load_ensemble(
-        recipe.teachers,
-        _with_stored_prompts(recipe, built.clips),
-        built.fusion,
-        images,
-        recipe.dataset,
-        device,
-        precision or built.precision,
-        fusion=fusion or Fusion.stored(manifest),
-    )
+
+    def load(teachers: Sequence[TeacherSpec]) -> TeacherEnsemble:
+        return load_ensemble(
+            teachers,
+            _with_stored_prompts(recipe, built.clips),
+            built.fusion,
+            images,
+            recipe.dataset,
+            device,
+            precision or built.precision,
+            fusion=fusion or Fusion.stored(manifest),
+        )
+
+    ensemble = load(recipe.teachers)
+    raw = _with_raw_weights(recipe, ensemble.teachers, built.teachers)
+    if raw != recipe.teachers:
+        ensemble = load(raw)
     networks: list[Teacher | Clip] = [*ensemble.teachers, *ensemble.clips]
     identities: list[Identity] = [*built.teachers, *built.clips]
     for network, identity in zip(networks, identities, strict=True):
@@ -108,7 +117,10 @@ def _build_recipe(manifest: Manifest, where: object, alternative: str | None) ->
     """
     known = {key: value for key, value in manifest.build_recipe.items() if key in BuildRecipe.model_fields}
     try:
-        return BuildRecipe.model_validate(known)
+        recipe = BuildRecipe.model_validate(known)
+        for teacher in recipe.teachers:
+            own.require_consent(teacher.name, where)
+        return recipe
     except ValidationError as error:
         raise NotFoundError(
             "the cache does not record how its teachers were loaded",
@@ -124,6 +136,18 @@ def _with_stored_prompts(recipe: BuildRecipe, clips: Sequence[ClipIdentity]) -> 
     return tuple(
         spec.model_copy(update={"templates": clip.templates, "class_names": clip.class_names})
         for spec, clip in zip(recipe.clips, clips, strict=True)
+    )
+
+
+def _with_raw_weights(
+    recipe: BuildRecipe, loaded: Sequence[Teacher], built: Sequence[TeacherIdentity]
+) -> tuple[TeacherSpec, ...]:
+    """The recipe's teachers, with the raw weights where an older version built the cache and saw no average."""
+    return tuple(
+        spec
+        if teacher.raw_key is None or teacher.identity.weights_digest == identity.weights_digest
+        else spec.model_copy(update={"weights_key": teacher.raw_key})
+        for spec, teacher, identity in zip(recipe.teachers, loaded, built, strict=True)
     )
 
 

@@ -1,17 +1,11 @@
 """Conventional teachers: frozen classifiers, from a named architecture and weights or from a trained student.
 
-Weights may be a checkpoint, a run of train-student, or the CIFAR-100 teachers that mdistiller publishes as
-`cifar_teachers.tar`, with `ARCHITECTURE_vanilla/ckpt_epoch_240.pth` for each. The archive, the folder that it unpacks
-to, and the folder of one architecture are all accepted.
+`train.weights` says what the weights may be: checkpoints of many kinds, runs of train-student, published archives.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import tarfile
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,29 +15,22 @@ from cache_tools import fusion
 from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
-from pipeline.networks.pretrained import library_preprocessing, load_pretrained
-from pipeline.networks.references import is_file_reference, resolve_path
-from pipeline.networks.weights import (
-    WeightsFile,
-    as_network_input,
-    check_class_names,
-    first_line,
-    freeze,
-    load_into,
-    mixed_precision,
-    read_weights,
-    weights_digest,
-)
+from pipeline.networks.pretrained import library_preprocessing, load_pretrained, timm_preprocessing
+from pipeline.networks.references import FOLDER_PREFIX, is_file_reference, resolve_path
+from pipeline.networks.weights import as_network_input, check_class_names, freeze, mixed_precision, weights_digest
+from train import own
 from train.checkpoints import LAST, StudentCard, student_file
 from train.students import create_student, student_names
+from train.weights.files import CONFIG, open_weights, read_config, read_hub_folder
+from train.weights.load import Loaded, load_into
+from train.weights.reading import WeightsFile, read_weights
+from train.weights.text import first_line
 
 if TYPE_CHECKING:
     from pipeline.recipe import TeacherSpec
 
 
 LIBRARIES = ("timm:", "torchvision:")
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_CHECKPOINT_IN_TREE = re.compile(r"(?:^|/)(?P<architecture>[^/]+)_vanilla/ckpt_epoch_(?P<epoch>\d+)\.pth$")
 Size = tuple[int, int]
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -62,12 +49,22 @@ class Teacher(nn.Module):
         identity: describes it in the manifest.
         precision: of the trunk's forward pass. Outputs are always float32. So is a linear head: logits computed from
             stored features are the same numbers.
+        notes: what a user should know about the choice of its weights, one sentence each.
+        raw_key: the `weights_key` of the raw weights, if these are their average.
     """
 
-    def __init__(self, network: nn.Module, identity: TeacherIdentity, precision: Precision = "float32") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        identity: TeacherIdentity,
+        precision: Precision = "float32",
+        notes: Sequence[str] = (),
+        raw_key: str | None = None,
+    ) -> None:
         super().__init__()
         self.network: Any = network
         self.identity, self.precision = identity, precision
+        self.notes, self.raw_key = tuple(notes), raw_key
         self._head = _linear_head(network) if identity.linear_head else None
 
     @property
@@ -115,24 +112,10 @@ def load_teacher(
             other class names or another class order than the dataset's.
     """
     names = tuple(class_names)
-    if _is_stored_student(spec.name):
-        network, architecture, preprocessing = _stored_student(spec, names, canvas)
-    elif spec.weights is None:
-        raise WeightsError(
-            "the teacher has no weights",
-            where=spec.name,
-            expected="a .safetensors or .pth file"
-            + (", pretrained, or a tag of the library" if spec.name.startswith(LIBRARIES) else ""),
-            next_step="set teacher.weights, or name a run folder that train-student wrote",
-        )
-    elif is_file_reference(spec.weights) or resolve_path(spec.weights).is_dir():
-        network, preprocessing = _named_with_file(spec, names, canvas, normalisation)
-        architecture = spec.name
-    else:
-        network, preprocessing = load_pretrained(spec.name, spec.weights, len(names))
-        architecture = spec.name
+    loaded = _load(spec, names, canvas, normalisation)
+    network, architecture = loaded.network, loaded.architecture
     digest = weights_digest(network)
-    preprocessing = _overridden(preprocessing, spec)
+    preprocessing = _overridden(loaded.preprocessing, spec)
     freeze(network, device)
     width, linear = _probe(network, architecture, len(names), preprocessing, canvas, device)
     identity = TeacherIdentity(
@@ -142,26 +125,50 @@ def load_teacher(
         linear_head=linear,
         preprocessing=preprocessing,
     )
-    return Teacher(network, identity, precision)
+    notes = [f"{architecture} {note}" for note in loaded.notes]
+    return Teacher(network, identity, precision, notes, loaded.raw_key)
 
 
-def read_teacher(path: Path, architecture: str) -> WeightsFile:
-    """Read the weights of an architecture from a path.
+class _Network(NamedTuple):
+    """A loaded network, its name in the manifest, and how its inputs are prepared."""
 
-    Args:
-        path: a file that `read_weights` reads, a run folder of train-student (its last epoch is read), or an archive
-            or folder of mdistiller's teachers.
-        architecture: name of a network, case-insensitive.
+    network: nn.Module
+    architecture: str
+    preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+    raw_key: str | None = None
 
-    Raises:
-        WeightsError: the path is missing or damaged, or has no weights of this architecture.
-    """
-    if path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES):
-        return _from_archive(path, architecture)
-    if path.is_dir() and not (path / LAST).exists():
-        names = (file.relative_to(path.parent).as_posix() for file in path.rglob("ckpt_epoch_*.pth"))
-        return read_weights(path.parent / _chosen(names, architecture, path))
-    return read_weights(path / LAST if path.is_dir() else path)
+
+def _load(spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation: Normalisation) -> _Network:
+    """Load the network of a recipe with its weights."""
+    if spec.name.startswith(FOLDER_PREFIX):
+        return _hub_folder(spec, names, canvas)
+    if _is_stored_student(spec.name):
+        folder = resolve_path(spec.name)
+        if (folder / CONFIG).is_file() and not (folder / LAST).exists():
+            return _hub_folder(spec, names, canvas)
+        return _stored_student(spec, names, canvas)
+    if spec.weights is None and own.is_own(spec.name):
+        return _own_with_weights(spec, names, normalisation)
+    if spec.weights is None:
+        raise WeightsError(
+            "the teacher has no weights",
+            where=spec.name,
+            expected="a .safetensors or .pth file"
+            + (", pretrained, or a tag of the library" if spec.name.startswith(LIBRARIES) else ""),
+            next_step="set teacher.weights, or name a run folder that train-student wrote",
+        )
+    if is_file_reference(spec.weights) or resolve_path(spec.weights).is_dir():
+        return _named_with_file(spec, names, canvas, normalisation)
+    if spec.weights_key is not None:
+        raise WeightsError(
+            "weights_key is a place in a checkpoint file",
+            where=f"{spec.name}, {spec.weights}",
+            found=f"weights_key={spec.weights_key} for published weights",
+            next_step="leave teacher.weights_key out",
+        )
+    network, preprocessing = load_pretrained(spec.name, spec.weights, len(names))
+    return _Network(network, spec.name, preprocessing)
 
 
 def _is_stored_student(name: str) -> bool:
@@ -171,42 +178,94 @@ def _is_stored_student(name: str) -> bool:
     return is_file_reference(name) or resolve_path(name).is_dir()
 
 
-def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> tuple[nn.Module, str, Preprocessing]:
+def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:
+    _refuse_weights(spec, "a teacher that train-student wrote")
+    file = read_weights(student_file(resolve_path(spec.name)))
+    card = StudentCard.from_metadata(file.metadata, file.path)
+    own.require_consent(card.architecture, file.path)
+    network = create_student(card.architecture, len(names))
+    loaded = _load_file(network, card.architecture, file, names, spec.weights_key)
+    return _Network(network, card.architecture, _card_preprocessing(card, canvas), loaded.notes, loaded.raw)
+
+
+def _hub_folder(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:
+    """A folder with timm's `config.json`: of a hub, of timm's `save_for_hf` or of export-student."""
+    _refuse_weights(spec, "a teacher from a folder")
+    folder = resolve_path(spec.name.removeprefix(FOLDER_PREFIX))
+    config = read_config(folder)
+    library = config.get("library", "timm")
+    architecture = config["architecture"] if library == "teacher-cache" else f"{library}:{config['architecture']}"
+    own.require_consent(architecture, folder)
+    network = create_student(architecture, len(names), **config.get("model_args", {}))
+    file = read_hub_folder(folder)
+    loaded = _load_file(network, architecture, file, names, spec.weights_key)
+    if "architecture" in file.metadata:
+        preprocessing = _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)
+    else:  # old folders of timm have the keys at the top
+        of_network = getattr(network, "pretrained_cfg", None) or {}
+        preprocessing = timm_preprocessing({**of_network, **config, **config.get("pretrained_cfg", {})})
+    return _Network(network, architecture, preprocessing, loaded.notes, loaded.raw)
+
+
+def _own_with_weights(spec: TeacherSpec, names: tuple[str, ...], normalisation: Normalisation) -> _Network:
+    """A network of one's own whose function loads the weights itself: it must return the same ones every time."""
+    networks = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            networks.append(create_student(spec.name, len(names)))
+    if weights_digest(networks[0]) != weights_digest(networks[1]):
+        raise WeightsError(
+            "the teacher has no weights: its function returns random ones",
+            where=spec.name,
+            next_step="set teacher.weights to a checkpoint, or let the function load one",
+        )
+    return _Network(networks[0], spec.name, _preprocessing_of(spec.name, networks[0], normalisation))
+
+
+def _refuse_weights(spec: TeacherSpec, what: str) -> None:
     if spec.weights is not None:
         raise WeightsError(
-            "a teacher that train-student wrote already contains its weights",
+            f"{what} already contains its weights",
             where=spec.name,
             expected="no teacher.weights",
             found=repr(spec.weights),
             next_step="leave teacher.weights out, or name the architecture instead of the run",
         )
-    file = read_weights(student_file(resolve_path(spec.name)))
-    card = StudentCard.from_metadata(file.metadata, file.path)
-    network = create_student(card.architecture, len(names))
-    _load_file(network, card.architecture, file, names)
-    return network, card.architecture, _card_preprocessing(card, canvas)
 
 
-def _named_with_file(
-    spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation: Normalisation
-) -> tuple[nn.Module, Preprocessing]:
+def _named_with_file(spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation: Normalisation) -> _Network:
     network = create_student(spec.name, len(names))  # fail on an unknown name before reading the file
-    file = read_teacher(resolve_path(spec.weights or ""), spec.name)
-    _load_file(network, spec.name, file, names)
+    file = open_weights(resolve_path(spec.weights or ""), spec.name)
+    loaded = _load_file(network, spec.name, file, names, spec.weights_key)
     if "architecture" in file.metadata:
-        return network, _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)
-    if spec.name.startswith(LIBRARIES):
-        return network, library_preprocessing(spec.name, network)
-    return network, Preprocessing(mean=normalisation[0], std=normalisation[1])
+        preprocessing = _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)
+    else:
+        preprocessing = _preprocessing_of(spec.name, network, normalisation)
+    return _Network(network, spec.name, preprocessing, loaded.notes, loaded.raw)
 
 
-def _load_file(network: nn.Module, architecture: str, file: WeightsFile, names: tuple[str, ...]) -> None:
+def _preprocessing_of(name: str, network: Any, normalisation: Normalisation) -> Preprocessing:
+    """The preprocessing of a network whose weights do not bring their own."""
+    if name.startswith(LIBRARIES) or (own.is_own(name) and getattr(network, "pretrained_cfg", None)):
+        return library_preprocessing(name, network)
+    return Preprocessing(mean=normalisation[0], std=normalisation[1])
+
+
+def _load_file(
+    network: nn.Module, architecture: str, file: WeightsFile, names: tuple[str, ...], key: str | None
+) -> Loaded:
     """Load weights, class names checked first: if classes and shapes are both wrong, that message helps more."""
     check_class_names(file.metadata, names, file.path)
-    tensors: Mapping[str, torch.Tensor] = file.tensors
-    if architecture.startswith("torchvision:"):  # auxiliary classifiers of GoogLeNet and Inception only serve training
-        tensors = {key: value for key, value in tensors.items() if not key.lower().startswith("aux")}
-    load_into(network, tensors, where=f"{architecture}, {file.path}", num_classes=len(names))
+    return load_into(
+        network,
+        file.checkpoint,
+        where=f"{architecture}, {file.path}",
+        num_classes=len(names),
+        key=key,
+        key_name="teacher.weights_key",
+        without_auxiliary=architecture.startswith("torchvision:"),
+    )
 
 
 def _card_preprocessing(card: StudentCard, canvas: Size) -> Preprocessing:
@@ -260,39 +319,3 @@ def _probe(
         return features.shape[1], False
     difference = (fusion.linear_logits(features, *head) - logits.float()).abs().max()
     return features.shape[1], bool(difference <= 1e-3 * logits.float().abs().max().clamp_min(1e-3))
-
-
-def _from_archive(path: Path, architecture: str) -> WeightsFile:
-    """Read one file of an archive without unpacking the rest."""
-    try:
-        with tarfile.open(path) as archive:
-            members = {member.name: member for member in archive if member.isfile()}
-            name = _chosen(members, architecture, path)
-            stream = archive.extractfile(members[name])
-            assert stream is not None, "members are plain files"
-            content = stream.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise WeightsError(
-            "cannot read the archive", where=path, expected="a tar file", found=first_line(error)
-        ) from error
-    return read_weights(path / name, io.BytesIO(content))
-
-
-def _chosen(names: Iterable[str], architecture: str, where: Path) -> str:
-    """The checkpoint of an architecture's last epoch, among the file names of a tree."""
-    found = [
-        (match["architecture"], int(match["epoch"]), name)
-        for name in names
-        if (match := _CHECKPOINT_IN_TREE.search(name))
-    ]
-    fitting = [(epoch, name) for known, epoch, name in found if known.lower() == architecture.lower()]
-    if not fitting:
-        known = ", ".join(sorted({known for known, _, _ in found}))
-        raise WeightsError(
-            f"no checkpoint of {architecture}",
-            where=where,
-            expected=f"{architecture}_vanilla/ckpt_epoch_240.pth as in cifar_teachers.tar, or a run of train-student",
-            found=f"checkpoints of {known}" if known else "none",
-            next_step="name the file itself, or one of these teachers",
-        )
-    return max(fitting)[1]

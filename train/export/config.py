@@ -11,6 +11,7 @@ from torch import nn
 from cache_tools.config import Frozen
 from train.checkpoints import StudentCard
 from train.cost import count_flops, count_parameters
+from train.own import is_own
 
 CONFIG = "config.json"
 _FROM_TIMM = ("first_conv", "classifier", "pool_size", "fixed_input_size")
@@ -102,7 +103,7 @@ def _origin(model: nn.Module, card: StudentCard) -> tuple[str, str, dict[str, An
     if not separator:
         return "teacher-cache", card.architecture, {}
     if source.lower() != "timm":
-        return source.lower(), name, {}
+        return source if is_own(card.architecture) else source.lower(), name, {}
     known: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     architecture = known.get("architecture") or name.partition(".")[0]
     return "timm", architecture, {key: known[key] for key in _FROM_TIMM if known.get(key) is not None}

@@ -18,6 +18,7 @@ from cache_tools.reader import TeacherCache
 from train.checkpoints import load_student
 from train.cost import Cost, measure
 from train.data import cache_identity
+from train.initial import check_names
 from train.report.html import write_report
 from train.report.trials import save_table
 from train.run import run_device
@@ -25,7 +26,6 @@ from train.runs import trackers
 from train.runs.folder import FAILED, REPORT, differences, is_worth_keeping, remove_run, stored_identity
 from train.runs.outcome import is_settled
 from train.runs.result import load_result
-from train.students import create_student
 from train.sweep.halving import Halving, check_metric, resume_stopped
 from train.sweep.recipe import SWEEP, Asha, SweepRecipe, Trial, make_trial, make_trials
 from train.sweep.search import Best, run_search
@@ -153,9 +153,8 @@ def _checked_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
         check_installed()
         trials = [make_trial(sweep, settings, folder) for settings in edges(sweep.space())]
         check_metric(sweep.search.metric, trials, "search")
-    for student in dict.fromkeys(trial.recipe.student for trial in trials):
-        with torch.device("meta"):
-            create_student(student, 10)
+    for recipe in {(each.recipe.student, each.recipe.initial_weights): each.recipe for each in trials}.values():
+        check_names(recipe)
     for trial in trials:
         trackers.choose_trackers(trial.recipe)
     if sweep.asha is not None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from cache_tools.errors import WeightsError
-from pipeline.networks.teachers import Teacher, load_teacher, read_teacher
-from pipeline.networks.weights import read_weights
+from pipeline.networks.teachers import Teacher, load_teacher
 from pipeline.recipe import TeacherSpec
 from tests.support import mdistiller_files
+from train.weights.files import open_weights
+from train.weights.reading import read_weights
 
 CLASSES = tuple(f"class {number}" for number in range(100))
 NORMALISATION = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -37,8 +38,8 @@ def test_a_checkpoint_of_the_training_script_is_read(tmp_path: Path, zipped: boo
     tree = mdistiller_files.write_tree(tmp_path, "resnet8", zipped=zipped)
     file = read_weights(tree / "resnet8_vanilla/ckpt_epoch_240.pth")
     wanted = mdistiller_files.checkpoint("resnet8")["model"]
-    assert file.tensors.keys() == wanted.keys()
-    assert all(torch.equal(file.tensors[key], value) for key, value in wanted.items())
+    assert file.checkpoint["model"].keys() == wanted.keys()
+    assert all(torch.equal(file.checkpoint["model"][key], value) for key, value in wanted.items())
 
 
 @pytest.mark.parametrize("archive", ["cifar_teachers.tar", "cifar_teachers.tar.gz", "cifar_teachers.tgz"])
@@ -59,7 +60,7 @@ def test_the_last_epoch_of_the_architecture_is_read(tree: Path, tmp_path: Path) 
     folder.mkdir()
     torch.save(early, folder / "ckpt_epoch_40.pth")
     torch.save(late, folder / "ckpt_epoch_240.pth")
-    found = read_teacher(tmp_path, "ResNet8").tensors
+    found = open_weights(tmp_path, "ResNet8").checkpoint["model"]
     assert torch.equal(found["conv1.weight"], late["model"]["conv1.weight"])
 
 

@@ -17,11 +17,12 @@ from cache_tools.errors import RecipeError, WeightsError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.networks.teachers import Teacher, load_teacher
-from pipeline.networks.weights import read_weights, weights_digest
+from pipeline.networks.weights import weights_digest
 from pipeline.recipe import TeacherSpec
 from tests.support.hub_copies import add_to_hub_cache, use_hub_cache
 from train.checkpoints import StudentCard, save_student
 from train.students import create_student
+from train.weights.reading import read_weights
 
 CPU = torch.device("cpu")
 CLASSES = tuple(f"class_{i}" for i in range(7))
@@ -330,7 +331,7 @@ class TestTimm:
         monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
         thousand = tuple(str(i) for i in range(1000))
-        with pytest.raises(WeightsError, match="cannot get the teacher's pretrained weights") as info:
+        with pytest.raises(WeightsError, match="cannot get the pretrained weights") as info:
             load(TeacherSpec(name="timm:test_resnet", weights="r160_in1k"), thousand)
         assert "\n" not in str(info.value)
         assert "give a checkpoint file" in str(info.value)
@@ -366,7 +367,7 @@ class TestTorchvision:
         monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: connections are refused
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         thousand = tuple(str(i) for i in range(1000))
-        with pytest.raises(WeightsError, match="cannot get the teacher's pretrained weights") as info:
+        with pytest.raises(WeightsError, match="cannot get the pretrained weights") as info:
             load(TeacherSpec(name=self.name, weights="IMAGENET1K_V1"), thousand)
         assert "\n" not in str(info.value)
 

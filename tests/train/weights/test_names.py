@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from pipeline.networks.references import load_local_first
 from tests.support.s3_server import has_loopback
+from train.weights.names import load_local_first
 
 CONTENT = b"weights"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
