@@ -8,10 +8,11 @@ import shutil
 import stat
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cache_tools.errors import FormatError, StorageError
 
@@ -47,15 +48,16 @@ def too_large(where: object, limit: int, size: int) -> FormatError:
     return FormatError("a file is larger than it can be", where=where, expected=f"at most {limit:,} bytes", found=size)
 
 
-def put_durably(path: Path, data: Any) -> None:
-    """Replace a file atomically and durably.
+@contextmanager
+def replaced_durably(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which replaces `path` atomically and durably when the block ends without an error.
 
     The bytes are on the disk before the file gets its name, and the name is on the disk before this returns.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -63,6 +65,12 @@ def put_durably(path: Path, data: Any) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def put_durably(path: Path, data: Any) -> None:
+    """Replace the content of a file atomically and durably."""
+    with replaced_durably(path) as file:
+        file.write(data)
 
 
 def output_folder(folder: Path, what: str) -> Path:

@@ -13,9 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
-import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,7 +26,7 @@ import numpy.typing as npt
 
 from cache_tools.console import Progress
 from cache_tools.errors import DataError, RecipeError
-from cache_tools.files import PARTIAL, put_durably, remove_leftovers, sync_folder
+from cache_tools.files import put_durably, remove_leftovers, replaced_durably
 from cache_tools.home.registry import cache_home
 from cache_tools.images.image_set import ImageSet
 from cache_tools.philox import sample_words
@@ -210,20 +208,11 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
 
 def _write(path: Path, shape: tuple[int, ...], chunks: Iterator[npt.NDArray[np.uint8]]) -> None:
     """Write an .npy file atomically. A memory map would be shorter, but on a full disk it crashes the process."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        with temporary.open("wb") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for chunk in chunks:
-                file.write(np.ascontiguousarray(chunk).data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with replaced_durably(path) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk).data)
 
 
 def _npy(array: npt.NDArray[Any]) -> memoryview:
