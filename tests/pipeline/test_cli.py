@@ -168,6 +168,7 @@ def can_mount() -> bool:
     return subprocess.run([*UNPRIVILEGED, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.medium
 @pytest.mark.skipif(not can_mount(), reason="mounting a small disk needs user namespaces")
 def test_a_read_only_disk_is_a_one_line_error(recipe_file: Path, tmp_path: Path):

@@ -358,6 +358,7 @@ print(recode(cache, codecs, "other", Path(sys.argv[2])).blocks, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_blocks(tmp_path: Path) -> None:
     images = tiny_images(960)
     build(tmp_path / "a", tiny_manifest(images, num_views=2, codec="float32", canaries=False), images)

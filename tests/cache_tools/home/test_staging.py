@@ -453,6 +453,7 @@ for view in range(cache.num_views):
 """
 
 
+@pytest.mark.slow
 def test_concurrent_processes_stage_every_block_once(proxy: FlakyProxy, url: str, local: Path) -> None:
     command = [sys.executable, "-c", READ, url]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
