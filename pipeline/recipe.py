@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -24,6 +25,7 @@ from cache_tools.config import (
 )
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
+from cache_tools.images.class_names import read_names
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_shares
@@ -70,14 +72,17 @@ class ClipSpec(Frozen):
         weights: a pretrained tag of open_clip or a checkpoint file; only with a plain model name.
         templates: `richkd` (the 12 of the paper's code), `openai` (80), `siglip` (1), a file with one per line, or a
             list.
-        class_names: words for the prompts that replace the dataset's class names, in the same order.
+        class_names: words for the prompts that replace the dataset's class names, in the same order. A file with one
+            per line is read when the recipe is loaded.
         weight: its share among several CLIPs; equal shares by default.
     """
 
     name: str
     weights: str | None = None
     templates: Templates = "richkd"
-    class_names: tuple[str, ...] | None = None
+    class_names: Annotated[tuple[str, ...] | None, BeforeValidator(partial(read_names, where="clip.class_names"))] = (
+        None
+    )
     weight: Share | None = None
 
 

@@ -77,8 +77,11 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
 
     from pipeline.build.blocks import build_blocks
     from pipeline.build.open_output import open_output
+    from pipeline.networks.class_words import check_words
     from pipeline.networks.ensemble import load_ensemble
 
+    for clip in recipe.clips:
+        check_words(images.class_names, clip.class_names)
     device = resolve_device(recipe.device)
     inputs = inputs_digest(recipe)
     ensemble = load_ensemble(

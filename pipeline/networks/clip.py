@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from cache_tools import fusion
-from cache_tools.errors import RecipeError, WeightsError
+from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
+from pipeline.networks.class_words import class_words
 from pipeline.networks.clip_source import ClipSource, load_network, needs_hub, resolve_source
-from pipeline.networks.prompts import prompt_class_name, render_prompts, template_set
+from pipeline.networks.prompts import render_prompts, template_set
 from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
 from train.weights.names import load_local_first
 from train.weights.text import first_line
@@ -93,15 +94,15 @@ def load_clip(
 
     Args:
         spec: name, weights, templates, and class words if the dataset's names are poor ones for prompts.
-        class_names: of the dataset, in label order; underscores become spaces.
+        class_names: of the dataset, in label order; see `class_words`.
         precision: of the image tower's forward pass; the text tower always runs in float32.
 
     Raises:
         WeightsError: the name or tag is unknown, weights are missing, unreadable, cannot be downloaded or do not fit
             the config, or OpenAI's weights are used with a config without QuickGELU.
-        RecipeError: bad templates, or another number of `class_names` than the dataset has.
+        RecipeError: bad templates, another number of `class_names` than the dataset has, or unknown WordNet ids.
     """
-    words = _prompt_words(spec, tuple(class_names))
+    words = class_words(class_names, spec.class_names)
     templates = template_set(spec.templates)
     source = resolve_source(spec.name, spec.weights)
     network = load_network(source)
@@ -128,19 +129,6 @@ def load_clip(
         logit_bias=None if bias is None else float(bias),
         resize_mode=visual.preprocess_cfg["resize_mode"],
     )
-
-
-def _prompt_words(spec: ClipSpec, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The words that replace `{}` in the prompts, one per class."""
-    names = class_names if spec.class_names is None else spec.class_names
-    if len(names) != len(class_names):
-        raise RecipeError(
-            "the prompts need one class name per class of the dataset",
-            where="clip.class_names",
-            expected=len(class_names),
-            found=len(names),
-        )
-    return tuple(prompt_class_name(name) for name in names)
 
 
 @torch.no_grad()
