@@ -6,10 +6,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from cache_tools.codecs.presets import TargetCodecs
-from cache_tools.config import Frozen
+from cache_tools.config import Extensible, Frozen
 from cache_tools.images.recipe import DatasetIdentity
 from cache_tools.views.recipe import ViewRecipe
 
@@ -43,11 +43,14 @@ class Preprocessing(Finite):
     std: tuple[float, float, float]
 
 
-class TeacherIdentity(Finite):
+class TeacherIdentity(Extensible, Finite):
     """A conventional teacher. With `linear_head`, logits are features · weightᵀ + bias; weight and bias are stored.
 
     The field `weight` is its share of the teachers' logits and features; the shares of all teachers sum to 1.
+    `outputs` has the teacher's own output for each class of the dataset; None if its outputs are these classes.
     """
+
+    added = frozenset({"outputs"})
 
     architecture: str
     weights_digest: str
@@ -55,6 +58,7 @@ class TeacherIdentity(Finite):
     linear_head: bool
     preprocessing: Preprocessing
     weight: Share = 1.0
+    outputs: tuple[NonNegativeInt, ...] | None = None
 
 
 class ClipIdentity(Finite):

@@ -158,6 +158,8 @@ def _create(
             ensemble, _preflight_images(recipe, images), recipe.preflight_samples, recipe.batch_size
         )
         say(f"preflight: {preflight}")
+        for note in preflight.notes:
+            say(f"note: {note}")
     if inputs_digest(recipe) != inputs:  # a file was replaced after its network was loaded
         inputs = None
     manifest = Manifest(

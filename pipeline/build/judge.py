@@ -26,6 +26,7 @@ Labels = npt.NDArray[np.int64]
 Kind = Literal["teacher", "clip"]
 
 BETTER, REFUSED, OTHER_ORDER = 0.05, 0.01, 0.001  # probabilities, see above and `better_order`
+CLIP_IMAGES = 100
 
 
 class Judgement(NamedTuple):
@@ -60,14 +61,16 @@ def judge(labels: Labels, predicted: Labels, num_classes: int, kind: Kind) -> Ju
 
     Args:
         labels, predicted: int64 [N], classes of the dataset, N ≥ 1.
-        kind: a useful teacher has at least half of the way from chance to 100 %. A CLIP without training on the classes
-            has one and a half times chance.
+        kind: a useful teacher has at least half of the way from chance to 100 %. A CLIP, which was not trained on the
+            classes, has one and a half times chance, and is never refused on fewer than `CLIP_IMAGES`.
     """
     n, right = len(labels), int((labels == predicted).sum())
     chance = chance_level(labels, predicted, num_classes)
     halfway = (1.0 + chance) / 2.0
     useful = halfway if kind == "teacher" else min(1.5 * chance, halfway)
     above_chance = bisect_left(range(n + 1), True, key=lambda k: at_least(k, n, chance) <= BETTER)
+    if kind == "clip" and n < CLIP_IMAGES:
+        return Judgement(right, n, chance, 0, right >= above_chance)
     possibly_useful = bisect_left(range(n + 1), True, key=lambda k: 1.0 - at_least(k + 1, n, useful) > REFUSED)
     return Judgement(right, n, chance, min(above_chance, possibly_useful), right >= above_chance)
 

@@ -128,5 +128,5 @@ def _timms_file(name: str) -> Path:
     """A file of timm's tables, found without the second that importing timm takes."""
     package = find_spec("timm")
     assert package is not None, "timm is a dependency"
-    [folder] = package.submodule_search_locations or ()
-    return Path(folder) / "data" / "_info" / name
+    assert package.submodule_search_locations, "timm is a package"
+    return Path(package.submodule_search_locations[0]) / "data" / "_info" / name

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from pipeline.build.judge import at_least, better_order, chance_level, judge, share_in_best_order
+from pipeline.build.judge import Kind, at_least, better_order, chance_level, judge, share_in_best_order
 
 
 def exact(count: int, n: int, p: Fraction) -> float:
@@ -45,7 +45,7 @@ def balanced(num_classes: int, each: int) -> np.ndarray:
     ids=lambda labels: f"{len(labels)} images",
 )
 @pytest.mark.parametrize("kind", ["teacher", "clip"])
-def test_a_perfect_network_always_passes(labels: np.ndarray, kind: str) -> None:
+def test_a_perfect_network_always_passes(labels: np.ndarray, kind: Kind) -> None:
     found = judge(labels, labels, max(2, int(labels.max()) + 1), kind)
     assert not found.refused
     assert found.right == found.n == len(labels)
@@ -124,6 +124,7 @@ def test_clip_may_be_weaker_than_a_teacher() -> None:
     assert clip.needed < teacher.needed
     many = np.tile(labels, 20)
     assert judge(many, np.zeros_like(many), 5, "clip").refused
+    assert not judge(many[:99], np.full(99, 4), 5, "clip").refused  # 99 images are too few, whatever it says
 
 
 # Orders
