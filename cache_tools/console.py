@@ -7,12 +7,14 @@ import functools
 import io
 import json
 import platform
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self
 
 from cache_tools.errors import CacheError, DeviceError, StorageError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 LINE_EVERY_S = 10.0
+REPEATED_S = 2.0
 _STORAGE_ERRNOS = {
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG,
     errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY,
@@ -47,9 +50,12 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            function(*args, **kwargs)
+            with _interrupted_by_signals():
+                function(*args, **kwargs)
         except CacheError as error:
             exit_with(str(error), 2)
+        except Stopped as stopped:
+            exit_with(f"Stopped by {stopped.name}. Run the same command again to resume.", 128 + stopped.number)
         except KeyboardInterrupt:
             exit_with("Interrupted. Run the same command again to resume.", 130)
         except OSError as error:
@@ -58,6 +64,41 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             exit_with(str(storage_error(error)), 2)
 
     return wrapper
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end. Everything that cleans up after Ctrl-C cleans up after it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number, self.name = number, signal.Signals(number).name
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM (Slurm, Kubernetes, `kill`) and SIGHUP (a lost terminal) end a command as Ctrl-C does.
+
+    A scheduler may send the same signal several times at once: those that follow within REPEATED_S are ignored, so that
+    the process can clean up. Signals that the caller ignores or handles, as `nohup` does, stay as they are.
+    """
+    last_s = float("-inf")
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal last_s
+        before_s, last_s = last_s, time.monotonic()
+        if last_s - before_s > REPEATED_S:
+            raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    in_main = threading.current_thread() is threading.main_thread()  # Python handles signals there only
+    numbers = [number for number in numbers if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def exit_with(message: str, code: int) -> None:

@@ -19,8 +19,13 @@ CLAIM = "teacher_cache.commands"
 
 def command_for(module: str) -> list[str]:
     """The command that runs `main` of a module of ours in a new interpreter."""
+    return [sys.executable, "-c", code_for(module)]
+
+
+def code_for(module: str) -> str:
+    """The program that calls `main` of a module of ours."""
     root = str(Path(__file__).parents[1])
-    return [sys.executable, "-c", f"import sys; sys.path.append({root!r}); from {CLAIM} import run; run({module!r})"]
+    return f"import sys; sys.path.append({root!r}); from {CLAIM} import run; run({module!r})"
 
 
 def process_pool(count: int) -> ProcessPoolExecutor:

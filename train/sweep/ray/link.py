@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from cache_tools.errors import StorageError, error_from_data
-from cache_tools.processes import command_for
+from cache_tools.processes import code_for
 from train.sweep.ray.driver import QUIET
 
 POLL_S, GOODBYE_S = 1.0, 20.0
+_DRIVER = code_for("train.sweep.ray.driver")
 
 
 class Driver:
@@ -88,7 +90,7 @@ class Driver:
         environment = {**{name: value for name, value in QUIET.items() if name not in os.environ}, **os.environ}
         with open(self._log, "w") as log:
             process = subprocess.Popen(
-                command_for("train.sweep.ray.driver"),
+                [sys.executable, "-c", _DRIVER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

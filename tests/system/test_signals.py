@@ -1,0 +1,231 @@
+"""SIGTERM ends every long command as Ctrl-C does: what is done is kept, the same command resumes, no process stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from cache_tools import console
+from cache_tools.config import dump_yaml
+from cache_tools.console import command
+from cache_tools.reader import TeacherCache
+from tests.support import tiny_build, tiny_run
+from tests.support.child import Child
+from train.run import train_student
+
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+ROOT = Path(__file__).parents[2]
+MODULES = {
+    "build-cache": "pipeline.cli",
+    "train-student": "train.cli",
+    "sweep-students": "train.sweep.cli",
+    "cache-tools": "cache_tools.cli",
+}
+PATIENCE_S = 200.0
+
+
+@contextmanager
+def started(command: str, *arguments: object, before: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A command in a process of its own; `before` is code that it runs first."""
+    code = f"{before}\nfrom {MODULES[command]} import main\nmain()"
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stop_once(there: Callable[[], object], process: subprocess.Popen[str], *signals: int) -> str:
+    """Send signals to a command as soon as something is there; returns its last line."""
+    wait_for(there)
+    for number in signals:
+        process.send_signal(number)
+    _, printed = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + signals[0], printed
+    return printed.splitlines()[-1]
+
+
+def wait_for(there: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not there():
+        assert time.monotonic() < end, "it did not get that far"
+        time.sleep(0.01)
+
+
+def run(command: str, *arguments: object) -> None:
+    with started(command, *arguments) as process:
+        _, printed = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, printed
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tiny_build.prepare(tmp_path_factory.mktemp("files"), train=48)
+    tiny_run.write_cache(root / "tiny.zarr", root / "pictures")
+    return root
+
+
+@pytest.mark.slow
+def test_a_build_keeps_its_blocks(files: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "build.yaml"
+    recipe.write_text(dump_yaml(tiny_build.recipe(files, num_views=3000, out=tmp_path / "cache.zarr")))
+    with started("build-cache", recipe) as build:
+        last = stop_once(lambda: len(list(tmp_path.glob("cache.zarr/commits/c.*"))) > 3, build, signal.SIGTERM)
+    assert last == "Stopped by SIGTERM. Run the same command again to resume."
+    built = TeacherCache.open(tmp_path / "cache.zarr").committed_blocks().sum()
+    assert 3 < built < 3000
+    assert not list(tmp_path.glob(".cache.zarr.claims/*")), "other builders need not wait for its claims"
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_ends_as_one_that_was_not_stopped(files: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path / "run", epochs=40, evaluate_every=40, loggers=())
+    (tmp_path / "run.yaml").write_text(dump_yaml(recipe))
+    with started("train-student", tmp_path / "run.yaml") as training:
+        stop_once((tmp_path / "run/state.pt").exists, training, signal.SIGTERM, signal.SIGTERM)
+    assert not (tmp_path / "run/result.json").exists()
+    run("train-student", tmp_path / "run.yaml")
+    train_student(recipe.model_copy(update={"out": tmp_path / "whole"}))
+    one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))
+    assert all(one[name].equal(other[name]) for name in other)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_sweep_end_with_it(files: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path, epochs=2000, loggers=())
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude={"out"})))
+    options = [tmp_path / "recipe.yaml", "--students", "resnet8,resnet14", "--workers", 2, "--out", tmp_path / "sweep"]
+    with started("sweep-students", *options) as sweep:
+        wait_for(lambda: len(list(tmp_path.glob("sweep/trials/*/state.pt"))) == 2)
+        workers = [pid for pid in processes() if parent(pid) == sweep.pid]
+        stop_once(lambda: True, sweep, signal.SIGTERM)
+    assert len(workers) == 2
+    assert not set(workers) & set(processes())
+
+
+@pytest.mark.medium
+def test_a_copy_continues(files: Path, tmp_path: Path) -> None:
+    slowly = (
+        "import time\nfrom cache_tools.places import transfer\ncopy = transfer.copy_block\ntransfer.WORKERS = 1\n"
+        "transfer.copy_block = lambda *all: (time.sleep(0.2), copy(*all))[1]"
+    )
+    words = ["push", files / "tiny.zarr", tmp_path / "copy.zarr"]
+    copied = tmp_path / "copy.zarr/commits"
+    with started("cache-tools", *words, before=slowly) as push:
+        stop_once(lambda: list(copied.glob("c.*")), push, signal.SIGTERM)
+    assert 0 < len(list(copied.glob("c.*"))) < len(list((files / "tiny.zarr/commits").glob("c.*")))
+    run("cache-tools", *words)
+    assert TeacherCache.open(tmp_path / "copy.zarr").is_complete
+
+
+# The exit code, in small commands
+
+
+def small(main: Callable[[], None], log: Path, handlers: dict[int, Any] | None = None) -> Child:
+    """A command in a forked process, which has the handlers of a new one, and others if given."""
+
+    def run() -> None:
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not those of pytest
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in {
+            signal.SIGTERM: signal.SIG_DFL,
+            signal.SIGHUP: signal.SIG_DFL,
+            **(handlers or {}),
+        }.items():
+            signal.signal(number, handler)
+        command(main)()
+
+    return Child(run, log)
+
+
+def stop(child: Child, there: Path, *signals: int) -> int:
+    """The exit code of a small command after these signals."""
+    wait_for(there.exists)
+    for number in signals:
+        os.kill(child.pid, number)
+    answer = child.wait()
+    assert answer is not None, "it was killed"
+    code: int = answer["exit"]
+    return code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_the_exit_code_is_that_of_the_signal(tmp_path: Path, number: signal.Signals) -> None:
+    def wait() -> None:
+        (tmp_path / "started").touch()
+        time.sleep(60)
+
+    assert stop(small(wait, tmp_path / "log"), tmp_path / "started", number) == 128 + number
+    name = "Interrupted" if number == signal.SIGINT else f"Stopped by {number.name}"
+    assert (tmp_path / "log").read_text() == f"{name}. Run the same command again to resume.\n"
+
+
+def test_cleaning_up_is_not_interrupted_by_the_same_signal(tmp_path: Path) -> None:
+    def clean_up_slowly() -> None:
+        try:
+            (tmp_path / "started").touch()
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            (tmp_path / "cleaned").touch()
+
+    assert stop(small(clean_up_slowly, tmp_path / "log"), tmp_path / "started", signal.SIGTERM) == 143
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_a_later_signal_ends_a_clean_up_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "REPEATED_S", 0.0)
+
+    def hang() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            (tmp_path / "cleaning").touch()
+            time.sleep(60)
+
+    assert stop(small(hang, tmp_path / "log"), tmp_path / "cleaning", signal.SIGTERM) == 143
+
+
+def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
+    """As under nohup."""
+    work = small(lambda: os.kill(os.getpid(), signal.SIGHUP), tmp_path / "log", {signal.SIGHUP: signal.SIG_IGN})
+    assert work.wait() == {"result": None}
+
+
+def test_signals_are_as_before_after_a_command() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        command(lambda: None)()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def processes() -> list[int]:
+    """Processes that are running."""
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and parent(int(path.name)) > 0]
+
+
+def parent(pid: int) -> int:
+    """The parent of a running process; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[1])
