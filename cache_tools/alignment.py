@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from cache_tools.errors import MismatchError
 from cache_tools.format.manifest import Canary
+from cache_tools.images.formats import FIRST_EXTENSIONS
 from cache_tools.views.recipe import ViewRecipe
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from cache_tools.format.manifest import Manifest
     from cache_tools.format.recipe import CacheRecipe
     from cache_tools.images.image_set import ImageSet
+    from cache_tools.images.recipe import DatasetIdentity
 
 MAX_CANARIES = 16
 
@@ -52,7 +55,7 @@ def check_dataset(cache: CachedSamples, images: ImageSet) -> None:
         MismatchError: names the first difference.
     """
     built_from, given = cache.recipe.dataset, images.identity()
-    if built_from.content_digest == given.content_digest and built_from.image_size == given.image_size:
+    if built_from.content_digest == given.content_digest and _pixels_of(built_from) == _pixels_of(given):
         return
     difference = _difference(cache, images) or ("its digest", built_from.content_digest, given.content_digest)
     what, expected, found = difference
@@ -62,7 +65,7 @@ def check_dataset(cache: CachedSamples, images: ImageSet) -> None:
         expected=expected,
         found=found,
         next_step=f"use the images of {built_from.name}, split {built_from.split}, that the cache was built from, "
-        "or build a cache of these",
+        f"or build a cache of these{_endings_note(cache, images)}",
     )
 
 
@@ -132,6 +135,7 @@ def _difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, ob
     return (
         _class_difference(cache.class_names, images.class_names)
         or _size_difference(cache, images)
+        or _pixel_difference(cache, images)
         or _content_difference(cache, images)
         or _label_difference(cache, images)
         or _order_difference(cache, images)
@@ -145,6 +149,9 @@ def _class_difference(expected: tuple[str, ...], found: tuple[str, ...]) -> tupl
         return "another number of classes", len(expected), len(found)
     first = next(number for number, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
     what = "same classes in another order" if sorted(expected) == sorted(found) else "other class names"
+    if unicodedata.normalize("NFC", expected[first]) == unicodedata.normalize("NFC", found[first]):
+        what = "class names in another Unicode form (NFC and NFD)"
+        return f"{what}, first at class {first}", ascii(expected[first]), ascii(found[first])
     return f"{what}, first at class {first}", repr(expected[first]), repr(found[first])
 
 
@@ -155,6 +162,31 @@ def _size_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, objec
     if expected != tuple(images.image_size):
         return "another image size", "×".join(map(str, expected)), "×".join(map(str, images.image_size))
     return None
+
+
+def _pixels_of(identity: DatasetIdentity) -> tuple[object, ...]:
+    """How files become pixels."""
+    return identity.image_size, identity.background, identity.value_range
+
+
+def _pixel_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
+    built_from, given = cache.recipe.dataset, images.identity()
+    for field, default in (("background", "white"), ("value_range", "as the files declare")):
+        expected, found = getattr(built_from, field), getattr(given, field)
+        if expected != found:
+            return f"another dataset.{field}", expected or default, found or default
+    return None
+
+
+def _endings_note(cache: CachedSamples, images: ImageSet) -> str:
+    """A hint where all samples that the cache lacks have endings that version 0.1 left out."""
+    files = getattr(images, "files", None)
+    if files is None or len(images) <= cache.num_samples:
+        return ""
+    new = [files[row] for row in _unmatched(images.keys, cache.sample_keys)]
+    if any(path.suffix.lower() in FIRST_EXTENSIONS for path in new):
+        return ""
+    return f" (version 0.1 left out {len(new):,} of these images because of their endings, such as {new[0].name})"
 
 
 def _content_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:

@@ -20,6 +20,12 @@ MAX_METADATA_BYTES = 64 << 20
 MAX_FILE_BYTES = (1 << 30) + (1 << 28)  # the largest chunk (format.stored.MAX_CHUNK_BYTES) and what packing may add
 PARTIAL = ".partial"  # the suffix of files and folders that are not finished
 LEFTOVER_AGE_S = 3600.0
+HOME_VARIABLE = "TEACHER_CACHE_HOME"
+
+
+def cache_home() -> Path:
+    """$TEACHER_CACHE_HOME, or ~/.cache/teacher-cache."""
+    return Path(os.environ.get(HOME_VARIABLE) or "~/.cache/teacher-cache").expanduser()
 
 
 def check_file(path: Path, limit: int | None = None) -> None:

@@ -161,6 +161,7 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
             "images_per_s": round(rate, 1),
             "bytes_moved": result.bytes_moved,
             "preflight": result.preflight.model_dump() if result.preflight else None,
+            "folders": result.folders,
         }
         print(json.dumps(summary))
         return

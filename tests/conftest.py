@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 # Before torch is imported: the suite runs a process per core, and OpenMP threads that wait for a busy core spin.
 # Subprocesses inherit it.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# Builds remember in the cache home which images they have checked.
+if "TEACHER_CACHE_HOME" not in os.environ:
+    os.environ["TEACHER_CACHE_HOME"] = tempfile.mkdtemp(prefix="teacher-cache-home-")
+    atexit.register(shutil.rmtree, os.environ["TEACHER_CACHE_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -16,6 +16,7 @@ from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.home import registry
 from cache_tools.images import open_images
+from cache_tools.images.check import check_images, check_new_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
@@ -78,6 +79,10 @@ class TrainingData:
             return _identity(self.cache, self.num_views)
         return {"images": self.images.content_digest}
 
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the folders of the images, such as files that are left out."""
+        return (*self.images.notes(), *(self.test.notes() if self.test is not None else ()))
+
     def labels_only(self) -> TrainingData:
         """The same labelled images and views without targets; images without a label are left out."""
         images = self.images if self.known is None else self.images.subset(np.flatnonzero(self.known.labelled))
@@ -128,6 +133,7 @@ def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
     dataset = recipe.locate(recipe.dataset)
     images = open_split(dataset, None)
     test = _open_test(dataset, images, open_split)
+    check_new_images(images, test)
     if recipe.label_fraction < 1.0:
         images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
     return TrainingData(
@@ -148,11 +154,13 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     dataset = recipe.locate(cache.manifest.dataset)
     images = aligned(cache, open_split(dataset, None))
     cache.check_canaries(images)
+    test = _open_test(dataset, images, open_split)
+    check_images(test)  # the build of the cache decoded all training images
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     components = _components(cache, fusion, loss)
     return TrainingData(
         images=images,
-        test=_open_test(dataset, images, open_split),
+        test=test,
         dataset=dataset,
         views=cache.recipe.views,
         num_views=_num_views(cache, recipe),

@@ -249,6 +249,7 @@ class Run:
             train_s=sum(row["train_s"] for row in self.history),
             environment=_environment(self.device),
             command=command_line(),
+            data_notes=self.data.notes(),
         )
         draw_curves(result)
         result.save()

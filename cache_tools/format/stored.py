@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -81,6 +83,36 @@ def parse_manifest(attribute: Any, *, where: str) -> Manifest:
         )
     check_limits(manifest, where=where)
     return manifest
+
+
+def text_not_unicode(value: Any, key: str = "") -> tuple[str, str] | None:
+    """The dotted key of the first text in plain data that no manifest can hold (half a surrogate pair), and the text.
+
+    Names of files that are not UTF-8 become such text. The text is returned escaped, None if there is none.
+    """
+    if isinstance(value, str):
+        return (key, ascii(value)) if _SURROGATE.search(value) else None
+    if isinstance(value, dict):
+        names = ((f"{key}.{name}" if key else str(name), inner) for name, inner in value.items())
+        return text_not_unicode(list(value), key) or _first_not_unicode(names)
+    if isinstance(value, list | tuple):
+        return _first_not_unicode((f"{key}.{number}" if key else str(number), v) for number, v in enumerate(value))
+    return None
+
+
+def _first_not_unicode(parts: Iterable[tuple[str, Any]]) -> tuple[str, str] | None:
+    return next((found for name, inner in parts if (found := text_not_unicode(inner, name)) is not None), None)
+
+
+def check_storable(manifest: Manifest, *, where: object) -> None:
+    """Raise FormatError unless `parse_manifest` will read the manifest back, so that no half of a cache is left."""
+    attribute = manifest_attribute(manifest)
+    if (bad := text_not_unicode(attribute)) is not None:
+        key, text = bad
+        raise FormatError(
+            "text that is not Unicode cannot be stored in a cache", where=f"{key} of the manifest", found=text
+        )
+    parse_manifest(json.loads(json.dumps(attribute)), where=str(where))
 
 
 def check_limits(manifest: Manifest, *, where: object) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, NotFoundError, RecipeError, StorageError, UnknownFormatError, printable
+from cache_tools.files import HOME_VARIABLE as HOME_VARIABLE
+from cache_tools.files import cache_home as cache_home
 from cache_tools.format import commits
 from cache_tools.format.manifest import Manifest
 from cache_tools.home.origin import read_origin
@@ -21,7 +23,6 @@ from cache_tools.home.sizes import Sizes, size_and_time
 from cache_tools.places import is_remote, local_path
 from cache_tools.store.group import read_manifest
 
-HOME_VARIABLE = "TEACHER_CACHE_HOME"
 SUFFIX = ".zarr"
 MIN_PREFIX = 4
 
@@ -57,11 +58,6 @@ class CacheRecord(Summary):
 
     path: Path
     origin: str | None = None
-
-
-def cache_home() -> Path:
-    """$TEACHER_CACHE_HOME, or ~/.cache/teacher-cache."""
-    return Path(os.environ.get(HOME_VARIABLE) or "~/.cache/teacher-cache").expanduser()
 
 
 def cache_path(name: str, fingerprint: str) -> Path:

@@ -23,13 +23,25 @@ _PART = re.compile(rf"(?P<split>[^\[\]]+)\[(?P<start>{_END}):(?P<stop>{_END})(?:
 def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
     """Open a split or a part of one. A folder's files are read for their keys, but not decoded.
 
+    With `on_bad_image: skip` the images of a folder are decoded once, unless that was done before, and those that
+    cannot be decoded are left out.
+
     Args:
         split: None for `recipe.split`.
 
     Raises:
-        DataError: there is no such split, the part is empty, or files are missing or damaged.
+        DataError: there is no such split, the part is empty, or a class has no image.
     """
-    wanted = split or recipe.split
+    images = _open_part(recipe, split or recipe.split)
+    if recipe.on_bad_image == "error":
+        return images
+    from cache_tools.images.check import without_damaged
+    from cache_tools.images.folder import FolderImages
+
+    return without_damaged(images) if isinstance(images, FolderImages) else images
+
+
+def _open_part(recipe: DatasetRecipe, wanted: str) -> ImageSet:
     match = _PART.fullmatch(wanted)
     if match is None:
         return _open_split(recipe, wanted)

@@ -62,6 +62,14 @@ class ImageSet(ABC):
         part = {"labels": self.labels[rows], "keys": self.keys[rows], **self._fields_at(rows)}
         return replace(self, split=split or self.split, **part)
 
+    def notes(self) -> list[str]:
+        """What a user should know of the split's files, one line each, such as files that are left out."""
+        return []
+
+    def folder_contents(self) -> dict[str, Any] | None:
+        """What the split's folder holds besides samples, as plain data; None for an array source."""
+        return None
+
     @abstractmethod
     def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
         """The fields of a subclass that hold one entry per sample, at `rows`."""

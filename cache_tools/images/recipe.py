@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
-from cache_tools.config import ONE, SEVERAL, Extensible, Frozen, one_or_several
+from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Extensible, name_or_fields, one_or_several
 from cache_tools.images.class_names import ORDERS, read_names
 
-IMAGES_VERSION = 1  # raise when the canvas of some image file changes; see pipeline/build/known.py
+# Raise it when the canvas of some image file changes; see pipeline/build/known.py. 2: transparency on a background.
+IMAGES_VERSION = 2
+
+Level = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[Level, Level, Level]
+ValueRange = tuple[float, float]
+WHITE: Colour = (255, 255, 255)
+_COLOURS: dict[str, Colour] = {"white": WHITE, "black": (0, 0, 0)}
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -47,12 +55,22 @@ class DatasetRecipe(Extensible):
         data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits.
         download: whether to download missing files (Fashion-MNIST, CIFAR).
         image_size: side of the square canvas of a folder, 224 when None; the other sources have a fixed size.
-        class_order: the order of a folder's classes, which numbers the labels: `sorted` by code points, `natural` (2
-            before 10, as timm sorts), `case-blind`, `reversed`, or the names themselves. A file with one name per line
-            is read when the recipe is loaded.
+
+    These are for folders only:
+        class_order: the order of the classes, which numbers the labels: `sorted` by code points, `natural` (2 before 10,
+            as timm sorts), `case-blind`, `reversed`, or the names themselves. A file with one name per line is read when
+            the recipe is loaded.
+        background: the colour behind transparent pixels: `white`, `black` or [red, green, blue].
+        value_range: [black, white], the values of images with more than eight bits per pixel that become 0 and 255;
+            None for the range that the files declare.
+        on_bad_image: what to do about images that cannot be decoded: `error` lists all of them, `skip` leaves them out.
+        sub_folders: of class folders: `merge` takes their images for the class, `classes` makes each folder that holds
+            images a class of its own. None merges, and asks where they look like classes.
     """
 
-    added = frozenset({"class_order"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"class_order", "background", "value_range", "on_bad_image", "sub_folders"}
+    )
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
     split: str = "train"
@@ -61,15 +79,26 @@ class DatasetRecipe(Extensible):
     download: bool = False
     image_size: int | None = Field(None, ge=8, le=4096)
     class_order: ClassOrder = "sorted"
+    background: Annotated[
+        Annotated[Literal["white", "black"], Tag(NAME)] | Annotated[Colour, Tag(FIELDS)], Discriminator(name_or_fields)
+    ] = "white"
+    value_range: ValueRange | None = None
+    on_bad_image: Literal["error", "skip"] = "error"
+    sub_folders: Literal["merge", "classes"] | None = None
 
     @model_validator(mode="after")
     def _only_folders_choose_a_size(self) -> DatasetRecipe:
         if self.name != "folder" and self.image_size is not None:
             raise ValueError(f"image_size is for folders only; {self.name} has its own size, 32")
+        for field in sorted(self.added):
+            if self.name != "folder" and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} is for folders only, not for {self.name}")
+        if self.value_range is not None:
+            low, high = self.value_range
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError("value_range needs two numbers that rise, such as [0, 4095]")
         if self.name == "folder" and self.data_dir is None:
             raise ValueError("a folder needs data_dir")
-        if self.name != "folder" and self.class_order != "sorted":
-            raise ValueError(f"class_order is for folders only; {self.name} has its own order")
         return self
 
     @property
@@ -84,6 +113,11 @@ class DatasetRecipe(Extensible):
         """(mean, std), each per RGB channel, for pixels scaled to [0, 1]."""
         return _NORMALISATION[self.name]
 
+    @property
+    def background_colour(self) -> Colour:
+        """The background as (red, green, blue)."""
+        return _COLOURS[self.background] if isinstance(self.background, str) else self.background
+
     def absolute(self) -> DatasetRecipe:
         """The same recipe with an absolute data_dir, which can be opened from any working directory."""
         if self.data_dir is None:
@@ -96,8 +130,14 @@ class DatasetRecipe(Extensible):
         return self.model_copy(update=changes).absolute()
 
 
-class DatasetIdentity(Frozen):
-    """Identifies samples, their order and their labels. `content_digest` covers keys, labels and class names."""
+class DatasetIdentity(Extensible):
+    """Identifies samples, their order, their labels and how their files become pixels.
+
+    `content_digest` covers keys, labels and class names. `background` is None for white, and `value_range` None for the
+    range that the files declare.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset({"background", "value_range"})
 
     name: str
     split: str
@@ -105,6 +145,8 @@ class DatasetIdentity(Frozen):
     image_size: tuple[PositiveInt, PositiveInt]
     class_names: tuple[str, ...]
     content_digest: str
+    background: Colour | None = None
+    value_range: ValueRange | None = None
 
 
 def default_data_dir() -> Path:

@@ -18,7 +18,7 @@ from cache_tools.format import commits
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Canary, Manifest
-from cache_tools.format.stored import MANIFEST_KEY, check_limits, manifest_attribute
+from cache_tools.format.stored import MANIFEST_KEY, check_limits, check_storable, manifest_attribute
 from cache_tools.store.blocks import read_commits
 from cache_tools.store.create import StoredConstants, check_constants, check_samples, constants_digest, create_empty
 from cache_tools.store.encoding import Encoder
@@ -78,6 +78,7 @@ class CacheWriter:
         check_constants(manifest, constants)
         check_free(path)
         manifest = manifest.model_copy(update={"constants_digest": constants_digest(constants)})
+        check_storable(manifest, where=path)
         with translate_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)

@@ -20,10 +20,13 @@ from pydantic import ValidationError
 from cache_tools.alignment import make_canaries
 from cache_tools.codecs.presets import resolve_codecs
 from cache_tools.console import device_name, resolve_device
+from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
+from cache_tools.format.stored import text_not_unicode
 from cache_tools.images import open_images
+from cache_tools.images.check import check_new_images, frame_notes
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places import open_place
@@ -46,6 +49,7 @@ class BuildResult(NamedTuple):
         path: folder of the cache. For a cache in an object store, at `url`, its mirror with the blocks computed here.
         images: (sample, view) pairs that this run computed. `elapsed_s` is the time of the build loop alone.
         bytes_moved: to and from the object store.
+        folders: split → what its folder holds besides samples (`FolderSummary.to_json`).
     """
 
     path: Path
@@ -55,6 +59,7 @@ class BuildResult(NamedTuple):
     images: int = 0
     elapsed_s: float = 0.0
     bytes_moved: int = 0
+    folders: dict[str, Any] | None = None
 
 
 def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: None) -> BuildResult:
@@ -67,13 +72,23 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     Raises:
         CacheError: a problem with data, weights, device or storage, or another recipe's cache in the same place.
     """
+    if (bad := text_not_unicode(recipe.model_dump(mode="json"))) is not None:
+        key, text = bad
+        raise RecipeError("text that is not UTF-8, which a cache cannot store", where=key, found=text)
     if recipe.out is not None:
         open_place(recipe.out)  # fail early on a malformed URL
     images = open_images(recipe.dataset)
     finished = find_finished(recipe, images)
     if finished is not None:
         say(f"{finished.where} is complete: nothing to do")
-        return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest))
+        contents = _folders(images)
+        return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest), folders=contents)
+    test = _open_test(recipe, images, say)
+    for note in [*images.notes(), *(test.notes() if test else ())]:
+        say(f"note: {note}")
+    check_new_images(images, test)  # before the networks are loaded
+    for note in frame_notes(images, test):
+        say(f"note: {note}")
 
     from pipeline.build.blocks import build_blocks
     from pipeline.build.open_output import open_output
@@ -104,11 +119,13 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         where,
         identity,
         recipe.num_views,
-        create=lambda path: _create(path, recipe, identity, images, ensemble, inputs, say),
+        create=lambda path: _create(path, recipe, identity, (images, test), ensemble, inputs, say),
         grow=lambda writer: _grow(writer, recipe, images, ensemble),
     )
     manifest = output.manifest
-    result = BuildResult(*where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved)
+    result = BuildResult(
+        *where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(images, test)
+    )
     ensemble.use_scales(manifest.clip_scales)
     missing = output.missing_blocks()
     if not missing:
@@ -144,19 +161,22 @@ def _create(
     path: Path,
     recipe: BuildRecipe,
     identity: CacheRecipe,
-    images: ImageSet,
+    splits: tuple[ImageSet, ImageSet | None],
     ensemble: TeacherEnsemble,
     inputs: str | None,
     say: Callable[[str], None],
 ) -> CacheWriter:
-    """Create an empty cache after the preflight."""
+    """Create an empty cache after the preflight.
+
+    `splits` are train and test; the preflight uses the test split if there is one, because a teacher looks too good on
+    its own training images.
+    """
     from cache_tools.store.writer import CacheWriter
 
+    images, test = splits
     preflight = None
     if recipe.preflight_samples:
-        preflight = run_preflight(
-            ensemble, _preflight_images(recipe, images), recipe.preflight_samples, recipe.batch_size
-        )
+        preflight = run_preflight(ensemble, test or images, recipe.preflight_samples, recipe.batch_size)
         say(f"preflight: {preflight}")
         for note in preflight.notes:
             say(f"note: {note}")
@@ -174,7 +194,11 @@ def _create(
         build_recipe=recipe.model_dump(mode="json"),
         provenance=_provenance("created", ensemble)
         | ({"notes": list(ensemble.notes)} if ensemble.notes else {})
-        | {"preflight": preflight.model_dump() if preflight else None, INPUTS: inputs},
+        | {
+            "preflight": preflight.model_dump() if preflight else None,
+            INPUTS: inputs,
+            "folders": _folders(images, test),
+        },
     )
     return CacheWriter.create(
         path,
@@ -199,7 +223,7 @@ def _provenance(date_key: str, ensemble: TeacherEnsemble) -> dict[str, Any]:
     """The provenance of this run; its date goes under `date_key`."""
     return {
         date_key: datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": printable(" ".join(sys.argv)),
         "device": device_name(ensemble.device),
         "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
         "python": platform.python_version(),
@@ -239,8 +263,24 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
         return None
 
 
-def _preflight_images(recipe: BuildRecipe, images: ImageSet) -> ImageSet:
-    """The test split if there is one: a teacher looks too good on its own training images."""
-    if recipe.dataset.test_split is None:
-        return images
-    return with_classes(open_images(recipe.dataset, recipe.dataset.test_split), images.class_names)
+def _open_test(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None]) -> ImageSet | None:
+    """The test split with the classes of the training images, for the preflight and the check of its images; None if there is none.
+
+    Without a preflight the test images may be on another machine.
+    """
+    if recipe.dataset.test_split is None or not (recipe.preflight_samples or recipe.dataset.name == "folder"):
+        return None
+    try:
+        test = open_images(recipe.dataset, recipe.dataset.test_split)
+    except DataError as error:
+        if recipe.preflight_samples:
+            raise
+        say(f"note: the test split is not checked: {error}")
+        return None
+    return with_classes(test, images.class_names)
+
+
+def _folders(*splits: ImageSet | None) -> dict[str, Any] | None:
+    """What the folders of the splits hold besides samples, by split; None for array sources."""
+    found = {images.split: images.folder_contents() for images in splits if images is not None}
+    return {split: content for split, content in found.items() if content is not None} or None

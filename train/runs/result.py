@@ -25,6 +25,7 @@ class RunResult(Frozen):
         train_s: seconds spent in training steps, also before a resume; without opening, evaluation and writing.
         environment: versions, device, threads.
         command: the last command line.
+        data_notes: what a user should know of the folders of images, such as files that are left out.
     """
 
     name: str
@@ -48,6 +49,7 @@ class RunResult(Frozen):
     train_s: float
     environment: dict[str, str]
     command: str
+    data_notes: tuple[str, ...] = ()
 
     def save(self) -> None:
         put_durably(self.folder / RESULT, self.model_dump_json(indent=2).encode())
@@ -112,5 +114,6 @@ def _notes(result: RunResult) -> list[str]:
         f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
         f"{result.train_s:.1f} s of training on {result.environment.get('device', '?')}."
     )
+    notes += [f"Note: {note}." for note in result.data_notes]
     notes.append(f"Everything is in {result.folder}; open {result.folder / REPORT} in a browser.")
     return notes

@@ -1,0 +1,274 @@
+"""Check the images of folders before anything is built from them: all damaged ones are listed at once.
+
+Every image is decoded once. The cache home remembers the outcome by content, so a second check of the same images only
+looks them up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_tools.console import Progress
+from cache_tools.errors import DataError, printable
+from cache_tools.files import cache_home, put_durably
+from cache_tools.images.decode import SET_RANGE, Finding, PixelRules, examine_image, whole_images_only
+from cache_tools.images.folder import FolderImages
+from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
+from cache_tools.images.recipe import IMAGES_VERSION
+from cache_tools.images.scan import counted, num_workers, read_image, some_names
+
+MEMORY = "checked-images"  # folder in the cache home
+NAMES_LISTED = 20
+MIN_FULL_RANGE = 1 << 14  # if no 16-bit image of a data set reaches it, the data have 14 bits or fewer
+_MAX_LISTED_CHARACTERS = 1000
+
+
+def check_images(*splits: ImageSet | None) -> None:
+    """Decode every image of these splits once; None and images in memory pass.
+
+    Raises:
+        DataError: lists the images that cannot be decoded, of all splits together, or names their undeclared range.
+    """
+    folders = [images for images in splits if isinstance(images, FolderImages)]
+    found = [(images, row, finding) for images in folders for row, finding in findings(images).items()]
+    damaged = {images.files[row]: finding.problem for images, row, finding in found if finding.problem}
+    if damaged:
+        raise _damaged(os.path.commonpath([images.summary.root for images in folders]), damaged)
+    unknown = [(finding.kind, finding.unknown_range) for _, _, finding in found if finding.unknown_range]
+    if unknown:
+        raise _unknown_range(folders, unknown, "whose range is not declared")
+
+
+def check_new_images(images: ImageSet, test: ImageSet | None = None) -> None:
+    """`check_images`, and whether a new cache or a run on labels should use these splits as they are.
+
+    Raises:
+        DataError: also for class folders whose sub-folders look like classes, for a single class, and for 16-bit images
+            of which none is brighter than 14 bits allow.
+    """
+    if isinstance(images, FolderImages):
+        _check_classes(images)
+    check_images(images, test)
+    folders = [split for split in (images, test) if isinstance(split, FolderImages)]
+    deep = [(finding.kind, finding.deep) for split in folders for finding in findings(split).values() if finding.deep]
+    if deep and max(high for _, (_, high) in deep) < MIN_FULL_RANGE:
+        raise _unknown_range(folders, deep, "which would be nearly black")
+
+
+def frame_notes(*splits: ImageSet | None) -> list[str]:
+    """A line for each checked folder that has images of several frames or pages."""
+    notes = []
+    for images in splits:
+        if isinstance(images, FolderImages):
+            rows = [row for row, finding in findings(images).items() if finding.frames]
+            names = some_names([str(images.files[row].relative_to(images.summary.root)) for row in rows])
+            line = f"{counted(len(rows), 'image')} with several frames or pages: the first is used ({names})"
+            notes += [printable(f"{images.summary.root}: {line}")] if rows else []
+    return notes
+
+
+def without_damaged(images: FolderImages) -> FolderImages:
+    """The images that can be decoded, as `on_bad_image: skip` wants them.
+
+    Raises:
+        DataError: a class without any.
+    """
+    damaged = {row: finding.problem for row, finding in findings(images).items() if finding.problem}
+    if not damaged:
+        return images
+    rest = images.subset(np.setdiff1d(np.arange(len(images)), list(damaged)))
+    gone = np.setdiff1d(images.labels, rest.labels)
+    if len(gone):
+        name = images.class_names[gone[0]]
+        raise DataError("every image of a class is damaged", where=images.summary.root / name, next_step="replace them")
+    root = images.summary.root
+    listed = {str(images.files[row].relative_to(root)): problem for row, problem in damaged.items()}
+    return replace(rest, summary=replace(images.summary, damaged=listed))
+
+
+def findings(images: FolderImages) -> dict[int, Finding]:
+    """Row → what the check found, for every image that is not an ordinary one."""
+    memory = _memory(cache_home() / MEMORY, images.rules)
+    found = {}
+    rows = []
+    for row in np.flatnonzero(~np.isin(_as_items(images.keys), memory.ordinary)).tolist():
+        key = images.keys[row].tobytes().hex()
+        if key in memory.notable:
+            found[row] = memory.notable[key]
+        else:
+            rows.append(row)
+    if rows:
+        found |= _examine(images, rows, memory)
+    return dict(sorted(found.items()))
+
+
+def _examine(images: FolderImages, rows: Sequence[int], memory: _Memory) -> dict[int, Finding]:
+    def examine(row: int) -> tuple[Finding, bool]:
+        try:
+            data = read_image(images.files[row])
+        except DataError as error:
+            return Finding(problem=str(error.found)), False
+        if sample_key(data) != images.keys[row].tobytes():
+            return Finding(problem="changed since the folder was opened"), False
+        return examine_image(data, images.rules), True
+
+    found = {}
+    progress = Progress("check images", len(rows), "images")
+    with whole_images_only(), ThreadPoolExecutor(num_workers()) as pool, progress:
+        for row, (finding, is_of_content) in zip(rows, pool.map(examine, rows), strict=True):
+            if finding != Finding():
+                found[row] = finding
+            if is_of_content:
+                memory.add(images.keys[row].tobytes(), finding)
+            progress.advance(1)
+    memory.save()
+    return found
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What earlier checks found, by content key: the keys of ordinary images, and the findings of all others."""
+
+    path: Path
+    ordinary: np.ndarray
+    notable: dict[str, Finding]
+    added: list[bytes] = field(default_factory=list)
+
+    def add(self, key: bytes, finding: Finding) -> None:
+        if finding == Finding():
+            self.added.append(key)
+        else:
+            self.notable[key.hex()] = finding
+
+    def save(self) -> None:
+        """Write the memory together with what other processes have written since; without a writable home, do not."""
+        stored = _read_memory(self.path)
+        new = np.frombuffer(b"".join(self.added), np.uint8).reshape(-1, KEY_BYTES)
+        self.ordinary = np.unique(np.concatenate([self.ordinary, stored.ordinary, _as_items(new)]))
+        self.notable = stored.notable | self.notable
+        self.added = []
+        data = {key: {name: value for name, value in asdict(f).items() if value} for key, f in self.notable.items()}
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            put_durably(self.path.with_suffix(".keys"), self.ordinary.tobytes())
+            put_durably(self.path.with_suffix(".json"), json.dumps(data).encode())
+
+
+@cache
+def _memory(folder: Path, rules: PixelRules) -> _Memory:
+    """The memory of checks with these rules and this version of PIL; kept open, also where it cannot be written."""
+    import PIL
+
+    text = f"{IMAGES_VERSION} {PIL.__version__} {rules}"
+    return _read_memory(folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
+
+
+def _read_memory(path: Path) -> _Memory:
+    """A memory from its files; an empty one if they are missing or damaged."""
+    try:
+        keys = np.frombuffer(path.with_suffix(".keys").read_bytes(), np.uint8).reshape(-1, KEY_BYTES)
+        stored = json.loads(path.with_suffix(".json").read_bytes())
+        notable = {key: _finding(fields) for key, fields in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        keys, notable = np.empty((0, KEY_BYTES), np.uint8), {}
+    return _Memory(path, _as_items(keys), notable)
+
+
+def _finding(fields: dict[str, Any]) -> Finding:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return Finding(**values)
+
+
+def _as_items(keys: np.ndarray) -> np.ndarray:
+    """Keys, uint8 [N, 16], as one value each that numpy can sort and compare."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
+
+
+def _check_classes(images: FolderImages) -> None:
+    summary = images.summary
+    if sub := summary.sub_classes:
+        shown = "; ".join(
+            f"{name} ({', '.join(subs[:4])}{', …' if len(subs) > 4 else ''})" for name, subs in sub.items()
+        )
+        raise DataError(
+            "the class folders hold no images but sub-folders, which look like classes of their own",
+            where=summary.root,
+            found=shown,
+            next_step=f"choose --set dataset.sub_folders=classes ({sum(map(len, sub.values()))} classes) or "
+            f"--set dataset.sub_folders=merge ({len(sub)} classes)",
+        )
+    if len(images.class_names) == 1:
+        raise DataError(
+            "there is only one class",
+            where=summary.root,
+            expected="a sub-folder for each of several classes",
+            found=images.class_names[0],
+            next_step="set data_dir or the split to the folder that holds the class folders",
+        )
+
+
+def _damaged(root: str, problems: dict[Path, str]) -> DataError:
+    """The error that lists damaged images: up to 20 in the message, all of them in a file."""
+    count = len(problems)
+    kinds: dict[str, list[str]] = {}
+    shown, characters = 0, 0
+    for path, problem in problems.items():
+        name = printable(os.path.relpath(path, root))
+        characters += len(name) + 2 + (0 if problem in kinds else len(problem) + 2)
+        if shown == NAMES_LISTED or (shown and characters > _MAX_LISTED_CHARACTERS):
+            break
+        kinds.setdefault(problem, []).append(name)
+        shown += 1
+    found = "; ".join(f"{problem}: {', '.join(names)}" for problem, names in kinds.items())
+    if shown < count:
+        found += f"; and {count - shown:,} more{_list_file(problems)}"
+    return DataError(
+        counted(count, "damaged image"),
+        where=root,
+        found=found,
+        next_step="replace or remove them, or leave them out with --set dataset.on_bad_image=skip",
+    )
+
+
+def _list_file(problems: dict[Path, str]) -> str:
+    """Write all names and problems to a file of the cache home; return the words that point to it."""
+    text = "".join(f"{path}\t{problem}\n" for path, problem in problems.items()).encode(errors="surrogateescape")
+    path = cache_home() / MEMORY / f"damaged-{hashlib.blake2b(text, digest_size=4).hexdigest()}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put_durably(path, text)
+    except OSError:
+        return ""
+    return f" (all of them are in {path})"
+
+
+def _unknown_range(
+    folders: Sequence[FolderImages], found: Sequence[tuple[str, tuple[float, float]]], why: str
+) -> DataError:
+    low, high = min(low for _, (low, _) in found), max(high for _, (_, high) in found)
+    kind = found[0][0]
+    step = SET_RANGE
+    if kind == "16-bit colour":
+        step = "only the high byte of 16-bit colour can be read: convert the images to 8 bits per channel"
+    elif why.startswith("which"):
+        step += ", or [0, 65535] to take them as they are"
+    return DataError(
+        f"{len(found):,} images with {kind} {why}",
+        where=os.path.commonpath([images.summary.root for images in folders]),
+        expected="values that fill the 16 bits" if why.startswith("which") else "a declared range",
+        found=f"values from {low:g} to {high:g}",
+        next_step=step,
+    )
