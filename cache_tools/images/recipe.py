@@ -57,9 +57,9 @@ class DatasetRecipe(Extensible):
         image_size: side of the square canvas of a folder, 224 when None; the other sources have a fixed size.
 
     These are for folders only:
-        class_order: the order of the classes, which numbers the labels: `sorted` by code points, `natural` (2 before 10,
-            as timm sorts), `case-blind`, `reversed`, or the names themselves. A file with one name per line is read when
-            the recipe is loaded.
+        class_order: the order of the classes, which numbers the labels: `sorted` by code points, `natural` (2 before
+            10, as timm sorts), `case-blind`, `reversed`, or the names themselves. A file with one name per line is read
+            when the recipe is loaded.
         background: the colour behind transparent pixels: `white`, `black` or [red, green, blue].
         value_range: [black, white], the values of images with more than eight bits per pixel that become 0 and 255;
             None for the range that the files declare.

@@ -16,6 +16,7 @@ import numpy as np
 
 from cache_tools.console import Progress
 from cache_tools.errors import DataError, printable
+from cache_tools.images.class_names import Names, arrange, describe
 from cache_tools.images.formats import CAMERA_RAW, EXTENSIONS, HEAD_BYTES, identify, is_decodable
 from cache_tools.images.image_set import KEY_BYTES, sample_key
 
@@ -84,7 +85,7 @@ class FolderSummary:
 class Scan:
     """The samples of a split folder, sorted by class and path."""
 
-    class_names: list[str]
+    class_names: Names
     files: list[Path]
     labels: list[int]
     keys: np.ndarray
@@ -92,7 +93,11 @@ class Scan:
 
 
 def scan_folder(
-    root: Path, *, sub_folders: Literal["merge", "classes"] | None = None, empty_classes: bool = False
+    root: Path,
+    *,
+    class_order: str | Names = "sorted",
+    sub_folders: Literal["merge", "classes"] | None = None,
+    is_training: bool = True,
 ) -> Scan:
     """Find the images of `root/CLASS/**` by their contents, and hash them. No image is decoded.
 
@@ -100,8 +105,8 @@ def scan_folder(
     check names it with the damaged images.
 
     Args:
-        sub_folders: see `DatasetRecipe`.
-        empty_classes: leave out class folders without an image instead of refusing them.
+        class_order, sub_folders: see `DatasetRecipe`.
+        is_training: every class folder needs an image, and `class_order` lists just these classes.
 
     Raises:
         DataError: no class folders, a class folder without an image, a class name that cannot be used, a loop of links.
@@ -124,15 +129,16 @@ def scan_folder(
         sub_classes=_sub_classes(root, folders, samples) if sub_folders is None else {},
     )
     empty = sorted(set(folders) - {name for name, _, _ in samples})
-    if not samples or (empty and not empty_classes):
+    if not samples and not is_training:
+        raise DataError("no image in any class folder", where=root, found=describe(folders))
+    if empty and is_training:
         raise _empty_class(root / empty[0], summary)
     if sub_folders == "classes":
         names = _leaf_names(root, sorted({path.parent for _, path, _ in samples}))
-        samples = sorted(
-            ((names[path.parent], path, key) for _, path, key in samples), key=lambda s: (s[0], s[1].parts)
-        )
-    class_names = sorted({name for name, _, _ in samples})
+        samples = [(names[path.parent], path, key) for _, path, key in samples]
+    class_names = arrange(tuple(sorted({name for name, _, _ in samples})), class_order, complete=is_training)
     numbers = {name: number for number, name in enumerate(class_names)}
+    samples.sort(key=lambda sample: (numbers[sample[0]], sample[1].parts))
     return Scan(
         class_names,
         [path for _, path, _ in samples],
@@ -354,7 +360,7 @@ def _empty_class(folder: Path, summary: FolderSummary) -> DataError:
         where=folder,
         expected="files that hold images",
         found=found or "no file",
-        next_step="fill or remove it",
+        next_step="fill it, or remove it",
     )
 
 

@@ -264,9 +264,9 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
 
 
 def _open_test(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None]) -> ImageSet | None:
-    """The test split with the classes of the training images, for the preflight and the check of its images; None if there is none.
+    """The test split, with the labels of the training images; None if there is none.
 
-    Without a preflight the test images may be on another machine.
+    The preflight needs it, and its images are checked. Without a preflight they may be on another machine.
     """
     if recipe.dataset.test_split is None or not (recipe.preflight_samples or recipe.dataset.name == "folder"):
         return None

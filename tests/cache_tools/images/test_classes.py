@@ -142,7 +142,7 @@ def test_a_file_is_read_when_the_recipe_is_loaded(tmp_path: Path) -> None:
     recipe = DatasetRecipe(name="folder", data_dir=tmp_path, class_order=str(tmp_path / "order.txt"))
     assert recipe.model_dump(mode="json")["class_order"] == ["cat", "ant"]
     assert DatasetRecipe.model_validate_json(recipe.model_dump_json()) == recipe
-    with pytest.raises(ValueError, match="class_order is for folders only; digits has its own order"):
+    with pytest.raises(ValueError, match="class_order is for folders only, not for digits"):
         DatasetRecipe(name="digits", class_order="natural")
 
 

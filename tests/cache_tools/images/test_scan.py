@@ -227,7 +227,9 @@ def test_an_empty_class_folder_is_an_error_in_training_only(tmp_path: Path) -> N
             (tmp_path / split / name).mkdir(parents=True)
         (tmp_path / split / "cat" / "1.jpg").write_bytes(JPEG)
         (tmp_path / split / "dog" / "movie.mp4").write_bytes(media(b"isom"))
-    with pytest.raises(DataError, match=r"without an image.*dog.*found 1 video \(dog/movie\.mp4\).*Fill or remove it"):
+    with pytest.raises(
+        DataError, match=r"without an image.*dog.*found 1 video \(dog/movie\.mp4\).*Fill it, or remove it"
+    ):
         open_images(recipe_for(tmp_path))
     assert open_images(recipe_for(tmp_path), "test").class_names == ("cat",)
 
