@@ -221,12 +221,17 @@ def _check_classes(images: FolderImages) -> None:
 
 
 def _damaged(root: str, problems: dict[Path, str]) -> DataError:
-    """The error that lists damaged images: up to 20 in the message, all of them in a file."""
+    """The error that lists damaged images: up to 20 in the message, all of them in a file.
+
+    Names are whole paths if these are short enough, else paths below `root`.
+    """
     count = len(problems)
     kinds: dict[str, list[str]] = {}
     shown, characters = 0, 0
+    first = list(problems)[:NAMES_LISTED]
+    in_full = sum(len(str(path)) + 2 for path in first) <= _MAX_LISTED_CHARACTERS // 2
     for path, problem in problems.items():
-        name = printable(os.path.relpath(path, root))
+        name = printable(str(path) if in_full else os.path.relpath(path, root))
         characters += len(name) + 2 + (0 if problem in kinds else len(problem) + 2)
         if shown == NAMES_LISTED or (shown and characters > _MAX_LISTED_CHARACTERS):
             break

@@ -217,7 +217,7 @@ def test_a_file_that_changes_is_not_remembered(tmp_path: Path) -> None:
     file = root / "train" / "cat" / "3.jpg"
     old = file.read_bytes()
     file.write_bytes(encoded("JPEG", 4242))
-    with pytest.raises(DataError, match=r"changed since the folder was opened: cat/3\.jpg"):
+    with pytest.raises(DataError, match=r"changed since the folder was opened: \S*cat/3\.jpg"):
         check_images(images)
     file.write_bytes(old)
     check_images(images)

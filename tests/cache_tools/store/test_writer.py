@@ -61,6 +61,22 @@ def test_every_array_reads_as_written(tmp_path: Path, store: str, linear_head: b
     np.testing.assert_array_equal(cache.sample_keys, IMAGES.keys)
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"provenance": {"command": "build-cache caf\udce9"}}, "provenance.command"),
+        ({"build_recipe": {"teacher": [{"name": "a"}, {"name": "\ud800"}]}}, "build_recipe.teacher.1.name"),
+        ({"name": "half\udfff"}, "name"),
+    ],
+)
+def test_text_that_cannot_be_read_back_is_refused_before_anything_is_written(
+    tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(FormatError, match=rf"not Unicode.*\({key} of the manifest\)"):
+        create(tmp_path / "c", MANIFEST.model_copy(update=change), IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CacheWriter]:
     folder = tmp_path_factory.mktemp("round-trip")
