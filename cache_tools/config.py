@@ -214,6 +214,12 @@ def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) ->
             where=where,
             next_step=_hint(str(first["loc"][-1]), siblings) or f"known keys: {', '.join(siblings)}",
         )
+    if first["type"] == "missing":
+        return RecipeError(
+            f"missing recipe key '{key}'{more}",
+            where=where,
+            next_step=f"add it to the recipe, or give it as --set {key}=VALUE",
+        )
     if first["type"] == "value_error":  # our own rule over several keys; its input is the whole recipe
         message = first["msg"].removeprefix("Value error, ")
         return RecipeError(f"bad value for '{key}'{more}: {message}", where=where)

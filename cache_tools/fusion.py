@@ -2,6 +2,7 @@
 
 Notation of the RichKD paper: z_F = α z_T + (1−α) z_C for logits, f_F = λ f_T + (1−λ) f_C for features; α is
 `teacher_weight`, λ is `feature_weight`. With several networks, z_T, z_C, f_T and f_C are weighted means of a group.
+Without CLIPs the targets are z_T and f_T, without teachers z_C and f_C.
 Building a cache, reading components and online training all call `fused_logits` and `fused_features`, so they get the
 same numbers. Everything is float32, even under autocast.
 """
@@ -140,11 +141,15 @@ def fused_logits(teachers_NC: Sequence[torch.Tensor], clips_NC: Sequence[torch.T
     """z_F = α Σ_i w_i z_Ti + (1−α) Σ_j u_j z_Cj, rows mean-centred: exactly as cached, [N, C] float32.
 
     Args:
-        teachers_NC: logits of each teacher.
-        clips_NC: scaled logits of each CLIP, from `clip_logits`.
+        teachers_NC: logits of each teacher; may be empty if there are CLIPs.
+        clips_NC: scaled logits of each CLIP, from `clip_logits`; may be empty if there are teachers.
     """
-    teacher_NC, clip_NC = mix(teachers_NC, fusion.teacher_weights), mix(clips_NC, fusion.clip_weights)
-    return centre_rows(fuse_logits(teacher_NC, clip_NC, fusion.teacher_weight, 1.0))
+    if not clips_NC:
+        return centre_rows(mix(teachers_NC, fusion.teacher_weights))
+    clip_NC = mix(clips_NC, fusion.clip_weights)
+    if not teachers_NC:
+        return centre_rows(clip_NC)
+    return centre_rows(fuse_logits(mix(teachers_NC, fusion.teacher_weights), clip_NC, fusion.teacher_weight, 1.0))
 
 
 def fused_features(
@@ -157,7 +162,8 @@ def fused_features(
     """f_F = λ f_T + (1−λ) f_C with f = normalise(Σ_i w_i normalise(f_i P_i)) for both groups: exactly as cached.
 
     Args:
-        teachers_NE, clips_NE: features of each network, of its own width and not necessarily normalised.
+        teachers_NE, clips_NE: features of each network, of its own width and not necessarily normalised; one of the
+            groups may be empty.
         teacher_projections_ED, clip_projections_ED: projections to the common width, from `projection_matrix`.
 
     Returns:
@@ -169,8 +175,9 @@ def fused_features(
         (clips_NE, clip_projections_ED, fusion.clip_weights),
     ):
         projected = [project(each, projection) for each, projection in zip(features, projections, strict=True)]
-        groups.append(mix_features(projected, weights))
-    return fuse_features(groups[0], groups[1], fusion.feature_weight)
+        if projected:
+            groups.append(mix_features(projected, weights))
+    return groups[0] if len(groups) == 1 else fuse_features(groups[0], groups[1], fusion.feature_weight)
 
 
 def resolve_clip_scale(

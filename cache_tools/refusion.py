@@ -6,16 +6,16 @@ that CLIP sees can therefore be chosen when it is read. Importable without torch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
 from cache_tools.config import Frozen
 from cache_tools.errors import NotFoundError, RecipeError
-from cache_tools.format.manifest import Fusion
-from cache_tools.format.recipe import ClipIdentity, PromptEnsemble, Share
+from cache_tools.format.manifest import Fusion, Manifest
+from cache_tools.format.recipe import CacheRecipe, ClipIdentity, PromptEnsemble, Share
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache
@@ -63,9 +63,11 @@ class FusionChoice(Frozen):
 
         Raises:
             NotFoundError: the cache is fused and has no components; or no such `clip_view` or prompt template.
-            RecipeError: not one weight for each of the cache's networks, or a scale that is not above 0.
+            RecipeError: not one weight for each of the cache's networks, a scale that is not above 0, or a setting of
+                networks that the cache does not have.
             PreflightError: the scale is `match`, and CLIP or the teacher gives all classes the same value.
         """
+        self.check_groups(cache.recipe)
         if self != FusionChoice() and cache.recipe.store != "components":
             raise self._no_components(cache)
         self._check(cache)
@@ -75,14 +77,18 @@ class FusionChoice(Frozen):
             return fusion
         return replace(fusion, clip_scales=_scales(cache, self.clip_scale, fusion))
 
+    def check_groups(self, recipe: CacheRecipe) -> None:
+        """Raise RecipeError for a setting of networks that a cache does not have."""
+        settings = {name: value for name, value in self if value is not None}
+        check_groups(settings, teachers=bool(recipe.teachers), clips=bool(recipe.clips), who="the cache")
+
     def _no_components(self, cache: TeacherCache) -> NotFoundError:
         changes = ", ".join(name for name, value in self if value is not None)
-        scales = ", ".join(f"{scale:g}" for scale in cache.manifest.clip_scales)
         return NotFoundError(
             "this cache cannot be fused differently",
             where=cache.path,
             expected=f"a cache with components, to change {changes}",
-            found=f"fused targets only, teacher weight {cache.recipe.fusion.teacher_weight:g}, CLIP scale {scales}",
+            found=f"fused targets only: {describe_fusion(cache.manifest)}",
             next_step="build one with --set store=components, or leave the fusion as it is",
         )
 
@@ -101,7 +107,7 @@ class FusionChoice(Frozen):
                     expected=f"{len(networks)}, for {', '.join(networks)}",
                     found=list(weights),
                 )
-        templates = min(len(clip.templates) for clip in recipe.clips)
+        templates = min((len(clip.templates) for clip in recipe.clips), default=0)
         if self.prompts is not None and max(self.prompts) >= templates:
             raise NotFoundError(
                 "no such prompt template",
@@ -114,6 +120,60 @@ class FusionChoice(Frozen):
             raise NotFoundError(
                 "no such view", where=cache.path, expected=f"0 to {cache.num_views - 1}", found=self.clip_view
             )
+
+
+def check_groups(settings: Mapping[str, Any], *, teachers: bool, clips: bool, who: str) -> None:
+    """Raise RecipeError for a setting of the fusion without an effect, because there are no teachers or no CLIPs.
+
+    Args:
+        settings: those that the user has made, by name; names of `FusionRecipe` and `FusionChoice`.
+        who: has the networks, for messages.
+    """
+    if teachers and clips:
+        return
+    only, missing, weight = ("teacher", "CLIP", 1.0) if teachers else ("CLIP", "teacher", 0.0)
+    advice = "leave it out"
+    if who == "the recipe":
+        advice += f" (`build-cache --{missing.lower()} none` also drops the weights in the recipe)"
+    of_both = ("teacher_weight", "feature_weight")
+    of_clips = ("clip_scale", "prompt_ensemble", "clip_weights", "prompts", "clip_view")
+    for name, value in settings.items():
+        where = f"fusion.{name}"
+        if name in of_both and value != weight:
+            raise RecipeError(
+                f"{who} has no {missing}, so the {only} has all the weight",
+                where=where,
+                expected=f"{weight:g}",
+                found=value,
+                next_step=advice,
+            )
+        if (name in of_clips and not clips) or (name == "teacher_weights" and not teachers):
+            raise RecipeError(
+                f"{who} has no {missing}, so this setting has no effect",
+                where=where,
+                found=list(value) if isinstance(value, tuple) else value,
+                next_step="leave it out",
+            )
+        if name == "clip_scale" and value == "match" and not teachers:
+            raise RecipeError(
+                f"{who} has no teacher whose spread the scale could match",
+                where=where,
+                expected="model or a number",
+                found=value,
+            )
+
+
+def describe_fusion(manifest: Manifest) -> str:
+    """The fusion of a cache in words; weights only if there is something to weigh."""
+    recipe, fusion = manifest.recipe, manifest.recipe.fusion
+    scales = ", ".join(f"{scale:g}" for scale in manifest.clip_scales)
+    parts = [f"CLIP scale {scales} ({fusion.clip_scale})", f"prompt ensemble {fusion.prompt_ensemble}"]
+    if recipe.only_group is None:
+        weights = f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}"
+        return ", ".join([weights, *parts])
+    if recipe.only_group == "clip":
+        return ", ".join(["CLIP alone", *parts])
+    return "the teacher alone" if len(recipe.teachers) == 1 else f"{len(recipe.teachers)} teachers, no CLIP"
 
 
 def check_shares(weights: Sequence[float], *, where: object) -> None:

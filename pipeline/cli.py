@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,12 @@ from train.options import (
 if TYPE_CHECKING:
     from pipeline.recipe import BuildRecipe
 
+_NETWORK_OPTIONS = {
+    "teacher.weights": "--teacher-checkpoint",
+    "clip.weights": "--clip-checkpoint",
+    "clip.templates": "--prompts",
+}
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -41,7 +48,7 @@ def build_cache(
         str | None,
         typer.Option(
             "--teacher",
-            help="resnet32x4 etc., timm:NAME, torchvision:NAME, my.module:function, or a run of train-student.",
+            help="resnet32x4 etc., timm:NAME, torchvision:NAME, my.module:function, a run of train-student, or none.",
         ),
     ] = None,
     teacher_checkpoint: Annotated[
@@ -50,7 +57,7 @@ def build_cache(
     ] = None,
     clip: Annotated[
         str | None,
-        typer.Option("--clip", help="An open_clip model name, hf-hub:ORG/MODEL or local-dir:FOLDER."),
+        typer.Option("--clip", help="An open_clip model name, hf-hub:ORG/MODEL, local-dir:FOLDER, or none."),
     ] = None,
     clip_checkpoint: Annotated[
         str | None,
@@ -98,16 +105,16 @@ def build_cache(
     show_recipe: ShowRecipe = False,
     as_json: ResultAsJson = False,
 ) -> None:
-    """Run a teacher and CLIP once over every (image, view) and store their fused targets.
+    """Run a teacher and CLIP, or one of them alone, once over every (image, view) and store their fused targets.
 
     Without arguments it builds a demo cache: handwritten digits with a small teacher and CLIP, offline, in seconds.
     You can interrupt it at any time: the same command continues where it stopped.
     """
     # Imported here, as everything slow below: --help must answer at once.
     from cache_tools.config import dump_yaml
-    from pipeline.recipe import load_build_recipe
+    from pipeline.recipe import is_none, load_build_recipe
 
-    options = {
+    options: dict[str, Any] = {
         "num_views": views,
         "views.base_seed": seed,
         # --teacher replaces the whole teacher of the recipe: weights and normalisation belong to the network.
@@ -126,7 +133,10 @@ def build_cache(
         "dataset.download": True if download else None,
         "precision": precision,
     }
-    reset = ["clip.weights=null"] if clip and not clip_checkpoint else []
+    reset = ["clip.weights=null"] if clip and not is_none(clip) and not clip_checkpoint else []
+    for group, name in (("teacher", teacher), ("clip", clip)):
+        if is_none(name):
+            options = _without(group, options)
     loaded = load_build_recipe(recipe, [*reset, *(overrides or [])], options)
     if show_recipe:
         print(dump_yaml(loaded), end="")
@@ -137,6 +147,25 @@ def build_cache(
         print(json.dumps(estimate.model_dump() | {"verdict": estimate.verdict}) if as_json else estimate)
     else:
         _build(loaded, as_json)
+
+
+def _without(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that leave out the teacher or the CLIP of a recipe, and with it the recipe's own weights of the two."""
+    from cache_tools.errors import RecipeError
+    from cache_tools.format.recipe import FusionRecipe
+
+    for key, flag in _NETWORK_OPTIONS.items():
+        if key.startswith(f"{group}.") and options.get(key) is not None:
+            raise RecipeError(
+                f"{flag} is about a network that is left out",
+                where=f"--{group} none",
+                found=options[key],
+                next_step="leave it out",
+            )
+    only = FusionRecipe().for_groups(teachers=group != "teacher", clips=group != "clip")
+    fields = ["teacher_weight", "feature_weight", *(("clip_scale", "prompt_ensemble") if group == "clip" else ())]
+    others = {key: value for key, value in options.items() if value is not None and key.partition(".")[0] != group}
+    return {group: "none"} | {f"fusion.{name}": getattr(only, name) for name in fields} | others
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:

@@ -34,6 +34,7 @@ class Plan(Frozen):
     """Estimates for a planned cache.
 
     Attributes:
+        networks: that compute the targets, such as `teacher and CLIP`.
         bytes: of all arrays, uncompressed; float16 targets hardly compress.
         bytes_free: on the disk of the destination.
         targets_per_s: images per second from pixels to targets, through views, teachers and CLIPs.
@@ -46,6 +47,7 @@ class Plan(Frozen):
     """
 
     device: str
+    networks: str = "teacher and CLIP"
     samples: int
     views: int
     bytes: int
@@ -62,7 +64,7 @@ class Plan(Frozen):
     def __str__(self) -> str:
         lines = [
             f"{self.samples:,} images × {self.views} views on {self.device}: {self.targets_per_s:,.0f} images/s "
-            f"through teachers and CLIP, so building takes {_duration(self.build_s)}",
+            f"through {self.networks}, so building takes {_duration(self.build_s)}",
             f"{human_bytes(self.bytes)} to store, {human_bytes(self.bytes_free)} free",
             f"{self.student}: {self.student_per_s:,.0f} images/s of training; an epoch from the cache is "
             f"{self.speedup:.2f} times as fast as with live teachers",
@@ -115,6 +117,11 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     constants = sum(4 * int(np.prod(shape)) for shape in constant_shapes(identity).values())
     return Plan(
         device=device_name(device),
+        networks=" and ".join(
+            f"{len(group)} {name}s" if len(group) > 1 else name
+            for name, group in (("teacher", recipe.teachers), ("CLIP", recipe.clips))
+            if group
+        ),
         samples=len(images),
         views=recipe.num_views,
         bytes=recipe.num_views * len(images) * row_bytes + constants + 24 * len(images),

@@ -7,7 +7,7 @@ from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
@@ -28,7 +28,7 @@ from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
 from cache_tools.images.class_names import read_names
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.places import is_url
-from cache_tools.refusion import check_clip_scale, check_shares
+from cache_tools.refusion import check_clip_scale, check_groups, check_shares
 from cache_tools.views.recipe import ViewRecipe
 
 
@@ -86,13 +86,24 @@ class ClipSpec(Frozen):
     weight: Share | None = None
 
 
+def is_none(name: Any) -> bool:
+    """Whether a name means no network: `--clip none`, and `clip: none`, which YAML reads as text."""
+    return isinstance(name, str) and name.lower() == "none"
+
+
+def _none_as_null(value: Any) -> Any:
+    return None if is_none(value) else value
+
+
 Teachers = Annotated[
-    Annotated[TeacherSpec, Tag(ONE)] | Annotated[tuple[TeacherSpec, ...], Field(min_length=1), Tag(SEVERAL)],
+    Annotated[TeacherSpec | None, Tag(ONE)] | Annotated[tuple[TeacherSpec, ...], Field(min_length=1), Tag(SEVERAL)],
     Discriminator(one_or_several),
+    BeforeValidator(_none_as_null),
 ]
 Clips = Annotated[
-    Annotated[ClipSpec, Tag(ONE)] | Annotated[tuple[ClipSpec, ...], Field(min_length=1), Tag(SEVERAL)],
+    Annotated[ClipSpec | None, Tag(ONE)] | Annotated[tuple[ClipSpec, ...], Field(min_length=1), Tag(SEVERAL)],
     Discriminator(one_or_several),
+    BeforeValidator(_none_as_null),
 ]
 
 
@@ -111,7 +122,8 @@ CodecChoice = Annotated[
 class BuildRecipe(Frozen):
     """One cache: its images, their views, the networks, their fusion, and how targets are stored.
 
-    `teacher` and `clip` are one network or a list of them; `teachers` and `clips` are always tuples.
+    `teacher` and `clip` are one network, a list of them, or None; one of the two may be missing. `teachers` and `clips`
+    are always tuples. Without a CLIP the weights in `fusion` become 1, without a teacher 0.
     `codec` is a preset (`cache_tools.codecs.presets.resolve_codecs`), or a codec for the logits and one for the
     features.
     `batch_size`, `block_rows`, `device` and `out` (a folder, or the URL of an object store) determine how and where the
@@ -122,8 +134,8 @@ class BuildRecipe(Frozen):
     dataset: DatasetRecipe
     views: ViewRecipe = ViewRecipe()
     num_views: PositiveInt = 8
-    teacher: Teachers
-    clip: Clips
+    teacher: Teachers = None
+    clip: Clips = None
     fusion: FusionRecipe = FusionRecipe()
     store: Store = "fused"
     codec: CodecChoice = "float16"
@@ -136,18 +148,47 @@ class BuildRecipe(Frozen):
 
     @model_validator(mode="after")
     def _networks_can_be_fused(self) -> BuildRecipe:
+        if not self.teachers and not self.clips:
+            raise RecipeError(
+                "a recipe needs a teacher, a CLIP or both",
+                where=self.name,
+                next_step="add `teacher: {name: …}`, or give --teacher",
+            )
         shares(self.teachers, where="teacher")
         shares(self.clips, where="clip")
         check_clip_scale(self.fusion.clip_scale, where="fusion.clip_scale")
+        groups = {"teachers": bool(self.teachers), "clips": bool(self.clips)}
+        check_groups(_chosen(self.fusion), **groups, who="the recipe")
+        self.__dict__["fusion"] = self.fusion.for_groups(**groups)  # the model is frozen, but not yet in use
         return self
 
     @property
     def teachers(self) -> tuple[TeacherSpec, ...]:
-        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+        return listed(self.teacher)
 
     @property
     def clips(self) -> tuple[ClipSpec, ...]:
-        return self.clip if isinstance(self.clip, tuple) else (self.clip,)
+        return listed(self.clip)
+
+
+Spec = TypeVar("Spec", TeacherSpec, ClipSpec)
+
+
+def listed(specs: Spec | Sequence[Spec] | None) -> tuple[Spec, ...]:
+    """The networks of a group as a tuple, which may be empty."""
+    if specs is None:
+        return ()
+    return (specs,) if isinstance(specs, TeacherSpec | ClipSpec) else tuple(specs)
+
+
+def _chosen(fusion: FusionRecipe) -> dict[str, Any]:
+    """The settings that the user has made. Names that equal the default are left out: stored recipes have them all."""
+    fields = FusionRecipe.model_fields
+    return {
+        name: value
+        for name in fusion.model_fields_set
+        if not isinstance(value := getattr(fusion, name), str) or value != fields[name].default
+    }
 
 
 def shares(specs: Sequence[TeacherSpec] | Sequence[ClipSpec], *, where: str) -> tuple[float, ...]:
@@ -158,7 +199,7 @@ def shares(specs: Sequence[TeacherSpec] | Sequence[ClipSpec], *, where: str) -> 
     """
     weights = [spec.weight for spec in specs if spec.weight is not None]
     if not weights:
-        return (1.0 / len(specs),) * len(specs)
+        return tuple(1.0 / len(specs) for _ in specs)
     if len(weights) < len(specs):
         raise RecipeError(
             "some networks of a group have a weight and some have none",

@@ -190,9 +190,9 @@ def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Compon
         return Components(tuple(widths), tuple(weights)) if loss.uses_components else None
     if loss.needs_components:
         raise RecipeError(
-            "the loss needs the teacher's and CLIP's own features, and this cache has only fused targets",
+            "the loss needs the networks' own features, and this cache has only fused targets",
             where=cache.path,
-            expected="teacher_features, clip_features (loss.feature_source: components)",
+            expected="a cache with components (loss.feature_source: components)",
             found="fused_logits, fused_features",
             next_step="set loss.feature_source=fused, or build the cache with --store components",
         )

@@ -39,7 +39,7 @@ from train.runs import folder, trackers
 from train.runs.curves import plot_curves
 from train.runs.metrics import RunLog, read_metrics
 from train.runs.predictions import store_predictions
-from train.runs.result import RunResult, load_result
+from train.runs.result import RunResult, load_result, top1_of_teachers
 from train.runs.stored import data_name
 
 Value = TypeVar("Value")
@@ -283,9 +283,7 @@ class Run:
 
 def draw_curves(result: RunResult) -> None:
     """Write the curves of a run, with the accuracies of its teachers and of the same student on labels alone."""
-    teachers = result.teachers or {}
-    names = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion"}
-    references = {label: teachers[key] for key, label in names.items() if key in teachers}
+    references = top1_of_teachers(result.teachers)
     if result.labels_only is not None and result.labels_only.last is not None:
         references["labels only"] = result.labels_only.last.top1
     title = f"{result.student} on {data_name(result.folder, result.name)}, loss {result.loss}, seed {result.seed}"

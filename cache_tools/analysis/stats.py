@@ -24,11 +24,10 @@ from cache_tools.console import Progress, resolve_device, storage_error
 from cache_tools.errors import IncompleteError, RecipeError
 from cache_tools.files import put_durably
 from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import CacheRecipe
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.targets import ViewTargets
-
-SOURCES = ("teacher", "clip", "fusion")
 
 WriteView = Callable[[int, pl.DataFrame], None]  # (view, its table)
 
@@ -37,11 +36,12 @@ class About(Frozen):
     """The cache and the settings of the statistics.
 
     Attributes:
-        sources: `teacher`, `clip`, `fusion`; a fused cache has the fusion only.
+        sources: `teacher`, `clip`, `fusion`, the last of them what students learn from (`sources_of`).
         views: the analysed views, of the cache's `num_views`.
         confident: a prediction is confident if its probability is at least this.
         temperature: divides all logits before the softmax.
-        clip_scales: multiply the cosines of each CLIP, also for CLIP's own figures.
+        teacher_weight: of the fusion; None without a teacher or without a CLIP.
+        clip_scales: multiply the cosines of each CLIP, also for CLIP's own figures; empty without a CLIP.
         prompt_ensemble: what is averaged over the prompt templates.
     """
 
@@ -57,9 +57,14 @@ class About(Frozen):
     store: str
     confident: float
     temperature: float
-    teacher_weight: float
+    teacher_weight: float | None
     clip_scales: tuple[float, ...]
     prompt_ensemble: str
+
+    @property
+    def main(self) -> str:
+        """The source that students learn from."""
+        return self.sources[-1]
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,10 @@ class TeacherStats:
         reliability: one row per source, view (null: all) and confidence bin.
         classes: one row per class: accuracies and consistencies by source, gains of the fusion.
         confusions: one row per ordered pair (label, wrong prediction), most frequent first.
-        disagreement: one row per view, and over all (`view` null); empty for a fused cache.
+        disagreement: of teacher and CLIP; one row per view, and over all (`view` null); empty for a cache without both
+            of them separately.
         stability: one row per source; empty for a single view.
-        samples: one row per sample, over the views: how strongly the fusion contradicts the label and, with two views
+        samples: one row per sample, over the views: how strongly the targets contradict the label and, with two views
             or more, `SOURCE_same_top1` and `SOURCE_divergence`.
     """
 
@@ -89,7 +95,7 @@ class TeacherStats:
     samples: pl.DataFrame
 
     def suspicious(self, count: int) -> pl.DataFrame:
-        """The `count` samples, wrong in at least one view, whose label the fusion contradicts most on average."""
+        """The `count` samples, wrong in at least one view, whose label the targets contradict most on average."""
         wrong = self.samples.filter(pl.col("views_wrong") > 0)
         columns = ("sample", "label", "class", "rival", "rival_class", "against", "views_against", "views_wrong")
         return wrong.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
@@ -201,14 +207,14 @@ class ViewStream:
     """Reads views one after the other and accumulates their stability.
 
     Attributes:
-        sources: `teacher`, `clip`, `fusion`; the fusion only for a fused cache.
+        sources: as in `About`.
     """
 
     def __init__(
         self, cache: TeacherCache, fusion: Fusion, temperature: float, device: torch.device, *, several: bool
     ) -> None:
         self._cache, self._fusion, self._temperature, self._device = cache, fusion, temperature, device
-        self.sources = SOURCES if cache.recipe.store == "components" else ("fusion",)
+        self.sources = sources_of(cache.recipe)
         self._labels = torch.from_numpy(cache.labels).to(device)
         compared = self.sources if several else ()
         self._stability = {name: Stability(cache.num_samples, cache.num_classes, device) for name in compared}
@@ -245,14 +251,21 @@ class ViewStream:
     def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
         labels, figures, p = self._labels[rows], {}, {}
         for name in self.sources:
-            logits = source_logits(targets, name, rows).double() / self._temperature
+            own = self._logits(targets, name, rows)
+            logits = own.double() / self._temperature
             p[name] = logits.softmax(dim=1)
             figures[name] = sample_figures(logits, labels)
             consistency[name].add(logits, labels)
             if name in self._stability:
                 self._stability[name].add(rows, p[name], figures[name]["top1"], figures[name]["entropy"])
-        divergence = js_divergence(p["teacher"], p["clip"]) if "clip" in p else None
+        divergence = js_divergence(p["teacher"], p["clip"]) if len(p) > 1 else None
         return tables.sample_table(rows, labels, figures, divergence)
+
+    def _logits(self, targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
+        """Logits [B, C]; several networks are mixed, and CLIP's are scaled."""
+        if source == self.sources[-1]:
+            return targets.logits(rows)
+        return targets.teacher_logits(rows) if source == "teacher" else targets.clip_logits(rows)
 
     def _chunks(self) -> list[slice]:
         return list(row_chunks(self._cache.num_samples, self._cache.num_classes))
@@ -280,13 +293,15 @@ def check_temperature(temperature: float) -> None:
         raise RecipeError("bad --temperature", expected="a number above 0", found=temperature)
 
 
-def source_logits(targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
-    """Logits [B, C] of `teacher`, `clip` (scaled) or `fusion`; several networks are mixed."""
-    if source == "teacher":
-        return targets.teacher_logits(rows)
-    if source == "clip":
-        return targets.clip_logits(rows)
-    return targets.logits(rows)
+def sources_of(recipe: CacheRecipe) -> tuple[str, ...]:
+    """The sources whose predictions a cache has, the one that students learn from last.
+
+    `teacher`, `clip`, `fusion` for components; `fusion` for a fused cache. A cache with teachers alone or with CLIPs
+    alone has `teacher` or `clip` only, however it is stored: its targets are theirs.
+    """
+    if recipe.only_group is not None:
+        return (recipe.only_group,)
+    return ("teacher", "clip", "fusion") if recipe.store == "components" else ("fusion",)
 
 
 def make_folder(path: Path) -> None:
@@ -336,7 +351,7 @@ def _about(
         store=cache.recipe.store,
         confident=confident,
         temperature=temperature,
-        teacher_weight=fusion.teacher_weight,
+        teacher_weight=None if cache.recipe.only_group else fusion.teacher_weight,
         clip_scales=fusion.clip_scales,
         prompt_ensemble=fusion.prompt_ensemble,
     )

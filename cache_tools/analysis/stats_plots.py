@@ -43,7 +43,7 @@ _QUADRANTS = {
 
 
 def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
-    """Write all plots: no gains for a fused cache, no stability for a single view.
+    """Write all plots: no gains for a single source, no stability for a single view.
 
     Returns:
         the files, `NAME.png` below `folder`. Plots of an earlier run that no longer apply are removed.
@@ -193,15 +193,16 @@ def draw_gains(stats: TeacherStats) -> Any:
 
 def draw_consistency(stats: TeacherStats) -> Any:
     """Non-target consistency of every class: dots per source; for many classes the fusion against the others."""
-    rows = stats.classes.drop_nulls("fusion_consistency").sort("fusion_consistency", descending=True)
+    consistency = f"{stats.about.main}_consistency"
+    rows = stats.classes.drop_nulls(consistency).sort(consistency, descending=True)
     title = "Non-target consistency: how alike the other classes are rated within a class"
     if len(rows) <= NAMED_CLASSES:
         return _consistency_dots(stats, rows, title)
-    others = [source for source in stats.about.sources if source != "fusion"]
+    others = stats.about.sources[:-1]
     if not others:
         return _consistency_ranks(stats, rows, title)
     figure = new_figure(10, 5.4, title, _subtitle(stats.about))
-    y = rows["fusion_consistency"].to_numpy()
+    y = rows[consistency].to_numpy()
     columns = [rows[f"{source}_consistency"].to_numpy() for source in others]
     low, high = (bound(y.tolist() + [edge(x) for x in columns]) for bound, edge in ((min, np.min), (max, np.max)))
     limits = (low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -210,7 +211,7 @@ def draw_consistency(stats: TeacherStats) -> Any:
         axes.plot(x, y, MARKERS[source], color=COLOURS[source], markersize=5, alpha=0.75)
         share = 100 * (y > x).mean()
         axes.set_title(f"fusion higher in {share:.0f} % of {len(rows)} classes", loc="left", fontsize=11, color=INK)
-        axes.set_xlabel(f"consistency of {'the teacher' if source == 'teacher' else LABELS[source]}", fontsize=10)
+        axes.set_xlabel(f"consistency of {_with_article(source)}", fontsize=10)
         axes.set(xlim=limits, ylim=limits, aspect="equal")
         style_axes(axes, grid="both")
     figure.axes[0].set_ylabel("consistency of the fusion", fontsize=10)
@@ -244,9 +245,10 @@ def _consistency_dots(stats: TeacherStats, rows: pl.DataFrame, title: str) -> An
 def _consistency_ranks(stats: TeacherStats, rows: pl.DataFrame, title: str) -> Any:
     figure = new_figure(10, 5.0, title, _subtitle(stats.about))
     axes = figure.subplots()
-    values = rows["fusion_consistency"].to_numpy()
-    axes.bar(np.arange(len(rows)), values, color=COLOURS["fusion"], width=1.0)
-    axes.set_ylabel("consistency of the fusion", fontsize=10)
+    main = stats.about.main
+    values = rows[f"{main}_consistency"].to_numpy()
+    axes.bar(np.arange(len(rows)), values, color=COLOURS[main], width=1.0)
+    axes.set_ylabel(f"consistency of {_with_article(main)}", fontsize=10)
     _ranks(axes, rows["class"].to_list(), [f"{value:.3f}" for value in values])
     style_axes(axes)
     return figure
@@ -268,6 +270,16 @@ def _subtitle(about: About) -> str:
     views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
     return (
         f"{about.dataset}, {about.num_samples:,} samples × {views}; confident: probability ≥ {about.confident:g} "
-        f"at temperature {about.temperature:g}; teacher weight {about.teacher_weight:g}, "
-        f"CLIP scale {' and '.join(f'{scale:.4g}' for scale in about.clip_scales)}"
+        f"at temperature {about.temperature:g}; {_settings(about)}"
     )
+
+
+def _settings(about: About) -> str:
+    scale = f"CLIP scale {' and '.join(f'{scale:.4g}' for scale in about.clip_scales)}"
+    if about.teacher_weight is None:
+        return "the teacher alone" if about.main == "teacher" else f"CLIP alone, {scale}"
+    return f"teacher weight {about.teacher_weight:g}, {scale}"
+
+
+def _with_article(source: str) -> str:
+    return LABELS[source] if source == "clip" else f"the {LABELS[source]}"

@@ -41,17 +41,29 @@ def heading(about: About) -> str:
     lines = [
         f"{about.dataset}, cache {about.fingerprint[:12]}: {about.num_samples:,} samples × {views}, "
         f"{len(about.class_names)} classes",
-        f"fusion: {about.teacher_weight:g} · teacher + {1 - about.teacher_weight:g} · CLIP, "
-        f"CLIP's logits: {' and '.join(f'{scale:g}' for scale in about.clip_scales)} · cosine"
-        + ("" if about.prompt_ensemble == "embedding" else f", averaged over prompts as {about.prompt_ensemble}"),
+        _targets(about),
         f"softmax at temperature {about.temperature:g}; confident: probability ≥ {about.confident:g}",
     ]
-    if about.store == "fused":
+    if about.sources == ("fusion",):
         lines.append(
             "This cache has the fusion only (store: fused), not teacher and CLIP separately; "
             "build one with --set store=components to compare them."
         )
     return "\n".join(lines)
+
+
+def _targets(about: About) -> str:
+    """What students learn from: the fusion, or one group alone."""
+    scales = " and ".join(f"{scale:g}" for scale in about.clip_scales)
+    clip = f"CLIP's logits: {scales} · cosine"
+    if about.prompt_ensemble != "embedding":
+        clip += f", averaged over prompts as {about.prompt_ensemble}"
+    if about.main == "teacher":
+        return "targets: the teacher alone, no CLIP"
+    if about.main == "clip":
+        return f"targets: CLIP alone, no teacher; {clip}"
+    weight = about.teacher_weight or 0.0
+    return f"fusion: {weight:g} · teacher + {1 - weight:g} · CLIP, {clip}"
 
 
 def _tables(stats: TeacherStats) -> Iterable[Table]:
@@ -125,7 +137,7 @@ def _reliability(stats: TeacherStats) -> Table:
     sources = stats.about.sources
     table = new_table("bin", [f"{LABELS[s]} {name}" for s in sources for name in ("share %", "top-1 %", "gap")])
     overall = stats.reliability.filter(pl.col("view").is_null())
-    total = int(overall.filter(pl.col("source") == "fusion")["n"].sum())
+    total = int(overall.filter(pl.col("source") == stats.about.main)["n"].sum())
     for rows in overall.partition_by("bin", maintain_order=True):
         if not rows["n"].sum():
             continue
@@ -141,8 +153,8 @@ def _reliability(stats: TeacherStats) -> Table:
 def _classes(stats: TeacherStats) -> Iterable[Table]:
     """Accuracies, then consistencies, of all classes or of those with the largest and smallest gains."""
     sources = stats.about.sources
-    others = [source for source in sources if source != "fusion"]
-    rows = stats.classes.sort("gain_over_teacher" if others else "fusion_accuracy", descending=True, nulls_last=True)
+    others, main = sources[:-1], stats.about.main
+    rows = stats.classes.sort("gain_over_teacher" if others else f"{main}_accuracy", descending=True, nulls_last=True)
     half = _MOST_CLASSES // 2
     pieces = [rows] if len(rows) <= _MOST_CLASSES else [rows.head(half), rows.tail(half)]
     titles = ["samples", *[f"{LABELS[s]} top-1" for s in sources], *[f"gain over {LABELS[s]}" for s in others]]
@@ -191,7 +203,8 @@ def _confusions(stats: TeacherStats) -> Table:
 
 def _suspicious(stats: TeacherStats) -> Table:
     views = len(stats.about.views)
-    table = new_table("suspicious label: sample", ["label", "fusion says", "mean probability", "top-1 in views"])
+    says = f"{LABELS[stats.about.main]} says"
+    table = new_table("suspicious label: sample", ["label", says, "mean probability", "top-1 in views"])
     for row in stats.suspicious(_TOP_ROWS).to_dicts():
         figures = (number(row["against"], 3), f"{row['views_against']} of {views}")
         table.add_row(str(row["sample"]), row["class"], row["rival_class"], *figures)

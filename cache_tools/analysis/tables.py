@@ -25,7 +25,7 @@ def sample_table(
     Args:
         rows: the samples.
         figures: source → `sample_figures`.
-        divergence: of teacher and CLIP, repeated for every source; None for a fused cache.
+        divergence: of teacher and CLIP, repeated for every source; None if the cache does not have both separately.
     """
     shared = {
         "sample": np.arange(rows.start, rows.stop, dtype=np.int32),
@@ -108,12 +108,13 @@ class Sums:
 
     Args:
         class_names: of the cache.
-        sources: in the order of the tables.
+        sources: in the order of the tables, the one that students learn from last.
         confident: threshold of a confident prediction.
     """
 
     def __init__(self, class_names: Sequence[str], sources: Sequence[str], confident: float) -> None:
         self._class_names, self._sources, self._confident = tuple(class_names), tuple(sources), confident
+        self._main = self._sources[-1]
         self._summaries: list[pl.DataFrame] = []
         self._bins: list[pl.DataFrame] = []
         self._consistency: list[pl.DataFrame] = []
@@ -135,12 +136,12 @@ class Sums:
             )
             for source, values in consistency.items()
         ]
-        if "clip" in self._sources:
+        if len(self._sources) > 1:
             self._disagreement.append(disagreement(frame).with_columns(number))
         counts = frame.group_by("source", "label", "top1").agg(pl.len().cast(pl.Int64).alias("n"))
         merged = pl.concat([self._confusion, counts], how="diagonal")
         self._confusion = merged.group_by("source", "label", "top1").agg(pl.col("n").sum())
-        targets = frame.filter(pl.col("source") == self._sources[-1])
+        targets = frame.filter(pl.col("source") == self._main)
         self._rivals = targets.select("sample", "label", "rival", "against")
         self._predicted.append(targets["top1"])
 
@@ -191,13 +192,13 @@ class Sums:
         table = self._label_counts()
         for values, name in ((accuracy, "accuracy"), (consistency, "consistency")):
             table = self._add_columns(table, values, name, on=["label"])
-        others = [source for source in self._sources if source != "fusion"]
-        gains = [(pl.col("fusion_accuracy") - pl.col(f"{name}_accuracy")).alias(f"gain_over_{name}") for name in others]
+        mine = pl.col(f"{self._main}_accuracy")
+        gains = [(mine - pl.col(f"{name}_accuracy")).alias(f"gain_over_{name}") for name in self._sources[:-1]]
         return table.with_columns(gains).sort("label")
 
     def confusions(self) -> pl.DataFrame:
-        """Pairs (label, wrong prediction) with their share of the label's rows; the fusion's most frequent first."""
-        totals = self._confusion.filter(pl.col("source") == "fusion").group_by("label").agg(total=pl.col("n").sum())
+        """Pairs (label, wrong prediction) with their share of the label's rows; the targets' most frequent first."""
+        totals = self._confusion.filter(pl.col("source") == self._main).group_by("label").agg(total=pl.col("n").sum())
         wrong = self._confusion.filter(pl.col("label") != pl.col("top1"))
         table = wrong.select("label", "top1").unique()
         table = self._add_columns(table, wrong, "n", on=["label", "top1"]).join(totals, on="label")
@@ -214,7 +215,7 @@ class Sums:
         )
 
     def disagreement(self) -> pl.DataFrame:
-        """Per view, then over all views (view null); empty for a fused cache."""
+        """Per view, then over all views (view null); empty without teacher and CLIP."""
         if not self._disagreement:
             return pl.DataFrame()
         views = pl.concat(self._disagreement).sort("view")

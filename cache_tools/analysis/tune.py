@@ -19,7 +19,7 @@ from cache_tools.console import Progress, resolve_device
 from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import FusionChoice
+from cache_tools.refusion import FusionChoice, describe_fusion
 
 OFFICIAL_SCALE = 1.0
 MAX_FUSIONS = 1_000_000  # each is evaluated on every sample and view
@@ -104,7 +104,7 @@ def tune_fusion(
         temperature: divides all logits.
 
     Raises:
-        NotFoundError: the cache is fused, or there is no such view.
+        NotFoundError: the cache is fused, has no teacher or no CLIP, or there is no such view.
         RecipeError: the holdout or the temperature is out of range, or there are too many fusions.
         PreflightError: `match`, but CLIP or the teacher predicts the same for every class.
         IncompleteError, FormatError, DeviceError: as `TeacherCache.load_view`.
@@ -216,13 +216,29 @@ def _best(surface: npt.NDArray[np.float64], weights: Sequence[float], scales: Se
 
 
 def _require_components(cache: TeacherCache) -> None:
-    if cache.recipe.store == "components":
+    recipe = cache.recipe
+    if recipe.only_group is not None:
+        raise _nothing_to_tune(cache)
+    if recipe.store == "components":
         return
-    recipe = cache.recipe.fusion
     raise NotFoundError(
         "tune-fusion needs the targets of teacher and CLIP separately",
         where=cache.path,
         expected="a component cache",
-        found=f"fused targets only, teacher weight {recipe.teacher_weight:g}, CLIP scale {cache.manifest.clip_scale:g}",
+        found=f"fused targets only: {describe_fusion(cache.manifest)}",
         next_step="build one from its recipe with --set store=components",
+    )
+
+
+def _nothing_to_tune(cache: TeacherCache) -> NotFoundError:
+    teachers, clips = len(cache.recipe.teachers), len(cache.recipe.clips)
+    name, missing, count = ("teacher", "CLIP", teachers) if teachers else ("CLIP", "teacher", clips)
+    has = f"{'one' if count == 1 else count} {name}{'s' if count > 1 else ''} and no {missing}"
+    if teachers + clips == 1:
+        return NotFoundError(f"there is nothing to tune: the cache has {has}", where=cache.path)
+    group = "teacher" if teachers else "clip"
+    return NotFoundError(
+        f"tune-fusion weighs teachers against CLIPs, and the cache has {has}",
+        where=cache.path,
+        next_step=f"compare shares by training on components with --set fusion.{group}_weights='[…]'",
     )

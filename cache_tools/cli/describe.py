@@ -26,6 +26,7 @@ from cache_tools.home.sizes import size_and_time
 from cache_tools.lazy import np
 from cache_tools.places import Place
 from cache_tools.places.metadata import manifest_at
+from cache_tools.refusion import describe_fusion
 from cache_tools.store.group import read_manifest
 from cache_tools.units import human_bytes
 
@@ -132,9 +133,7 @@ def print_details(details: CacheDetails) -> None:
     for number, clip in enumerate(recipe.clips):
         _line(_numbered("CLIP", number), _network(clip, len(recipe.clips)))
         _line(_numbered("prompts", number), f"{len(clip.templates)} templates, the first: {clip.templates[0]}")
-    fusion, scales = recipe.fusion, ", ".join(f"{scale:g}" for scale in manifest.clip_scales)
-    _line("fusion", f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}, "
-          f"CLIP scale {scales} ({fusion.clip_scale}), prompt ensemble {fusion.prompt_ensemble}")  # fmt: skip
+    _line("fusion", describe_fusion(manifest))
     _line("stored", f"{recipe.store}, {recipe.codecs}, teachers ran in {recipe.precision}")
     _line("blocks", f"{manifest.num_blocks} per view, {manifest.block_rows:,} rows each")
     _line(
@@ -237,7 +236,7 @@ def _preprocessing(network: TeacherIdentity | ClipIdentity) -> str:
 def _flat(value: Any) -> str:
     """A provenance value on one line; numbers from 0 to 1 as percentages."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, float) and 0.0 <= value <= 1.0:
         return f"{value:.2%}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

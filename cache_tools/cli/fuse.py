@@ -13,6 +13,7 @@ from cache_tools.config import validate
 from cache_tools.console import print_json, warn
 from cache_tools.errors import RecipeError
 from cache_tools.places import local_folder
+from cache_tools.refusion import describe_fusion
 
 if TYPE_CHECKING:
     from cache_tools.derive.fuse import Fused
@@ -132,13 +133,8 @@ def _to_json(done: Fused) -> dict[str, Any]:
 
 
 def _print_result(done: Fused) -> None:
-    manifest, fusion = done.manifest, done.manifest.recipe.fusion
-    scales = ", ".join(f"{scale:g}" for scale in manifest.clip_scales)
-    templates = ", ".join(str(len(clip.templates)) for clip in manifest.recipe.clips)
-    print(
-        f"teacher weight {fusion.teacher_weight:g}, feature weight {fusion.feature_weight:g}, CLIP scale {scales}, "
-        f"{templates} prompt templates ({fusion.prompt_ensemble})"
-    )
+    templates = ", ".join(str(len(clip.templates)) for clip in done.manifest.recipe.clips)
+    print(describe_fusion(done.manifest) + (f", {templates} prompt templates" if templates else ""))
     there = f", {done.blocks_there} already there" if done.blocks_there else ""
     print(f"{done.blocks} blocks fused{there}: {done.path}")
     if done.blocks_missing:

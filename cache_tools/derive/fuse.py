@@ -64,12 +64,13 @@ def fuse(
 
     Raises:
         NotFoundError: a fused cache, which has no components; no such prompt template.
-        RecipeError: not one weight for each network, a `clip_view` (which cache recipes do not have), a bad codec.
+        RecipeError: not one weight for each network, settings of networks that the cache does not have, a `clip_view`
+            (which cache recipes do not have), a bad codec.
         WeightsError: new templates, and a CLIP whose weights are not the cache's.
         IncompleteError: view 0 is not complete, and the CLIP scale is `match` or the codec is fitted to its rows.
         FormatError, MismatchError, StorageError: as `base.derive`.
     """
-    resolved, recipe = _resolve(cache, choice), fused_recipe(cache, choice, templates, codec)
+    resolved, recipe = _resolve(cache, choice, templates), fused_recipe(cache, choice, templates, codec)
     label = name or f"{cache.manifest.name}-fused"
     manifest = derived_manifest(cache, recipe, label, block_rows=block_rows)
     manifest.provenance["preflight"] = _preflight(cache, recipe)
@@ -210,7 +211,7 @@ class _Fuser:
 _FROM_SOURCE = ("teacher_projection", "clip_projection", "class_embeddings")
 
 
-def _resolve(cache: TeacherCache, choice: FusionChoice) -> Fusion:
+def _resolve(cache: TeacherCache, choice: FusionChoice, templates: Sequence[str] | None) -> Fusion:
     """The fusion of a choice, without scales and prompts: prompts become part of the constants."""
     if cache.recipe.store != "components":
         raise NotFoundError(
@@ -218,6 +219,13 @@ def _resolve(cache: TeacherCache, choice: FusionChoice) -> Fusion:
             where=cache.path,
             expected="a component cache",
             next_step="build one with `build-cache --store components`",
+        )
+    choice.check_groups(cache.recipe)
+    if templates is not None and not cache.recipe.clips:
+        raise RecipeError(
+            "the cache has no CLIP, so there are no prompts to change",
+            where=cache.path,
+            next_step="leave --prompts out",
         )
     if choice.clip_view is not None:
         raise RecipeError(

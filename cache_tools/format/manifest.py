@@ -54,7 +54,8 @@ class Manifest(Finite):
 
     @property
     def clip_scale(self) -> float:
-        """The factor of the first CLIP's cosines."""
+        """The factor of the first CLIP's cosines; NotFoundError without a CLIP."""
+        _ = self.recipe.clip
         return self.clip_scales[0]
 
     @property
@@ -86,8 +87,8 @@ class Fusion:
     """How teachers and CLIPs are fused, in plain numbers: a `FusionRecipe` or a `FusionChoice`, resolved.
 
     Attributes:
-        teacher_weight, feature_weight: α and λ.
-        teacher_weights, clip_weights: share of each network in its group, summing to 1.
+        teacher_weight, feature_weight: α and λ; 1 without CLIPs, 0 without teachers.
+        teacher_weights, clip_weights: share of each network in its group, summing to 1; empty for a missing group.
         clip_scales: the factor of each CLIP's cosines.
         prompt_ensemble: what is averaged over the prompt templates (see `FusionRecipe`).
         prompts: numbers of the templates to use; None for all.

@@ -6,10 +6,11 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.config import Extensible, Frozen
+from cache_tools.errors import NotFoundError
 from cache_tools.images.recipe import DatasetIdentity
 from cache_tools.views.recipe import ViewRecipe
 
@@ -90,6 +91,8 @@ class FusionRecipe(Finite):
     prompt_ensemble: what is averaged over the prompt templates: `embedding` (the text embeddings, as in the paper's
         code), `logits`, or `probabilities`.
     projection_seed: the projection of teacher i, from 0, has seed projection_seed + 2i, that of CLIP i the seed after.
+
+    Without CLIPs both weights are 1, without teachers both are 0 (`for_groups`).
     """
 
     teacher_weight: Share = 0.7
@@ -99,33 +102,62 @@ class FusionRecipe(Finite):
     feature_dim: PositiveInt = 128
     projection_seed: int = Field(0, ge=0, lt=1 << 63)
 
+    def for_groups(self, *, teachers: bool, clips: bool) -> FusionRecipe:
+        """This fusion with the whole weight on the only group, if teachers or CLIPs are missing."""
+        if teachers and clips:
+            return self
+        weight = 1.0 if teachers else 0.0
+        return self.model_copy(update={"teacher_weight": weight, "feature_weight": weight})
+
 
 class CacheRecipe(Frozen):
     """Everything that determines the cached values; its digest is the fingerprint.
 
+    A cache may have teachers without a CLIP, or CLIPs without a teacher; the fusion then gives that group all the
+    weight.
     `derived_from` is the fingerprint of the cache that this one was recoded or fused from without its teachers; None
     for a cache built with teachers.
     """
 
     dataset: DatasetIdentity
     views: ViewRecipe
-    teachers: tuple[TeacherIdentity, ...] = Field(min_length=1)
-    clips: tuple[ClipIdentity, ...] = Field(min_length=1)
+    teachers: tuple[TeacherIdentity, ...]
+    clips: tuple[ClipIdentity, ...]
     fusion: FusionRecipe
     store: Store = "fused"
     codecs: TargetCodecs = Field(default_factory=TargetCodecs)
     precision: Precision = "float32"
     derived_from: str | None = None
 
+    @model_validator(mode="after")
+    def _weights_fit_the_groups(self) -> CacheRecipe:
+        if not self.teachers and not self.clips:
+            raise ValueError("a cache needs a teacher or a CLIP")
+        if self.fusion != self.fusion.for_groups(teachers=bool(self.teachers), clips=bool(self.clips)):
+            group, weight = ("teachers", 1) if self.teachers else ("CLIPs", 0)
+            raise ValueError(f"a cache with {group} alone has teacher_weight and feature_weight {weight}")
+        return self
+
     @property
     def teacher(self) -> TeacherIdentity:
-        """The first teacher, usually the only one."""
+        """The first teacher, usually the only one; NotFoundError without one."""
+        if not self.teachers:
+            raise NotFoundError("this cache has no teacher", expected="CLIPs alone: see `clips`")
         return self.teachers[0]
 
     @property
     def clip(self) -> ClipIdentity:
-        """The first CLIP."""
+        """The first CLIP; NotFoundError without one."""
+        if not self.clips:
+            raise NotFoundError("this cache has no CLIP", expected="teachers alone: see `teachers`")
         return self.clips[0]
+
+    @property
+    def only_group(self) -> Literal["teacher", "clip"] | None:
+        """The group that the targets come from, if teachers or CLIPs are missing; None for a fusion of both."""
+        if self.teachers and self.clips:
+            return None
+        return "teacher" if self.teachers else "clip"
 
     @property
     def teacher_weights(self) -> tuple[float, ...]:

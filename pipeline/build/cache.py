@@ -144,7 +144,7 @@ def resolve(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) ->
         views=recipe.views,
         teachers=_weighted([teacher.identity for teacher in ensemble.teachers], ensemble.fusion.teacher_weights),
         clips=_weighted([clip.identity for clip in ensemble.clips], ensemble.fusion.clip_weights),
-        fusion=recipe.fusion,
+        fusion=recipe.fusion.for_groups(teachers=bool(ensemble.teachers), clips=bool(ensemble.clips)),
         store=recipe.store,
         codecs=resolve_codecs(recipe.codec, len(images.class_names)),
         precision=recipe.precision,

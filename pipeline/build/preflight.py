@@ -22,24 +22,23 @@ if TYPE_CHECKING:
 class Preflight(Frozen):
     """Top-1 accuracies in [0, 1] on `n` clean labelled images of `split`; stored in the cache's provenance.
 
-    `teacher_top1` and `clip_top1` are those of the weighted mean of each group. `networks` has every single network, as
-    `teacher`, `teacher_2`, …, `clip`, `clip_2`, … `notes` are what a reader of the figures should know.
+    `teacher_top1` and `clip_top1` are those of the weighted mean of each group, None for a missing group; without a
+    second group there is no `fusion_top1` either. `networks` has every single network, as `teacher`, `teacher_2`, …,
+    `clip`, `clip_2`, … `notes` are what a reader of the figures should know.
     """
 
-    teacher_top1: float
-    clip_top1: float
-    fusion_top1: float
+    teacher_top1: float | None = None
+    clip_top1: float | None = None
+    fusion_top1: float | None = None
     networks: dict[str, float] = Field(default_factory=dict)
     split: str
     n: int
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"top-1 on {self.n:,} clean images of the {self.split} split: "
-            f"teacher {self.teacher_top1:.2%}{self._each('teacher')}, "
-            f"CLIP {self.clip_top1:.2%}{self._each('clip')}, fusion {self.fusion_top1:.2%}"
-        )
+        sources = (("teacher", self.teacher_top1), ("CLIP", self.clip_top1), ("fusion", self.fusion_top1))
+        figures = [f"{name} {top1:.2%}{self._each(name.lower())}" for name, top1 in sources if top1 is not None]
+        return f"top-1 on {self.n:,} clean images of the {self.split} split: {', '.join(figures)}"
 
     def _each(self, group: str) -> str:
         """The accuracies of the members of a group, in brackets; empty for a group of one."""
@@ -68,16 +67,14 @@ def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch
             batches.append(_predictions(ensemble, ensemble.outputs(pixels)))
             progress.advance(len(rows))
     predictions = torch.cat(batches, dim=1).cpu().numpy()
-    teacher_top1, clip_top1, fusion_top1, *each = (predictions == labels).mean(axis=1).tolist()
+    shares = (predictions == labels).mean(axis=1).tolist()
     names = [array_name("teacher", number) for number in range(len(ensemble.teachers))]
     names += [array_name("clip", number) for number in range(len(ensemble.clips))]
     sample = Sample(images, labels)
     notes = [*missing_note(images), *judge_networks(ensemble, sample, predictions[-len(names) :])]
     return Preflight(
-        teacher_top1=teacher_top1,
-        clip_top1=clip_top1,
-        fusion_top1=fusion_top1,
-        networks=dict(zip(names, each, strict=True)),
+        **{f"{source}_top1": share for source, share in zip(ensemble.sources, shares, strict=False)},
+        networks=dict(zip(names, shares[-len(names) :], strict=True)),
         split=images.split,
         n=len(index),
         notes=tuple(notes),
@@ -85,10 +82,9 @@ def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch
 
 
 def _predictions(ensemble: TeacherEnsemble, output: EnsembleOutput) -> torch.Tensor:
-    """int64 [3 + networks, B]: classes predicted by the teachers, the CLIPs, their fusion, and then each network."""
+    """int64 [sources + networks, B]: classes predicted by each of the ensemble's `sources`, then by each network."""
     import torch
 
-    fused, _ = ensemble.fuse(*output)
-    logits = [ensemble.teacher_logits(output.teachers), ensemble.clip_logits(output.clips), fused]
+    logits = ensemble.source_logits(*output)
     logits += [teacher.logits for teacher in output.teachers] + ensemble.scaled_logits(output.clips)
     return torch.stack([each.argmax(1) for each in logits])

@@ -49,7 +49,8 @@ def judge_networks(ensemble: TeacherEnsemble, sample: Sample, predictions: npt.N
             yield from _judge_teacher(teacher, number, count, sample, predictions[number])
     for number, clip in enumerate(ensemble.clips):
         if max(1.0 - fusion.teacher_weight, 1.0 - fusion.feature_weight) * fusion.clip_weights[number] > 0.0:
-            yield from _judge_clip(clip, number, len(ensemble.clips), sample, predictions[count + number])
+            instead = "leave it out with clip: null" if ensemble.teachers else "use a teacher that was trained on them"
+            yield from _judge_clip(clip, number, len(ensemble.clips), sample, predictions[count + number], instead)
 
 
 def _judge_teacher(
@@ -91,7 +92,9 @@ def _judge_teacher(
         yield _undecided(f"the teacher ({where})" if count > 1 else "the teacher", found, sample)
 
 
-def _judge_clip(clip: Clip, number: int, count: int, sample: Sample, predicted: npt.NDArray[np.int64]) -> Iterator[str]:
+def _judge_clip(
+    clip: Clip, number: int, count: int, sample: Sample, predicted: npt.NDArray[np.int64], instead: str
+) -> Iterator[str]:
     found = judge(sample.labels, predicted, len(sample.images.class_names), "clip")
     identity = clip.identity
     where = identity.architecture + _which("CLIP", number, count)
@@ -104,8 +107,8 @@ def _judge_clip(clip: Clip, number: int, count: int, sample: Sample, predicted: 
             expected=_expected(found, sample),
             found=f"{_percent(found)}, with prompts such as '{prompt}'",
             next_step=f"give it English words that describe the classes: {key}, a list or a file with one per line in "
-            f"the order of {describe(sample.images.class_names)}. If CLIP does not know such images at all, leave it "
-            f"out with clip: null; {SKIP}",
+            f"the order of {describe(sample.images.class_names)}. If CLIP does not know such images at all, "
+            f"{instead}; {SKIP}",
         )
     if not found.better:
         yield _undecided(f"CLIP ({where})" if count > 1 else "CLIP", found, sample)

@@ -17,7 +17,7 @@ from pipeline.networks.ensemble import TeacherEnsemble
 from pipeline.networks.stored import load_stored_ensemble
 from train.runs.stored import StoredRun
 
-_SOURCES = ("teacher", "CLIP", "fusion")
+_NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
 
 
 class Agreement(Frozen):
@@ -46,7 +46,7 @@ class Agreement(Frozen):
 def load_teachers(
     run: StoredRun, images: ImageSet, device: torch.device, precision: Precision | None = None
 ) -> TeacherEnsemble:
-    """Load teacher and CLIP of the cache that a run was trained from, fused as the run fused them.
+    """Load the networks of the cache that a run was trained from, fused as the run fused them.
 
     Args:
         images: the teachers are loaded for their classes and canvas size.
@@ -83,24 +83,22 @@ def agreement(
     batch_size: int = 256,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[Agreement, ...]:
-    """Compare a student with teacher, CLIP and fusion.
+    """Compare a student with teacher, CLIP and fusion, or with the only one of them that there is.
 
     Args:
         student_NC: its logits for the clean `images`, float32 [N, C] on the teachers' device.
         advance: called with the number of images after each batch.
     """
     labels = torch.from_numpy(images.labels).to(student_NC.device)
-    sums = torch.zeros(len(_SOURCES), 6, dtype=torch.float64, device=student_NC.device)
+    sums = torch.zeros(len(ensemble.sources), 6, dtype=torch.float64, device=student_NC.device)
     for start in range(0, len(images), batch_size):
         rows = slice(start, min(start + batch_size, len(images)))
         pixels = torch.from_numpy(images.load(rows)).to(ensemble.device, non_blocking=True)
-        teachers, clips = ensemble.outputs(pixels)
-        fused, _ = ensemble.fuse(teachers, clips)
-        sources = (ensemble.teacher_logits(teachers), ensemble.clip_logits(clips), fused)
+        sources = ensemble.source_logits(*ensemble.outputs(pixels))
         sums += torch.stack([_counts(student_NC[rows], source, labels[rows]) for source in sources])
         if advance is not None:
             advance(rows.stop - rows.start)
-    return tuple(_figures(name, *row) for name, row in zip(_SOURCES, sums.tolist(), strict=True))
+    return tuple(_figures(_NAMES[name], *row) for name, row in zip(ensemble.sources, sums.tolist(), strict=True))
 
 
 def _counts(student: Tensor, source: Tensor, labels: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from cache_tools.refusion import MATCH_SAMPLES
 from cache_tools.views.recipe import ViewRecipe
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
-from pipeline.recipe import ClipSpec, TeacherSpec, shares
+from pipeline.recipe import ClipSpec, TeacherSpec, listed, shares
 
 
 class EnsembleOutput(NamedTuple):
@@ -40,7 +40,7 @@ class EnsembleOutput(NamedTuple):
 
 
 class TeacherEnsemble:
-    """The frozen teachers and CLIPs of a cache (usually one of each) on one device.
+    """The frozen teachers and CLIPs of a cache (usually one of each, or one of the two alone) on one device.
 
     Attributes:
         teachers, clips: the networks.
@@ -58,11 +58,14 @@ class TeacherEnsemble:
         ]
         self._prompts = None if _uses_class_embeddings(fusion) else [_prompts(clip, fusion) for clip in self.clips]
         # A second stream lets a small teacher fill the gaps that CLIP leaves on a GPU.
-        self._clip_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        both = self.teachers and self.clips
+        self._clip_stream = torch.cuda.Stream(self.device) if both and self.device.type == "cuda" else None
 
     @property
     def device(self) -> torch.device:
-        return self.clips[0].class_embeddings.device
+        if self.clips:
+            return self.clips[0].class_embeddings.device
+        return next(self.teachers[0].parameters()).device
 
     @property
     def notes(self) -> list[str]:
@@ -103,13 +106,30 @@ class TeacherEnsemble:
 
     @torch.inference_mode()
     def teacher_logits(self, teachers: Sequence[TeacherOutput]) -> torch.Tensor:
-        """z_T [B, C], float32: the weighted mean of the teachers' logits."""
+        """z_T [B, C], float32: the weighted mean of the teachers' logits; there must be a teacher."""
         return mix([teacher.logits for teacher in teachers], self.fusion.teacher_weights)
 
     @torch.inference_mode()
     def clip_logits(self, clips: Sequence[ClipOutput]) -> torch.Tensor:
-        """z_C [B, C], float32: the weighted mean of the CLIPs' scaled logits."""
+        """z_C [B, C], float32: the weighted mean of the CLIPs' scaled logits; there must be a CLIP."""
         return mix(self.scaled_logits(clips), self.fusion.clip_weights)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`teacher`, `clip` and `fusion`, whose predictions can be compared; the only group if there is just one."""
+        if not self.clips:
+            return ("teacher",)
+        return ("teacher", "clip", "fusion") if self.teachers else ("clip",)
+
+    @torch.inference_mode()
+    def source_logits(self, teachers: Sequence[TeacherOutput], clips: Sequence[ClipOutput]) -> list[torch.Tensor]:
+        """Logits [B, C] of each of the `sources`, float32."""
+        if not self.clips:
+            return [self.teacher_logits(teachers)]
+        if not self.teachers:
+            return [self.clip_logits(clips)]
+        fused, _ = self.fuse(teachers, clips)
+        return [self.teacher_logits(teachers), self.clip_logits(clips), fused]
 
     @torch.inference_mode()
     def scaled_logits(self, clips: Sequence[ClipOutput]) -> list[torch.Tensor]:
@@ -158,8 +178,8 @@ class TeacherEnsemble:
 
 
 def load_ensemble(
-    teachers: TeacherSpec | Sequence[TeacherSpec],
-    clips: ClipSpec | Sequence[ClipSpec],
+    teachers: TeacherSpec | Sequence[TeacherSpec] | None,
+    clips: ClipSpec | Sequence[ClipSpec] | None,
     recipe: FusionRecipe,
     images: ImageSet,
     dataset: DatasetRecipe,
@@ -172,7 +192,7 @@ def load_ensemble(
     """Load all networks for a dataset and resolve how they are fused.
 
     Args:
-        teachers, clips: one network or several, as in a build recipe.
+        teachers, clips: one network, several or none, as in a build recipe.
         fusion: an already resolved fusion (`Fusion.stored(manifest)`, `FusionChoice(…).resolve(cache)`) that replaces
             the one in `recipe`; its `clip_view` is ignored. None resolves the recipe. The scale `match` is then
             measured on up to 2048 evenly spaced clean samples of `images`.
@@ -181,8 +201,8 @@ def load_ensemble(
         WeightsError: weights are missing, or do not fit the architecture, class count or class order.
         RecipeError: the weights of a group do not sum to 1.
     """
-    teacher_specs = (teachers,) if isinstance(teachers, TeacherSpec) else tuple(teachers)
-    clip_specs = (clips,) if isinstance(clips, ClipSpec) else tuple(clips)
+    teacher_specs, clip_specs = listed(teachers), listed(clips)
+    recipe = recipe.for_groups(teachers=bool(teacher_specs), clips=bool(clip_specs))
     unscaled = Fusion(
         teacher_weight=recipe.teacher_weight,
         feature_weight=recipe.feature_weight,

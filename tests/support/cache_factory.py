@@ -60,9 +60,9 @@ def tiny_manifest(
 ) -> Manifest:
     """A manifest for `images`; `recipe` goes to CacheRecipe (store, precision).
 
-    There is a network for each of `teacher_weights` and `clip_weights`: further ones are wider, the second teacher has
-    the other kind of head, further CLIPs have more prompts and a smaller scale. Without `canaries` no torch is
-    imported: for subprocesses that must start fast.
+    There is a network for each of `teacher_weights` and `clip_weights`, one of which may be empty: further ones are
+    wider, the second teacher has the other kind of head, further CLIPs have more prompts and a smaller scale. Without
+    `canaries` no torch is imported: for subprocesses that must start fast.
     """
     words = tuple(name.replace("_", " ") for name in images.class_names)
     resolved = CacheRecipe(
@@ -93,7 +93,9 @@ def tiny_manifest(
             )
             for number, weight in enumerate(clip_weights)
         ),
-        fusion=fusion or FusionRecipe(feature_dim=feature_dim),
+        fusion=(fusion or FusionRecipe(feature_dim=feature_dim)).for_groups(
+            teachers=bool(teacher_weights), clips=bool(clip_weights)
+        ),
         codecs=resolve_codecs(codec, len(images.class_names)),
         **recipe,
     )

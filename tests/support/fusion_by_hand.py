@@ -62,8 +62,10 @@ def fused_by_hand(cache: TeacherCache, view: int, **changes: Any) -> ByHand:
 
     z_teacher, z_clip = mean(teachers, choice["teacher_weights"]), mean(clips, choice["clip_weights"])
     fused = choice["teacher_weight"] * z_teacher + (1 - choice["teacher_weight"]) * z_clip
-    f_teacher = unit(mean(teacher_features, choice["teacher_weights"]))
-    f_clip = unit(mean(clip_features, choice["clip_weights"]))
+    f_teacher, f_clip = (  # a missing group, whose weight is 0, is a plain 0
+        unit(mean(parts, choice[key])) if parts else np.zeros(())
+        for parts, key in ((teacher_features, "teacher_weights"), (clip_features, "clip_weights"))
+    )
     mixed = choice["feature_weight"] * f_teacher + (1 - choice["feature_weight"]) * f_clip
     return ByHand(z_teacher, z_clip, fused - fused.mean(axis=1, keepdims=True), mixed)
 

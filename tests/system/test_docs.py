@@ -220,9 +220,14 @@ def test_arrays_are_those_of_the_format(cache: TeacherCache) -> None:
 
 
 def test_fusing_as_the_format_says_gives_our_targets(format_code: SimpleNamespace, tmp_path: Path) -> None:
-    """Both kinds of heads, several networks, every prompt ensemble; and a single teacher and CLIP."""
+    """Both kinds of heads, several networks, one group alone, every prompt ensemble; a single teacher and CLIP."""
     images = cache_factory.tiny_images()
-    choices: tuple[dict[str, Any], ...] = ({}, {"teacher_weights": (0.3, 0.7), "clip_weights": (0.2, 0.3, 0.5)})
+    choices: tuple[dict[str, Any], ...] = (
+        {},
+        {"teacher_weights": (0.3, 0.7), "clip_weights": (0.2, 0.3, 0.5)},
+        {"teacher_weights": (0.3, 0.7), "clip_weights": ()},
+        {"teacher_weights": (), "clip_weights": (1.0,)},
+    )
     for ensemble in ("embedding", "logits", "probabilities"):
         for number, shares in enumerate(choices):
             manifest = cache_factory.tiny_manifest(

@@ -13,13 +13,13 @@ from train.recipe import SETTING_ALIASES
 from train.report.gains import gains, pairing, twins
 from train.report.records import FINISHED, TrialRecord
 from train.report.spread import Spread, spread
+from train.runs.result import top1_of_teachers
 
 LABELS_ALONE = "labels alone"
 # These keys follow from the loss or the cache, so they are compared only between runs of the same loss.
 _WITHIN_A_LOSS = ("loss.", "fusion.", "dataset", "views", "schedule.", "num_views")
 _NOT_COMPARED = {"student", "cache", "evaluate_every", "loss.kind", "loss.feature"}
 _FRACTIONS = {"top1", "top5", "ece", "best_top1", "ema_top1", "labels_top1"}
-_REFERENCES = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,11 +247,10 @@ def _figures(trials: Sequence[TrialRecord]) -> dict[str, Spread]:
 def _references(trials: Sequence[TrialRecord], several_caches: bool) -> tuple[Reference, ...]:
     found: dict[tuple[str, float], Reference] = {}
     for trial in trials:
-        for key, name in _REFERENCES.items():
-            if key in trial.teachers:
-                label = f"{name} ({(trial.fingerprint or '')[:8]})" if several_caches else name
-                top1, n, split = trial.teachers[key], trial.teachers.get("n"), trial.teachers.get("split")
-                found.setdefault((label, top1), Reference(label=label, top1=top1, n=n, split=split))
+        for name, top1 in top1_of_teachers(trial.teachers).items():
+            label = f"{name} ({(trial.fingerprint or '')[:8]})" if several_caches else name
+            n, split = trial.teachers.get("n"), trial.teachers.get("split")
+            found.setdefault((label, top1), Reference(label=label, top1=top1, n=n, split=split))
     return tuple(found.values())
 
 

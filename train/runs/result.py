@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from cache_tools.files import put_durably
 from train.evaluate.metrics import Evaluation
 from train.runs.folder import REPORT, RESULT
 
+_ROWS = {"fusion": "teacher + CLIP, fused"}
+
 
 class RunResult(Frozen):
     """The result of a run, stored as `result.json` in its folder.
@@ -19,7 +22,7 @@ class RunResult(Frozen):
         folder: of the run.
         last, best, ema: figures on the test split of the last weights, of those with the highest test top-1 of all
             epochs (selected on the test set, as papers do, so the figure is optimistic), and of the averaged weights.
-        teachers: top-1 of teacher, CLIP and fusion, measured by the cache's preflight.
+        teachers: top-1 of teacher, CLIP and fusion, measured by the cache's preflight (see `top1_of_teachers`).
         labels_only: the same run on labels alone.
         notes: what a reader of the figures should know, such as classes without test images.
         train_s: seconds spent in training steps, also before a resume; without opening, evaluation and writing.
@@ -74,12 +77,17 @@ def load_result(folder: Path) -> RunResult | None:
     return result.model_copy(update={"folder": folder})
 
 
+def top1_of_teachers(preflight: Mapping[str, Any] | None) -> dict[str, float]:
+    """The top-1 of `teacher`, `CLIP` and `fusion` in a cache's preflight; those that were not measured are left out."""
+    keys = {"teacher": "teacher_top1", "CLIP": "clip_top1", "fusion": "fusion_top1"}
+    found = preflight or {}
+    return {name: found[key] for name, key in keys.items() if found.get(key) is not None}
+
+
 def summary(result: RunResult) -> str:
     """The result as a short table."""
     lines = [f"{'':<28}{'top-1':>8}{'top-5':>9}{'NLL':>9}{'ECE':>9}"]
-    teachers = result.teachers or {}
-    names = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "teacher + CLIP, fused"}
-    lines += [f"{label:<28}{teachers[key]:>8.2%}" for key, label in names.items() if key in teachers]
+    lines += [f"{_ROWS.get(name, name):<28}{top1:>8.2%}" for name, top1 in top1_of_teachers(result.teachers).items()]
     lines += _student_lines(result, "on labels" if result.loss == "ce" else "distilled")
     if result.labels_only is not None:
         lines += _student_lines(result.labels_only, "on labels alone")
@@ -109,7 +117,10 @@ def _notes(result: RunResult) -> list[str]:
     notes += [f"Note: {note}." for note in result.notes]
     if (teachers := result.teachers) and "n" in teachers:
         split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
-        notes.append(f"Teacher, CLIP and fusion: {teachers['n']:,} clean images of {split}, when the cache was built.")
+        who = " and ".join(", ".join(top1_of_teachers(result.teachers)).rsplit(", ", 1))
+        notes.append(
+            f"{who[:1].upper()}{who[1:]}: {teachers['n']:,} clean images of {split}, when the cache was built."
+        )
     notes.append(
         f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
         f"{result.train_s:.1f} s of training on {result.environment.get('device', '?')}."

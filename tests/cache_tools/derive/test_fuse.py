@@ -433,7 +433,7 @@ def test_the_command_parses_shares_and_prompt_numbers(several: TeacherCache, tmp
     printed = run(
         several.path, *shares, "--prompts", "1", "--prompt-ensemble", "logits", "--out", tmp_path / "made"
     ).stdout
-    assert "1, 1, 1 prompt templates (logits)" in printed
+    assert "prompt ensemble logits, 1, 1, 1 prompt templates" in printed
     made = TeacherCache(tmp_path / "made").recipe
     assert (made.teacher_weights, made.clip_weights) == ((0.25, 0.75), (1.0, 0.0, 0.0))
     assert made.fusion.feature_weight == 0.5

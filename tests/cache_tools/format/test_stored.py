@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from cache_tools.codecs.presets import PRESETS, PresetName, resolve_codecs
 from cache_tools.codecs.top_k import MAX_CLASSES
 from cache_tools.config import Frozen
-from cache_tools.errors import FormatError, UnknownFormatError
+from cache_tools.errors import FormatError, NotFoundError, UnknownFormatError
 from cache_tools.format.arrays import CHUNK_BYTES, array_name, constant_shapes, default_block_rows, target_arrays
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe, FusionRecipe
@@ -179,3 +180,51 @@ def test_a_manifest_without_a_scale_for_each_clip_is_refused() -> None:
     attribute = stored(SEVERAL.model_copy(update={"clip_scales": (100.0,)}))
     with pytest.raises(FormatError, match="2 CLIPs have 1 scales"):
         parse_manifest(attribute, where="here")
+
+
+# One group of networks
+
+TEACHERS = tiny_manifest(tiny_images(), canaries=False, teacher_weights=(0.25, 0.75), clip_weights=())
+CLIP_ALONE = tiny_manifest(tiny_images(), canaries=False, teacher_weights=(), store="components")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "fingerprint"),
+    [
+        (TEACHERS, "960e5709c3578cd2"),
+        (CLIP_ALONE, "c7d14596c36ccc0d"),
+    ],
+)
+def test_a_manifest_without_a_group_round_trips_with_this_fingerprint(manifest: Manifest, fingerprint: str) -> None:
+    assert parse_manifest(stored(manifest), where="here") == manifest
+    assert manifest.fingerprint.startswith(fingerprint)
+    data = manifest.recipe.model_dump(mode="json")
+    assert [] in (data["teachers"], data["clips"])
+    assert {data["fusion"]["teacher_weight"], data["fusion"]["feature_weight"]} == {1.0 if data["teachers"] else 0.0}
+
+
+def test_a_missing_group_has_no_first_network() -> None:
+    assert TEACHERS.recipe.teacher == TEACHERS.recipe.teachers[0]
+    assert CLIP_ALONE.recipe.clip == CLIP_ALONE.recipe.clips[0]
+    with pytest.raises(NotFoundError, match="this cache has no CLIP"):
+        _ = TEACHERS.recipe.clip
+    with pytest.raises(NotFoundError, match="this cache has no CLIP"):
+        _ = TEACHERS.clip_scale
+    with pytest.raises(NotFoundError, match="this cache has no teacher"):
+        _ = CLIP_ALONE.recipe.teacher
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        (TEACHERS.recipe, {"teachers": ()}, "a cache needs a teacher or a CLIP"),
+        (TEACHERS.recipe, {"fusion": FusionRecipe()}, "teachers alone has teacher_weight and feature_weight 1"),
+        (CLIP_ALONE.recipe, {"fusion": FusionRecipe(teacher_weight=0.0)}, "CLIPs alone has teacher_weight"),
+    ],
+    ids=["no networks", "weights of a teacher", "weights of a CLIP"],
+)
+def test_recipes_whose_weights_contradict_their_groups_are_refused(
+    recipe: CacheRecipe, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        CacheRecipe.model_validate(recipe.model_copy(update=changes).model_dump())
