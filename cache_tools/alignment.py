@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,15 +57,17 @@ def check_dataset(cache: CachedSamples, images: ImageSet) -> None:
     built_from, given = cache.recipe.dataset, images.identity()
     if built_from.content_digest == given.content_digest and _pixels_of(built_from) == _pixels_of(given):
         return
-    difference = _difference(cache, images) or ("its digest", built_from.content_digest, given.content_digest)
-    what, expected, found = difference
+    difference = _difference(cache, images)
+    if difference is None:
+        difference = _Difference("its digest", built_from.content_digest, given.content_digest)
+    use_others = f"use the images of {built_from.name}, split {built_from.split}, that the cache was built from"
     raise MismatchError(
-        f"this dataset is not the one the cache was built from: {what}",
+        f"this dataset is not the one the cache was built from: {difference.what}",
         where=f"{images.name}, split {images.split}",
-        expected=expected,
-        found=found,
-        next_step=f"use the images of {built_from.name}, split {built_from.split}, that the cache was built from, "
-        f"or build a cache of these{_endings_note(cache, images)}",
+        expected=difference.expected,
+        found=difference.found,
+        next_step=f"{difference.next_step or use_others}, or build a cache of these (build-cache with another --out)"
+        f"{_endings_note(cache, images)}",
     )
 
 
@@ -85,6 +87,40 @@ def aligned(cache: CachedSamples, images: ImageSet) -> ImageSet:
         images = images if rows is None else images.subset(rows)
     check_dataset(cache, images)
     return images
+
+
+def rows_in_cache(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int64]:
+    """The sample of the cache that each image is, int64 [N], by content key and label; images in any order.
+
+    Of several copies of an image, the first one is the first of the cache's.
+
+    Raises:
+        MismatchError: other classes or canvas, or an image that the cache does not hold.
+    """
+    difference = _class_difference(cache.class_names, images.class_names) or _size_difference(cache, images)
+    difference = difference or _pixel_difference(cache, images)
+    places: dict[tuple[bytes, int], list[int]] = {}
+    for row in range(cache.num_samples - 1, -1, -1):
+        places.setdefault((cache.sample_keys[row].tobytes(), int(cache.labels[row])), []).append(row)
+    rows: list[int] = []
+    for image in range(len(images)):
+        free = places.get((images.keys[image].tobytes(), int(images.labels[image])))
+        if difference is None and not free:
+            difference = _Difference(
+                "an image is not in the cache", f"some of its {cache.num_samples:,} images", _name(images, image)
+            )
+        if difference is not None or not free:
+            break
+        rows.append(free.pop())
+    if difference is not None:
+        raise MismatchError(
+            f"these are not images of the cache: {difference.what}",
+            where=f"{images.name}, split {images.split}",
+            expected=difference.expected,
+            found=difference.found,
+            next_step="choose images that are in the cache, or build a cache of these",
+        )
+    return np.array(rows, np.int64)
 
 
 def check_canaries(cache: CachedSamples, images: ImageSet) -> None:
@@ -130,8 +166,15 @@ def _canary(views: ViewRecipe, images: ImageSet, view: int, index: int) -> Canar
     return Canary(view=view, index=index, pixel_digest=pixel_digest(pixels[0]))
 
 
-def _difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
-    """The first difference: (what, expected, found)."""
+class _Difference(NamedTuple):
+    what: str
+    expected: object
+    found: object
+    next_step: str | None = None
+
+
+def _difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
+    """The first difference between a split and the one that the cache was built from."""
     return (
         _class_difference(cache.class_names, images.class_names)
         or _size_difference(cache, images)
@@ -142,26 +185,30 @@ def _difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, ob
     )
 
 
-def _class_difference(expected: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, object, object] | None:
+def _class_difference(expected: tuple[str, ...], found: tuple[str, ...]) -> _Difference | None:
     if expected == found:
         return None
-    if len(expected) != len(found):
-        return "another number of classes", len(expected), len(found)
-    first = next(number for number, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-    what = "same classes in another order" if sorted(expected) == sorted(found) else "other class names"
-    if unicodedata.normalize("NFC", expected[first]) == unicodedata.normalize("NFC", found[first]):
-        what = "class names in another Unicode form (NFC and NFD)"
-        return f"{what}, first at class {first}", ascii(expected[first]), ascii(found[first])
-    return f"{what}, first at class {first}", repr(expected[first]), repr(found[first])
+    if sorted(expected) == sorted(found):
+        first = next(number for number, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+        what = f"same classes in another order, first at class {first}"
+        return _Difference(what, repr(expected[first]), repr(found[first]))
+    forms = [unicodedata.normalize("NFC", name) for name in found]
+    if sorted(unicodedata.normalize("NFC", name) for name in expected) == sorted(forms):
+        first = next(number for number, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+        what = f"class names in another Unicode form (NFC and NFD), first at class {first}"
+        return _Difference(what, ascii(expected[first]), ascii(found[first]))
+    lost = [name for name in expected if name not in set(found)]
+    new = [name for name in found if name not in set(expected)]
+    what = "other class names" if len(expected) == len(found) else f"{len(found)} classes, not {len(expected)}"
+    next_step = f"rename {_few(new)} back" if len(lost) == len(new) else None
+    return _Difference(what, _few(lost) or "no others", _few(new) or f"no class {_few(lost)}", next_step)
 
 
-def _size_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
-    if cache.num_samples != len(images):
-        return "another number of samples", cache.num_samples, len(images)
+def _size_difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
     expected = cache.recipe.dataset.image_size
-    if expected != tuple(images.image_size):
-        return "another image size", "×".join(map(str, expected)), "×".join(map(str, images.image_size))
-    return None
+    if expected == tuple(images.image_size):
+        return None
+    return _Difference("another image size", "×".join(map(str, expected)), "×".join(map(str, images.image_size)))
 
 
 def _pixels_of(identity: DatasetIdentity) -> tuple[object, ...]:
@@ -169,12 +216,12 @@ def _pixels_of(identity: DatasetIdentity) -> tuple[object, ...]:
     return identity.image_size, identity.background, identity.value_range
 
 
-def _pixel_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
+def _pixel_difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
     built_from, given = cache.recipe.dataset, images.identity()
     for field, default in (("background", "white"), ("value_range", "as the files declare")):
         expected, found = getattr(built_from, field), getattr(given, field)
         if expected != found:
-            return f"another dataset.{field}", expected or default, found or default
+            return _Difference(f"another dataset.{field}", expected or default, found or default)
     return None
 
 
@@ -189,20 +236,40 @@ def _endings_note(cache: CachedSamples, images: ImageSet) -> str:
     return f" (version 0.1 left out {len(new):,} of these images because of their endings, such as {new[0].name})"
 
 
-def _content_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
-    """Images of the cache that are missing from the split, in any order."""
+def _content_difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
+    """Images of the cache that are missing from the split, and images that are new there, in any order."""
     if np.array_equal(cache.sample_keys, images.keys):
         return None
     missing, new = _unmatched(cache.sample_keys, images.keys), _unmatched(images.keys, cache.sample_keys)
-    if not missing:
+    if not missing and not new:
         return None
+    count = f"{cache.num_samples:,} images"
+    added = f"{_name(images, new[0])}{f' and {len(new) - 1:,} more' if len(new) > 1 else ''}" if new else ""
+    if not missing:
+        what = f"{len(new):,} image{'s were' if len(new) > 1 else ' was'} added"
+        return _Difference(what, count, f"also {added}", f"move {'them' if len(new) > 1 else 'it'} out of the split")
+    first = f"sample {missing[0]} of class {cache.class_names[cache.labels[missing[0]]]}"
+    if not new:
+        what = f"{len(missing):,} image{'s are' if len(missing) > 1 else ' is'} missing, first {first}"
+        return _Difference(what, count, f"{len(images):,}", f"put {'them' if len(missing) > 1 else 'it'} back")
+    what = f"other contents of {len(missing):,} images, first {first}"
+    if len(missing) == len(new) == cache.num_samples:
+        what += " (were they all saved again, or converted?)"
+    key = cache.sample_keys[missing[0]].tobytes().hex()
+    return _Difference(what, f"a file with key {key}", f"{added}, not in the cache")
+
+
+def _name(images: ImageSet, row: int) -> str:
+    """The file of an image, or its content key where it has no file of its own."""
     files = getattr(images, "files", None)
-    found = images.keys[new[0]].tobytes().hex() if files is None else f"{files[new[0]]}, which is not in the cache"
-    what = f"other contents of {len(missing):,} samples, first at sample {missing[0]}"
-    return what, f"key {cache.sample_keys[missing[0]].tobytes().hex()}", found
+    return f"an image with key {images.keys[row].tobytes().hex()}" if files is None else str(files[row])
 
 
-def _label_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
+def _few(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (", …" if len(names) > 4 else "")
+
+
+def _label_difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
     """Images that have another label than in the cache, in any order."""
     of_images, of_cache = _sorted_rows(cache, images)
     differing = np.flatnonzero(images.labels[of_images] != cache.labels[of_cache])
@@ -211,16 +278,16 @@ def _label_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, obje
     first = differing[np.argmin(of_cache[differing])]
     what = f"other labels of {len(differing):,} samples, first at sample {of_cache[first]}"
     names = cache.class_names
-    return what, names[cache.labels[of_cache[first]]], names[images.labels[of_images[first]]]
+    return _Difference(what, names[cache.labels[of_cache[first]]], names[images.labels[of_images[first]]])
 
 
-def _order_difference(cache: CachedSamples, images: ImageSet) -> tuple[str, object, object] | None:
+def _order_difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
     differing = np.flatnonzero((cache.sample_keys != images.keys).any(axis=1))
     if not len(differing):
         return None
     first = differing[0]
     keys = (keys[first].tobytes().hex() for keys in (cache.sample_keys, images.keys))
-    return f"same images in another order, first at sample {first}", *keys
+    return _Difference(f"same images in another order, first at sample {first}", *keys)
 
 
 def _unmatched(keys: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> list[int]:

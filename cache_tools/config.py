@@ -49,12 +49,56 @@ class Extensible(Frozen):
         return {key: value for key, value in data.items() if key not in unchanged}
 
 
+class Changes(BaseModel):
+    """The keys of a part of a recipe that a user has set, and no others: what is to differ from a stored one."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    @classmethod
+    def to(cls, model: type[BaseModel], given: Mapping[str, Any], where: str) -> Changes:
+        """Changes to a `model`.
+
+        Args:
+            where: the key of this part in the recipe.
+
+        Raises:
+            RecipeError: a key that the model does not have.
+        """
+        for key in given:
+            if key not in model.model_fields:
+                known = sorted(model.model_fields)
+                raise RecipeError(
+                    f"unknown recipe key '{where}.{key}'",
+                    next_step=_hint(str(key), known) or f"known keys: {', '.join(known)}",
+                )
+        return cls(**given)
+
+    @classmethod
+    def made_by(cls, part: BaseModel) -> Changes:
+        """The fields of a model that were set when it was made."""
+        return cls(**part.model_dump(mode="json", include=part.model_fields_set, context={"all_fields": True}))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Key → value."""
+        return dict(self.model_extra or {})
+
+    def apply_to(self, part: Recipe, *, where: str) -> Recipe:
+        """A model with these changes.
+
+        Raises:
+            RecipeError: a bad value.
+        """
+        stored = part.model_dump(mode="json", context={"all_fields": True})
+        return validate(type(part), {**stored, **self.values}, where=where)
+
+
 Recipe = TypeVar("Recipe", bound=Frozen)
 
 # Tags of unions. pydantic includes them in the location of an error; the user never wrote them.
 ONE, SEVERAL = "(one)", "(several)"
-NAME, FIELDS = "(name)", "(fields)"
-UNION_TAGS = (ONE, SEVERAL, NAME, FIELDS)
+NAME, FIELDS, CHANGES = "(name)", "(fields)", "(changes)"
+UNION_TAGS = (ONE, SEVERAL, NAME, FIELDS, CHANGES)
 
 # safe_load raises its own error for bad grammar, and others for a date such as 2020-13-45, a number without digits
 # (0b_) or with thousands of them, a value that contradicts its tag (!!bool 7), and lists nested without end.
@@ -90,16 +134,32 @@ def load_recipe(
     Raises:
         RecipeError: an unknown name, unreadable YAML, an unknown key (the message suggests the nearest), a bad value.
     """
-    data = {} if source is None else _read(source, builtin)
-    for key, value in (options or {}).items():
-        if value is not None:
-            set_dotted(data, key, value)
+    data = {} if source is None else read_recipe(source, builtin)
+    for key, value in given_settings(overrides, options):
+        set_dotted(data, key, value)
+    return validate(model, data, where=source or "options")
+
+
+def given_settings(overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> list[tuple[str, Any]]:
+    """The (dotted key, value) pairs of command-line options and, after them, of `--set` items.
+
+    Raises:
+        RecipeError: an item that is not `key=YAML value`.
+    """
+    settings = [(key, value) for key, value in (options or {}).items() if value is not None]
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not key.strip():
             raise RecipeError("cannot read --set", where=item, expected="--set key=value", found=repr(item))
-        set_dotted(data, key.strip(), parse_yaml(text, "cannot read the value of --set", where=_abridged(item)))
-    return validate(model, data, where=source or "options")
+        value = parse_yaml(text, "cannot read the value of --set", where=_abridged(item))
+        settings.append((key.strip(), value))
+    return settings
+
+
+def is_recipe_file(source: str) -> bool:
+    """Whether a recipe is named by its file and not by the name of a built-in one."""
+    path = Path(source)
+    return path.suffix in {".yaml", ".yml"} or path.is_file()
 
 
 def builtin_names(builtin: Traversable) -> list[str]:
@@ -175,9 +235,14 @@ def _no_such_parent(node: Any, key: str, name: str) -> RecipeError:
     )
 
 
-def _read(source: str, builtin: Traversable) -> dict[str, Any]:
+def read_recipe(source: str, builtin: Traversable) -> dict[str, Any]:
+    """A recipe as plain data: a built-in name or a YAML file.
+
+    Raises:
+        RecipeError: no such recipe, or not a YAML mapping.
+    """
     path = Path(source)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
+    if is_recipe_file(source):
         if not path.is_file():
             raise RecipeError(
                 "recipe file not found", where=path, next_step=f"built-in recipes: {', '.join(builtin_names(builtin))}"
@@ -189,7 +254,7 @@ def _read(source: str, builtin: Traversable) -> dict[str, Any]:
             raise RecipeError(
                 "no such recipe",
                 where=source,
-                expected=f"a YAML file or one of {', '.join(names)}",
+                expected=f"a YAML file, a folder of images, or one of {', '.join(names)}",
                 next_step=_hint(source, names),
             )
         text = (builtin / f"{source}.yaml").read_text(encoding="utf-8")

@@ -17,9 +17,8 @@ def prepare(
 ) -> torch.Tensor:
     """Turn the view canvas into the input of a network, as `Preprocessing` describes.
 
-    A canvas of another size is resampled until its shorter side (relative to the size in `preprocessing`) fits, as PIL
-    does for uint8 images, with antialias; then the centre is cropped. Memory format (channels_last or not) and device
-    are kept, and nothing synchronises.
+    A canvas of another size is resampled and its centre is cropped (`resize_and_crop`). Memory format (channels_last or
+    not) and device are kept, and nothing synchronises.
 
     Args:
         pixels_NCHW: uint8 [B, 3, H, W].
@@ -29,8 +28,7 @@ def prepare(
         [B, 3, h, w] on the same device: (pixels / 255 − mean) / std.
     """
     scale, shift = affine(preprocessing.mean, preprocessing.std, pixels_NCHW.device)
-    if preprocessing.size not in (None, tuple(pixels_NCHW.shape[2:])):
-        pixels_NCHW = _resize(pixels_NCHW, preprocessing.size, preprocessing.interpolation)
+    pixels_NCHW = resize_and_crop(pixels_NCHW, preprocessing)
     if pixels_NCHW.is_cuda:  # one kernel reads the bytes and writes the floats
         return torch.addcmul(shift, pixels_NCHW, scale).to(dtype)
     # On the CPU two in-place passes are faster than addcmul and give the same bits with and without FMA units.
@@ -47,19 +45,36 @@ def affine(
         return (1 / (255 * std64)).float().to(device), (-mean64 / std64).float().to(device)
 
 
-def _resize(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Resize to (height, width). The result has whole grey levels 0…255: uint8 on the CPU, float32 on CUDA."""
-    height, width = pixels.shape[2:]
-    ratio = max(size[0] / height, size[1] / width)
+def resize_and_crop(pixels_NCHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """The part of the canvas that a network sees, at the size of its input.
+
+    The canvas is resampled, as PIL does for uint8 images, with antialias, until the centre crop keeps the part `crop`
+    of its shorter side (relative to `size`). A canvas that has this size already is only cropped.
+
+    Args:
+        pixels_NCHW: uint8 [B, 3, H, W].
+
+    Returns:
+        [B, 3, h, w] in whole grey levels 0…255: uint8, or float32 where CUDA has resampled.
+    """
+    size, crop = preprocessing.size, preprocessing.crop
+    height, width = pixels_NCHW.shape[2:]
+    if size is None or (size == (height, width) and crop == 1.0):
+        return pixels_NCHW
+    ratio = max(size[0] / height, size[1] / width) / crop
     whole = (max(round(height * ratio), size[0]), max(round(width * ratio), size[1]))
-    if interpolation == "nearest":
-        pixels = F.interpolate(pixels, whole, mode="nearest-exact")  # PIL's choice of pixel
-    elif pixels.is_cuda:
-        pixels = _resample_in_passes(pixels, whole, interpolation)
-    else:  # PIL's integer arithmetic, several times faster than float32; not available on CUDA
-        pixels = F.interpolate(pixels, whole, mode=interpolation, align_corners=False, antialias=True)
+    pixels = pixels_NCHW if whole == (height, width) else _resize(pixels_NCHW, whole, preprocessing.interpolation)
     top, left = round((whole[0] - size[0]) / 2), round((whole[1] - size[1]) / 2)
     return pixels[:, :, top : top + size[0], left : left + size[1]]
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    if interpolation == "nearest":
+        return F.interpolate(pixels, size, mode="nearest-exact")  # PIL's choice of pixel
+    if pixels.is_cuda:
+        return _resample_in_passes(pixels, size, interpolation)
+    # PIL's integer arithmetic, several times faster than float32; not available on CUDA.
+    return F.interpolate(pixels, size, mode=interpolation, align_corners=False, antialias=True)
 
 
 def _resample_in_passes(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:

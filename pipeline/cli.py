@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,11 +109,13 @@ def build_cache(
     """Run a teacher and CLIP, or one of them alone, once over every (image, view) and store their fused targets.
 
     Without arguments it builds a demo cache: handwritten digits with a small teacher and CLIP, offline, in seconds.
+    With a folder of images (photos/train/CLASS/, photos/test/CLASS/), give a --teacher, a --clip or both.
     You can interrupt it at any time: the same command continues where it stopped.
     """
     # Imported here, as everything slow below: --help must answer at once.
     from cache_tools.config import dump_yaml
-    from pipeline.recipe import is_none, load_build_recipe
+    from pipeline.recipe import builtin_recipes, is_none, load_build_recipe
+    from train.sources import folder_note
 
     options: dict[str, Any] = {
         "num_views": views,
@@ -146,6 +149,8 @@ def build_cache(
         estimate = make_plan(loaded, plan_student, plan_epochs)
         print(json.dumps(estimate.model_dump() | {"verdict": estimate.verdict}) if as_json else estimate)
     else:
+        if (note := folder_note(recipe, builtin_recipes())) is not None:
+            print(note, file=sys.stderr)
         _build(loaded, as_json)
 
 
@@ -169,8 +174,6 @@ def _without(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:
-    import sys
-
     from cache_tools.units import human_bytes
     from pipeline.build.cache import build_cache as build
 

@@ -19,14 +19,19 @@ from cache_tools.config import (
     SEVERAL,
     Extensible,
     Frozen,
+    builtin_names,
+    given_settings,
     load_recipe,
     name_or_fields,
     one_or_several,
+    set_dotted,
+    validate,
 )
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
 from cache_tools.images.class_names import read_names
-from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.images.own_folder import is_folder_argument, read_own_folder
+from cache_tools.images.recipe import DatasetRecipe, check_location
 from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_groups, check_shares
 from cache_tools.views.recipe import ViewRecipe
@@ -219,5 +224,26 @@ def builtin_recipes() -> Traversable:
 def load_build_recipe(
     source: str | None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
 ) -> BuildRecipe:
-    """Load a built-in recipe or YAML file and apply options to it; see `cache_tools.config.load_recipe`."""
-    return load_recipe(BuildRecipe, source, builtin_recipes(), overrides, options)
+    """Load a recipe and apply options to it; see `cache_tools.config.load_recipe`.
+
+    Args:
+        source: a built-in name, a YAML file, a folder of images, or None for an empty recipe.
+
+    Raises:
+        RecipeError: as `load_recipe`; a place for a dataset that has none.
+    """
+    if source is None or not is_folder_argument(source, builtin_names(builtin_recipes())):
+        recipe = load_recipe(BuildRecipe, source, builtin_recipes(), overrides, options)
+    else:
+        data = _folder_recipe(source)
+        for key, value in given_settings(overrides, options):
+            set_dotted(data, key, value)
+        recipe = validate(BuildRecipe, data, where=source)
+    check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)
+    return recipe
+
+
+def _folder_recipe(source: str) -> dict[str, Any]:
+    """The recipe of a folder of images as plain data, without a teacher or CLIP."""
+    folder = read_own_folder(Path(source))
+    return {"name": folder.name, "dataset": folder.dataset, "views": folder.views}

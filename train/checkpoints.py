@@ -21,7 +21,9 @@ from torch import nn
 from cache_tools.config import Frozen
 from cache_tools.errors import WeightsError
 from cache_tools.files import put_durably
+from cache_tools.format.recipe import Preprocessing
 from train import own
+from train.evaluate.canvas import evaluation_preprocessing
 from train.students import create_student
 from train.weights import files
 
@@ -34,7 +36,9 @@ class StudentCard(Frozen):
     Attributes:
         architecture: its name for `create_student`.
         class_names: in the order of its logits.
-        image_size: (height, width) of the canvas it was trained on.
+        image_size: (height, width) of the views it was trained on, and of the images it is given.
+        crop: the part of a resized test image that the centre crop of this size keeps; None where an earlier version
+            did not record it.
         mean, std: per RGB channel on [0, 1].
         dataset: name of the dataset it was trained on.
         recipe_digest: of the run that trained it.
@@ -50,6 +54,11 @@ class StudentCard(Frozen):
     dataset: str
     recipe_digest: str = ""
     epoch: int = 0
+    crop: float | None = None
+
+    def preprocessing(self, canvas_size: tuple[int, int]) -> Preprocessing:
+        """The preprocessing of test images on a canvas of (height, width)."""
+        return evaluation_preprocessing(self.image_size, canvas_size, (self.mean, self.std), self.crop)
 
     def to_metadata(self) -> dict[str, str]:
         """The card as safetensors metadata: strings as they are, everything else as JSON."""

@@ -108,11 +108,12 @@ def train_student(
     Without arguments: the embedded default, from the cache that `build-cache` makes without arguments.
     With --cache and no recipe, the settings (student, epochs, learning rate) are those of the recipe digits, and the
     run is named after the cache.
+    With a folder of images: from the cache of its name, or with --loss ce from its labels.
     You can interrupt it at any time: the same command resumes after the last finished epoch.
     """
     # Imported here, as everything slow below: --help must answer at once.
     from cache_tools.config import dump_yaml
-    from train.recipe import DEFAULT_RECIPE, load_train_recipe, named_after_cache, named_loss
+    from train.recipe import DEFAULT_RECIPE, builtin_recipes, load_train_recipe, named_after_cache, named_loss
 
     options = {
         "cache": cache,
@@ -145,9 +146,17 @@ def train_student(
     if show_recipe:
         print(dump_yaml(loaded), end="")
         return
+    import sys
+
     from train import run
     from train.runs.result import summary
+    from train.sources import folder_note, require_cache_of_folder
 
+    source = recipe or DEFAULT_RECIPE
+    if (note := folder_note(source, builtin_recipes())) is not None:
+        print(note, file=sys.stderr)
+    if loaded.loss.needs_targets:
+        require_cache_of_folder(source, builtin_recipes(), None if cache else loaded.cache)
     keep_freed_memory()
     result = run.train_student(loaded, overwrite=overwrite)
     print(result.model_dump_json(indent=2) if as_json else summary(result))

@@ -9,19 +9,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_tools.alignment import aligned
+from cache_tools.alignment import aligned, rows_in_cache
 from cache_tools.codecs import TopK
-from cache_tools.errors import NotFoundError, RecipeError
+from cache_tools.errors import MismatchError, NotFoundError, RecipeError
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.home import registry
-from cache_tools.images import open_images
+from cache_tools.images import open_images, part_rows, whole_split
 from cache_tools.images.check import check_images, check_new_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
 from cache_tools.views.recipe import ViewRecipe
+from train.evaluate.canvas import evaluation_preprocessing
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
 from train.labelled import PartialLabels, labelled_rows, partial_labels
 from train.losses.contrastive import Components
@@ -36,7 +37,9 @@ class TrainingData:
     """Everything that a student is trained and evaluated on.
 
     Attributes:
-        images, test: the training split and the test split, which may be None.
+        images: the training split.
+        tests: the test splits; the first one chooses the best epoch.
+        samples: int64 [N], the numbers of `images` in the cache; None if they are all samples of the cache in order.
         dataset: the source of both.
         num_views: views to cycle through; None for a new one in every epoch.
         targets: the source of the targets.
@@ -47,7 +50,7 @@ class TrainingData:
     """
 
     images: ImageSet
-    test: ImageSet | None
+    tests: tuple[ImageSet, ...]
     dataset: DatasetRecipe
     views: ViewRecipe
     num_views: int | None
@@ -56,6 +59,12 @@ class TrainingData:
     components: Components | None = None
     cache: TeacherCache | None = None
     known: PartialLabels | None = None
+    samples: npt.NDArray[np.int64] | None = None
+
+    @property
+    def test(self) -> ImageSet | None:
+        """The first test split."""
+        return self.tests[0] if self.tests else None
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -73,6 +82,16 @@ class TrainingData:
         mean, std = self.dataset.normalisation
         return Preprocessing(mean=mean, std=std)
 
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """(height, width) of the views, and of the student's input."""
+        return self.views.output_size(self.images.image_size)
+
+    @property
+    def test_preprocessing(self) -> Preprocessing:
+        """The student's preprocessing of test images, which brings them to the size of the views."""
+        return evaluation_preprocessing(self.view_size, self.images.image_size, self.dataset.normalisation)
+
     def identity(self) -> dict[str, str]:
         """Identifies the data of a run. A fingerprint covers images, views and targets, but not the number of views."""
         if self.cache is not None:
@@ -87,7 +106,14 @@ class TrainingData:
         """The same labelled images and views without targets; images without a label are left out."""
         images = self.images if self.known is None else self.images.subset(np.flatnonzero(self.known.labelled))
         return replace(
-            self, images=images, targets=NoTargets(), target_dim=None, components=None, cache=None, known=None
+            self,
+            images=images,
+            targets=NoTargets(),
+            target_dim=None,
+            components=None,
+            cache=None,
+            known=None,
+            samples=None,
         )
 
     def feed(self, recipe: TrainRecipe, device: torch.device) -> Feed:
@@ -102,6 +128,7 @@ class TrainingData:
             seed=recipe.seed,
             device=device,
             known=self.known,
+            samples=self.samples,
         )
 
 
@@ -115,7 +142,7 @@ def open_data(recipe: TrainRecipe, device: torch.device, open_split: Opener = op
         NotFoundError, FormatError: no such cache, or a damaged one.
         IncompleteError: a half-built cache.
         DataError: images that are missing or cannot be read.
-        MismatchError: images that are not those of the cache, or whose views differ from it.
+        MismatchError: images that are not those of the cache, or settings that differ from it.
         RecipeError: a loss that needs component features, with a cache of fused ones.
     """
     if recipe.loss.needs_targets:
@@ -128,19 +155,31 @@ def cache_identity(cache: TeacherCache, recipe: TrainRecipe) -> dict[str, str]:
     return _identity(cache, _num_views(cache, recipe))
 
 
+def with_cached_images(recipe: TrainRecipe) -> TrainRecipe:
+    """A run on labels alone that names a cache and no dataset, with the cache's images and views; others unchanged.
+
+    Raises:
+        NotFoundError, FormatError: no such cache, or a damaged one.
+        MismatchError: settings that differ from the cache.
+    """
+    if recipe.loss.needs_targets or not recipe.takes_images_of_cache:
+        return recipe
+    assert recipe.cache is not None, "a recipe without a dataset has a cache"
+    return recipe.with_images_of(TeacherCache.open(recipe.cache).manifest)
+
+
 def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
-    assert recipe.dataset is not None, "a recipe without targets has a dataset"
-    dataset = recipe.locate(recipe.dataset)
+    dataset = recipe.own_dataset()
     images = open_split(dataset, None)
-    test = _open_test(dataset, images, open_split)
-    check_new_images(images, test)
+    tests = _open_tests(dataset, images, open_split)
+    check_new_images(images, *tests)
     if recipe.label_fraction < 1.0:
         images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
     return TrainingData(
         images=images,
-        test=test,
+        tests=tests,
         dataset=dataset,
-        views=recipe.views,
+        views=recipe.own_views(),
         num_views=recipe.num_views,
         targets=NoTargets(),
     )
@@ -151,16 +190,16 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     cache = TeacherCache.open(recipe.cache)
     cache.require_complete()
     registry.mark_used(cache.path)
-    dataset = recipe.locate(cache.manifest.dataset)
-    images = aligned(cache, open_split(dataset, None))
-    cache.check_canaries(images)
-    test = _open_test(dataset, images, open_split)
-    check_images(test)  # the build of the cache decoded all training images
+    dataset = recipe.cached_dataset(cache.manifest)
+    cached = _open_cached_split(cache, dataset, open_split)
+    images, samples = _open_part(cache, cached, dataset, open_split)
+    tests = _open_tests(dataset, images, _open_parts_of(cached, open_split))
+    check_images(*tests)  # the build of the cache decoded all training images
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     components = _components(cache, fusion, loss)
     return TrainingData(
         images=images,
-        test=test,
+        tests=tests,
         dataset=dataset,
         views=cache.recipe.views,
         num_views=_num_views(cache, recipe),
@@ -176,8 +215,66 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
         target_dim=cache.recipe.fusion.feature_dim,
         components=components,
         cache=cache,
-        known=partial_labels(cache, fusion, recipe.label_fraction, recipe.label_seed),
+        known=partial_labels(cache, fusion, images.labels, samples, recipe.label_fraction, recipe.label_seed),
+        samples=samples,
     )
+
+
+def _open_cached_split(cache: TeacherCache, dataset: DatasetRecipe, open_split: Opener) -> ImageSet:
+    """All images of a cache in its order, checked to be those that the teachers saw."""
+    images = aligned(cache, open_split(_at_places_of(dataset, cache.manifest.dataset), None))
+    cache.check_canaries(images)
+    return images
+
+
+def _at_places_of(dataset: DatasetRecipe, stored: DatasetRecipe) -> DatasetRecipe:
+    """The stored dataset, with its own splits, where `dataset` has its files."""
+    return stored.model_copy(update={"data_dir": dataset.data_dir, "download": dataset.download})
+
+
+def _open_part(
+    cache: TeacherCache, cached: ImageSet, dataset: DatasetRecipe, open_split: Opener
+) -> tuple[ImageSet, npt.NDArray[np.int64] | None]:
+    """The images of a run in the order of the cache, and their numbers there; None for all of them."""
+    stored = cache.manifest.dataset
+    if dataset.split == stored.split:
+        return cached, None
+    source, whole = _at_places_of(dataset, stored), whole_split(stored.split)
+    if whole_split(dataset.split) != whole:
+        samples = rows_in_cache(cache, open_split(source, dataset.split))
+    else:
+        count = len(cached) if stored.split == whole else len(open_split(source, whole))
+        samples = _rows_of_part(cache, stored.split, dataset.split, count)
+    return cached.subset(samples, dataset.split), samples
+
+
+def _open_parts_of(cached: ImageSet, open_split: Opener) -> Opener:
+    """Opens parts of the cached split in the order of the cache, so that complements are complements, and others."""
+
+    def open_one(dataset: DatasetRecipe, split: str | None) -> ImageSet:
+        if split is None or split == cached.split or whole_split(split) != cached.split:
+            return open_split(dataset, split)
+        return cached.subset(part_rows(split, len(cached)), split)
+
+    return open_one
+
+
+def _rows_of_part(cache: TeacherCache, stored: str, wanted: str, count: int) -> npt.NDArray[np.int64]:
+    """The numbers in the cache of the samples of a part, where the cache holds another part of the same split.
+
+    Args:
+        count: samples of the whole split.
+    """
+    held, chosen = part_rows(stored, count), part_rows(wanted, count)
+    if len(missing := np.setdiff1d(chosen, held)):
+        raise MismatchError(
+            "the cache does not hold all samples of this part",
+            where=f"{cache.path}, dataset.split={wanted}",
+            expected=f"samples of {stored}",
+            found=f"{len(missing):,} others of {len(chosen):,}, the first one number {missing[0]}",
+            next_step="choose a part of what is cached, or build a cache of the whole split",
+        )
+    return np.searchsorted(held, chosen).astype(np.int64)
 
 
 def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Components | None:
@@ -237,7 +334,5 @@ def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:
     return wanted
 
 
-def _open_test(dataset: DatasetRecipe, images: ImageSet, open_split: Opener) -> ImageSet | None:
-    if dataset.test_split is None:
-        return None
-    return with_classes(open_split(dataset, dataset.test_split), images.class_names)
+def _open_tests(dataset: DatasetRecipe, images: ImageSet, open_split: Opener) -> tuple[ImageSet, ...]:
+    return tuple(with_classes(open_split(dataset, split), images.class_names) for split in dataset.test_splits)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cache_tools.codecs import SparseTargets
@@ -52,7 +53,7 @@ class Batch:
 
     pixels: torch.Tensor  # uint8 [B, 3, H, W], the view's pixels
     labels: torch.Tensor  # int64 [B]
-    index: torch.Tensor  # int64 [B], sample indices
+    index: torch.Tensor  # int64 [B], rows of the split
     targets: BatchTargets
     labelled: torch.Tensor | None = None  # bool [B], whether the label is real; None if all are
     start: int = 0  # place of the first sample in the epoch's order
@@ -156,6 +157,8 @@ class Feed(ABC):
         num_views: views to cycle through; None shows view e in epoch e.
         epochs: of the run; no view is fetched for a later one.
         known: the labels, if only a fraction of them are real; None for the labels of `images`.
+        samples: int64 [N], the numbers of the images in the cache, by which views are drawn and targets are found; None
+            for 0 … N − 1.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class Feed(ABC):
         seed: int,
         device: torch.device,
         known: PartialLabels | None = None,
+        samples: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.images, self.views, self.num_views, self.targets = images, views, num_views, targets
         self.epochs, self.seed, self.device = epochs, seed, device
@@ -177,6 +181,7 @@ class Feed(ABC):
         labels = images.labels if known is None else known.labels
         self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(device)
         self._labelled = None if known is None else torch.from_numpy(known.labelled).to(device)
+        self._samples = samples
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="next-view")
         self._fetched: tuple[int, Future[ViewSource]] | None = None
 
@@ -195,13 +200,15 @@ class Feed(ABC):
         if epoch + 1 < self.epochs:
             self._fetch(self._view_of(epoch + 1))
         index = order.to(self.device)
+        samples = index if self._samples is None else torch.from_numpy(self._numbers(order.numpy())).to(self.device)
         labels = self._labels[index]
         epoch_labels = labels[: self.samples_per_epoch]
         labelled = None if self._labelled is None else self._labelled[index]
         for (start, stop), pixels in zip(self.bounds, self._pixels(order.numpy(), view), strict=True):
             rows = index[start:stop]
             real = None if labelled is None else labelled[start:stop]
-            yield Batch(pixels, labels[start:stop], rows, source.batch(rows, pixels), real, start, epoch_labels)
+            targets = source.batch(samples[start:stop], pixels)
+            yield Batch(pixels, labels[start:stop], rows, targets, real, start, epoch_labels)
 
     def close(self) -> None:
         """Stop the background thread. The target source stays open: whoever opened it closes it."""
@@ -210,6 +217,10 @@ class Feed(ABC):
     @abstractmethod
     def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
         """The view's pixels for each batch of an epoch, uint8 on the device."""
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers in the cache of rows of the split."""
+        return rows if self._samples is None else self._samples[rows]
 
     def _view_of(self, epoch: int) -> int:
         return epoch if self.num_views is None else epoch % self.num_views
@@ -233,7 +244,7 @@ class ResidentFeed(Feed):
         for piece in self._pieces():
             rows = order[piece]
             chosen = self._resident.index_select(0, torch.from_numpy(rows).to(self.device))
-            pixels[piece] = self.views.apply(chosen, rows, view)
+            pixels[piece] = self.views.apply(chosen, self._numbers(rows), view)
         for start, stop in self.bounds:
             yield pixels[start:stop]
 
@@ -276,7 +287,7 @@ class StreamingFeed(Feed):
         pixels = torch.from_numpy(self.images.load(rows))
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return self.views.apply(pixels, rows, view)
+        return self.views.apply(pixels, self._numbers(rows), view)
 
 
 def open_feed(
@@ -290,6 +301,7 @@ def open_feed(
     seed: int,
     device: torch.device,
     known: PartialLabels | None = None,
+    samples: npt.NDArray[np.int64] | None = None,
 ) -> Feed:
     """A resident feed if the split and one view of it fit into 60 % of the free memory, else a streaming one."""
     size = views.output_size(images.image_size)
@@ -298,7 +310,16 @@ def open_feed(
         needed += 3 * len(images) * images.image_size[0] * images.image_size[1]
     kind = ResidentFeed if needed <= RESIDENT_SHARE * free_memory(device) else StreamingFeed
     return kind(
-        images, views, num_views, targets, batch_size=batch_size, epochs=epochs, seed=seed, device=device, known=known
+        images,
+        views,
+        num_views,
+        targets,
+        batch_size=batch_size,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        known=known,
+        samples=samples,
     )
 
 

@@ -43,12 +43,24 @@ def labelled_rows(labels: npt.NDArray[np.int64], fraction: float, seed: int) -> 
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-def partial_labels(cache: TeacherCache, fusion: Fusion, fraction: float, seed: int) -> PartialLabels | None:
-    """The labels of a cache's samples if a run may use `fraction` of them; None if it may use all."""
+def partial_labels(
+    cache: TeacherCache,
+    fusion: Fusion,
+    labels: npt.NDArray[np.int64],
+    samples: npt.NDArray[np.int64] | None,
+    fraction: float,
+    seed: int,
+) -> PartialLabels | None:
+    """The labels of the images of a run if it may use `fraction` of them; None if it may use all.
+
+    Args:
+        labels: int64 [N], of the images.
+        samples: int64 [N], their numbers in the cache; None for all samples of the cache.
+    """
     if fraction == 1.0:
         return None
-    labelled = np.zeros(cache.num_samples, np.bool_)
-    labelled[labelled_rows(cache.labels, fraction, seed)] = True
+    labelled = np.zeros(len(labels), np.bool_)
+    labelled[labelled_rows(labels, fraction, seed)] = True
     targets = cache.load_view(0, features=False, fusion=fusion)
-    largest = targets.logits(slice(None)).argmax(dim=1).numpy()
-    return PartialLabels(np.where(labelled, cache.labels, largest).astype(np.int64), labelled)
+    largest = targets.logits(slice(None) if samples is None else samples).argmax(dim=1).numpy()
+    return PartialLabels(np.where(labelled, labels, largest).astype(np.int64), labelled)

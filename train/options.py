@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file.")
+    str,
+    typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100), a YAML file, or a folder of images."),
 ]
 OptionalRecipe = Annotated[
     str | None,

@@ -14,21 +14,38 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
     model_validator,
 )
 
-from cache_tools.config import Extensible, Frozen, load_recipe, parse_yaml
-from cache_tools.errors import CacheError, RecipeError
+from cache_tools.config import (
+    CHANGES,
+    FIELDS,
+    Changes,
+    Extensible,
+    Frozen,
+    given_settings,
+    parse_yaml,
+    set_dotted,
+    validate,
+)
+from cache_tools.errors import CacheError, MismatchError, RecipeError
+from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import Precision
-from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset, check_location
 from cache_tools.refusion import FusionChoice
 from cache_tools.views.recipe import ViewRecipe
+from train.sources import TrainSource, read_train_source
 from train.weights.names import files_digest, is_path
 
 # The settings of `--loss NAME`, from the paper or the reference implementation of each method.
@@ -262,16 +279,21 @@ class ScheduleRecipe(Frozen):
         return self
 
 
+def _changes_or_fields(value: Any) -> str:
+    return CHANGES if isinstance(value, Changes) else FIELDS
+
+
 class TrainRecipe(Extensible):
     """One run: what a student learns from, and how.
 
     A loss that uses targets takes the dataset and the views of the cache. A loss on labels alone needs no cache and
-    takes both from here.
+    takes both from here, or from a cache if it names no dataset.
 
     Attributes:
-        cache: path, URL, recipe name or fingerprint prefix. Not opened for a loss on labels alone.
+        cache: path, URL, recipe name or fingerprint prefix.
         fusion: how to fuse the teacher and CLIP of a component cache, where that differs from its build.
-        dataset, views: for a run on labels alone; ignored with a cache, which has its own.
+        dataset, views: for a run on labels alone. With a cache they are `Changes`: `split` (a part of the cached
+            samples), `test_split`, `data_dir` and `download` may be set; anything else must be as the cache has it.
         num_views: views to cycle through; None for all views of the cache or, on labels alone, a new one every epoch.
         label_fraction: fraction of each class that keeps its labels, drawn with label_seed. A run with targets still
             learns from the targets of all samples; a run on labels alone leaves unlabelled samples out.
@@ -296,8 +318,18 @@ class TrainRecipe(Extensible):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     cache: str | None = None
     fusion: FusionChoice = FusionChoice()
-    dataset: DatasetRecipe | None = None
-    views: ViewRecipe = ViewRecipe()
+    dataset: (
+        Annotated[
+            Annotated[DatasetRecipe, Tag(FIELDS)] | Annotated[Changes, Tag(CHANGES)], Discriminator(_changes_or_fields)
+        ]
+        | None
+    ) = None
+    views: (
+        Annotated[
+            Annotated[ViewRecipe, Tag(FIELDS)] | Annotated[Changes, Tag(CHANGES)], Discriminator(_changes_or_fields)
+        ]
+        | None
+    ) = None
     num_views: PositiveInt | None = None
     label_fraction: float = Field(1.0, gt=0.0, le=1.0)
     label_seed: int = Field(0, ge=0, lt=1 << 63)
@@ -345,6 +377,20 @@ class TrainRecipe(Extensible):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_changes_with_a_cache(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        dataset, views = data.get("dataset"), data.get("views")
+        if _needs_targets(data.get("loss")) or (data.get("cache") is not None and not _has_name(dataset)):
+            return {
+                **data,
+                "dataset": _as_changes(DatasetRecipe, dataset, "dataset"),
+                "views": _as_changes(ViewRecipe, views, "views"),
+            }
+        return {**data, "views": ViewRecipe() if views is None else views}
+
     @model_validator(mode="after")
     def _has_something_to_learn_from(self) -> TrainRecipe:
         if self.loss.needs_targets and self.cache is None:
@@ -353,7 +399,7 @@ class TrainRecipe(Extensible):
                 where=self.name,
                 next_step="give --cache, or --loss ce to learn from labels alone",
             )
-        if not self.loss.needs_targets and self.dataset is None:
+        if not self.loss.needs_targets and self.dataset is None and self.cache is None:
             raise RecipeError(
                 "a run on labels alone needs a dataset of its own",
                 where=self.name,
@@ -383,9 +429,49 @@ class TrainRecipe(Extensible):
         tag = model.partition(".")[2]
         return tag if source == "timm" and tag and ":" not in model else None
 
-    def locate(self, dataset: DatasetRecipe) -> DatasetRecipe:
-        """The dataset as this run opens it: with the run's own data_dir and download where it sets them."""
+    @property
+    def takes_images_of_cache(self) -> bool:
+        """Whether the images and views are those of the cache: with targets, or on labels alone without a dataset."""
+        return self.loss.needs_targets or not isinstance(self.dataset, DatasetRecipe)
+
+    def own_dataset(self) -> DatasetRecipe:
+        """The dataset of a run without a cache, as the run opens it."""
+        assert isinstance(self.dataset, DatasetRecipe), "a run without a cache has a dataset"
+        return self.dataset.located(self.data_dir, self.download)
+
+    def own_views(self) -> ViewRecipe:
+        """The views of a run without a cache."""
+        assert isinstance(self.views, ViewRecipe), "a run without a cache has views"
+        return self.views
+
+    def cached_dataset(self, manifest: Manifest) -> DatasetRecipe:
+        """The dataset of a cache as this run opens it: with the splits and places that it sets.
+
+        Raises:
+            MismatchError: the run sets something that the cache was not built with, in `dataset` or in `views`.
+        """
+        where = f"cache {manifest.name}-{manifest.fingerprint[:12]}"
+        _check_views(self.views, manifest.recipe.views, where)
+        changes = self.dataset if isinstance(self.dataset, Changes) else None
+        dataset = changed_dataset(manifest.dataset, manifest.recipe.dataset, changes, where=where)
         return dataset.located(self.data_dir, self.download)
+
+    def with_images_of(self, manifest: Manifest) -> TrainRecipe:
+        """A run on labels alone that names no dataset, with the images and views of a cache written out."""
+        changes = {
+            "cache": None,
+            "dataset": self.cached_dataset(manifest),
+            "views": manifest.recipe.views,
+            "num_views": self.num_views or manifest.num_views,
+        }
+        return self.model_copy(update=changes)
+
+    def stored(self) -> TrainRecipe:
+        """The recipe as a run folder keeps it. With a cache: without the settings that the cache determines."""
+        if not isinstance(self.dataset, Changes):
+            return self.model_copy(update={"views": None}) if isinstance(self.views, Changes) else self
+        kept = {key: value for key, value in self.dataset.values.items() if key in FREE_KEYS}
+        return self.model_copy(update={"dataset": Changes(**kept) if kept else None, "views": None})
 
     def on_labels(self, dataset: DatasetRecipe, views: ViewRecipe, num_views: int) -> TrainRecipe:
         """The same run on labels alone: same images, same views, same schedule, same seed.
@@ -417,7 +503,8 @@ class TrainRecipe(Extensible):
         """Everything that determines the result, as plain data. A resumed run must have the same."""
         data = self.model_dump(mode="json", exclude=_NO_EFFECT_ON_RESULT)
         if self.loss.needs_targets:  # they are the cache's, and its name and path do not matter
-            data |= {"dataset": None, "views": None}
+            chosen = {key: data["dataset"][key] for key in ("split", "test_split") if key in (data["dataset"] or {})}
+            data |= {"dataset": chosen or None, "views": None}
         elif data["dataset"]:
             elsewhere = {"data_dir", "download", "class_order"}  # the digest of the images covers their labels
             data["dataset"] = {key: value for key, value in data["dataset"].items() if key not in elsewhere}
@@ -425,6 +512,48 @@ class TrainRecipe(Extensible):
         if (weights := self.initial_weights) is not None:  # of a file the content matters, not the name
             data["student_weights"] = files_digest(Path(weights).expanduser()) if is_path(weights) else weights
         return data
+
+
+def _needs_targets(loss: Any) -> bool:
+    """Whether a loss, given as a model or plain data, uses targets; True for one that is not valid."""
+    try:
+        return LossRecipe.model_validate({} if loss is None else loss).needs_targets
+    except (ValidationError, RecipeError):
+        return True
+
+
+def _has_name(dataset: Any) -> bool:
+    return isinstance(dataset, DatasetRecipe) or (isinstance(dataset, Mapping) and "name" in dataset)
+
+
+def _as_changes(model: type[BaseModel], given: Any, where: str) -> Any:
+    """What is set of a part that the cache has, as `Changes`; None for nothing."""
+    if isinstance(given, BaseModel) and not isinstance(given, Changes):
+        given = Changes.made_by(given)
+    elif isinstance(given, Mapping):
+        given = Changes.to(model, given, where)
+    return None if isinstance(given, Changes) and not given.values else given
+
+
+def _check_views(views: ViewRecipe | Changes | None, cached: ViewRecipe, where: str) -> None:
+    """Raise MismatchError if a run sets views that a cache was not built with."""
+    if not isinstance(views, Changes):
+        return
+    wanted = views.apply_to(cached, where="views")
+    for key in views.values:
+        if getattr(wanted, key) != getattr(cached, key):
+            raise MismatchError(
+                f"the cache was built with other views: views.{key}",
+                where=where,
+                expected=_as_json(getattr(cached, key)),
+                found=_as_json(getattr(wanted, key)),
+                next_step=f"leave views.{key} out, or build a cache with these views",
+            )
+
+
+def _as_json(value: Any) -> str:
+    """A value of a recipe as it is written in YAML."""
+    return json.dumps(TypeAdapter(Any).dump_python(value, mode="json"))
 
 
 def recipe_digest(values: Mapping[str, Any]) -> str:
@@ -480,8 +609,43 @@ def builtin_recipes() -> Traversable:
 def load_train_recipe(
     source: str | None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
 ) -> TrainRecipe:
-    """Load a built-in recipe or a YAML file, with options applied on top; see `cache_tools.config.load_recipe`."""
-    return load_recipe(TrainRecipe, source, builtin_recipes(), map(_student_key, overrides), options)
+    """Load a recipe, with options applied on top; see `cache_tools.config.load_recipe`.
+
+    The dataset and views of a built-in recipe are for runs on labels alone: with a cache only those that `options` and
+    `overrides` set count.
+
+    Args:
+        source: a built-in name, a YAML file of `train-student` or `build-cache`, a folder of images, or None for an
+            empty recipe.
+
+    Raises:
+        RecipeError: as `load_recipe`; a setting that has no effect.
+    """
+    settings = given_settings(map(_student_key, overrides), options)
+    data, own, of_a_run = TrainSource({}) if source is None else read_train_source(source, builtin_recipes())
+    if of_a_run and _needs_targets(data.get("loss")) and _has_name(data.get("dataset")):
+        data = {**data, "dataset": None, "views": None}  # earlier versions stored what the cache replaced
+    for key, value in settings:
+        set_dotted(data, key, value)
+    given = own | {key for key, _ in settings}
+    if _needs_targets(data.get("loss")) or ("cache" in given and data.get("cache") is not None):
+        for part, model in (("dataset", DatasetRecipe), ("views", ViewRecipe)):
+            values = data.get(part)
+            if isinstance(values, dict):
+                kept = values.keys() if part in given else _keys_below(part, given)
+                data[part] = _as_changes(model, {key: values[key] for key in kept if key in values}, part)
+    elif data.get("dataset") is not None:
+        data["cache"] = None  # named for other losses
+    recipe = validate(TrainRecipe, data, where=source or "options")
+    if isinstance(recipe.dataset, DatasetRecipe):
+        recipe.own_dataset()  # refuses a data_dir of a source that has none
+        check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)
+    return recipe
+
+
+def _keys_below(part: str, given: Iterable[str]) -> set[str]:
+    """The keys of a part of a recipe that dotted keys set: `split` of `dataset.split`."""
+    return {key.split(".")[1] for key in given if key.startswith(f"{part}.")}
 
 
 def _student_key(item: str) -> str:

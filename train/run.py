@@ -26,7 +26,7 @@ from cache_tools.reader import TeacherCache
 from train import checkpoints
 from train.checkpoints import StudentCard
 from train.cost import check_images, count_parameters
-from train.data import TrainingData, open_data
+from train.data import TrainingData, open_data, with_cached_images
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
 from train.initial import check_outputs, first_student
@@ -39,7 +39,7 @@ from train.runs import folder, trackers
 from train.runs.curves import plot_curves
 from train.runs.metrics import RunLog, read_metrics
 from train.runs.predictions import store_predictions
-from train.runs.result import RunResult, load_result, top1_of_teachers
+from train.runs.result import RunResult, SplitResult, load_result, top1_of_teachers
 from train.runs.stored import data_name
 
 Value = TypeVar("Value")
@@ -59,6 +59,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         CacheError: a problem with recipe, device, cache, images, storage, divergence or memory.
     """
     device = run_device(recipe)
+    recipe = with_cached_images(recipe)
     trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
     data = open_data(recipe, device)
     try:
@@ -158,7 +159,7 @@ def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = Fa
     path = run_folder(recipe, digest)
     with folder.claimed(path, identity, overwrite=overwrite):
         if load_result(path) is None:
-            put_durably(path / folder.RECIPE, dump_yaml(recipe).encode())
+            put_durably(path / folder.RECIPE, dump_yaml(recipe.stored()).encode())
             if data.cache is not None:
                 source = json.dumps(_describe_cache(data.cache), indent=2, ensure_ascii=False)
                 put_durably(path / folder.CACHE, source.encode())
@@ -226,7 +227,7 @@ class Run:
         checkpoints.save_student(self.path / checkpoints.LAST, self.learner.student, card)
         if self.learner.average is not None:
             checkpoints.save_student(self.path / checkpoints.EMA, self.learner.average.module, card)
-        store_predictions(self.path, self.learner.student, self.data.test, self.data.preprocessing, self.device)
+        store_predictions(self.path, self.learner.student, self.data.test, self.data.test_preprocessing, self.device)
         cache = self.data.cache
         result = RunResult(
             name=self.recipe.name,
@@ -244,6 +245,10 @@ class Run:
             best=None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], "test"),
             best_epoch=self.best_epoch,
             ema=_evaluation(self.history[-1], "ema"),
+            more_tests={
+                test.split: self._more_figures(number) for number, test in enumerate(self.data.tests) if number > 0
+            },
+            test_preprocessing=self.data.test_preprocessing if self.data.tests else None,
             teachers=None if cache is None else cache.manifest.preflight,
             notes=() if self.data.test is None else missing_note(self.data.test),
             train_s=sum(row["train_s"] for row in self.history),
@@ -263,11 +268,18 @@ class Run:
             models["ema"] = self.learner.average.module
         figures: dict[str, Any] = {}
         for prefix, model in models.items():
-            measured: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
-            if due and self.data.test is not None:
-                measured = evaluate(model, self.data.test, self.data.preprocessing, self.device).model_dump()
-            figures |= {f"{prefix}_{name}": value for name, value in measured.items()}
+            for number, test in enumerate(self.data.tests or (None,)):
+                measured: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
+                if due and test is not None:
+                    measured = evaluate(model, test, self.data.test_preprocessing, self.device).model_dump()
+                figures |= {f"{_columns(prefix, number)}_{name}": value for name, value in measured.items()}
         return figures
+
+    def _more_figures(self, number: int) -> SplitResult:
+        """The figures on a test split after the first one."""
+        test, ema, last = _columns("test", number), _columns("ema", number), self.history[-1]
+        best = None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], test)
+        return SplitResult(last=_evaluation(last, test), best=best, ema=_evaluation(last, ema))
 
     def _commit_epoch(self, row: dict[str, Any]) -> None:
         """Add a finished epoch. Its commit is the state file: a run that crashed before it repeats the epoch."""
@@ -300,9 +312,8 @@ def _create_learner(data: TrainingData, recipe: TrainRecipe, device: torch.devic
     torch.manual_seed(recipe.seed)  # weights are drawn on the CPU, so they are the same on every device
     num_classes = len(data.images.class_names)
     student, notes = first_student(recipe, num_classes)
-    image_size = data.views.output_size(data.images.image_size)
-    check_images(student.eval(), image_size)
-    check_outputs(student, recipe, num_classes, image_size)
+    check_images(student.eval(), data.view_size)
+    check_outputs(student, recipe, num_classes, data.view_size)
     for note in notes:
         print(f"note: {recipe.student} {note}", file=sys.stderr, flush=True)
     objective = Objective(
@@ -324,7 +335,8 @@ def _create_card(data: TrainingData, recipe: TrainRecipe, digest: str) -> Studen
         architecture=recipe.student,
         num_classes=len(data.images.class_names),
         class_names=data.images.class_names,
-        image_size=data.views.output_size(data.images.image_size),
+        image_size=data.view_size,
+        crop=data.test_preprocessing.crop,
         mean=data.preprocessing.mean,
         std=data.preprocessing.std,
         dataset=data.images.name,
@@ -336,6 +348,11 @@ def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
     """The location of the cache of a run: `path` and, for a remote cache, `url`; `path` is then its local mirror."""
     url = None if cache.origin is None else cache.origin.url
     return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
+
+
+def _columns(prefix: str, number: int) -> str:
+    """How the names of the metrics on a test split begin: `test`, then `test_2`, …; `ema` for averaged weights."""
+    return prefix if number == 0 else f"{prefix}_{number + 1}"
 
 
 def _evaluation(row: dict[str, Any], prefix: str) -> Evaluation | None:

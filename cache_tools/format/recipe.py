@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -32,14 +32,18 @@ class Finite(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-class Preprocessing(Finite):
-    """How a network turns the uint8 view canvas into its input: resize, scale to [0, 1], normalise.
+class Preprocessing(Finite, Extensible):
+    """How a network turns the uint8 view canvas into its input: resize, crop, scale to [0, 1], normalise.
 
-    `size` is (height, width) in pixels; None keeps the canvas. Mean and std are per RGB channel, on [0, 1].
+    `size` is (height, width) in pixels; None keeps the canvas. `crop` is the part of the resized canvas that the centre
+    crop of this size keeps; 1 keeps the whole shorter side. Mean and std are per RGB channel, on [0, 1].
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"crop"})
 
     size: tuple[PositiveInt, PositiveInt] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    crop: float = Field(1.0, gt=0.0, le=1.0)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 from cache_tools.errors import DataError
 from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from cache_tools.images.image_set import ImageSet
 
 # `train[:20000]`, `train[50%:]`, `train[::5]`
@@ -42,15 +45,25 @@ def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
 
 
 def _open_part(recipe: DatasetRecipe, wanted: str) -> ImageSet:
-    match = _PART.fullmatch(wanted)
-    if match is None:
+    if whole_split(wanted) == wanted:
         return _open_split(recipe, wanted)
-    images = _open_split(recipe, match["split"])
-    start, stop = (_bound(match[end], len(images)) for end in ("start", "stop"))
-    part = images.subset(slice(start, stop, int(match["step"]) if match["step"] else None), wanted)
-    if len(part) == 0:
-        raise DataError("that part of the split is empty", where=wanted, found=f"{len(images)} samples in all")
-    return part
+    images = _open_split(recipe, whole_split(wanted))
+    return images.subset(_slice(wanted, len(images)), wanted)
+
+
+def whole_split(split: str) -> str:
+    """The name of the split that a part belongs to: `train` of `train[::5]`; other names are returned unchanged."""
+    match = _PART.fullmatch(split)
+    return split if match is None else match["split"]
+
+
+def part_rows(split: str, count: int) -> npt.NDArray[np.int64]:
+    """The rows of a part in its whole split of `count` samples, int64, ascending; all of them for a whole split.
+
+    Raises:
+        DataError: the part is empty.
+    """
+    return np.arange(count, dtype=np.int64)[_slice(split, count)]
 
 
 def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
@@ -61,6 +74,18 @@ def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
     from cache_tools.images.arrays import SOURCES
 
     return SOURCES[recipe.name](recipe, split)
+
+
+def _slice(split: str, count: int) -> slice:
+    """The samples of a part of a split of `count` samples."""
+    match = _PART.fullmatch(split)
+    if match is None:
+        return slice(None)
+    start, stop = (_bound(match[end], count) for end in ("start", "stop"))
+    part = slice(start, stop, int(match["step"]) if match["step"] else None)
+    if not len(range(count)[part]):
+        raise DataError("that part of the split is empty", where=split, found=f"{count} samples in all")
+    return part
 
 
 def _bound(text: str, count: int) -> int | None:

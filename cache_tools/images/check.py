@@ -50,7 +50,7 @@ def check_images(*splits: ImageSet | None) -> None:
         raise _unknown_range(folders, unknown, "whose range is not declared")
 
 
-def check_new_images(images: ImageSet, test: ImageSet | None = None) -> None:
+def check_new_images(images: ImageSet, *tests: ImageSet | None) -> None:
     """`check_images`, and whether a new cache or a run on labels should use these splits as they are.
 
     Raises:
@@ -59,8 +59,8 @@ def check_new_images(images: ImageSet, test: ImageSet | None = None) -> None:
     """
     if isinstance(images, FolderImages):
         _check_classes(images)
-    check_images(images, test)
-    folders = [split for split in (images, test) if isinstance(split, FolderImages)]
+    check_images(images, *tests)
+    folders = [split for split in (images, *tests) if isinstance(split, FolderImages)]
     deep = [(finding.kind, finding.deep) for split in folders for finding in findings(split).values() if finding.deep]
     if deep and max(high for _, (_, high) in deep) < MIN_FULL_RANGE:
         raise _unknown_range(folders, deep, "which would be nearly black")

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
-from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Extensible, name_or_fields, one_or_several
+from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Changes, Extensible, name_or_fields, one_or_several
+from cache_tools.errors import MismatchError, RecipeError
 from cache_tools.images.class_names import ORDERS, read_names
 
 # Raise it when the canvas of some image file changes; see pipeline/build/known.py. 2: transparency on a background.
@@ -43,6 +44,17 @@ ClassOrder = Annotated[
     BeforeValidator(partial(read_names, where="dataset.class_order", orders=tuple(ORDERS))),
 ]
 
+# The sources that have files of their own, and those of them that can be downloaded.
+_WITH_FILES = frozenset({"fashion-mnist", "cifar10", "cifar100", "folder"})
+_DOWNLOADABLE = _WITH_FILES - {"folder"}
+
+TestSplits = Annotated[
+    Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(one_or_several),
+]
+# What a user of a cache may choose anew; everything else determines its targets.
+FREE_KEYS = frozenset({"split", "test_split", "data_dir", "download"})
+
 
 class DatasetRecipe(Extensible):
     """The source of the images.
@@ -51,7 +63,8 @@ class DatasetRecipe(Extensible):
         name: the source; `folder` is any folder of class sub-folders.
         split: the split to cache and train on. `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it: Python
             slices of the samples in order. The samples of a folder are sorted by class, so take every k-th.
-        test_split: the split to evaluate on, or a part; None for no evaluation.
+        test_split: the split to evaluate on, or a part; None for no evaluation. Of several, all are evaluated, and the
+            first chooses the best epoch. A split of a folder may be a path of its own.
         data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits.
         download: whether to download missing files (Fashion-MNIST, CIFAR).
         image_size: side of the square canvas of a folder, 224 when None; the other sources have a fixed size.
@@ -74,7 +87,7 @@ class DatasetRecipe(Extensible):
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
     split: str = "train"
-    test_split: str | None = "test"
+    test_split: TestSplits | None = "test"
     data_dir: Path | None = None
     download: bool = False
     image_size: int | None = Field(None, ge=8, le=4096)
@@ -85,6 +98,15 @@ class DatasetRecipe(Extensible):
     value_range: ValueRange | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     sub_folders: Literal["merge", "classes"] | None = None
+
+    @field_validator("test_split")
+    @classmethod
+    def _test_splits_differ(cls, value: TestSplits | None) -> TestSplits | None:
+        if isinstance(value, tuple):
+            if len(set(value)) < len(value):
+                raise ValueError("a test split is named twice")
+            return value[0] if len(value) == 1 else value
+        return value
 
     @model_validator(mode="after")
     def _only_folders_choose_a_size(self) -> DatasetRecipe:
@@ -109,6 +131,13 @@ class DatasetRecipe(Extensible):
         return self.absolute().data_dir.name or self.name  # type: ignore[union-attr]
 
     @property
+    def test_splits(self) -> tuple[str, ...]:
+        """All test splits, the one that chooses the best epoch first; empty for no evaluation."""
+        if self.test_split is None:
+            return ()
+        return (self.test_split,) if isinstance(self.test_split, str) else self.test_split
+
+    @property
     def normalisation(self) -> Normalisation:
         """(mean, std), each per RGB channel, for pixels scaled to [0, 1]."""
         return _NORMALISATION[self.name]
@@ -125,9 +154,72 @@ class DatasetRecipe(Extensible):
         return self.model_copy(update={"data_dir": Path(os.path.abspath(self.data_dir.expanduser()))})
 
     def located(self, data_dir: Path | None, download: bool = False) -> DatasetRecipe:
-        """The same dataset with another `data_dir`, if given, made absolute; `download` can only be switched on."""
+        """The same dataset with another `data_dir`, if given, made absolute; `download` can only be switched on.
+
+        Raises:
+            RecipeError: a `data_dir` or `download` for a source that has none.
+        """
+        check_location(self.name, data_dir, download)
         changes = {"data_dir": data_dir or self.data_dir, "download": download or self.download}
         return self.model_copy(update=changes).absolute()
+
+
+def check_location(name: str, data_dir: Path | None, download: bool) -> None:
+    """Raise RecipeError for a `data_dir` of a source without files, or a `download` of one that is not downloaded."""
+    if data_dir is not None and name not in _WITH_FILES:
+        raise RecipeError(
+            f"the dataset {name} has no folder of files, so no data_dir can be set",
+            where=data_dir,
+            next_step="give a folder of images as the argument in place of the recipe, or set dataset.name=folder",
+        )
+    if download and name not in _DOWNLOADABLE:
+        raise RecipeError(
+            f"the dataset {name} cannot be downloaded",
+            where="--download",
+            expected=f"one of {', '.join(sorted(_DOWNLOADABLE))}",
+            next_step="leave --download out",
+        )
+
+
+def changed_dataset(
+    stored: DatasetRecipe, identity: DatasetIdentity, changes: Changes | None, *, where: object
+) -> DatasetRecipe:
+    """The dataset of a cache as a user of it wants to open it.
+
+    Args:
+        stored: of the cache.
+        changes: the user's settings; splits and places are free, everything else must be as the cache has it.
+        where: the cache, for errors.
+
+    Raises:
+        RecipeError: a bad value.
+        MismatchError: a setting that the cache was not built with.
+    """
+    if changes is None:
+        return stored
+    values = changes.values
+    if values.get("name", stored.name) != stored.name:
+        raise _other_setting("name", stored.name, values["name"], where)
+    data_dir = values.get("data_dir")
+    check_location(stored.name, None if data_dir is None else Path(str(data_dir)), values.get("download") is True)
+    changed = changes.apply_to(stored, where="dataset")
+    for key in sorted(values.keys() - FREE_KEYS):
+        wanted, found = getattr(changed, key), getattr(stored, key)
+        if key == "image_size":
+            found = identity.image_size[0]
+        if wanted not in (found, getattr(stored, key)):
+            raise _other_setting(key, found, wanted, where)
+    return changed
+
+
+def _other_setting(key: str, expected: object, found: object, where: object) -> MismatchError:
+    return MismatchError(
+        f"the cache was built with another dataset.{key}",
+        where=where,
+        expected=expected,
+        found=found,
+        next_step=f"leave dataset.{key} out, or build a cache with it",
+    )
 
 
 class DatasetIdentity(Extensible):

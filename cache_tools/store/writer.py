@@ -19,6 +19,7 @@ from cache_tools.format.arrays import target_arrays
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Canary, Manifest
 from cache_tools.format.stored import MANIFEST_KEY, check_limits, check_storable, manifest_attribute
+from cache_tools.images.recipe import TestSplits
 from cache_tools.store.blocks import read_commits
 from cache_tools.store.create import StoredConstants, check_constants, check_samples, constants_digest, create_empty
 from cache_tools.store.encoding import Encoder
@@ -197,6 +198,25 @@ class CacheWriter:
                 if array.shape[0] < num_views:
                     array.resize((num_views, *array.shape[1:]))
             latest._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
+        return CacheWriter.resume(self.path, manifest.fingerprint)
+
+    def record_test_split(self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None) -> CacheWriter:
+        """Change which images the students of this cache are tested on; it determines no target.
+
+        Args:
+            preflight: the accuracy of the networks on them, as plain JSON; None keeps the earlier figures.
+        """
+        stored = read_manifest(self.path)  # another process may have grown it
+        update: dict[str, Any] = {"dataset": stored.dataset.model_copy(update={"test_split": test_split})}
+        if isinstance(built := stored.build_recipe.get("dataset"), dict):
+            changed = {"test_split": list(test_split) if isinstance(test_split, tuple) else test_split}
+            update["build_recipe"] = {**stored.build_recipe, "dataset": {**built, **changed}}
+        if preflight is not None:
+            update["provenance"] = {**stored.provenance, "preflight": dict(preflight)}
+        manifest = stored.model_copy(update=update)
+        check_limits(manifest, where=self.path)
+        with translate_errors(self.path):
+            self._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
         return CacheWriter.resume(self.path, manifest.fingerprint)
 
     def _rows(self, view: int, block: int) -> slice:

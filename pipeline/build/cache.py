@@ -29,6 +29,7 @@ from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images, frame_notes
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
 from pipeline.build.destination import destination
 from pipeline.build.known import INPUTS, find_finished, inputs_digest
@@ -37,6 +38,7 @@ from pipeline.recipe import BuildRecipe
 
 if TYPE_CHECKING:
     from cache_tools.store.writer import CacheWriter
+    from pipeline.build.output import Output
     from pipeline.networks.ensemble import TeacherEnsemble
 
 Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
@@ -79,7 +81,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         open_place(recipe.out)  # fail early on a malformed URL
     images = open_images(recipe.dataset)
     finished = find_finished(recipe, images)
-    if finished is not None:
+    if finished is not None and finished.manifest.dataset.test_split == recipe.dataset.test_split:
         say(f"{finished.where} is complete: nothing to do")
         contents = _folders(images)
         return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest), folders=contents)
@@ -122,6 +124,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         create=lambda path: _create(path, recipe, identity, (images, test), ensemble, inputs, say),
         grow=lambda writer: _grow(writer, recipe, images, ensemble),
     )
+    _record_test_split(output, recipe, images, test, ensemble, say)
     manifest = output.manifest
     result = BuildResult(
         *where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(images, test)
@@ -135,6 +138,33 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     start = time.monotonic()
     count = build_blocks(output, images, ensemble, recipe.batch_size)
     return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
+
+
+def _record_test_split(
+    output: Output,
+    recipe: BuildRecipe,
+    images: ImageSet,
+    test: ImageSet | None,
+    ensemble: TeacherEnsemble,
+    say: Callable[[str], None],
+) -> None:
+    """Record the test splits of the recipe in a cache that has others, after a preflight on the new one."""
+    before, after = output.manifest.dataset.test_split, recipe.dataset.test_split
+    if before == after:
+        return
+    for split in recipe.dataset.test_splits:
+        with_classes(open_images(recipe.dataset, split), images.class_names)
+    preflight = None
+    if recipe.preflight_samples:
+        ensemble.use_scales(output.manifest.clip_scales)
+        preflight = run_preflight(ensemble, test or images, recipe.preflight_samples, recipe.batch_size)
+        say(f"preflight: {preflight}")
+    output.record_test_split(after, None if preflight is None else preflight.model_dump())
+    say(f"the test split is now {_splits(after)} (it was {_splits(before)}); the targets stay as they are")
+
+
+def _splits(splits: TestSplits | None) -> str:
+    return splits if isinstance(splits, str) else ", ".join(splits or ()) or "none"
 
 
 def resolve(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheRecipe:
@@ -264,14 +294,15 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
 
 
 def _open_test(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None]) -> ImageSet | None:
-    """The test split, with the labels of the training images; None if there is none.
+    """The first test split, with the labels of the training images; None if there is none.
 
     The preflight needs it, and its images are checked. Without a preflight they may be on another machine.
     """
-    if recipe.dataset.test_split is None or not (recipe.preflight_samples or recipe.dataset.name == "folder"):
+    splits = recipe.dataset.test_splits
+    if not splits or not (recipe.preflight_samples or recipe.dataset.name == "folder"):
         return None
     try:
-        test = open_images(recipe.dataset, recipe.dataset.test_split)
+        test = open_images(recipe.dataset, splits[0])
     except DataError as error:
         if recipe.preflight_samples:
             raise

@@ -15,11 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.console import Progress
+from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.home.origin import OriginRecord, write_origin
+from cache_tools.images.recipe import TestSplits
 from cache_tools.places import LocalPlace, Place
-from cache_tools.places.claims import Claims
+from cache_tools.places.claims import Claims, growing
+from cache_tools.places.metadata import GROUP
 from cache_tools.places.transfer import block_arrays, copy_block, copy_blocks, list_committed
 from cache_tools.store.group import translate_errors
 from cache_tools.store.writer import CacheWriter
@@ -42,6 +45,12 @@ class Output:
         self._writer, self.path, self.manifest = writer, writer.path, writer.manifest
         self.place: Place = LocalPlace(writer.path)
         self.bytes_moved = 0
+
+    def record_test_split(self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None) -> None:
+        """Store other test splits in the manifest, and a preflight on the first of them if there was one."""
+        with growing(self.place):
+            self._writer = self._writer.record_test_split(test_split, preflight)
+        self.manifest = self._writer.manifest
 
     def missing_blocks(self) -> list[BlockId]:
         """Blocks that are not committed, in order."""
@@ -96,6 +105,12 @@ class MirroredOutput(Output):
             if not self._mirror.has(block.commit_key):
                 super().store(block, arrays, parameter_digest)
         self._push(block)
+
+    def record_test_split(self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None) -> None:
+        with growing(self.place), growing(self._mirror):
+            self._writer = self._writer.record_test_split(test_split, preflight)
+            self.place.put(GROUP, self._mirror.read(GROUP, MAX_METADATA_BYTES))
+        self.manifest = self._writer.manifest
 
     def push_from_mirror(self, block: BlockId) -> bool:
         if not self._mirror.has(block.commit_key):

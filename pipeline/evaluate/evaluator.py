@@ -18,8 +18,16 @@ from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import DataError
 from cache_tools.files import output_folder
 from cache_tools.images.classes import missing_note
+from cache_tools.images.image_set import ImageSet
 from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
-from pipeline.evaluate.report import CONFUSION, CONFUSION_PICTURE, EvaluateOptions, EvaluationReport, RobustnessReport
+from pipeline.evaluate.report import (
+    CONFUSION,
+    CONFUSION_PICTURE,
+    CheckpointFigures,
+    EvaluateOptions,
+    EvaluationReport,
+    RobustnessReport,
+)
 from pipeline.evaluate.student import EvaluatedStudent, evaluate_checkpoint, measure_robustness, parquet
 from train.checkpoints import StudentCard, read_card
 from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused
@@ -54,6 +62,10 @@ class _Evaluator:
         card = read_card(self.run.checkpoint(self.checkpoint))
         self.folder = output_folder(options.out or self.run.folder / EVALUATION, "evaluation")
         self.images = self.run.open_test(card, options.split, options.data_dir, options.download)
+        self.more = [
+            self.run.open_test(card, split, options.data_dir, options.download)
+            for split in (() if options.split else self.run.dataset.test_splits[1:])
+        ]
         self.labels = torch.from_numpy(np.ascontiguousarray(self.images.labels, np.int64)).to(self.device)
         self.baseline = self._open_baseline(card)
         self.shifted = (
@@ -87,6 +99,7 @@ class _Evaluator:
             checkpoint=self.checkpoint,
             figures=tuple(entry.figures for entry in students.values()),
             baseline_figures=None if baseline is None else baseline.figures,
+            more_splits={images.split: self._figures_on(images) for images in self.more},
             classes=class_figures(matrix, names),
             confused=most_confused(matrix, names),
             robustness=self._robustness(student, baseline, files),
@@ -141,6 +154,16 @@ class _Evaluator:
         options = self.options
         return evaluate_checkpoint(
             run, which, self.images, self.device, options.batch_size, options.precision, title=f"evaluate {title}"
+        )
+
+    def _figures_on(self, images: ImageSet) -> tuple[CheckpointFigures, ...]:
+        """The figures of every checkpoint of the run on a further test split."""
+        options = self.options
+        return tuple(
+            evaluate_checkpoint(
+                self.run, which, images, self.device, options.batch_size, options.precision, f"evaluate {images.split}"
+            ).figures
+            for which in self.run.checkpoints()
         )
 
     def _robustness(

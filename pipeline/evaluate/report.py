@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from cache_tools.config import Frozen
 from cache_tools.files import put_durably
@@ -71,8 +71,9 @@ class RobustnessReport(Frozen):
 
 
 class EvaluationReport(Frozen):
-    """The content of `evaluation.json`. All but `figures` and `baseline_figures` is about `checkpoint`.
+    """The content of `evaluation.json`. All but `figures`, `baseline_figures` and `more_splits` is about `checkpoint`.
 
+    `more_splits` has the figures of every checkpoint on further test splits; everything else is about `split`.
     `notes` are what a reader of the figures should know, such as classes without test images.
     """
 
@@ -88,6 +89,7 @@ class EvaluationReport(Frozen):
     checkpoint: str
     figures: tuple[CheckpointFigures, ...]
     baseline_figures: CheckpointFigures | None = None
+    more_splits: dict[str, tuple[CheckpointFigures, ...]] = Field(default_factory=dict)
     classes: tuple[ClassFigures, ...]
     confused: tuple[Confusion, ...]
     robustness: RobustnessReport | None = None

@@ -55,7 +55,7 @@ def evaluate_checkpoint(
 ) -> EvaluatedStudent:
     """Load a checkpoint (`last`, `best`, `ema`) of a run and evaluate it on clean images."""
     model, card = load_student(run.checkpoint(which), device)
-    preprocessing = Preprocessing(mean=card.mean, std=card.std)
+    preprocessing = card.preprocessing(images.image_size)
     logits = _predict(model, preprocessing, images, device, batch_size, precision, title)
     labels = torch.from_numpy(np.ascontiguousarray(images.labels, np.int64)).to(device)
     evaluation = evaluate_logits(logits, labels)

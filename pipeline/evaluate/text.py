@@ -46,6 +46,9 @@ def _figures(report: EvaluationReport) -> Table:
         table.add_row(f"{row.checkpoint} (epoch {row.epoch}){details}", *_cells(row.evaluation))
     if (base := report.baseline_figures) is not None:
         table.add_row(f"baseline, {base.checkpoint} (epoch {base.epoch})", *_cells(base.evaluation))
+    for split, rows in report.more_splits.items():
+        for row in rows:
+            table.add_row(f"{row.checkpoint} (epoch {row.epoch}), {split}", *_cells(row.evaluation))
     if report.shifted is not None:
         table.add_row(f"shifted images, {report.checkpoint}", *_cells(report.shifted))
     return table

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache_tools.alignment import MAX_CANARIES, aligned, make_canaries, pixel_digest
+from cache_tools.alignment import MAX_CANARIES, aligned, make_canaries, pixel_digest, rows_in_cache
 from cache_tools.errors import MismatchError
 from cache_tools.format import commits
 from cache_tools.images.arrays import ArrayImages
@@ -51,6 +51,20 @@ def edited(images: ArrayImages) -> ArrayImages:
     return replace(images, keys=keys)
 
 
+def without(images: ArrayImages, *rows: int) -> ArrayImages:
+    return images.subset(np.delete(np.arange(len(images)), rows))
+
+
+def with_extra(images: ArrayImages, count: int) -> ArrayImages:
+    extra = tiny_images(count, seed=5)
+    return replace(
+        images,
+        keys=np.concatenate([images.keys, extra.keys]),
+        labels=np.concatenate([images.labels, extra.labels]),
+        pixels=np.concatenate([images.pixels, extra.pixels]),
+    )
+
+
 def renamed(images: ArrayImages, *names: str) -> ArrayImages:
     return replace(images, class_names=names)
 
@@ -61,19 +75,21 @@ LABEL = IMAGES.labels[33]
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (tiny_images(74), r"another number of samples .*expected 75; found 74"),
-        (tiny_images(num_classes=6), r"another number of classes .*expected 5; found 6"),
+        (without(IMAGES, 74), r"1 image is missing, first sample 74 of class class_\d .*expected 75 images; found 74"),
+        (without(IMAGES, 7, 9), r"2 images are missing, first sample 7 .*found 73. Put them back, or build"),
+        (with_extra(IMAGES, 1), r"1 image was added .*expected 75 images; found also .* Move it out of the split, or"),
+        (tiny_images(num_classes=6), r"6 classes, not 5 .*expected no others; found 'class_5'"),
         (
             renamed(IMAGES, "class_0", "class_1", "cat", "class_3", "class_4"),
-            r"other class names, first at class 2 .*expected 'class_2'; found 'cat'",
+            r"other class names .*expected 'class_2'; found 'cat'. Rename 'cat' back, or build",
         ),
         (
             renamed(IMAGES, "class_0", "class_1", "class_3", "class_2", "class_4"),
             r"same classes in another order, first at class 2 .*expected 'class_2'; found 'class_3'",
         ),
         (swapped(IMAGES), r"same images in another order, first at sample 20"),
-        (edited(IMAGES), r"other contents of 1 samples, first at sample 12"),
-        (tiny_images(seed=9), r"other contents of 75 samples, first at sample 0"),
+        (edited(IMAGES), r"other contents of 1 images, first sample 12 of class class_\d \("),
+        (tiny_images(seed=9), r"other contents of 75 images, first sample 0 .*were they all saved again"),
         (
             relabelled(IMAGES),
             rf"other labels of 2 samples, first at sample 33 .*class_{LABEL}; found class_{(LABEL + 1) % 5}",
@@ -180,3 +196,33 @@ def test_copies_of_an_image_keep_their_labels(tmp_path: Path) -> None:
 def test_a_change_besides_the_order_is_still_refused(cache: TeacherCache, change: Callable[..., ArrayImages]) -> None:
     with pytest.raises(MismatchError, match="not the one the cache was built from"):
         aligned(cache, shuffled(change(IMAGES)))
+
+
+# A part of the cached images
+
+
+def test_rows_in_the_cache_are_found_in_any_order(cache: TeacherCache) -> None:
+    rows = np.random.default_rng(3).permutation(75)[:20]
+    np.testing.assert_array_equal(rows_in_cache(cache, IMAGES.subset(rows)), rows)
+
+
+def test_copies_in_a_part_get_rows_of_their_own(tmp_path: Path) -> None:
+    rows = np.array([3, *range(10), 3])
+    twins = replace(IMAGES, keys=IMAGES.keys[rows], labels=IMAGES.labels[rows], pixels=IMAGES.pixels[rows])
+    build(tmp_path / "c", tiny_manifest(twins), twins)
+    found = rows_in_cache(TeacherCache.open(tmp_path / "c"), twins.subset(np.array([11, 5, 4])))
+    np.testing.assert_array_equal(found, [0, 5, 4])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (tiny_images(4, seed=9), "an image is not in the cache"),
+        (IMAGES.subset(np.array([4, 4])), "an image is not in the cache"),  # once in the cache, twice here
+        (renamed(IMAGES, "a", "b", "c", "d", "e"), "other class names"),
+        (replace(IMAGES, image_size=(28, 32)), "another image size"),
+    ],
+)
+def test_images_that_the_cache_lacks_are_refused(cache: TeacherCache, part: ArrayImages, message: str) -> None:
+    with pytest.raises(MismatchError, match=message):
+        rows_in_cache(cache, part)

@@ -42,6 +42,7 @@ def write_cache(
     blocks: int | None = None,
     drifted: bool = False,
     download: bool = False,
+    split: str = "train",
     **manifest: Any,
 ) -> Path:
     """A complete cache, or its first blocks only.
@@ -49,9 +50,10 @@ def write_cache(
     Args:
         drifted: store canaries of other pixels.
         download: of the dataset in the manifest.
+        split: the pictures to cache.
     """
-    images: Any = open_images(dataset(pictures))
-    source = dataset(pictures).model_copy(update={"download": download})
+    images: Any = open_images(dataset(pictures), split)
+    source = dataset(pictures).model_copy(update={"download": download, "split": split})
     built = cache_factory.tiny_manifest(images, **manifest).model_copy(update={"dataset": source})
     if drifted:
         wrong = tuple(canary.model_copy(update={"pixel_digest": "0" * 32}) for canary in built.canaries)

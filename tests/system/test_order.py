@@ -169,9 +169,9 @@ def test_other_images_or_labels_stop_before_the_first_step(
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert {
         "label": "other labels of 1 samples",
-        "content": "other contents of 1 samples",
-        "missing": "another number of samples",
-        "more": "another number of samples",
+        "content": "other contents of 1 images",
+        "missing": "1 image is missing, first sample ",
+        "more": "1 image was added",
         "class": "class names",
     }[change] in line
     assert not (tmp_path / "run").exists()

@@ -11,6 +11,8 @@ import pytest
 
 from cache_tools.config import builtin_names, dump_yaml
 from cache_tools.errors import RecipeError
+from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.views.recipe import ViewRecipe
 from pipeline.recipe import load_build_recipe
 from train.recipe import (
     LOSSES,
@@ -46,10 +48,11 @@ def test_built_in_recipes() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_on_labels_alone_has_the_views_of_the_cache(name: str) -> None:
-    train = load_train_recipe(name)
-    assert train.cache is not None
-    build = load_build_recipe(train.cache)
-    assert train.cache == build.name
+    cache = load_train_recipe(name).cache
+    assert cache is not None
+    build = load_build_recipe(cache)
+    assert cache == build.name
+    train = load_train_recipe(name, [], {"loss": {"kind": "ce"}})
     assert train.dataset == build.dataset
     assert train.views == build.views
 
@@ -103,7 +106,7 @@ def test_the_name_of_a_loss(loss: dict[str, Any], name: str) -> None:
         ({"epoch": 3}, "unknown recipe key 'epoch'.*'epochs'"),
         ({"optimiser": {"learning_rat": 1}}, "optimiser.learning_rat.*learning_rate"),
         ({"cache": None}, "learns from a cache, and none is named"),
-        ({"loss": {"kind": "ce"}, "dataset": None}, "needs a dataset of its own"),
+        ({"loss": {"kind": "ce"}, "dataset": None, "cache": None}, "needs a dataset of its own"),
         ({"optimiser": {"name": "adamw", "nesterov": True}}, "nesterov"),
         ({"schedule": {"name": "multistep"}}, "needs milestones"),
         ({"schedule": {"name": "multistep", "milestones": [3, 2]}}, "must rise"),
@@ -167,11 +170,10 @@ def test_on_labels_alone_the_values_hold_dataset_and_views_but_not_data_dir() ->
 
 def test_on_labels_changes_only_the_loss() -> None:
     recipe = make(compare_with_labels=True)
-    assert recipe.dataset is not None
-    on_labels = recipe.on_labels(recipe.dataset, recipe.views, 4)
+    on_labels = recipe.on_labels(DatasetRecipe(name="digits"), ViewRecipe(), 4)
     before, after = recipe.model_dump(), on_labels.model_dump()
     changed = {key for key in before if before[key] != after[key]}
-    assert changed == {"cache", "loss", "num_views", "compare_with_labels"}
+    assert changed == {"cache", "dataset", "views", "loss", "num_views", "compare_with_labels"}
     assert not on_labels.loss.needs_targets
 
 
@@ -206,8 +208,7 @@ def test_an_added_setting_is_another_run(part: str, key: str) -> None:
 
 def test_on_labels_keeps_the_settings_of_the_ce_term() -> None:
     recipe = make(loss={"kind": "dkd", "ce_weight": 0.5, "label_smoothing": 0.2, "class_weights": "balanced"})
-    assert recipe.dataset is not None
-    on_labels = recipe.on_labels(recipe.dataset, recipe.views, 4)
+    on_labels = recipe.on_labels(DatasetRecipe(name="digits"), ViewRecipe(), 4)
     assert on_labels.loss == LossRecipe(kind="ce", label_smoothing=0.2, class_weights="balanced")
 
 

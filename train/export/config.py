@@ -60,8 +60,10 @@ class ExportReport(Frozen):
     files: tuple[ExportedFile, ...]
 
 
-def config(model: nn.Module, card: StudentCard, report: ExportReport) -> dict[str, Any]:
+def config(model: nn.Module, card: StudentCard, report: ExportReport, crop: float) -> dict[str, Any]:
     """The contents of `config.json`.
+
+    `crop` is the part of a resized image that the centre crop keeps.
 
     `architecture`, `num_classes`, `num_features`, `label_names` and `pretrained_cfg` are timm's keys. If the student is
     from timm, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the folder. `library` names the library of
@@ -83,7 +85,7 @@ def config(model: nn.Module, card: StudentCard, report: ExportReport) -> dict[st
             "mean": list(card.mean),
             "std": list(card.std),
             "interpolation": "bicubic",  # as teacher-cache reads image folders: resize, then crop the centre
-            "crop_pct": 1.0,
+            "crop_pct": crop,
             "crop_mode": "center",
         },
         "teacher_cache": {

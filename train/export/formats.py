@@ -60,7 +60,7 @@ class Source:
         card: written into every file.
         image_size: (height, width).
         batch_size: of the exported graphs; None for any.
-        preprocessing: mean and std of the student's input.
+        preprocessing: of test images on their canvas.
         takes_pixels: whether the module takes uint8 pixels.
     """
 

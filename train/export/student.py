@@ -21,8 +21,8 @@ from cache_tools.errors import WeightsError
 from cache_tools.files import PARTIAL, output_folder, put_durably, sync_folder, sync_tree
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images.image_set import ImageSet
-from cache_tools.preprocess import prepare
-from train.checkpoints import load_student
+from cache_tools.preprocess import prepare, resize_and_crop
+from train.checkpoints import StudentCard, load_student
 from train.evaluate.corruptions import evenly_spaced
 from train.evaluate.metrics import predict
 from train.export.config import CONFIG, ExportedFile, ExportReport, config
@@ -79,13 +79,13 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
     folder = output_folder(options.out or run.folder / EXPORT, "export")
     test = run.open_test(card, options.split, options.data_dir)
     test = test.subset(evenly_spaced(len(test), options.samples))
-    preprocessing = Preprocessing(mean=card.mean, std=card.std)
+    preprocessing = card.preprocessing(test.image_size)
     takes_pixels = options.input == "pixels"
     source = Source(
         module=Deployed(model, preprocessing if takes_pixels else None),
         checkpoint=run.checkpoint(which),
         card=card,
-        image_size=test.image_size,
+        image_size=card.image_size,
         batch_size=options.batch_size,
         preprocessing=preprocessing,
         takes_pixels=takes_pixels,
@@ -107,7 +107,8 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
             tolerance=options.tolerance,
             files=files,
         )
-        _publish(staged, folder, json.dumps(config(model, card, report), indent=2, ensure_ascii=False).encode())
+        described = config(model, card, report, preprocessing.crop)
+        _publish(staged, folder, json.dumps(described, indent=2, ensure_ascii=False).encode())
     return report
 
 
@@ -136,13 +137,18 @@ def _logits(model: Model, source: Source, test: ImageSet, progress: Progress) ->
     start, total = 0, len(test)
     while start < total:
         size = source.batch_size or (1 if start == 0 else _BATCH_SIZE)
-        images = torch.from_numpy(test.load(slice(start, min(start + size, total)))).contiguous()
+        pixels = torch.from_numpy(test.load(slice(start, min(start + size, total))))
+        images = resize_and_crop(pixels, source.preprocessing).contiguous()
         count = len(images)
         if source.batch_size:  # fill the last batch
             images = images[torch.arange(size) % count]
-        yield model(images if source.takes_pixels else prepare(images, source.preprocessing))[:count]
+        yield model(images if source.takes_pixels else prepare(images, _normalisation(source.card)))[:count]
         progress.advance(count)
         start += count
+
+
+def _normalisation(card: StudentCard) -> Preprocessing:
+    return Preprocessing(mean=card.mean, std=card.std)
 
 
 def _compare(name: str, path: Path, logits: Tensor, expected: Tensor, tolerance: float) -> ExportedFile:

@@ -11,7 +11,7 @@ from typing import Any
 
 from train.recipe import SETTING_ALIASES
 from train.report.gains import gains, pairing, twins
-from train.report.records import FINISHED, TrialRecord
+from train.report.records import FINISHED, TOP1_ON, TrialRecord
 from train.report.spread import Spread, spread
 from train.runs.result import top1_of_teachers
 
@@ -238,7 +238,7 @@ def _figures(trials: Sequence[TrialRecord]) -> dict[str, Spread]:
     return {
         name: spread(
             [trial.figures[name] for trial in counted if name in trial.figures],
-            (0.0, 1.0) if name in _FRACTIONS else (-math.inf, math.inf),
+            (0.0, 1.0) if name in _FRACTIONS or name.startswith(TOP1_ON) else (-math.inf, math.inf),
         )
         for name in names
     }

@@ -8,7 +8,7 @@ from html import escape
 
 from cache_tools.screen import nats
 from train.report.comparison import Comparison, Setting, label_names, short_names
-from train.report.records import FINISHED, TrialRecord
+from train.report.records import FINISHED, TOP1_ON, TrialRecord
 from train.report.spread import Spread
 
 Format = Callable[[float], str]
@@ -90,6 +90,8 @@ def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
         anchors: trial → id of its section of the page.
     """
     first, *others = COLUMNS
+    more = dict.fromkeys(name for one in comparison.settings for name in one.figures if name.startswith(TOP1_ON))
+    others = [*(_top1_on(name) for name in more), *others]
     known = [column for column in others if any(column.name in one.figures for one in comparison.settings)]
     table = _Table(comparison, [first, *known], anchors)
     return "\n".join(
@@ -97,6 +99,13 @@ def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
         + [line for number, setting in enumerate(comparison.settings) for line in table.body(number, setting)]
         + ["</table>"]
     )
+
+
+def _top1_on(name: str) -> Column:
+    """The column of a further test split."""
+    split = name.removeprefix(TOP1_ON)
+    header = f"{escape(split)}|top-1 %"
+    return Column(name=name, header=header, text=_percent, largest_first=True, hint=f"split {split}, last epoch")
 
 
 class _Table:

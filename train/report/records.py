@@ -23,6 +23,7 @@ from train.runs.result import RunResult, load_result
 from train.runs.stored import data_name, read_manifest
 
 FINISHED, UNFINISHED, STOPPED, FAILED = "finished", "unfinished", "stopped", "failed"
+TOP1_ON = "top1 on "  # the figure of a further test split
 _FIGURES = ("top1", "top5", "nll", "ece")
 
 
@@ -35,8 +36,9 @@ class TrialRecord:
         status: `finished`; `unfinished` if it was interrupted or is still running; in a sweep also `stopped` early or
             `failed`. `error` has the reason.
         figures: the known ones of top1, top5, nll, ece (test split, last epoch; of an unfinished run its last
-            evaluation), best_top1, best_epoch (counted from 1), ema_top1, parameters, flops, latency_1_ms,
-            latency_128_ms, train_s. `compare` adds gain and labels_top1.
+            evaluation), `top1 on SPLIT` for further test splits, best_top1, best_epoch (counted from 1), ema_top1,
+            parameters, flops, latency_1_ms, latency_128_ms, train_s. `compare` adds gain
+            and labels_top1.
         settings: dotted recipe key → value of everything that determines the result, without the seed; of a trial
             without a folder, the settings in the sweep's table.
         data: identity of images and targets, as in the run's identity.
@@ -115,6 +117,7 @@ def _finished(result: RunResult, common: Mapping[str, Any]) -> TrialRecord:
     figures |= {"best_top1": getattr(result.best, "top1", None), "ema_top1": getattr(result.ema, "top1", None)}
     figures |= {"best_epoch": None if result.best_epoch is None else result.best_epoch + 1}
     figures |= {"parameters": result.parameters, "train_s": result.train_s}
+    figures |= {f"{TOP1_ON}{split}": getattr(more.last, "top1", None) for split, more in result.more_tests.items()}
     return TrialRecord(
         name=data_name(result.folder, result.name),
         student=result.student,

@@ -6,13 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from cache_tools.config import Frozen
 from cache_tools.errors import WeightsError
 from cache_tools.files import put_durably
+from cache_tools.format.recipe import Preprocessing
 from train.evaluate.metrics import Evaluation
 from train.runs.folder import REPORT, RESULT
 
 _ROWS = {"fusion": "teacher + CLIP, fused"}
+
+
+class SplitResult(Frozen):
+    """The figures of a run on a further test split, of the weights that `RunResult` has figures of."""
+
+    last: Evaluation | None
+    best: Evaluation | None = None
+    ema: Evaluation | None = None
 
 
 class RunResult(Frozen):
@@ -22,6 +33,8 @@ class RunResult(Frozen):
         folder: of the run.
         last, best, ema: figures on the test split of the last weights, of those with the highest test top-1 of all
             epochs (selected on the test set, as papers do, so the figure is optimistic), and of the averaged weights.
+        more_tests: figures on further test splits, by split; those of `best` are at the best epoch of the first split.
+        test_preprocessing: how test images were prepared; None in results of earlier versions.
         teachers: top-1 of teacher, CLIP and fusion, measured by the cache's preflight (see `top1_of_teachers`).
         labels_only: the same run on labels alone.
         notes: what a reader of the figures should know, such as classes without test images.
@@ -46,6 +59,8 @@ class RunResult(Frozen):
     best: Evaluation | None
     best_epoch: int | None
     ema: Evaluation | None = None
+    more_tests: dict[str, SplitResult] = Field(default_factory=dict)
+    test_preprocessing: Preprocessing | None = None
     teachers: dict[str, Any] | None = None
     labels_only: RunResult | None = None
     notes: tuple[str, ...] = ()
@@ -100,7 +115,19 @@ def summary(result: RunResult) -> str:
 def _student_lines(result: RunResult, training: str) -> list[str]:
     best = f"best epoch ({result.best_epoch + 1})" if result.best_epoch is not None else ""
     rows = ((f"{result.student} {training}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema))
-    return [f"{label:<28}{_figures(evaluation)}" for label, evaluation in rows if evaluation is not None]
+    lines = [f"{label:<28}{_figures(evaluation)}" for label, evaluation in rows if evaluation is not None]
+    for split, figures in result.more_tests.items():
+        lines += [
+            f"{_fitted(f'  {which} on {split}')}{_figures(evaluation)}"
+            for which, evaluation in (("its last", figures.last), ("its best", figures.best), ("its EMA", figures.ema))
+            if evaluation is not None
+        ]
+    return lines
+
+
+def _fitted(label: str, width: int = 28) -> str:
+    """A label of exactly this width; of a long one, such as a path, the end is shown."""
+    return f"{label:<{width}}" if len(label) < width else f"{label[:10]}…{label[len(label) - width + 12 :]} "
 
 
 def _figures(evaluation: Evaluation) -> str:
@@ -115,6 +142,12 @@ def _notes(result: RunResult) -> list[str]:
     else:
         notes.append("Nothing was evaluated: there is no test split.")
     notes += [f"Note: {note}." for note in result.notes]
+    if (seen := result.test_preprocessing) is not None and seen.size is not None:
+        height, width = seen.size
+        resized = "centre crop" if seen.crop < 1.0 else "resized"
+        notes.append(
+            f"Tested at the size of the views, {height} × {width} ({resized}, {seen.crop:.1%} of the shorter side)."
+        )
     if (teachers := result.teachers) and "n" in teachers:
         split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
         who = " and ".join(", ".join(top1_of_teachers(result.teachers)).rsplit(", ", 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cache_tools.config import parse_yaml, validate
+from cache_tools.config import Changes, parse_yaml, validate
 from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
 from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
@@ -80,7 +80,7 @@ class StoredRun:
         Raises:
             DataError: no test split, missing images, or a class that the student does not know.
         """
-        wanted = split or self.dataset.test_split
+        wanted = split or next(iter(self.dataset.test_splits), None)
         if wanted is None:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
         return with_classes(open_images(self.dataset.located(data_dir, download), wanted), card.class_names)
@@ -113,9 +113,8 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
         raise RecipeError("damaged recipe", where=recipe_file, found=error) from error
     recipe = validate(TrainRecipe, data, where=str(recipe_file))
     manifest, cache = _read_cache(root / folder.CACHE) if recipe.loss.needs_targets else (None, None)
-    dataset = recipe.dataset if manifest is None else manifest.dataset
-    assert dataset is not None, "a recipe without targets has a dataset"
-    run = StoredRun(folder=root, recipe=recipe, dataset=recipe.locate(dataset), manifest=manifest, cache=cache)
+    dataset = recipe.own_dataset() if manifest is None else _cached_dataset(recipe, manifest)
+    run = StoredRun(folder=root, recipe=recipe, dataset=dataset, manifest=manifest, cache=cache)
     return run, which
 
 
@@ -139,13 +138,20 @@ def data_name(run: Path, default: str) -> str:
         return manifest.data_name
     dataset = (folder.stored_identity(run) or {"recipe": {}})["recipe"].get("dataset")
     if not dataset or dataset.get("name") != "folder":
-        return dataset["name"] if dataset else default
+        return dataset.get("name", default) if dataset else default
     try:  # the identity has no data_dir
         return DatasetRecipe.model_validate(
             parse_yaml((run / folder.RECIPE).read_text(encoding="utf-8"), "damaged recipe", where=run)["dataset"]
         ).title
     except (CacheError, OSError, ValueError, LookupError, TypeError):
         return default
+
+
+def _cached_dataset(recipe: TrainRecipe, manifest: Manifest) -> DatasetRecipe:
+    """The dataset of a run with a cache. Earlier versions stored a dataset with a name, which the cache replaced."""
+    if isinstance(recipe.dataset, Changes) and "name" in recipe.dataset.values:
+        recipe = recipe.model_copy(update={"dataset": None})
+    return recipe.model_copy(update={"views": None}).cached_dataset(manifest)
 
 
 def _read_cache(path: Path) -> tuple[Manifest, Path | str]:

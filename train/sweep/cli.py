@@ -26,7 +26,8 @@ def sweep_students(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="The recipe that all trials share: a built-in train-student recipe or a YAML file. Default: digits."
+            help="The recipe that all trials share: a built-in train-student recipe, a YAML file, or a folder of "
+            "images. Default: digits."
         ),
     ] = None,
     cache: Cache = None,

@@ -15,6 +15,7 @@ from pathlib import Path
 from cache_tools.config import Frozen
 from cache_tools.errors import RecipeError
 from cache_tools.files import put_durably
+from cache_tools.format.manifest import Manifest
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
 from train.runs.folder import STOPPED
@@ -118,7 +119,7 @@ def check_metric(metric: str, trials: Sequence[Trial], section: str) -> None:
     """
     if not metric.startswith(TEST_PREFIXES):
         return
-    datasets: dict[str, DatasetRecipe] = {}
+    manifests: dict[str, Manifest] = {}
     for trial in trials:
         if metric.startswith("ema_") and trial.recipe.ema_decay is None:
             raise RecipeError(
@@ -127,7 +128,7 @@ def check_metric(metric: str, trials: Sequence[Trial], section: str) -> None:
                 expected="ema_decay",
                 next_step=f"set ema_decay=0.999, or choose another metric ({section}: {{metric: …}} in the sweep file)",
             )
-        dataset = _dataset(trial, datasets)
+        dataset = _dataset(trial, manifests)
         if dataset.test_split is None:
             raise RecipeError(
                 f"no {metric} without a test split",
@@ -154,13 +155,12 @@ def resume_stopped(trials: Sequence[Trial], asha: Asha | None) -> None:
             file.unlink(missing_ok=True)
 
 
-def _dataset(trial: Trial, datasets: dict[str, DatasetRecipe]) -> DatasetRecipe:
-    """The dataset of a trial; `datasets` keeps those of caches, so that each cache is opened once."""
+def _dataset(trial: Trial, manifests: dict[str, Manifest]) -> DatasetRecipe:
+    """The dataset of a trial; `manifests` keeps those of caches, so that each cache is opened once."""
     recipe = trial.recipe
     if not recipe.loss.needs_targets:
-        assert recipe.dataset is not None, "a recipe without targets has a dataset"
-        return recipe.dataset
+        return recipe.own_dataset()
     assert recipe.cache is not None, "a recipe with targets has a cache"
-    if recipe.cache not in datasets:
-        datasets[recipe.cache] = TeacherCache.open(recipe.cache).manifest.dataset
-    return datasets[recipe.cache]
+    if recipe.cache not in manifests:
+        manifests[recipe.cache] = TeacherCache.open(recipe.cache).manifest
+    return recipe.cached_dataset(manifests[recipe.cache])

@@ -273,14 +273,16 @@ def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
         if key != "loss":
             set_dotted(data, key, list(value) if isinstance(value, tuple) else value)
     recipe = validate(TrainRecipe, data, where=f"sweep {sweep.name}")
-    if not on_labels:
+    if not on_labels and (recipe.loss.needs_targets or not recipe.takes_images_of_cache):
         return recipe
     from cache_tools.reader import TeacherCache
 
     assert recipe.cache is not None, "the base has a cache"
     manifest = TeacherCache.open(recipe.cache).manifest
+    if not on_labels:
+        return recipe.with_images_of(manifest)
     return recipe.on_labels(
-        recipe.locate(manifest.dataset), manifest.recipe.views, recipe.num_views or manifest.num_views
+        recipe.cached_dataset(manifest), manifest.recipe.views, recipe.num_views or manifest.num_views
     )
 
 

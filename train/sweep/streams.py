@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cache_tools.console import warn
@@ -89,12 +91,11 @@ def _stream_key(trial: Trial, manifests: dict[str, Manifest]) -> str:
         if recipe.cache not in manifests:
             manifests[recipe.cache] = TeacherCache.open(recipe.cache).manifest
         manifest = manifests[recipe.cache]
-        dataset: DatasetRecipe = manifest.dataset
+        dataset: DatasetRecipe = recipe.cached_dataset(manifest)
         views: ViewRecipe = manifest.recipe.views
         num_views: int | None = recipe.num_views or manifest.num_views
     else:
-        assert recipe.dataset is not None, "a recipe without targets has a dataset"
-        dataset, views, num_views = recipe.dataset, recipe.views, recipe.num_views
+        dataset, views, num_views = recipe.own_dataset(), recipe.own_views(), recipe.num_views
     shared = (
         recipe.epochs,
         recipe.batch_size,
@@ -102,7 +103,7 @@ def _stream_key(trial: Trial, manifests: dict[str, Manifest]) -> str:
         recipe.device,
         recipe.deterministic,
         (recipe.label_fraction, recipe.label_seed, recipe.label_fraction < 1.0 and recipe.loss.needs_targets),
-        recipe.locate(dataset).model_dump(mode="json"),
+        dataset.model_dump(mode="json"),
         views.model_dump(mode="json"),
         num_views,
     )
@@ -161,6 +162,7 @@ def _train_side_by_side(
             seed=first.seed,
             device=device,
             known=lead.known,
+            samples=lead.samples,
         )
         stack.callback(feed.close)
         runs: list[tuple[_OpenTrial, Run]] = []
@@ -213,7 +215,12 @@ def _shared_targets(opened: Sequence[_OpenTrial], lead: TrainingData, device: to
 
 
 def _has_same_images(data: TrainingData, lead: TrainingData) -> bool:
-    return data.images.content_digest == lead.images.content_digest and len(data.images) == len(lead.images)
+    same = data.images.content_digest == lead.images.content_digest and len(data.images) == len(lead.images)
+    return same and _equal(data.samples, lead.samples)
+
+
+def _equal(one: npt.NDArray[np.int64] | None, other: npt.NDArray[np.int64] | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _save_failure(folder: Path, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,12 @@ from cache_tools.errors import (
     WeightsError,
 )
 from cache_tools.images import open_images
+from cache_tools.images.image_set import ImageSet
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
+from pipeline.build.preflight import Preflight
 from pipeline.networks.ensemble import load_ensemble
+from pipeline.recipe import BuildRecipe
 from tests.support import tiny_build, tiny_run
 from tests.support.tiny_build import arrays_of, constant_teacher, files_of
 
@@ -201,3 +205,60 @@ def test_projections_are_those_of_the_recipe(built: TeacherCache):
     seed = built.recipe.fusion.projection_seed
     np.testing.assert_array_equal(built.constant("teacher_projection"), fusion.projection_matrix(64, 16, seed))
     np.testing.assert_array_equal(built.constant("clip_projection"), fusion.projection_matrix(64, 16, seed + 1))
+
+
+# The test split of a complete cache
+
+
+def other_test(root: Path, split: str | list[str] | None, **changes: object) -> BuildRecipe:
+    dataset = tiny_run.dataset(root / "pictures").model_dump() | {"test_split": split}
+    return tiny_build.recipe(root, dataset=dataset, **changes)
+
+
+@pytest.mark.parametrize("split", ["test[::2]", None, ["test[:5]", "test"]])
+def test_building_again_corrects_the_test_split_and_computes_nothing(
+    root: Path, built: TeacherCache, tmp_path: Path, split: str | list[str] | None
+):
+    shutil.copytree(built.path, tmp_path / "c.zarr")
+    before = arrays_of(tmp_path / "c.zarr")
+    said: list[str] = []
+    result = build_cache(other_test(root, split, out=tmp_path / "c.zarr"), said.append)
+    assert result.images == 0
+    assert arrays_of(tmp_path / "c.zarr") == before
+    stored = TeacherCache.open(tmp_path / "c.zarr").manifest
+    recorded = tuple(split) if isinstance(split, list) else split
+    assert stored.dataset.test_split == recorded
+    assert stored.build_recipe["dataset"]["test_split"] == split
+    assert (stored.fingerprint, stored.recipe) == (built.manifest.fingerprint, built.manifest.recipe)
+    assert any("the test split is now" in line and "(it was test)" in line for line in said)
+    again: list[str] = []
+    build_cache(other_test(root, split, out=tmp_path / "c.zarr"), again.append)
+    assert again == [f"{tmp_path / 'c.zarr'} is complete: nothing to do"]
+
+
+def test_the_networks_are_measured_on_the_new_test_split(root: Path, tmp_path: Path):
+    """The teacher is untrained, so the check needs a sample on which it happens to be better than chance."""
+    recipe = tiny_build.recipe(root, num_views=1, out=tmp_path / "c.zarr")
+    build_cache(recipe)
+    measured: list[ImageSet] = []
+
+    def preflight(ensemble: object, images: ImageSet, limit: int, batch_size: int) -> Preflight:
+        measured.append(images)
+        return Preflight(teacher_top1=0.5, clip_top1=0.4, fusion_top1=0.6, split=images.split, n=len(images))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.build.cache.run_preflight", preflight)
+        changed = other_test(root, ["test[1::2]", "test"], num_views=1, out=tmp_path / "c.zarr", preflight_samples=8)
+        build_cache(changed)
+    assert [(images.split, len(images)) for images in measured] == [("test[1::2]", 10)]
+    found = TeacherCache.open(tmp_path / "c.zarr").manifest.preflight
+    assert found is not None
+    assert (found["split"], found["fusion_top1"]) == ("test[1::2]", 0.6)
+
+
+def test_a_test_split_that_does_not_open_changes_nothing(root: Path, built: TeacherCache, tmp_path: Path):
+    shutil.copytree(built.path, tmp_path / "c.zarr")
+    before = files_of(tmp_path / "c.zarr")
+    with pytest.raises(DataError, match="nowhere"):
+        build_cache(other_test(root, "nowhere", out=tmp_path / "c.zarr"))
+    assert files_of(tmp_path / "c.zarr") == before

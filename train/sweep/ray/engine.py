@@ -12,10 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cache_tools.config import Changes
 from cache_tools.errors import DeviceError, RecipeError
 from cache_tools.files import put_durably
 from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
+from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.places import is_remote
 from cache_tools.store.group import read_manifest
 from train.runs.outcome import Failure, is_settled
@@ -203,9 +205,17 @@ def _with_absolute_paths(trial: Trial) -> Trial:
     changes = {
         "out": _absolute(trial.folder),
         "data_dir": None if recipe.data_dir is None else _absolute(recipe.data_dir),
-        "dataset": None if recipe.dataset is None else recipe.dataset.absolute(),
+        "dataset": _with_absolute_folder(recipe.dataset),
     }
     return trial.model_copy(update={"recipe": recipe.model_copy(update=changes)})
+
+
+def _with_absolute_folder(dataset: DatasetRecipe | Changes | None) -> DatasetRecipe | Changes | None:
+    if isinstance(dataset, DatasetRecipe):
+        return dataset.absolute()
+    if dataset is None or dataset.values.get("data_dir") is None:
+        return dataset
+    return Changes(**dataset.values | {"data_dir": str(_absolute(Path(dataset.values["data_dir"])))})
 
 
 def _source_cache(reference: str) -> SourceCache:

@@ -1,0 +1,115 @@
+"""A folder of images as the argument of a command: which splits it has, found by the names of its sub-folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cache_tools.errors import DataError, RecipeError
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")
+
+# Cut at random places from a canvas that is a seventh larger, as is usual for photographs.
+CANVAS_SIZE, VIEW_SIZE = 256, 224
+VIEWS: dict[str, Any] = {
+    "ops": [{"op": "random-resized-crop", "size": VIEW_SIZE, "scale": [0.25, 1.0]}, {"op": "flip"}]
+}
+
+
+class OwnFolder(NamedTuple):
+    """A folder of images as settings of a recipe, as plain data.
+
+    Attributes:
+        name: a name for a recipe, after the folder's.
+        note: which splits were found, for the screen.
+    """
+
+    name: str
+    dataset: dict[str, Any]
+    views: dict[str, Any]
+    note: str
+
+
+def is_folder_argument(source: str, recipe_names: Collection[str]) -> bool:
+    """Whether an argument names an existing folder. The name of a recipe does not, but `./digits` and `digits/` do."""
+    return source not in recipe_names and os.path.isdir(os.path.expanduser(source))
+
+
+def read_own_folder(path: Path) -> OwnFolder:
+    """The settings for a folder of images.
+
+    Images to train on are in its sub-folder `train` (or `training`), images to test on in the first of `test`,
+    `testing`, `val`, `valid` and `validation`. Without any of these, its sub-folders are the classes.
+
+    Raises:
+        RecipeError: the folder is a cache or a run.
+        DataError: it is a data set of another library, or it has test images only.
+    """
+    path = path.expanduser()
+    _refuse_other_kinds(path)
+    train = next((name for name in TRAIN_NAMES if (path / name).is_dir()), None)
+    test = next((name for name in TEST_NAMES if (path / name).is_dir()), None)
+    if train is None and test is not None:
+        raise DataError(
+            "this folder has test images and no training images",
+            where=path,
+            expected=f"a folder {path / 'train'} with a folder per class",
+            found=f"a folder {test}",
+            next_step="name the split in a recipe file: dataset: {name: folder, data_dir: …, split: …}",
+        )
+    dataset = {
+        "name": "folder",
+        "data_dir": str(path),
+        "split": train or "train",
+        "test_split": test,
+        "image_size": CANVAS_SIZE,
+    }
+    note = f"{path}: training images in {train or 'its class folders'}, "
+    note += f"test images in {test}" if test else "no test images (no folder test or val), so nothing is evaluated"
+    return OwnFolder(_plain_name(path), dataset, VIEWS, note)
+
+
+def _plain_name(path: Path) -> str:
+    """The name of a folder as the name of a recipe."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().resolve().name).lstrip("._-")
+    return name or "images"
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    if (path / "zarr.json").is_file():
+        raise RecipeError(
+            "this folder is a cache and no folder of images",
+            where=path,
+            next_step=f"train from it with train-student --cache {path}",
+        )
+    if (path / "run.json").is_file():
+        raise RecipeError(
+            "this folder is a run of train-student and no folder of images",
+            where=path,
+            next_step=f"repeat the run with train-student {path / 'recipe.yaml'}, or use it as a teacher with "
+            f"build-cache --teacher {path}",
+        )
+    if found := _other_format(path):
+        raise DataError(
+            "this folder is a Hugging Face data set, which is read with the package datasets",
+            where=path,
+            expected="a folder per class with image files",
+            found=found,
+            next_step="write each image to train/CLASS/NUMBER.png with its save method, "
+            "for number, row in enumerate(datasets.load_from_disk(…) or load_dataset(…))",
+        )
+
+
+def _other_format(path: Path) -> str | None:
+    """The file by which a folder of the package `datasets` is recognised; None for any other folder."""
+    for name in ("dataset_dict.json", "dataset_info.json", "dataset_infos.json"):
+        if (path / name).is_file():
+            return name
+    for pattern in ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow"):
+        if (file := next(path.glob(pattern), None)) is not None:
+            return str(file.relative_to(path))
+    return None

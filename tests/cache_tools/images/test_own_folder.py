@@ -1,0 +1,71 @@
+"""A folder of images as an argument: which splits are found, and what other folders are refused with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cache_tools.errors import CacheError, DataError, RecipeError
+from cache_tools.images import open_images
+from cache_tools.images.own_folder import is_folder_argument, read_own_folder
+from cache_tools.images.recipe import DatasetRecipe
+from tests.support import tiny_run
+
+
+@pytest.mark.parametrize(
+    ("folders", "split", "test_split", "note"),
+    [
+        (["train", "test", "val"], "train", "test", "training images in train, test images in test"),
+        (["train", "val"], "train", "val", "test images in val"),
+        (["training", "validation"], "training", "validation", "training images in training"),
+        (["train", "valid", "extra"], "train", "valid", "test images in valid"),
+        (["train"], "train", None, "no test images .* nothing is evaluated"),
+        (["cat", "dog"], "train", None, "training images in its class folders, no test images"),
+    ],
+)
+def test_splits_are_found_by_their_names(
+    tmp_path: Path, folders: list[str], split: str, test_split: str | None, note: str
+) -> None:
+    for name in folders:
+        (tmp_path / "My photos" / name).mkdir(parents=True)
+    found = read_own_folder(tmp_path / "My photos")
+    assert (found.name, found.dataset["split"], found.dataset["test_split"]) == ("My-photos", split, test_split)
+    assert re.search(note, found.note)
+
+
+def test_the_found_splits_open(tmp_path: Path) -> None:
+    tiny_run.write_pictures(tmp_path / "pictures", train=6, test=3)
+    dataset = DatasetRecipe.model_validate(read_own_folder(tmp_path / "pictures").dataset)
+    assert (len(open_images(dataset)), len(open_images(dataset, dataset.test_splits[0]))) == (6, 3)
+    plain = DatasetRecipe.model_validate(read_own_folder(tmp_path / "pictures" / "train").dataset)
+    assert len(open_images(plain)) == 6
+    assert plain.image_size == 256
+
+
+def test_the_name_of_a_recipe_is_not_the_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ["digits", "cifar100"]
+    assert [is_folder_argument(text, names) for text in ("digits", "./digits", "digits/", "cifar100")] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "message"),
+    [
+        ("zarr.json", RecipeError, r"is a cache .*--cache"),
+        ("run.json", RecipeError, r"is a run of train-student .*recipe.yaml.*--teacher"),
+        ("dataset_info.json", DataError, r"Hugging Face .*found dataset_info.json.*train/CLASS"),
+        ("data/train-0.parquet", DataError, r"Hugging Face .*found data/train-0.parquet"),
+        ("train/data-0.arrow", DataError, "Hugging Face"),
+        ("test/cat/1.png", DataError, "test images and no training images"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path: Path, file: str, error: type[CacheError], message: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(error, match=message):
+        read_own_folder(tmp_path)
