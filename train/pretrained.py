@@ -75,7 +75,7 @@ def _timm(model: str, tag: str) -> Published:
     config = get_pretrained_cfg(full) if not wanted or wanted in known else None
     if config is None or not config.has_weights:
         raise _no_such_tag(f"timm:{architecture}", wanted or "pretrained", tags)
-    return Published(f"timm:{full}", wanted or "pretrained", config.num_classes, {"pretrained": True})
+    return Published(f"timm:{full}", config.tag or wanted or "pretrained", config.num_classes, {"pretrained": True})
 
 
 def _torchvision(model: str, tag: str) -> Published:
