@@ -11,6 +11,7 @@ from cache_tools.console import command
 from cache_tools.memory import keep_freed_memory
 from train.options import (
     Cache,
+    CheckpointEvery,
     DataDir,
     Device,
     Download,
@@ -92,6 +93,7 @@ def train_student(
         bool | None,
         typer.Option(help="Also train the same student on labels alone and compare."),
     ] = None,
+    checkpoint_every_minutes: CheckpointEvery = None,
     log: Annotated[
         str | None,
         typer.Option(
@@ -109,7 +111,8 @@ def train_student(
     With --cache and no recipe, the settings (student, epochs, learning rate) are those of the recipe digits, and the
     run is named after the cache.
     With a folder of images: from the cache of its name, or with --loss ce from its labels.
-    You can interrupt it at any time: the same command resumes after the last finished epoch.
+    You can interrupt it at any time: the same command resumes after the last finished epoch, or from the last
+    checkpoint inside the next one (--checkpoint-every-minutes).
     """
     # Imported here, as everything slow below: --help must answer at once.
     from cache_tools.config import dump_yaml
@@ -138,6 +141,7 @@ def train_student(
         "data_dir": str(data_dir) if data_dir else None,
         "download": True if download else None,
         "compare_with_labels": compare_with_labels,
+        "checkpoint_every_minutes": checkpoint_every_minutes,
         "loggers": None if log is None else [name.strip() for name in log.split(",") if name.strip() != "none"],
     }
     loaded = load_train_recipe(recipe or DEFAULT_RECIPE, overrides or (), options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,8 +193,8 @@ class Feed(ABC):
     def samples_per_epoch(self) -> int:
         return self.bounds[-1][1]
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch; a background thread reads the targets of the next one."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `first` on; a background thread reads the targets of the next one."""
         view, order = self._view_of(epoch), epoch_order(len(self.images), self.seed, epoch)
         source = self._fetch(view).result()
         if epoch + 1 < self.epochs:
@@ -204,7 +204,8 @@ class Feed(ABC):
         labels = self._labels[index]
         epoch_labels = labels[: self.samples_per_epoch]
         labelled = None if self._labelled is None else self._labelled[index]
-        for (start, stop), pixels in zip(self.bounds, self._pixels(order.numpy(), view), strict=True):
+        bounds = self.bounds[first:]
+        for (start, stop), pixels in zip(bounds, self._pixels(order.numpy(), view, bounds), strict=True):
             rows = index[start:stop]
             real = None if labelled is None else labelled[start:stop]
             targets = source.batch(samples[start:stop], pixels)
@@ -215,8 +216,8 @@ class Feed(ABC):
         self._fetcher.shutdown(wait=True, cancel_futures=True)
 
     @abstractmethod
-    def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
-        """The view's pixels for each batch of an epoch, uint8 on the device."""
+    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """The view's pixels for each of these batches of an epoch, uint8 on the device."""
 
     def _numbers(self, rows: np.ndarray) -> np.ndarray:
         """The numbers in the cache of rows of the split."""
@@ -236,7 +237,7 @@ class ResidentFeed(Feed):
 
     _resident: torch.Tensor | None = None
 
-    def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
+    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         if self._resident is None:
             self._resident = self._load_all()
         size = self.views.output_size(self.images.image_size)
@@ -245,7 +246,7 @@ class ResidentFeed(Feed):
             rows = order[piece]
             chosen = self._resident.index_select(0, torch.from_numpy(rows).to(self.device))
             pixels[piece] = self.views.apply(chosen, self._numbers(rows), view)
-        for start, stop in self.bounds:
+        for start, stop in bounds:
             yield pixels[start:stop]
 
     def _load_all(self) -> torch.Tensor:
@@ -270,12 +271,12 @@ class StreamingFeed(Feed):
     training launches later run after the batch is ready.
     """
 
-    def _pixels(self, order: np.ndarray, view: int) -> Iterator[torch.Tensor]:
+    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         pending: deque[Future[torch.Tensor]] = deque()
-        upcoming = iter(self.bounds)
+        upcoming = iter(bounds)
         with ThreadPoolExecutor(1, thread_name_prefix="pixels") as pool:
             try:
-                for _ in self.bounds:
+                for _ in bounds:
                     while len(pending) < STREAM_DEPTH and (bound := next(upcoming, None)) is not None:
                         pending.append(pool.submit(self._load, order[slice(*bound)], view))
                     yield pending.popleft().result()

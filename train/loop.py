@@ -27,6 +27,10 @@ from train.optim import create_optimiser, create_schedule, trained_parameters, u
 from train.recipe import TrainRecipe
 
 EpochOutcome = dict[str, float] | Exception
+EpochState = dict[str, Any]
+"""All that a learner needs to continue inside an epoch: plain values and tensors."""
+Save = Callable[[Callable[[], list[EpochState | None]]], None]
+"""Called between two turns with a function that makes the state of each learner, None for one that has stopped."""
 Turn = list[tuple[Batch, Tensor]]
 """The batches that one student trains on in a row, each with its `model_inputs`."""
 
@@ -36,25 +40,41 @@ _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 
 def train_epoch(
-    learners: Sequence[Learner], feed: Feed, epoch: int, advance: Callable[[int], None]
+    learners: Sequence[Learner],
+    feed: Feed,
+    epoch: int,
+    advance: Callable[[int], None],
+    *,
+    begun: Sequence[EpochState | None] = (),
+    save: Save | None = None,
 ) -> list[EpochOutcome]:
     """Train every learner on all batches of an epoch.
 
     Args:
         learners: of the same dataset, views, batch size, seed and preprocessing.
         advance: called with the number of images that all learners have just trained on.
+        begun: for each learner the state of this epoch to continue from, already loaded into the learner itself
+            (its `learner`); None from the start. Learners that are ahead wait for the others.
+        save: stores states, when it is time; None for never.
 
     Returns:
         For each learner the means over the samples (`loss`, its terms, `train_top1` in training mode), or the error
         that stopped it: a DivergedError, an OutOfMemoryError, or any other. Errors of the feed are raised.
     """
     alone = len(learners) == 1
-    participants = [_Participant(learner, epoch, alone=alone) for learner in learners]
+    states = begun or [None] * len(learners)
+    participants = [
+        _Participant(learner, epoch, state, alone=alone) for learner, state in zip(learners, states, strict=True)
+    ]
     batches = BATCHES_PER_TURN if not alone and feed.device.type == "cpu" else 1
-    for turn in _turns(feed.epoch(epoch), learners[0].preprocessing, batches):
+    done = min(participant.done for participant in participants)
+    for turn in _turns(feed.epoch(epoch, done), learners[0].preprocessing, batches):
         for participant in participants:
-            participant.train(turn)
+            participant.train(turn[max(participant.done - done, 0) :])
         advance(sum(len(batch.labels) for batch, _ in turn))
+        done += len(turn)
+        if save is not None and done < feed.steps_per_epoch:
+            save(lambda: [participant.state() for participant in participants])
     return [participant.outcome(epoch) for participant in participants]
 
 
@@ -64,6 +84,10 @@ class Learner:
     Args:
         student: moved to `device`; its weights stay as they are.
         steps_per_epoch: batches per epoch; the schedule counts updates, each of one or several batches.
+
+    Attributes:
+        updates: number of updates of the weights so far.
+        means: running sums of the figures of the epoch.
     """
 
     def __init__(
@@ -88,7 +112,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
         self._has_gradients = False  # of the first batches of an update
-        self._means = _Means()
+        self.means = _Means()
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for the steps of an epoch, and seed the global random generators."""
@@ -96,7 +120,7 @@ class Learner:
         self.student.train()
         self.objective.train()
         self.objective.set_epoch(epoch)
-        self._means = _Means()
+        self.means = _Means()
 
     def step(self, batch: Batch, inputs_NCHW: Tensor) -> None:
         """Forward, loss, backward, and, on the last batch of an update, the update.
@@ -116,7 +140,7 @@ class Learner:
         self._has_gradients = not update.is_last
         if update.is_last:
             self._update()
-        self._means.add(terms, logits, batch.labels)
+        self.means.add(terms, logits, batch.labels)
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Means over the epoch's samples, as in `train_epoch`.
@@ -124,7 +148,7 @@ class Learner:
         Raises:
             DivergedError: one of them is not finite.
         """
-        means = self._means.compute()
+        means = self.means.compute()
         if all(map(math.isfinite, means.values())):
             return means
         raise DivergedError(
@@ -239,38 +263,64 @@ def explain_out_of_memory(recipe: TrainRecipe, device: torch.device) -> Abstract
 
 
 class _Participant:
-    """A learner during an epoch, kept apart from the others: its random state, its CUDA stream, its error."""
+    """A learner during an epoch, kept apart from the others: its random state, its CUDA stream, its error.
 
-    def __init__(self, learner: Learner, epoch: int, *, alone: bool) -> None:
+    Attributes:
+        done: number of batches that it has trained on in this epoch.
+    """
+
+    def __init__(self, learner: Learner, epoch: int, begun: EpochState | None, *, alone: bool) -> None:
         self._learner, self._device, self._alone = learner, learner.device, alone
         self._error: Exception | None = None
         # With a stream each, the kernels of small students fill the gaps that the others leave.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" and not alone else None
+        self.done = 0
         learner.begin_epoch(epoch)
+        if begun is not None:
+            self.done = begun["batches"]
+            learner.means.load_state_dict(begun["means"])
+            _set_random_state(self._device, begun["random"])
         self._random_state = None if alone else _random_state(self._device)
 
     def train(self, turn: Turn) -> None:
         """Make a step on each batch of a turn, unless an earlier one failed."""
-        if self._error is not None:
+        if self._error is not None or not turn:
             return
         explained = explain_out_of_memory(self._learner.recipe, self._device)
         try:
             with self._own_random_state(), self._own_stream(turn), explained:
                 for batch, inputs in turn:
                     self._learner.step(batch, inputs)
+            self.done += len(turn)
         except Exception as error:
             self._fail(error)
+
+    def state(self) -> EpochState | None:
+        """The state after the last turn; None after an error."""
+        if self._error is not None:
+            return None
+        self._join()
+        return {
+            "learner": self._learner.state_dict(),
+            "batches": self.done,
+            "means": self._learner.means.state_dict(),
+            "random": self._random_state or _random_state(self._device),
+        }
 
     def outcome(self, epoch: int) -> EpochOutcome:
         """The means of the epoch, or the error that stopped the learner."""
         if self._error is not None:
             return self._error
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._join()
         try:
             return self._learner.end_epoch(epoch)
         except DivergedError as error:
             return error
+
+    def _join(self) -> None:
+        """Let the current stream wait for the learner's own."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _fail(self, error: Exception) -> None:
         """Keep the error, and free the memory of the failed step for the others."""
@@ -314,8 +364,14 @@ class _Means:
     def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         right = (logits.detach().argmax(1) == labels).float().mean()
         values = torch.stack([*(term.detach() for term in terms.values()), right]).double() * len(labels)
-        self._sums = values if self._sums is None else self._sums + values
+        self._sums = values if self._sums is None else self._sums.to(values) + values
         self._names, self._count = [*terms, "train_top1"], self._count + len(labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count, "names": self._names, "sums": self._sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._count, self._names, self._sums = state["count"], state["names"], state["sums"]
 
     def compute(self) -> dict[str, float]:
         assert self._sums is not None, "an epoch has steps"
@@ -342,7 +398,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
+    if device.type == "cuda" and len(states) > 1:  # a checkpoint of another device has none
         torch.cuda.set_rng_state(states[1], device)
 
 

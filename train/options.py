@@ -21,6 +21,10 @@ Cache = Annotated[str | None, typer.Option("--cache", help="The cache: a path, a
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset's files are.")]
 Download = Annotated[bool, typer.Option("--download", help="Download the dataset if it is not there.")]
 
+CheckpointEvery = Annotated[
+    float | None,
+    typer.Option("--checkpoint-every-minutes", help="Also store a state inside epochs that often, for long epochs."),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")]
 ForwardBatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

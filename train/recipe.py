@@ -62,7 +62,10 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 DEFAULT_RECIPE = "digits"
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
-_NO_EFFECT_ON_RESULT = {"name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"}
+_NO_EFFECT_ON_RESULT = {
+    *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
+    "checkpoint_every_minutes",
+}
 # Short names in `--grid`, the same as the options of `train-student`.
 SETTING_ALIASES = {
     "lr": "optimiser.learning_rate",
@@ -311,9 +314,11 @@ class TrainRecipe(Extensible):
         compare_with_labels: then also train the same student in the same way on labels alone.
         loggers: the experiment trackers that follow the run; None for TensorBoard if it is installed.
         device, out: where the run is trained, and the folder where it is stored.
+        checkpoint_every_minutes: store a state inside epochs that often, for long epochs; None stores one after each
+            epoch only. The result does not depend on it.
     """
 
-    added = frozenset({"student_weights", "student_weights_key"})
+    added = frozenset({"student_weights", "student_weights_key", "checkpoint_every_minutes"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     cache: str | None = None
@@ -352,6 +357,7 @@ class TrainRecipe(Extensible):
     loggers: tuple[LoggerName, ...] | None = None
     device: str = "auto"
     out: Path | None = None
+    checkpoint_every_minutes: float | None = Field(None, gt=0.0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

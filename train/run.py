@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from cache_tools.config import dump_yaml
-from cache_tools.console import Progress, describe_device, resolve_device
-from cache_tools.errors import RecipeError, StorageError
+from cache_tools.console import Progress, describe_device, resolve_device, warn
+from cache_tools.errors import RecipeError, StorageError, WeightsError
 from cache_tools.files import put_durably
 from cache_tools.images.classes import missing_note
 from cache_tools.memory import drop_tracebacks
@@ -30,7 +30,7 @@ from train.data import TrainingData, open_data, with_cached_images
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
 from train.initial import check_outputs, first_student
-from train.loop import Learner, explain_out_of_memory, repeatable, train_epoch
+from train.loop import EpochState, Learner, Save, explain_out_of_memory, repeatable, train_epoch
 from train.losses.class_weights import class_weights
 from train.objective import Objective
 from train.recipe import TrainRecipe, recipe_digest, run_folder
@@ -115,7 +115,9 @@ def train_group(
     outcomes: dict[Run, RunResult | Exception | None] = {}
     with ExitStack() as stack:
         logs = {run: stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs}
-        progress = stack.enter_context(Progress(title, epochs * samples, "images", done=first * samples))
+        done = first * samples + min(run.samples_begun(feed) for run in runs if len(run.history) == first)
+        progress = stack.enter_context(Progress(title, epochs * samples, "images", done=done))
+        checkpoint = _Checkpoints(runs)
         for epoch in range(first, epochs):
             training = [run for run in runs if len(run.history) == epoch and run not in outcomes]
             if stop is not None and training:
@@ -124,10 +126,16 @@ def train_group(
                 training = [run for run in training if run.path not in stopped]
             if not training:
                 continue
-            start = time.perf_counter()
-            means = train_epoch([run.learner for run in training], feed, epoch, progress.advance)
-            train_s = (time.perf_counter() - start) / len(training)
-            for run, mean in zip(training, means, strict=True):
+            means = train_epoch(
+                [run.learner for run in training],
+                feed,
+                epoch,
+                progress.advance,
+                begun=[run.begun for run in training],
+                save=checkpoint.begin_epoch(training),
+            )
+            times = [checkpoint.train_s(run) for run in training]
+            for run, mean, train_s in zip(training, means, times, strict=True):
                 if isinstance(mean, Exception):
                     outcomes[run] = mean
                     continue
@@ -184,10 +192,11 @@ def run_device(recipe: TrainRecipe) -> torch.device:
 
 
 class Run:
-    """A run in its folder, continued after its last finished epoch.
+    """A run in its folder, continued after its last finished epoch or from a checkpoint inside the next one.
 
     Attributes:
         history: a row of figures for each finished epoch.
+        begun: the checkpoint inside the next epoch; None to start it from its first batch.
         best_epoch: the one with the highest test top-1 so far, counted from 0; None before the first evaluation.
     """
 
@@ -208,6 +217,34 @@ class Run:
         if (state := checkpoints.load_state(path / folder.STATE, ("learner", "history", "best_epoch"))) is not None:
             self.learner.load_state_dict(state["learner"])
             self.history, self.best_epoch = state["history"], state["best_epoch"]
+        self.begun = self._load_checkpoint()
+        if self.begun is not None:
+            self.learner.load_state_dict(self.begun.pop("learner"))
+
+    def save_checkpoint(self, state: EpochState, train_s: float) -> None:
+        """Store a state inside the current epoch.
+
+        Args:
+            train_s: time of training in this epoch so far.
+        """
+        inside = {**state, "epoch": len(self.history), "train_s": train_s}
+        checkpoints.save_state(self.path / folder.CHECKPOINT, inside)
+
+    def samples_begun(self, feed: Feed) -> int:
+        """Number of samples of the current epoch that the run has been trained on."""
+        return 0 if self.begun is None else feed.bounds[self.begun["batches"] - 1][1]
+
+    def _load_checkpoint(self) -> EpochState | None:
+        """The checkpoint inside the next epoch, if there is one."""
+        try:
+            state = checkpoints.load_state(
+                self.path / folder.CHECKPOINT, ("learner", "batches", "means", "random", "epoch", "train_s")
+            )
+        except WeightsError as error:
+            warn(f"{error.what} ({error.where}): the epoch starts again")
+            return None
+        # One of an earlier epoch was left by a process that was killed just after the epoch's commit.
+        return state if state is not None and state["epoch"] == len(self.history) else None
 
     def finish_epoch(self, means: dict[str, float], train_s: float, samples: int) -> dict[str, Any]:
         """Evaluate if this epoch is due and store the state to resume from.
@@ -291,6 +328,42 @@ class Run:
             checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
         state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
         checkpoints.save_state(self.path / folder.STATE, state)
+        (self.path / folder.CHECKPOINT).unlink(missing_ok=True)
+        self.begun = None
+
+
+class _Checkpoints:
+    """Stores the states of runs inside long epochs, and measures how long each epoch takes.
+
+    An epoch that was continued has taken the time up to its checkpoint as well. Runs that train together share the
+    time of the process equally.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        minutes = [run.recipe.checkpoint_every_minutes for run in runs]
+        self._every_s = min((60.0 * each for each in minutes if each is not None), default=None)
+        self._training: Sequence[Run] = ()
+        self._start = self._saved = 0.0
+
+    def begin_epoch(self, training: Sequence[Run]) -> Save | None:
+        """Start measuring an epoch; returns the function that stores states, if the recipe asks for it."""
+        self._training = training
+        self._start = self._saved = time.perf_counter()
+        return None if self._every_s is None else self._save_if_due
+
+    def train_s(self, run: Run) -> float:
+        """The time that this epoch has taken the run so far."""
+        before = 0.0 if run.begun is None else run.begun["train_s"]
+        return before + (time.perf_counter() - self._start) / len(self._training)
+
+    def _save_if_due(self, states: Callable[[], list[EpochState | None]]) -> None:
+        assert self._every_s is not None, "a recipe asks for checkpoints"
+        if time.perf_counter() - self._saved < self._every_s:
+            return
+        for run, state in zip(self._training, states(), strict=True):
+            if state is not None:
+                run.save_checkpoint(state, self.train_s(run))
+        self._saved = time.perf_counter()
 
 
 def draw_curves(result: RunResult) -> None:

@@ -17,7 +17,8 @@ from train.checkpoints import BEST, EMA, LAST
 from train.recipe import canonical_student_name
 
 RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
-STATE, METRICS, CURVES, RESULT = "state.pt", "metrics.parquet", "curves.png", "result.json"
+STATE, CHECKPOINT = "state.pt", "checkpoint.pt"  # after the last finished epoch; inside the next one
+METRICS, CURVES, RESULT = "metrics.parquet", "curves.png", "result.json"
 PREDICTIONS, REPORT = "test.parquet", "report.html"
 BOARD, TRACKERS, LABELS_ONLY = "tb", "trackers.json", "labels-only"
 EVALUATION, EXPORT = "evaluation", "export"  # folders of `evaluate-student` and `export-student`
@@ -25,7 +26,21 @@ FAILED, STOPPED = "failed.json", "stopped.json"  # of a trial of a sweep that en
 
 # In the order of removal: first what a run resumes from, so that an interrupted removal leaves nothing to resume.
 _FILES = (
-    *(RESULT, FAILED, STOPPED, STATE, IDENTITY, RECIPE, CACHE, METRICS, TRACKERS, CURVES, PREDICTIONS, REPORT),
+    *(
+        RESULT,
+        FAILED,
+        STOPPED,
+        CHECKPOINT,
+        STATE,
+        IDENTITY,
+        RECIPE,
+        CACHE,
+        METRICS,
+        TRACKERS,
+        CURVES,
+        PREDICTIONS,
+        REPORT,
+    ),
     *(LAST, BEST, EMA),
 )
 
@@ -75,8 +90,8 @@ def stored_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def is_worth_keeping(folder: Path) -> bool:
-    """Whether a folder has a run with a finished epoch, which another run replaces only with `overwrite`."""
-    return (folder / STATE).exists() or (folder / RESULT).exists()
+    """Whether a folder has a run to resume or a finished one, which another run replaces only with `overwrite`."""
+    return any((folder / name).exists() for name in (CHECKPOINT, STATE, RESULT))
 
 
 def remove_run(folder: Path) -> None:

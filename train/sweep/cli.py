@@ -12,7 +12,7 @@ import typer
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
 from cache_tools.memory import keep_freed_memory
-from train.options import Cache, DataDir, Device, Epochs
+from train.options import Cache, CheckpointEvery, DataDir, Device, Epochs
 
 if TYPE_CHECKING:
     from train.sweep.recipe import SweepRecipe
@@ -79,6 +79,7 @@ def sweep_students(
         float | None,
         typer.Option("--ray-gpus", min=0.01, help="GPUs per Ray worker; 0.5 puts two workers on a GPU. Default: 1."),
     ] = None,
+    checkpoint_every_minutes: CheckpointEvery = None,
     device: Device = None,
     data_dir: DataDir = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the sweep. Default: the recipe's.")] = None,
@@ -109,6 +110,7 @@ def sweep_students(
     options = {
         "cache": cache,
         "epochs": epochs,
+        "checkpoint_every_minutes": checkpoint_every_minutes,
         "device": device,
         "data_dir": str(data_dir) if data_dir else None,
     }
