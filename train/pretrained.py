@@ -65,6 +65,8 @@ def _timm(model: str, tag: str) -> Published:
     import timm
     from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
+    if ":" in model:
+        return _of_a_hub(model, tag)
     architecture, _, named_tag = model.partition(".")
     wanted = named_tag if tag == "pretrained" else tag
     full = f"{architecture}.{wanted}" if wanted else architecture
@@ -76,6 +78,24 @@ def _timm(model: str, tag: str) -> Published:
     if config is None or not config.has_weights:
         raise _no_such_tag(f"timm:{architecture}", wanted or "pretrained", tags)
     return Published(f"timm:{full}", config.tag or wanted or "pretrained", config.num_classes, {"pretrained": True})
+
+
+def _of_a_hub(model: str, tag: str) -> Published:
+    """The weights of `hf-hub:ORG/NAME` or `local-dir:FOLDER`, which timm resolves."""
+    import timm
+
+    if tag != "pretrained":
+        raise _no_such_tag(f"timm:{model}", tag, [])
+    try:
+        num_classes = load_local_first(lambda: timm.create_model(model)).num_classes
+    except Exception as error:  # whatever timm or the hub raises
+        raise WeightsError(
+            "cannot get the config of the network",
+            where=f"timm:{model}",
+            found=first_line(error),
+            next_step="check the name and the network connection",
+        ) from error
+    return Published(f"timm:{model}", tag, num_classes, {"pretrained": True})
 
 
 def _torchvision(model: str, tag: str) -> Published:

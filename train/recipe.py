@@ -302,7 +302,7 @@ class TrainRecipe(Extensible):
             learns from the targets of all samples; a run on labels alone leaves unlabelled samples out.
         data_dir: folder of the images, if not the one in the cache or in `dataset`.
         download: fetch missing images, if the source can.
-        student: a name for `create_student`; `timm:NAME.TAG` starts from the weights that timm publishes under the tag.
+        student: a name for `create_student`; `timm:NAME.TAG` and `timm:hf-hub:ORG/NAME` start from their weights.
         student_weights: what the student starts from instead of random weights: a checkpoint file, a run folder, or a
             pretrained tag of timm or torchvision (`pretrained` for the default one). A classifier for other classes is
             replaced by a new one.
@@ -432,8 +432,9 @@ class TrainRecipe(Extensible):
         if self.student_weights is not None:
             return self.student_weights
         source, _, model = self.student.partition(":")
-        tag = model.partition(".")[2]
-        return tag if source == "timm" and tag and ":" not in model else None
+        if source != "timm":
+            return None
+        return "pretrained" if ":" in model else model.partition(".")[2] or None  # of a hub, or of a tag
 
     @property
     def takes_images_of_cache(self) -> bool:

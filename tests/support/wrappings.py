@@ -215,6 +215,12 @@ def cut(folder: Path) -> Path:
     return folder / "file.pth"
 
 
+def cut_old(folder: Path) -> Path:
+    torch.save(RIGHT, folder / "whole.pth", **_OLD)
+    (folder / "file.pth").write_bytes((folder / "whole.pth").read_bytes()[:-1000])
+    return folder / "file.pth"
+
+
 def npz(folder: Path) -> Path:
     np.savez(folder / "file.npz", weight=np.zeros(3))
     return folder / "file.npz"
@@ -431,6 +437,7 @@ def _refused() -> Iterable[Wrapping]:
     yield Wrapping("web page", plain_file(b"<!DOCTYPE html><html>"), refusal="a web page")
     yield Wrapping("HDF5", plain_file(b"\x89HDF\r\n\x1a\n"), refusal="HDF5")
     yield Wrapping("empty file", plain_file(b""), refusal="an empty file")
+    yield Wrapping("cut off, old format", cut_old, refusal="cannot read the weights .*found")
     yield Wrapping("cut off", cut, refusal="incomplete or damaged")
     yield Wrapping(
         "other class count",

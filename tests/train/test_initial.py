@@ -85,6 +85,14 @@ class TestPublished:
         assert "\n" not in str(info.value)
         assert "Run once with network access, or give a checkpoint file" in str(info.value)
 
+    def test_a_folder_that_timm_resolves(self, tmp_path: Path) -> None:
+        wanted = state_of("timm:test_resnet", 4)
+        save_file(wanted, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text('{"architecture": "test_resnet", "num_classes": 4, "pretrained_cfg": {}}')
+        student, notes = first_student(recipe(f"timm:local-dir:{tmp_path}"), 4)
+        assert_equal(student, wanted)
+        assert notes == ("starts from the weights pretrained",)
+
     def test_names_are_checked_without_a_download(self) -> None:
         check_names(recipe("timm:resnet18.a1_in1k"))
         check_names(recipe("torchvision:resnet18", student_weights="IMAGENET1K_V1"))

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import io
 import pathlib
+import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def _read_torch(path: Path, data: bytes | None) -> Any:
                 warnings.simplefilter("ignore")  # about the pickle protocol
                 with path.open("rb") if data is None else io.BytesIO(data) as file:  # torch believes some endings
                     return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
+        except pickle.UnpicklingError as error:
             found = outline(path.read_bytes() if data is None else data, _known())
             if found is not None and (found.classes or found.weights):
                 raise _foreign(path, found) from error
