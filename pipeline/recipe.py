@@ -29,12 +29,18 @@ from cache_tools.config import (
 )
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
-from cache_tools.images.class_names import read_names
+from cache_tools.images.class_names import IMAGENETS, ORDERS, read_names
 from cache_tools.images.own_folder import is_folder_argument, read_own_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
 from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_groups, check_shares
 from cache_tools.views.recipe import ViewRecipe
+
+OutputNames = Annotated[
+    Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(one_or_several),
+    BeforeValidator(partial(read_names, where="teacher.classes", orders=(*ORDERS, *IMAGENETS))),
+]
 
 
 class TeacherSpec(Extensible):
@@ -47,15 +53,20 @@ class TeacherSpec(Extensible):
         weights: a checkpoint file, a folder with one, `package:FILE` (shipped), or a pretrained tag of timm or
             torchvision.
         weights_key: where the weights are in a checkpoint that holds several, dotted: `state_dict`, `ema.module`.
+        classes: the names of its outputs in order, if these are not the dataset's classes in their order. A list; a
+            file with one name per line (read when the recipe is loaded); `sorted`, `natural`, `case-blind` or
+            `reversed` for the dataset's classes in that order; or `imagenet-1k`, `imagenet-12k`, `imagenet-22k`. It may
+            have more classes than the dataset.
         size, interpolation, mean, std: override the preprocessing of the library or checkpoint.
         weight: its share among several teachers; equal shares by default.
     """
 
-    added = frozenset({"weights_key"})
+    added = frozenset({"weights_key", "classes"})
 
     name: str
     weights: str | None = None
     weights_key: str | None = None
+    classes: OutputNames | None = None
     size: PositiveInt | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     mean: tuple[float, float, float] | None = None

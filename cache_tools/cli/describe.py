@@ -225,6 +225,8 @@ def _numbered(key: str, number: int) -> str:
 
 def _network(network: TeacherIdentity | ClipIdentity, of: int) -> str:
     share = f"share {network.weight:g}, " if of > 1 else ""
+    if isinstance(network, TeacherIdentity) and network.outputs is not None:
+        share += "outputs chosen by class, "
     return f"{network.architecture}, {share}weights {network.weights_digest[:12]}, {_preprocessing(network)}"
 
 

@@ -30,6 +30,9 @@ ORDERS: dict[str, Callable[[Names], Names]] = {
     "reversed": lambda names: tuple(sorted(names, reverse=True)),
 }
 
+# ImageNet's lists of classes, which are in the order of the outputs of its networks, as timm names their files.
+IMAGENETS = {"imagenet-1k": "imagenet", "imagenet-12k": "imagenet12k", "imagenet-22k": "imagenet22k"}
+
 
 def read_names(value: Any, *, where: str, orders: Sequence[str] = ()) -> Any:
     """The class names that a key of a recipe gives: a file is replaced by the names in it, all else is returned.

@@ -35,7 +35,7 @@ from cache_tools.store.group import read_manifest
 from pipeline.build.destination import Destination, destination, names_a_cache
 from pipeline.networks import NETWORKS_VERSION
 from pipeline.networks.prompts import BUILTIN_SETS
-from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, resolve_path
+from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, class_files, resolve_path
 from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec
 from train.own import is_own
 from train.zoo import ZOO_VERSION
@@ -126,6 +126,7 @@ def _files(recipe: BuildRecipe) -> list[Path] | None:
         if path is None or not path.exists():
             return None
         found += [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        found += class_files(path) if path.is_file() else []
     named = [clip.templates for clip in recipe.clips if isinstance(clip.templates, str)]
     found += [Path(templates) for templates in named if templates not in BUILTIN_SETS]
     return found if all(path.is_file() for path in found) else None

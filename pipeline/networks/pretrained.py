@@ -8,12 +8,20 @@ from typing import Any, Literal
 from torch import nn
 
 from cache_tools.format.recipe import Preprocessing
+from cache_tools.images.class_names import Names
+from pipeline.networks.teacher_classes import TeacherClasses, classes_of_library
 from train.pretrained import download, find_published
 from train.weights.load import class_count_error
 
 
-def load_pretrained(name: str, tag: str, num_classes: int) -> tuple[nn.Module, Preprocessing]:
+def load_pretrained(
+    name: str, tag: str, class_names: Names, given: str | Names | None = None
+) -> tuple[nn.Module, Preprocessing, TeacherClasses]:
     """Load `timm:NAME` or `torchvision:NAME` with a pretrained tag; `pretrained` is the library's default tag.
+
+    Args:
+        class_names: of the dataset, in label order.
+        given: `teacher.classes` of the recipe.
 
     Raises:
         RecipeError: unknown architecture.
@@ -21,12 +29,15 @@ def load_pretrained(name: str, tag: str, num_classes: int) -> tuple[nn.Module, P
             they cannot be downloaded.
     """
     published = find_published(name, tag)
-    if published.num_classes != num_classes:
-        where = published.name if "weights" not in published.options else f"{published.name}, {published.tag}"
-        raise class_count_error(where, num_classes, published.num_classes)
-    network = download(published)
     weights = published.options.get("weights")
-    return network, library_preprocessing(published.name, network) if weights is None else _torchvisions(weights)
+    where = published.name if weights is None else f"{published.name}, {published.tag}"
+    categories = () if weights is None else weights.meta["categories"]
+    classes = classes_of_library(class_names, given, published.num_classes, categories, where=where)
+    if published.num_classes != classes.total:
+        raise class_count_error(where, classes.total, published.num_classes)
+    network = download(published)
+    preprocessing = library_preprocessing(published.name, network) if weights is None else _torchvisions(weights)
+    return network, preprocessing, classes
 
 
 def library_preprocessing(name: str, network: Any) -> Preprocessing:

@@ -9,6 +9,10 @@ from train.weights.names import looks_like_file
 
 PACKAGE_PREFIX = "package:"
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"  # of names, as in open_clip and timm
+_CLASS_FILES = (
+    "class_to_idx.json", "idx_to_class.json", "class_names.json", "classes.json", "labels.json", "config.json",
+    "class_names.txt", "classes.txt", "labels.txt",
+)  # fmt: skip
 
 
 def is_file_reference(reference: str) -> bool:
@@ -21,3 +25,9 @@ def resolve_path(reference: str) -> Path:
     if reference.startswith(PACKAGE_PREFIX):
         return Path(str(files("pipeline") / "assets" / reference.removeprefix(PACKAGE_PREFIX)))
     return Path(reference).expanduser()
+
+
+def class_files(weights: Path) -> list[Path]:
+    """The files in the folder of weights that may have the class names of their outputs."""
+    folder = weights if weights.is_dir() else weights.parent
+    return [folder / name for name in _CLASS_FILES if (folder / name).is_file()]

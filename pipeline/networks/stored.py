@@ -22,7 +22,7 @@ from train import own
 
 Identity = TeacherIdentity | ClipIdentity
 
-_COMPARED_KEYS = ("config_digest", "feature_dim", "linear_head", "preprocessing")  # beside the weights
+_COMPARED_KEYS = ("config_digest", "feature_dim", "linear_head", "preprocessing", "outputs")  # beside the weights
 
 
 def load_stored_ensemble(

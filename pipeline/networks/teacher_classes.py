@@ -19,26 +19,28 @@ from typing import Any, NamedTuple
 import torch
 
 from cache_tools.errors import CacheError, RecipeError, WeightsError
-from cache_tools.images.class_names import ORDERS, Names, describe, listed, names_in, read_names
+from cache_tools.images.class_names import IMAGENETS, ORDERS, Names, describe, listed, names_in, read_names
 from pipeline.networks.class_words import imagenet_ids
-
-# What `teacher.classes` may be beside a list of names: an order of the dataset's classes, or the classes of ImageNet.
-IMAGENETS = {f"imagenet-{size}": f"imagenet{'' if size == '1k' else size}" for size in ("1k", "12k", "22k")}
-WORDS = (*ORDERS, *IMAGENETS)
+from pipeline.networks.references import class_files
+from train.weights.reading import WeightsFile
 
 _KEYS = ("class_names", "classes", "CLASSES", "class_to_idx", "idx_to_class", "label_names", "id2label", "label2id")
-_FILES = (
-    "class_to_idx.json", "idx_to_class.json", "class_names.json", "classes.json", "labels.json", "config.json",
-    "class_names.txt", "classes.txt", "labels.txt",
-)  # fmt: skip
-_SAY_NOTHING = re.compile(r"(label|class)?[_ -]?[0-9]+", re.IGNORECASE)  # `LABEL_3`, which Hugging Face makes up
+_NUMBER = re.compile(r"(label|class)?[_ -]?[0-9]+", re.IGNORECASE)  # `LABEL_3`, which Hugging Face makes up
 
 
 class StoredNames(NamedTuple):
-    """Names of a teacher's outputs, and where they were found."""
+    """Names of a teacher's outputs, and where they were found.
+
+    `certain` names were stored by train-student. Others that only number the outputs (`LABEL_3`) say nothing.
+    """
 
     source: str
     names: Names
+    certain: bool = False
+
+    @property
+    def say_nothing(self) -> bool:
+        return not self.certain and all(_NUMBER.fullmatch(name) for name in self.names)
 
 
 class TeacherClasses(NamedTuple):
@@ -55,6 +57,29 @@ class TeacherClasses(NamedTuple):
     note: str | None = None
 
 
+def classes_of_file(
+    class_names: Names, given: str | Names | None, file: WeightsFile, *, where: object
+) -> TeacherClasses:
+    """Match the outputs of a network whose weights are in a file; see `match_classes`."""
+    stored = [
+        *_names_in_metadata(file),
+        *names_in_checkpoint(file.checkpoint),
+        *names_beside(file.path),
+        *names_of_imagenet(file.checkpoint, class_names),
+    ]
+    return match_classes(class_names, given, stored, where=where)
+
+
+def classes_of_library(
+    class_names: Names, given: str | Names | None, total: int, categories: Sequence[str], *, where: object
+) -> TeacherClasses:
+    """Match the outputs of a library's pretrained network with `total` classes, whose names may be in `categories`."""
+    known = [names for name in IMAGENETS.values() if len(names := imagenet_ids(name)) == total]
+    stored = [StoredNames("the library's list of classes", names) for names in (*known, tuple(categories))]
+    fitting = [one for one in stored if matching(one.names, class_names) is not None]
+    return match_classes(class_names, given, fitting, where=where)
+
+
 def match_classes(
     class_names: Names, given: str | Names | None, stored: Sequence[StoredNames], *, where: object
 ) -> TeacherClasses:
@@ -62,7 +87,7 @@ def match_classes(
 
     Args:
         class_names: of the dataset, in label order.
-        given: `teacher.classes` of the recipe: one of `WORDS`, or the names of the outputs.
+        given: `teacher.classes` of the recipe: a key of `ORDERS` or `IMAGENETS`, or the names of the outputs.
         stored: names found with the weights, the most reliable first. The first that fit are used.
         where: the teacher, for messages.
 
@@ -82,11 +107,12 @@ def match_classes(
                 next_step="name the teacher's outputs in order, with the names of the dataset for its classes",
             )
         return _result(own, outputs, "teacher.classes")
-    for source, own in stored:
+    for found in stored:
+        source, own = found.source, found.names
         outputs = matching(own, class_names)
         if outputs is not None:
             return _result(own, outputs, source)
-        if len(own) == len(class_names) and not all(_SAY_NOTHING.fullmatch(name) for name in own):
+        if len(own) == len(class_names) and not found.say_nothing:
             position = next(place for place, name in enumerate(class_names) if name in _unmatched(own, class_names))
             raise WeightsError(
                 "the teacher has other classes than the dataset",
@@ -128,10 +154,7 @@ def names_in_checkpoint(checkpoint: Any) -> Iterator[StoredNames]:
 
 def names_beside(path: Path) -> Iterator[StoredNames]:
     """Class names in the folder of the weights: lists of them, and the `config.json` of timm and Hugging Face."""
-    folder = path if path.is_dir() else path.parent
-    for file in (folder / name for name in _FILES):
-        if not file.is_file():
-            continue
+    for file in class_files(path):
         try:
             if file.suffix == ".txt":
                 yield StoredNames(str(file), tuple(read_names(str(file), where="")))
@@ -156,6 +179,22 @@ def names_of_imagenet(checkpoint: Any, class_names: Names) -> Iterator[StoredNam
         ids = imagenet_ids(subset)
         if len(ids) in rows and set(class_names) <= set(ids):
             yield StoredNames(f"{word}, by its {len(ids)} outputs and the WordNet ids of the dataset", ids)
+
+
+def _names_in_metadata(file: WeightsFile) -> Iterator[StoredNames]:
+    """The class names that train-student stores in safetensors files, a JSON list under `class_names`."""
+    text = file.metadata.get("class_names")
+    if text is None:
+        return
+    try:
+        names = names_in(json.loads(text))
+    except ValueError:
+        names = None
+    if names is None:
+        raise WeightsError(
+            "cannot read class_names in the weights' metadata", where=file.path, expected="a JSON list of names"
+        )
+    yield StoredNames(f"class_names in {file.path.name}", names, certain=True)
 
 
 def _given_names(given: str | Names, class_names: Names) -> Names:

@@ -17,12 +17,13 @@ from cache_tools.format.recipe import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
 from pipeline.networks.pretrained import library_preprocessing, load_pretrained, timm_preprocessing
 from pipeline.networks.references import FOLDER_PREFIX, is_file_reference, resolve_path
-from pipeline.networks.weights import as_network_input, check_class_names, freeze, mixed_precision, weights_digest
+from pipeline.networks.teacher_classes import TeacherClasses, classes_of_file, match_classes
+from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
 from train import own
 from train.checkpoints import LAST, StudentCard, student_file
 from train.students import create_student, student_names
 from train.weights.files import CONFIG, open_weights, read_config, read_hub_folder
-from train.weights.load import Loaded, load_into
+from train.weights.load import Loaded, class_count_error, load_into
 from train.weights.reading import WeightsFile, read_weights
 from train.weights.text import first_line
 
@@ -66,11 +67,20 @@ class Teacher(nn.Module):
         self.identity, self.precision = identity, precision
         self.notes, self.raw_key = tuple(notes), raw_key
         self._head = _linear_head(network) if identity.linear_head else None
+        self._outputs: torch.Tensor | None = None
+        if identity.outputs is not None:
+            self._outputs = torch.tensor(identity.outputs, device=next(network.parameters()).device)
 
     @property
     def head(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(weight [C, D], bias [C]) if logits are features · weightᵀ + bias; None for any other head."""
-        return self._head
+        """(weight [C, D], bias [C]) if logits are features · weightᵀ + bias; None for any other head.
+
+        These are the rows of the dataset's classes.
+        """
+        if self._head is None or self._outputs is None:
+            return self._head
+        weight, bias = self._head
+        return weight[self._outputs], bias[self._outputs]
 
     @torch.no_grad()
     def forward(self, pixels_NCHW_u8: torch.Tensor) -> TeacherOutput:
@@ -80,9 +90,13 @@ class Teacher(nn.Module):
             feature_map = self.network.forward_features(images)
             features = self.network.forward_head(feature_map, pre_logits=True)
             if self._head is None:
-                return TeacherOutput(self.network.forward_head(feature_map).float(), features.float())
+                return self._output(self.network.forward_head(feature_map).float(), features.float())
         features = features.float()
-        return TeacherOutput(fusion.linear_logits(features, *self._head), features)
+        return self._output(fusion.linear_logits(features, *self._head), features)
+
+    def _output(self, own_logits: torch.Tensor, features: torch.Tensor) -> TeacherOutput:
+        """Choose the dataset's classes. A product with fewer rows of the head could differ in the last bits."""
+        return TeacherOutput(own_logits if self._outputs is None else own_logits[:, self._outputs], features)
 
     def train(self, mode: bool = True) -> Teacher:
         """Do nothing: a frozen network stays in eval mode."""
@@ -98,7 +112,7 @@ def load_teacher(
     *,
     precision: Precision = "float32",
 ) -> Teacher:
-    """Load a teacher with all its weights, and check that its classes are the dataset's.
+    """Load a teacher with all its weights, and match its outputs with the dataset's classes (`match_classes`).
 
     Args:
         spec: name, weights, and overrides of its preprocessing.
@@ -108,8 +122,8 @@ def load_teacher(
 
     Raises:
         RecipeError: unknown architecture.
-        WeightsError: weights are not named, missing or unreadable, do not fit, or were trained on another class count,
-            other class names or another class order than the dataset's.
+        WeightsError: weights are not named, missing or unreadable, do not fit, or were trained on other classes than
+            the dataset's.
     """
     names = tuple(class_names)
     loaded = _load(spec, names, canvas, normalisation)
@@ -117,24 +131,27 @@ def load_teacher(
     digest = weights_digest(network)
     preprocessing = _overridden(loaded.preprocessing, spec)
     freeze(network, device)
-    width, linear = _probe(network, architecture, len(names), preprocessing, canvas, device)
+    width, linear = _probe(network, architecture, loaded.classes.total, preprocessing, canvas, device)
     identity = TeacherIdentity(
         architecture=architecture,
         weights_digest=digest,
         feature_dim=width,
         linear_head=linear,
         preprocessing=preprocessing,
+        outputs=loaded.classes.outputs,
     )
-    notes = [f"{architecture} {note}" for note in loaded.notes]
+    about_classes = [] if loaded.classes.note is None else [loaded.classes.note]
+    notes = [f"{architecture} {note}" for note in (*loaded.notes, *about_classes)]
     return Teacher(network, identity, precision, notes, loaded.raw_key)
 
 
 class _Network(NamedTuple):
-    """A loaded network, its name in the manifest, and how its inputs are prepared."""
+    """A loaded network, its name in the manifest, how its inputs are prepared, and which outputs are used."""
 
     network: nn.Module
     architecture: str
     preprocessing: Preprocessing
+    classes: TeacherClasses
     notes: tuple[str, ...] = ()
     raw_key: str | None = None
 
@@ -167,8 +184,8 @@ def _load(spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation
             found=f"weights_key={spec.weights_key} for published weights",
             next_step="leave teacher.weights_key out",
         )
-    network, preprocessing = load_pretrained(spec.name, spec.weights, len(names))
-    return _Network(network, spec.name, preprocessing)
+    network, preprocessing, classes = load_pretrained(spec.name, spec.weights, names, spec.classes)
+    return _Network(network, spec.name, preprocessing, classes)
 
 
 def _is_stored_student(name: str) -> bool:
@@ -183,9 +200,10 @@ def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> 
     file = read_weights(student_file(resolve_path(spec.name)))
     card = StudentCard.from_metadata(file.metadata, file.path)
     own.require_consent(card.architecture, file.path)
-    network = create_student(card.architecture, len(names))
-    loaded = _load_file(network, card.architecture, file, names, spec.weights_key)
-    return _Network(network, card.architecture, _card_preprocessing(card, canvas), loaded.notes, loaded.raw)
+    classes = classes_of_file(names, spec.classes, file, where=spec.name)
+    network = create_student(card.architecture, classes.total)
+    loaded = _load_file(network, card.architecture, file, classes, spec)
+    return _Network(network, card.architecture, _card_preprocessing(card, canvas), classes, loaded.notes, loaded.raw)
 
 
 def _hub_folder(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:
@@ -196,31 +214,33 @@ def _hub_folder(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Net
     library = config.get("library", "timm")
     architecture = config["architecture"] if library == "teacher-cache" else f"{library}:{config['architecture']}"
     own.require_consent(architecture, folder)
-    network = create_student(architecture, len(names), **config.get("model_args", {}))
     file = read_hub_folder(folder)
-    loaded = _load_file(network, architecture, file, names, spec.weights_key)
+    classes = classes_of_file(names, spec.classes, file, where=spec.name)
+    network = create_student(architecture, classes.total, **config.get("model_args", {}))
+    loaded = _load_file(network, architecture, file, classes, spec)
     if "architecture" in file.metadata:
         preprocessing = _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)
     else:  # old folders of timm have the keys at the top
         of_network = getattr(network, "pretrained_cfg", None) or {}
         preprocessing = timm_preprocessing({**of_network, **config, **config.get("pretrained_cfg", {})})
-    return _Network(network, architecture, preprocessing, loaded.notes, loaded.raw)
+    return _Network(network, architecture, preprocessing, classes, loaded.notes, loaded.raw)
 
 
 def _own_with_weights(spec: TeacherSpec, names: tuple[str, ...], normalisation: Normalisation) -> _Network:
     """A network of one's own whose function loads the weights itself: it must return the same ones every time."""
     networks = []
+    classes = match_classes(names, spec.classes, [], where=spec.name)
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            networks.append(create_student(spec.name, len(names)))
+            networks.append(create_student(spec.name, classes.total))
     if weights_digest(networks[0]) != weights_digest(networks[1]):
         raise WeightsError(
             "the teacher has no weights: its function returns random ones",
             where=spec.name,
             next_step="set teacher.weights to a checkpoint, or let the function load one",
         )
-    return _Network(networks[0], spec.name, _preprocessing_of(spec.name, networks[0], normalisation))
+    return _Network(networks[0], spec.name, _preprocessing_of(spec.name, networks[0], normalisation), classes)
 
 
 def _refuse_weights(spec: TeacherSpec, what: str) -> None:
@@ -237,12 +257,15 @@ def _refuse_weights(spec: TeacherSpec, what: str) -> None:
 def _named_with_file(spec: TeacherSpec, names: tuple[str, ...], canvas: Size, normalisation: Normalisation) -> _Network:
     network = create_student(spec.name, len(names))  # fail on an unknown name before reading the file
     file = open_weights(resolve_path(spec.weights or ""), spec.name)
-    loaded = _load_file(network, spec.name, file, names, spec.weights_key)
+    classes = classes_of_file(names, spec.classes, file, where=f"{spec.name}, {file.path}")
+    if classes.total != len(names):
+        network = create_student(spec.name, classes.total)
+    loaded = _load_file(network, spec.name, file, classes, spec)
     if "architecture" in file.metadata:
         preprocessing = _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)
     else:
         preprocessing = _preprocessing_of(spec.name, network, normalisation)
-    return _Network(network, spec.name, preprocessing, loaded.notes, loaded.raw)
+    return _Network(network, spec.name, preprocessing, classes, loaded.notes, loaded.raw)
 
 
 def _preprocessing_of(name: str, network: Any, normalisation: Normalisation) -> Preprocessing:
@@ -253,19 +276,29 @@ def _preprocessing_of(name: str, network: Any, normalisation: Normalisation) -> 
 
 
 def _load_file(
-    network: nn.Module, architecture: str, file: WeightsFile, names: tuple[str, ...], key: str | None
+    network: nn.Module, architecture: str, file: WeightsFile, classes: TeacherClasses, spec: TeacherSpec
 ) -> Loaded:
-    """Load weights, class names checked first: if classes and shapes are both wrong, that message helps more."""
-    check_class_names(file.metadata, names, file.path)
-    return load_into(
-        network,
-        file.checkpoint,
-        where=f"{architecture}, {file.path}",
-        num_classes=len(names),
-        key=key,
-        key_name="teacher.weights_key",
-        without_auxiliary=architecture.startswith("torchvision:"),
-    )
+    where = f"{architecture}, {file.path}"
+    try:
+        return load_into(
+            network,
+            file.checkpoint,
+            where=where,
+            num_classes=classes.total,
+            key=spec.weights_key,
+            key_name="teacher.weights_key",
+            without_auxiliary=architecture.startswith("torchvision:"),
+        )
+    except WeightsError as error:
+        if spec.classes is None or error.what != class_count_error(None, 0, 0).what:
+            raise
+        raise WeightsError(
+            "teacher.classes does not have a name for each output of the teacher",
+            where=where,
+            expected=f"{error.found} names",
+            found=classes.total,
+            next_step="name all outputs in order; the dataset need not have all these classes",
+        ) from error
 
 
 def _card_preprocessing(card: StudentCard, canvas: Size) -> Preprocessing:

@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import Precision
-from train.weights.load import class_count_error
 
 _DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-def check_class_names(metadata: Mapping[str, str], class_names: tuple[str, ...], where: object) -> None:
-    """Compare the class names in a checkpoint's metadata (a JSON list under `class_names`, if any) with the dataset's.
-
-    Raises:
-        WeightsError: the count, the names or their order differ.
-    """
-    if "class_names" not in metadata:
-        return
-    try:
-        stored = tuple(str(name) for name in json.loads(metadata["class_names"]))
-    except (ValueError, TypeError) as error:
-        raise WeightsError(
-            "cannot read class_names in the weights' metadata", where=where, expected="a JSON list"
-        ) from error
-    if len(stored) != len(class_names):
-        raise class_count_error(where, len(class_names), len(stored))
-    if stored == class_names:
-        return
-    position = next(i for i, (a, b) in enumerate(zip(class_names, stored, strict=True)) if a != b)
-    same = sorted(stored) == sorted(class_names)
-    raise WeightsError(
-        f"the teacher has {'another class order' if same else 'other classes'} than the dataset",
-        where=where,
-        expected=f"class {position} to be '{class_names[position]}'",
-        found=f"'{stored[position]}'",
-        next_step="choose weights that were trained on the dataset's classes, in its order",
-    )
 
 
 def weights_digest(network: nn.Module) -> str:

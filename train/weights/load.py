@@ -94,7 +94,8 @@ def class_count_error(where: object, num_classes: int, found: int) -> WeightsErr
         where=where,
         expected=f"{num_classes} classes",
         found=f"{found}",
-        next_step="choose weights that were trained on the dataset's classes",
+        next_step="choose weights that were trained on the dataset's classes. If these are among the teacher's, name "
+        "all its outputs in order with teacher.classes, a file with one class name per line",
     )
 
 

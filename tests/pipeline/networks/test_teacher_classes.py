@@ -98,6 +98,8 @@ def test_other_names_of_the_same_number_are_refused_unless_they_say_nothing() ->
         match_classes(CATS, None, [StoredNames("f.json", ("ant", "bee", "dog"))], where="net")
     for made_up in (("LABEL_0", "LABEL_1", "LABEL_2"), ("0", "1", "2"), ("class_1", "class_2", "class_3")):
         assert match_classes(CATS, None, [StoredNames("f.json", made_up)], where="net") == TeacherClasses(3)
+        with pytest.raises(WeightsError, match="other classes than the dataset"):
+            match_classes(CATS, None, [StoredNames("run", made_up, certain=True)], where="net")
     assert match_classes(("1", "0"), None, [StoredNames("f.json", ("0", "1"))], where="net").outputs == (1, 0)
 
 
@@ -144,7 +146,7 @@ def test_names_beside_the_weights(tmp_path: Path, name: str, content: Any) -> No
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     for path in (tmp_path, tmp_path / "weights.pth"):
         [found] = names_beside(path)
-        assert found == (str(tmp_path / name), CATS)
+        assert found == (str(tmp_path / name), CATS, False)
 
 
 def test_other_files_of_these_names_are_no_names(tmp_path: Path) -> None:

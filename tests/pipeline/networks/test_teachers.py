@@ -214,15 +214,23 @@ class TestMismatches:
     @pytest.mark.parametrize(
         ("stored", "message"),
         [
-            (CLASSES[::-1], "another class order.*class 0 to be 'class_0'; found 'class_6'"),
-            ((*CLASSES[:6], "cat"), "other classes.*class 6 to be 'class_6'; found 'cat'"),
-            ((*CLASSES, "cat"), "another class count.*expected 7 classes; found 8"),
+            ((*CLASSES[:6], "cat"), "other classes.*expected a class 'class_6'; found 7 classes: class_0.*cat"),
+            ((*CLASSES, "cat"), "another class count.*expected 8 classes; found 7"),  # not what the head has
+            (("one",) * 6, "another class count.*expected 8 classes; found 7"),
         ],
     )
     def test_class_names_in_metadata(self, tmp_path: Path, stored: tuple[str, ...], message: str) -> None:
         path = tmp_path / "named.safetensors"
         save_file(network("resnet8").state_dict(), path, {"class_names": json.dumps(stored)})
+        names = CLASSES if len(stored) != 6 else (*CLASSES, "cat")
         with pytest.raises(WeightsError, match=message):
+            load(TeacherSpec(name="resnet8", weights=str(path)), names)
+
+    @pytest.mark.parametrize("text", ["{", "3", "[1, 2]"])
+    def test_damaged_class_names_in_metadata(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "named.safetensors"
+        save_file(network("resnet8").state_dict(), path, {"class_names": text})
+        with pytest.raises(WeightsError, match="cannot read class_names"):
             load(TeacherSpec(name="resnet8", weights=str(path)))
 
     def test_first_key_that_does_not_fit(self, zoo_file: Path) -> None:
