@@ -129,8 +129,13 @@ def check_canaries(cache: CachedSamples, images: ImageSet) -> None:
     Raises:
         MismatchError: view code or image decoding has changed; names the first view and sample.
     """
-    for canary in cache.manifest.canaries:
-        found = _canary(cache.recipe.views, images, canary.view, canary.index).pixel_digest
+    check_manifest_canaries(cache.manifest, images)
+
+
+def check_manifest_canaries(manifest: Manifest, images: ImageSet) -> None:
+    """`check_canaries` of a cache that is still being built."""
+    for canary in manifest.canaries:
+        found = _canary(manifest.recipe.views, images, canary.view, canary.index).pixel_digest
         if found != canary.pixel_digest:
             raise MismatchError(
                 "these are not the pixels that the teachers saw",

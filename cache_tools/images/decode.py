@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,10 +148,9 @@ def _opened(data: bytes) -> Iterator[Image]:
 
 
 def _upright_rgb(image: Image, rules: PixelRules) -> Image:
-    from PIL import ImageOps
-
     declared, is_deep_colour = _declared_range(image), _is_deep_colour(image)  # before PIL loads the pixels
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    _turn_upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _scaled(image, rules, declared)
     if rules.value_range is not None and is_deep_colour:
@@ -160,6 +159,14 @@ def _upright_rgb(image: Image, rules: PixelRules) -> Image:
         return image.convert("RGB")
     with_alpha = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
     return _composite(with_alpha.convert("RGB"), with_alpha.getchannel("A"), rules)
+
+
+def _turn_upright(image: Image) -> None:
+    """Rotate or mirror the pixels as EXIF says; an image whose EXIF cannot be read stays as it is, as in viewers."""
+    from PIL import ImageOps
+
+    with suppress(Exception):  # it fails before it touches the pixels, or afterwards when it writes EXIF again
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _composite(image: Image, alpha: Image, rules: PixelRules) -> Image:

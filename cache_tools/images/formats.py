@@ -112,6 +112,12 @@ def identify(head: bytes) -> Content:
     return Content(_text_or_unknown(head), False)
 
 
+def no_decoder(name: str) -> str:
+    """The reason to leave out an image of a format that `is_decodable` denies, with what would help."""
+    help_text = {"HEIC": ": install pillow-heif", "AVIF": ": install Pillow 11.3 or later"}.get(name, "")
+    return f"{name} (no decoder{help_text})"
+
+
 @cache
 def is_decodable(name: str) -> bool:
     """Whether PIL, with the plugins that are installed, decodes images of a format that `identify` names."""

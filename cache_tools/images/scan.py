@@ -17,7 +17,7 @@ import numpy as np
 from cache_tools.console import Progress
 from cache_tools.errors import DataError, printable
 from cache_tools.images.class_names import Names, arrange, describe
-from cache_tools.images.formats import CAMERA_RAW, EXTENSIONS, HEAD_BYTES, identify, is_decodable
+from cache_tools.images.formats import CAMERA_RAW, EXTENSIONS, HEAD_BYTES, identify, is_decodable, no_decoder
 from cache_tools.images.image_set import KEY_BYTES, sample_key
 
 PROGRESS_FROM_FILES = 5000
@@ -297,13 +297,13 @@ def _key_or_reason(path: Path) -> bytes | str:
     except DataError as error:
         return sample_key(f"{error.found} {path.name}".encode(errors="surrogateescape"))  # a check names the file
     content = identify(data[:HEAD_BYTES])
-    return f"{content.name} (no decoder)" if content.is_image and not is_decodable(content.name) else sample_key(data)
+    return no_decoder(content.name) if content.is_image and not is_decodable(content.name) else sample_key(data)
 
 
 def _reason_to_leave_out(path: Path) -> str | None:
     """Why a file is no sample, from its first bytes; None for an image, or a link to a folder that is lost."""
     if path.suffix.lower() in CAMERA_RAW:
-        return "camera raw (no decoder)"
+        return no_decoder("camera raw")
     if not path.exists():
         return None
     try:
@@ -315,7 +315,7 @@ def _reason_to_leave_out(path: Path) -> str | None:
         return f"unreadable: {error.strerror}"
     if not content.is_image:
         return None if _is_image_name(path.name) else content.name
-    return None if is_decodable(content.name) else f"{content.name} (no decoder)"
+    return None if is_decodable(content.name) else no_decoder(content.name)
 
 
 def _is_image_name(name: str) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from cache_tools.alignment import make_canaries
+from cache_tools.alignment import check_manifest_canaries, make_canaries
 from cache_tools.codecs.presets import resolve_codecs
 from cache_tools.console import device_name, resolve_device
 from cache_tools.errors import DataError, RecipeError, printable
@@ -134,6 +134,8 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     if not missing:
         say(f"{where} is complete: nothing to do")
         return result
+    if len(missing) < manifest.num_views * manifest.num_blocks:
+        check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     start = time.monotonic()
     count = build_blocks(output, images, ensemble, recipe.batch_size)

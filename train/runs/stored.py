@@ -12,6 +12,7 @@ from cache_tools.config import Changes, parse_yaml, validate
 from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
 from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
+from cache_tools.images.check import check_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
@@ -78,12 +79,14 @@ class StoredRun:
             download: fetch missing images, even if the run did not.
 
         Raises:
-            DataError: no test split, missing images, or a class that the student does not know.
+            DataError: no test split, missing or damaged images, or a class that the student does not know.
         """
         wanted = split or next(iter(self.dataset.test_splits), None)
         if wanted is None:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
-        return with_classes(open_images(self.dataset.located(data_dir, download), wanted), card.class_names)
+        images = open_images(self.dataset.located(data_dir, download), wanted)
+        check_images(images)
+        return with_classes(images, card.class_names)
 
 
 def open_run(path: Path | str) -> tuple[StoredRun, str | None]:

@@ -14,7 +14,7 @@ from PIL import Image, TiffImagePlugin
 
 from cache_tools.errors import DataError
 from cache_tools.images import open_images
-from cache_tools.images.decode import Finding, PixelRules, decode_image, examine_image
+from cache_tools.images.decode import Finding, PixelRules, decode_image, examine_image, whole_images_only
 from cache_tools.images.recipe import DatasetRecipe
 from tests.support.pictures import photo, recipe_for
 
@@ -168,6 +168,15 @@ def test_a_gif_shows_its_first_frame_on_the_background() -> None:
     assert found[0, 0].tolist() == [255, 255, 255]
     assert found[20, 20].tolist() == [10, 200, 30]
     assert examine_image(data, PixelRules()) == Finding(frames=True)
+
+
+def test_exif_that_cannot_be_read_leaves_the_image_as_it_is() -> None:
+    image = photo(SIZE, SIZE)
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"):
+        data = saved(image, "JPEG", quality=95, exif=exif)
+        with whole_images_only():  # also keeps PIL's warnings quiet
+            assert examine_image(data, PixelRules()) == Finding()
+            np.testing.assert_array_equal(pixels(data), pixels(saved(image, "JPEG", quality=95)))
 
 
 # --- more than eight bits ---
