@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy.typing as npt
 
 from cache_tools.errors import MismatchError
 from cache_tools.format.manifest import Canary
+from cache_tools.images import open_images, whole_split
+from cache_tools.images.check import without_damaged
 from cache_tools.images.formats import FIRST_EXTENSIONS
 from cache_tools.views.recipe import ViewRecipe
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from cache_tools.format.manifest import Manifest
     from cache_tools.format.recipe import CacheRecipe
     from cache_tools.images.image_set import ImageSet
-    from cache_tools.images.recipe import DatasetIdentity
+    from cache_tools.images.recipe import DatasetIdentity, DatasetRecipe
 
 MAX_CANARIES = 16
 
@@ -121,6 +124,21 @@ def rows_in_cache(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int6
             next_step="choose images that are in the cache, or build a cache of these",
         )
     return np.array(rows, np.int64)
+
+
+def open_cached(
+    cache: CachedSamples,
+    dataset: DatasetRecipe,
+    open_split: Callable[[DatasetRecipe, str | None], ImageSet] = open_images,
+) -> ImageSet:
+    """Open the split that a cache was built from.
+
+    With `on_bad_image: skip` the samples of the cache are known to be sound, so that only the others are checked.
+    """
+    if dataset.on_bad_image == "error" or whole_split(dataset.split) != dataset.split:
+        return open_split(dataset, None)
+    images = open_split(dataset.model_copy(update={"on_bad_image": "error"}), None)
+    return without_damaged(images, sound=cache.sample_keys)
 
 
 def check_canaries(cache: CachedSamples, images: ImageSet) -> None:

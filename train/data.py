@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_tools.alignment import aligned, rows_in_cache
+from cache_tools.alignment import aligned, open_cached, rows_in_cache
 from cache_tools.codecs import TopK
 from cache_tools.errors import MismatchError, NotFoundError, RecipeError
 from cache_tools.format.manifest import Fusion
@@ -222,7 +222,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
 
 def _open_cached_split(cache: TeacherCache, dataset: DatasetRecipe, open_split: Opener) -> ImageSet:
     """All images of a cache in its order, checked to be those that the teachers saw."""
-    images = aligned(cache, open_split(_at_places_of(dataset, cache.manifest.dataset), None))
+    images = aligned(cache, open_cached(cache, _at_places_of(dataset, cache.manifest.dataset), open_split))
     cache.check_canaries(images)
     return images
 

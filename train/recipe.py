@@ -296,7 +296,8 @@ class TrainRecipe(Extensible):
         cache: path, URL, recipe name or fingerprint prefix.
         fusion: how to fuse the teacher and CLIP of a component cache, where that differs from its build.
         dataset, views: for a run on labels alone. With a cache they are `Changes`: `split` (a part of the cached
-            samples), `test_split`, `data_dir` and `download` may be set; anything else must be as the cache has it.
+            samples), `test_split`, `data_dir`, `download` and `on_bad_image` (of test images) may be set; anything else
+            must be as the cache has it.
         num_views: views to cycle through; None for all views of the cache or, on labels alone, a new one every epoch.
         label_fraction: fraction of each class that keeps its labels, drawn with label_seed. A run with targets still
             learns from the targets of all samples; a run on labels alone leaves unlabelled samples out.

@@ -27,7 +27,7 @@ def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
     """Open a split or a part of one. A folder's files are read for their keys, but not decoded.
 
     With `on_bad_image: skip` the images of a folder are decoded once, unless that was done before, and those that
-    cannot be decoded are left out.
+    cannot be decoded are left out: a part is a part of the others.
 
     Args:
         split: None for `recipe.split`.
@@ -35,20 +35,13 @@ def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
     Raises:
         DataError: there is no such split, the part is empty, or a class has no image.
     """
-    images = _open_part(recipe, split or recipe.split)
-    if recipe.on_bad_image == "error":
-        return images
-    from cache_tools.images.check import without_damaged
-    from cache_tools.images.folder import FolderImages
-
-    return without_damaged(images) if isinstance(images, FolderImages) else images
-
-
-def _open_part(recipe: DatasetRecipe, wanted: str) -> ImageSet:
-    if whole_split(wanted) == wanted:
-        return _open_split(recipe, wanted)
+    wanted = split or recipe.split
     images = _open_split(recipe, whole_split(wanted))
-    return images.subset(_slice(wanted, len(images)), wanted)
+    if recipe.on_bad_image == "skip":
+        from cache_tools.images.check import without_damaged
+
+        images = without_damaged(images)
+    return images if whole_split(wanted) == wanted else images.subset(_slice(wanted, len(images)), wanted)
 
 
 def whole_split(split: str) -> str:

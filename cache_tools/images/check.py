@@ -34,8 +34,11 @@ MIN_FULL_RANGE = 1 << 14  # if no 16-bit image of a data set reaches it, the dat
 _MAX_LISTED_CHARACTERS = 1000
 
 
-def check_images(*splits: ImageSet | None) -> None:
+def check_images(*splits: ImageSet | None, can_skip: bool = True) -> None:
     """Decode every image of these splits once; None and images in memory pass.
+
+    Args:
+        can_skip: the command has the setting `dataset.on_bad_image`.
 
     Raises:
         DataError: lists the images that cannot be decoded, of all splits together, or names their undeclared range.
@@ -44,7 +47,7 @@ def check_images(*splits: ImageSet | None) -> None:
     found = [(images, row, finding) for images in folders for row, finding in findings(images).items()]
     damaged = {images.files[row]: finding.problem for images, row, finding in found if finding.problem}
     if damaged:
-        raise _damaged(os.path.commonpath([images.summary.root for images in folders]), damaged)
+        raise _damaged(os.path.commonpath([images.summary.root for images in folders]), damaged, can_skip)
     unknown = [(finding.kind, finding.unknown_range) for _, _, finding in found if finding.unknown_range]
     if unknown:
         raise _unknown_range(folders, unknown, "whose range is not declared")
@@ -78,13 +81,18 @@ def frame_notes(*splits: ImageSet | None) -> list[str]:
     return notes
 
 
-def without_damaged(images: FolderImages) -> FolderImages:
-    """The images that can be decoded, as `on_bad_image: skip` wants them.
+def without_damaged(images: ImageSet, sound: np.ndarray | None = None) -> ImageSet:
+    """The images that can be decoded, as `on_bad_image: skip` wants them; images in memory are returned as they are.
+
+    Args:
+        sound: keys, uint8 [N, 16], of images that are known to be sound.
 
     Raises:
         DataError: a class without any.
     """
-    damaged = {row: finding.problem for row, finding in findings(images).items() if finding.problem}
+    if not isinstance(images, FolderImages):
+        return images
+    damaged = {row: finding.problem for row, finding in findings(images, sound).items() if finding.problem}
     if not damaged:
         return images
     rest = images.subset(np.setdiff1d(np.arange(len(images)), list(damaged)))
@@ -97,12 +105,15 @@ def without_damaged(images: FolderImages) -> FolderImages:
     return replace(rest, summary=replace(images.summary, damaged=listed))
 
 
-def findings(images: FolderImages) -> dict[int, Finding]:
-    """Row → what the check found, for every image that is not an ordinary one."""
+def findings(images: FolderImages, sound: np.ndarray | None = None) -> dict[int, Finding]:
+    """Row → what the check found, for every image that is not an ordinary one; those with a key in `sound` are."""
     memory = _memory(cache_home() / MEMORY, images.rules)
     found = {}
     rows = []
-    for row in np.flatnonzero(~np.isin(_as_items(images.keys), memory.ordinary)).tolist():
+    ordinary = np.isin(_as_items(images.keys), memory.ordinary)
+    if sound is not None:
+        ordinary |= np.isin(_as_items(images.keys), _as_items(sound))
+    for row in np.flatnonzero(~ordinary).tolist():
         key = images.keys[row].tobytes().hex()
         if key in memory.notable:
             found[row] = memory.notable[key]
@@ -220,7 +231,7 @@ def _check_classes(images: FolderImages) -> None:
         )
 
 
-def _damaged(root: str, problems: dict[Path, str]) -> DataError:
+def _damaged(root: str, problems: dict[Path, str], can_skip: bool) -> DataError:
     """The error that lists damaged images: up to 20 in the message, all of them in a file.
 
     Names are whole paths if these are short enough, else paths below `root`.
@@ -244,7 +255,7 @@ def _damaged(root: str, problems: dict[Path, str]) -> DataError:
         counted(count, "damaged image"),
         where=root,
         found=found,
-        next_step="replace or remove them, or leave them out with --set dataset.on_bad_image=skip",
+        next_step=f"replace or remove them{', or leave them out with --set dataset.on_bad_image=skip' * can_skip}",
     )
 
 

@@ -53,7 +53,7 @@ TestSplits = Annotated[
     Discriminator(one_or_several),
 ]
 # What a user of a cache may choose anew; everything else determines its targets.
-FREE_KEYS = frozenset({"split", "test_split", "data_dir", "download"})
+FREE_KEYS = frozenset({"split", "test_split", "data_dir", "download", "on_bad_image"})
 
 
 class DatasetRecipe(Extensible):

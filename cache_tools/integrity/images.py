@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_tools.alignment import aligned, check_canaries
+from cache_tools.alignment import aligned, check_canaries, open_cached
 from cache_tools.config import Frozen
 from cache_tools.errors import MismatchError
-from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def check_images(cache: TeacherCache, data_dir: Path | None = None) -> tuple[Ima
     Raises:
         DataError: no images there, or some that cannot be decoded.
     """
-    found = open_images(cache.manifest.dataset.located(data_dir))
+    found = open_cached(cache, cache.manifest.dataset.located(data_dir))
     identity = cache.recipe.dataset
     report = ImagesCheck(
         dataset=f"{identity.name}/{identity.split}",

@@ -83,13 +83,13 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     finished = find_finished(recipe, images)
     if finished is not None and finished.manifest.dataset.test_split == recipe.dataset.test_split:
         say(f"{finished.where} is complete: nothing to do")
-        contents = _folders(images)
+        contents = _folders([images])
         return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest), folders=contents)
-    test = _open_test(recipe, images, say)
-    for note in [*images.notes(), *(test.notes() if test else ())]:
+    splits = (images, *_open_tests(recipe, images, say))
+    for note in (note for split in splits for note in split.notes()):
         say(f"note: {note}")
-    check_new_images(images, test)  # before the networks are loaded
-    for note in frame_notes(images, test):
+    check_new_images(*splits)  # before the networks are loaded
+    for note in frame_notes(*splits):
         say(f"note: {note}")
 
     from pipeline.build.blocks import build_blocks
@@ -121,13 +121,13 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         where,
         identity,
         recipe.num_views,
-        create=lambda path: _create(path, recipe, identity, (images, test), ensemble, inputs, say),
+        create=lambda path: _create(path, recipe, identity, splits, ensemble, inputs, say),
         grow=lambda writer: _grow(writer, recipe, images, ensemble),
     )
-    _record_test_split(output, recipe, images, test, ensemble, say)
+    _record_test_split(output, recipe, splits, ensemble, say)
     manifest = output.manifest
     result = BuildResult(
-        *where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(images, test)
+        *where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(splits)
     )
     ensemble.use_scales(manifest.clip_scales)
     missing = output.missing_blocks()
@@ -145,8 +145,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
 def _record_test_split(
     output: Output,
     recipe: BuildRecipe,
-    images: ImageSet,
-    test: ImageSet | None,
+    splits: Sequence[ImageSet],
     ensemble: TeacherEnsemble,
     say: Callable[[str], None],
 ) -> None:
@@ -154,12 +153,13 @@ def _record_test_split(
     before, after = output.manifest.dataset.test_split, recipe.dataset.test_split
     if before == after:
         return
-    for split in recipe.dataset.test_splits:
-        with_classes(open_images(recipe.dataset, split), images.class_names)
     preflight = None
-    if recipe.preflight_samples:
+    if not recipe.preflight_samples:
+        for split in recipe.dataset.test_splits:
+            open_images(recipe.dataset, split)  # a name that is wrong is not recorded
+    else:
         ensemble.use_scales(output.manifest.clip_scales)
-        preflight = run_preflight(ensemble, test or images, recipe.preflight_samples, recipe.batch_size)
+        preflight = run_preflight(ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size)
         say(f"preflight: {preflight}")
     output.record_test_split(after, None if preflight is None else preflight.model_dump())
     say(f"the test split is now {_splits(after)} (it was {_splits(before)}); the targets stay as they are")
@@ -193,22 +193,21 @@ def _create(
     path: Path,
     recipe: BuildRecipe,
     identity: CacheRecipe,
-    splits: tuple[ImageSet, ImageSet | None],
+    splits: Sequence[ImageSet],
     ensemble: TeacherEnsemble,
     inputs: str | None,
     say: Callable[[str], None],
 ) -> CacheWriter:
     """Create an empty cache after the preflight.
 
-    `splits` are train and test; the preflight uses the test split if there is one, because a teacher looks too good on
-    its own training images.
+    `splits` are the training split and the test splits.
     """
     from cache_tools.store.writer import CacheWriter
 
-    images, test = splits
+    images = splits[0]
     preflight = None
     if recipe.preflight_samples:
-        preflight = run_preflight(ensemble, test or images, recipe.preflight_samples, recipe.batch_size)
+        preflight = run_preflight(ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size)
         say(f"preflight: {preflight}")
         for note in preflight.notes:
             say(f"note: {note}")
@@ -229,7 +228,7 @@ def _create(
         | {
             "preflight": preflight.model_dump() if preflight else None,
             INPUTS: inputs,
-            "folders": _folders(images, test),
+            "folders": _folders(splits),
         },
     )
     return CacheWriter.create(
@@ -295,25 +294,30 @@ def _stored_preflight(manifest: Manifest) -> Preflight | None:
         return None
 
 
-def _open_test(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None]) -> ImageSet | None:
-    """The first test split, with the labels of the training images; None if there is none.
+def _open_tests(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None]) -> list[ImageSet]:
+    """The test splits, with the labels of the training images.
 
-    The preflight needs it, and its images are checked. Without a preflight they may be on another machine.
+    The preflight needs the first, and the images of all are checked. Without a preflight they may be elsewhere.
     """
-    splits = recipe.dataset.test_splits
-    if not splits or not (recipe.preflight_samples or recipe.dataset.name == "folder"):
-        return None
-    try:
-        test = open_images(recipe.dataset, splits[0])
-    except DataError as error:
-        if recipe.preflight_samples:
-            raise
-        say(f"note: the test split is not checked: {error}")
-        return None
-    return with_classes(test, images.class_names)
+    tests: list[ImageSet] = []
+    if not (recipe.preflight_samples or recipe.dataset.name == "folder"):
+        return tests
+    for split in recipe.dataset.test_splits:
+        try:
+            tests.append(open_images(recipe.dataset, split))
+        except DataError as error:
+            if recipe.preflight_samples:
+                raise
+            say(f"note: the test split is not checked: {error}")
+    return [with_classes(test, images.class_names) for test in tests]
 
 
-def _folders(*splits: ImageSet | None) -> dict[str, Any] | None:
+def _preflight_images(splits: Sequence[ImageSet]) -> ImageSet:
+    """The first test split if there is one: a teacher looks too good on its own training images."""
+    return splits[1] if len(splits) > 1 else splits[0]
+
+
+def _folders(splits: Sequence[ImageSet]) -> dict[str, Any] | None:
     """What the folders of the splits hold besides samples, by split; None for array sources."""
-    found = {images.split: images.folder_contents() for images in splits if images is not None}
+    found = {images.split: images.folder_contents() for images in splits}
     return {split: content for split, content in found.items() if content is not None} or None

@@ -85,7 +85,7 @@ class StoredRun:
         if wanted is None:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
         images = open_images(self.dataset.located(data_dir, download), wanted)
-        check_images(images)
+        check_images(images, can_skip=False)
         return with_classes(images, card.class_names)
 
 

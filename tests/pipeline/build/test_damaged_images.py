@@ -12,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+from cache_tools.alignment import open_cached
 from cache_tools.errors import DataError, MismatchError, RecipeError
 from cache_tools.images import check
+from cache_tools.images.decode import Finding
 from cache_tools.integrity.images import check_images
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
 from tests.support import tiny_build, tiny_run
 from train.data import open_data
+from train.recipe import TrainRecipe
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,47 @@ def test_a_damaged_test_image_is_found_by_training_on_a_sound_cache(root: Path, 
     damage(root, "test/red/002.png", "test/blue/003.png")
     with pytest.raises(DataError, match=r"2 damaged images.*blue/003\.png.*red/002\.png"):
         open_data(tiny_run.recipe(root / "cache.zarr", tmp_path / "run"), torch.device("cpu"))
+
+
+@pytest.mark.medium
+def test_training_may_skip_damaged_test_images_of_a_sound_cache(root: Path, tmp_path: Path) -> None:
+    build_cache(recipe(root))
+    damage(root, "test/red/002.png", "test/blue/003.png")
+    changed = tiny_run.recipe(root / "cache.zarr", tmp_path / "run", dataset={"on_bad_image": "skip"})
+    data = open_data(TrainRecipe.model_validate(changed.model_dump()), torch.device("cpu"))
+    assert data.test is not None
+    assert len(data.test) == 21 - 2
+    assert len(data.images) == 30
+    data.targets.close()
+
+
+@pytest.mark.medium
+def test_training_decodes_only_what_the_cache_does_not_have(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, where nothing is remembered."""
+    damage(root, *BAD)
+    build_cache(recipe(root, on_bad_image="skip"))
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "another home"))
+    cache = TeacherCache.open(root / "cache.zarr")
+    examined: list[bytes] = []
+    monkeypatch.setattr(check, "examine_image", lambda data, rules: examined.append(data) or Finding(problem="bad"))
+    images = open_cached(cache, cache.manifest.dataset)
+    assert len(images) == 27
+    assert len(examined) == 3
+
+
+@pytest.mark.medium
+def test_a_part_of_a_cache_that_skipped_is_a_part_of_its_samples(root: Path, tmp_path: Path) -> None:
+    damage(root, *BAD)
+    build_cache(recipe(root, on_bad_image="skip", split="train[5:]"))
+    cache = TeacherCache.open(root / "cache.zarr")
+    assert cache.num_samples == 27 - 5
+    changed = tiny_run.recipe(root / "cache.zarr", tmp_path / "run", dataset={"split": "train[7:20]"})
+    data = open_data(TrainRecipe.model_validate(changed.model_dump()), torch.device("cpu"))
+    np.testing.assert_array_equal(data.samples, np.arange(2, 15))
+    np.testing.assert_array_equal(data.images.keys, cache.sample_keys[2:15])
+    data.targets.close()
 
 
 def test_a_test_split_that_is_elsewhere_is_no_error_without_preflight(root: Path) -> None:
