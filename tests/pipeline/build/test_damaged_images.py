@@ -15,7 +15,7 @@ from PIL import Image
 from cache_tools.alignment import open_cached
 from cache_tools.errors import DataError, MismatchError, RecipeError
 from cache_tools.images import check
-from cache_tools.images.decode import Finding
+from cache_tools.images.decode import Finding, PixelRules
 from cache_tools.integrity.images import check_images
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
@@ -120,7 +120,12 @@ def test_training_decodes_only_what_the_cache_does_not_have(
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "another home"))
     cache = TeacherCache.open(root / "cache.zarr")
     examined: list[bytes] = []
-    monkeypatch.setattr(check, "examine_image", lambda data, rules: examined.append(data) or Finding(problem="bad"))
+
+    def examine(data: bytes, rules: PixelRules) -> Finding:
+        examined.append(data)
+        return Finding(problem="bad")
+
+    monkeypatch.setattr(check, "examine_image", examine)
     images = open_cached(cache, cache.manifest.dataset)
     assert len(images) == 27
     assert len(examined) == 3
