@@ -68,8 +68,10 @@ class FusionChoice(Frozen):
             PreflightError: the scale is `match`, and CLIP or the teacher gives all classes the same value.
         """
         self.check_groups(cache.recipe)
-        if self != FusionChoice() and cache.recipe.store != "components":
-            raise self._no_components(cache)
+        if cache.recipe.store != "components":
+            if self._differs_from(cache):
+                raise self._no_components(cache)
+            return Fusion.stored(cache.manifest)
         self._check(cache)
         changes = {name: value for name, value in self if value is not None and name != "clip_scale"}
         fusion = replace(Fusion.stored(cache.manifest), **changes)
@@ -81,6 +83,16 @@ class FusionChoice(Frozen):
         """Raise RecipeError for a setting of networks that a cache does not have."""
         settings = {name: value for name, value in self if value is not None}
         check_groups(settings, teachers=bool(recipe.teachers), clips=bool(recipe.clips), who="the cache")
+
+    def _differs_from(self, cache: TeacherCache) -> bool:
+        """Whether a choice is not how the cache was fused."""
+        stored, recipe = Fusion.stored(cache.manifest), cache.recipe.fusion
+        scales = {recipe.clip_scale, *({stored.clip_scale} if len(set(stored.clip_scales)) == 1 else ())}
+        return any(
+            value not in scales if name == "clip_scale" else value != getattr(stored, name)
+            for name, value in self
+            if value is not None
+        )
 
     def _no_components(self, cache: TeacherCache) -> NotFoundError:
         changes = ", ".join(name for name, value in self if value is not None)

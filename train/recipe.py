@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -46,6 +47,7 @@ from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset,
 from cache_tools.refusion import FusionChoice
 from cache_tools.views.recipe import ViewRecipe
 from train.sources import TrainSource, read_train_source
+from train.unused import dotted_keys, refuse_unused
 from train.weights.names import files_digest, is_path
 
 # The settings of `--loss NAME`, from the paper or the reference implementation of each method.
@@ -615,7 +617,11 @@ def builtin_recipes() -> Traversable:
 
 
 def load_train_recipe(
-    source: str | None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
+    source: str | None,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    *,
+    for_sweep: bool = False,
 ) -> TrainRecipe:
     """Load a recipe, with options applied on top; see `cache_tools.config.load_recipe`.
 
@@ -625,6 +631,7 @@ def load_train_recipe(
     Args:
         source: a built-in name, a YAML file of `train-student` or `build-cache`, a folder of images, or None for an
             empty recipe.
+        for_sweep: whether other settings are still to come, so that a setting without effect may have one later.
 
     Raises:
         RecipeError: as `load_recipe`; a setting that has no effect.
@@ -634,7 +641,7 @@ def load_train_recipe(
     if of_a_run and _needs_targets(data.get("loss")) and _has_name(data.get("dataset")):
         data = {**data, "dataset": None, "views": None}  # earlier versions stored what the cache replaced
     for key, value in settings:
-        set_dotted(data, key, value)
+        set_dotted(data, key, copy.deepcopy(value))
     given = own | {key for key, _ in settings}
     if _needs_targets(data.get("loss")) or ("cache" in given and data.get("cache") is not None):
         for part, model in (("dataset", DatasetRecipe), ("views", ViewRecipe)):
@@ -645,10 +652,22 @@ def load_train_recipe(
     elif data.get("dataset") is not None:
         data["cache"] = None  # named for other losses
     recipe = validate(TrainRecipe, data, where=source or "options")
+    if not for_sweep:
+        refuse_unused(all_fields(recipe), default_fields(), dotted_keys(settings))
     if isinstance(recipe.dataset, DatasetRecipe):
         recipe.own_dataset()  # refuses a data_dir of a source that has none
         check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)
     return recipe
+
+
+def all_fields(recipe: TrainRecipe) -> dict[str, Any]:
+    """A recipe as plain data, with the fields that digests leave out."""
+    return recipe.model_dump(mode="json", context={"all_fields": True})
+
+
+def default_fields() -> dict[str, Any]:
+    """The default values of a recipe, as plain data."""
+    return all_fields(TrainRecipe(name="defaults", cache="none"))
 
 
 def _keys_below(part: str, given: Iterable[str]) -> set[str]:

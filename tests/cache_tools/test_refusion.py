@@ -83,10 +83,19 @@ def test_a_fused_cache_cannot_be_fused_differently(tmp_path: Path) -> None:
     build(tmp_path / "fused", tiny_manifest(IMAGES), IMAGES)
     cache = TeacherCache.open(tmp_path / "fused")
     assert FusionChoice().resolve(cache).teacher_weight == 0.7
-    for choice in (FusionChoice(teacher_weight=0.5), FusionChoice(prompts=(0,)), FusionChoice(teacher_weights=(1.0,))):
+    for choice in (FusionChoice(teacher_weight=0.5), FusionChoice(prompts=(0,)), FusionChoice(clip_scale="match")):
         (changed,) = (name for name, value in choice if value is not None)
         with pytest.raises(NotFoundError, match=rf"to change {changed};.*fused targets only.*store=components"):
             choice.resolve(cache)
+
+
+def test_the_fusion_that_a_fused_cache_has_is_accepted(tmp_path: Path) -> None:
+    build(tmp_path / "fused", tiny_manifest(IMAGES), IMAGES)
+    cache = TeacherCache.open(tmp_path / "fused")
+    stored = FusionChoice().resolve(cache)
+    for same in ({"teacher_weight": 0.7, "feature_weight": 0.7}, {"clip_scale": "model"}, {"clip_scale": 100.0}):
+        assert FusionChoice.model_validate(same).resolve(cache) == stored
+    assert FusionChoice(teacher_weights=(1.0,), prompt_ensemble="embedding").resolve(cache) == stored
 
 
 def test_a_missing_clip_view_is_refused(cache: TeacherCache) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, Field
 
-from cache_tools.config import Frozen, parse_yaml, validate
+from cache_tools.config import Frozen, given_settings, parse_yaml, validate
 from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import DEFAULT_RECIPE, TrainRecipe, load_train_recipe, named_after_cache
 from train.sweep.recipe import SWEEP, SweepRecipe, refuse_doubles
 from train.sweep.search_recipe import Search, parse_range
+from train.unused import dotted_keys
 
 
 class _FileKeys(Frozen):
@@ -55,7 +56,7 @@ def read_sweep(
     keys = validate(_FileKeys, stored, where=str(file))
     settings = {key: value for key, value in keys.set.items() if options.get(key) is None}
     items = [*_items(settings), *overrides]
-    base = load_train_recipe(recipe or keys.recipe or DEFAULT_RECIPE, items, options)
+    base = load_train_recipe(recipe or keys.recipe or DEFAULT_RECIPE, items, options, for_sweep=True)
     if recipe is None and keys.recipe is None:
         base = named_after_cache(base)
     data = {"name": base.name, **{key: value for key, value in stored.items() if key not in {"recipe", "set"}}}
@@ -64,6 +65,7 @@ def read_sweep(
     if search is not None:
         data["search"] = {**(data.get("search") or {}), "trials": search}
     data |= _axes(grid, data.get("search"))
+    data["given"] = sorted(set(dotted_keys(given_settings(items, options))))
     if asha and not data.get("asha"):
         data["asha"] = {}
     return validate(SweepRecipe, data, where=str(file or "options"))
@@ -96,7 +98,7 @@ def load_sweep(file: Path) -> dict[str, Any]:
         raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
     if not isinstance(data, dict):
         raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
-    if stored := data.keys() & {"base", "loss_settings"}:  # keys of the `sweep.yaml` in a sweep's folder
+    if stored := data.keys() & {"base", "loss_settings", "given"}:  # keys of the `sweep.yaml` in a sweep's folder
         raise RecipeError(
             f"'{min(stored)}' is not for a sweep file",
             where=file,

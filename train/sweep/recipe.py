@@ -13,8 +13,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cache_tools.config import Frozen, set_dotted, validate
 from cache_tools.errors import RecipeError
-from train.recipe import CE_SETTINGS, SETTING_ALIASES, TrainRecipe, named_loss
+from train.recipe import CE_SETTINGS, SETTING_ALIASES, TrainRecipe, all_fields, default_fields, named_loss
 from train.sweep.search_recipe import Axis, Search, larger_is_better
+from train.unused import unused_settings, value_at
 
 SWEEP = "sweep.yaml"  # in the folder of a sweep
 
@@ -61,6 +62,7 @@ class SweepRecipe(Frozen):
         trials: settings of each trial, instead of the product; keys as in `grid`, and `student`, `loss`, `seed`.
         asha: stop the worse trials early; None trains all of them to the end.
         search: try suggested settings instead of the whole product; students, losses and grid become choices.
+        given: dotted keys that a user has set for all trials; each must have an effect on one of them.
         loss_settings: keys and values of `loss` that also apply to a loss by name. A trial's own settings win.
     """
 
@@ -74,6 +76,7 @@ class SweepRecipe(Frozen):
     asha: Asha | None = None
     search: Search | None = None
     loss_settings: dict[str, Any] = Field(default_factory=dict)
+    given: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -240,16 +243,51 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
     seen: dict[str, str] = {}
     for settings in sweep.settings():
         trial = make_trial(sweep, settings, folder, len(trials))
-        values = str(trial.recipe.values())
+        values = str(_effective(trial.recipe))
         if values in seen:
-            if settings.get("loss") == "ce":  # the grid varies a setting of other losses
+            if settings.get("loss") == "ce" or _has_unused(trial):  # the grid varies a setting of other losses
                 continue
             raise RecipeError("two trials of the sweep are the same", where=f"{seen[values]} and {trial.name}")
         if trial.name in seen.values():
             raise RecipeError("two trials of the sweep have the same name", where=trial.name)
         seen[values] = trial.name
         trials.append(trial)
+    _refuse_unused(sweep, trials)
     return trials
+
+
+def _effective(recipe: TrainRecipe) -> dict[str, Any]:
+    """The values that determine the result of a run, without settings that have no effect."""
+    values = recipe.values()
+    for key in unused_settings(all_fields(recipe)):
+        part, _, name = key.rpartition(".")
+        node = values.get(part) if part else values
+        if isinstance(node, dict):
+            node.pop(name, None)
+    return values
+
+
+def _has_unused(trial: Trial) -> bool:
+    """Whether a setting of a trial has no effect."""
+    return bool(trial.settings.keys() & unused_settings(all_fields(trial.recipe)).keys())
+
+
+def _refuse_unused(sweep: SweepRecipe, trials: Iterable[Trial]) -> None:
+    """Raise RecipeError for a setting of the sweep that has no effect on any of its trials."""
+    set_to = {key: [value_at(sweep.base, key)] for key in sweep.given}
+    for trial in trials:
+        for key, value in trial.settings.items():
+            set_to.setdefault(key, []).append(value)
+    unused, defaults = [unused_settings(all_fields(trial.recipe)) for trial in trials], default_fields()
+    for key, values in set_to.items():
+        others = [value for value in values if value not in (None, value_at(defaults, key))]
+        if others and unused and all(key in one for one in unused):
+            raise RecipeError(
+                "this setting has no effect on any trial of the sweep",
+                where=f"{key}={others[0]}",
+                expected=unused[0][key],
+                next_step=f"leave {key} out, or change what it needs",
+            )
 
 
 def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, number: int = 0) -> Trial:
