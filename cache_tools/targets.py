@@ -174,6 +174,8 @@ class ComponentView(ViewTargets):
 
     def teacher_logits(self, index: Index, network: int | None = None) -> torch.Tensor:
         if network is None:
+            if not self._teachers:
+                raise NotFoundError("this cache has no teacher", expected=", ".join(self.arrays))
             parts = [self.teacher_logits(index, number) for number in self._teachers]
             return fusion.mix(parts, self.fusion.teacher_weights)
         stored = array_name("teacher_logits", network)
@@ -185,6 +187,8 @@ class ComponentView(ViewTargets):
 
     def clip_logits(self, index: Index, network: int | None = None) -> torch.Tensor:
         if network is None:
+            if not self._clips:
+                raise NotFoundError("this cache has no CLIP", expected=", ".join(self.arrays))
             return fusion.mix([self.clip_logits(index, number) for number in self._clips], self.fusion.clip_weights)
         features = self.clip_features(index, network)
         embeddings = self._constant("class_embeddings", network)

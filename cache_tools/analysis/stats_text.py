@@ -218,7 +218,7 @@ def _notes(stats: TeacherStats) -> list[str]:
         notes.append(f"{len(about.views)} of the cache's {about.num_views} views were analysed.")
     if len(about.views) == 1:
         notes.append("Stability needs two views or more.")
-    if about.dataset.partition("/")[2].startswith("train"):
+    if about.dataset.partition("/")[2].startswith("train") and about.main != "clip":
         notes.append(
             "These are training images: a teacher that was trained on them looks better here than on new images."
         )
