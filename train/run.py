@@ -20,7 +20,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, describe_device, resolve_device, warn
 from cache_tools.errors import RecipeError, StorageError, WeightsError
 from cache_tools.files import put_durably
-from cache_tools.images.classes import missing_note
+from cache_tools.images.classes import missing_notes
 from cache_tools.memory import drop_tracebacks
 from cache_tools.reader import TeacherCache
 from train import checkpoints
@@ -287,7 +287,7 @@ class Run:
             },
             test_preprocessing=self.data.test_preprocessing if self.data.tests else None,
             teachers=None if cache is None else cache.manifest.preflight,
-            notes=() if self.data.test is None else missing_note(self.data.test),
+            notes=missing_notes(*self.data.tests),
             train_s=sum(row["train_s"] for row in self.history),
             environment=_environment(self.device),
             command=command_line(),

@@ -45,7 +45,10 @@ def missing_classes(images: ImageSet) -> Names:
     return tuple(name for name, count in zip(images.class_names, counts, strict=True) if not count)
 
 
-def missing_note(images: ImageSet) -> tuple[str, ...]:
-    """A note about the classes without test images; empty if there are none."""
-    missing = missing_classes(images)
-    return (f"no test images of: {listed(missing)}",) if missing else ()
+def missing_notes(*tests: ImageSet) -> tuple[str, ...]:
+    """A note for each test split that lacks classes, with its name if there are several splits."""
+    missing = [(test.split, missing_classes(test)) for test in tests]
+    where = [f" in {split}" if len(tests) > 1 else "" for split, _ in missing]
+    return tuple(
+        f"no test images of: {listed(names)}{place}" for (_, names), place in zip(missing, where, strict=True) if names
+    )

@@ -9,7 +9,7 @@ from pydantic import Field
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.format.arrays import array_name
-from cache_tools.images.classes import missing_note
+from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
 from pipeline.build.verdict import Sample, judge_networks
 
@@ -71,7 +71,7 @@ def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch
     names = [array_name("teacher", number) for number in range(len(ensemble.teachers))]
     names += [array_name("clip", number) for number in range(len(ensemble.clips))]
     sample = Sample(images, labels)
-    notes = [*missing_note(images), *judge_networks(ensemble, sample, predictions[-len(names) :])]
+    notes = [*missing_notes(images), *judge_networks(ensemble, sample, predictions[-len(names) :])]
     return Preflight(
         **{f"{source}_top1": share for source, share in zip(ensemble.sources, shares, strict=False)},
         networks=dict(zip(names, shares[-len(names) :], strict=True)),

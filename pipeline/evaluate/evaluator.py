@@ -17,7 +17,7 @@ import torch
 from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import DataError
 from cache_tools.files import output_folder
-from cache_tools.images.classes import missing_note
+from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
 from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
 from pipeline.evaluate.report import (
@@ -106,7 +106,7 @@ class _Evaluator:
             shifted=self._shifted(student),
             shifted_folder=self.options.shifted,
             teachers=self._agreement(student),
-            notes=missing_note(self.images),
+            notes=missing_notes(self.images),
             precision=self.options.precision,
             device=describe_device(self.device),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

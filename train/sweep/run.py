@@ -96,6 +96,9 @@ def run_sweep(
         trials, best = run_search(sweep, folder, train_new, say)
     table = trials_table(trials, _costs(trials, folder))
     save_table(table, folder)
+    results = [load_result(trial.folder) for trial in trials]
+    for note in dict.fromkeys(note for result in results if result is not None for note in result.notes):
+        say(f"note: {note}")
     write_report([], folder / REPORT, trials=table, title=f"Sweep {sweep.name}")
     return SweepResult(folder, table, over_seeds(table), best)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.images import open_images
 from cache_tools.images.class_names import ORDERS, arrange, names_in, read_names
-from cache_tools.images.classes import missing_classes, missing_note, with_classes
+from cache_tools.images.classes import missing_classes, missing_notes, with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 
@@ -169,15 +169,16 @@ def test_a_test_split_may_lack_a_class(tmp_path: Path, gone: str) -> None:
         assert [names[label] for label in test.labels] == [path.parent.name for path in files.files]
         assert len(test) == 12
         assert missing_classes(test) == (gone,)
-        assert missing_note(test) == (f"no test images of: {gone}",)
+        assert missing_notes(test) == (f"no test images of: {gone}",)
+        assert missing_notes(open_split(tmp_path), test) == (f"no test images of: {gone} in {split}",)
 
 
 def test_classes_may_be_in_another_order(tmp_path: Path) -> None:
     write_split(tmp_path / "test", a=1, b=2, c=3)
     test = with_classes(open_split(tmp_path, "test"), ("c", "b", "z", "a"))
     assert test.labels.tolist() == [3, 1, 1, 0, 0, 0]
-    assert missing_note(test) == ("no test images of: z",)
-    assert missing_note(open_split(tmp_path, "test")) == ()
+    assert missing_notes(test) == ("no test images of: z",)
+    assert missing_notes(open_split(tmp_path, "test")) == ()
 
 
 def test_a_class_that_training_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_class_that_training_does_not_know_is_refused(tmp_path: Path) -> None:
 def test_long_notes_are_cut(tmp_path: Path) -> None:
     write_split(tmp_path / "test", a=1)
     test = with_classes(open_split(tmp_path, "test"), ("a", *map(str, range(12))))
-    assert missing_note(test) == ("no test images of: 0, 1, 2, 3, 4, 5, 6, 7 and 4 more",)
+    assert missing_notes(test) == ("no test images of: 0, 1, 2, 3, 4, 5, 6, 7 and 4 more",)
 
 
 def test_empty_folders_are_an_error_in_training_only(tmp_path: Path) -> None:
