@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cache_tools.errors import DataError
+from cache_tools.images.formats import register_decoders
 from cache_tools.images.recipe import WHITE, Colour, ValueRange
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def whole_images_only() -> Iterator[None]:
 def _opened(data: bytes) -> Iterator[Image]:
     from PIL import Image as pil
 
+    register_decoders()
     with pil.open(io.BytesIO(data)) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS}")

@@ -112,10 +112,13 @@ def identify(head: bytes) -> Content:
     return Content(_text_or_unknown(head), False)
 
 
+# Packages that bring a missing decoder.
+DECODERS = {"HEIC": "pillow-heif", "AVIF": "Pillow 11.3 or later"}
+
+
 def no_decoder(name: str) -> str:
-    """The reason to leave out an image of a format that `is_decodable` denies, with what would help."""
-    help_text = {"HEIC": ": install pillow-heif", "AVIF": ": install Pillow 11.3 or later"}.get(name, "")
-    return f"{name} (no decoder{help_text})"
+    """The reason to leave out an image of a format that `is_decodable` denies."""
+    return f"{name} (no decoder)"
 
 
 @cache
@@ -125,15 +128,15 @@ def is_decodable(name: str) -> bool:
         return True
     from PIL import Image, features
 
-    _register_heif()
+    register_decoders()
     Image.init()
     feature = _FEATURES.get(name)
     return {"HEIC": "HEIF"}.get(name, name) in Image.OPEN and (feature is None or bool(features.check(feature)))
 
 
 @cache
-def _register_heif() -> None:
-    """Let PIL use the package pillow-heif where it is installed."""
+def register_decoders() -> None:
+    """Let PIL use the package pillow-heif where it is installed; needed once in each process."""
     try:
         from pillow_heif import register_heif_opener  # type: ignore[import-not-found,unused-ignore]
     except ImportError:

@@ -17,7 +17,7 @@ import numpy as np
 from cache_tools.console import Progress
 from cache_tools.errors import DataError, printable
 from cache_tools.images.class_names import Names, arrange, describe
-from cache_tools.images.formats import CAMERA_RAW, EXTENSIONS, HEAD_BYTES, identify, is_decodable, no_decoder
+from cache_tools.images.formats import CAMERA_RAW, DECODERS, EXTENSIONS, HEAD_BYTES, identify, is_decodable, no_decoder
 from cache_tools.images.image_set import KEY_BYTES, sample_key
 
 PROGRESS_FROM_FILES = 5000
@@ -56,6 +56,10 @@ class FolderSummary:
         if self.left_out:
             total = self.images + len(self.left_out)
             found.append(f"{self.root}: {counted(len(self.left_out), 'file')} of {total:,} left out: {self.reasons()}")
+            helpful = [
+                (name, package) for name, package in DECODERS.items() if no_decoder(name) in self.left_out.values()
+            ]
+            found += [f"{self.root}: to read {name} images, install {package}" for name, package in helpful]
         if self.damaged:
             kinds = _by_reason(self.damaged)
             names = "; ".join(f"{reason}: {some_names(names)}" for reason, names in kinds)

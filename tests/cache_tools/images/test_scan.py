@@ -14,7 +14,7 @@ from cache_tools.errors import DataError
 from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images
 from cache_tools.images.folder import FolderImages
-from cache_tools.images.formats import Content, identify, is_decodable, no_decoder
+from cache_tools.images.formats import Content, identify, is_decodable
 from tests.support.pictures import photo, recipe_for
 
 
@@ -104,9 +104,16 @@ def test_images_without_a_decoder_are_named(tmp_path: Path) -> None:
     assert identify(media(b"avif")) == identify(media(b"mif1", b"miaf", b"avif")) == Content("AVIF", True)
     assert identify(b"\0\0\0\x0cJXL \r\n\x87\n") == Content("JPEG XL", True)
     assert not is_decodable("JPEG XL")
-    assert no_decoder("HEIC") == "HEIC (no decoder: install pillow-heif)"
     images = make(tmp_path, {"a/1.jpg": JPEG, "a/2.jxl": b"\xff\x0a" + bytes(40), "b/1.jpg": JPEG, "b/3.NEF": b"II*\0"})
     assert images.summary.left_out == {"a/2.jxl": "JPEG XL (no decoder)", "b/3.NEF": "camera raw (no decoder)"}
+    if is_decodable("HEIC"):
+        pytest.skip("pillow-heif is installed")
+    images = make(tmp_path, {"a/phone.heic": media(b"heic"), "b/phone.jpg": media(b"mif1", b"heic")})
+    assert images.notes() == [
+        f"{tmp_path}/train: 4 files of 6 left out: 2 HEIC (no decoder) (a/phone.heic, b/phone.jpg); "
+        "1 JPEG XL (no decoder) (a/2.jxl); 1 camera raw (no decoder) (b/3.NEF)",
+        f"{tmp_path}/train: to read HEIC images, install pillow-heif",
+    ]
 
 
 def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
