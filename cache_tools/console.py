@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 LINE_EVERY_S = 10.0
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
 REPEATED_S = 2.0
 _STORAGE_ERRNOS = {
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG,
@@ -127,11 +128,14 @@ def storage_error(error: OSError) -> StorageError:
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`.
+def resolve_device(name: str, *, needs_float64: bool = False) -> torch.device:
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` is CUDA where there is a GPU, else the CPU.
+
+    Args:
+        needs_float64: refuse a device without float64.
 
     Raises:
-        DeviceError: torch does not know the name, or this machine has no such CUDA device.
+        DeviceError: torch does not know the name, or this machine has no such device.
     """
     import torch
 
@@ -140,9 +144,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError("no such device", where=name, expected="auto, cpu, cuda or cuda:N") from error
-    if device.type not in {"cpu", "cuda"}:
-        raise DeviceError("unsupported device", where=name, expected="auto, cpu, cuda or cuda:N")
+        raise DeviceError("no such device", where=name, expected=DEVICES) from error
+    if device.type not in {"cpu", "cuda", "mps"} or (device.type != "cuda" and device.index):
+        raise DeviceError("unsupported device", where=name, expected=DEVICES)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -152,20 +156,33 @@ def resolve_device(name: str) -> torch.device:
                 found=f"{count} CUDA device(s) on this machine",
                 next_step="use --device cpu, or a machine with a CUDA build of torch and a GPU",
             )
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            built = torch.backends.mps.is_built()
+            found = "no Apple GPU, or macOS before 14" if built else "a torch that was built without MPS"
+            raise DeviceError("no MPS device", where=name, found=found, next_step="use --device cpu or auto")
+        if needs_float64:
+            raise DeviceError(
+                "this command computes in float64, which MPS does not have",
+                where=name,
+                next_step="use --device cpu",
+            )
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or `cpu`."""
+    """The name of the GPU, `mps`, or `cpu`."""
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def describe_device(device: torch.device) -> str:
     """The name of the GPU, or the model of the processor and the number of threads that torch uses."""
     import torch
 
+    if device.type == "mps":
+        return f"{cpu_model()}, MPS"
     return device_name(device) if device.type == "cuda" else f"{cpu_model()}, {torch.get_num_threads()} threads"
 
 

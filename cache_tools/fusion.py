@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from cache_tools import philox
+from cache_tools.devices import in_float64
 from cache_tools.errors import PreflightError
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def clip_logits(image_features_ND: torch.Tensor, prompts: torch.Tensor, scale: f
         return scale * cosine(image_features_ND, prompts)
     with _full_precision(image_features_ND):
         unit_ND = _unit(image_features_ND.float())
-        total = F.log_softmax(scale * (unit_ND @ prompts[0].T).double(), dim=1)
+        total = F.log_softmax(scale * in_float64(unit_ND @ prompts[0].T), dim=1)
         for prompt_CD in prompts[1:]:
-            total = torch.logaddexp(total, F.log_softmax(scale * (unit_ND @ prompt_CD.T).double(), dim=1))
-    return (total - math.log(len(prompts))).float()
+            total = torch.logaddexp(total, F.log_softmax(scale * in_float64(unit_ND @ prompt_CD.T), dim=1))
+    return (total - math.log(len(prompts))).float().to(unit_ND.device)
 
 
 def cosine(image_features_ND: torch.Tensor, class_embeddings_CD: torch.Tensor) -> torch.Tensor:
@@ -204,8 +205,8 @@ def resolve_clip_scale(
         return float(choice)
     assert teacher_NC is not None, "match needs a sample"
     assert cosine_NC is not None, "match needs a sample"
-    teacher_spread = teacher_NC.double().std(dim=1, correction=0).mean().item()
-    cosine_spread = cosine_NC.double().std(dim=1, correction=0).mean().item()
+    teacher_spread = in_float64(teacher_NC).std(dim=1, correction=0).mean().item()
+    cosine_spread = in_float64(cosine_NC).std(dim=1, correction=0).mean().item()
     if not (cosine_spread > 0.0 and 0.0 < teacher_spread < float("inf")):
         raise PreflightError(
             "cannot match the spread of CLIP to the teacher's",

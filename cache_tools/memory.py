@@ -41,12 +41,16 @@ def keep_freed_memory() -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Collect garbage (tracebacks and optimisers are in reference cycles) and empty CUDA's cache of free blocks."""
+    """Collect garbage (tracebacks and optimisers are in reference cycles) and empty the device's cache of blocks."""
     gc.collect()
     if device.type == "cuda":
         import torch
 
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        import torch
+
+        torch.mps.empty_cache()
 
 
 def drop_tracebacks(error: Exception) -> Exception:

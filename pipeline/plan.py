@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from cache_tools.config import Frozen
 from cache_tools.console import device_name, resolve_device
+from cache_tools.devices import synchronise
 from cache_tools.format.arrays import constant_shapes, target_arrays
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
@@ -163,10 +164,10 @@ def _rate(
     durations: list[float] = []
     for index in _batches(len(images), batch_size):
         pixels = torch.from_numpy(np.ascontiguousarray(images.load(index))).to(device)
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         work(pixels, index)
-        _synchronise(device)
+        synchronise(device)
         durations.append(time.perf_counter() - start)
         if len(durations) > 3 and sum(durations) > MIN_S:
             break
@@ -177,11 +178,6 @@ def _rate(
 def _batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
     for number in range(MAX_BATCHES):
         yield (np.arange(min(batch_size, count)) + number * batch_size) % count
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _bytes_free(path: Path) -> int:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.config import Frozen
 from cache_tools.console import device_name
+from cache_tools.devices import synchronise
 from cache_tools.errors import RecipeError
 from cache_tools.memory import is_out_of_memory
 
@@ -196,6 +197,7 @@ def _latency(model: nn.Module, images: Tensor, budget_s: float) -> Latency:
 def _timed(model: Callable[[Tensor], Tensor], images: Tensor) -> float:
     start = time.perf_counter()
     model(images)
+    synchronise(images.device)
     return 1e3 * (time.perf_counter() - start)
 
 

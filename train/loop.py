@@ -17,6 +17,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from cache_tools.devices import in_float64
 from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.memory import drop_tracebacks, raise_on_out_of_memory
@@ -235,6 +236,7 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
     if cuda and strict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     debugging: Any = torch.utils.deterministic
+    random_state = _random_state(device)
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -245,9 +247,9 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(strict, warn_only=True)
         debugging.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each tensor
         torch.backends.cudnn.benchmark = not strict
-        with torch.random.fork_rng(devices=[device] if cuda else []):
-            yield
+        yield
     finally:
+        _set_random_state(device, random_state)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         debugging.fill_uninitialized_memory = before[2]
         torch.backends.cudnn.benchmark = before[3]
@@ -363,7 +365,7 @@ class _Means:
 
     def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         right = (logits.detach().argmax(1) == labels).float().mean()
-        values = torch.stack([*(term.detach() for term in terms.values()), right]).double() * len(labels)
+        values = in_float64(torch.stack([*(term.detach() for term in terms.values()), right])) * len(labels)
         self._sums = values if self._sums is None else self._sums.to(values) + values
         self._names, self._count = [*terms, "train_top1"], self._count + len(labels)
 
@@ -393,13 +395,19 @@ def _turns(batches: Iterable[Batch], preprocessing: Preprocessing, most: int) ->
 
 def _random_state(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
+    if device.type == "mps":
+        return [*states, torch.mps.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:  # a checkpoint of another device has none
+    if len(states) == 1:  # of the CPU, or of a checkpoint from one
+        return
+    if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])
 
 
 def _tensors(turn: Turn) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ CheckpointEvery = Annotated[
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")]
 ForwardBatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[
     str | None, typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision).")
 ]

@@ -146,7 +146,7 @@ def analyse(
     check_temperature(temperature)
     chosen = view_numbers(cache, views)
     fusion = (choice or FusionChoice()).resolve(cache)
-    stream = ViewStream(cache, fusion, temperature, resolve_device(device), several=len(chosen) > 1)
+    stream = ViewStream(cache, fusion, temperature, resolve_device(device, needs_float64=True), several=len(chosen) > 1)
     sums = tables.Sums(cache.class_names, stream.sources, confident)
     with Progress("stats", len(chosen) * cache.num_samples, "samples") as progress:
         for view in chosen:

@@ -123,7 +123,7 @@ def tune_fusion(
             next_step="try a coarse grid first, then a finer one around the best",
         )
     scaled = [_resolve(cache, scale.name or scale.value) for scale in grid]
-    run = Passes(cache, chosen_views, held, resolve_device(device))
+    run = Passes(cache, chosen_views, held, resolve_device(device, needs_float64=True))
     weighted = [factors(weight, temperature) for weight in weights]
     own, model = (_resolve(cache, scale) for scale in (None, "model"))
     with Progress("tune-fusion", PASSES * len(chosen_views) * cache.num_samples, "samples") as progress:

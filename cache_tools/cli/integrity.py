@@ -41,7 +41,7 @@ def verify_command(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="With --replay: seed that draws the rows.")] = 0,
     device: Annotated[
-        str, typer.Option("--device", help="With --replay: where to run the teachers: auto, cpu, cuda or cuda:N.")
+        str, typer.Option("--device", help="With --replay: where to run the teachers: auto, cpu, cuda, cuda:N or mps.")
     ] = "auto",
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Where the dataset is, if it was moved since the build.")

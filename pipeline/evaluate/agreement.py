@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache_tools.config import Frozen
+from cache_tools.devices import float64_device, in_float64
 from cache_tools.errors import NotFoundError
 from cache_tools.format.recipe import Precision
 from cache_tools.images.image_set import ImageSet
@@ -90,7 +91,7 @@ def agreement(
         advance: called with the number of images after each batch.
     """
     labels = torch.from_numpy(images.labels).to(student_NC.device)
-    sums = torch.zeros(len(ensemble.sources), 6, dtype=torch.float64, device=student_NC.device)
+    sums = torch.zeros(len(ensemble.sources), 6, dtype=torch.float64, device=float64_device(student_NC.device))
     for start in range(0, len(images), batch_size):
         rows = slice(start, min(start + batch_size, len(images)))
         pixels = torch.from_numpy(images.load(rows)).to(ensemble.device, non_blocking=True)
@@ -103,8 +104,9 @@ def agreement(
 
 def _counts(student: Tensor, source: Tensor, labels: Tensor) -> Tensor:
     """float64 [6]: images, source right, same prediction, Σ KL, same wrong prediction, only the student right."""
-    own, other = student.argmax(1), source.argmax(1)
-    log_student, log_source = student.double().log_softmax(1), source.double().log_softmax(1)
+    student, source = in_float64(student), in_float64(source)
+    labels, own, other = labels.to(student.device), student.argmax(1), source.argmax(1)
+    log_student, log_source = student.log_softmax(1), source.log_softmax(1)
     kl = F.kl_div(log_student, log_source, reduction="sum", log_target=True)
     right, same = other == labels, own == other
     counts = (torch.ones_like(right), right, same, same & ~right, (own == labels) & ~right)

@@ -13,7 +13,7 @@ import torch
 
 from cache_tools.errors import RecipeError
 from tests.support import tiny_run
-from train import checkpoints, feed, run
+from train import checkpoints, feed
 from train.checkpoints import BEST, EMA, LAST
 from train.feed import StreamingFeed, epoch_order
 from train.loop import Learner
@@ -154,7 +154,7 @@ def test_checkpoints_are_stored_every_n_minutes(cache: Path, tmp_path: Path, mon
 
     saved: list[tuple[int, float]] = []
     monkeypatch.setattr(Learner, "step", step)
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("train.run.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(Run, "save_checkpoint", lambda self, state, train_s: saved.append((state["batches"], train_s)))
     train_student(always(cache, tmp_path / "run", checkpoint_every_minutes=1.0, epochs=1, batch_size=5))
     assert saved == [(3, 75.0), (6, 150.0), (9, 225.0)]
@@ -165,7 +165,7 @@ def test_a_continued_epoch_has_the_time_of_all_its_parts(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("train.run.time.perf_counter", lambda: clock[0])
     original = Learner.step
 
     def step(self: Learner, *arguments: Any) -> None:
@@ -243,6 +243,8 @@ def test_an_epoch_goes_on_from_any_batch(cache: Path, monkeypatch: pytest.Monkey
             for batch, expected in zip(rest, whole[first:], strict=True):
                 assert torch.equal(batch.index, order[batch.start : batch.start + 16])
                 assert torch.equal(batch.pixels, expected.pixels)
+                assert isinstance(batch.targets.logits, torch.Tensor)
+                assert isinstance(expected.targets.logits, torch.Tensor)
                 assert torch.equal(batch.targets.logits, expected.targets.logits)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache_tools.config import Frozen
+from cache_tools.devices import float64_device
 from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
@@ -119,13 +120,13 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._count = device, 0
-        self._nll, self._brier = torch.zeros(2, dtype=torch.float64, device=device)
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._device, self._count = float64_device(device), 0
+        self._nll, self._brier = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._finite = torch.ones((), dtype=torch.bool, device=self._device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add logits [B, C] of any floating type with labels int64 [B]."""
-        logits = logits.float()
+        logits, labels = logits.float().to(self._device), labels.to(self._device)
         if not self._count:
             self._create_metrics(logits.shape[1])
         self._count += len(labels)

@@ -112,7 +112,7 @@ def train_in_process(streams: Sequence[Sequence[Trial]], halving: Halving | None
 
 def default_workers(device: torch.device) -> int:
     """As many processes as fill the CPU, each with as many threads as this one; a single one on a GPU."""
-    return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // torch.get_num_threads())
+    return 1 if device.type != "cpu" else max(1, (os.cpu_count() or 1) // torch.get_num_threads())
 
 
 def reopen(trials: Sequence[Trial], asha: Asha | None, *, retry_failed: bool = False, overwrite: bool = False) -> None:
