@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import io
 import json
 import platform
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, ParamSpec, Self
 
 from cache_tools.errors import CacheError, DeviceError, StorageError
+from cache_tools.quiet import quiet_libraries
+from cache_tools.units import duration
 
 if TYPE_CHECKING:
     import torch
@@ -43,15 +46,19 @@ _FIRST_STEPS = {  # next steps by error number
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a typer command: a CacheError or a storage error becomes one line on stderr and exit code 2."""
+    """Decorate a typer command: one-line errors, the option --version, and no warnings of other libraries.
+
+    A CacheError or a storage error becomes one line on stderr and exit code 2.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        kwargs.pop("version", None)
         for stream in (sys.stdout, sys.stderr):  # escape characters that the terminal cannot show
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with _interrupted_by_signals():
+            with _interrupted_by_signals(), quiet_libraries():
                 function(*args, **kwargs)
         except CacheError as error:
             exit_with(str(error), 2)
@@ -64,6 +71,9 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 raise
             exit_with(str(storage_error(error)), 2)
 
+    own = inspect.signature(function, eval_str=True)
+    option = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=version_option())
+    wrapper.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
     return wrapper
 
 
@@ -100,6 +110,20 @@ def _interrupted_by_signals() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+def version_option() -> Any:
+    """The type of an option --version, which prints the version and ends the command."""
+    import typer
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            from importlib.metadata import version
+
+            print(f"teacher-cache {version('teacher-cache')}")
+            raise typer.Exit
+
+    return Annotated[bool, typer.Option("--version", help="Print the version and stop.", callback=show, is_eager=True)]
 
 
 def exit_with(message: str, code: int) -> None:
@@ -250,7 +274,7 @@ class Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         rate = self.rate
-        eta = f", ETA {(self.total - self.done) / rate:.0f} s" if self.done < self.total and rate > 0 else ""
+        eta = f", ETA {duration((self.total - self.done) / rate)}" if self.done < self.total and rate > 0 else ""
         note = f", {self._note}" if self._note else ""
         line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self._rate_text()}{eta}{note}"
         print(line, file=sys.stderr, flush=True)

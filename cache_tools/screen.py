@@ -34,16 +34,22 @@ class TextTable:
     Args:
         titles: of the columns.
         names: number of columns, the first ones, that hold names.
+        left: number of columns that are aligned at the left; None for the names.
         title: a line above the table.
     """
 
-    def __init__(self, titles: Sequence[str], *, names: int = 1, title: str = "") -> None:
+    def __init__(self, titles: Sequence[str], *, names: int = 1, left: int | None = None, title: str = "") -> None:
         self.titles, self.names, self.title = [printable(text) for text in titles], names, title
+        self.left = names if left is None else left
         self.rows: list[list[str]] = []
 
     def add_row(self, *cells: str) -> None:
         """Add a row; cells that are not given are empty."""
         self.rows.append([printable(cell) for cell in cells] + [""] * (len(self.titles) - len(cells)))
+
+    def fits(self, width: int) -> bool:
+        """Whether every row is one line, below titles of one line."""
+        return _widest(self._flat([[title] for title in self.titles], "  ")) <= width
 
     def text(self, width: int | None = None) -> str:
         """The table in at most `width` columns, unless a name or a figure is wider; None for the screen's width."""
@@ -93,7 +99,7 @@ class TextTable:
 
     def _padded(self, row: Sequence[str], widths: Sequence[int]) -> list[str]:
         return [
-            cell + " " * (size - _length(cell)) if place < self.names else " " * (size - _length(cell)) + cell
+            cell + " " * (size - _length(cell)) if place < self.left else " " * (size - _length(cell)) + cell
             for place, (cell, size) in enumerate(zip(row, widths, strict=True))
         ]
 

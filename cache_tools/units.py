@@ -30,6 +30,22 @@ def num_bytes(text: str) -> int:
     return int(TypeAdapter(ByteSize).validate_python(text))
 
 
+def duration(seconds: float) -> str:
+    """Format a duration in the units that people use: `3.2 s`, `45 s`, `12 min 30 s`, `1 h 05 min`, `2 d 3 h`."""
+    whole = round(seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def seconds(text: str) -> float:
     """Parse a duration: `30d`, `12h`, `90m`, `2w`.
 

@@ -19,7 +19,7 @@ from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
-from cache_tools.units import human_bytes
+from cache_tools.units import duration, human_bytes
 from pipeline.build.cache import resolve
 from pipeline.build.destination import destination
 from pipeline.networks.ensemble import load_ensemble
@@ -65,7 +65,7 @@ class Plan(Frozen):
     def __str__(self) -> str:
         lines = [
             f"{self.samples:,} images × {self.views} views on {self.device}: {self.targets_per_s:,.0f} images/s "
-            f"through {self.networks}, so building takes {_duration(self.build_s)}",
+            f"through {self.networks}, so building takes {duration(self.build_s)}",
             f"{human_bytes(self.bytes)} to store, {human_bytes(self.bytes_free)} free",
             f"{self.student}: {self.student_per_s:,.0f} images/s of training; an epoch from the cache is "
             f"{self.speedup:.2f} times as fast as with live teachers",
@@ -88,9 +88,7 @@ class Plan(Frozen):
         first = f"{pays_off}, within the first student of {self.epochs} epochs"
         if self.speedup < 1.05:
             return f"{first}, but saves little: most of the time goes into the student, not the teachers."
-        return (
-            f"{first}. It saves {_duration(saved)} there, and {_duration(saved + self.build_s)} for every further one."
-        )
+        return f"{first}. It saves {duration(saved)} there, and {duration(saved + self.build_s)} for every further one."
 
 
 def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
@@ -183,9 +181,3 @@ def _batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
 def _bytes_free(path: Path) -> int:
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(folder).free
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -101,6 +101,10 @@ def train_student(
         ),
     ] = None,
     overrides: Overrides = None,
+    list_students: Annotated[
+        bool,
+        typer.Option("--list-students", help="List the students and stop; --student PATTERN lists those that match."),
+    ] = False,
     show_recipe: ShowRecipe = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is in the folder.")] = False,
     as_json: ResultAsJson = False,
@@ -115,6 +119,11 @@ def train_student(
     checkpoint inside the next one (--checkpoint-every-minutes).
     """
     # Imported here, as everything slow below: --help must answer at once.
+    if list_students:
+        from train.catalogue import students_text
+
+        print(students_text(student))
+        return
     from cache_tools.config import dump_yaml
     from train.recipe import DEFAULT_RECIPE, builtin_recipes, load_train_recipe, named_after_cache, named_loss
 

@@ -68,7 +68,7 @@ _NO_EFFECT_ON_RESULT = {
     *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
     "checkpoint_every_minutes",
 }
-# Short names in `--grid`, the same as the options of `train-student`.
+# Short names in `--grid` and `--set`, the same as the options of `train-student`.
 SETTING_ALIASES = {
     "lr": "optimiser.learning_rate",
     "temperature": "loss.temperature",
@@ -636,7 +636,7 @@ def load_train_recipe(
     Raises:
         RecipeError: as `load_recipe`; a setting that has no effect.
     """
-    settings = given_settings(map(_student_key, overrides), options)
+    settings = given_settings(map(full_key, overrides), options)
     data, own, of_a_run = TrainSource({}) if source is None else read_train_source(source, builtin_recipes())
     if of_a_run and _needs_targets(data.get("loss")) and _has_name(data.get("dataset")):
         data = {**data, "dataset": None, "views": None}  # earlier versions stored what the cache replaced
@@ -675,10 +675,10 @@ def _keys_below(part: str, given: Iterable[str]) -> set[str]:
     return {key.split(".")[1] for key in given if key.startswith(f"{part}.")}
 
 
-def _student_key(item: str) -> str:
-    """A `--set` item with `student_weights` for `student.weights`, since `student` is a name."""
+def full_key(item: str) -> str:
+    """A `--set` item with the full key in place of a short name such as `lr`."""
     key, separator, value = item.partition("=")
-    return f"{SETTING_ALIASES.get(key, key)}{separator}{value}" if key.startswith("student.") else item
+    return f"{SETTING_ALIASES.get(key.strip(), key)}{separator}{value}"
 
 
 def named_loss(name: str) -> dict[str, Any]:

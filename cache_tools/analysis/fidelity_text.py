@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.table import Table
-
 from cache_tools.analysis.fidelity_bench import CodecCost
 from cache_tools.analysis.fidelity_table import CostTable
-from cache_tools.analysis.stats_text import make_console, new_table, percent
+from cache_tools.analysis.stats_text import new_table, percent
+from cache_tools.screen import TextTable
 from cache_tools.units import human_bytes
 
 _MISSING = "–"
@@ -16,10 +15,8 @@ _MISSING = "–"
 
 def print_costs(costs: CostTable) -> None:
     """Print heading, table and notes."""
-    console = make_console()
     print(_heading(costs))
-    console.print()
-    console.print(_table(costs))
+    print(f"\n{_table(costs).text()}")
     print()
     for line in _notes(costs):
         print(line)
@@ -42,7 +39,7 @@ def _heading(costs: CostTable) -> str:
     )
 
 
-def _table(costs: CostTable) -> Table:
+def _table(costs: CostTable) -> TextTable:
     names = list(dict.fromkeys(name for cost in costs.codecs for name in cost.targets))
     titles = [f"{name} B" for name in names] + (["all B"] if len(names) > 1 else [])
     titles += ["whole cache", *(f"g T={t:g}" for t in costs.temperatures), *(f"KL T={t:g}" for t in costs.temperatures)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import polars as pl
-from rich.console import Console
-from rich.table import Table
 
 from cache_tools.analysis.stats import About, TeacherStats
 from cache_tools.plotting import LABELS
+from cache_tools.screen import TextTable
 
 _MOST_CLASSES, _MOST_VIEWS, _TOP_ROWS = 24, 8, 10
 
@@ -20,19 +18,12 @@ _PERCENT = ("top1", "top5", "confidence", "confident_right", "unsure_right", "un
 
 def print_stats(stats: TeacherStats) -> None:
     """Print the heading, every table and the notes."""
-    console = make_console()
     print(heading(stats.about))
     for table in _tables(stats):
-        console.print()
-        console.print(table)
+        print(f"\n{table.text()}")
     print()
     for line in _notes(stats):
         print(line)
-
-
-def make_console() -> Console:
-    """A console as wide as the terminal, or 200 columns in a pipe; brackets in class names stay text."""
-    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
 
 
 def heading(about: About) -> str:
@@ -66,7 +57,7 @@ def _targets(about: About) -> str:
     return f"fusion: {weight:g} · teacher + {1 - weight:g} · CLIP, {clip}"
 
 
-def _tables(stats: TeacherStats) -> Iterable[Table]:
+def _tables(stats: TeacherStats) -> Iterable[TextTable]:
     yield _overall(stats)
     if len(stats.about.views) > 1:
         yield _by_view(stats)
@@ -78,7 +69,7 @@ def _tables(stats: TeacherStats) -> Iterable[Table]:
     yield _suspicious(stats)
 
 
-def _overall(stats: TeacherStats) -> Table:
+def _overall(stats: TeacherStats) -> TextTable:
     """One row per figure, one column per source."""
     at_least = f"≥ {stats.about.confident:g}"
     rows = {
@@ -110,7 +101,7 @@ def _overall(stats: TeacherStats) -> Table:
     return table
 
 
-def _by_view(stats: TeacherStats) -> Table:
+def _by_view(stats: TeacherStats) -> TextTable:
     """One row per view and source."""
     at_least = f"≥ {stats.about.confident:g}"
     figures: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -132,7 +123,7 @@ def _by_view(stats: TeacherStats) -> Table:
     return table
 
 
-def _reliability(stats: TeacherStats) -> Table:
+def _reliability(stats: TeacherStats) -> TextTable:
     """Empty bins are left out; the gap is accuracy minus mean confidence, in points."""
     sources = stats.about.sources
     table = new_table("bin", [f"{LABELS[s]} {name}" for s in sources for name in ("share %", "top-1 %", "gap")])
@@ -150,7 +141,7 @@ def _reliability(stats: TeacherStats) -> Table:
     return table
 
 
-def _classes(stats: TeacherStats) -> Iterable[Table]:
+def _classes(stats: TeacherStats) -> Iterable[TextTable]:
     """Accuracies, then consistencies, of all classes or of those with the largest and smallest gains."""
     sources = stats.about.sources
     others, main = sources[:-1], stats.about.main
@@ -171,7 +162,7 @@ def _classes(stats: TeacherStats) -> Iterable[Table]:
     return [accuracy, consistency] if len(stats.about.class_names) > 2 else [accuracy]
 
 
-def _disagreement(stats: TeacherStats) -> Table:
+def _disagreement(stats: TeacherStats) -> TextTable:
     row = stats.disagreement.filter(pl.col("view").is_null()).to_dicts()[0]
     table = new_table("teacher and CLIP", ["share"])
     lines = {
@@ -192,7 +183,7 @@ def _disagreement(stats: TeacherStats) -> Table:
     return table
 
 
-def _confusions(stats: TeacherStats) -> Table:
+def _confusions(stats: TeacherStats) -> TextTable:
     sources = stats.about.sources
     table = new_table("label → wrong prediction, share of the label", [f"{LABELS[s]}" for s in sources])
     for row in stats.confusions.head(_TOP_ROWS).to_dicts():
@@ -201,7 +192,7 @@ def _confusions(stats: TeacherStats) -> Table:
     return table
 
 
-def _suspicious(stats: TeacherStats) -> Table:
+def _suspicious(stats: TeacherStats) -> TextTable:
     views = len(stats.about.views)
     says = f"{LABELS[stats.about.main]} says"
     table = new_table("suspicious label: sample", ["label", says, "mean probability", "top-1 in views"])
@@ -225,17 +216,12 @@ def _notes(stats: TeacherStats) -> list[str]:
     return notes
 
 
-def new_table(first: str, others: Sequence[str]) -> Table:
-    """An empty table without borders: names left, figures right."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for title in others:
-        table.add_column(title, justify="right")
-    return table
+def new_table(first: str, others: Sequence[str]) -> TextTable:
+    """An empty table: names left, figures right."""
+    return TextTable([first, *others])
 
 
-def percent(value: Any, unit: str = "\u00a0%") -> str:
-    """Percent with a non-breaking space, for narrow terminals."""
+def percent(value: Any, unit: str = " %") -> str:
     return "–" if value is None else f"{100 * value:.2f}{unit}"
 
 

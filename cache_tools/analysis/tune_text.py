@@ -6,21 +6,19 @@ import shlex
 from collections.abc import Sequence
 
 import numpy as np
-from rich.table import Table
 
-from cache_tools.analysis.stats_text import make_console, new_table, number, percent
+from cache_tools.analysis.stats_text import new_table, number, percent
 from cache_tools.analysis.tune import TuneResult
+from cache_tools.screen import TextTable
 
 _SURFACE_ROWS, _SURFACE_COLUMNS = 11, 9
 
 
 def print_tuning(result: TuneResult) -> None:
     """Print a part of the surface, the settings compared, and the options to use."""
-    console = make_console()
     print(heading(result))
     for table in (_surface(result), _settings(result)):
-        console.print()
-        console.print(table)
+        print(f"\n{table.text()}")
     print()
     for line in _notes(result):
         print(line)
@@ -38,7 +36,7 @@ def heading(result: TuneResult) -> str:
     )
 
 
-def _surface(result: TuneResult) -> Table:
+def _surface(result: TuneResult) -> TextTable:
     """Some rows and columns of the grid: the best, the named ones, and evenly spaced ones."""
     row = result.weights.index(result.chosen_weight)
     column = [scale.value for scale in result.scales].index(result.chosen_scale.value)
@@ -59,7 +57,7 @@ def _surface(result: TuneResult) -> Table:
     return table
 
 
-def _settings(result: TuneResult) -> Table:
+def _settings(result: TuneResult) -> TextTable:
     titles = ("teacher weight", "CLIP scale", "NLL, chosen on", "NLL, held out", "− as built", "top-1", "ECE")
     table = new_table("setting, figures on held-out samples", titles)
     for setting in result.settings:

@@ -44,8 +44,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="List, inspect, copy, check, prune, convert and fuse caches; analyse the targets in them.",
 )
+
+
+@app.callback()
+@command
+def cache_tools() -> None:
+    """List, inspect, copy, check, prune, convert and fuse caches; analyse the targets in them."""
+
+
 for _name, _function in COMMANDS.items():
     app.command(_name)(command(_function))
 

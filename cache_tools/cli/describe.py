@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,11 @@ from cache_tools.lazy import np
 from cache_tools.places import Place
 from cache_tools.places.metadata import manifest_at
 from cache_tools.refusion import describe_fusion
+from cache_tools.screen import TextTable, screen_width
 from cache_tools.store.group import read_manifest
 from cache_tools.units import human_bytes
+
+_PIPED_WIDTH = 400  # for grep and awk: a line per cache
 
 
 class ArrayDetails(Frozen):
@@ -89,26 +91,34 @@ def describe_remote(place: Place) -> CacheDetails:
 
 
 def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None:
-    """Print one line per cache, then the problems of those that cannot be opened."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print the caches, then the problems of those that cannot be opened.
 
-    table = Table(box=None, pad_edge=False)
-    for title in ("name", "fingerprint", "dataset", "teacher", "CLIP"):
-        table.add_column(title, no_wrap=True)
-    local = not any(isinstance(record, RemoteRecord) for record in records)
-    for title in ("views", "size", "modified", *(("used",) if local else ())):
-        table.add_column(title, no_wrap=True, justify="right")
-    for record in records:
-        modified = _date(record.modified_s)
-        identity = (record.name, record.fingerprint[:12], record.dataset, record.teacher, record.clip)
-        used = (_age(time.time() - record.used_s),) if local else ()
-        table.add_row(*identity, _views(record), human_bytes(record.size_bytes), modified, *used)
-    # Piped output is for grep and awk: never wrap lines.
-    Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False).print(table)
+    A line per cache where the screen is wide enough, if need be without CLIP and the time of the last write. Else a cache
+    takes several lines.
+    """
+    width = screen_width(_PIPED_WIDTH)
+    whole = _table(records)
+    small = _table(records, left_out={"CLIP", "modified"})
+    print((small if small.fits(width) and not whole.fits(width) else whole).text(width))
     for record in records:
         if record.problem:
             print(f"{record.name} {'cannot be opened' if record.unknown else 'is damaged'}: {record.problem}")
+
+
+def _table(records: Sequence[CacheRecord] | Sequence[RemoteRecord], left_out: Set[str] = frozenset()) -> TextTable:
+    rows = []
+    for record in records:
+        row = {"name": record.name, "fingerprint": record.fingerprint[:12], "dataset": record.dataset}
+        row |= {"teacher": record.teacher, "CLIP": record.clip, "views": _views(record)}
+        row |= {"size": human_bytes(record.size_bytes), "modified": _date(record.modified_s)}
+        if isinstance(record, CacheRecord):
+            row["used"] = _age(time.time() - record.used_s)
+        rows.append({title: cell for title, cell in row.items() if title not in left_out})
+    titles = list(rows[0])
+    table = TextTable(titles, left=titles.index("views"))
+    for row in rows:
+        table.add_row(*row.values())
+    return table
 
 
 def print_details(details: CacheDetails) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
-from rich.console import Console
-from rich.table import Table
-
+from cache_tools.screen import TextTable, nats
 from pipeline.evaluate.report import EvaluationReport, RobustnessReport
 from train.evaluate.corruptions import SEVERITIES
 from train.evaluate.metrics import Evaluation
@@ -17,16 +14,13 @@ _WORST_CLASSES = 10
 
 def print_report(report: EvaluationReport) -> None:
     """Print all tables and notes of a report."""
-    # Piped output is for grep and awk: lines are not wrapped.
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     for table in _tables(report):
-        console.print(table)
-        console.print()
+        print(f"{table.text()}\n")
     for note in _notes(report):
         print(note)
 
 
-def _tables(report: EvaluationReport) -> Iterable[Table]:
+def _tables(report: EvaluationReport) -> Iterable[TextTable]:
     yield _figures(report)
     yield _classes(report)
     if report.confused:
@@ -37,10 +31,9 @@ def _tables(report: EvaluationReport) -> Iterable[Table]:
         yield _teachers(report)
 
 
-def _figures(report: EvaluationReport) -> Table:
-    table = _table(f"{report.student} ({report.loss}) on {report.dataset} {report.split}", "")
-    for title in ("images", "top-1", "top-5", "NLL", "ECE", "Brier"):
-        table.add_column(title, justify="right", no_wrap=True)
+def _figures(report: EvaluationReport) -> TextTable:
+    titles = ["checkpoint", "images", "top-1", "top-5", "NLL", "ECE", "Brier"]
+    table = TextTable(titles, title=f"{report.student} ({report.loss}) on {report.dataset} {report.split}")
     for row in report.figures:
         details = " ←" if row.checkpoint == report.checkpoint and len(report.figures) > 1 else ""
         table.add_row(f"{row.checkpoint} (epoch {row.epoch}){details}", *_cells(row.evaluation))
@@ -59,46 +52,39 @@ def _cells(figures: Evaluation) -> tuple[str, ...]:
         f"{figures.n:,}",
         f"{figures.top1:.2%}",
         _percent(figures.top5, 2),
-        f"{figures.nll:.4f}",
+        nats(figures.nll),
         f"{figures.ece:.4f}",
         "–" if figures.brier is None else f"{figures.brier:.4f}",
     )
 
 
-def _classes(report: EvaluationReport) -> Table:
+def _classes(report: EvaluationReport) -> TextTable:
     known = [row for row in report.classes if row.accuracy is not None]
     worst = sorted(known, key=lambda row: row.accuracy or 0.0)[:_WORST_CLASSES]
     all_shown = len(worst) == len(report.classes)
-    table = _table("Classes" if all_shown else f"The {len(worst)} worst of {len(report.classes)} classes", "class")
-    for title in ("images", "accuracy", "precision"):
-        table.add_column(title, justify="right", no_wrap=True)
+    title = "Classes" if all_shown else f"The {len(worst)} worst of {len(report.classes)} classes"
+    table = TextTable(["class", "images", "accuracy", "precision"], title=title)
     for row in worst:
         table.add_row(row.name, f"{row.n:,}", _percent(row.accuracy, 1), _percent(row.precision, 1))
     return table
 
 
-def _confused(report: EvaluationReport) -> Table:
-    table = _table("Most confused classes", "class")
-    table.add_column("predicted as", no_wrap=True)
-    table.add_column("images", justify="right", no_wrap=True)
-    table.add_column("of the class", justify="right", no_wrap=True)
+def _confused(report: EvaluationReport) -> TextTable:
+    table = TextTable(["class", "predicted as", "images", "of the class"], names=2, title="Most confused classes")
     for pair in report.confused:
         table.add_row(pair.label, pair.predicted, f"{pair.count:,}", f"{pair.share:.1%}")
     return table
 
 
-def _robustness(report: RobustnessReport) -> Table:
+def _robustness(report: RobustnessReport) -> TextTable:
     summary, against = report.summary, report.baseline is not None
-    table = _table("Error in % under corruptions, by severity", "corruption")
-    titles = [*map(str, SEVERITIES), "mean", *(("baseline", "CE", "relative CE") if against else ())]
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ["corruption", *map(str, SEVERITIES), "mean", *(("baseline", "CE", "relative CE") if against else ())]
+    table = TextTable(titles, title="Error in % under corruptions, by severity")
     for row in summary.corruptions:
         cells = [_times_100(error) for error in (*row.by_severity, row.error)]
         if against:
             cells += [_times_100(row.baseline_error), _ratio(row.ce), _ratio(row.relative_ce)]
         table.add_row(row.corruption.replace("_", " "), *cells)
-    table.add_section()
     last = ["mean", *[""] * len(SEVERITIES), _times_100(summary.mean_error)]
     if against:
         last += [_times_100(summary.baseline_mean_error), _ratio(summary.mce), _ratio(summary.relative_mce)]
@@ -106,11 +92,9 @@ def _robustness(report: RobustnessReport) -> Table:
     return table
 
 
-def _teachers(report: EvaluationReport) -> Table:
-    table = _table("Agreement with the teachers on clean test images", "")
-    titles = ("top-1", "same prediction", "KL to student", "wrong", "student follows", "student is right")
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+def _teachers(report: EvaluationReport) -> TextTable:
+    titles = ["", "top-1", "same prediction", "KL to student", "wrong", "student follows", "student is right"]
+    table = TextTable(titles, title="Agreement with the teachers on clean test images")
     for row in report.teachers or ():
         shares = (_percent(row.follows_when_wrong, 1), _percent(row.right_when_wrong, 1))
         table.add_row(row.source, f"{row.top1:.2%}", f"{row.agreement:.2%}", f"{row.kl:.4f}", f"{row.wrong:,}", *shares)
@@ -139,12 +123,6 @@ def _notes(report: EvaluationReport) -> Iterable[str]:
     if best is not None:
         yield "The best epoch was chosen on the test split, as in papers: its figures are optimistic."
     yield f"Everything is in {report.folder}"
-
-
-def _table(title: str, first: str) -> Table:
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    table.add_column(first, no_wrap=True)
-    return table
 
 
 def _percent(value: float | None, digits: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cache_tools.errors import RecipeError
-from cache_tools.units import human_bytes, num_bytes, seconds
+from cache_tools.units import duration, human_bytes, num_bytes, seconds
 
 DAY = 86_400.0
 
@@ -40,3 +40,14 @@ def test_bad_sizes_are_refused(text: str) -> None:
 )
 def test_sizes_are_printed_in_powers_of_1000(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.0 s"), (3.24, "3.2 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (750, "12 min 30 s"),
+        (3599.6, "1 h 00 min"), (3900, "1 h 05 min"), (10 * 3600 + 59 * 60 + 31, "11 h 00 min"), (51 * 3600, "2 d 3 h"),
+    ],
+)  # fmt: skip
+def test_durations_are_printed_in_minutes_and_hours(value: float, text: str) -> None:
+    assert duration(value) == text

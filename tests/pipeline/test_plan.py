@@ -36,7 +36,7 @@ def test_a_long_run_pays_for_its_cache() -> None:
     # Live teachers cost 240 epochs × 50 s; the cache 800 s. 12 000 − 800 s = 187 min saved, then 200 min each.
     verdict = make().verdict
     assert "after 16 epochs of training, within the first student of 240 epochs" in verdict
-    assert "saves 3.1 h there, and 3.3 h for every further one" in verdict
+    assert "saves 3 h 07 min there, and 3 h 20 min for every further one" in verdict
 
 
 def test_a_short_run_does_not() -> None:

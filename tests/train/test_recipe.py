@@ -24,6 +24,7 @@ from train.recipe import (
     recipe_digest,
     run_folder,
 )
+from train.sweep.options import read_sweep
 
 PAIRS = (
     "cifar100-resnet32x4-resnet8x4",
@@ -285,3 +286,20 @@ def test_recipes_and_the_command_line_load_without_torch() -> None:
 def make(**changes: Any) -> TrainRecipe:
     data: dict[str, Any] = {"name": "mine", "cache": "c", "dataset": {"name": "digits"}, "epochs": 10}
     return TrainRecipe.model_validate(data | changes)
+
+
+@pytest.mark.parametrize(
+    ("short", "full", "value"),
+    [
+        ("lr=0.3", ("optimiser", "learning_rate"), 0.3),
+        ("temperature=7", ("loss", "temperature"), 7.0),
+        (" weight_decay = 1e-3", ("optimiser", "weight_decay"), 1e-3),
+        ("label_smoothing=0.1", ("loss", "label_smoothing"), 0.1),
+    ],
+)
+def test_set_takes_the_short_names_of_the_grid(short: str, full: tuple[str, str], value: float) -> None:
+    for recipe in ("digits", "cifar100"):
+        loaded = load_train_recipe(recipe, [short])
+        assert getattr(getattr(loaded, full[0]), full[1]) == value
+    sweep = read_sweep(None, "digits", {}, [short], {})
+    assert sweep.base[full[0]][full[1]] == value

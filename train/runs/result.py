@@ -12,6 +12,7 @@ from cache_tools.config import Frozen
 from cache_tools.errors import WeightsError
 from cache_tools.files import put_durably
 from cache_tools.format.recipe import Preprocessing
+from cache_tools.units import duration
 from train.evaluate.metrics import Evaluation
 from train.runs.folder import REPORT, RESULT
 
@@ -156,7 +157,7 @@ def _notes(result: RunResult) -> list[str]:
         )
     notes.append(
         f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
-        f"{result.train_s:.1f} s of training on {result.environment.get('device', '?')}."
+        f"{duration(result.train_s)} of training on {result.environment.get('device', '?')}."
     )
     notes += [f"Note: {note}." for note in result.data_notes]
     notes.append(f"Everything is in {result.folder}; open {result.folder / REPORT} in a browser.")

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 
 from cache_tools.config import Frozen, given_settings, parse_yaml, validate
 from cache_tools.errors import NotFoundError, RecipeError
-from train.recipe import DEFAULT_RECIPE, TrainRecipe, load_train_recipe, named_after_cache
+from train.recipe import DEFAULT_RECIPE, TrainRecipe, full_key, load_train_recipe, named_after_cache
 from train.sweep.recipe import SWEEP, SweepRecipe, refuse_doubles
 from train.sweep.search_recipe import Search, parse_range
 from train.unused import dotted_keys
@@ -55,7 +55,7 @@ def read_sweep(
     stored = {} if file is None else load_sweep(file)
     keys = validate(_FileKeys, stored, where=str(file))
     settings = {key: value for key, value in keys.set.items() if options.get(key) is None}
-    items = [*_items(settings), *overrides]
+    items = [full_key(item) for item in (*_items(settings), *overrides)]
     base = load_train_recipe(recipe or keys.recipe or DEFAULT_RECIPE, items, options, for_sweep=True)
     if recipe is None and keys.recipe is None:
         base = named_after_cache(base)
