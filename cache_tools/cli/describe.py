@@ -93,8 +93,8 @@ def describe_remote(place: Place) -> CacheDetails:
 def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None:
     """Print the caches, then the problems of those that cannot be opened.
 
-    A line per cache where the screen is wide enough, if need be without CLIP and the time of the last write. Else a cache
-    takes several lines.
+    A line per cache where the screen is wide enough, if need be without CLIP and the time of the last write. Otherwise
+    a cache takes several lines.
     """
     width = screen_width(_PIPED_WIDTH)
     whole = _table(records)

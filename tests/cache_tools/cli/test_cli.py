@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(home: Path, *arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments), env={"TEACHER_CACHE_HOME": str(home)})
+    result = CliRunner().invoke(app, list(arguments), env={"TEACHER_CACHE_HOME": str(home), "COLUMNS": None})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.stderr
     return result

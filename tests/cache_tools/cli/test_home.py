@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from cache_tools.cli import app
-from cache_tools.home.registry import SUFFIX
+from cache_tools.cli.describe import print_table
+from cache_tools.home.registry import SUFFIX, CacheRecord
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.s3_server import new_bucket
 
@@ -28,7 +30,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def run(home: Path, *arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments), env={"TEACHER_CACHE_HOME": str(home)})
+    result = CliRunner().invoke(app, list(arguments), env={"TEACHER_CACHE_HOME": str(home), "COLUMNS": None})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.stderr
     return result
@@ -223,3 +225,48 @@ def test_a_zarr_group_can_be_a_folder_of_caches(home: Path, tmp_path: Path) -> N
     for _ in range(2):
         run(home, "copy", str(home / NAME), str(tmp_path / "group"))
     assert [path.name for path in (tmp_path / "group").glob("*.zarr")] == [NAME]
+
+
+# The list on screens of several widths
+
+TEACHER = "timm:mobilenetv4_conv_small_050.e2400_r224_in1k"
+
+
+def listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, *names: str) -> list[str]:
+    records = [
+        CacheRecord(
+            name=name, fingerprint=f"{place}" * 64, dataset="folder/train", teacher=TEACHER if place else "resnet8",
+            clip="ViT-L-14-quickgelu", views_done=4, views_total=4, size_bytes=1_234_567, modified_s=0.0,
+            used_s=time.time() - 3600 * 5, path=Path(name),
+        )
+        for place, name in enumerate(names)
+    ]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(records)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_list_has_fewer_columns_on_a_narrower_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = listed(monkeypatch, capsys, 120, "photos")
+    assert wide[0].split() == [
+        "name", "fingerprint", "dataset", "teacher", "CLIP", "views", "size", "modified", "used",
+    ]  # fmt: skip
+    usual = listed(monkeypatch, capsys, 80, "photos")
+    assert usual == [
+        "name    fingerprint   dataset       teacher  views    size  used",
+        "photos  000000000000  folder/train  resnet8    4/4  1.2 MB   5 h",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_nothing_of_a_list_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    names = ("photos", "flowers-of-the-garden-2024-v10", "a" * 30)
+    lines = listed(monkeypatch, capsys, width, *names)
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert {*names, "000000000000", "111111111111", TEACHER, "ViT-L-14-quickgelu", "folder/train", "4/4"} <= set(words)
+    assert words.count("1.2") == words.count("MB") == 3
