@@ -195,7 +195,7 @@ def _confusions(stats: TeacherStats) -> TextTable:
 def _suspicious(stats: TeacherStats) -> TextTable:
     views = len(stats.about.views)
     says = f"{LABELS[stats.about.main]} says"
-    table = new_table("suspicious label: sample", ["label", says, "mean probability", "top-1 in views"])
+    table = new_table("suspicious sample", ["label", says, "mean p", "top-1 in views"])
     for row in stats.suspicious(_TOP_ROWS).to_dicts():
         figures = (number(row["against"], 3), f"{row['views_against']} of {views}")
         table.add_row(str(row["sample"]), row["class"], row["rival_class"], *figures)

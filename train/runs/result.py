@@ -12,6 +12,7 @@ from cache_tools.config import Frozen
 from cache_tools.errors import WeightsError
 from cache_tools.files import put_durably
 from cache_tools.format.recipe import Preprocessing
+from cache_tools.screen import TextTable
 from cache_tools.units import duration
 from train.evaluate.metrics import Evaluation
 from train.runs.folder import REPORT, RESULT
@@ -70,6 +71,12 @@ class RunResult(Frozen):
     command: str
     data_notes: tuple[str, ...] = ()
 
+    @property
+    def gain_over_labels(self) -> float | None:
+        """Top-1 minus that of the same student on labels alone, last epoch; None if one of them is not known."""
+        twin = self.labels_only
+        return None if twin is None or not twin.last or not self.last else self.last.top1 - twin.last.top1
+
     def save(self) -> None:
         put_durably(self.folder / RESULT, self.model_dump_json(indent=2).encode())
 
@@ -102,38 +109,21 @@ def top1_of_teachers(preflight: Mapping[str, Any] | None) -> dict[str, float]:
 
 def summary(result: RunResult) -> str:
     """The result as a short table."""
-    lines = [f"{'':<28}{'top-1':>8}{'top-5':>9}{'NLL':>9}{'ECE':>9}"]
-    lines += [f"{_ROWS.get(name, name):<28}{top1:>8.2%}" for name, top1 in top1_of_teachers(result.teachers).items()]
-    lines += _student_lines(result, "on labels" if result.loss == "ce" else "distilled")
+    table = TextTable(["", "top-1", "top-5", "NLL", "ECE"])
+    for name, top1 in top1_of_teachers(result.teachers).items():
+        table.add_row(_ROWS.get(name, name), f"{top1:.2%}")
+    _add_student(table, result, "on labels" if result.loss == "ce" else "distilled")
     if result.labels_only is not None:
-        lines += _student_lines(result.labels_only, "on labels alone")
-        if result.last and result.labels_only.last:
-            points = 100 * (result.last.top1 - result.labels_only.last.top1)
-            lines.append(f"{'distilled − on labels alone':<28}{points:>+8.2f} points of top-1, last epoch, one seed")
+        _add_student(table, result.labels_only, "on labels alone")
+    lines = [table.text()]
+    if (gain := result.gain_over_labels) is not None:
+        lines.append(f"distilled − on labels alone: {100 * gain:+.2f} points of top-1, last epoch, one seed")
     return "\n".join([*lines, "", *_notes(result)])
 
 
-def _student_lines(result: RunResult, training: str) -> list[str]:
+def _add_student(table: TextTable, result: RunResult, training: str) -> None:
     best = f"best epoch ({result.best_epoch + 1})" if result.best_epoch is not None else ""
     rows = ((f"{result.student} {training}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema))
-    lines = [f"{label:<28}{_figures(evaluation)}" for label, evaluation in rows if evaluation is not None]
-    for split, figures in result.more_tests.items():
-        lines += [
-            f"{_fitted(f'  {which} on {split}')}{_figures(evaluation)}"
-            for which, evaluation in (("its last", figures.last), ("its best", figures.best), ("its EMA", figures.ema))
-            if evaluation is not None
-        ]
-    return lines
-
-
-def _fitted(label: str, width: int = 28) -> str:
-    """A label of exactly this width; of a long one, such as a path, the end is shown."""
-    return f"{label:<{width}}" if len(label) < width else f"{label[:10]}…{label[len(label) - width + 12 :]} "
-
-
-def _figures(evaluation: Evaluation) -> str:
-    top5 = "–" if evaluation.top5 is None else f"{evaluation.top5:.2%}"
-    return f"{evaluation.top1:>8.2%}{top5:>9}{evaluation.nll:>9.4f}{evaluation.ece:>9.4f}"
 
 
 def _notes(result: RunResult) -> list[str]:

@@ -1,0 +1,84 @@
+"""What to do after a run: the next command, and what to try where labels alone were better. Every command can be run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from cache_tools.errors import CacheError
+from cache_tools.format.manifest import Manifest
+from train.recipe import TrainRecipe
+from train.runs.folder import RECIPE
+from train.runs.result import RunResult, top1_of_teachers
+from train.runs.stored import open_run
+
+_FEW_VIEWS, _FEW_EPOCHS = 8, 60
+
+
+def next_steps(result: RunResult) -> list[str]:
+    """The lines after the summary of a run."""
+    lines = _after_a_loss(result)
+    if result.last is not None:
+        lines.append(f"next: {_command('evaluate-student', result.folder)}")
+    return [*lines, f"next: {_command('export-student', result.folder)}"]
+
+
+def _after_a_loss(result: RunResult) -> list[str]:
+    """What to try where the distilled student is worse than the same student on labels alone; empty otherwise."""
+    gain = result.gain_over_labels
+    if gain is None or gain >= 0.0:
+        return []
+    try:
+        run, _ = open_run(result.folder)
+    except CacheError:
+        return []
+    steps = [*_about_the_fusion(result, run.manifest, run.cache), *_about_the_run(result, run.recipe, run.manifest)]
+    width = max(len(command) for command, _ in steps)
+    aligned = [f"  {command:<{width}}  # {why}" if width < 50 else f"  # {why}\n  {command}" for command, why in steps]
+    return [f"Labels alone are better by {-100 * gain:.2f} points on this seed. What to try:", *aligned]
+
+
+def _about_the_fusion(result: RunResult, manifest: Manifest | None, cache: Path | str | None) -> list[tuple[str, str]]:
+    top1 = top1_of_teachers(result.teachers)
+    if manifest is None or cache is None or "fusion" not in top1:
+        return []
+    lost = 100 * (max(top1["teacher"], top1["CLIP"]) - top1["fusion"])
+    better = "the teacher" if top1["teacher"] >= top1["CLIP"] else "CLIP"
+    why = (
+        f"the fusion is {lost:.2f} points below {better} alone" if lost > 0 else "another teacher weight and CLIP scale"
+    )
+    if manifest.recipe.store == "components":
+        return [(_command("cache-tools", "tune-fusion", cache), why)]
+    rebuild = _command("build-cache", manifest.name, "--store", "components")
+    return [(rebuild, f"{why}: tune-fusion needs the two apart")] if lost > 0 and _is_built_in(manifest.name) else []
+
+
+def _about_the_run(result: RunResult, recipe: TrainRecipe, manifest: Manifest | None) -> list[tuple[str, str]]:
+    def again(suffix: str, *options: object) -> str:
+        return _command("train-student", result.folder / RECIPE, *options, "--out", f"{result.folder}-{suffix}")
+
+    steps = [(again("seed", "--seed", result.seed + 1), "another seed: one alone proves little")]
+    if recipe.loss.needs_logits:
+        cooler = recipe.loss.temperature / 2 if recipe.loss.temperature > 1.5 else 4.0
+        steps.append((again(f"T{cooler:g}", "--set", f"temperature={cooler:g}"), "another temperature"))
+    if result.epochs < _FEW_EPOCHS:
+        longer = 3 * result.epochs
+        steps.append(
+            (again(f"{longer}-epochs", "--epochs", longer), "more epochs: targets teach more slowly than labels")
+        )
+    if manifest is not None and manifest.num_views < _FEW_VIEWS and _is_built_in(manifest.name):
+        more = 4 * manifest.num_views
+        steps.append((_command("build-cache", manifest.name, "--views", more), "more views, then train again"))
+    return steps
+
+
+def _is_built_in(name: str) -> bool:
+    """Whether a cache can be built again by its name."""
+    from cache_tools.config import builtin_names
+    from train.recipe import builtin_recipes
+
+    return name in builtin_names(builtin_recipes())
+
+
+def _command(*words: object) -> str:
+    return shlex.join(str(word) for word in words)
