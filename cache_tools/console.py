@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -135,6 +136,11 @@ def exit_with(message: str, code: int) -> None:
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_next(*words: object) -> None:
+    """Print the command that usually follows, quoted for a shell."""
+    print(f"next: {shlex.join(str(word) for word in words)}")
 
 
 def warn(message: str) -> None:

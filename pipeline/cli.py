@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,8 @@ from train.options import (
 )
 
 if TYPE_CHECKING:
+    from cache_tools.format.manifest import Manifest
+    from pipeline.build.preflight import Preflight
     from pipeline.recipe import BuildRecipe
 
 _NETWORK_OPTIONS = {
@@ -174,7 +176,7 @@ def _without(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:
-    from cache_tools.units import human_bytes
+    from cache_tools.units import duration, human_bytes
     from pipeline.build.cache import build_cache as build
 
     keep_freed_memory()
@@ -198,21 +200,39 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
         print(json.dumps(summary))
         return
     if result.images:
-        print(f"computed {result.images:,} images in {result.elapsed_s:.1f} s ({rate:,.0f} images/s)")
+        took = f"{duration(result.elapsed_s)} ({rate:,.0f} images/s)"
+        print(f"computed {result.images:,} images, each view counted, in {took}")
     if result.url:
         print(f"{human_bytes(result.bytes_moved)} moved; the local mirror is {result.path}")
     plural = "" if manifest.num_views == 1 else "s"
     print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples")
-    print(f"next: {_next_step(recipe, result.url or result.path)}")
+    where = result.url or result.path
+    for line in _about_fusion(result.preflight, manifest, where):
+        print(line)
+    print(f"next: {_next_step(recipe, manifest, where)}")
 
 
-def _next_step(recipe: BuildRecipe, where: str | Path) -> str:
+def _about_fusion(preflight: Preflight | None, manifest: Manifest, where: str | Path) -> Iterator[str]:
+    """What to do about a fusion that is worse than the teacher or CLIP alone."""
+    from cache_tools.format.manifest import build_command
+
+    if preflight is None or (lost := preflight.lost_by_fusion) is None:
+        return
+    yield lost
+    if manifest.recipe.store == "components":
+        yield f"next: cache-tools tune-fusion {shlex.quote(str(where))}"
+    elif (again := build_command(manifest, "--store", "components")) is not None:
+        yield "This cache has the fusion only. `cache-tools tune-fusion` needs teacher and CLIP separately:"
+        yield f"next: {again}"
+
+
+def _next_step(recipe: BuildRecipe, manifest: Manifest, where: str | Path) -> str:
     """The command that trains from this cache, by its name only if that is a recipe of `train-student` and unique."""
     from cache_tools.config import builtin_names
     from cache_tools.home import registry
     from train.recipe import builtin_recipes
 
-    is_recipe = recipe.name in builtin_names(builtin_recipes())
+    is_recipe = recipe.name in builtin_names(builtin_recipes()) and recipe.name == manifest.data_name
     train = f"train-student {recipe.name}" if is_recipe else "train-student"
     is_unique = len(list(registry.cache_home().glob(f"{recipe.name}-*{registry.SUFFIX}"))) == 1
     return train if is_recipe and is_unique and recipe.out is None else f"{train} --cache {shlex.quote(str(where))}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.console import command
+from cache_tools.console import command, print_json
 from cache_tools.memory import keep_freed_memory
 from train.options import (
     Cache,
@@ -162,6 +162,7 @@ def train_student(
     import sys
 
     from train import run
+    from train.runs.advice import next_steps
     from train.runs.result import summary
     from train.sources import folder_note, require_cache_of_folder
 
@@ -172,7 +173,10 @@ def train_student(
         require_cache_of_folder(source, builtin_recipes(), None if cache else loaded.cache)
     keep_freed_memory()
     result = run.train_student(loaded, overwrite=overwrite)
-    print(result.model_dump_json(indent=2) if as_json else summary(result))
+    if as_json:
+        print_json(result.model_dump(mode="json") | {"gain_over_labels": result.gain_over_labels})
+    else:
+        print("\n".join([summary(result), *next_steps(result)]))
 
 
 def _number_or_name(text: str | None) -> str | float | None:

@@ -22,10 +22,10 @@ def print_tuning(result: TuneResult) -> None:
     print()
     for line in _notes(result):
         print(line)
-    print("To use the choice:")
-    print(f"  build-cache RECIPE {result.build_options}      # the recipe of this cache, a name or a YAML file")
-    train = f"train-student --cache {shlex.quote(result.path)} {result.train_options}"
-    print(f"  {train}      # with this component cache, without a rebuild")
+    cache = shlex.quote(result.path)
+    print(f"To use the choice, fuse while you train, or make a fused cache. A build takes {result.build_options}.")
+    print(f"next: train-student --cache {cache} {result.train_options}")
+    print(f"next: cache-tools fuse {cache} {result.train_options}")
 
 
 def heading(result: TuneResult) -> str:

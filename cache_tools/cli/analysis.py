@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cache_tools.cli.options import AsJson, Cache, Device, Temperature, View, parse_clip_scale, parse_views
-from cache_tools.console import print_json
+from cache_tools.console import print_json, print_next
 
 
 def stats_command(
@@ -66,6 +66,10 @@ def stats_command(
     print_stats(found)
     if folder is not None:
         print(f"Tables and plots are in {folder.path}")
+    if len(found.about.sources) > 1:
+        print_next("cache-tools", "tune-fusion", reference)
+    else:
+        print_next("train-student", "--cache", reference)
 
 
 def tune_command(

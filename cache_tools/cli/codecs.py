@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cache_tools.cli.options import CODEC_HELP, AsJson, BlockRows, Cache, NewFolder
-from cache_tools.console import print_json, warn
+from cache_tools.console import print_json, print_next, warn
 from cache_tools.errors import RecipeError
 from cache_tools.home.sizes import size_and_time
 from cache_tools.places import local_folder
@@ -91,6 +91,7 @@ def recode_command(
         print(f"{_blocks(done.blocks_missing)} not in {done.source} yet: run this again when the source has more")
     else:
         print(f"{human_bytes(sizes['bytes'])}, from {human_bytes(sizes['source_bytes'])}")
+        print_next("train-student", "--cache", done.path)
 
 
 def _blocks(count: int) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cache_tools.cli.options import AsJson, LocalCache, SourcePlace, TargetPlace
-from cache_tools.console import print_json
+from cache_tools.console import print_json, print_next
 from cache_tools.errors import FormatError, NotFoundError, UnknownFormatError
 from cache_tools.home import registry
 from cache_tools.places import LocalPlace, Place, is_remote, local_folder, open_place
@@ -63,6 +63,10 @@ def _copy(source: Place, target: Place, title: str, as_json: bool) -> None:
     print(f"{done.blocks} blocks copied, {done.blocks_there} already there, {human_bytes(done.bytes)} written")
     if done.blocks_missing:
         print(f"{done.blocks_missing} blocks are not built yet: run this again when they are")
+    elif title == "pull":
+        print_next("train-student", "--cache", done.target)
+    else:
+        print_next("cache-tools", "verify", done.target)
 
 
 def _cache_place(target: str, name: str) -> Place:

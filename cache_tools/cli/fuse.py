@@ -10,7 +10,7 @@ import typer
 
 from cache_tools.cli.options import AsJson, BlockRows, Cache, Device, NewFolder, parse_clip_scale
 from cache_tools.config import validate
-from cache_tools.console import print_json, warn
+from cache_tools.console import print_json, print_next, warn
 from cache_tools.errors import RecipeError
 from cache_tools.places import local_folder
 from cache_tools.refusion import describe_fusion
@@ -140,4 +140,4 @@ def _print_result(done: Fused) -> None:
     if done.blocks_missing:
         print(f"{done.blocks_missing} blocks are not in {done.source} yet: run this again when they are")
     else:
-        print(f"next: train-student --cache {done.path}")
+        print_next("train-student", "--cache", done.path)

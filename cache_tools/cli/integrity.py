@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache_tools.cli.options import AsJson, Cache, Yes
-from cache_tools.console import print_json
+from cache_tools.console import print_json, print_next
 from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
 from cache_tools.places import is_remote, open_place
@@ -74,6 +74,10 @@ def verify_command(
                 print(check)
         if not found.sound and wants_more:
             print("images and teachers were not checked: repair the cache first")
+        if not found.sound:
+            print_next("cache-tools", "repair", reference)
+        elif sound and found.blocks == found.blocks_total:
+            print_next("train-student", "--cache", reference)
     if not sound:
         sys.exit(EXIT_DAMAGED)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -121,3 +123,17 @@ class Fusion:
     def clip_scale(self) -> float:
         """The scale of the first CLIP."""
         return self.clip_scales[0]
+
+
+def build_command(manifest: Manifest, option: str, value: str) -> str | None:
+    """The command that built a cache, with another value of an option; None if it is not known."""
+    try:
+        program, *words = shlex.split(str(manifest.provenance.get("command", "")))
+    except ValueError:
+        return None
+    if Path(program).name != "build-cache":
+        return None
+    for place in [place for place, word in enumerate(words) if word == option][::-1]:
+        del words[place : place + 2]
+    kept = [word for word in words if not word.startswith(f"{option}=")]
+    return shlex.join(["build-cache", *kept, option, value])

@@ -161,6 +161,8 @@ def _record_test_split(
         ensemble.use_scales(output.manifest.clip_scales)
         preflight = run_preflight(ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size)
         say(f"preflight: {preflight}")
+        if preflight.lost_by_fusion is not None:
+            say(f"{preflight.lost_by_fusion} `cache-tools tune-fusion` can choose a better one from a component cache.")
     output.record_test_split(after, None if preflight is None else preflight.model_dump())
     say(f"the test split is now {_splits(after)} (it was {_splits(before)}); the targets stay as they are")
 

@@ -40,6 +40,15 @@ class Preflight(Frozen):
         figures = [f"{name} {top1:.2%}{self._each(name.lower())}" for name, top1 in sources if top1 is not None]
         return f"top-1 on {self.n:,} clean images of the {self.split} split: {', '.join(figures)}"
 
+    @property
+    def lost_by_fusion(self) -> str | None:
+        """That the fusion is worse than the teacher or CLIP alone, in a sentence; None if it is not."""
+        if self.teacher_top1 is None or self.clip_top1 is None or self.fusion_top1 is None:
+            return None
+        best, name = max((self.teacher_top1, "the teacher"), (self.clip_top1, "CLIP"))
+        lost = 100 * (best - self.fusion_top1)
+        return f"The fusion is {lost:.2f} points below {name} alone on these images." if lost > 0 else None
+
     def _each(self, group: str) -> str:
         """The accuracies of the members of a group, in brackets; empty for a group of one."""
         members = [top1 for name, top1 in self.networks.items() if name.startswith(group)]

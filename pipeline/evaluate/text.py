@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 
 from cache_tools.screen import TextTable, nats
@@ -123,6 +124,7 @@ def _notes(report: EvaluationReport) -> Iterable[str]:
     if best is not None:
         yield "The best epoch was chosen on the test split, as in papers: its figures are optimistic."
     yield f"Everything is in {report.folder}"
+    yield f"next: {shlex.join(['export-student', str(report.run)])}"
 
 
 def _percent(value: float | None, digits: int) -> str:

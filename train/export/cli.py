@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_tools.console import command
+from cache_tools.console import command, print_next
 from cache_tools.errors import RecipeError
 from train.options import DataDir, ReportAsJson, RunArgument
 
@@ -66,7 +66,11 @@ def export_student(
     from train.export.student import export_student as export
 
     report = export(run, validate(ExportOptions, values, where="options"))
-    print(report.model_dump_json(indent=2) if as_json else _table(report))
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print(_table(report))
+        print_next("report-students", run if run.is_dir() else run.parent)
 
 
 def _batch_size(text: str) -> int | None:

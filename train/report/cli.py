@@ -31,6 +31,7 @@ def report_students(
 
     The page is a single file that loads nothing else. Runs that differ only in their seed are one row.
     """
+    from cache_tools.units import human_bytes
     from train.report.html import write_report
     from train.report.trials import read_tables
     from train.runs.folder import REPORT
@@ -39,7 +40,7 @@ def report_students(
     path = write_report(
         folders, out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)), trials=table, title=title
     )
-    print(f"{path}: {path.stat().st_size / 1e3:,.0f} kB")
+    print(f"{path}: {human_bytes(path.stat().st_size)}; open it in a browser, or add --open")
     if open_it:
         typer.launch(path.absolute().as_uri())
 

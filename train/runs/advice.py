@@ -1,4 +1,4 @@
-"""What to do after a run: the next command, and what to try where labels alone were better. Every command can be run."""
+"""What to do after a run: the next commands, and what to try where labels alone were better."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from cache_tools.errors import CacheError
-from cache_tools.format.manifest import Manifest
+from cache_tools.format.manifest import Manifest, build_command
 from train.recipe import TrainRecipe
 from train.runs.folder import RECIPE
 from train.runs.result import RunResult, top1_of_teachers
@@ -33,9 +33,8 @@ def _after_a_loss(result: RunResult) -> list[str]:
     except CacheError:
         return []
     steps = [*_about_the_fusion(result, run.manifest, run.cache), *_about_the_run(result, run.recipe, run.manifest)]
-    width = max(len(command) for command, _ in steps)
-    aligned = [f"  {command:<{width}}  # {why}" if width < 50 else f"  # {why}\n  {command}" for command, why in steps]
-    return [f"Labels alone are better by {-100 * gain:.2f} points on this seed. What to try:", *aligned]
+    lines = [line for command, why in steps for line in (f"  # {why}", f"  {command}")]
+    return [f"Labels alone are better by {-100 * gain:.2f} points on this seed. What to try:", *lines]
 
 
 def _about_the_fusion(result: RunResult, manifest: Manifest | None, cache: Path | str | None) -> list[tuple[str, str]]:
@@ -49,8 +48,8 @@ def _about_the_fusion(result: RunResult, manifest: Manifest | None, cache: Path 
     )
     if manifest.recipe.store == "components":
         return [(_command("cache-tools", "tune-fusion", cache), why)]
-    rebuild = _command("build-cache", manifest.name, "--store", "components")
-    return [(rebuild, f"{why}: tune-fusion needs the two apart")] if lost > 0 and _is_built_in(manifest.name) else []
+    rebuild = build_command(manifest, "--store", "components")
+    return [(rebuild, f"{why}: tune-fusion needs the two apart")] if lost > 0 and rebuild is not None else []
 
 
 def _about_the_run(result: RunResult, recipe: TrainRecipe, manifest: Manifest | None) -> list[tuple[str, str]]:
@@ -63,21 +62,11 @@ def _about_the_run(result: RunResult, recipe: TrainRecipe, manifest: Manifest | 
         steps.append((again(f"T{cooler:g}", "--set", f"temperature={cooler:g}"), "another temperature"))
     if result.epochs < _FEW_EPOCHS:
         longer = 3 * result.epochs
-        steps.append(
-            (again(f"{longer}-epochs", "--epochs", longer), "more epochs: targets teach more slowly than labels")
-        )
-    if manifest is not None and manifest.num_views < _FEW_VIEWS and _is_built_in(manifest.name):
-        more = 4 * manifest.num_views
-        steps.append((_command("build-cache", manifest.name, "--views", more), "more views, then train again"))
+        steps.append((again(f"{longer}-epochs", "--epochs", longer), "more epochs"))
+    if manifest is not None and manifest.num_views < _FEW_VIEWS:
+        more = build_command(manifest, "--views", str(4 * manifest.num_views))
+        steps += [] if more is None else [(more, "more views, then train again")]
     return steps
-
-
-def _is_built_in(name: str) -> bool:
-    """Whether a cache can be built again by its name."""
-    from cache_tools.config import builtin_names
-    from train.recipe import builtin_recipes
-
-    return name in builtin_names(builtin_recipes())
 
 
 def _command(*words: object) -> str:

@@ -12,7 +12,7 @@ from cache_tools.config import Frozen
 from cache_tools.errors import WeightsError
 from cache_tools.files import put_durably
 from cache_tools.format.recipe import Preprocessing
-from cache_tools.screen import TextTable
+from cache_tools.screen import TextTable, nats
 from cache_tools.units import duration
 from train.evaluate.metrics import Evaluation
 from train.runs.folder import REPORT, RESULT
@@ -123,7 +123,14 @@ def summary(result: RunResult) -> str:
 
 def _add_student(table: TextTable, result: RunResult, training: str) -> None:
     best = f"best epoch ({result.best_epoch + 1})" if result.best_epoch is not None else ""
-    rows = ((f"{result.student} {training}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema))
+    rows = [(f"{result.student} {training}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema)]
+    for split, figures in result.more_tests.items():
+        named = (("last", figures.last), ("best", figures.best), ("EMA", figures.ema))
+        rows += [(f"  its {which} on {split}", evaluation) for which, evaluation in named]
+    for label, evaluation in rows:
+        if evaluation is not None:
+            top5 = "–" if evaluation.top5 is None else f"{evaluation.top5:.2%}"
+            table.add_row(label, f"{evaluation.top1:.2%}", top5, nats(evaluation.nll), f"{evaluation.ece:.4f}")
 
 
 def _notes(result: RunResult) -> list[str]:

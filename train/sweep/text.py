@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import polars as pl
 from cache_tools.screen import TextTable, count, nats, screen_width
 from train.report.comparison import short_names
 from train.report.trials import setting_columns
+from train.runs.folder import REPORT
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import SweepResult
 
@@ -35,8 +37,21 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
         for row in result.trials.filter(pl.col("status") == status).iter_rows(named=True):
             reasons.setdefault(row["error"] or f"after {row['epochs_done']} epochs", []).append(row["trial"])
         parts += [f"{status}: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    parts.append(f"Everything is in {result.folder}")
+    parts.append(f"Everything is in {result.folder}; open {result.folder / REPORT} in a browser.")
+    if (best_trial := _best_trial(result)) is not None:
+        parts.append(f"next: {shlex.join(['evaluate-student', best_trial])}")
+    parts.append(f"next: {shlex.join(['report-students', str(result.folder)])}")
     return "\n".join(parts)
+
+
+def _best_trial(result: SweepResult) -> str | None:
+    """The folder of the first finished trial of the best setting; None if none is finished."""
+    finished = result.trials.filter(pl.col("status") == "finished").drop_nulls("top1")
+    if finished.is_empty() or result.settings.is_empty():
+        return None
+    keys = setting_columns(result.trials)
+    best = result.settings.head(1).select(keys)
+    return str(finished.join(best, on=keys, nulls_equal=True, maintain_order="left")["folder"][0])
 
 
 def _note_on_figures(sweep: SweepRecipe, seeds: int) -> str | None:

@@ -187,4 +187,4 @@ def test_other_errors(run: Path, tmp_path):
 
 def invoke(*arguments: object):
     device = () if "--device" in arguments else ("--device", "cpu")
-    return CliRunner().invoke(app, [str(argument) for argument in (*arguments, *device)])
+    return CliRunner().invoke(app, [str(argument) for argument in (*arguments, *device)], env={"COLUMNS": "200"})
