@@ -23,7 +23,8 @@ def print_tuning(result: TuneResult) -> None:
     for line in _notes(result):
         print(line)
     cache = shlex.quote(result.path)
-    print(f"To use the choice, fuse while you train, or make a fused cache. A build takes {result.build_options}.")
+    print(f"Options for the build of another cache:\n  {result.build_options}")
+    print("With this cache, fuse while you train or make a fused cache:")
     print(f"next: train-student --cache {cache} {result.train_options}")
     print(f"next: cache-tools fuse {cache} {result.train_options}")
 

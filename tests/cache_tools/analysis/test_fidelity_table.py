@@ -299,7 +299,7 @@ def test_a_spec_that_does_not_apply_is_refused(caches: dict[str, TeacherCache]) 
 def test_the_text_has_every_figure_and_note(
     tables: dict[str, CostTable], store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # a line per codec
+    monkeypatch.setenv("COLUMNS", "400")  # a line per codec
     table = tables[store]
     print_costs(table)
     text = capsys.readouterr().out

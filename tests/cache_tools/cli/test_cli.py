@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 from cache_tools.cli import app
 from cache_tools.home import registry
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.next_commands import commands_in
 
 pytestmark = pytest.mark.medium
 
@@ -259,13 +261,18 @@ def test_tune_fusion_prints_options_for_the_other_commands(home: Path, tmp_path:
         str(tmp_path / "p.png"),
     )
     text = run(home, *arguments).stdout
-    line = next(line for line in text.splitlines() if line.strip().startswith("build-cache"))
+    line = next(line for line in text.splitlines() if line.strip().startswith("--set"))
     fusion = load_build_recipe("digits", [word for word in line.split() if "=" in word]).fusion
     found = json.loads(run(home, *arguments, "--json").stdout)
     assert fusion.teacher_weight == found["chosen_weight"]
     chosen = found["chosen_scale"]
     assert fusion.clip_scale == (chosen["name"] or chosen["value"])
-    assert found["train_options"] in text
+    place = found["path"]
+    options = shlex.split(found["train_options"])
+    assert commands_in(text) == [
+        ["train-student", "--cache", place, *options],
+        ["cache-tools", "fuse", place, *options],
+    ]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,6 +13,7 @@ from cache_tools.cli import app
 from cache_tools.cli.describe import print_table
 from cache_tools.home.registry import SUFFIX, CacheRecord
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.next_commands import commands_in
 from tests.support.s3_server import new_bucket
 
 pytestmark = pytest.mark.medium
@@ -270,3 +271,26 @@ def test_nothing_of_a_list_is_cut(
     words = " ".join(lines).split()
     assert {*names, "000000000000", "111111111111", TEACHER, "ViT-L-14-quickgelu", "folder/train", "4/4"} <= set(words)
     assert words.count("1.2") == words.count("MB") == 3
+
+
+# Next commands
+
+
+def test_commands_end_with_the_next_one(home: Path, tmp_path: Path) -> None:
+    there, cache = tmp_path / "my share", str(home / NAME)
+    assert commands_in(run(home, "push", "digits", str(there)).stdout) == [["cache-tools", "verify", str(there / NAME)]]
+    assert commands_in(run(home, "copy", cache, str(there)).stdout) == [["cache-tools", "verify", str(there / NAME)]]
+    other = tmp_path / "home 2"
+    pulled = run(other, "pull", str(there / NAME)).stdout
+    assert commands_in(pulled) == [["train-student", "--cache", str(other / NAME)]]
+    assert commands_in(run(home, "verify", "digits").stdout) == [["train-student", "--cache", "digits"]]
+    assert commands_in(run(home, "stats", "digits", "--view", "0").stdout) == [["train-student", "--cache", "digits"]]
+    recoded = tmp_path / "re coded.zarr"
+    text = run(home, "recode", "digits", "--codec", "float32", "--out", str(recoded)).stdout
+    assert commands_in(text) == [["train-student", "--cache", str(recoded)]]
+
+
+def test_a_damaged_cache_is_repaired_next(home: Path) -> None:
+    file = home / NAME / "fused_logits" / "c.1.2.0"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert commands_in(run(home, "verify", "digits", code=1).stdout) == [["cache-tools", "repair", "digits"]]
