@@ -197,7 +197,11 @@ def _is_stored_student(name: str) -> bool:
 
 def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:
     _refuse_weights(spec, "a teacher that train-student wrote")
-    file = read_weights(student_file(resolve_path(spec.name)))
+    return _from_card(read_weights(student_file(resolve_path(spec.name))), spec, names, canvas)
+
+
+def _from_card(file: WeightsFile, spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:
+    """A student that train-student stored, as its card describes it."""
     card = StudentCard.from_metadata(file.metadata, file.path)
     own.require_consent(card.architecture, file.path)
     classes = classes_of_file(names, spec.classes, file, where=spec.name)
@@ -210,19 +214,17 @@ def _hub_folder(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Net
     """A folder with timm's `config.json`: of a hub, of timm's `save_for_hf` or of export-student."""
     _refuse_weights(spec, "a teacher from a folder")
     folder = resolve_path(spec.name.removeprefix(FOLDER_PREFIX))
-    config = read_config(folder)
-    library = config.get("library", "timm")
-    architecture = config["architecture"] if library == "teacher-cache" else f"{library}:{config['architecture']}"
-    own.require_consent(architecture, folder)
-    file = read_hub_folder(folder)
-    classes = classes_of_file(names, spec.classes, file, where=spec.name)
-    network = create_student(architecture, classes.total, **config.get("model_args", {}))
-    loaded = _load_file(network, architecture, file, classes, spec)
+    config, file = read_config(folder), read_hub_folder(folder)
     if "architecture" in file.metadata:
-        preprocessing = _card_preprocessing(StudentCard.from_metadata(file.metadata, file.path), canvas)
-    else:  # old folders of timm have the keys at the top
-        of_network = getattr(network, "pretrained_cfg", None) or {}
-        preprocessing = timm_preprocessing({**of_network, **config, **config.get("pretrained_cfg", {})})
+        return _from_card(file, spec, names, canvas)
+    architecture = f"timm:{config['architecture']}"
+    classes = classes_of_file(names, spec.classes, file, where=spec.name)
+    with torch.device("meta"):
+        create_student(architecture, classes.total)  # raises RecipeError with the most similar name
+    network: Any = create_student(f"timm:{FOLDER_PREFIX}{folder}", classes.total)  # with all arguments in the config
+    loaded = _load_file(network, architecture, file, classes, spec)
+    # Old folders of timm have the keys at the top.
+    preprocessing = timm_preprocessing({**network.pretrained_cfg, **config, **config.get("pretrained_cfg", {})})
     return _Network(network, architecture, preprocessing, classes, loaded.notes, loaded.raw)
 
 

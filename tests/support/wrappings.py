@@ -379,6 +379,11 @@ def _averages() -> Iterable[Wrapping]:
     yield Wrapping("Lightning: ema_model.", saved({"state_dict": both}), note=_EMA)
     swapped = {"steps": torch.tensor(4), **prefixed("module.", OTHER)}
     yield Wrapping("mmengine, which swaps the two", saved({"state_dict": RIGHT, "ema_state_dict": swapped}), note=_EMA)
+    averaging = {"state_dict": prefixed("model."), "current_model_state": prefixed("model.", OTHER)}
+    averaging["averaging_state"] = {"n_averaged": torch.tensor(3)}
+    yield Wrapping("Lightning: WeightAveraging, which swaps too", saved({**lightning(), **averaging}), note=_EMA)
+    callback = {**lightning(), "state_dict": prefixed("model.", OTHER), "callbacks": {"EMA": {"weights": RIGHT}}}
+    yield Wrapping("EMA in a callback of Lightning", saved(callback), note=_EMA + " 'callbacks.EMA.weights'")
     yield Wrapping("EMA equal to the raw weights", saved({"state_dict": RIGHT, "state_dict_ema": dict(RIGHT)}))
     yield Wrapping("EMA alone", saved({"model_ema": RIGHT}))
     yield Wrapping("raw weights by key", saved({"model": RIGHT, "ema": {"module": OTHER}}), key="model")

@@ -22,7 +22,7 @@ from train.weights.text import several
 Tensors = dict[str, torch.Tensor]
 
 _MAX_DEPTH, _MAX_ENTRIES = 6, 64  # of nested parts; deeper ones are no weights
-_NO_WEIGHTS = ("optim", "sched", "lr_", "scaler", "callbacks", "loops", "rng")  # beginnings of keys that hold none
+_NO_WEIGHTS = ("optim", "sched", "lr_", "scaler", "loops", "rng")  # beginnings of keys that hold none
 # Wrappers of torch that insert a part into the names below them, anywhere.
 _INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _PARALLEL = "module"  # DataParallel: first, or in the middle if only a part of the network was wrapped
@@ -143,15 +143,21 @@ def candidates(
             found += [replace(each, outside=_not_below(fitting, each.outside)) for each in reversed(near)]
             if fitting:
                 break
-    return found
+    related = [each for each in found if len(each.misfits) < len(wanted)]
+    return related or found
 
 
 def is_average(name: str, checkpoint: Any = None) -> bool:
     """Whether a place in a checkpoint is that of averaged weights (EMA, SWA), by the words in its name."""
-    if isinstance(checkpoint, Mapping) and "steps" in _mapping(checkpoint.get("ema_state_dict")):
-        # mmengine swaps them when it saves: its `state_dict` is the average, its `ema_state_dict` the raw weights.
+    if _is_swapped(checkpoint):
         return name.split(".")[0] == "state_dict"
     return any(_AVERAGED.fullmatch(word) for word in re.split(r"[._\-\s]+", name.lower()))
+
+
+def _is_swapped(checkpoint: Any) -> bool:
+    """Whether `state_dict` is the average: mmengine and Lightning's WeightAveraging swap the two when they save."""
+    top = _mapping(checkpoint)
+    return "steps" in _mapping(top.get("ema_state_dict")) or {"averaging_state", "current_model_state"} <= top.keys()
 
 
 def misfit(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], name: str) -> bool:

@@ -27,6 +27,7 @@ from train.students import create_student
 
 CPU = torch.device("cpu")
 CLASSES = ("blue", "green", "red")
+_SIZE = {"input_size": [3, 160, 160], "fixed_input_size": True}
 NORMALISATION = ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
@@ -102,13 +103,17 @@ class TestFolders:
 
     @pytest.mark.parametrize("named", ["local-dir:{}", "{}"])
     def test_a_folder_of_timm(self, tmp_path: Path, named: str) -> None:
-        config = {"architecture": "test_resnet", "num_classes": 3, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}
+        config = {
+            "architecture": "test_resnet",
+            "num_classes": 3,
+            "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "input_size": [3, 160, 160]},
+        }
         model = self.write(tmp_path, config)
         teacher = load(name=named.format(tmp_path))
         assert teacher.identity.weights_digest == weights_digest(model)
         assert teacher.identity.architecture == "timm:test_resnet"
         assert teacher.identity.preprocessing.mean == (0.1, 0.2, 0.3)
-        assert teacher.identity.preprocessing.size == model.pretrained_cfg["input_size"][1:]
+        assert teacher.identity.preprocessing.size == (160, 160)
 
     def test_arguments_of_the_model(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
@@ -132,13 +137,21 @@ class TestFolders:
         (export / "config.json").write_text(json.dumps({"library": "teacher-cache", "architecture": "resnet8"}))
         assert load(name=f"local-dir:{export}").identity == load(name=str(tmp_path)).identity
 
+    def test_the_pooling_that_the_config_names(self, tmp_path: Path) -> None:
+        """A ViT that was trained with average pooling has other layers than timm's default of that name."""
+        model = create_student("timm:test_vit", 3, global_pool="avg")
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        config = {"architecture": "test_vit", "model_args": {"global_pool": "avg"}, "pretrained_cfg": _SIZE}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert load(name=f"local-dir:{tmp_path}").identity.weights_digest == weights_digest(model)
+
     @pytest.mark.parametrize(
         ("config", "words"),
         [
             ({"architectures": ["ResNetForImageClassification"]}, "found ResNetForImageClassification.*timm's layout"),
             ({"model_type": "vit"}, "a model of the transformers library.*found vit"),
             ({"hidden_size": 3}, "names no architecture"),
-            ({"architecture": "resnet8x5", "library": "teacher-cache"}, "no such student"),
+            ({"architecture": "test_vit"}, "weights do not fit the architecture"),
             ({"architecture": "test_rsnet"}, "did you mean 'test_resnet'"),
         ],
     )
