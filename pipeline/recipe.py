@@ -30,7 +30,7 @@ from cache_tools.config import (
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
 from cache_tools.images.class_names import IMAGENETS, ORDERS, read_names
-from cache_tools.images.own_folder import is_folder_argument, read_own_folder
+from cache_tools.images.own_folder import is_folder_argument, read_own_folder, refuse_second_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
 from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_groups, check_shares
@@ -246,8 +246,10 @@ def load_build_recipe(
     if source is None or not is_folder_argument(source, builtin_names(builtin_recipes())):
         recipe = load_recipe(BuildRecipe, source, builtin_recipes(), overrides, options)
     else:
+        settings = given_settings(overrides, options)
+        refuse_second_folder(source, (key for key, _ in settings))
         data = _folder_recipe(source)
-        for key, value in given_settings(overrides, options):
+        for key, value in settings:
             set_dotted(data, key, value)
         recipe = validate(BuildRecipe, data, where=source)
     check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)

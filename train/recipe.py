@@ -35,6 +35,7 @@ from cache_tools.config import (
     Changes,
     Extensible,
     Frozen,
+    builtin_names,
     given_settings,
     parse_yaml,
     set_dotted,
@@ -43,6 +44,7 @@ from cache_tools.config import (
 from cache_tools.errors import CacheError, MismatchError, RecipeError
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import Precision
+from cache_tools.images.own_folder import is_folder_argument, refuse_second_folder
 from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset, check_location
 from cache_tools.refusion import FusionChoice
 from cache_tools.views.recipe import ViewRecipe
@@ -637,6 +639,8 @@ def load_train_recipe(
         RecipeError: as `load_recipe`; a setting that has no effect.
     """
     settings = given_settings(map(full_key, overrides), options)
+    if source is not None and is_folder_argument(source, builtin_names(builtin_recipes())):
+        refuse_second_folder(source, (key for key, _ in settings))
     data, own, of_a_run = TrainSource({}) if source is None else read_train_source(source, builtin_recipes())
     if of_a_run and _needs_targets(data.get("loss")) and _has_name(data.get("dataset")):
         data = {**data, "dataset": None, "views": None}  # earlier versions stored what the cache replaced

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,21 @@ class OwnFolder(NamedTuple):
 def is_folder_argument(source: str, recipe_names: Collection[str]) -> bool:
     """Whether an argument names an existing folder. The name of a recipe does not, but `./digits` and `digits/` do."""
     return source not in recipe_names and os.path.isdir(os.path.expanduser(source))
+
+
+def refuse_second_folder(source: str, given: Iterable[str]) -> None:
+    """Raise RecipeError if a folder is the argument of a command and its options name a folder too.
+
+    Args:
+        given: dotted keys of the settings in the command.
+    """
+    if twice := {"data_dir", "dataset.data_dir"}.intersection(given):
+        raise RecipeError(
+            "the folder of the images is given twice",
+            where=source,
+            expected="a folder as the argument, or a recipe and --data-dir",
+            found=", ".join(sorted(twice)),
+        )
 
 
 def read_own_folder(path: Path) -> OwnFolder:

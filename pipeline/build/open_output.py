@@ -51,14 +51,14 @@ def open_output(
     """
     if where.url is not None:
         return _open_mirrored(where.path, where.place, recipe, num_views, create, grow)
-    writer = _open_folder(where.path, recipe.fingerprint, create)
+    writer = _open_folder(where.path, recipe, create)
     if writer.manifest.num_views < num_views:
         with growing(where.place):
             writer = grow(CacheWriter.resume(where.path, recipe.fingerprint))  # another builder may just have grown it
     return Output(writer)
 
 
-def _open_folder(path: Path, fingerprint: str, create: Callable[[Path], CacheWriter]) -> CacheWriter:
+def _open_folder(path: Path, recipe: CacheRecipe, create: Callable[[Path], CacheWriter]) -> CacheWriter:
     if not registry.is_cache(path):
         check_free(path)  # fail before the preflight
         try:
@@ -66,7 +66,25 @@ def _open_folder(path: Path, fingerprint: str, create: Callable[[Path], CacheWri
         except StorageError:
             if not registry.is_cache(path):
                 raise  # otherwise another builder was faster
-    return CacheWriter.resume(path, fingerprint)
+    if (manifest := read_manifest(path)).fingerprint != recipe.fingerprint:
+        raise MismatchError(
+            "the cache of another recipe is here",
+            where=path,
+            expected=f"fingerprint {recipe.fingerprint[:12]}",
+            found=_what_differs(manifest, recipe),
+            next_step="choose another --out, leave out --out, or remove that cache",
+        )
+    return CacheWriter.resume(path, recipe.fingerprint)
+
+
+def _what_differs(manifest: Manifest, recipe: CacheRecipe) -> str:
+    """The fingerprint of another cache, and the parts of its recipe that differ from this one."""
+    stored = manifest.recipe
+    parts = [name for name in CacheRecipe.model_fields if getattr(stored, name) != getattr(recipe, name)]
+    if stored.dataset.content_digest != recipe.dataset.content_digest:
+        counts = f"{stored.dataset.num_samples:,} there, {recipe.dataset.num_samples:,} here"
+        parts = [f"images ({counts})" if part == "dataset" else part for part in parts]
+    return f"{manifest.fingerprint[:12]}, built with other {', '.join(parts) or 'versions'}"
 
 
 def _open_mirrored(
@@ -79,7 +97,7 @@ def _open_mirrored(
 ) -> MirroredOutput:
     manifest, moved = _manifest_at(place, recipe), 0
     if manifest is None:
-        _open_folder(path, recipe.fingerprint, create)  # takes long, so not while other builders wait for the claim
+        _open_folder(path, recipe, create)  # takes long, so not while other builders wait for the claim
     if manifest is None or manifest.num_views < num_views:
         with growing(place), growing(LocalPlace(path)):  # a build for this machine alone may grow the mirror too
             manifest = _manifest_at(place, recipe)
@@ -116,7 +134,7 @@ def _manifest_at(place: Place, recipe: CacheRecipe) -> Manifest | None:
             "the cache of another recipe is here",
             where=place,
             expected=f"fingerprint {recipe.fingerprint[:12]}",
-            found=manifest.fingerprint[:12],
+            found=_what_differs(manifest, recipe),
             next_step="choose another --out: a URL that does not end in .zarr holds caches of any recipe",
         )
     return manifest

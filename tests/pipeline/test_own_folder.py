@@ -34,6 +34,11 @@ def test_a_folder_without_test_images_is_built_without_them(pictures: Path) -> N
     assert (recipe.name, recipe.dataset.test_split) == ("train", None)
 
 
+def test_a_second_folder_is_refused(pictures: Path) -> None:
+    with pytest.raises(RecipeError, match=r"given twice \(my photos\).*found dataset.data_dir"):
+        load_build_recipe("my photos", [], {"dataset.data_dir": "elsewhere", "teacher": {"name": "x"}})
+
+
 @pytest.mark.parametrize("setting", ["dataset.data_dir=/photos", "dataset.download=true"])
 def test_a_place_for_a_source_that_has_none_is_refused(setting: str) -> None:
     with pytest.raises(RecipeError, match=r"digits (has no folder of files|cannot be downloaded)"):

@@ -60,6 +60,12 @@ def test_a_folder_with_a_cache_takes_the_images_from_there_and_the_rest_from_the
         assert recipe.dataset == Changes(data_dir="pictures")
 
 
+@pytest.mark.parametrize("key", ["data_dir", "dataset.data_dir"])
+def test_a_second_folder_is_refused(pictures: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match=f"given twice .*found {key}"):
+        load_train_recipe("pictures", [f"{key}=elsewhere"], CE)
+
+
 def test_a_folder_without_a_cache_says_what_to_do(pictures: Path) -> None:
     done = CliRunner().invoke(app, ["pictures", "--device", "cpu"])
     assert done.exit_code == 2
