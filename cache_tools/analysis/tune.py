@@ -109,7 +109,8 @@ def tune_fusion(
         PreflightError: `match`, but CLIP or the teacher predicts the same for every class.
         IncompleteError, FormatError, DeviceError: as `TeacherCache.load_view`.
     """
-    _require_components(cache)
+    require_choice(cache)
+    assert cache.recipe.only_group is None, "the shares of one group are tuned by tune_shares"
     check_temperature(temperature)
     chosen_views = view_numbers(cache, views)
     held = stratified_holdout(cache.labels, holdout, seed)
@@ -215,30 +216,18 @@ def _best(surface: npt.NDArray[np.float64], weights: Sequence[float], scales: Se
     return row, column
 
 
-def _require_components(cache: TeacherCache) -> None:
+def require_choice(cache: TeacherCache) -> None:
+    """Raise NotFoundError unless a cache has networks to weigh against each other, each with its own targets."""
     recipe = cache.recipe
-    if recipe.only_group is not None:
-        raise _nothing_to_tune(cache)
+    if len(recipe.teachers) + len(recipe.clips) == 1:
+        name, missing = ("teacher", "CLIP") if recipe.teachers else ("CLIP", "teacher")
+        raise NotFoundError(f"there is nothing to tune: the cache has one {name} and no {missing}", where=cache.path)
     if recipe.store == "components":
         return
     raise NotFoundError(
-        "tune-fusion needs the targets of teacher and CLIP separately",
+        "tune-fusion needs the targets of each network separately",
         where=cache.path,
         expected="a component cache",
         found=f"fused targets only: {describe_fusion(cache.manifest)}",
         next_step="build one from its recipe with --set store=components",
-    )
-
-
-def _nothing_to_tune(cache: TeacherCache) -> NotFoundError:
-    teachers, clips = len(cache.recipe.teachers), len(cache.recipe.clips)
-    name, missing, count = ("teacher", "CLIP", teachers) if teachers else ("CLIP", "teacher", clips)
-    has = f"{'one' if count == 1 else count} {name}{'s' if count > 1 else ''} and no {missing}"
-    if teachers + clips == 1:
-        return NotFoundError(f"there is nothing to tune: the cache has {has}", where=cache.path)
-    group = "teacher" if teachers else "clip"
-    return NotFoundError(
-        f"tune-fusion weighs teachers against CLIPs, and the cache has {has}",
-        where=cache.path,
-        next_step=f"compare shares by training on components with --set fusion.{group}_weights='[…]'",
     )

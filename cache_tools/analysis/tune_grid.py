@@ -38,17 +38,24 @@ def nll_sums(
         teacher_NC, clip_NC: logits, float32.
         labels_N: int64.
     """
-    num_samples, num_classes = teacher_NC.shape
-    device = teacher_NC.device
+    return mixture_nll_sums((teacher_NC, clip_NC), labels_N, fusions)
+
+
+def mixture_nll_sums(
+    parts_NC: Sequence[torch.Tensor], labels_N: torch.Tensor, fusions: Sequence[Sequence[float]]
+) -> torch.Tensor:
+    """Σ_n −ln softmax(Σ_k a_k · part_k)_{n, label} for each fusion (a_1, …): [fusions] float64."""
+    num_samples, num_classes = parts_NC[0].shape
+    device = parts_NC[0].device
     grid = torch.tensor(fusions, dtype=torch.float32, device=device)
     sums = torch.zeros(len(grid), dtype=torch.float64, device=device)
     for rows in row_chunks(num_samples, num_classes, _ROW_NUMBERS[device.type]):
         # With the label's logit at 0, the likelihood is just a logsumexp, and large logits cancel exactly.
-        both = torch.stack([_relative_to_label(part[rows], labels_N[rows]).flatten() for part in (teacher_NC, clip_NC)])
-        step = max(1, _NUMBERS[device.type] // both.shape[1])
+        relative = torch.stack([_relative_to_label(part[rows], labels_N[rows]).flatten() for part in parts_NC])
+        step = max(1, _NUMBERS[device.type] // relative.shape[1])
         for start in range(0, len(grid), step):
             some = slice(start, start + step)
-            fused = (grid[some] @ both).view(-1, rows.stop - rows.start, num_classes)  # one pass instead of three
+            fused = (grid[some] @ relative).view(-1, rows.stop - rows.start, num_classes)  # one pass instead of three
             sums[some] += _logsumexp(fused).sum(dim=1, dtype=torch.float64)
     return sums
 

@@ -137,11 +137,11 @@ class Passes:
             clip_factor=candidate.factors[1],
             nll_chosen_on=float(nll[~self._held].mean()),
             nll=float(nll[self._held].mean()),
-            nll_error=_standard_error(nll[self._held]),
+            nll_error=standard_error(nll[self._held]),
             top1=top1,
             ece=ece,
             difference=float(difference.mean()),
-            difference_error=_standard_error(difference),
+            difference_error=standard_error(difference),
         )
 
     def _mean_nll(
@@ -187,6 +187,6 @@ def _clip_logits(targets: ComponentView, index: Index, scaled: Sequence[Fusion])
         yield mix([scale * part for scale, part in zip(fusion.clip_scales, parts, strict=True)], fusion.clip_weights)
 
 
-def _standard_error(values: npt.NDArray[np.float64]) -> float:
+def standard_error(values: npt.NDArray[np.float64]) -> float:
     """The standard error of the mean; 0 for a single value, whose error is unknown."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -9,6 +9,7 @@ import numpy as np
 
 from cache_tools.analysis.stats_text import new_table, number, percent
 from cache_tools.analysis.tune import TuneResult
+from cache_tools.analysis.tune_shares import ShareResult
 from cache_tools.screen import TextTable
 
 _SURFACE_ROWS, _SURFACE_COLUMNS = 11, 9
@@ -29,7 +30,31 @@ def print_tuning(result: TuneResult) -> None:
     print(f"next: cache-tools fuse {cache} {result.train_options}")
 
 
-def heading(result: TuneResult) -> str:
+def print_shares(result: ShareResult) -> None:
+    """Print the settings compared, and the options to use."""
+    print(heading(result))
+    titles = ("shares", "NLL, chosen on", "NLL, held out", "− as built", "top-1", "ECE")
+    table = new_table("setting, figures on held-out samples", titles)
+    for setting in result.settings:
+        table.add_row(
+            setting.name,
+            ", ".join(f"{share:.3g}" for share in setting.shares),
+            number(setting.nll_chosen_on),
+            f"{setting.nll:.4f} ± {setting.nll_error:.4f}",
+            f"{setting.difference:+.4f} ± {setting.difference_error:.4f}",
+            percent(setting.top1),
+            number(setting.ece),
+        )
+    print(f"\n{table.text()}\n")
+    print(f"{len(result.tried)} mixes tried. ±: standard error over samples; ECE in 15 bins.")
+    cache = shlex.quote(result.path)
+    print(f"Options for the build of another cache:\n  {result.build_options}")
+    print("With this cache, fuse while you train or make a fused cache:")
+    print(f"next: train-student --cache {cache} {result.train_options}")
+    print(f"next: cache-tools fuse {cache} {result.fuse_options}")
+
+
+def heading(result: TuneResult | ShareResult) -> str:
     views = f"view {result.views[0]}" if len(result.views) == 1 else f"{len(result.views)} views"
     return (
         f"{result.dataset}, cache {result.fingerprint[:12]}: chosen on {result.samples_chosen_on:,} samples, "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cache_tools.cli.options import AsJson, Cache, Device, Temperature, View, parse_clip_scale, parse_views
 from cache_tools.console import print_json, print_next
+
+if TYPE_CHECKING:
+    from cache_tools.reader import TeacherCache
 
 
 def stats_command(
@@ -75,8 +79,11 @@ def stats_command(
 def tune_command(
     reference: Cache,
     weights: Annotated[
-        str, typer.Option("--weights", help="Teacher weights to try: FIRST:LAST:STEP, or numbers with commas.")
-    ] = "0:1:0.05",
+        str | None,
+        typer.Option(
+            "--weights", help="Teacher weights to try: FIRST:LAST:STEP, or numbers with commas. [default: 0:1:0.05]"
+        ),
+    ] = None,
     scales: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +104,8 @@ def tune_command(
 ) -> None:
     """Choose teacher weight and CLIP scale by the likelihood of the labels; trains nothing.
 
-    Needs a component cache. Choose on images that the teacher was not trained on, such as a cache of
+    With several teachers and no CLIP, or several CLIPs and no teacher, it chooses the share of each network. Needs a
+    component cache. Choose on images that the teacher was not trained on, such as a cache of
     --set dataset.split='train[50000:]': on its own training images, the teacher's likelihood is too good.
     """
     from cache_tools.analysis import stats, tune, tune_grid
@@ -105,10 +113,18 @@ def tune_command(
 
     if plot is not None:  # fail before the work starts if the plot cannot be written
         stats.make_folder(plot.parent)
+    cache = TeacherCache.open(reference)
+    tune.require_choice(cache)
+    if cache.recipe.only_group is not None:
+        _refuse(
+            {"--scales": scales, "--plot": plot}, "the cache has one group of networks: only their shares are tuned"
+        )
+        _tune_shares(cache, view, weights, holdout, seed, temperature, device, as_json)
+        return
     result = tune.tune_fusion(
-        TeacherCache.open(reference),
+        cache,
         parse_views(view),
-        weights=tune_grid.parse_weights(weights),
+        weights=tune_grid.parse_weights(weights or "0:1:0.05"),
         scales=None if scales is None else tune_grid.parse_scales(scales),
         holdout=holdout,
         seed=seed,
@@ -127,3 +143,40 @@ def tune_command(
     print_tuning(result)
     if plot is not None:
         print(f"The surface is in {plot}")
+
+
+def _tune_shares(
+    cache: TeacherCache,
+    view: str,
+    weights: str | None,
+    holdout: float,
+    seed: int,
+    temperature: float,
+    device: str,
+    as_json: bool,
+) -> None:
+    from cache_tools.analysis import tune_grid, tune_shares
+    from cache_tools.analysis.tune_text import print_shares
+
+    result = tune_shares.tune_shares(
+        cache,
+        parse_views(view),
+        weights=None if weights is None else tune_grid.parse_weights(weights),
+        holdout=holdout,
+        seed=seed,
+        temperature=temperature,
+        device=device,
+    )
+    if as_json:
+        print_json(tune_shares.to_json(result))
+    else:
+        print_shares(result)
+
+
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    """Raise RecipeError for the first option that is given."""
+    from cache_tools.errors import RecipeError
+
+    for option, value in options.items():
+        if value is not None:
+            raise RecipeError(f"{reason}", where=option, found=value, next_step=f"leave {option} out")
