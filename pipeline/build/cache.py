@@ -98,7 +98,8 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     from pipeline.networks.ensemble import load_ensemble
 
     for clip in recipe.clips:
-        check_words(images.class_names, clip.class_names)
+        for note in check_words(images.class_names, clip.class_names):
+            say(f"note: {note}")
     device = resolve_device(recipe.device)
     inputs = inputs_digest(recipe)
     ensemble = load_ensemble(

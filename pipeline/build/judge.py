@@ -27,6 +27,7 @@ Kind = Literal["teacher", "clip"]
 
 BETTER, REFUSED, OTHER_ORDER = 0.05, 0.01, 0.001  # probabilities, see above and `better_order`
 CLIP_IMAGES = 100
+MAX_CLASSES = 2000  # for a search over all orders, whose memory and time grow with the square of this and faster
 
 
 class Judgement(NamedTuple):
@@ -135,7 +136,7 @@ def share_in_best_order(labels: Labels, predicted: Labels, num_classes: int) -> 
     """
     from scipy.optimize import linear_sum_assignment
 
-    if len(labels) < 4:
+    if len(labels) < 4 or num_classes > MAX_CLASSES:
         return None
     matrix = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(matrix, (predicted[::2], labels[::2]), 1)

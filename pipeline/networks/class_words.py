@@ -19,6 +19,7 @@ from cache_tools.images.class_names import listed
 from pipeline.networks.prompts import prompt_class_name
 
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
+_NUMBERED = re.compile(r"(n[0-9]{8}|[0-9]+)[ ._-]+[^\W\d]")  # `001.Laysan Albatross`, `n02085620-Chihuahua`
 _ADVICE = "give words that describe the classes: clip.class_names, a list or a file with a line for each class in order"
 
 
@@ -45,8 +46,11 @@ def class_words(class_names: Sequence[str], given: Sequence[str] | None = None) 
     return tuple(prompt_class_name(name) for name in names)
 
 
-def check_words(class_names: Sequence[str], given: Sequence[str] | None = None) -> None:
+def check_words(class_names: Sequence[str], given: Sequence[str] | None = None) -> tuple[str, ...]:
     """Refuse words that say nothing, or the same, about classes. Case does not matter: CLIP reads lower case.
+
+    Returns:
+        Notes for the user about words that CLIP reads badly: with a number or an id before them.
 
     Raises:
         RecipeError: as `class_words`, or an empty word or two equal ones.
@@ -70,6 +74,10 @@ def check_words(class_names: Sequence[str], given: Sequence[str] | None = None) 
             found=listed(same),
             next_step=_ADVICE,
         )
+    numbered = next((word for word in words if _NUMBERED.match(word)), None)
+    if numbered is None:
+        return ()
+    return (f"CLIP's prompts have numbers before the words, as in '{numbered}'; clip.class_names can give plain words",)
 
 
 def is_wordnet_id(name: str) -> bool:

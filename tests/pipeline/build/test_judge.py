@@ -202,3 +202,4 @@ def test_any_order_is_recognised_but_not_by_choice() -> None:
     assert share_in_best_order(labels, shuffled, 12) == 1.0
     assert share_in_best_order(labels, rng.integers(0, 12, 240), 12) is None
     assert share_in_best_order(labels[:2], shuffled[:2], 12) is None
+    assert share_in_best_order(labels, shuffled, 21_841) is None  # too many to search

@@ -89,3 +89,22 @@ def test_given_words_are_judged_too() -> None:
         check_words(("a", "b"), ("cat", "_"))
     with pytest.raises(RecipeError, match=r"one class name per class.*expected 2; found 1"):
         check_words(("a", "b"), ("cat",))
+
+
+@pytest.mark.parametrize(
+    ("names", "example"),
+    [
+        (("001.Black_footed_Albatross", "002.Laysan_Albatross"), "001.Black footed Albatross"),
+        (("n02085620-Chihuahua", "n02085782-Japanese_spaniel"), "n02085620-Chihuahua"),
+        (("0_zero", "1_one"), "0 zero"),
+        (("cat", "12 - dog"), "12 - dog"),
+        (("0", "1"), None),
+        (("2023", "747-400"), None),  # a number is the name
+        (("n01440764", "n01443537"), None),
+        (("4x4", "b2"), None),
+    ],
+)
+def test_numbers_before_words_are_noted(names: tuple[str, ...], example: str | None) -> None:
+    notes = check_words(names)
+    assert [f"as in '{example}'" in note for note in notes] == ([] if example is None else [True])
+    assert check_words(names, ["cat", "dog"]) == ()
