@@ -225,7 +225,7 @@ def _create(
         block_rows=recipe.block_rows or default_block_rows(identity),
         clip_scales=ensemble.fusion.clip_scales,
         canaries=make_canaries(recipe.views, images, recipe.num_views),
-        build_recipe=recipe.model_dump(mode="json"),
+        build_recipe=_with_found_classes(recipe, ensemble).model_dump(mode="json"),
         provenance=_provenance("created", ensemble)
         | ({"notes": list(ensemble.notes)} if ensemble.notes else {})
         | {
@@ -241,6 +241,19 @@ def _create(
         sample_keys=images.keys,
         constants=_constants(recipe, identity, images, ensemble),
     )
+
+
+def _with_found_classes(recipe: BuildRecipe, ensemble: TeacherEnsemble) -> BuildRecipe:
+    """The recipe with the names of the teachers' outputs that came with their weights: a replay then needs no list."""
+    specs = tuple(
+        spec.model_copy(update={"classes": teacher.own_classes})
+        if spec.classes is None and teacher.identity.outputs is not None
+        else spec
+        for spec, teacher in zip(recipe.teachers, ensemble.teachers, strict=True)
+    )
+    if specs == recipe.teachers:
+        return recipe
+    return recipe.model_copy(update={"teacher": specs if isinstance(recipe.teacher, tuple) else specs[0]})
 
 
 def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheWriter:

@@ -171,7 +171,5 @@ def _check_identity(network: Teacher | Clip, built: Identity, alternative: str |
                 where=built.architecture,
                 expected=before,
                 found=now,
-                next_step="restore the list of classes that was stored with the weights, or set teacher.classes to it"
-                if key == "outputs"
-                else "use the versions of the libraries that `cache-tools info` shows",
+                next_step="use the versions of the libraries that `cache-tools info` shows",
             )

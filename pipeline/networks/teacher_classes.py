@@ -50,11 +50,13 @@ class TeacherClasses(NamedTuple):
         total: number of its own outputs.
         outputs: the output of each class of the dataset; None if they are the same in the same order.
         note: says so to the user, as a sentence that begins with the teacher's name; None if there is nothing to say.
+        names: of all its outputs, where `outputs` is not None.
     """
 
     total: int
     outputs: tuple[int, ...] | None = None
     note: str | None = None
+    names: Names = ()
 
 
 def classes_of_file(
@@ -210,7 +212,7 @@ def _result(own: Names, outputs: tuple[int, ...], source: str) -> TeacherClasses
         note = f"has {len(own)} classes, and its outputs for the {len(outputs)} of the dataset are used ({source})"
     else:
         note = f"has its classes in another order, and its outputs are put in the dataset's order ({source})"
-    return TeacherClasses(len(own), outputs, note)
+    return TeacherClasses(len(own), outputs, note, own)
 
 
 def _unmatched(own: Names, class_names: Names) -> list[str]:

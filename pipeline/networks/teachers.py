@@ -44,7 +44,7 @@ class TeacherOutput(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen classifier.
+    """A frozen classifier, whose logits are those of the dataset's classes.
 
     Attributes:
         identity: describes it in the manifest.
@@ -52,6 +52,7 @@ class Teacher(nn.Module):
             stored features are the same numbers.
         notes: what a user should know about the choice of its weights, one sentence each.
         raw_key: the `weights_key` of the raw weights, if these are their average.
+        own_classes: the names of all its outputs, if they are not the dataset's classes in their order.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Teacher(nn.Module):
         precision: Precision = "float32",
         notes: Sequence[str] = (),
         raw_key: str | None = None,
+        own_classes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.network: Any = network
         self.identity, self.precision = identity, precision
-        self.notes, self.raw_key = tuple(notes), raw_key
+        self.notes, self.raw_key, self.own_classes = tuple(notes), raw_key, own_classes
         self._head = _linear_head(network) if identity.linear_head else None
         self._outputs: torch.Tensor | None = None
         if identity.outputs is not None:
@@ -142,7 +144,7 @@ def load_teacher(
     )
     about_classes = [] if loaded.classes.note is None else [loaded.classes.note]
     notes = [f"{architecture} {note}" for note in (*loaded.notes, *about_classes)]
-    return Teacher(network, identity, precision, notes, loaded.raw_key)
+    return Teacher(network, identity, precision, notes, loaded.raw_key, loaded.classes.names)
 
 
 class _Network(NamedTuple):

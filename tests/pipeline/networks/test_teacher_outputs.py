@@ -265,6 +265,19 @@ def test_components_hold_the_rows_of_the_head(root: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.medium
+def test_a_replay_does_not_need_the_list_of_classes(root: Path, tmp_path: Path) -> None:
+    (root / "classes.txt").write_text((root / "classes of t.txt").read_text())
+    try:
+        cache = build(
+            root, tmp_path / "b.zarr", teacher={"name": "resnet8", "weights": str(root / "t.pth")}, num_views=1
+        )
+    finally:
+        (root / "classes.txt").unlink()
+    again = load_stored_ensemble(cache.manifest, open_images(cache.manifest.dataset), CPU, where=cache.path)
+    assert again.teachers[0].identity.outputs == tuple(OUTPUTS)
+
+
+@pytest.mark.medium
 def test_other_outputs_are_another_cache(root: Path, tmp_path: Path) -> None:
     cache = build(root, tmp_path / "a.zarr", num_views=1)
     swapped = ["x0", "ant", "x1", "fox", "bee", "x2", "dog", "x3", "cat", "x4", "eel", "x5"]
