@@ -18,7 +18,7 @@ from train.runs.metrics import read_metrics
 from train.runs.outcome import last_value
 from train.runs.result import load_result
 from train.sweep.recipe import SweepRecipe, Trial, make_trial
-from train.sweep.search_recipe import larger_is_better
+from train.sweep.search_recipe import figure_text, larger_is_better
 from train.sweep.suggest import Outcome, Suggestions
 
 
@@ -65,7 +65,9 @@ def run_search(
             outcome = read_outcome(trial, search.metric)
             suggestions.tell(number, outcome)
             best = _better(best, trial, outcome, search.metric, folder)
-        so_far = "" if best is None else f", best {best.metric} so far {best.value:.4f}: {best.trial}"
+        so_far = ""
+        if best is not None:
+            so_far = f", best {best.metric} so far {figure_text(best.metric, best.value)}: {best.trial}"
         say(f"{len(suggestions)} of {search.trials} suggestions, {len(trials)} different{so_far}")
     return SearchResult(list(trials.values()), best)
 

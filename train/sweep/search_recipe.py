@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, NonNegativeInt, Posi
 
 from cache_tools.config import FIELDS, SEVERAL, Frozen
 from cache_tools.errors import RecipeError
+from cache_tools.screen import nats
 
 LOG_FROM = 10  # a range is searched on a log scale if its upper end is at least this many times its lower end
 _STEPS = 1000  # values of a range without a step are rounded to about this part of it, to keep names short
@@ -99,6 +100,11 @@ def edges(space: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
     yield first
     for key, choices in values.items():
         yield from ({**first, key: choice} for choice in choices[1:])
+
+
+def figure_text(metric: str, value: float) -> str:
+    """A figure of a run as text: accuracies in per cent, all others as they are."""
+    return f"{value:.2%}" if metric.endswith(("top1", "top5")) else nats(value)
 
 
 def larger_is_better(metric: str) -> bool:

@@ -14,6 +14,7 @@ from train.report.trials import setting_columns
 from train.runs.folder import REPORT
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import SweepResult
+from train.sweep.search_recipe import figure_text
 
 
 def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
@@ -28,8 +29,9 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
         )
     if result.best is not None:
         best = result.best
+        figure = figure_text(best.metric, best.value)
         parts.append(
-            f"Best {best.metric} of the search: {best.value:.4f}, {best.trial}. It was chosen for this figure; "
+            f"Best {best.metric} of the search: {figure}, {best.trial}. It was chosen for this figure; "
             f"to report it, train it with other seeds:\n  {best.command}"
         )
     for status in ("failed", "stopped"):

@@ -5,6 +5,7 @@ Skipped where Playwright or Chromium is not installed.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from tests.support.page_checks import NAMELESS, POOR_CONTRAST, TOO_WIDE
@@ -252,6 +254,23 @@ def test_the_front_is_that_of_the_settings_shown(show: Any) -> None:
     assert "labels alone" not in caption.inner_text()
     page.select_option("#filter-loss", "labels alone")
     expect(caption).to_contain_text("resnet8 · labels alone")
+
+
+@pytest.mark.slow
+def test_calibration_captions_are_the_figures_of_the_runs(show: Any, folder: Path) -> None:
+    """ECE is the mean over the seeds, as in the table; the gap is that of all predictions of these seeds."""
+    page = show("intervals")
+    figures = page.locator("#calibration figure").all()
+    assert len(figures) == 3
+    for figure in figures:
+        student = figure.locator("h3").inner_text()
+        runs = [folder / f"{student}-{seed}" for seed in range(2)]
+        ece = sum(json.loads((run / "result.json").read_text())["last"]["ece"] for run in runs) / 2
+        table = pl.concat([pl.read_parquet(run / "test.parquet") for run in runs])
+        gap = 100 * float((table["confidence"] - (table["label"] == table["predicted"])).mean())  # type: ignore[arg-type]
+        caption = figure.locator("figcaption").inner_text()
+        assert caption.startswith(f"ECE {ece:.4f}, mean of 2 seeds. ")
+        assert f"{abs(gap):.1f} points too {'high' if gap > 0 else 'low'}" in caption or abs(gap) < 0.55
 
 
 @pytest.mark.slow

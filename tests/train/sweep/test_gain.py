@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.support.next_commands import commands_in
 from tests.support.run_folders import write_run
 from train.recipe import load_train_recipe
 from train.report.comparison import compare
 from train.report.trials import read_table, read_trials, save_table
 from train.sweep.recipe import SweepRecipe, Trial
 from train.sweep.run import SweepResult
+from train.sweep.search_recipe import figure_text
 from train.sweep.table import over_seeds, trials_table
 from train.sweep.text import sweep_text
 
@@ -110,3 +112,29 @@ def test_without_labels_alone_the_text_says_how_to_get_the_gain(tmp_path: Path) 
     assert "No gain over labels alone is known: add --losses dkd,kd,ce." in text
     only = result(tmp_path / "labels", {("vgg8", "ce"): (0.9,)})
     assert "gain" not in sweep_text(only, SweepRecipe(name="any", base={}))
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [("test_top1", 0.92346, "92.35%"), ("ema_top1", 1.0, "100.00%"), ("test_top5", 0.5, "50.00%"),
+     ("test_nll", 0.92346, "0.9235"), ("loss", 3.8e22, "3.80e+22")],
+)  # fmt: skip
+def test_the_best_figure_of_a_search_is_in_per_cent_if_it_is_an_accuracy(metric: str, value: float, text: str) -> None:
+    assert figure_text(metric, value) == text
+
+
+def test_a_sweep_ends_with_the_next_commands(tmp_path: Path) -> None:
+    folder = tmp_path / "my sweep"
+    text = sweep_text(result(folder, FULL), SweepRecipe(name="any", base={}))
+    assert commands_in(text) == [
+        ["evaluate-student", str(folder / "trials" / "resnet8-kd-0")], ["report-students", str(folder)],
+    ]  # fmt: skip
+
+
+def test_every_line_of_a_table_fits_with_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = "timm:mobilenetv4_conv_small_050"
+    monkeypatch.setenv("COLUMNS", "80")
+    found = result(tmp_path, {(student, "kd"): (0.9, 0.8, 0.7), (student, "ce"): (0.6, 0.7, 0.8)})
+    tables, _, _ = sweep_text(found, SweepRecipe(name="any", base={})).partition("Mean ±")
+    assert max(map(len, tables.splitlines())) <= 80
+    assert f"{100 * 0.1:+.2f} ± {100 * 0.2:.2f}" in tables

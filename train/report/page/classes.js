@@ -54,7 +54,9 @@ function calibration(setting) {
   const { confidence, accuracy } = totals(setting);
   const gap = 100 * (confidence - accuracy);
   const verdict = Math.abs(gap) < 0.5 ? "Mean confidence is within 0.5 points of the accuracy" : `Mean confidence is ${Math.abs(gap).toFixed(1)} points too ${gap > 0 ? "high" : "low"}`;
-  return `ECE ${plain(data.settings[setting].ece, 3)}. ${verdict}.`;
+  const { ece } = data.settings[setting];
+  const seeds = seedsOf(setting).length;
+  return `ECE ${ece === null ? "–" : ece.toFixed(4)}${seeds > 1 ? `, mean of ${seeds} seeds` : ""}. ${verdict}.`;
 }
 
 function plotReliability(setting, width) {
