@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -76,8 +77,13 @@ def test_the_plot_is_a_png_that_is_not_empty(classes: int) -> None:
 
 def test_the_plot_has_the_share_of_each_class_in_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 8, 1000 and 3 images, each recomputed by hand; shares from 9.95 % on are without decimals."""
-    drawn = []
-    monkeypatch.setattr("train.evaluate.confusion.png", lambda figure: drawn.append(figure) or b"")
+    drawn: list[Any] = []
+
+    def keep(figure: Any) -> bytes:
+        drawn.append(figure)
+        return b""
+
+    monkeypatch.setattr("train.evaluate.confusion.png", keep)
     plot_confusion(np.array([[6, 2, 0], [1, 990, 9], [1, 1, 1]]), ("a", "b", "c"), "title")
     left, right, *_ = drawn[0].axes
     cells = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in left.texts}
