@@ -65,7 +65,7 @@ def read_sweep(
     if search is not None:
         data["search"] = {**(data.get("search") or {}), "trials": search}
     data |= _axes(grid, data.get("search"))
-    data["given"] = sorted(set(dotted_keys(given_settings(map(full_key, items), options))))
+    data["given"] = sorted(set(dotted_keys(given_settings(items, options))))
     if asha and not data.get("asha"):
         data["asha"] = {}
     return validate(SweepRecipe, data, where=str(file or "options"))
