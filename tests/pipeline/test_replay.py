@@ -171,7 +171,7 @@ def test_constants_of_fitted_codecs_come_from_the_source(
     steps.rename(tmp_path / "elsewhere")
     with pytest.raises(NotFoundError, match=r"made from is missing \(.*steps\).*cache-tools pull"):
         again(TeacherCache(made))
-    (tmp_path / "home").mkdir()
+    (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "elsewhere").rename(tmp_path / "home" / "found-by-fingerprint.zarr")
     assert again(TeacherCache(made)).sound
 
