@@ -116,8 +116,8 @@ def count(number: int | None) -> str:
     if number is None:
         return "–"
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g} {unit}".replace(". ", " ")
     return str(number)
 
 

@@ -35,7 +35,7 @@ from train.evaluate.corruptions import Corrupted, open_corrupted
 from train.evaluate.metrics import Evaluation, evaluate_logits
 from train.evaluate.shifted import open_shifted
 from train.runs.folder import EVALUATION
-from train.runs.stored import StoredRun, open_run
+from train.runs.stored import StoredRun, data_name, open_run
 
 
 def evaluate_student(path: Path | str, options: EvaluateOptions | None = None) -> EvaluationReport:
@@ -195,5 +195,6 @@ class _Evaluator:
 
         figures = student.figures
         title = f"{student.title}, {figures.checkpoint} weights: {figures.evaluation.top1:.2%} of "
-        title += f"{figures.evaluation.n:,} images right, {self.images.name} {self.images.split}"
+        images = data_name(student.run.folder, self.images.name)
+        title += f"{figures.evaluation.n:,} images right, {images} {self.images.split}"
         return plot_confusion(matrix, self.images.class_names, title)

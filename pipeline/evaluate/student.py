@@ -18,7 +18,7 @@ from train.checkpoints import load_student
 from train.evaluate.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from train.evaluate.metrics import evaluate_logits, predict
 from train.evaluate.robustness import RobustnessSummary, robustness, summarise
-from train.runs.stored import StoredRun
+from train.runs.stored import StoredRun, data_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +137,11 @@ def _picture(
     from train.evaluate.robustness_plot import plot_robustness
 
     figure = f"mean error {summary.mean_error:.1%}" if summary.mce is None else f"mCE {summary.mce:.3f}"
-    count = int(frames["student"]["n"][0])
+    count, named = int(frames["student"]["n"][0]), data_name(student.run.folder, images.name)
     return plot_robustness(
         frames["student"],
         summary,
-        f"{student.title} under corruptions, {count:,} {images.name} images: {figure}",
+        f"{student.title} under corruptions, {count:,} images of {named}: {figure}",
         num_classes=len(images.class_names),
         baseline=frames.get("baseline"),
         student_name=student.title,

@@ -9,6 +9,7 @@ from cache_tools.screen import TextTable, nats
 from pipeline.evaluate.report import EvaluationReport, RobustnessReport
 from train.evaluate.corruptions import SEVERITIES
 from train.evaluate.metrics import Evaluation
+from train.runs.stored import data_name
 
 _WORST_CLASSES = 10
 
@@ -34,7 +35,8 @@ def _tables(report: EvaluationReport) -> Iterable[TextTable]:
 
 def _figures(report: EvaluationReport) -> TextTable:
     titles = ["checkpoint", "images", "top-1", "top-5", "NLL", "ECE", "Brier"]
-    table = TextTable(titles, title=f"{report.student} ({report.loss}) on {report.dataset} {report.split}")
+    images = f"{data_name(report.run, report.dataset)} {report.split}"
+    table = TextTable(titles, title=f"{report.student} ({report.loss}) on {images}")
     for row in report.figures:
         details = " ←" if row.checkpoint == report.checkpoint and len(report.figures) > 1 else ""
         table.add_row(f"{row.checkpoint} (epoch {row.epoch}){details}", *_cells(row.evaluation))

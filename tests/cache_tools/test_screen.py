@@ -85,8 +85,8 @@ def test_likelihoods_have_a_fixed_width(value: float | None, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(None, "–"), (0, "0"), (999, "999"), (77_717, "77.7 k"), (3_922_410, "3.92 M"), (1.92e8, "192 M"), (4e9, "4 G"),
-     (1.5e12, "1.5 T")],
+    [(None, "–"), (0, "0"), (999, "999"), (77_717, "77.7 k"), (3_922_410, "3.92 M"), (1.92e8, "192 M"), (4e9, "4.00 G"),
+     (1.5e12, "1.50 T"), (25_000_000, "25.0 M"), (999_600, "1.00 M"), (999_400, "999 k")],
 )  # fmt: skip
 def test_large_numbers_have_three_digits(number: int | None, text: str) -> None:
     assert count(number) == text

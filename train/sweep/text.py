@@ -89,7 +89,7 @@ def _tables(settings: pl.DataFrame) -> list[TextTable]:
     accuracy["95 %"] = [_half_interval(row, "top1") for row in rows]
     if settings["gain_n"].sum():
         accuracy["gain"] = [_spread(row, "gain", 100, sign="+") for row in rows]
-        accuracy["95 % of it"] = [_half_interval(row, "gain") for row in rows]
+        accuracy["its 95 %"] = [_half_interval(row, "gain") for row in rows]
     front = {"front": [_front(row) for row in rows]}
     quality = {"NLL": [_spread(row, "nll") for row in rows], "ECE": [_spread(row, "ece") for row in rows]}
     costs = _costs(rows)
