@@ -31,7 +31,7 @@ ALLOWED = "TEACHER_CACHE_MODULES"  # environment: names of modules, with commas
 _RECORD = "modules.txt"  # in the cache home: the modules that this user has named
 _OWN = re.compile(r"[A-Za-z_]\w+(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _LIBRARIES = {"timm", "torchvision", "package"}
-_OURS = {"cache_tools", "train", "pipeline"}
+_OURS = {"cache_tools", "train", "pipeline", "teacher_cache"}
 _INTERFACE = ("forward_features", "forward_head", "get_classifier", "num_features")
 _named: set[str] = set()  # in this process
 

@@ -6,7 +6,6 @@ import json
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -27,10 +26,11 @@ from train import checkpoints
 from train.checkpoints import StudentCard
 from train.cost import check_images, count_parameters
 from train.data import TrainingData, open_data, with_cached_images
+from train.epoch_clock import EpochClock
 from train.evaluate.metrics import Evaluation, evaluate
 from train.feed import Feed
 from train.initial import check_outputs, first_student
-from train.loop import EpochState, Learner, Save, explain_out_of_memory, repeatable, train_epoch
+from train.loop import EpochState, Learner, explain_out_of_memory, repeatable, train_epoch
 from train.losses.class_weights import class_weights
 from train.objective import Objective
 from train.recipe import TrainRecipe, recipe_digest, run_folder
@@ -117,7 +117,7 @@ def train_group(
         logs = {run: stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs}
         done = first * samples + min(run.samples_begun(feed) for run in runs if len(run.history) == first)
         progress = stack.enter_context(Progress(title, epochs * samples, "images", done=done))
-        checkpoint = _Checkpoints(runs)
+        clock = EpochClock(run.recipe.checkpoint_every_minutes for run in runs)
         for epoch in range(first, epochs):
             training = [run for run in runs if len(run.history) == epoch and run not in outcomes]
             if stop is not None and training:
@@ -126,15 +126,16 @@ def train_group(
                 training = [run for run in training if run.path not in stopped]
             if not training:
                 continue
+            clock.begin_epoch([0.0 if run.begun is None else run.begun["train_s"] for run in training])
             means = train_epoch(
                 [run.learner for run in training],
                 feed,
                 epoch,
                 progress.advance,
                 begun=[run.begun for run in training],
-                save=checkpoint.begin_epoch(training),
+                save=partial(_save_if_due, training, clock) if clock.stores_checkpoints else None,
             )
-            times = [checkpoint.train_s(run) for run in training]
+            times = clock.train_s()
             for run, mean, train_s in zip(training, means, times, strict=True):
                 if isinstance(mean, Exception):
                     outcomes[run] = mean
@@ -332,40 +333,6 @@ class Run:
         self.begun = None
 
 
-class _Checkpoints:
-    """Stores the states of runs inside long epochs, and measures how long each epoch takes.
-
-    An epoch that was continued has taken the time up to its checkpoint as well. Runs that train together share the
-    time of the process equally.
-    """
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        minutes = [run.recipe.checkpoint_every_minutes for run in runs]
-        self._every_s = min((60.0 * each for each in minutes if each is not None), default=None)
-        self._training: Sequence[Run] = ()
-        self._start = self._saved = 0.0
-
-    def begin_epoch(self, training: Sequence[Run]) -> Save | None:
-        """Start measuring an epoch; returns the function that stores states, if the recipe asks for it."""
-        self._training = training
-        self._start = self._saved = time.perf_counter()
-        return None if self._every_s is None else self._save_if_due
-
-    def train_s(self, run: Run) -> float:
-        """The time that this epoch has taken the run so far."""
-        before = 0.0 if run.begun is None else run.begun["train_s"]
-        return before + (time.perf_counter() - self._start) / len(self._training)
-
-    def _save_if_due(self, states: Callable[[], list[EpochState | None]]) -> None:
-        assert self._every_s is not None, "a recipe asks for checkpoints"
-        if time.perf_counter() - self._saved < self._every_s:
-            return
-        for run, state in zip(self._training, states(), strict=True):
-            if state is not None:
-                run.save_checkpoint(state, self.train_s(run))
-        self._saved = time.perf_counter()
-
-
 def draw_curves(result: RunResult) -> None:
     """Write the curves of a run, with the accuracies of its teachers and of the same student on labels alone."""
     references = top1_of_teachers(result.teachers)
@@ -415,6 +382,15 @@ def _create_card(data: TrainingData, recipe: TrainRecipe, digest: str) -> Studen
         dataset=data.images.name,
         recipe_digest=digest,
     )
+
+
+def _save_if_due(training: Sequence[Run], clock: EpochClock, states: Callable[[], list[EpochState | None]]) -> None:
+    """Store the states of runs inside an epoch, if it is time."""
+    if clock.is_due():
+        for run, state, train_s in zip(training, states(), clock.train_s(), strict=True):
+            if state is not None:
+                run.save_checkpoint(state, train_s)
+        clock.restart()
 
 
 def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
