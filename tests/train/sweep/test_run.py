@@ -199,9 +199,9 @@ def test_a_trial_out_of_memory_beside_others_is_trained_alone(
     lanes = []
     begin = loop._Participant.__init__
 
-    def counted(self: Any, learner: Any, epoch: int, *, alone: bool) -> None:
+    def counted(self: Any, learner: Any, epoch: int, begun: Any, *, alone: bool) -> None:
         lanes.append(alone)
-        begin(self, learner, epoch, alone=alone)
+        begin(self, learner, epoch, begun, alone=alone)
 
     def greedy(self: Any, pixels: torch.Tensor) -> torch.Tensor:
         if self.training and not lanes[-1]:
