@@ -248,7 +248,7 @@ def load_build_recipe(
     else:
         settings = given_settings(overrides, options)
         refuse_second_folder(source, (key for key, _ in settings))
-        data = _folder_recipe(source)
+        data = _folder_recipe(source, settings)
         for key, value in settings:
             set_dotted(data, key, value)
         recipe = validate(BuildRecipe, data, where=source)
@@ -256,7 +256,7 @@ def load_build_recipe(
     return recipe
 
 
-def _folder_recipe(source: str) -> dict[str, Any]:
+def _folder_recipe(source: str, settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """The recipe of a folder of images as plain data, without a teacher or CLIP."""
-    folder = read_own_folder(Path(source))
+    folder = read_own_folder(Path(source), settings)
     return {"name": folder.name, "dataset": folder.dataset, "views": folder.views}

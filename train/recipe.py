@@ -641,7 +641,7 @@ def load_train_recipe(
     settings = given_settings(map(full_key, overrides), options)
     if source is not None and is_folder_argument(source, builtin_names(builtin_recipes())):
         refuse_second_folder(source, (key for key, _ in settings))
-    data, own, of_a_run = TrainSource({}) if source is None else read_train_source(source, builtin_recipes())
+    data, own, of_a_run = TrainSource({}) if source is None else read_train_source(source, builtin_recipes(), settings)
     if of_a_run and _needs_targets(data.get("loss")) and _has_name(data.get("dataset")):
         data = {**data, "dataset": None, "views": None}  # earlier versions stored what the cache replaced
     for key, value in settings:

@@ -5,6 +5,7 @@ Everything here is plain data, before it becomes a recipe. Importable without to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,15 +43,18 @@ class TrainSource(NamedTuple):
     of_a_run: bool = False
 
 
-def read_train_source(source: str, builtin: Traversable) -> TrainSource:
+def read_train_source(source: str, builtin: Traversable, settings: Iterable[tuple[str, Any]] = ()) -> TrainSource:
     """The recipe that an argument of `train-student` names.
+
+    Args:
+        settings: dotted key → value of the user's own settings.
 
     Raises:
         RecipeError: no such recipe, or a folder of another kind.
         DataError: a folder that is no folder of images.
     """
     if is_folder_argument(source, builtin_names(builtin)):
-        folder = read_own_folder(Path(source))
+        folder = read_own_folder(Path(source), settings)
         images = {"name": folder.name, "cache": folder.name, "dataset": folder.dataset, "views": folder.views}
         return TrainSource({**images, **_FOLDER_SETTINGS}, frozenset({"dataset.data_dir"}))
     data = read_recipe(source, builtin)

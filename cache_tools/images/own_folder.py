@@ -15,9 +15,6 @@ TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 # Cut at random places from a canvas that is a seventh larger, as is usual for photographs.
 CANVAS_SIZE, VIEW_SIZE = 256, 224
-VIEWS: dict[str, Any] = {
-    "ops": [{"op": "random-resized-crop", "size": VIEW_SIZE, "scale": [0.25, 1.0]}, {"op": "flip"}]
-}
 
 
 class OwnFolder(NamedTuple):
@@ -54,11 +51,14 @@ def refuse_second_folder(source: str, given: Iterable[str]) -> None:
         )
 
 
-def read_own_folder(path: Path) -> OwnFolder:
+def read_own_folder(path: Path, settings: Iterable[tuple[str, Any]] = ()) -> OwnFolder:
     """The settings for a folder of images.
 
     Images to train on are in its sub-folder `train` (or `training`), images to test on in the first of `test`,
     `testing`, `val`, `valid` and `validation`. Without any of these, its sub-folders are the classes.
+
+    Args:
+        settings: dotted key → value of the user's own settings. `dataset.image_size` scales the views too.
 
     Raises:
         RecipeError: the folder is a cache or a run.
@@ -85,7 +85,13 @@ def read_own_folder(path: Path) -> OwnFolder:
     }
     note = f"{path}: training images in {train or 'its class folders'}, "
     note += f"test images in {test}" if test else "no test images (no folder test or val), so nothing is evaluated"
-    return OwnFolder(_plain_name(path), dataset, VIEWS, note)
+    return OwnFolder(_plain_name(path), dataset, _views(dict(settings).get("dataset.image_size")), note)
+
+
+def _views(image_size: Any) -> dict[str, Any]:
+    """Crops of 224 pixels from the usual canvas, and in proportion from another; a bad size is refused elsewhere."""
+    size = image_size * VIEW_SIZE // CANVAS_SIZE if isinstance(image_size, int) and image_size >= 8 else VIEW_SIZE
+    return {"ops": [{"op": "random-resized-crop", "size": size, "scale": [0.25, 1.0]}, {"op": "flip"}]}
 
 
 def _plain_name(path: Path) -> str:

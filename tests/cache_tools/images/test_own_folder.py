@@ -69,3 +69,10 @@ def test_other_folders_are_refused(tmp_path: Path, file: str, error: type[CacheE
     (tmp_path / file).write_text("{}")
     with pytest.raises(error, match=message):
         read_own_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("image_size", "view_size"), [(None, 224), (256, 224), (64, 56), (48, 42), ("large", 224)])
+def test_the_views_follow_the_size_of_the_images(tmp_path: Path, image_size: object, view_size: int) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    settings = [] if image_size is None else [("dataset.image_size", image_size)]
+    assert read_own_folder(tmp_path, settings).views["ops"][0]["size"] == view_size
