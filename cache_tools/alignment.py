@@ -271,7 +271,7 @@ def _content_difference(cache: CachedSamples, images: ImageSet) -> _Difference |
     if not missing:
         what = f"{len(new):,} image{'s were' if len(new) > 1 else ' was'} added"
         return _Difference(what, count, f"also {added}", f"move {'them' if len(new) > 1 else 'it'} out of the split")
-    first = f"sample {missing[0]} of class {cache.class_names[cache.labels[missing[0]]]}"
+    first = f"sample {missing[0]} of class {_named(cache.labels[missing[0]], cache.class_names)}"
     if not new:
         what = f"{len(missing):,} image{'s are' if len(missing) > 1 else ' is'} missing, first {first}"
         return _Difference(what, count, f"{len(images):,}", f"put {'them' if len(missing) > 1 else 'it'} back")
@@ -295,13 +295,15 @@ def _few(names: list[str]) -> str:
 def _label_difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
     """Images that have another label than in the cache, in any order."""
     of_images, of_cache = _sorted_rows(cache, images)
-    differing = np.flatnonzero(images.labels[of_images] != cache.labels[of_cache])
+    different = images.labels[of_images] != cache.labels[of_cache]
+    differing = np.flatnonzero(different if different.ndim == 1 else different.any(axis=1))
     if not len(differing):
         return None
     first = differing[np.argmin(of_cache[differing])]
     what = f"other labels of {len(differing):,} samples, first at sample {of_cache[first]}"
     names = cache.class_names
-    return _Difference(what, names[cache.labels[of_cache[first]]], names[images.labels[of_images[first]]])
+    labels_of_cache, labels_of_images = cache.labels[of_cache[first]], images.labels[of_images[first]]
+    return _Difference(what, _named(labels_of_cache, names), _named(labels_of_images, names))
 
 
 def _order_difference(cache: CachedSamples, images: ImageSet) -> _Difference | None:
@@ -311,6 +313,13 @@ def _order_difference(cache: CachedSamples, images: ImageSet) -> _Difference | N
     first = differing[0]
     keys = (keys[first].tobytes().hex() for keys in (cache.sample_keys, images.keys))
     return _Difference(f"same images in another order, first at sample {first}", *keys)
+
+
+def _named(label: npt.NDArray[np.integer], names: tuple[str, ...]) -> str:
+    """The class of a label or, of a row of 0 and 1, the classes."""
+    if label.ndim == 0:
+        return names[int(label)]
+    return "; ".join(names[place] for place in np.flatnonzero(label)) or "no label"
 
 
 def _unmatched(keys: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> list[int]:
@@ -343,7 +352,8 @@ def _sorted_rows(cache: CachedSamples, images: ImageSet) -> tuple[npt.NDArray[np
     return _sort_by_content(images.keys, images.labels), _sort_by_content(cache.sample_keys, cache.labels)
 
 
-def _sort_by_content(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _sort_by_content(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """Rows sorted by content key, then label; a stable sort."""
     words = np.ascontiguousarray(keys).view(">u8")
-    return np.lexsort((labels, words[:, 1], words[:, 0])).astype(np.int64)
+    by_label = (labels,) if labels.ndim == 1 else tuple(labels.T)
+    return np.lexsort((*by_label, words[:, 1], words[:, 0])).astype(np.int64)

@@ -139,18 +139,20 @@ def mix_features(projected_ND: Sequence[torch.Tensor], weights: Sequence[float])
 
 
 def fused_logits(teachers_NC: Sequence[torch.Tensor], clips_NC: Sequence[torch.Tensor], fusion: Fusion) -> torch.Tensor:
-    """z_F = α Σ_i w_i z_Ti + (1−α) Σ_j u_j z_Cj, rows mean-centred: exactly as cached, [N, C] float32.
+    """z_F = α Σ_i w_i z_Ti + (1−α) Σ_j u_j z_Cj, exactly as cached: [N, C] float32, rows mean-centred if `centred`.
 
     Args:
         teachers_NC: logits of each teacher; may be empty if there are CLIPs.
         clips_NC: scaled logits of each CLIP, from `clip_logits`; may be empty if there are teachers.
     """
     if not clips_NC:
-        return centre_rows(mix(teachers_NC, fusion.teacher_weights))
-    clip_NC = mix(clips_NC, fusion.clip_weights)
-    if not teachers_NC:
-        return centre_rows(clip_NC)
-    return centre_rows(fuse_logits(mix(teachers_NC, fusion.teacher_weights), clip_NC, fusion.teacher_weight, 1.0))
+        fused_NC = mix(teachers_NC, fusion.teacher_weights)
+    elif not teachers_NC:
+        fused_NC = mix(clips_NC, fusion.clip_weights)
+    else:
+        teacher_NC, clip_NC = mix(teachers_NC, fusion.teacher_weights), mix(clips_NC, fusion.clip_weights)
+        fused_NC = fuse_logits(teacher_NC, clip_NC, fusion.teacher_weight, 1.0)
+    return centre_rows(fused_NC) if fusion.centred else fused_NC
 
 
 def fused_features(

@@ -45,7 +45,7 @@ class ViewTargets:
     specs: Mapping[str, TargetSpec]
 
     def logits(self, index: Index) -> torch.Tensor:
-        """Fused logits [B, C], rows mean-centred."""
+        """Fused logits [B, C]; rows are mean-centred unless images may have several labels."""
         return self._rows("fused_logits", index)
 
     def features(self, index: Index) -> torch.Tensor:

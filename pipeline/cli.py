@@ -27,6 +27,7 @@ from train.options import (
 
 if TYPE_CHECKING:
     from cache_tools.format.manifest import Manifest
+    from pipeline.build.multilabel_preflight import MultiLabelPreflight
     from pipeline.build.preflight import Preflight
     from pipeline.recipe import BuildRecipe
 
@@ -212,7 +213,9 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
     print(f"next: {_next_step(recipe, manifest, where)}")
 
 
-def _about_fusion(preflight: Preflight | None, manifest: Manifest, where: str | Path) -> Iterator[str]:
+def _about_fusion(
+    preflight: Preflight | MultiLabelPreflight | None, manifest: Manifest, where: str | Path
+) -> Iterator[str]:
     """What to do about a fusion that is worse than the teacher or CLIP alone."""
     from cache_tools.format.manifest import build_command
 
@@ -234,6 +237,7 @@ def _next_step(recipe: BuildRecipe, manifest: Manifest, where: str | Path) -> st
 
     is_recipe = recipe.name in builtin_names(builtin_recipes()) and recipe.name == manifest.data_name
     train = f"train-student {recipe.name}" if is_recipe else "train-student"
+    train += " --loss bce" if recipe.dataset.labels is not None else ""
     is_unique = len(list(registry.cache_home().glob(f"{recipe.name}-*{registry.SUFFIX}"))) == 1
     return train if is_recipe and is_unique and recipe.out is None else f"{train} --cache {shlex.quote(str(where))}"
 

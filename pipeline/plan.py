@@ -143,11 +143,12 @@ def _student_step(
     student = create_student(name, len(images.class_names)).to(device).to(memory_format=torch.channels_last).train()
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
     mean, std = recipe.dataset.normalisation
-    labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64)).to(device)
+    labels = torch.from_numpy(images.labels.astype(np.float32 if images.multi_label else np.int64)).to(device)
+    criterion = F.binary_cross_entropy_with_logits if images.multi_label else F.cross_entropy
 
     def step(pixels: torch.Tensor, index: np.ndarray) -> None:
         inputs = prepare(pixels.contiguous(memory_format=torch.channels_last), Preprocessing(mean=mean, std=std))
-        loss = F.cross_entropy(student(inputs), labels[torch.from_numpy(index).to(device)])
+        loss = criterion(student(inputs), labels[torch.from_numpy(index).to(device)])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
-from cache_tools.codecs.presets import PresetName, TargetCodecs
+from cache_tools.codecs.presets import PresetName, TargetCodecs, resolve_codecs
 from cache_tools.config import (
     FIELDS,
     NAME,
@@ -28,7 +28,7 @@ from cache_tools.config import (
     validate,
 )
 from cache_tools.errors import RecipeError
-from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store
+from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store, check_codec
 from cache_tools.images.class_names import IMAGENETS, ORDERS, read_names
 from cache_tools.images.own_folder import is_folder_argument, read_own_folder, refuse_second_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
@@ -170,6 +170,8 @@ class BuildRecipe(Frozen):
                 where=self.name,
                 next_step="add `teacher: {name: …}`, or give --teacher",
             )
+        if self.dataset.labels is not None:
+            self._check_several_labels()
         shares(self.teachers, where="teacher")
         shares(self.clips, where="clip")
         check_clip_scale(self.fusion.clip_scale, where="fusion.clip_scale")
@@ -177,6 +179,18 @@ class BuildRecipe(Frozen):
         check_groups(_chosen(self.fusion), **groups, who="the recipe")
         self.__dict__["fusion"] = self.fusion.for_groups(**groups)  # the model is frozen, but not yet in use
         return self
+
+    def _check_several_labels(self) -> None:
+        """Images with any number of labels need logits that a sigmoid can read, stored with their level."""
+        if self.clips:
+            raise RecipeError(
+                "CLIP cannot teach images with any number of labels: its cosines rank the classes of an image, but "
+                "have no level above which a class is in it",
+                where="clip",
+                found="dataset.labels",
+                next_step="leave CLIP out: --clip none, or `clip: null`",
+            )
+        check_codec(resolve_codecs(self.codec, 2), multi_label=True)
 
     @property
     def teachers(self) -> tuple[TeacherSpec, ...]:

@@ -150,6 +150,27 @@ def open_data(recipe: TrainRecipe, device: torch.device, open_split: Opener = op
     return _open_labels_only(recipe, open_split)
 
 
+def check_labels(recipe: TrainRecipe, images: ImageSet) -> None:
+    """Raise RecipeError unless the loss is for images with as many labels as these have: one, or any number."""
+    if recipe.loss.multi_label != images.multi_label:
+        several, one = "any number of labels", "one label"
+        raise RecipeError(
+            f"the loss {recipe.loss_name} is for images with {several if recipe.loss.multi_label else one} each",
+            where=f"{images.name}, split {images.split}",
+            expected="the loss bce, or bce-labels without a cache" if images.multi_label else "a loss other than bce",
+            found=f"images with {several if images.multi_label else one}",
+            next_step="--loss bce"
+            if images.multi_label
+            else "give the labels as a table (dataset.labels), or --loss kd",
+        )
+    if images.multi_label and recipe.label_fraction < 1.0:
+        raise RecipeError(
+            "a fraction of the labels is drawn class by class, which needs one label per image",
+            where=f"label_fraction: {recipe.label_fraction:g}",
+            found="images with any number of labels",
+        )
+
+
 def cache_identity(cache: TeacherCache, recipe: TrainRecipe) -> dict[str, str]:
     """`TrainingData.identity` of a recipe with targets from a cache, without opening the images."""
     return _identity(cache, _num_views(cache, recipe))
@@ -171,6 +192,7 @@ def with_cached_images(recipe: TrainRecipe) -> TrainRecipe:
 def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
     dataset = recipe.own_dataset()
     images = open_split(dataset, None)
+    check_labels(recipe, images)
     tests = _open_tests(dataset, images, open_split)
     check_new_images(images, *tests)
     if recipe.label_fraction < 1.0:
@@ -192,6 +214,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     registry.mark_used(cache.path)
     dataset = recipe.cached_dataset(cache.manifest)
     cached = _open_cached_split(cache, dataset, open_split)
+    check_labels(recipe, cached)
     images, samples = _open_part(cache, cached, dataset, open_split)
     tests = _open_tests(dataset, images, _open_parts_of(cached, open_split))
     check_images(*tests)  # the build of the cache decoded all training images

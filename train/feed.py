@@ -52,7 +52,7 @@ class Batch:
     """One training batch, everything on the training device."""
 
     pixels: torch.Tensor  # uint8 [B, 3, H, W], the view's pixels
-    labels: torch.Tensor  # int64 [B]
+    labels: torch.Tensor  # int64 [B]; for images with several labels 0 and 1, uint8 [B, C]
     index: torch.Tensor  # int64 [B], rows of the split
     targets: BatchTargets
     labelled: torch.Tensor | None = None  # bool [B], whether the label is real; None if all are
@@ -179,7 +179,8 @@ class Feed(ABC):
         self.epochs, self.seed, self.device = epochs, seed, device
         self.bounds = batch_bounds(len(images), batch_size)
         labels = images.labels if known is None else known.labels
-        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(device)
+        kind = np.int64 if labels.ndim == 1 else np.uint8
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=kind)).to(device)
         self._labelled = None if known is None else torch.from_numpy(known.labelled).to(device)
         self._samples = samples
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="next-view")

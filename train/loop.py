@@ -364,10 +364,12 @@ class _Means:
         self._sums: Tensor | None = None  # created by the first step, on its CUDA stream
 
     def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        right = (logits.detach().argmax(1) == labels).float().mean()
-        values = in_float64(torch.stack([*(term.detach() for term in terms.values()), right])) * len(labels)
+        figures = {name: term.detach() for name, term in terms.items()}
+        if labels.ndim == 1:  # of several labels none is the right one
+            figures["train_top1"] = (logits.detach().argmax(1) == labels).float().mean()
+        values = in_float64(torch.stack(list(figures.values()))) * len(labels)
         self._sums = values if self._sums is None else self._sums.to(values) + values
-        self._names, self._count = [*terms, "train_top1"], self._count + len(labels)
+        self._names, self._count = list(figures), self._count + len(labels)
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self._count, "names": self._names, "sums": self._sums}

@@ -33,6 +33,7 @@ LOGIT_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor, Tensor], Tensor]] =
         recipe.dkd_beta,
         recipe.temperature,
     ),
+    "bce": lambda recipe, student, target, labels: losses.sigmoid_kd(student, target, recipe.temperature),
 }
 
 FEATURE_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor], Tensor]] = {
@@ -47,6 +48,8 @@ FEATURE_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor], Tensor]] = {
 
 class Objective(nn.Module):
     """ce_weight · CE + distill_weight · logit term + feature_weight · feature term.
+
+    CE is the binary cross entropy of every class for a loss of images with several labels.
 
     Its own parameters (a projector, CRD's embeddings) are trained with the student's by the same optimiser. Its
     `state_dict` also has CRD's memories and step count, so a resumed run draws the same negatives.
@@ -146,6 +149,8 @@ class Objective(nn.Module):
         }
 
     def _cross_entropy(self, student_logits: Tensor, batch: Batch, update_labels: Tensor | None) -> Tensor:
+        if self.recipe.multi_label:
+            return losses.binary_cross_entropy(student_logits, batch.labels)
         mean_weight = None
         if self.class_weights is not None and update_labels is not None:
             mean_weight = self.class_weights[update_labels].mean()

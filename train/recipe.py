@@ -62,7 +62,11 @@ LOSSES: dict[str, dict[str, Any]] = {
     "richkd-l": {"kind": "kd"},
     "richkd-f": {"kind": "ce", "feature": "crd"},
     "richkd": {"kind": "kd", "feature": "crd"},
+    "bce": {"kind": "bce", "distill_weight": 1.0, "temperature": 1.0},
+    "bce-labels": {"kind": "bce", "distill_weight": 0.0},
 }
+# Names of losses without targets.
+LABELS_ALONE = ("ce", "bce-labels")
 
 DEFAULT_RECIPE = "digits"
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
@@ -155,10 +159,11 @@ ClassWeights = Annotated[str | tuple[float, ...] | dict[str, float], BeforeValid
 class LossRecipe(Extensible):
     """ce_weight · CE + distill_weight · logit term + feature_weight · feature term.
 
-    The defaults are RichKD's [CE 1, w_L = 3, T = 3, w_F = 0.8] with the feature term off; `feature: crd` turns it on.
+    For images with several labels (`bce`) CE is the binary cross entropy of every class. The defaults are RichKD's
+    [CE 1, w_L = 3, T = 3, w_F = 0.8] with the feature term off; `feature: crd` turns it on.
 
     Attributes:
-        kind: the logit term; `ce` for none.
+        kind: the logit term; `ce` for none. `bce`, the sigmoid KD, is for images with several labels, and no other is.
         temperature: T of the logit term.
         dkd_alpha, dkd_beta: weights of DKD's two parts; the reference's beta depends on the pair of networks.
         warmup_epochs: the logit term's weight rises linearly to its full value in this many epochs (20 in the
@@ -178,7 +183,7 @@ class LossRecipe(Extensible):
     added: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})
 
     ce_weight: NonNegativeFloat = 1.0
-    kind: Literal["ce", "kd", "dkd", "standardised_kd", "standardised_dkd"] = "kd"
+    kind: Literal["ce", "kd", "dkd", "standardised_kd", "standardised_dkd", "bce"] = "kd"
     distill_weight: NonNegativeFloat = 3.0
     temperature: PositiveFloat = 3.0
     dkd_alpha: NonNegativeFloat = 1.0
@@ -210,10 +215,31 @@ class LossRecipe(Extensible):
         return self
 
     @model_validator(mode="after")
+    def _several_labels_have_no_class(self) -> LossRecipe:
+        if self.kind != "bce":
+            return self
+        if self.needs_features and self.feature == "crd":
+            raise ValueError("another feature than crd with bce: its negatives are of other classes")
+        if used := [name for name in CE_SETTINGS if getattr(self, name) not in (0.0, "none")]:
+            raise ValueError(f"no {' and '.join(used)} with bce: it is for images with one label")
+        return self
+
+    @model_validator(mode="after")
     def _components_are_for_crd(self) -> LossRecipe:
         if self.feature_source == "components" and self.feature not in {"none", "crd"}:
             raise ValueError(f"feature_source fused or auto, because {self.feature} compares with the fused features")
         return self
+
+    def on_labels(self) -> LossRecipe:
+        """The loss of the same run on labels alone."""
+        if self.multi_label:
+            return LossRecipe(kind="bce", distill_weight=0.0)
+        return LossRecipe(kind="ce", **{name: getattr(self, name) for name in CE_SETTINGS})
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether the loss is for images with any number of labels."""
+        return self.kind == "bce"
 
     @property
     def needs_logits(self) -> bool:
@@ -428,7 +454,8 @@ class TrainRecipe(Extensible):
     @property
     def loss_name(self) -> str:
         """Short name of the loss for folders and tables: `ce`, `kd`, `kd+crd`, …"""
-        kind = self.loss.kind if self.loss.needs_logits else "ce"
+        alone = "bce-labels" if self.loss.multi_label else "ce"
+        kind = self.loss.kind if self.loss.needs_logits else alone
         return f"{kind}+{self.loss.feature}" if self.loss.needs_features else kind
 
     @property
@@ -506,7 +533,7 @@ class TrainRecipe(Extensible):
             "dataset": dataset,
             "views": views,
             "num_views": num_views,
-            "loss": LossRecipe(kind="ce", **{name: getattr(self.loss, name) for name in CE_SETTINGS}),
+            "loss": self.loss.on_labels(),
             "compare_with_labels": False,
         }
         return self.model_copy(update=changes)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, describe_device, resolve_device, warn
 from cache_tools.errors import RecipeError, StorageError, WeightsError
 from cache_tools.files import put_durably
 from cache_tools.images.classes import missing_notes
+from cache_tools.images.image_set import ImageSet
 from cache_tools.memory import drop_tracebacks
 from cache_tools.reader import TeacherCache
 from train import checkpoints
@@ -28,6 +30,7 @@ from train.cost import check_images, count_parameters
 from train.data import TrainingData, open_data, with_cached_images
 from train.epoch_clock import EpochClock
 from train.evaluate.metrics import Evaluation, evaluate
+from train.evaluate.multilabel import HEADLINES, Figures, MultiLabelEvaluation, evaluate_multilabel, headline_of
 from train.feed import Feed
 from train.initial import check_outputs, first_student
 from train.loop import EpochState, Learner, explain_out_of_memory, repeatable, train_epoch
@@ -39,7 +42,7 @@ from train.runs import folder, trackers
 from train.runs.curves import plot_curves
 from train.runs.metrics import RunLog, read_metrics
 from train.runs.predictions import store_predictions
-from train.runs.result import RunResult, SplitResult, load_result, top1_of_teachers
+from train.runs.result import RunResult, SplitResult, figures_of_teachers, load_result
 from train.runs.stored import data_name
 
 Value = TypeVar("Value")
@@ -198,7 +201,8 @@ class Run:
     Attributes:
         history: a row of figures for each finished epoch.
         begun: the checkpoint inside the next epoch; None to start it from its first batch.
-        best_epoch: the one with the highest test top-1 so far, counted from 0; None before the first evaluation.
+        best_epoch: the one with the highest test top-1 (mAP with several labels) so far, counted from 0; None before
+            the first evaluation.
     """
 
     def __init__(
@@ -265,8 +269,10 @@ class Run:
         checkpoints.save_student(self.path / checkpoints.LAST, self.learner.student, card)
         if self.learner.average is not None:
             checkpoints.save_student(self.path / checkpoints.EMA, self.learner.average.module, card)
-        store_predictions(self.path, self.learner.student, self.data.test, self.data.test_preprocessing, self.device)
-        cache = self.data.cache
+        if not self.data.images.multi_label:  # a row holds one label and one prediction
+            student, test = self.learner.student, self.data.test
+            store_predictions(self.path, student, test, self.data.test_preprocessing, self.device)
+        cache, kind = self.data.cache, _evaluation_class(self.data)
         result = RunResult(
             name=self.recipe.name,
             student=self.recipe.student,
@@ -279,10 +285,11 @@ class Run:
             fingerprint=None if cache is None else cache.manifest.fingerprint,
             train_samples=len(self.data.images),
             test_split=None if self.data.test is None else self.data.test.split,
-            last=_evaluation(self.history[-1], "test"),
-            best=None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], "test"),
+            last=_evaluation(self.history[-1], "test", kind),
+            best=None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], "test", kind),
             best_epoch=self.best_epoch,
-            ema=_evaluation(self.history[-1], "ema"),
+            ema=_evaluation(self.history[-1], "ema", kind),
+            average_precision=self._average_precision(),
             more_tests={
                 test.split: self._more_figures(number) for number, test in enumerate(self.data.tests) if number > 0
             },
@@ -298,32 +305,40 @@ class Run:
         result.save()
         return result
 
+    def _average_precision(self) -> dict[str, float]:
+        if self.data.test is None or not self.data.images.multi_label:
+            return {}
+        return _measure(self.learner.student, self.data.test, self.data, self.device)[1]
+
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         """Test figures of an epoch; None where it is not evaluated, so that every row has the same columns."""
         due = (epoch + 1) % self.recipe.evaluate_every == 0 or epoch + 1 == self.recipe.epochs
+        kind = _evaluation_class(self.data)
         models = {"test": self.learner.student}
         if self.learner.average is not None:
             models["ema"] = self.learner.average.module
         figures: dict[str, Any] = {}
         for prefix, model in models.items():
             for number, test in enumerate(self.data.tests or (None,)):
-                measured: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
+                measured: dict[str, Any] = dict.fromkeys(kind.model_fields)
                 if due and test is not None:
-                    measured = evaluate(model, test, self.data.test_preprocessing, self.device).model_dump()
+                    measured = _measure(model, test, self.data, self.device)[0].model_dump()
                 figures |= {f"{_columns(prefix, number)}_{name}": value for name, value in measured.items()}
         return figures
 
     def _more_figures(self, number: int) -> SplitResult:
         """The figures on a test split after the first one."""
         test, ema, last = _columns("test", number), _columns("ema", number), self.history[-1]
-        best = None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], test)
-        return SplitResult(last=_evaluation(last, test), best=best, ema=_evaluation(last, ema))
+        kind = _evaluation_class(self.data)
+        best = None if self.best_epoch is None else _evaluation(self.history[self.best_epoch], test, kind)
+        return SplitResult(last=_evaluation(last, test, kind), best=best, ema=_evaluation(last, ema, kind))
 
     def _commit_epoch(self, row: dict[str, Any]) -> None:
         """Add a finished epoch. Its commit is the state file: a run that crashed before it repeats the epoch."""
         self.history.append(row)
-        top1 = row["test_top1"]
-        if top1 is not None and (self.best_epoch is None or top1 > self.history[self.best_epoch]["test_top1"]):
+        column = f"test_{headline_of(self.data.images.multi_label)}"
+        figure = row[column]
+        if figure is not None and (self.best_epoch is None or figure > self.history[self.best_epoch][column]):
             self.best_epoch = row["epoch"]
             card = self.card.model_copy(update={"epoch": row["epoch"] + 1})
             checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
@@ -335,9 +350,9 @@ class Run:
 
 def draw_curves(result: RunResult) -> None:
     """Write the curves of a run, with the accuracies of its teachers and of the same student on labels alone."""
-    references = top1_of_teachers(result.teachers)
+    references = figures_of_teachers(result.teachers)
     if result.labels_only is not None and result.labels_only.last is not None:
-        references["labels only"] = result.labels_only.last.top1
+        references["labels only"] = result.labels_only.last.headline
     title = f"{result.student} on {data_name(result.folder, result.name)}, loss {result.loss}, seed {result.seed}"
     if (history := read_metrics(result.folder)) is not None:
         plot_curves(history, result.folder / folder.CURVES, title, references)
@@ -404,9 +419,22 @@ def _columns(prefix: str, number: int) -> str:
     return prefix if number == 0 else f"{prefix}_{number + 1}"
 
 
-def _evaluation(row: dict[str, Any], prefix: str) -> Evaluation | None:
-    figures = {name: row.get(f"{prefix}_{name}") for name in Evaluation.model_fields}
-    return None if figures["n"] is None else Evaluation.model_validate(figures)
+def _evaluation_class(data: TrainingData) -> type[Figures]:
+    return MultiLabelEvaluation if data.images.multi_label else Evaluation
+
+
+def _measure(
+    model: nn.Module, test: ImageSet, data: TrainingData, device: torch.device
+) -> tuple[Figures, dict[str, float]]:
+    """The figures of a test split and, for several labels, the average precision of each class."""
+    if data.images.multi_label:
+        return evaluate_multilabel(model, test, data.test_preprocessing, device)
+    return evaluate(model, test, data.test_preprocessing, device), {}
+
+
+def _evaluation(row: dict[str, Any], prefix: str, kind: type[Figures]) -> Figures | None:
+    figures = {name: row.get(f"{prefix}_{name}") for name in kind.model_fields}
+    return None if figures["n"] is None else kind.model_validate(figures)
 
 
 def _environment(device: torch.device) -> dict[str, str]:
@@ -434,5 +462,7 @@ def _value_or_error(run: Run, work: Callable[[], Value], alone: bool) -> Value |
 
 
 def _note(row: dict[str, Any], epochs: int) -> str:
-    top1 = "" if row["test_top1"] is None else f", test top-1 {row['test_top1']:.2%}"
-    return f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.4f}{top1}"
+    figures = [
+        f", test {text} {row[f'test_{name}']:.2%}" for name, text in HEADLINES.items() if row.get(f"test_{name}")
+    ]
+    return f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.4f}{''.join(figures)}"

@@ -17,6 +17,7 @@ from cache_tools.derive.block_reader import BlockReader
 from cache_tools.errors import FormatError, IncompleteError
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.recipe import CacheRecipe
+from cache_tools.images.recipe import require_one_label
 from cache_tools.reader import TeacherCache
 
 AS_IT_IS = "(as it is)"  # the spec of the cache's own codecs
@@ -76,6 +77,7 @@ def measure(
         IncompleteError, NotFoundError: the view is missing, or view 0, to which steps are fitted.
         FormatError: a block is damaged, or a spec needs pcodec, which is not installed.
     """
+    require_one_label(cache.recipe.dataset.multi_label, "cache-tools fidelity, which measures a softmax,", cache.path)
     chosen, left_out = default_codecs(cache.recipe) if not specs else ({}, [])
     chosen |= {spec: codec_spec.codecs_for(spec, cache.recipe) for spec in specs}
     for codecs in chosen.values():

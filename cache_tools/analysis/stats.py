@@ -25,6 +25,7 @@ from cache_tools.errors import IncompleteError, RecipeError
 from cache_tools.files import put_durably
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
+from cache_tools.images.recipe import require_one_label
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.targets import ViewTargets
@@ -136,11 +137,12 @@ def analyse(
         write_view: called with each view and its table, one row per source and sample, before the next view is read.
 
     Raises:
-        RecipeError: the threshold or the temperature is out of range.
+        RecipeError: the threshold or the temperature is out of range, or images may have several labels.
         IncompleteError: no view, or not every requested view, is complete.
         NotFoundError: there is no such view, or `choice` is given for a fused cache.
         FormatError, DeviceError: as `TeacherCache.load_view`.
     """
+    require_one_label(cache.recipe.dataset.multi_label, "cache-tools stats", cache.path)
     if not 0.0 < confident < 1.0:
         raise RecipeError("bad --confident", expected="a probability between 0 and 1", found=confident)
     check_temperature(temperature)

@@ -18,6 +18,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device
 from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.format.manifest import Fusion
+from cache_tools.images.recipe import require_one_label
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice, describe_fusion
 
@@ -219,6 +220,7 @@ def _best(surface: npt.NDArray[np.float64], weights: Sequence[float], scales: Se
 def require_choice(cache: TeacherCache) -> None:
     """Raise NotFoundError unless a cache has networks to weigh against each other, each with its own targets."""
     recipe = cache.recipe
+    require_one_label(recipe.dataset.multi_label, "cache-tools tune-fusion", cache.path)
     if len(recipe.teachers) + len(recipe.clips) == 1:
         name, missing = ("teacher", "CLIP") if recipe.teachers else ("CLIP", "teacher")
         raise NotFoundError(f"there is nothing to tune: the cache has one {name} and no {missing}", where=cache.path)

@@ -23,6 +23,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device
 from cache_tools.errors import RecipeError
 from cache_tools.fusion import mix
+from cache_tools.images.recipe import require_one_label
 from cache_tools.reader import TeacherCache
 from cache_tools.targets import ComponentView, Index
 
@@ -108,6 +109,7 @@ def tune_shares(
         RecipeError: weights for more than two networks, too many mixes, or an option out of range.
         IncompleteError, FormatError, DeviceError, NotFoundError: as `TeacherCache.load_view`.
     """
+    require_one_label(cache.recipe.dataset.multi_label, "cache-tools tune-fusion", cache.path)
     check_temperature(temperature)
     recipe, group = cache.recipe, cache.recipe.only_group
     assert group is not None, "teachers and CLIPs are weighed by tune_fusion"

@@ -16,6 +16,7 @@ from cache_tools.derive.lineage import Source, lineage
 from cache_tools.errors import NotFoundError, printable
 from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes, target_arrays
+from cache_tools.format.layout import labels_array
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import ClipIdentity, TeacherIdentity
 from cache_tools.home import registry
@@ -202,7 +203,7 @@ def _arrays(manifest: Manifest, stored_bytes: Callable[[str], int]) -> tuple[Arr
     ]
     columns = 1 + len(specs)
     listed.append((commits.COMMITS, (views, manifest.num_blocks, columns), "uint64", (1, 1, columns)))
-    listed += [("labels", (samples,), "int64", None), ("sample_keys", (samples, 16), "uint8", None)]
+    listed += [("labels", *labels_array(manifest), None), ("sample_keys", (samples, 16), "uint8", None)]
     listed += [(name, shape, "float32", None) for name, shape in constant_shapes(manifest.recipe).items()]
     return tuple(
         ArrayDetails(

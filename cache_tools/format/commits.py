@@ -52,10 +52,10 @@ def block_digest(rows: npt.NDArray[np.generic]) -> int:
     return int.from_bytes(hashlib.blake2b(array.data, digest_size=8).digest(), "little") or 1
 
 
-def content_digest(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], class_names: Sequence[str]) -> str:
+def content_digest(keys: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer], class_names: Sequence[str]) -> str:
     """32 hex digits over sample keys, labels and class names: `DatasetIdentity.content_digest`."""
     digest = hashlib.blake2b(np.ascontiguousarray(keys).data, digest_size=16)
-    digest.update(np.ascontiguousarray(labels, dtype="<i8").data)
+    digest.update(np.ascontiguousarray(labels, dtype="<i8" if labels.ndim == 1 else "u1").data)
     digest.update(json.dumps(list(class_names), ensure_ascii=True).encode())
     return digest.hexdigest()
 

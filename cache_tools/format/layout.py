@@ -14,7 +14,7 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.lazy import np
 
 _DIMENSIONS = {
-    "labels": ("sample",),
+    "labels": ("sample", "class"),
     "sample_keys": ("sample", "byte"),
     "commits": ("view", "block", "column"),
     "fused_logits": ("view", "sample", "class"),
@@ -95,10 +95,10 @@ Layouts = Mapping[str, ArrayLayout]
 def array_layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     """Layouts of all arrays of a cache, by name: labels, keys and constants first, then targets, then commits."""
     samples = manifest.num_samples
-    shapes = {"labels": ((samples,), "int64"), "sample_keys": ((samples, 16), "uint8")}
+    shapes = {"labels": labels_array(manifest), "sample_keys": ((samples, 16), "uint8")}
     shapes |= {name: (shape, "float32") for name, shape in constant_shapes(manifest.recipe).items()}
     layouts = {
-        name: ArrayLayout(shape, _chunk_shape(shape, dtype), _dimensions(name), _plain(name, dtype))
+        name: ArrayLayout(shape, _chunk_shape(shape, dtype), _dimensions(name)[: len(shape)], _plain(name, dtype))
         for name, (shape, dtype) in shapes.items()
     }
     for target in targets(manifest.recipe, manifest.block_rows):
@@ -113,6 +113,13 @@ def array_layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     return layouts
 
 
+def labels_array(manifest: Manifest) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of the labels: a class per sample or, for samples with any number, 0 and 1 for each class."""
+    if manifest.recipe.dataset.multi_label:
+        return (manifest.num_samples, manifest.num_classes), "uint8"
+    return (manifest.num_samples,), "int64"
+
+
 def target_layout(target: TargetSpec, spec: ArraySpec, shape: tuple[int, int]) -> ArrayLayout:
     """Layout of one stored array of a target; `shape` is (views, samples)."""
     axes = _dimensions(target.name)
@@ -123,8 +130,9 @@ def target_layout(target: TargetSpec, spec: ArraySpec, shape: tuple[int, int]) -
 
 
 def _plain(name: str, dtype: str) -> dict[str, Any]:
-    """The encoding of labels, keys, constants and commits. Fill values cannot be data: NaN, or −1 for labels."""
-    fill = float("nan") if dtype.startswith("float") else -1 if name == "labels" else 0
+    """The encoding of labels, keys, constants and commits. Fill values cannot be data: NaN, for labels −1 or 255."""
+    missing = -1 if dtype == "int64" else 255
+    fill = float("nan") if dtype.startswith("float") else missing if name == "labels" else 0
     endian = {} if np.dtype(dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
     zstd = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
     return {

@@ -95,6 +95,7 @@ class Fusion:
         prompt_ensemble: what is averaged over the prompt templates (see `FusionRecipe`).
         prompts: numbers of the templates to use; None for all.
         clip_view: the view to take CLIP's targets from; None for the view that is loaded.
+        centred: whether rows of logits are mean-centred; not where a sigmoid reads them, which sees the shift.
     """
 
     teacher_weight: float
@@ -105,6 +106,7 @@ class Fusion:
     prompt_ensemble: PromptEnsemble = "embedding"
     prompts: tuple[int, ...] | None = None
     clip_view: int | None = None
+    centred: bool = True
 
     @classmethod
     def stored(cls, manifest: Manifest) -> Fusion:
@@ -117,6 +119,7 @@ class Fusion:
             clip_weights=recipe.clip_weights,
             clip_scales=manifest.clip_scales,
             prompt_ensemble=recipe.fusion.prompt_ensemble,
+            centred=not recipe.dataset.multi_label,
         )
 
     @property

@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from cache_tools.codecs import Companded, TopK
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.config import Extensible, Frozen
-from cache_tools.errors import NotFoundError
+from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.images.recipe import DatasetIdentity
 from cache_tools.views.recipe import ViewRecipe
 
@@ -142,6 +143,11 @@ class CacheRecipe(Frozen):
             raise ValueError(f"a cache with {group} alone has teacher_weight and feature_weight {weight}")
         return self
 
+    @model_validator(mode="after")
+    def _several_labels_need_whole_logits(self) -> CacheRecipe:
+        check_codec(self.codecs, multi_label=self.dataset.multi_label)
+        return self
+
     @property
     def teacher(self) -> TeacherIdentity:
         """The first teacher, usually the only one; NotFoundError without one."""
@@ -180,6 +186,17 @@ class CacheRecipe(Frozen):
     def fingerprint(self) -> str:
         """64 hex digits of sha256 over the canonical JSON of this recipe and the format version."""
         return recipe_fingerprint(self.model_dump(mode="json"))
+
+
+def check_codec(codecs: TargetCodecs, *, multi_label: bool) -> None:
+    """Raise RecipeError if a codec drops what a sigmoid sees of the logits: the shift of a row, or small logits."""
+    if multi_label and isinstance(codecs.logits, Companded | TopK):
+        raise RecipeError(
+            "this codec keeps only what a softmax sees of the logits, not their level",
+            where=f"codec {codecs.logits.codec}",
+            expected="float16, float32, fixed-step or row-step, for images with any number of labels",
+            next_step="--codec float16",
+        )
 
 
 def recipe_fingerprint(recipe: Any) -> str:

@@ -96,7 +96,7 @@ def without_damaged(images: ImageSet, sound: np.ndarray | None = None) -> ImageS
     if not damaged:
         return images
     rest = images.subset(np.setdiff1d(np.arange(len(images)), list(damaged)))
-    gone = np.setdiff1d(images.labels, rest.labels)
+    gone = np.empty(0, np.int64) if images.multi_label else np.setdiff1d(images.labels, rest.labels)
     if len(gone):
         name = images.class_names[gone[0]]
         raise DataError("every image of a class is damaged", where=images.summary.root / name, next_step="replace them")
@@ -221,7 +221,7 @@ def _check_classes(images: FolderImages) -> None:
             next_step=f"choose --set dataset.sub_folders=classes ({sum(map(len, sub.values()))} classes) or "
             f"--set dataset.sub_folders=merge ({len(sub)} classes)",
         )
-    if len(images.class_names) == 1:
+    if len(images.class_names) == 1 and not images.multi_label:
         raise DataError(
             "there is only one class",
             where=summary.root,

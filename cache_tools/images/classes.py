@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from cache_tools.errors import DataError
 from cache_tools.images.class_names import Names, describe, listed
@@ -23,7 +24,7 @@ def with_classes(images: Images, class_names: Names) -> Images:
     if images.class_names == class_names:
         return images
     number = {name: label for label, name in enumerate(class_names)}
-    present = np.bincount(images.labels, minlength=len(images.class_names)) > 0
+    present = _counts(images) > 0
     unknown = [
         name for name, some in zip(images.class_names, present.tolist(), strict=True) if some and name not in number
     ]
@@ -35,14 +36,17 @@ def with_classes(images: Images, class_names: Names) -> Images:
             found=listed(unknown),
             next_step="rename or remove their folders in the test split, or name another test_split",
         )
-    labels = np.array([number.get(name, -1) for name in images.class_names], np.int64)
-    return replace(images, labels=labels[images.labels], class_names=class_names)
+    places = np.array([number.get(name, -1) for name in images.class_names], np.int64)
+    if images.multi_label:
+        labels = np.zeros((len(images), len(class_names)), np.uint8)
+        labels[:, places[places >= 0]] = images.labels[:, places >= 0]
+        return replace(images, labels=labels, class_names=class_names)
+    return replace(images, labels=places[images.labels], class_names=class_names)
 
 
 def missing_classes(images: ImageSet) -> Names:
     """The classes that a split has no images of."""
-    counts = np.bincount(images.labels, minlength=len(images.class_names)).tolist()
-    return tuple(name for name, count in zip(images.class_names, counts, strict=True) if not count)
+    return tuple(name for name, count in zip(images.class_names, _counts(images).tolist(), strict=True) if not count)
 
 
 def missing_notes(*tests: ImageSet) -> tuple[str, ...]:
@@ -52,3 +56,10 @@ def missing_notes(*tests: ImageSet) -> tuple[str, ...]:
     return tuple(
         f"no test images of: {listed(names)}{place}" for (_, names), place in zip(missing, where, strict=True) if names
     )
+
+
+def _counts(images: ImageSet) -> npt.NDArray[np.int64]:
+    """How many images each class has."""
+    if images.multi_label:
+        return np.asarray(images.labels.sum(axis=0, dtype=np.int64))
+    return np.bincount(images.labels, minlength=len(images.class_names))

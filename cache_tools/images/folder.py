@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from cache_tools.errors import DataError
+from cache_tools.images.class_names import arrange, listed
 from cache_tools.images.decode import PixelRules, decode_image, whole_images_only
 from cache_tools.images.image_set import ImageSet, sample_key
+from cache_tools.images.label_table import has_splits, read_label_table
 from cache_tools.images.recipe import WHITE, DatasetIdentity, DatasetRecipe
-from cache_tools.images.scan import FolderSummary, num_workers, read_image, scan_folder
+from cache_tools.images.scan import FolderSummary, num_workers, read_image, scan_folder, scan_listed
 
 FOLDER_IMAGE_SIZE = 224
 
@@ -81,6 +83,8 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
         DataError: the folder is missing, has no classes or (in the training split) an empty one, a class name cannot
             be used, or links form a loop.
     """
+    if recipe.labels is not None:
+        return _open_labelled(recipe, recipe.labels, split)
     root = _split_folder(recipe, split)
     scan = scan_folder(
         root,
@@ -99,6 +103,46 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
         files=tuple(scan.files),
         rules=PixelRules(recipe.background_colour, recipe.value_range),
         summary=scan.summary,
+    )
+
+
+def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImages:
+    """The images that a csv file lists, wherever they are below the folder of the split; others are left out."""
+    assert recipe.data_dir is not None  # validated by the recipe
+    data_dir = recipe.data_dir.expanduser()
+    own = data_dir / split / file.expanduser()  # an absolute path stays as it is
+    table_file = own if own.is_file() else data_dir / file.expanduser()
+    root = data_dir / split if (data_dir / split).is_dir() else data_dir
+    if recipe.test_split is not None and table_file != data_dir / split / file and not has_splits(table_file):
+        raise DataError(
+            "a table of labels for two splits that does not tell them apart",
+            where=table_file,
+            expected="a column `split`",
+            next_step=f"add it, or give each split a file of its own ({data_dir}/{split}/{file.name})",
+        )
+    table = read_label_table(table_file, split)
+    files = [root / path for path in table.paths]
+    if missing := [path for path, each in zip(table.paths, files, strict=True) if not each.is_file()]:
+        raise DataError(
+            f"{len(missing):,} images of a table of labels are missing",
+            where=table_file,
+            expected=f"files in {root}",
+            found=f"no {listed(missing)}",
+        )
+    order = table.class_names if recipe.class_order == "sorted" else arrange(table.class_names, recipe.class_order)
+    places = [table.class_names.index(name) for name in order]
+    keys, summary = scan_listed(root, files)
+    size = recipe.image_size or FOLDER_IMAGE_SIZE
+    return FolderImages(
+        name=recipe.name,
+        split=split,
+        class_names=order,
+        labels=np.ascontiguousarray(table.labels[:, places]),
+        keys=keys,
+        image_size=(size, size),
+        files=tuple(files),
+        rules=PixelRules(recipe.background_colour, recipe.value_range),
+        summary=summary,
     )
 
 

@@ -22,7 +22,7 @@ class ImageSet(ABC):
 
     Attributes:
         class_names: as in prompts, but with underscores; a label is an index into them.
-        labels: int64 [N].
+        labels: int64 [N]; for images with any number of labels uint8 [N, C], 1 where the image has the label.
         keys: uint8 [N, 16], blake2b-128 of a sample's original bytes (in a folder, of its file).
         image_size: (height, width) of the canvas.
     """
@@ -36,6 +36,11 @@ class ImageSet(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have any number of labels."""
+        return self.labels.ndim == 2
 
     @property
     @abstractmethod
@@ -54,7 +59,8 @@ class ImageSet(ABC):
     def content_digest(self) -> str:
         """32 hex digits over keys, labels and class names: equal if samples, order and labels are equal."""
         names = json.dumps(self.class_names, ensure_ascii=True).encode()
-        parts = (self.keys.tobytes(), self.labels.astype("<i8").tobytes(), names)
+        labels = self.labels if self.multi_label else self.labels.astype("<i8")
+        parts = (self.keys.tobytes(), labels.tobytes(), names)
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
     def subset(self, rows: slice | np.ndarray, split: str | None = None) -> Self:
@@ -83,6 +89,7 @@ class ImageSet(ABC):
             image_size=self.image_size,
             class_names=self.class_names,
             content_digest=self.content_digest,
+            multi_label=self.multi_label,
         )
 
 

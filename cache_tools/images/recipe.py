@@ -79,10 +79,12 @@ class DatasetRecipe(Extensible):
         on_bad_image: what to do about images that cannot be decoded: `error` lists all of them, `skip` leaves them out.
         sub_folders: of class folders: `merge` takes their images for the class, `classes` makes each folder that holds
             images a class of its own. None merges, and asks where they look like classes.
+        labels: a csv file of the images' labels, of which each may then have several or none; relative to the folder of
+            the split or else to data_dir. `cache_tools.images.label_table` describes it.
     """
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"class_order", "background", "value_range", "on_bad_image", "sub_folders"}
+        {"class_order", "background", "value_range", "on_bad_image", "sub_folders", "labels"}
     )
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
@@ -98,6 +100,7 @@ class DatasetRecipe(Extensible):
     value_range: ValueRange | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     sub_folders: Literal["merge", "classes"] | None = None
+    labels: Path | None = None
 
     @field_validator("test_split")
     @classmethod
@@ -121,6 +124,8 @@ class DatasetRecipe(Extensible):
                 raise ValueError("value_range needs two numbers that rise, such as [0, 4095]")
         if self.name == "folder" and self.data_dir is None:
             raise ValueError("a folder needs data_dir")
+        if self.labels is not None and self.sub_folders is not None:
+            raise ValueError("sub_folders is for class folders: with labels, the table says what is in an image")
         return self
 
     @property
@@ -226,10 +231,11 @@ class DatasetIdentity(Extensible):
     """Identifies samples, their order, their labels and how their files become pixels.
 
     `content_digest` covers keys, labels and class names. `background` is None for white, and `value_range` None for the
-    range that the files declare.
+    range that the files declare. With `multi_label` an image may have any number of labels, and a sigmoid reads its
+    logits, not a softmax.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"background", "value_range"})
+    added: ClassVar[frozenset[str]] = frozenset({"background", "value_range", "multi_label"})
 
     name: str
     split: str
@@ -239,6 +245,17 @@ class DatasetIdentity(Extensible):
     content_digest: str
     background: Colour | None = None
     value_range: ValueRange | None = None
+    multi_label: bool = False
+
+
+def require_one_label(multi_label: bool, what: str, where: object) -> None:
+    """Raise RecipeError for data whose images have any number of labels; `what` is for images with one."""
+    if multi_label:
+        raise RecipeError(
+            f"{what} is for images with one label each",
+            where=where,
+            found="images with any number of labels (dataset.labels)",
+        )
 
 
 def default_data_dir() -> Path:

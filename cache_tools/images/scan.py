@@ -22,6 +22,7 @@ from cache_tools.images.image_set import KEY_BYTES, sample_key
 
 PROGRESS_FROM_FILES = 5000
 HIDDEN = "hidden or made by a system"
+UNLISTED = "not in the table of labels"
 # Folders and files of network drives, macOS and Windows; names that begin with a dot are left out too.
 _SYSTEM_NAMES = frozenset(
     {"@eadir", "@__thumb", "@recycle", "#recycle", "$recycle.bin", "lost+found", "__macosx"}
@@ -150,6 +151,27 @@ def scan_folder(
         np.frombuffer(bytearray(b"".join(key for _, _, key in samples)), np.uint8).reshape(-1, KEY_BYTES),
         summary,
     )
+
+
+def scan_listed(root: Path, files: Sequence[Path]) -> tuple[np.ndarray, FolderSummary]:
+    """Hash the images that a table of labels lists. All other files below the root are left out.
+
+    Raises:
+        DataError: listed files that are no images, or a loop of links.
+    """
+    results = _examine(files)
+    if bad := [f"{path.name}: {found}" for path, found in zip(files, results, strict=True) if isinstance(found, str)]:
+        raise DataError("files in a table of labels that are no images", where=root, found=some_names(bad))
+    chosen = {*files}
+    others = {path: reason for path, reason in _walk(root, ()) if path not in chosen}
+    left_out = {path: reason or _reason_to_leave_out(path) or UNLISTED for path, reason in sorted(others.items())}
+    summary = FolderSummary(
+        root=root,
+        images=len(files),
+        left_out={str(path.relative_to(root)): reason for path, reason in left_out.items()},
+    )
+    keys = b"".join(key for key in results if isinstance(key, bytes))
+    return np.frombuffer(bytearray(keys), np.uint8).reshape(-1, KEY_BYTES), summary
 
 
 def read_image(path: Path) -> bytes:

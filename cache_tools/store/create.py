@@ -19,7 +19,7 @@ from zarr.storage import LocalStore, MemoryStore
 from cache_tools.errors import FormatError
 from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes
-from cache_tools.format.layout import ArrayLayout, Layouts, array_layouts
+from cache_tools.format.layout import ArrayLayout, Layouts, array_layouts, labels_array
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.stored import MANIFEST_KEY, manifest_attribute
 from cache_tools.store.group import RESTORE, ignore_numcodecs_warning, read_whole
@@ -61,7 +61,7 @@ def check_samples(manifest: Manifest, labels: npt.NDArray[Any], sample_keys: npt
     """Raise FormatError unless labels and keys are those of the recipe's dataset."""
     samples = manifest.num_samples
     for name, array, shape, dtype in (
-        ("labels", labels, (samples,), "int64"),
+        ("labels", labels, *labels_array(manifest)),
         ("sample_keys", sample_keys, (samples, 16), "uint8"),
     ):
         if array.shape != shape or array.dtype.name != dtype:

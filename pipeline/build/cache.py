@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
 from pipeline.build.destination import destination
 from pipeline.build.known import INPUTS, find_finished, inputs_digest
+from pipeline.build.multilabel_preflight import MultiLabelPreflight, run_multilabel_preflight
 from pipeline.build.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
 
@@ -57,7 +59,7 @@ class BuildResult(NamedTuple):
     path: Path
     url: str | None
     manifest: Manifest
-    preflight: Preflight | None
+    preflight: Preflight | MultiLabelPreflight | None
     images: int = 0
     elapsed_s: float = 0.0
     bytes_moved: int = 0
@@ -208,9 +210,10 @@ def _create(
     from cache_tools.store.writer import CacheWriter
 
     images = splits[0]
-    preflight = None
+    preflight: Preflight | MultiLabelPreflight | None = None
     if recipe.preflight_samples:
-        preflight = run_preflight(ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size)
+        measure = run_multilabel_preflight if images.multi_label else run_preflight
+        preflight = measure(ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size)
         say(f"preflight: {preflight}")
         for note in preflight.notes:
             say(f"note: {note}")
@@ -302,12 +305,12 @@ def _constants(
     return constants
 
 
-def _stored_preflight(manifest: Manifest) -> Preflight | None:
+def _stored_preflight(manifest: Manifest) -> Preflight | MultiLabelPreflight | None:
     """The preflight of the first build; None if there was none or the manifest has something else in its place."""
-    try:
-        return Preflight.model_validate(manifest.provenance.get("preflight"))
-    except ValidationError:
-        return None
+    for kind in (Preflight, MultiLabelPreflight):
+        with suppress(ValidationError):
+            return kind.model_validate(manifest.provenance.get("preflight"))
+    return None
 
 
 def _open_tests(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None]) -> list[ImageSet]:

@@ -19,6 +19,7 @@ from cache_tools.errors import DataError
 from cache_tools.files import output_folder
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import require_one_label
 from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
 from pipeline.evaluate.report import (
     CONFUSION,
@@ -62,6 +63,7 @@ class _Evaluator:
         card = read_card(self.run.checkpoint(self.checkpoint))
         self.folder = output_folder(options.out or self.run.folder / EVALUATION, "evaluation")
         self.images = self.run.open_test(card, options.split, options.data_dir, options.download)
+        require_one_label(self.images.multi_label, "evaluate-student", self.run.folder)
         self.more = [
             self.run.open_test(card, split, options.data_dir, options.download)
             for split in (() if options.split else self.run.dataset.test_splits[1:])

@@ -165,7 +165,8 @@ class TeacherEnsemble:
         for number, (network, teacher) in enumerate(zip(self.teachers, teachers, strict=True)):
             rows[array_name("teacher_features", number)] = teacher.features
             if network.head is None:
-                rows[array_name("teacher_logits", number)] = centre_rows(teacher.logits)
+                logits = teacher.logits.float()
+                rows[array_name("teacher_logits", number)] = centre_rows(logits) if self.fusion.centred else logits
         return rows
 
     def use_scales(self, clip_scales: Sequence[float]) -> None:
@@ -210,6 +211,7 @@ def load_ensemble(
         clip_weights=shares(clip_specs, where="clip"),
         clip_scales=(1.0,) * len(clip_specs),
         prompt_ensemble=recipe.prompt_ensemble,
+        centred=not images.multi_label,
     )
     names, size, normalisation = images.class_names, images.image_size, dataset.normalisation
     loaded = [load_teacher(spec, names, device, size, normalisation, precision=precision) for spec in teacher_specs]

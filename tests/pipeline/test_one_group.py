@@ -242,7 +242,9 @@ def test_a_run_and_its_page_show_the_only_group(
     assert other not in text.split("\n\n")[0]
     assert "fused" not in text
     references = compare(read_run(tmp_path / "run")).references
-    assert [(reference.label, reference.top1) for reference in references] == [(label, result.teachers[f"{kind}_top1"])]
+    assert [(reference.label, reference.figure) for reference in references] == [
+        (label, result.teachers[f"{kind}_top1"])
+    ]
     page = (tmp_path / "run" / "report.html").read_text()
     assert '"label":"fusion"' not in page.replace(" ", "")
 

@@ -54,7 +54,10 @@ def looks_at_labels(loss: LossRecipe) -> bool:
         draw = [torch.randn(6, width, generator=generator) for width in (CLASSES, 4, CLASSES, 8, *WIDTHS.widths)]
         targets = BatchTargets(draw[2], draw[3], tuple(draw[4:]))
         index = torch.arange(6)
-        return objective(draw[0], draw[1], Batch(torch.empty(0), labels[index], index, targets))["loss"].detach()
+        chosen = labels[index]
+        if loss.multi_label:
+            chosen = torch.nn.functional.one_hot(chosen, CLASSES)
+        return objective(draw[0], draw[1], Batch(torch.empty(0), chosen, index, targets))["loss"].detach()
 
     number = torch.arange(SAMPLES)
     return not torch.equal(value(number % CLASSES), value(number // (SAMPLES // CLASSES)))
@@ -119,7 +122,7 @@ def test_every_key_of_the_recipe_is_explained():
 
 
 def test_the_commands_give_the_losses_that_are_said():
-    block, _ = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    block, *_ = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     shown = []
     for line in block.splitlines():
         done = CliRunner().invoke(app, [*shlex.split(line.partition(" #")[0])[1:], "--show-recipe"])
@@ -134,7 +137,7 @@ def test_the_commands_give_the_losses_that_are_said():
 
 
 def test_the_commands_give_the_updates_that_are_said():
-    _, block = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    *_, block = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     accumulated, smoothed, _ = block.splitlines()
     shown = []
     for line in (accumulated, smoothed):

@@ -102,6 +102,7 @@ def test_each_term_is_its_loss_with_the_settings_of_the_recipe() -> None:
         "dkd": losses.dkd(logits, target, labels, 1.5, 6.0, 5.0),
         "standardised_kd": losses.standardised_kd(logits, target, 5.0),
         "standardised_dkd": losses.dkd(losses.standardise(logits), losses.standardise(target), labels, 1.5, 6.0, 5.0),
+        "bce": losses.sigmoid_kd(logits, target, 5.0),
     }
     feature_losses = {
         "mse": losses.feature_mse(features, target_features),
@@ -112,7 +113,8 @@ def test_each_term_is_its_loss_with_the_settings_of_the_recipe() -> None:
     assert logit_losses.keys() == LOGIT_TERMS.keys()
     assert feature_losses.keys() == FEATURE_TERMS.keys()
     for kind, expected in logit_losses.items():
-        assert torch.equal(make_objective(kind=kind, **numbers)(logits, None, batch)["loss_logit"], 2.0 * expected)
+        term = make_objective(kind=kind, ce_weight=0.0, **numbers)(logits, None, batch)["loss_logit"]
+        assert torch.equal(term, 2.0 * expected)
     for feature, expected in feature_losses.items():
         objective = make_objective(STUDENT_DIM, kind="ce", feature=feature, **numbers)
         assert not list(objective.parameters()), "equal widths need no projector"

@@ -82,6 +82,8 @@ def test_losses_by_name() -> None:
         "richkd-l": (1.0, ("kd", 3.0, 3.0), None),
         "richkd-f": (1.0, None, ("crd", 0.8)),
         "richkd": (1.0, ("kd", 3.0, 3.0), ("crd", 0.8)),
+        "bce": (1.0, ("bce", 1.0, 1.0), None),
+        "bce-labels": (1.0, None, None),
     }
     with pytest.raises(RecipeError, match="no such loss"):
         named_loss("kdd")
@@ -95,6 +97,8 @@ def test_losses_by_name() -> None:
         ({"kind": "kd", "feature": "crd"}, "kd+crd"),
         ({"kind": "ce", "feature": "mse"}, "ce+mse"),
         ({"kind": "kd", "distill_weight": 0.0}, "ce"),
+        ({"kind": "bce", "feature": "pkt"}, "bce+pkt"),
+        ({"kind": "bce", "distill_weight": 0.0}, "bce-labels"),
     ],
 )
 def test_the_name_of_a_loss(loss: dict[str, Any], name: str) -> None:
@@ -211,6 +215,8 @@ def test_on_labels_keeps_the_settings_of_the_ce_term() -> None:
     recipe = make(loss={"kind": "dkd", "ce_weight": 0.5, "label_smoothing": 0.2, "class_weights": "balanced"})
     on_labels = recipe.on_labels(DatasetRecipe(name="digits"), ViewRecipe(), 4)
     assert on_labels.loss == LossRecipe(kind="ce", label_smoothing=0.2, class_weights="balanced")
+    several = make(loss={"kind": "bce", "ce_weight": 0.5}).on_labels(DatasetRecipe(name="digits"), ViewRecipe(), 4)
+    assert several.loss_name == "bce-labels"
 
 
 @pytest.mark.parametrize(

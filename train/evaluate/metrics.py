@@ -41,6 +41,11 @@ class Evaluation(Frozen):
     ece: float
     brier: float | None = None
 
+    @property
+    def headline(self) -> float:
+        """The figure that runs are compared by."""
+        return self.top1
+
 
 def evaluate(
     model: nn.Module,

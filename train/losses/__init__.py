@@ -5,6 +5,7 @@ A loss is a batch mean unless it says otherwise.
 
 from train.losses.contrastive import ContrastiveMemory, NegativeSampler
 from train.losses.functions import (
+    binary_cross_entropy,
     cross_entropy,
     dkd,
     feature_cosine,
@@ -12,6 +13,7 @@ from train.losses.functions import (
     kd,
     pkt,
     rkd,
+    sigmoid_kd,
     standardise,
     standardised_kd,
 )
@@ -21,6 +23,7 @@ from train.losses.tail import kd_tail
 __all__ = [
     "ContrastiveMemory",
     "NegativeSampler",
+    "binary_cross_entropy",
     "cross_entropy",
     "dkd",
     "feature_cosine",
@@ -29,6 +32,7 @@ __all__ = [
     "kd_tail",
     "pkt",
     "rkd",
+    "sigmoid_kd",
     "standardise",
     "standardised_kd",
     "unit_rows",

@@ -92,6 +92,31 @@ def standardise(logits_NC: Tensor) -> Tensor:
 
 
 @full_precision
+def binary_cross_entropy(student_NC: Tensor, labels_NC: Tensor) -> Tensor:
+    """Cross entropy of every class on its own, for images with any number of labels: the mean over batch and classes.
+
+    Args:
+        labels_NC: 0 or 1, of any type.
+    """
+    return F.binary_cross_entropy_with_logits(student_NC, labels_NC.to(student_NC.dtype))
+
+
+@full_precision
+def sigmoid_kd(student_NC: Tensor, target_NC: Tensor, temperature: float) -> Tensor:
+    """KD of every class on its own: T² · mean_bc [ p (log p − log q) + (1 − p) (log(1 − p) − log(1 − q)) ].
+
+    p = sigmoid(target / T) and q = sigmoid(student / T). It is the divergence of the logit term of multi-label
+    distillation (Yang et al. 2023, L2D), as a mean instead of a sum over the classes, and has the gradient of the
+    binary cross entropy with p as labels; less the entropy of p, it is 0 for a student that agrees.
+    """
+    student_NC, target_NC = student_NC / temperature, target_NC / temperature
+    p = target_NC.sigmoid()
+    positive = p * (F.logsigmoid(target_NC) - F.logsigmoid(student_NC))
+    negative = (1.0 - p) * (F.logsigmoid(-target_NC) - F.logsigmoid(-student_NC))
+    return temperature**2 * (positive + negative).mean()
+
+
+@full_precision
 def feature_mse(student_ND: Tensor, target_ND: Tensor) -> Tensor:
     """Mean over batch and width of (student − target)²."""
     return F.mse_loss(student_ND, target_ND)

@@ -9,17 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from train.evaluate.multilabel import HEADLINES, headline_of
+from train.recipe import LABELS_ALONE as LOSSES_WITHOUT_TARGETS
 from train.recipe import SETTING_ALIASES
 from train.report.gains import gains, pairing, twins
-from train.report.records import FINISHED, TOP1_ON, TrialRecord
+from train.report.records import FIGURE_ON, FINISHED, TrialRecord
 from train.report.spread import Spread, spread
-from train.runs.result import top1_of_teachers
+from train.runs.result import figures_of_teachers
 
 LABELS_ALONE = "labels alone"
 # These keys follow from the loss or the cache, so they are compared only between runs of the same loss.
 _WITHIN_A_LOSS = ("loss.", "fusion.", "dataset", "views", "schedule.", "num_views")
 _NOT_COMPARED = {"student", "cache", "evaluate_every", "loss.kind", "loss.feature"}
-_FRACTIONS = {"top1", "top5", "ece", "best_top1", "ema_top1", "labels_top1"}
+_FRACTIONS = {"top5", "ece", *(f"{which}{name}" for which in ("", "best_", "ema_", "labels_") for name in HEADLINES)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,11 @@ class Setting:
         return displayed_loss(self.trials[0].loss)
 
     @property
+    def on_labels(self) -> bool:
+        """Whether nothing was distilled."""
+        return self.trials[0].loss in LOSSES_WITHOUT_TARGETS
+
+    @property
     def seeds(self) -> tuple[TrialRecord, ...]:
         """One trial per seed."""
         return _one_per_seed(self.trials)
@@ -70,21 +77,30 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Top-1 of a teacher, CLIP or their fusion on `n` clean images of `split`, measured when the cache was built."""
+    """The figure of a teacher, CLIP or their fusion on `n` clean images of `split`, from the cache's preflight."""
 
     label: str
-    top1: float
+    figure: float
     n: int | None
     split: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Settings, the best mean top-1 first; `varied` are the recipe keys in which they differ."""
+    """Settings, the best mean figure first; `varied` are the recipe keys in which they differ.
+
+    `figure` is what settings are compared by: `top1` or, for images with several labels, `map`.
+    """
 
     settings: tuple[Setting, ...]
     varied: tuple[str, ...]
     references: tuple[Reference, ...]
+    figure: str = "top1"
+
+    @property
+    def figure_name(self) -> str:
+        """The figure as it is displayed."""
+        return HEADLINES[self.figure]
 
     @property
     def trials(self) -> list[TrialRecord]:
@@ -94,13 +110,14 @@ class Comparison:
     @property
     def headline(self) -> Setting | None:
         """The best distilled setting; if nothing was distilled, the best one."""
-        ranked = [setting for setting in self.settings if setting.finished and "top1" in setting.figures]
-        return next((setting for setting in ranked if setting.trials[0].loss != "ce"), ranked[0] if ranked else None)
+        ranked = [setting for setting in self.settings if setting.finished and self.figure in setting.figures]
+        return next((setting for setting in ranked if not setting.on_labels), ranked[0] if ranked else None)
 
 
 def compare(trials: Sequence[TrialRecord]) -> Comparison:
     """Group trials by their settings, find the keys in which these differ, and pair distilled trials with twins."""
-    trials = _with_gains(trials)
+    figure = headline_of(any("map" in trial.figures for trial in trials))
+    trials = _with_gains(trials, figure)
     groups = _groups(trials)
     varied = _varied(trials)
     several_caches = len({trial.fingerprint for trial in trials if trial.fingerprint}) > 1
@@ -115,19 +132,20 @@ def compare(trials: Sequence[TrialRecord]) -> Comparison:
         )
         for group, varied_values, label in zip(groups, values, _labels(groups, values), strict=True)
     ]
-    settings.sort(key=lambda setting: (not setting.finished, -(setting.mean("top1") or 0.0)))
-    return Comparison(settings=tuple(settings), varied=columns, references=_references(trials, several_caches))
+    settings.sort(key=lambda setting: (not setting.finished, -(setting.mean(figure) or 0.0)))
+    references = _references(trials, several_caches)
+    return Comparison(settings=tuple(settings), varied=columns, references=references, figure=figure)
 
 
-def _with_gains(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials, those with a twin on labels alone with two more figures: `gain` and `labels_top1`."""
+def _with_gains(trials: Sequence[TrialRecord], figure: str) -> list[TrialRecord]:
+    """The trials; those with a twin on labels alone have two more figures, `gain` and `labels_top1` or `labels_map`."""
     known = [
         pairing(
             trial.settings,
             trial.data,
             seed=trial.seed,
-            on_labels=trial.loss == "ce",
-            top1=trial.figures.get("top1") if trial.status == FINISHED else None,
+            on_labels=trial.loss in LOSSES_WITHOUT_TARGETS,
+            figure=trial.figures.get(figure) if trial.status == FINISHED else None,
             images=trial.images,
         )
         for trial in trials
@@ -135,14 +153,14 @@ def _with_gains(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [
         trial
         if gain is None or place is None
-        else replace(trial, figures={**trial.figures, "gain": gain, "labels_top1": trials[place].figures["top1"]})
+        else replace(trial, figures={**trial.figures, "gain": gain, f"labels_{figure}": trials[place].figures[figure]})
         for trial, gain, place in zip(trials, gains(known), twins(known), strict=True)
     ]
 
 
 def displayed_loss(loss: str) -> str:
-    """The loss as it is displayed: "labels alone" for `ce`."""
-    return LABELS_ALONE if loss == "ce" else loss
+    """The loss as it is displayed: "labels alone" for `ce` and `bce-labels`."""
+    return LABELS_ALONE if loss in LOSSES_WITHOUT_TARGETS else loss
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -189,7 +207,7 @@ def _varied(trials: Sequence[TrialRecord]) -> tuple[str, ...]:
 def _values(trial: TrialRecord, columns: Sequence[str]) -> dict[str, str]:
     """The trial's values of these keys, as text."""
     values = {**trial.settings, "cache": trial.fingerprint[:8] if trial.fingerprint else None}
-    if trial.loss == "ce":  # other weights of the loss have no effect
+    if trial.loss in LOSSES_WITHOUT_TARGETS:  # other weights of the loss have no effect
         values = {key: value for key, value in values.items() if not key.startswith("loss.")}
     return {column: _text(values.get(column)) for column in columns}
 
@@ -238,7 +256,7 @@ def _figures(trials: Sequence[TrialRecord]) -> dict[str, Spread]:
     return {
         name: spread(
             [trial.figures[name] for trial in counted if name in trial.figures],
-            (0.0, 1.0) if name in _FRACTIONS or name.startswith(TOP1_ON) else (-math.inf, math.inf),
+            (0.0, 1.0) if name in _FRACTIONS or name.startswith(FIGURE_ON) else (-math.inf, math.inf),
         )
         for name in names
     }
@@ -247,10 +265,10 @@ def _figures(trials: Sequence[TrialRecord]) -> dict[str, Spread]:
 def _references(trials: Sequence[TrialRecord], several_caches: bool) -> tuple[Reference, ...]:
     found: dict[tuple[str, float], Reference] = {}
     for trial in trials:
-        for name, top1 in top1_of_teachers(trial.teachers).items():
+        for name, figure in figures_of_teachers(trial.teachers).items():
             label = f"{name} ({(trial.fingerprint or '')[:8]})" if several_caches else name
             n, split = trial.teachers.get("n"), trial.teachers.get("split")
-            found.setdefault((label, top1), Reference(label=label, top1=top1, n=n, split=split))
+            found.setdefault((label, figure), Reference(label=label, figure=figure, n=n, split=split))
     return tuple(found.values())
 
 

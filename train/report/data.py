@@ -14,7 +14,8 @@ from train.report.comparison import Comparison, Setting
 from train.report.records import FINISHED, TrialRecord
 from train.runs.predictions import class_accuracy, reliability
 
-CURVES = ("test_top1", "test_nll", "test_ece", "ema_top1", "loss", "loss_ce", "loss_logit", "loss_feature")
+_TEST_CURVES = ("test_top1", "test_map", "test_nll", "test_bce", "test_ece", "ema_top1", "ema_map")
+CURVES = (*_TEST_CURVES, "loss", "loss_ce", "loss_logit", "loss_feature")
 COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
 _MAX_POINTS = 160  # of a curve: a plot is not wide enough to show more
 
@@ -22,13 +23,15 @@ _MAX_POINTS = 160  # of a curve: a plot is not wide enough to show more
 def page_data(comparison: Comparison) -> dict[str, Any]:
     """The settings in their order, each with its trials, and the data that all settings share.
 
-    Accuracies are in [0, 1], epochs count from 1, unknown values are null. Top-1 and costs of the settings are exact,
+    `top1` is the mAP where `figure` says so. Accuracies are in [0, 1], epochs count from 1, unknown values are null.
+    Top-1 and costs of the settings are exact,
     because the page compares them and prints them in full. Other numbers are only drawn, so they are rounded.
     """
     names = class_names(comparison.trials)
     return {
-        "settings": [_setting(setting, names) for setting in comparison.settings],
-        "references": [{"label": one.label, "top1": _rounded(one.top1)} for one in comparison.references],
+        "figure": {"key": comparison.figure, "name": comparison.figure_name},
+        "settings": [_setting(setting, names, comparison.figure) for setting in comparison.settings],
+        "references": [{"label": one.label, "top1": _rounded(one.figure)} for one in comparison.references],
         "classes": None if names is None else {"names": list(names), "counts": _class_counts(comparison, names)},
     }
 
@@ -39,13 +42,13 @@ def class_names(trials: Sequence[TrialRecord]) -> tuple[str, ...] | None:
     return found.most_common(1)[0][0] if found else None
 
 
-def _setting(setting: Setting, names: tuple[str, ...] | None) -> dict[str, Any]:
-    top1, gain, predictions = setting.figures.get("top1"), setting.figures.get("gain"), _predictions(setting, None)
+def _setting(setting: Setting, names: tuple[str, ...] | None, figure: str) -> dict[str, Any]:
+    top1, gain, predictions = setting.figures.get(figure), setting.figures.get("gain"), _predictions(setting, None)
     comparable = None if names is None else _predictions(setting, names)
     return {
         "label": setting.label,
         "status": FINISHED if setting.finished else setting.trials[0].status,
-        "trials": [_trial(trial) for trial in setting.seeds],
+        "trials": [_trial(trial, figure) for trial in setting.seeds],
         "top1": None if top1 is None else {key: getattr(top1, key) for key in ("n", "mean", "low", "high")},
         "gain": None if gain is None else {key: getattr(gain, key) for key in ("n", "mean", "low", "high")},
         "ece": _rounded(setting.mean("ece")),
@@ -57,11 +60,11 @@ def _setting(setting: Setting, names: tuple[str, ...] | None) -> dict[str, Any]:
     }
 
 
-def _trial(trial: TrialRecord) -> dict[str, Any]:
+def _trial(trial: TrialRecord, figure: str) -> dict[str, Any]:
     return {
         "seed": trial.seed,
         "finished": trial.status == FINISHED,
-        "top1": _rounded(trial.figures.get("top1")),
+        "top1": _rounded(trial.figures.get(figure)),
         "curves": {} if trial.history is None else _curves(trial.history),
     }
 

@@ -1,4 +1,7 @@
-"""The gain of a distilled student over the same student on labels alone: their difference in top-1, seed by seed."""
+"""The gain of a distilled student over the same student on labels alone: their difference in top-1, seed by seed.
+
+For images with several labels it is the difference in mean average precision.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ class Paired:
         on_labels: whether this run is the one on labels alone.
         num_views: views to cycle through; None for a new one in every epoch.
         images: digest of the training images; None if it is not known.
-        top1: on the test split; None for a run that is not finished.
+        figure: top-1 (mAP with several labels) on the test split; None for a run that is not finished.
     """
 
     key: str
     on_labels: bool
     num_views: int | None
     images: str | None
-    top1: float | None
+    figure: float | None
 
 
 def pairing(
@@ -39,7 +42,7 @@ def pairing(
     *,
     seed: int,
     on_labels: bool,
-    top1: float | None,
+    figure: float | None,
     images: str | None = None,
 ) -> Paired:
     """The `Paired` of a run.
@@ -64,7 +67,7 @@ def pairing(
         on_labels=on_labels,
         num_views=None if views in {None, "None"} else int(views),
         images=data.get("images", images) if fraction == 1.0 else None,  # else one has the labelled images only
-        top1=top1,
+        figure=figure,
     )
 
 
@@ -72,15 +75,15 @@ def twins(runs: Sequence[Paired]) -> list[int | None]:
     """For each run, the place in `runs` of the same run on labels alone; None if there is none with a result."""
     by_key: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
-        if run.on_labels and run.top1 is not None:
+        if run.on_labels and run.figure is not None:
             by_key.setdefault(run.key, []).append(place)
     return [None if run.on_labels else _twin(run, runs, by_key.get(run.key, ())) for run in runs]
 
 
 def gains(runs: Sequence[Paired]) -> list[float | None]:
-    """For each run, its top-1 minus that of its twin on labels alone; None without a pair of results."""
+    """For each run, its figure minus that of its twin on labels alone; None without a pair of results."""
     return [
-        None if run.top1 is None or place is None else run.top1 - (runs[place].top1 or 0.0)
+        None if run.figure is None or place is None else run.figure - (runs[place].figure or 0.0)
         for run, place in zip(runs, twins(runs), strict=True)
     ]
 

@@ -8,7 +8,7 @@ from html import escape
 
 from cache_tools.screen import nats
 from train.report.comparison import Comparison, Setting, label_names, short_names
-from train.report.records import FINISHED, TOP1_ON, TrialRecord
+from train.report.records import FIGURE_ON, FINISHED, TrialRecord
 from train.report.spread import Spread
 
 Format = Callable[[float], str]
@@ -44,16 +44,31 @@ def _points(value: float) -> str:
     return f"{100 * value:+.2f}"
 
 
-COLUMNS = (
-    Column(
-        name="top1",
-        header="Top-1 %",
+def _headline_column(name: str, header: str) -> Column:
+    return Column(
+        name=name,
+        header=header,
         text=_percent,
         largest_first=True,
         has_deviation=True,
         interval="95 % interval",
         hint="test split, last epoch",
-    ),
+    )
+
+
+def _best_column(name: str, header: str) -> Column:
+    hint = "of all epochs, chosen on the test split, hence optimistic"
+    return Column(name=f"best_{name}", header=f"Best|{header} %", text=_percent, largest_first=True, hint=hint)
+
+
+def _ema_column(name: str, header: str) -> Column:
+    hint = "average of the weights"
+    return Column(name=f"ema_{name}", header=f"EMA|{header} %", text=_percent, largest_first=True, hint=hint)
+
+
+# The first column of a page is the figure that its settings are compared by.
+HEADLINE_COLUMNS = {"top1": _headline_column("top1", "Top-1 %"), "map": _headline_column("map", "mAP %")}
+COLUMNS = (
     Column(
         name="gain",
         header="Gain over|labels alone",
@@ -61,25 +76,22 @@ COLUMNS = (
         largest_first=True,
         has_deviation=True,
         interval="95 % interval|of the gain",
-        hint="points of top-1: mean over the seeds of this student minus the same student on labels alone, same seed",
+        hint="points: mean over the seeds of this student minus the same student on labels alone, same seed",
     ),
     Column(name="top5", header="Top-5 %", text=_percent, largest_first=True, has_deviation=True),
     Column(name="nll", header="NLL", text=nats, has_deviation=True, hint="negative log-likelihood in nats"),
+    Column(name="bce", header="BCE", text=nats, has_deviation=True, hint="binary cross entropy per label in nats"),
     Column(name="ece", header="ECE", text=nats, has_deviation=True, hint="expected calibration error, 15 bins"),
     Column(name="parameters", header="Parameters", text=lambda value: f"{value:,.0f}"),
     Column(name="flops", header="MFLOPs", text=lambda value: f"{value / 1e6:,.1f}", hint="per image, forward"),
     Column(name="latency_1_ms", header="Latency ms,|1 image", text=lambda value: f"{value:,.2f}"),
     Column(name="latency_128_ms", header="Latency ms,|batch of 128", text=lambda value: f"{value:,.1f}"),
     Column(name="train_s", header="Training|s", text=lambda value: f"{value:,.1f}", hint="training steps only"),
-    Column(
-        name="best_top1",
-        header="Best|top-1 %",
-        text=_percent,
-        largest_first=True,
-        hint="of all epochs, chosen on the test split, hence optimistic",
-    ),
+    _best_column("top1", "top-1"),
+    _best_column("map", "mAP"),
     Column(name="best_epoch", header="at|epoch", text=lambda value: f"{value:.0f}", largest_first=True),
-    Column(name="ema_top1", header="EMA|top-1 %", text=_percent, largest_first=True, hint="average of the weights"),
+    _ema_column("top1", "top-1"),
+    _ema_column("map", "mAP"),
 )
 
 
@@ -89,9 +101,9 @@ def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
     Args:
         anchors: trial → id of its section of the page.
     """
-    first, *others = COLUMNS
-    more = dict.fromkeys(name for one in comparison.settings for name in one.figures if name.startswith(TOP1_ON))
-    others = [*(_top1_on(name) for name in more), *others]
+    more = dict.fromkeys(name for one in comparison.settings for name in one.figures if name.startswith(FIGURE_ON))
+    others = [*(_figure_on(name, comparison.figure_name) for name in more), *COLUMNS]
+    first = HEADLINE_COLUMNS[comparison.figure]
     known = [column for column in others if any(column.name in one.figures for one in comparison.settings)]
     table = _Table(comparison, [first, *known], anchors)
     return "\n".join(
@@ -101,10 +113,10 @@ def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
     )
 
 
-def _top1_on(name: str) -> Column:
+def _figure_on(name: str, figure: str) -> Column:
     """The column of a further test split."""
-    split = name.removeprefix(TOP1_ON)
-    header = f"{escape(split)}|top-1 %"
+    split = name.removeprefix(FIGURE_ON)
+    header = f"{escape(split)}|{figure} %"
     return Column(name=name, header=header, text=_percent, largest_first=True, hint=f"split {split}, last epoch")
 
 
@@ -125,7 +137,8 @@ class _Table:
                 " Several seeds: mean ± standard deviation, and the 95 % confidence interval of the mean (Student's t)."
             )
         if any(column.name == "gain" for column in self.columns):
-            text += " Gain: top-1 minus that of the same student on labels alone, paired by seed, in points."
+            figure = self.comparison.figure_name
+            text += f" Gain: {figure} minus that of the same student on labels alone, paired by seed, in points."
         return text
 
     def head(self) -> str:
@@ -134,7 +147,7 @@ class _Table:
         for column in self.first_columns:
             cells.append(self._head(column))
             if self.has_intervals:
-                key = "interval" if column.name == "top1" else f"{column.name}-interval"
+                key = "interval" if column.name in HEADLINE_COLUMNS else f"{column.name}-interval"
                 cells.append(_header(key, column.interval, "ascending", "number", "sorts by the width of the interval"))
         cells.append(_header("seed", "Seeds" if self.has_seeds else "Seed", "ascending", "number"))
         if self.has_statuses:
@@ -187,7 +200,8 @@ class _Table:
 
     def _figures(self, figures: Mapping[str, Spread], middle: list[str]) -> Iterator[str]:
         """Cells of all figures; `middle` are the cells after the first figures and their intervals."""
-        count = figures["top1"].n if "top1" in figures else 0
+        headline = figures.get(self.comparison.figure)
+        count = 0 if headline is None else headline.n
         for column in self.first_columns:
             yield self._figure(column, figures.get(column.name))
             if self.has_intervals:

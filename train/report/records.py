@@ -14,6 +14,7 @@ import polars as pl
 from cache_tools.config import parse_yaml, validate
 from cache_tools.errors import DataError, NotFoundError
 from train import checkpoints
+from train.evaluate.multilabel import HEADLINES
 from train.recipe import TrainRecipe
 from train.runs import folder
 from train.runs.metrics import read_metrics
@@ -23,8 +24,8 @@ from train.runs.result import RunResult, load_result
 from train.runs.stored import data_name, read_manifest
 
 FINISHED, UNFINISHED, STOPPED, FAILED = "finished", "unfinished", "stopped", "failed"
-TOP1_ON = "top1 on "  # the figure of a further test split
-_FIGURES = ("top1", "top5", "nll", "ece")
+FIGURE_ON = "figure on "  # the top-1 or mAP of a further test split
+_FIGURES = ("top1", "top5", "nll", "ece", "map", "bce")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,10 +36,10 @@ class TrialRecord:
         name: what the images are called; see `train.runs.stored.data_name`.
         status: `finished`; `unfinished` if it was interrupted or is still running; in a sweep also `stopped` early or
             `failed`. `error` has the reason.
-        figures: the known ones of top1, top5, nll, ece (test split, last epoch; of an unfinished run its last
-            evaluation), `top1 on SPLIT` for further test splits, best_top1, best_epoch (counted from 1), ema_top1,
-            parameters, flops, latency_1_ms, latency_128_ms, train_s. `compare` adds gain
-            and labels_top1.
+        figures: the known ones of top1, top5, nll, ece, map, bce (test split, last epoch; of an unfinished run its last
+            evaluation), `figure on SPLIT` for further test splits, best_top1, best_map, best_epoch (counted from 1),
+            ema_top1, ema_map, parameters, flops, latency_1_ms, latency_128_ms, train_s. `compare` adds gain, and
+            labels_top1 or labels_map.
         settings: dotted recipe key → value of everything that determines the result, without the seed; of a trial
             without a folder, the settings in the sweep's table.
         data: identity of images and targets, as in the run's identity.
@@ -114,10 +115,13 @@ def _read_folder(path: Path) -> TrialRecord:
 
 def _finished(result: RunResult, common: Mapping[str, Any]) -> TrialRecord:
     figures: dict[str, float | None] = {name: getattr(result.last, name, None) for name in _FIGURES}
-    figures |= {"best_top1": getattr(result.best, "top1", None), "ema_top1": getattr(result.ema, "top1", None)}
+    for name in HEADLINES:
+        figures |= {f"best_{name}": getattr(result.best, name, None), f"ema_{name}": getattr(result.ema, name, None)}
     figures |= {"best_epoch": None if result.best_epoch is None else result.best_epoch + 1}
     figures |= {"parameters": result.parameters, "train_s": result.train_s}
-    figures |= {f"{TOP1_ON}{split}": getattr(more.last, "top1", None) for split, more in result.more_tests.items()}
+    figures |= {
+        f"{FIGURE_ON}{split}": getattr(more.last, "headline", None) for split, more in result.more_tests.items()
+    }
     return TrialRecord(
         name=data_name(result.folder, result.name),
         student=result.student,

@@ -85,7 +85,7 @@ def run_details(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
         line
         for number, setting in enumerate(comparison.settings)
         for trial in setting.trials
-        for line in _trial(trial, number, setting.label, anchors[trial])
+        for line in _trial(trial, number, setting.label, anchors[trial], comparison.figure)
     )
 
 
@@ -93,46 +93,53 @@ def _facts(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
     """(kind, name, figure, note)"""
     first = comparison.headline
     if first is not None:
-        top1 = first.figures["top1"]
-        seeds = "" if top1.n == 1 else f", mean of {top1.n} seeds"
-        yield "first", f"{_headline_name(comparison, first)}, top-1", _percent(top1.mean), first.label + seeds
+        found = first.figures[comparison.figure]
+        seeds = "" if found.n == 1 else f", mean of {found.n} seeds"
+        name = f"{_headline_name(comparison, first)}, {comparison.figure_name}"
+        yield "first", name, _percent(found.mean), first.label + seeds
         if "gain" in first.figures:
-            yield from _gain(first)
+            yield from _gain(comparison, first)
         elif len(comparison.settings) == 2:
             yield from _other(comparison, first)
     if len(comparison.references) <= _MAX_REFERENCES:
         for reference in comparison.references:
             note = "" if reference.n is None else f"{reference.n:,} {reference.split or 'labelled'} images"
             label = reference.label[0].upper() + reference.label[1:]
-            yield "reference", label, _percent(reference.top1), note
+            yield "reference", label, _percent(reference.figure), note
 
 
 def _headline_name(comparison: Comparison, first: Setting) -> str:
     if len(comparison.settings) <= 2:
         return "Student"
-    is_distilled = first.trials[0].loss != "ce"
-    others = any(setting.trials[0].loss == "ce" for setting in comparison.settings)
-    return "Best distilled student" if is_distilled and others else "Best student"
+    others = any(setting.on_labels for setting in comparison.settings)
+    return "Best distilled student" if others and not first.on_labels else "Best student"
 
 
-def _gain(first: Setting) -> Iterator[tuple[str, str, str, str]]:
+def _gain(comparison: Comparison, first: Setting) -> Iterator[tuple[str, str, str, str]]:
     """The same student on labels alone, and the difference, whatever its sign."""
-    gain, labels = first.figures["gain"], first.figures["labels_top1"]
+    gain, labels = first.figures["gain"], first.figures[f"labels_{comparison.figure}"]
     pairs = "one seed" if gain.n == 1 else f"mean of {gain.n} seeds"
-    yield "second", "On labels alone, top-1", _percent(labels.mean), f"the same student, {pairs}"
+    yield "second", f"On labels alone, {comparison.figure_name}", _percent(labels.mean), f"the same student, {pairs}"
     interval = "" if gain.low is None else f", 95 % interval {100 * gain.low:+.2f} to {100 * (gain.high or 0.0):+.2f}"
-    yield "second", "Distilled − labels alone", f"{100 * gain.mean:+.2f}", f"points of top-1, {pairs}{interval}"
+    yield (
+        "second",
+        "Distilled − labels alone",
+        f"{100 * gain.mean:+.2f}",
+        f"points of {comparison.figure_name}, {pairs}{interval}",
+    )
 
 
 def _other(comparison: Comparison, first: Setting) -> Iterator[tuple[str, str, str, str]]:
     """The other of two settings, and their difference if both or neither were distilled."""
     other = next(setting for setting in comparison.settings if setting is not first)
-    if not other.finished or "top1" not in other.figures:
+    figure = comparison.figure
+    if not other.finished or figure not in other.figures:
         return
-    top1 = other.figures["top1"]
-    yield "second", f"{other.label[0].upper()}{other.label[1:]}", _percent(top1.mean), "for comparison"
-    if (first.trials[0].loss == "ce") == (other.trials[0].loss == "ce"):
-        yield "second", "Difference", f"{100 * (first.figures['top1'].mean - top1.mean):+.2f}", "points of top-1"
+    found = other.figures[figure].mean
+    yield "second", f"{other.label[0].upper()}{other.label[1:]}", _percent(found), "for comparison"
+    if first.on_labels == other.on_labels:
+        difference = f"{100 * (first.figures[figure].mean - found):+.2f}"
+        yield "second", "Difference", difference, f"points of {comparison.figure_name}"
 
 
 def _notices(comparison: Comparison) -> Iterator[str]:
@@ -160,9 +167,9 @@ def _choice(name: str, title: str, values: list[str]) -> str:
     )
 
 
-def _trial(trial: TrialRecord, setting: int, label: str, anchor: str) -> Iterator[str]:
-    top1 = trial.figures.get("top1")
-    figure = trial.status if trial.status != FINISHED else "" if top1 is None else _percent(top1)
+def _trial(trial: TrialRecord, setting: int, label: str, anchor: str, compared: str) -> Iterator[str]:
+    found = trial.figures.get(compared)
+    figure = trial.status if trial.status != FINISHED else "" if found is None else _percent(found)
     yield f'<details class="run" id="{anchor}" data-setting="{setting}">'
     name = f"{escape(label)}, seed {trial.seed}"
     yield f'<summary><span class="key"></span>{name}<span class="figure">{escape(figure)}</span></summary>'

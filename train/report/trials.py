@@ -15,18 +15,20 @@ from cache_tools.files import put_durably
 from train.report.records import TrialRecord, is_run, known, read_run
 
 TRIALS = "trials.parquet"
-FIGURES = ("top1", "top5", "nll", "ece")
+FIGURES = ("top1", "top5", "nll", "ece", "map", "bce")
 # Columns that every table has; the others are settings.
 COLUMNS = {
     "trial": pl.String, "student": pl.String, "loss": pl.String, "seed": pl.Int64, "status": pl.String,
     "error": pl.String, "folder": pl.String, "parameters": pl.Int64, "flops": pl.Int64, "latency_1_ms": pl.Float64,
-    "latency_128_ms": pl.Float64, "top1": pl.Float64, "gain": pl.Float64, "top5": pl.Float64, "nll": pl.Float64,
-    "ece": pl.Float64, "best_epoch": pl.Int64, "best_top1": pl.Float64, "epochs_done": pl.Int64, "train_s": pl.Float64,
+    "latency_128_ms": pl.Float64, "top1": pl.Float64, "map": pl.Float64, "gain": pl.Float64, "top5": pl.Float64,
+    "nll": pl.Float64, "ece": pl.Float64, "bce": pl.Float64, "best_epoch": pl.Int64, "best_top1": pl.Float64,
+    "best_map": pl.Float64, "epochs_done": pl.Int64, "train_s": pl.Float64,
     "command": pl.String,
 }  # fmt: skip
 _REQUIRED = ("student", "loss", "seed", "status", "folder")
 _MEASURED_BY_SWEEP = ("flops", "latency_1_ms", "latency_128_ms")
-_RECORD_FIGURES = (*FIGURES, "gain", "best_top1", "best_epoch", "parameters", "train_s", *_MEASURED_BY_SWEEP)
+_BEST = ("best_top1", "best_map", "best_epoch")
+_RECORD_FIGURES = (*FIGURES, "gain", *_BEST, "parameters", "train_s", *_MEASURED_BY_SWEEP)
 
 
 def save_table(table: pl.DataFrame, folder: Path) -> None:

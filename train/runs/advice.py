@@ -7,9 +7,10 @@ from pathlib import Path
 
 from cache_tools.errors import CacheError
 from cache_tools.format.manifest import Manifest, build_command
+from train.evaluate.metrics import Evaluation
 from train.recipe import TrainRecipe
 from train.runs.folder import RECIPE
-from train.runs.result import RunResult, top1_of_teachers
+from train.runs.result import RunResult, figures_of_teachers
 from train.runs.stored import open_run
 
 _FEW_VIEWS, _FEW_EPOCHS = 8, 60
@@ -18,7 +19,7 @@ _FEW_VIEWS, _FEW_EPOCHS = 8, 60
 def next_steps(result: RunResult) -> list[str]:
     """The lines after the summary of a run."""
     lines = _after_a_loss(result)
-    if result.last is not None:
+    if isinstance(result.last, Evaluation):  # not for images with several labels
         lines.append(f"next: {_command('evaluate-student', result.folder)}")
     return [*lines, f"next: {_command('export-student', result.folder)}"]
 
@@ -38,7 +39,7 @@ def _after_a_loss(result: RunResult) -> list[str]:
 
 
 def _about_the_fusion(result: RunResult, manifest: Manifest | None, cache: Path | str | None) -> list[tuple[str, str]]:
-    top1 = top1_of_teachers(result.teachers)
+    top1 = figures_of_teachers(result.teachers)
     if manifest is None or cache is None or "fusion" not in top1:
         return []
     lost = 100 * (max(top1["teacher"], top1["CLIP"]) - top1["fusion"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_tools.plotting import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY_BLUE, VERMILLION, light_grid, plain
+from train.evaluate.multilabel import HEADLINES, headline_of
 
 if TYPE_CHECKING:
     import polars
@@ -26,14 +27,14 @@ _REFERENCE_COLOURS = (VERMILLION, GREEN, PURPLE, ORANGE, SKY_BLUE, BLACK)
 def plot_curves(
     history: polars.DataFrame, path: str | Path, title: str, references: Mapping[str, float] | None = None
 ) -> None:
-    """Write a PNG of the training loss terms (left) and the test top-1 (right) over the epochs.
+    """Write a PNG of the training loss terms (left) and the test top-1 or mAP (right) over the epochs.
 
     Args:
         history: one row per epoch with `epoch` (from 0), any of `loss`, `loss_ce`, `loss_logit`, `loss_feature`, and
-            `test_top1` in [0, 1]; columns that are missing and values that are null are left out.
+            `test_top1` or `test_map` in [0, 1]; columns that are missing and values that are null are left out.
         path: of the PNG, 1400 × 560 pixels.
         title: one line above both panels.
-        references: label → top-1 in [0, 1], drawn as dashed lines (teacher, CLIP, fusion, labels only).
+        references: label → that figure in [0, 1], drawn as dashed lines (teacher, CLIP, fusion, labels only).
     """
     _draw(history, title, dict(references or {})).savefig(path, format="png")
 
@@ -69,9 +70,10 @@ def _plot_losses(axes: Any, history: polars.DataFrame) -> None:
 
 
 def _plot_accuracy(axes: Any, history: polars.DataFrame, references: dict[str, float]) -> None:
-    epochs, values = _points(history, "test_top1")
+    figure = headline_of("test_map" in history.columns)
+    epochs, values = _points(history, f"test_{figure}")
     percent = [100 * value for value in values]
-    axes.set_title("Test top-1, %", loc="left", fontsize=11)
+    axes.set_title(f"Test {HEADLINES[figure]}, %", loc="left", fontsize=11)
     if not percent and not references:
         axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center", color=INK)
         return

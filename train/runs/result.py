@@ -14,7 +14,8 @@ from cache_tools.files import put_durably
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.screen import TextTable, nats
 from cache_tools.units import duration
-from train.evaluate.metrics import Evaluation
+from train.evaluate.multilabel import HEADLINES, Figures, MultiLabelEvaluation
+from train.recipe import LABELS_ALONE
 from train.runs.folder import REPORT, RESULT
 
 _ROWS = {"fusion": "teacher + CLIP, fused"}
@@ -23,9 +24,9 @@ _ROWS = {"fusion": "teacher + CLIP, fused"}
 class SplitResult(Frozen):
     """The figures of a run on a further test split, of the weights that `RunResult` has figures of."""
 
-    last: Evaluation | None
-    best: Evaluation | None = None
-    ema: Evaluation | None = None
+    last: Figures | None
+    best: Figures | None = None
+    ema: Figures | None = None
 
 
 class RunResult(Frozen):
@@ -33,11 +34,13 @@ class RunResult(Frozen):
 
     Attributes:
         folder: of the run.
-        last, best, ema: figures on the test split of the last weights, of those with the highest test top-1 of all
-            epochs (selected on the test set, as papers do, so the figure is optimistic), and of the averaged weights.
+        last, best, ema: figures on the test split of the last weights, of those with the highest test top-1 (mAP with
+            several labels) of all epochs (selected on the test set, as papers do, so the figure is optimistic), and of
+            the averaged weights.
+        average_precision: of each class that the test split has, with the last weights; empty for single labels.
         more_tests: figures on further test splits, by split; those of `best` are at the best epoch of the first split.
         test_preprocessing: how test images were prepared; None in results of earlier versions.
-        teachers: top-1 of teacher, CLIP and fusion, measured by the cache's preflight (see `top1_of_teachers`).
+        teachers: top-1 of teacher, CLIP and fusion, measured by the cache's preflight (see `figures_of_teachers`).
         labels_only: the same run on labels alone.
         notes: what a reader of the figures should know, such as classes without test images.
         train_s: seconds spent in training steps, also before a resume; without opening, evaluation and writing.
@@ -57,10 +60,11 @@ class RunResult(Frozen):
     fingerprint: str | None
     train_samples: int
     test_split: str | None
-    last: Evaluation | None
-    best: Evaluation | None
+    last: Figures | None
+    best: Figures | None
     best_epoch: int | None
-    ema: Evaluation | None = None
+    ema: Figures | None = None
+    average_precision: dict[str, float] = Field(default_factory=dict)
     more_tests: dict[str, SplitResult] = Field(default_factory=dict)
     test_preprocessing: Preprocessing | None = None
     teachers: dict[str, Any] | None = None
@@ -73,9 +77,9 @@ class RunResult(Frozen):
 
     @property
     def gain_over_labels(self) -> float | None:
-        """Top-1 minus that of the same student on labels alone, last epoch; None if one of them is not known."""
+        """Top-1 or mAP minus that of the same student on labels alone, last epoch; None if one of them is not known."""
         twin = self.labels_only
-        return None if twin is None or not twin.last or not self.last else self.last.top1 - twin.last.top1
+        return None if twin is None or not twin.last or not self.last else self.last.headline - twin.last.headline
 
     def save(self) -> None:
         put_durably(self.folder / RESULT, self.model_dump_json(indent=2).encode())
@@ -100,24 +104,29 @@ def load_result(folder: Path) -> RunResult | None:
     return result.model_copy(update={"folder": folder})
 
 
-def top1_of_teachers(preflight: Mapping[str, Any] | None) -> dict[str, float]:
-    """The top-1 of `teacher`, `CLIP` and `fusion` in a cache's preflight; those that were not measured are left out."""
-    keys = {"teacher": "teacher_top1", "CLIP": "clip_top1", "fusion": "fusion_top1"}
+def figures_of_teachers(preflight: Mapping[str, Any] | None) -> dict[str, float]:
+    """The top-1 of `teacher`, `CLIP` and `fusion` in a cache's preflight; those that were not measured are left out.
+
+    For images with several labels it is the mean average precision of `teacher`.
+    """
+    keys = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion", "teacher_map": "teacher"}
     found = preflight or {}
-    return {name: found[key] for name, key in keys.items() if found.get(key) is not None}
+    return {name: found[key] for key, name in keys.items() if found.get(key) is not None}
 
 
 def summary(result: RunResult) -> str:
     """The result as a short table."""
-    table = TextTable(["", "top-1", "top-5", "NLL", "ECE"])
-    for name, top1 in top1_of_teachers(result.teachers).items():
-        table.add_row(_ROWS.get(name, name), f"{top1:.2%}")
-    _add_student(table, result, "on labels" if result.loss == "ce" else "distilled")
+    several = isinstance(result.last, MultiLabelEvaluation)
+    table = TextTable(["", "mAP", "BCE"] if several else ["", "top-1", "top-5", "NLL", "ECE"])
+    for name, figure in figures_of_teachers(result.teachers).items():
+        table.add_row(_ROWS.get(name, name), f"{figure:.2%}")
+    _add_student(table, result, "on labels" if result.loss in LABELS_ALONE else "distilled")
     if result.labels_only is not None:
         _add_student(table, result.labels_only, "on labels alone")
     lines = [table.text()]
     if (gain := result.gain_over_labels) is not None:
-        lines.append(f"distilled − on labels alone: {100 * gain:+.2f} points of top-1, last epoch, one seed")
+        unit = HEADLINES["map" if several else "top1"]
+        lines.append(f"distilled − on labels alone: {100 * gain:+.2f} points of {unit}, last epoch, one seed")
     return "\n".join([*lines, "", *_notes(result)])
 
 
@@ -129,8 +138,14 @@ def _add_student(table: TextTable, result: RunResult, training: str) -> None:
         rows += [(f"  its {which} on {split}", evaluation) for which, evaluation in named]
     for label, evaluation in rows:
         if evaluation is not None:
-            top5 = "–" if evaluation.top5 is None else f"{evaluation.top5:.2%}"
-            table.add_row(label, f"{evaluation.top1:.2%}", top5, nats(evaluation.nll), f"{evaluation.ece:.4f}")
+            table.add_row(label, *_cells(evaluation))
+
+
+def _cells(evaluation: Figures) -> tuple[str, ...]:
+    if isinstance(evaluation, MultiLabelEvaluation):
+        return f"{evaluation.map:.2%}", nats(evaluation.bce)
+    top5 = "–" if evaluation.top5 is None else f"{evaluation.top5:.2%}"
+    return f"{evaluation.top1:.2%}", top5, nats(evaluation.nll), f"{evaluation.ece:.4f}"
 
 
 def _notes(result: RunResult) -> list[str]:
@@ -146,9 +161,13 @@ def _notes(result: RunResult) -> list[str]:
         notes.append(
             f"Tested at the size of the views, {height} × {width} ({resized}, {seen.crop:.1%} of the shorter side)."
         )
+    if precision := sorted(result.average_precision.items(), key=lambda item: item[1]):
+        shown = [f"{name} {value:.2%}" for name, value in (precision if len(precision) <= 6 else precision[:3])]
+        which = "" if len(precision) <= 6 else f" of {len(precision)} classes, the lowest"
+        notes.append(f"Average precision{which}: {', '.join(shown)}.")
     if (teachers := result.teachers) and "n" in teachers:
         split = f"the {teachers['split']} split" if "split" in teachers else "a labelled sample"
-        who = " and ".join(", ".join(top1_of_teachers(result.teachers)).rsplit(", ", 1))
+        who = " and ".join(", ".join(figures_of_teachers(result.teachers)).rsplit(", ", 1))
         notes.append(
             f"{who[:1].upper()}{who[1:]}: {teachers['n']:,} clean images of {split}, when the cache was built."
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cache_tools.errors import RecipeError
+from train.evaluate.multilabel import MultiLabelEvaluation, headline_of
 from train.recipe import TrainRecipe
 from train.runs.folder import BOARD, flatten
 
@@ -214,5 +215,6 @@ def _final(result: RunResult) -> dict[str, float]:
     """The figures that are known only at the end of a run."""
     figures: dict[str, float] = {"parameters": result.parameters, "total_train_s": result.train_s}
     if result.best is not None and result.best_epoch is not None:
-        figures |= {"best_test_top1": result.best.top1, "best_epoch": result.best_epoch}
+        name = f"best_test_{headline_of(isinstance(result.best, MultiLabelEvaluation))}"
+        figures |= {name: result.best.headline, "best_epoch": result.best_epoch}
     return figures

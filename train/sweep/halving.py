@@ -18,6 +18,8 @@ from cache_tools.files import put_durably
 from cache_tools.format.manifest import Manifest
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
+from train.evaluate.metrics import Evaluation
+from train.evaluate.multilabel import MultiLabelEvaluation
 from train.runs.folder import STOPPED
 from train.runs.metrics import read_metrics
 from train.runs.outcome import last_value
@@ -119,6 +121,17 @@ def check_metric(metric: str, trials: Sequence[Trial], section: str) -> None:
     """
     if not metric.startswith(TEST_PREFIXES):
         return
+    figure = metric.partition("_")[2]
+    for trial in trials:
+        kind = MultiLabelEvaluation if trial.recipe.loss.multi_label else Evaluation
+        if figure in {*Evaluation.model_fields, *MultiLabelEvaluation.model_fields} - {*kind.model_fields}:
+            labels = "any number of labels" if trial.recipe.loss.multi_label else "one label"
+            raise RecipeError(
+                f"no {metric} for images with {labels} each",
+                where=trial.name,
+                expected=", ".join(f"test_{name}" for name in kind.model_fields if name != "n"),
+                next_step=f"choose another metric ({section}: {{metric: …}} in the sweep file)",
+            )
     manifests: dict[str, Manifest] = {}
     for trial in trials:
         if metric.startswith("ema_") and trial.recipe.ema_decay is None:

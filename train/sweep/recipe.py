@@ -13,7 +13,15 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cache_tools.config import Frozen, set_dotted, validate
 from cache_tools.errors import RecipeError
-from train.recipe import CE_SETTINGS, SETTING_ALIASES, TrainRecipe, all_fields, default_fields, named_loss
+from train.recipe import (
+    CE_SETTINGS,
+    LABELS_ALONE,
+    SETTING_ALIASES,
+    TrainRecipe,
+    all_fields,
+    default_fields,
+    named_loss,
+)
 from train.sweep.search_recipe import Axis, Search, larger_is_better
 from train.unused import unused_settings, value_at
 
@@ -245,7 +253,7 @@ def make_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
         trial = make_trial(sweep, settings, folder, len(trials))
         values = str(_effective(trial.recipe))
         if values in seen:
-            if settings.get("loss") == "ce" or _has_unused(trial):  # the grid varies a setting of other losses
+            if settings.get("loss") in LABELS_ALONE or _has_unused(trial):  # the grid varies a setting of other losses
                 continue
             raise RecipeError("two trials of the sweep are the same", where=f"{seen[values]} and {trial.name}")
         if trial.name in seen.values():
@@ -301,10 +309,11 @@ def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, nu
 
 def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
     data: dict[str, Any] = {**copy.deepcopy(sweep.base), "name": sweep.name, "compare_with_labels": False}
-    on_labels = settings.get("loss") == "ce" and data.get("cache") is not None
+    on_labels = settings.get("loss") in LABELS_ALONE and data.get("cache") is not None
     if on_labels:  # the loss that the other trials' names replace stays, but for its CE term
         others = {key: value for key, value in data.get("loss", {}).items() if key not in CE_SETTINGS}
         data["loss"] = others | {key: value for key, value in sweep.loss_settings.items() if key in CE_SETTINGS}
+        data["loss"]["kind"] = "bce" if settings["loss"] == "bce-labels" else "kd"
     elif "loss" in settings:
         data["loss"] = named_loss(str(settings["loss"])) | sweep.loss_settings
     for key, value in settings.items():

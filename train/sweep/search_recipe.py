@@ -104,12 +104,12 @@ def edges(space: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
 
 def figure_text(metric: str, value: float) -> str:
     """A figure of a run as text: accuracies in per cent, all others as they are."""
-    return f"{value:.2%}" if metric.endswith(("top1", "top5")) else nats(value)
+    return f"{value:.2%}" if metric.endswith(("top1", "top5", "map")) else nats(value)
 
 
 def larger_is_better(metric: str) -> bool:
     """Whether a larger value of the metric is better."""
-    return not any(word in metric for word in ("loss", "nll", "ece", "brier"))
+    return not any(word in metric for word in ("loss", "nll", "ece", "brier", "bce"))
 
 
 def parse_range(text: str) -> dict[str, Any] | None:

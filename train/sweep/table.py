@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from train.cost import Cost
+from train.evaluate.multilabel import headline_of
 from train.report.gains import Paired, gains, pairing
 from train.report.spread import interval_factor, pareto_front
 from train.report.trials import COLUMNS, FIGURES, setting_columns
@@ -45,13 +46,13 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
     """One row per setting over its finished trials: n, mean, standard deviation and half the 95 % interval.
 
     The interval is Student's t over seeds; null for a single seed. `gain` is the mean over the `gain_n` seeds that were
-    also trained on labels alone. `pareto_COST` is true if no other setting has at least the same top-1 at a lower cost.
-    The best top-1 comes first.
+    also trained on labels alone. `pareto_COST` is true if no other setting has at least the same top-1 (with several
+    labels: mAP) at a lower cost. The best comes first.
     """
     finished = table.filter(pl.col("status") == "finished")
     keys = setting_columns(table)
-    if "gain" not in finished.columns:  # a table of an earlier version
-        finished = finished.with_columns(gain=pl.lit(None, pl.Float64))
+    missing = {"gain", *FIGURES} - {*finished.columns}  # from a table of an earlier version
+    finished = finished.with_columns(**{name: pl.lit(None, pl.Float64) for name in sorted(missing)})
     figures = ("top1", "gain", *FIGURES[1:])
     means = [pl.col(name).mean().alias(name) for name in figures]
     spread = [pl.col(name).std().alias(f"{name}_std") for name in figures]
@@ -64,11 +65,17 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
         (pl.col(f"{name}_std") * pl.col("_gain_factor" if name == "gain" else "_factor")).alias(f"{name}_ci95")
         for name in figures
     )
-    top1 = groups["top1"].to_list()
+    headline = headline_column(groups)
+    compared = groups[headline].to_list()
     fronts = [
-        pl.Series(f"pareto_{cost}", pareto_front(groups[cost].to_list(), top1), dtype=pl.Boolean) for cost in COSTS
+        pl.Series(f"pareto_{cost}", pareto_front(groups[cost].to_list(), compared), dtype=pl.Boolean) for cost in COSTS
     ]
-    return groups.drop("_factor", "_gain_factor").with_columns(fronts).sort("top1", descending=True, nulls_last=True)
+    return groups.drop("_factor", "_gain_factor").with_columns(fronts).sort(headline, descending=True, nulls_last=True)
+
+
+def headline_column(table: pl.DataFrame) -> str:
+    """The column by which trials are compared: the mAP if they have one, else the top-1."""
+    return headline_of("map" in table.columns and table["map"].null_count() < len(table))
 
 
 def _factors(counts: pl.Series, name: str) -> pl.Series:
@@ -84,7 +91,7 @@ def _pairing(trial: Trial, row: dict[str, Any]) -> Paired:
         {} if identity is None else identity["data"],
         seed=trial.recipe.seed,
         on_labels=not trial.recipe.loss.needs_targets,
-        top1=row["top1"],
+        figure=row["top1"] if row["map"] is None else row["map"],
     )
 
 
@@ -101,9 +108,9 @@ def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
         row |= {f"latency_{size}_ms": cost.latency_ms(size) for size in (1, 128)}
     if result is not None:
         row |= {"epochs_done": result.epochs, "train_s": result.train_s, "parameters": result.parameters}
-        row |= {name: getattr(result.last, name) if result.last else None for name in FIGURES}
+        row |= {name: getattr(result.last, name, None) for name in FIGURES}
         row |= {"best_epoch": None if result.best_epoch is None else result.best_epoch + 1}
-        row |= {"best_top1": result.best.top1 if result.best else None}
+        row |= {"best_top1": getattr(result.best, "top1", None), "best_map": getattr(result.best, "map", None)}
     elif epochs := epochs_logged(folder):
         row |= {"epochs_done": epochs}
     for key, value in trial.settings.items():

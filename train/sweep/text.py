@@ -9,12 +9,15 @@ from typing import Any
 import polars as pl
 
 from cache_tools.screen import TextTable, count, nats, screen_width
+from train.evaluate.multilabel import HEADLINES
+from train.recipe import LABELS_ALONE
 from train.report.comparison import short_names
 from train.report.trials import setting_columns
 from train.runs.folder import REPORT
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import SweepResult
 from train.sweep.search_recipe import figure_text
+from train.sweep.table import headline_column
 
 
 def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
@@ -24,8 +27,10 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
         parts += [f"{table.text()}\n" for table in _tables(result.settings)]
         seeds = int(result.settings["n"].max())  # type: ignore[arg-type]
         parts += [note for note in (_note_on_figures(sweep, seeds), _note_on_gains(result, sweep)) if note is not None]
+        figure = HEADLINES[headline_column(result.settings)]
         parts.append(
-            "front: on the Pareto front of top-1 and parameters (p), FLOPs (f), latency of one image (1) or of 128 (b)."
+            f"front: on the Pareto front of {figure} and parameters (p), FLOPs (f), "
+            "latency of one image (1) or of 128 (b)."
         )
     if result.best is not None:
         best = result.best
@@ -71,13 +76,14 @@ def _note_on_gains(result: SweepResult, sweep: SweepRecipe) -> str | None:
     """How gains are computed, or how to get them; None for a sweep that has nothing to compare with labels."""
     if result.settings["gain_n"].sum():
         return (
-            "gain: top-1 minus that of the same student on labels alone, in points, paired by seed"
-            " (n pairs in brackets where that is fewer)."
+            f"gain: {HEADLINES[headline_column(result.settings)]} minus that of the same student on labels alone, "
+            "in points, paired by seed (n pairs in brackets where that is fewer)."
         )
     losses = [str(loss) for loss in result.settings["loss"].unique(maintain_order=True)]
-    if sweep.search is not None or sweep.trials or losses == ["ce"]:
+    if sweep.search is not None or sweep.trials or not {*losses} - {*LABELS_ALONE}:
         return None
-    return f"No gain over labels alone is known: add --losses {','.join([*sorted({*losses} - {'ce'}), 'ce'])}."
+    alone = "bce-labels" if headline_column(result.settings) == "map" else "ce"
+    return f"No gain over labels alone is known: add --losses {','.join([*sorted({*losses} - {alone}), alone])}."
 
 
 def _tables(settings: pl.DataFrame) -> list[TextTable]:
@@ -85,13 +91,16 @@ def _tables(settings: pl.DataFrame) -> list[TextTable]:
     names = short_names([key for key in setting_columns(settings) if _is_setting(key)])
     rows = settings.to_dicts()
     own = {title: [_value(row[key]) for row in rows] for key, title in names.items()}
-    accuracy = {"n": [str(row["n"]) for row in rows], "top-1 %": [_spread(row, "top1", 100) for row in rows]}
-    accuracy["95 %"] = [_half_interval(row, "top1") for row in rows]
+    figure = headline_column(settings)
+    accuracy = {"n": [str(row["n"]) for row in rows]}
+    accuracy[f"{HEADLINES[figure]} %"] = [_spread(row, figure, 100) for row in rows]
+    accuracy["95 %"] = [_half_interval(row, figure) for row in rows]
     if settings["gain_n"].sum():
         accuracy["gain"] = [_spread(row, "gain", 100, sign="+") for row in rows]
         accuracy["its 95 %"] = [_half_interval(row, "gain") for row in rows]
     front = {"front": [_front(row) for row in rows]}
-    quality = {"NLL": [_spread(row, "nll") for row in rows], "ECE": [_spread(row, "ece") for row in rows]}
+    others = {"BCE": "bce"} if figure == "map" else {"NLL": "nll", "ECE": "ece"}
+    quality = {title: [_spread(row, name) for row in rows] for title, name in others.items()}
     costs = _costs(rows)
     whole = _table(own | accuracy | quality | costs | front, len(own))
     width = screen_width()

@@ -144,6 +144,28 @@ def test_relational_losses_equal_slow_formulas_for_different_widths() -> None:
     assert float(losses.pkt(s, t)) == pytest.approx(slow_pkt(student, target), rel=1e-10)
 
 
+def test_losses_of_several_labels_equal_slow_formulas() -> None:
+    rng = np.random.default_rng(7)
+    student, target = rng.normal(size=(5, 4)) * 3, rng.normal(size=(5, 4)) * 3
+    labels = rng.integers(0, 2, (5, 4))
+    s, t, y = torch.from_numpy(student), torch.from_numpy(target), torch.from_numpy(labels)
+    q = 1 / (1 + np.exp(-student))
+    slow = -np.mean([math.log(p if y else 1 - p) for p, y in zip(q.flat, labels.flat, strict=True)])
+    for kind in (torch.uint8, torch.int64, torch.float32):
+        assert float(losses.binary_cross_entropy(s, y.to(kind))) == pytest.approx(slow, rel=1e-12)
+    for temperature in (1.0, 2.5):
+        q, p = (1 / (1 + np.exp(-logits / temperature)) for logits in (student, target))
+        slow = temperature**2 * np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+        value, grad = value_and_grad(lambda s, at=temperature: losses.sigmoid_kd(s, t, at), s)
+        assert float(value) == pytest.approx(slow, rel=1e-10)
+        _, torchs = value_and_grad(
+            lambda s, at=temperature: at**2 * F.binary_cross_entropy_with_logits(s / at, (t / at).sigmoid()), s
+        )
+        torch.testing.assert_close(grad, torchs)
+    assert float(losses.sigmoid_kd(t, t, 2.0)) == 0.0
+    assert losses.sigmoid_kd(s.bfloat16(), t.bfloat16(), 2.0).dtype is torch.float32
+
+
 WEIGHTS, MASK = np.array([0.5, 3.0, 0.0, 1.0]), np.array([True, False, True, True, True, False])
 
 
@@ -196,6 +218,7 @@ def test_gradients_are_derivatives() -> None:
         lambda s: losses.kd(s, target, 3.0),
         lambda s: losses.dkd(s, target, labels, 1.0, 8.0, 4.0),
         lambda s: losses.standardised_kd(s, target, 2.0),
+        lambda s: losses.sigmoid_kd(s, target, 2.0),
         lambda s: losses.feature_cosine(s, target),
         lambda s: losses.rkd(s, target),
         lambda s: losses.pkt(s, target),
@@ -215,6 +238,8 @@ def test_extreme_logits_give_finite_losses_and_gradients(size: float) -> None:
         lambda s: losses.cross_entropy(s, labels),
         lambda s: losses.kd(s, target, 1.0),
         lambda s: losses.dkd(s, target, labels, 1.0, 8.0, 4.0),
+        lambda s: losses.sigmoid_kd(s, target, 1.0),
+        lambda s: losses.binary_cross_entropy(s, target > 0),
     ):
         value, grad = value_and_grad(loss, student)
         assert value.isfinite()

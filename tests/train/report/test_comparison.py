@@ -111,6 +111,6 @@ def test_a_failed_trial_joins_its_setting(tmp_path: Path) -> None:
 
 def test_references(tmp_path: Path) -> None:
     found = compared(tmp_path, {"seed": 0}, {"seed": 1}, {"loss": "ce"})
-    assert [(one.label, one.top1, one.n) for one in found.references] == [
+    assert [(one.label, one.figure, one.n) for one in found.references] == [
         ("teacher", 0.93, 400), ("CLIP", 0.81, 400), ("fusion", 0.94, 400),
     ]  # fmt: skip

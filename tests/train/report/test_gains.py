@@ -22,10 +22,10 @@ def labels(recipe: TrainRecipe, num_views: int = 4) -> TrainRecipe:
     return recipe.on_labels(DatasetRecipe(name="digits"), ViewRecipe(), num_views)
 
 
-def paired(recipe: TrainRecipe, top1: float | None = 0.5, **data: Any) -> Paired:
+def paired(recipe: TrainRecipe, figure: float | None = 0.5, **data: Any) -> Paired:
     settings = {key: value for key, value in flatten(recipe.values()).items() if key != "seed"}
     on_labels = not recipe.loss.needs_targets
-    return pairing(settings, data, seed=recipe.seed, on_labels=on_labels, top1=top1)
+    return pairing(settings, data, seed=recipe.seed, on_labels=on_labels, figure=figure)
 
 
 @pytest.mark.parametrize(

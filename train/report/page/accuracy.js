@@ -20,7 +20,7 @@ function startAccuracy() {
   if (!all.length) return;
   const hasSeeds = all.some((setting) => seedsOf(setting).length > 1);
   addFigure("top1", {
-    title: "Top-1 on the test split, %",
+    title: `${data.figure.name.replace(/^t/, "T")} on the test split, %`,
     plot: plotRows,
     numbers: rowNumbers,
     caption: () => [
@@ -117,7 +117,7 @@ function plotRow(setting, scale, y, narrow, left, points) {
   if (scale(mean) < first) row.append(svg("path", { class: "mark", d: `M${first},${y}l9,-5v10Z` }));
   else row.append(mark(slot, scale(mean), y, 5.5, isFinished(setting) ? "" : "open"));
   row.append(svg("text", { class: "strong", x: last + 12, y: y + 4 }, percent(mean)));
-  points.push({ x: within(mean), y, setting, title: label, lines: [`${percent(mean)} % top-1`, interval(top1(setting))] });
+  points.push({ x: within(mean), y, setting, title: label, lines: [`${percent(mean)} % ${data.figure.name}`, interval(top1(setting))] });
   return row;
 }
 
@@ -126,5 +126,5 @@ function rowNumbers() {
     const { mean, low, high } = top1(setting);
     return [data.settings[setting].label, percent(mean), percent(low), percent(high), seedsOf(setting).length];
   });
-  return [["", "top-1 %", "95 % from", "to", "seeds"], ...rows, ...data.references.map((one) => [one.label, percent(one.top1), "–", "–", "–"])];
+  return [["", `${data.figure.name} %`, "95 % from", "to", "seeds"], ...rows, ...data.references.map((one) => [one.label, percent(one.top1), "–", "–", "–"])];
 }

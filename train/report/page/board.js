@@ -27,7 +27,7 @@ function startBoard() {
   }
   const headers = [...table.tHead.rows[0].cells].filter((header) => header.dataset.key);
   headers.forEach((header) => header.querySelector("button").addEventListener("click", () => press(header)));
-  const first = headers.find((header) => header.dataset.key === "top1");
+  const first = headers.find((header) => header.dataset.key === data.figure.key);
   if (first && bodies.size > 1) first.setAttribute("aria-sort", "descending"); // the order of the file
   for (const name of ["text", "student", "loss"]) document.getElementById(`filter-${name}`)?.addEventListener("input", filter);
   const form = document.querySelector(".filters");

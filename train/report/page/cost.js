@@ -49,7 +49,7 @@ function plotCost(name, width) {
   const picture = svg("svg", { height, viewBox: `0 0 ${width} ${height}` });
   picture.append(axes(
     { scale: x, ticks: x.ticks(), text: short, title: COSTS[name].unit },
-    { scale: y, ticks, text: (value) => percent(value, decimals(ticks.map((tick) => 100 * tick))), title: "top-1 %" },
+    { scale: y, ticks, text: (value) => percent(value, decimals(ticks.map((tick) => 100 * tick))), title: `${data.figure.name} %` },
   ));
   const labels = [];
   const referenceLabels = drawReferences(picture, y, 46, width - 10);
@@ -98,7 +98,7 @@ function plotPoint(picture, below, name, setting, x, y) {
   if (y(mean) > bottom) group.append(svg("path", { class: "mark", d: `M${at},${bottom}l-5,-9h10Z` }));
   else group.append(mark(slot, at, y(mean), slot === null ? 4 : 5.5));
   picture.append(group);
-  const lines = [`${percent(mean)} % top-1`, interval(top1(setting)), COSTS[name].format(cost)];
+  const lines = [`${percent(mean)} % ${data.figure.name}`, interval(top1(setting)), COSTS[name].format(cost)];
   return { x: at, y: within(mean), setting, title: data.settings[setting].label, lines };
 }
 
@@ -106,5 +106,5 @@ function costNumbers(name) {
   const best = new Set(front(name));
   const rows = withCost(name).map((setting) => [data.settings[setting].label, data.settings[setting].costs[name].toLocaleString("en"),
     percent(top1(setting).mean), best.has(setting) ? "yes" : "no"]);
-  return [["", COSTS[name].unit, "top-1 %", "on the front"], ...rows];
+  return [["", COSTS[name].unit, `${data.figure.name} %`, "on the front"], ...rows];
 }

@@ -2,9 +2,12 @@
 
 const MEASURES = {
   test_top1: { title: "Top-1 %", accuracy: true },
+  test_map: { title: "mAP %", accuracy: true },
+  test_bce: { title: "Binary cross entropy" },
   test_nll: { title: "NLL", logarithmic: true },
   test_ece: { title: "ECE" },
   ema_top1: { title: "Top-1 % of averaged weights", accuracy: true },
+  ema_map: { title: "mAP % of averaged weights", accuracy: true },
   loss: { title: "Loss", logarithmic: true },
   loss_ce: { title: "Cross entropy", logarithmic: true },
   loss_logit: { title: "Logit term", logarithmic: true },
@@ -15,7 +18,7 @@ const curvesOf = (name) => data.settings.flatMap((setting, number) => setting.tr
   .map((trial) => ({ setting: number, trial, epochs: trial.curves[name][0], values: trial.curves[name][1] })));
 
 function startCurves() {
-  addCurves("Test split", ["test_top1", "test_nll", "test_ece", "ema_top1"]);
+  addCurves("Test split", ["test_top1", "test_map", "test_nll", "test_bce", "test_ece", "ema_top1", "ema_map"]);
   addCurves("Training", ["loss", "loss_ce", "loss_logit", "loss_feature"]);
 }
 

@@ -1,0 +1,113 @@
+"""A csv file of the labels of images that may have several, or none: its rows as paths and a matrix of 0 and 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.errors import DataError
+from cache_tools.images.class_names import listed
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PATH_COLUMNS = ("path", "file_name", "filename")
+_OTHERS = {"split", "labels"}
+_VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": 0}
+_FORMAT = "a column `path`, and either a column of 0 and 1 for each class or a column `labels` with names like a;b"
+
+
+class LabelTable(NamedTuple):
+    """The rows of a split.
+
+    Attributes:
+        class_names: the columns in their order or, of a column `labels`, the sorted names in all rows of the file.
+        paths: relative to the images' folder, sorted.
+        labels: uint8 [N, C], 1 where the image has the label.
+    """
+
+    class_names: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: npt.NDArray[np.uint8]
+
+
+def has_splits(file: Path) -> bool:
+    """Whether a csv file has a column `split`."""
+    return "split" in _read(file).columns
+
+
+def read_label_table(file: Path, split: str | None) -> LabelTable:
+    """Read the rows of a split, or all rows if the file has no column `split`.
+
+    Names in the column `labels` are separated by `;` or, if the file has none, by spaces.
+
+    Raises:
+        DataError: no such file, columns or rows, a path twice, or a value that is neither 0 nor 1.
+    """
+    table = _read(file)
+    path_column = next((name for name in PATH_COLUMNS if name in table.columns), None)
+    if path_column is None:
+        raise _bad_table(file, f"the columns {listed(table.columns)}")
+    if "labels" in table.columns:
+        class_names, labels = _from_names([text or "" for text in table["labels"]])
+    else:
+        class_names, labels = _from_columns(table.drop(path_column, *(_OTHERS & set(table.columns))), file)
+    if not class_names:
+        raise _bad_table(file, "no class")
+    if split is not None and "split" in table.columns:
+        rows = np.flatnonzero(np.array([value == split for value in table["split"]], bool))
+        if not len(rows):
+            found = sorted({value or "(empty)" for value in table["split"]})
+            raise DataError("no image of that split", where=file, expected=f"split {split}", found=listed(found))
+    else:
+        rows = np.arange(len(table))
+    paths = [(table[path_column][row] or "").strip().removeprefix("./") for row in rows.tolist()]
+    if "" in paths or not paths:
+        raise _bad_table(file, "a row without a path" if paths else "no row")
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise DataError("images that are listed twice", where=file, expected="one row for each", found=listed(twice))
+    order = sorted(range(len(paths)), key=lambda place: Path(paths[place]).parts)
+    return LabelTable(class_names, tuple(paths[place] for place in order), labels[rows[order]])
+
+
+def _read(file: Path) -> pl.DataFrame:
+    import polars as pl
+
+    try:
+        table = pl.read_csv(file, infer_schema=False)
+    except FileNotFoundError as error:
+        raise DataError("no such file of labels", where=file, expected=f"a csv file with {_FORMAT}") from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise _bad_table(file, str(error).partition("\n")[0]) from error
+    return table.rename({name: name.strip() for name in table.columns})
+
+
+def _from_names(cells: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+    separator = ";" if any(";" in cell for cell in cells) else None  # None: any white space
+    names = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
+    classes = tuple(sorted({name for row in names for name in row}))
+    number = {name: place for place, name in enumerate(classes)}
+    labels = np.zeros((len(cells), len(classes)), np.uint8)
+    for row, chosen in enumerate(names):
+        labels[row, [number[name] for name in chosen]] = 1
+    return classes, labels
+
+
+def _from_columns(table: pl.DataFrame, file: Path) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+    labels = np.zeros((len(table), table.width), np.uint8)
+    for place, name in enumerate(table.columns):
+        for row, text in enumerate(table[name]):
+            value = _VALUES.get((text or "").strip())
+            if value is None:
+                raise _bad_table(file, f"{text!r} in column {name}, row {row + 1}")
+            labels[row, place] = value
+    return tuple(table.columns), labels
+
+
+def _bad_table(file: Path, found: str) -> DataError:
+    return DataError("not a table of labels", where=file, expected=_FORMAT, found=found)
