@@ -62,8 +62,7 @@ def test_the_printed_next_step_runs(recipe_file: Path, tmp_path: Path, monkeypat
         return arguments
 
     assert next_step()[0] == "--cache"
-    assert next_step("--set", "name=digits") == ["digits"]
-    assert next_step("--set", "name=digits", "--seed", 1)[:2] == ["digits", "--cache"]
+    assert next_step("--set", "name=digits")[0] == "--cache", "these images are not those of the recipe digits"
     out = str(tmp_path / "c")
     assert next_step("--set", f"out={out}") == ["--cache", out]
 
