@@ -618,14 +618,13 @@ def run_folder(recipe: TrainRecipe, digest: str) -> Path:
 def named_after_cache(recipe: TrainRecipe) -> TrainRecipe:
     """The default recipe with the name of its cache, for a run where only a cache is given.
 
-    Nothing changes if the recipe has another name, learns from labels alone, or has a cache that cannot be opened:
-    the run itself reports that.
+    Nothing changes if the recipe has another name or a cache that cannot be opened: the run itself reports that.
     """
     from cache_tools.home import registry
     from cache_tools.places import is_remote
     from cache_tools.store.group import read_manifest
 
-    if recipe.cache is None or not recipe.loss.needs_targets or recipe.name != DEFAULT_RECIPE:
+    if recipe.cache is None or recipe.name != DEFAULT_RECIPE:
         return recipe
     try:
         if is_remote(recipe.cache):

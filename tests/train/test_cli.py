@@ -129,7 +129,7 @@ def test_names_of_runs(photos: str) -> None:
     assert name("fashion-mnist", "--cache", photos) == "fashion-mnist"
     assert name("--cache", photos, "--set", "name=mine") == "mine"
     assert name("--cache", "nowhere") == "digits"
-    assert name("--cache", photos, "--loss", "ce") == "digits", "labels alone do not use the cache"
+    assert name("--cache", photos, "--loss", "ce") == "photos", "labels alone, with the images of the cache"
     assert name() == "digits"
 
 
