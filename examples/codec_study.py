@@ -25,7 +25,7 @@ from cache_tools.home import registry
 from cache_tools.home.sizes import size_and_time
 from cache_tools.memory import keep_freed_memory
 from train.data import open_data
-from train.recipe import load_train_recipe
+from train.recipe_loading import load_train_recipe
 from train.run import train_on
 from train.runs.result import load_result
 

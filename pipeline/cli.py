@@ -233,7 +233,7 @@ def _next_step(recipe: BuildRecipe, manifest: Manifest, where: str | Path) -> st
     """The command that trains from this cache, by its name only if that is a recipe of `train-student` and unique."""
     from cache_tools.config import builtin_names
     from cache_tools.home import registry
-    from train.recipe import builtin_recipes
+    from train.recipe_loading import builtin_recipes
 
     is_recipe = recipe.name in builtin_names(builtin_recipes()) and recipe.name == manifest.data_name
     train = f"train-student {recipe.name}" if is_recipe else "train-student"

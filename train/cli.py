@@ -125,7 +125,8 @@ def train_student(
         print(students_text(student))
         return
     from cache_tools.config import dump_yaml
-    from train.recipe import DEFAULT_RECIPE, builtin_recipes, load_train_recipe, named_after_cache, named_loss
+    from train.loss_recipe import named_loss
+    from train.recipe_loading import DEFAULT_RECIPE, builtin_recipes, load_train_recipe, named_after_cache
 
     options = {
         "cache": cache,

@@ -36,7 +36,7 @@ from train.initial import check_outputs, first_student
 from train.loop import EpochState, Learner, explain_out_of_memory, repeatable, train_epoch
 from train.losses.class_weights import class_weights
 from train.objective import Objective
-from train.recipe import TrainRecipe, recipe_digest, run_folder
+from train.recipe import TrainRecipe, recipe_digest
 from train.report.html import write_report
 from train.runs import folder, trackers
 from train.runs.curves import plot_curves
@@ -168,7 +168,7 @@ def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = Fa
     """
     identity = {"recipe": recipe.values(), "data": data.identity()}
     digest = recipe_digest(identity)
-    path = run_folder(recipe, digest)
+    path = folder.run_folder(recipe, digest)
     with folder.claimed(path, identity, overwrite=overwrite):
         if load_result(path) is None:
             put_durably(path / folder.RECIPE, dump_yaml(recipe.stored()).encode())

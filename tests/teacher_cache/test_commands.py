@@ -83,7 +83,7 @@ def test_pools_of_processes_import_our_packages(python: Python) -> None:
     code = (
         "from teacher_cache import losses\n"
         "from cache_tools.processes import process_pool\n"
-        "from train.recipe import canonical_student_name\n"
+        "from train.student_names import canonical_student_name\n"
         "with process_pool(1) as pool: print(pool.submit(canonical_student_name, 'RESNET8X4').result())"
     )
     assert python("-c", code).stdout == "resnet8x4\n"

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from cache_tools.errors import RecipeError
-from train.recipe import all_fields, default_fields, load_train_recipe, named_loss
+from train.loss_recipe import named_loss
+from train.recipe import all_fields, default_fields
+from train.recipe_loading import load_train_recipe
 from train.sweep.options import read_sweep
 from train.sweep.recipe import make_trials
 from train.unused import unused_settings

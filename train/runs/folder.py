@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from typing import Any
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.files import PARTIAL, put_durably
 from train.checkpoints import BEST, EMA, LAST
-from train.recipe import canonical_student_name
+from train.recipe import TrainRecipe
+from train.recipe_loading import DEFAULT_RECIPE
+from train.student_names import canonical_student_name
 
 RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
 STATE, CHECKPOINT = "state.pt", "checkpoint.pt"  # after the last finished epoch; inside the next one
@@ -43,6 +46,21 @@ _FILES = (
     ),
     *(LAST, BEST, EMA),
 )
+
+
+def run_folder(recipe: TrainRecipe, digest: str) -> Path:
+    """`out`, or `runs/NAME-STUDENT-LOSS-DIGEST`: every recipe has a folder of its own.
+
+    Earlier versions named a run after the default recipe where only a cache was given. Such a run is continued there.
+    """
+    if recipe.out is not None:
+        return recipe.out
+    parts = (recipe.name, recipe.student, recipe.loss_name, digest[:8])
+    folder, earlier = (
+        Path("runs") / "-".join(re.sub(r"[^A-Za-z0-9._+-]+", "_", part) for part in (name, *parts[1:]))
+        for name in (recipe.name, DEFAULT_RECIPE)
+    )
+    return earlier if earlier.is_dir() and not folder.exists() else folder
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from tests.support import tiny_run
 from train.data import open_data
-from train.recipe import LossRecipe, load_train_recipe
+from train.loss_recipe import LossRecipe
+from train.recipe_loading import load_train_recipe
 from train.run import train_group, train_student
 from train.runs.folder import METRICS, STOPPED
 from train.sweep.halving import Halving

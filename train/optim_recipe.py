@@ -1,0 +1,55 @@
+"""The settings of the optimiser and of the learning-rate schedule. Importable without torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cache_tools.config import Extensible, Frozen
+from cache_tools.errors import RecipeError
+
+
+class OptimiserRecipe(Extensible):
+    """SGD with momentum, or AdamW (whose first beta is `momentum`).
+
+    Attributes:
+        clip_grad_norm: largest norm of the gradients of all trained parameters as one vector; None for no limit.
+        accumulate: batches per update: their gradients add up to that of a batch as large as all of them.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset({"clip_grad_norm", "accumulate"})
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: PositiveFloat = 0.05
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 5e-4
+    clip_grad_norm: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+    accumulate: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimiserRecipe:
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0.0):
+            raise RecipeError("nesterov is for sgd with a momentum above 0", where="optimiser", found=self.name)
+        return self
+
+
+class ScheduleRecipe(Frozen):
+    """How the learning rate changes, update by update; epochs count from 0."""
+
+    name: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_epochs: NonNegativeInt = 0
+    milestones: tuple[PositiveInt, ...] = ()
+    gamma: PositiveFloat = 0.1
+    min_learning_rate: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> ScheduleRecipe:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise RecipeError("milestones must rise", where="schedule.milestones", found=list(self.milestones))
+        if self.name == "multistep" and not self.milestones:
+            raise RecipeError(
+                "the multistep schedule needs milestones", where="schedule", expected="such as [150, 180]"
+            )
+        return self
