@@ -464,9 +464,13 @@ def test_nothing_is_unpickled(victims: dict[str, Victim], tmp_path: Path, kind: 
 UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle"}
 
 
+PACKAGES = ("cache_tools", "train", "pipeline", "teacher_cache")
+INERT = "train/weights/outline.py"  # its unpickler creates nothing that a file names: tests/train/weights
+
+
 def product_files() -> list[Path]:
     root = Path(__file__).parents[2]
-    return [file for folder in ("cache_tools", "train", "pipeline") for file in sorted((root / folder).rglob("*.py"))]
+    return [file for folder in PACKAGES for file in sorted((root / folder).rglob("*.py"))]
 
 
 def test_no_module_unpickles() -> None:
@@ -480,7 +484,8 @@ def test_no_module_unpickles() -> None:
             if isinstance(node, ast.Import):
                 assert not {alias.name for alias in node.names} & (UNSAFE - {"pickle"}), f"{file}:{node.lineno}"
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
-                assert node.attr == "UnpicklingError", f"{file}:{node.lineno}"
+                allowed = {"UnpicklingError"} | ({"Unpickler"} if file.as_posix().endswith(INERT) else set())
+                assert node.attr in allowed, f"{file}:{node.lineno}"
             if isinstance(node, ast.Call):
                 arguments = {word.arg: word.value for word in node.keywords}
                 called = ast.unparse(node.func)

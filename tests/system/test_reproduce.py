@@ -23,6 +23,7 @@ from pipeline.recipe import BuildRecipe, load_build_recipe
 from tests.support import cifar_files, mdistiller_files, tiny_clip
 from train import recipe_loading as train_recipes
 from train.checkpoints import load_state
+from train.loss_recipe import named_loss
 from train.recipe import TrainRecipe
 from train.recipe_loading import load_train_recipe
 from train.students import create_student
@@ -178,7 +179,9 @@ def test_recipes_of_the_pairs_differ_in_what_the_table_says(name: str) -> None:
     assert (loss.ce_weight, loss.distill_weight, loss.temperature, loss.feature_weight) == (1, 3, 3, 0.8)
     assert (loss.crd_negatives, loss.crd_dim, loss.crd_temperature, loss.crd_momentum) == (16_384, 128, 0.07, 0.5)
     build = load_build_recipe(recipe.cache)
-    assert (build.dataset, build.views) == (recipe.dataset, recipe.views)
+    assert (recipe.dataset, recipe.views) == (None, None), "those of the cache"
+    on_labels = load_train_recipe(name, options={"loss": named_loss("ce")})
+    assert (build.dataset, build.views) == (on_labels.dataset, on_labels.views)
     assert name == f"{build.name}-{recipe.student.lower().replace('wrn_', 'wrn').replace('_', '-')}"
 
 

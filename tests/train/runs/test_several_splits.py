@@ -87,7 +87,7 @@ def test_table_and_page_show_every_split(result: RunResult, splits: list[str]) -
     assert max(map(len, text.split("\n\n")[0].splitlines())) <= 80
     assert f"{splits[2][-12:]} " in text
     page = (result.folder / "report.html").read_text()
-    assert page.count('data-key="top1 on ') == 2
+    assert page.count('data-key="figure on ') == 2
     assert f'data-value="{figures.last.top1!r}"' in page
 
 

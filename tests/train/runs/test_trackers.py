@@ -337,11 +337,11 @@ def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> No
     """Raise KeyboardInterrupt at the given call of a function."""
     real, calls = getattr(place, name), []
 
-    def stop(*arguments: Any) -> Any:
+    def stop(*arguments: Any, **options: Any) -> Any:
         calls.append(name)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     patch.setattr(place, name, stop)
 
