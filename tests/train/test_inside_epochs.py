@@ -78,9 +78,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.9,
         "optimiser": {"learning_rate": 0.05, "accumulate": 3, "clip_grad_norm": 1.0},
     },
-    "dropout": {"student": DROPOUT, "optimiser": {"name": "adamw", "learning_rate": 0.001}, "precision": "bfloat16"},
+    "dropout": {"student": DROPOUT, "optimiser": {"name": "adamw", "learning_rate": 0.001}},
     "labels alone": {"loss": {"kind": "ce"}},
-    "streamed": {"loss": {"kind": "standardised_kd", "warmup_epochs": 3}},
+    "streamed": {"loss": {"kind": "standardised_kd", "warmup_epochs": 3}, "precision": "bfloat16"},
 }
 
 
