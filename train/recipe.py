@@ -148,10 +148,11 @@ class TrainRecipe(Extensible):
     @model_validator(mode="after")
     def _has_something_to_learn_from(self) -> TrainRecipe:
         if self.loss.needs_targets and self.cache is None:
+            on_labels = "bce-labels" if self.loss.kind == "bce" else "ce"
             raise RecipeError(
                 f"the loss '{self.loss_name}' learns from a cache, and none is named",
                 where=self.name,
-                next_step="give --cache, or --loss ce to learn from labels alone",
+                next_step=f"give --cache, or --loss {on_labels} to learn from labels alone",
             )
         if not self.loss.needs_targets and self.dataset is None and self.cache is None:
             raise RecipeError(

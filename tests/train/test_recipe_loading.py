@@ -60,7 +60,8 @@ def test_a_shown_recipe_reads_back_as_the_same(name: str, tmp_path: Path) -> Non
     [
         ({"epoch": 3}, "unknown recipe key 'epoch'.*'epochs'"),
         ({"optimiser": {"learning_rat": 1}}, "optimiser.learning_rat.*learning_rate"),
-        ({"cache": None}, "learns from a cache, and none is named"),
+        ({"cache": None}, r"learns from a cache, and none is named .*--loss ce"),
+        ({"cache": None, "loss": {"kind": "bce"}}, r"learns from a cache, and none is named .*--loss bce-labels"),
         ({"loss": {"kind": "ce"}, "dataset": None, "cache": None}, "needs a dataset of its own"),
         ({"optimiser": {"name": "adamw", "nesterov": True}}, "nesterov"),
         ({"schedule": {"name": "multistep"}}, "needs milestones"),
