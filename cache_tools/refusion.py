@@ -25,6 +25,23 @@ MATCH_SAMPLES = 2048
 SHARE_TOLERANCE = 1e-6
 
 
+def kept_accuracies(
+    preflight: Mapping[str, Any] | None, *, teachers: bool, clips: bool, weight: bool
+) -> dict[str, Any] | None:
+    """The accuracies of a preflight that another fusion does not change.
+
+    Args:
+        teachers, clips: whether the group is mixed as before.
+        weight: whether the teacher weight is as before.
+    """
+    if preflight is None:
+        return None
+    changed = set() if teachers else {"teacher_top1"}
+    changed |= set() if clips else {"clip_top1", "networks"}
+    changed |= {"fusion_top1"} if changed or not weight else set()
+    return {key: value for key, value in preflight.items() if key not in changed}
+
+
 class FusionChoice(Frozen):
     """Changes to the fusion of a cache's recipe; None keeps the recipe's choice.
 
@@ -78,6 +95,21 @@ class FusionChoice(Frozen):
         if self.clip_scale is None:
             return fusion
         return replace(fusion, clip_scales=_scales(cache, self.clip_scale, fusion))
+
+    def kept_accuracies(self, cache: TeacherCache) -> dict[str, Any] | None:
+        """The accuracies of the cache's preflight that this choice does not change; None if there was no preflight.
+
+        Raises:
+            CacheError: as `resolve`.
+        """
+        stored, chosen = Fusion.stored(cache.manifest), self.resolve(cache)
+        of_clips = ("clip_weights", "clip_scales", "prompt_ensemble", "prompts", "clip_view")
+        return kept_accuracies(
+            cache.manifest.preflight,
+            teachers=chosen.teacher_weights == stored.teacher_weights,
+            clips=all(getattr(chosen, name) == getattr(stored, name) for name in of_clips),
+            weight=chosen.teacher_weight == stored.teacher_weight,
+        )
 
     def check_groups(self, recipe: CacheRecipe) -> None:
         """Raise RecipeError for a setting of networks that a cache does not have."""

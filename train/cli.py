@@ -45,7 +45,8 @@ def train_student(
         str | None,
         typer.Option(
             "--loss",
-            help="ce (labels alone, no cache), kd, dkd, standardised_kd, crd, richkd-l, richkd-f, richkd (kd and crd).",
+            help="ce (labels alone, no cache), kd, dkd, standardised_kd, crd, richkd-l, richkd-f, richkd (kd and crd); "
+            "for several labels per image bce, or bce-labels (labels alone).",
         ),
     ] = None,
     epochs: Epochs = None,

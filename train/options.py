@@ -13,7 +13,9 @@ RecipeArgument = Annotated[
 ]
 OptionalRecipe = Annotated[
     str | None,
-    typer.Argument(help="A built-in recipe (digits, fashion-mnist, cifar100) or a YAML file. Default: digits."),
+    typer.Argument(
+        help="A built-in recipe (digits, fashion-mnist, cifar100), a YAML file, or a folder of images. Default: digits."
+    ),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder of train-student, or a checkpoint file in one.")]
 

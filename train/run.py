@@ -294,7 +294,7 @@ class Run:
                 test.split: self._more_figures(number) for number, test in enumerate(self.data.tests) if number > 0
             },
             test_preprocessing=self.data.test_preprocessing if self.data.tests else None,
-            teachers=None if cache is None else cache.manifest.preflight,
+            teachers=None if cache is None else self.recipe.fusion.kept_accuracies(cache),
             notes=missing_notes(*self.data.tests),
             train_s=sum(row["train_s"] for row in self.history),
             environment=_environment(self.device),

@@ -92,6 +92,13 @@ def require_cache_of_folder(source: str, builtin: Traversable, name: str | None)
     try:
         registry.find(name)
     except NotFoundError as error:
+        if any(found.name == name for found in registry.list_caches()):
+            raise NotFoundError(
+                "there are several caches of this folder",
+                where=source,
+                found=error.found,
+                next_step="choose one with --cache, by its fingerprint",
+            ) from error
         raise NotFoundError(
             "there is no cache of this folder",
             where=source,

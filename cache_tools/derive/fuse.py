@@ -27,7 +27,7 @@ from cache_tools.format.manifest import Fusion, Manifest
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
 from cache_tools.reader import TeacherCache
-from cache_tools.refusion import FusionChoice, matched_scales
+from cache_tools.refusion import FusionChoice, kept_accuracies, matched_scales
 from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
 from cache_tools.store.writer import CacheWriter
 from cache_tools.targets import ComponentView, fusion_constants
@@ -245,15 +245,10 @@ def _templates(stored: tuple[str, ...], choice: FusionChoice, given: Sequence[st
 
 def _preflight(cache: TeacherCache, recipe: CacheRecipe) -> dict[str, Any] | None:
     """The accuracies of the source's preflight that this fusion does not change."""
-    source, found = cache.recipe, cache.manifest.provenance.get("preflight")
-    if not isinstance(found, dict):
-        return None
-    changed = set()
-    if recipe.teacher_weights != source.teacher_weights:
-        changed |= {"teacher_top1"}
-    scaled = recipe.fusion.clip_scale, recipe.fusion.prompt_ensemble
-    if recipe.clips != source.clips or scaled != (source.fusion.clip_scale, source.fusion.prompt_ensemble):
-        changed |= {"clip_top1", "networks"}
-    if changed or recipe.fusion.teacher_weight != source.fusion.teacher_weight:
-        changed |= {"fusion_top1"}
-    return {key: value for key, value in found.items() if key not in changed}
+    source, scaled = cache.recipe, (recipe.fusion.clip_scale, recipe.fusion.prompt_ensemble)
+    return kept_accuracies(
+        cache.manifest.preflight,
+        teachers=recipe.teacher_weights == source.teacher_weights,
+        clips=recipe.clips == source.clips and scaled == (source.fusion.clip_scale, source.fusion.prompt_ensemble),
+        weight=recipe.fusion.teacher_weight == source.fusion.teacher_weight,
+    )

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from cache_tools.errors import CacheError
 from cache_tools.format.manifest import Manifest, build_command
+from cache_tools.images.own_folder import read_own_folder
+from cache_tools.images.recipe import DatasetRecipe
 from train.evaluate.metrics import Evaluation
+from train.loss_recipe import LABELS_ALONE
 from train.recipe import TrainRecipe
 from train.runs.folder import RECIPE
 from train.runs.result import RunResult, figures_of_teachers
@@ -18,7 +21,7 @@ _FEW_VIEWS, _FEW_EPOCHS = 8, 60
 
 def next_steps(result: RunResult) -> list[str]:
     """The lines after the summary of a run."""
-    lines = _after_a_loss(result)
+    lines = [*_after_a_loss(result), *_as_a_teacher(result)]
     if isinstance(result.last, Evaluation):  # not for images with several labels
         lines.append(f"next: {_command('evaluate-student', result.folder)}")
     return [*lines, f"next: {_command('export-student', result.folder)}"]
@@ -36,6 +39,25 @@ def _after_a_loss(result: RunResult) -> list[str]:
     steps = [*_about_the_fusion(result, run.manifest, run.cache), *_about_the_run(result, run.recipe, run.manifest)]
     lines = [line for command, why in steps for line in (f"  # {why}", f"  {command}")]
     return [f"Labels alone are better by {-100 * gain:.2f} points on this seed. What to try:", *lines]
+
+
+def _as_a_teacher(result: RunResult) -> list[str]:
+    """The command that caches a network trained on labels alone as the teacher of its own folder of images."""
+    if result.loss not in LABELS_ALONE:
+        return []
+    try:
+        dataset = open_run(result.folder)[0].dataset
+        found = None if dataset.name != "folder" or dataset.data_dir is None else read_own_folder(dataset.data_dir)
+    except CacheError:
+        return []
+    if found is None or dataset.data_dir is None:
+        return []
+    plain = DatasetRecipe.model_validate(found.dataset)
+    size = {"image_size": dataset.image_size}
+    if dataset.absolute() != plain.model_copy(update=size).absolute():  # its other settings belong in a recipe file
+        return []
+    options = [] if dataset.image_size == plain.image_size else ["--set", f"dataset.image_size={dataset.image_size}"]
+    return [f"next: {_command('build-cache', shortest(dataset.data_dir), '--teacher', result.folder, *options)}"]
 
 
 def _about_the_fusion(result: RunResult, manifest: Manifest | None, cache: Path | str | None) -> list[tuple[str, str]]:
@@ -68,6 +90,11 @@ def _about_the_run(result: RunResult, recipe: TrainRecipe, manifest: Manifest | 
         more = build_command(manifest, "--views", str(4 * manifest.num_views))
         steps += [] if more is None else [(more, "more views, then train again")]
     return steps
+
+
+def shortest(path: Path) -> Path:
+    """A path below the working directory relative to it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _command(*words: object) -> str:

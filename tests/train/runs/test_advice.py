@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice
 from tests.support import tiny_run
 from tests.support.next_commands import commands_in, parse
+from train.recipe_loading import load_train_recipe
 from train.run import train_student
 from train.runs.advice import next_steps
 from train.runs.result import RunResult, load_result, summary
@@ -104,3 +107,40 @@ def test_the_commands_that_it_prints_train(run: Path) -> None:
 def test_a_wrong_command_is_noticed() -> None:
     with pytest.raises(Exception, match="No such option"):
         parse(["train-student", "--no-such-option"])
+
+
+@pytest.mark.parametrize(("size", "options"), [(None, []), (32, ["--set", "dataset.image_size=32"])])
+def test_a_network_of_a_folder_is_offered_as_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, options: list[str]
+) -> None:
+    tiny_run.write_pictures(tmp_path / "photos", train=8, test=6)
+    monkeypatch.chdir(tmp_path)
+    overrides = [] if size is None else [f"dataset.image_size={size}"]
+    settings = {
+        "loss": {"kind": "ce"},
+        "student": "resnet8",
+        "epochs": 1,
+        "batch_size": 4,
+        "out": "runs/t",
+        "loggers": [],
+    }
+    recipe = load_train_recipe("photos", overrides, settings | {"schedule.warmup_epochs": 0})
+    text = "\n".join(next_steps(train_student(recipe)))
+    assert commands_in(text)[0] == ["build-cache", "photos", "--teacher", "runs/t", *options]
+
+
+@pytest.mark.parametrize(
+    ("choice", "left"),
+    [
+        ({}, {"teacher_top1", "clip_top1", "fusion_top1"}),
+        ({"teacher_weight": 0.1}, {"teacher_top1", "clip_top1"}),
+        ({"clip_scale": 3.0}, {"teacher_top1"}),
+    ],
+)
+def test_accuracies_of_another_fusion_are_left_out(
+    trained: Path, tmp_path: Path, choice: dict[str, Any], left: set[str]
+) -> None:
+    cache = TeacherCache(tiny_run.write_cache(tmp_path / "c.zarr", trained.parent / "pictures", store="components"))
+    found = {"teacher_top1": 0.9, "clip_top1": 0.3, "fusion_top1": 0.75}
+    cache.manifest.provenance["preflight"] = found
+    assert FusionChoice(**choice).kept_accuracies(cache) == {key: found[key] for key in left}
