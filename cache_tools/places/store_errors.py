@@ -121,5 +121,5 @@ def _is_redirect(error: BaseException) -> bool:
 
 
 def _tag(error: BaseException, name: str) -> str | None:
-    found = re.search(rf"<{name}>([^<]*)</{name}>", str(error))
+    found = re.search(rf"<{name}>(?:<!\[CDATA\[)?([^<]*?)(?:]]>)?</{name}>", str(error))
     return found[1] if found else None

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -22,6 +24,7 @@ from tests.support.turns import slow
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
 BLOCKS = MANIFEST.num_views * MANIFEST.num_blocks
+Answer = TypeVar("Answer")
 
 
 @pytest.fixture
@@ -103,6 +106,16 @@ def test_a_store_that_always_fails_is_one_clear_error(proxy: FlakyProxy, place: 
     assert copy_cache(cache, place).blocks_there == MANIFEST.num_blocks
 
 
+def settled(read: Callable[[], Answer]) -> Answer:
+    """What is read once it no longer changes: the proxy still forwards requests of the killed process."""
+    found = read()
+    while True:
+        time.sleep(0.3)
+        before, found = found, read()
+        if found == before:
+            return found
+
+
 @pytest.mark.parametrize(("direction", "requests"), [slow("push", 17), ("push", 47), ("pull", 4), slow("pull", 30)])
 def test_a_killed_copy_can_be_continued(
     proxy: FlakyProxy, place: Place, cache: LocalPlace, tmp_path: Path, direction: str, requests: int
@@ -118,7 +131,7 @@ def test_a_killed_copy_can_be_continued(
     process.kill()
     process.wait()
     proxy.go_on()
-    committed = list_committed(target)
+    committed = settled(lambda: list_committed(target))
     assert len(committed) < BLOCKS
     for key, data in files(target).items():  # every file is whole or missing
         assert data == cache.read(key)

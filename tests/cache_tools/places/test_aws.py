@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cache_tools.errors import StorageError
-from cache_tools.places import RemotePlace, aws, open_place
+from cache_tools.places import RemotePlace, aws, open_place, store_errors
 from tests.support.s3_server import has_loopback, new_bucket
 
 KEYS = {"AWS_ACCESS_KEY_ID": "of-environment", "AWS_SECRET_ACCESS_KEY": "b"}
@@ -336,3 +336,9 @@ def test_an_ignored_endpoint_is_not_used(files: Path, monkeypatch: pytest.Monkey
     place = open_place("s3://bucket/p")
     assert isinstance(place, RemotePlace)
     assert "127.0.0.1" not in repr(place._store.config.get("endpoint"))
+
+
+@pytest.mark.parametrize("text", ["The bucket is gone", "<![CDATA[The bucket is gone]]>"])
+def test_the_stores_own_reason_is_found_in_its_answer(text: str) -> None:
+    error = ValueError(f"404: <Error><Message>{text}</Message></Error>")
+    assert store_errors._tag(error, "Message") == "The bucket is gone"
