@@ -233,7 +233,10 @@ def finite_rows(values: npt.NDArray[Any], where: str, width: int | None = None) 
     expected, next_step = "finite", "check the weights and the precision"
     if values.dtype == np.float16:  # a build converts rows to half precision on the device; overflow is infinite here
         expected, next_step = "finite, within ±65504", f"store float32 (--codec float32), or {next_step}"
-    reject(~np.isfinite(rows), values, where, expected, next_step)
+    wrong = ~np.isfinite(rows)
+    if wrong.any() and (nan := np.isnan(rows)).any():  # not a matter of range, so another codec does not help
+        wrong, expected, next_step = nan, "finite", "check the weights"
+    reject(wrong, values, where, expected, next_step)
     return rows
 
 

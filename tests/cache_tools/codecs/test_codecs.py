@@ -88,6 +88,17 @@ def test_a_number_that_is_not_finite_is_refused_with_its_position(codec: Codec, 
         codec.encode(values, constants(codec), where="fused_logits")
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_nan_is_no_matter_of_the_codec(dtype: type[np.floating[Any]]) -> None:
+    values = np.zeros((3, WIDTH), dtype)
+    values[0, 1], values[1, 2] = np.inf, np.nan
+    with pytest.raises(FormatError, match=r"row 1, column 2\); expected finite; found nan\. Check the weights\.?$"):
+        Float16().encode(values)
+    values[1, 2] = 0
+    with pytest.raises(FormatError, match=r"row 0, column 1.*found inf"):
+        Float16().encode(values)
+
+
 @pytest.mark.parametrize(
     ("codec", "value"),
     [
