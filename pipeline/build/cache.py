@@ -24,7 +24,7 @@ from cache_tools.console import device_name, resolve_device
 from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.manifest import Manifest
-from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
+from cache_tools.format.recipe import CacheRecipe, ClipIdentity, Preprocessing, TeacherIdentity
 from cache_tools.format.stored import text_not_unicode
 from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images, frame_notes
@@ -162,7 +162,9 @@ def _record_test_split(
             open_images(recipe.dataset, split)  # a name that is wrong is not recorded
     else:
         ensemble.use_scales(output.manifest.clip_scales)
-        preflight = run_preflight(ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size)
+        preflight = run_preflight(
+            ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size, _tested(recipe, splits[0])
+        )
         say(f"preflight: {preflight}")
         if preflight.lost_by_fusion is not None:
             say(f"{preflight.lost_by_fusion} `cache-tools tune-fusion` can choose a better one from a component cache.")
@@ -213,7 +215,9 @@ def _create(
     preflight: Preflight | MultiLabelPreflight | None = None
     if recipe.preflight_samples:
         measure = run_multilabel_preflight if images.multi_label else run_preflight
-        preflight = measure(ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size)
+        preflight = measure(
+            ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size, _tested(recipe, images)
+        )
         say(f"preflight: {preflight}")
         for note in preflight.notes:
             say(f"note: {note}")
@@ -334,6 +338,14 @@ def _open_tests(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None
 def _preflight_images(splits: Sequence[ImageSet]) -> ImageSet:
     """The first test split if there is one: a teacher looks too good on its own training images."""
     return splits[1] if len(splits) > 1 else splits[0]
+
+
+def _tested(recipe: BuildRecipe, images: ImageSet) -> Preprocessing:
+    """The preprocessing with which students of these views are tested."""
+    from train.evaluate.canvas import evaluation_preprocessing
+
+    size = images.image_size
+    return evaluation_preprocessing(recipe.views.output_size(size), size, recipe.dataset.normalisation)
 
 
 def _folders(splits: Sequence[ImageSet]) -> dict[str, Any] | None:

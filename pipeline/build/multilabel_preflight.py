@@ -15,6 +15,7 @@ from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
 
 if TYPE_CHECKING:
+    from cache_tools.format.recipe import Preprocessing
     from pipeline.networks.ensemble import TeacherEnsemble
 
 SHUFFLES = 200
@@ -52,16 +53,20 @@ class MultiLabelPreflight(Frozen):
 
 
 def run_multilabel_preflight(
-    ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch_size: int
+    ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch_size: int, tested: Preprocessing | None = None
 ) -> MultiLabelPreflight:
     """Measure every teacher and their mean on up to `limit` evenly spaced clean samples.
 
+    Args:
+        tested: the preprocessing of students, which are tested on a part of each canvas; None for whole canvases.
+
     Raises:
-        PreflightError: a teacher is no better than with shuffled labels: wrong weights, class order or normalisation.
+        PreflightError: outputs are not finite, or a teacher is no better than with shuffled labels: wrong weights,
+            class order or normalisation.
     """
     import torch
 
-    from pipeline.networks.ensemble import clean_batches, evenly_spaced
+    from pipeline.networks.ensemble import clean_batches, evenly_spaced, require_finite
     from train.evaluate.multilabel import average_precisions
 
     index = evenly_spaced(images, limit)
@@ -74,8 +79,10 @@ def run_multilabel_preflight(
         )
     rows = []
     with Progress("preflight", len(index), "images") as progress:
-        for part, pixels in clean_batches(images, index, batch_size, ensemble.device):
-            teachers = ensemble.outputs(pixels).teachers
+        for part, pixels in clean_batches(images, index, batch_size, ensemble.device, tested):
+            output = ensemble.outputs(pixels)
+            require_finite(ensemble, output)
+            teachers = output.teachers
             rows.append(torch.stack([ensemble.teacher_logits(teachers), *(each.logits.float() for each in teachers)]))
             progress.advance(len(part))
     mixed, *each = torch.cat(rows, dim=1).double().cpu().numpy()

@@ -16,6 +16,7 @@ from pipeline.build.verdict import Sample, judge_networks
 if TYPE_CHECKING:
     import torch
 
+    from cache_tools.format.recipe import Preprocessing
     from pipeline.networks.ensemble import EnsembleOutput, TeacherEnsemble
 
 
@@ -55,25 +56,32 @@ class Preflight(Frozen):
         return f" ({', '.join(f'{top1:.2%}' for top1 in members)})" if len(members) > 1 else ""
 
 
-def run_preflight(ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch_size: int) -> Preflight:
+def run_preflight(
+    ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch_size: int, tested: Preprocessing | None = None
+) -> Preflight:
     """Measure every network, both groups and their fusion on up to `limit` evenly spaced clean samples.
 
     Networks whose weight in the fusion is 0 are measured, but not judged.
 
+    Args:
+        tested: the preprocessing of students, which are tested on a part of each canvas; None for whole canvases.
+
     Raises:
-        PreflightError: a network is no better than chance (`pipeline.build.judge`), or a teacher would be far better
-            with its outputs in another order of the classes.
+        PreflightError: outputs are not finite, a network is no better than chance (`pipeline.build.judge`), or a
+            teacher would be far better with its outputs in another order of the classes.
     """
     import torch
 
-    from pipeline.networks.ensemble import clean_batches, evenly_spaced
+    from pipeline.networks.ensemble import clean_batches, evenly_spaced, require_finite
 
     index = evenly_spaced(images, limit)
     labels = images.labels[index]
     batches: list[torch.Tensor] = []
     with Progress("preflight", len(index), "images") as progress:
-        for rows, pixels in clean_batches(images, index, batch_size, ensemble.device):
-            batches.append(_predictions(ensemble, ensemble.outputs(pixels)))
+        for rows, pixels in clean_batches(images, index, batch_size, ensemble.device, tested):
+            output = ensemble.outputs(pixels)
+            require_finite(ensemble, output)
+            batches.append(_predictions(ensemble, output))
             progress.advance(len(rows))
     predictions = torch.cat(batches, dim=1).cpu().numpy()
     shares = (predictions == labels).mean(axis=1).tolist()

@@ -11,11 +11,12 @@ from torch import Tensor
 from cache_tools.config import Frozen
 from cache_tools.devices import float64_device, in_float64
 from cache_tools.errors import NotFoundError
-from cache_tools.format.recipe import Precision
+from cache_tools.format.recipe import Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.refusion import FusionChoice
 from pipeline.networks.ensemble import TeacherEnsemble
 from pipeline.networks.stored import load_stored_ensemble
+from train.evaluate.canvas import as_tested
 from train.runs.stored import StoredRun
 
 _NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
@@ -83,18 +84,22 @@ def agreement(
     images: ImageSet,
     batch_size: int = 256,
     advance: Callable[[int], None] | None = None,
+    tested: Preprocessing | None = None,
 ) -> tuple[Agreement, ...]:
     """Compare a student with teacher, CLIP and fusion, or with the only one of them that there is.
 
     Args:
         student_NC: its logits for the clean `images`, float32 [N, C] on the teachers' device.
         advance: called with the number of images after each batch.
+        tested: the student's preprocessing; the teachers see the same part of each canvas. None for whole canvases.
     """
     labels = torch.from_numpy(images.labels).to(student_NC.device)
     sums = torch.zeros(len(ensemble.sources), 6, dtype=torch.float64, device=float64_device(student_NC.device))
     for start in range(0, len(images), batch_size):
         rows = slice(start, min(start + batch_size, len(images)))
         pixels = torch.from_numpy(images.load(rows)).to(ensemble.device, non_blocking=True)
+        if tested is not None:
+            pixels = as_tested(pixels, tested)
         sources = ensemble.source_logits(*ensemble.outputs(pixels))
         sums += torch.stack([_counts(student_NC[rows], source, labels[rows]) for source in sources])
         if advance is not None:

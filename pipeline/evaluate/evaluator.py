@@ -190,7 +190,13 @@ class _Evaluator:
         if self.teachers is None:
             return None
         with Progress("teachers", len(self.images), "images") as progress:
-            return agreement(student.logits, self.teachers, self.images, advance=progress.advance)
+            return agreement(
+                student.logits,
+                self.teachers,
+                self.images,
+                advance=progress.advance,
+                tested=student.preprocessing,
+            )
 
     def _confusion_picture(self, matrix: Any, student: EvaluatedStudent) -> bytes:
         from train.evaluate.confusion import plot_confusion

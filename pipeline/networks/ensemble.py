@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cache_tools.errors import PreflightError
 from cache_tools.format.arrays import array_name
 from cache_tools.format.manifest import Fusion
-from cache_tools.format.recipe import FusionRecipe, Precision, Store
+from cache_tools.format.recipe import FusionRecipe, Precision, Preprocessing, Store
 from cache_tools.fusion import (
     centre_rows,
     clip_logits,
@@ -30,6 +31,7 @@ from cache_tools.views.recipe import ViewRecipe
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
 from pipeline.recipe import ClipSpec, TeacherSpec, listed, shares
+from train.evaluate.canvas import as_tested
 
 
 class EnsembleOutput(NamedTuple):
@@ -229,12 +231,43 @@ def evenly_spaced(images: ImageSet, limit: int) -> np.ndarray:
 
 
 def clean_batches(
-    images: ImageSet, index: np.ndarray, batch_size: int, device: torch.device
+    images: ImageSet,
+    index: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+    tested: Preprocessing | None = None,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """(sample indices, their clean uint8 canvases on `device`), batch by batch."""
+    """(sample indices, their clean uint8 pixels on `device`), batch by batch.
+
+    Args:
+        tested: the preprocessing of students, whose part of each canvas is taken; None for whole canvases.
+    """
     for start in range(0, len(index), batch_size):
         rows = index[start : start + batch_size]
-        yield rows, torch.from_numpy(images.load(rows)).to(device)
+        pixels = torch.from_numpy(images.load(rows)).to(device)
+        yield rows, pixels if tested is None else as_tested(pixels, tested)
+
+
+def require_finite(ensemble: TeacherEnsemble, output: EnsembleOutput) -> None:
+    """Raise PreflightError that names the first network with an output that is NaN or infinite, if there is one."""
+    groups: tuple[tuple[str, str, Sequence[Teacher | Clip], Sequence[TeacherOutput | ClipOutput]], ...] = (
+        ("the teacher", "teacher", ensemble.teachers, output.teachers),
+        ("CLIP", "CLIP", ensemble.clips, output.clips),
+    )
+    for who, what, networks, results in groups:
+        for number, (network, tensors) in enumerate(zip(networks, results, strict=True)):
+            if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                continue
+            found = "NaN" if any(bool(tensor.isnan().any()) for tensor in tensors) else "infinity"
+            which = f", {what} {number + 1} of {len(networks)}" if len(networks) > 1 else ""
+            again = "" if network.precision == "float32" else ", or compute them with --precision float32"
+            raise PreflightError(
+                f"{who}'s outputs are not finite",
+                where=network.identity.architecture + which,
+                expected="finite numbers",
+                found=found,
+                next_step=f"check the weights{again}",
+            )
 
 
 def view_pixels(
@@ -260,6 +293,8 @@ def _resolve_scales(ensemble: TeacherEnsemble, recipe: FusionRecipe, images: Ima
         return [resolve_clip_scale(choice, scale) for scale in scales]
     batches = clean_batches(images, evenly_spaced(images, MATCH_SAMPLES), batch_size, ensemble.device)
     outputs = [ensemble.outputs(pixels) for _, pixels in batches]
+    for output in outputs:
+        require_finite(ensemble, output)
     teacher_logits = torch.cat([ensemble.teacher_logits(output.teachers) for output in outputs])
     cosines = [torch.cat([output.clips[number].cosine for output in outputs]) for number in range(len(scales))]
     return [

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cache_tools.format.recipe import Preprocessing
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_CROP = 7 / 8  # 224 of 256, as is usual on ImageNet
 
@@ -29,6 +34,18 @@ def evaluation_preprocessing(
     if crop is None:
         crop = crop_fraction(view_size, canvas_size)
     return Preprocessing(size=view_size, crop=crop, mean=mean, std=std)
+
+
+def as_tested(pixels_NCHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Test images uint8 [B, 3, h, w] as a student of this preprocessing sees them, for networks with another one.
+
+    Teachers and CLIP are measured on these, so that their figures and the student's are about the same pixels.
+    """
+    import torch
+
+    from cache_tools.preprocess import resize_and_crop
+
+    return resize_and_crop(pixels_NCHW, preprocessing).to(torch.uint8)  # whole grey levels already
 
 
 def crop_fraction(view_size: Size, canvas_size: Size) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -122,6 +122,7 @@ class Teachers:
     def __init__(self, images: ImageSet, *logits: np.ndarray) -> None:
         self.by_row = [torch.from_numpy(each) for each in logits]
         self.teachers = [Named() for _ in logits]
+        self.clips = ()
         self.start = 0
 
     def outputs(self, pixels: torch.Tensor) -> Any:
@@ -136,16 +137,18 @@ class Teachers:
 class Output:
     def __init__(self, teachers: list[Any]) -> None:
         self.teachers = teachers
+        self.clips = ()
 
 
-class Logits:
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits
+class Logits(NamedTuple):
+    logits: torch.Tensor
 
 
 class Named:
     class identity:
         architecture = "resnet8"
+
+    precision = "bfloat16"
 
 
 def preflight(images: ImageSet, *logits: np.ndarray, limit: int = 100) -> MultiLabelPreflight:
@@ -177,6 +180,17 @@ def test_a_teacher_at_chance_is_refused(root: Path, bad: str) -> None:
     }[bad]
     with pytest.raises(PreflightError, match="no better than chance"):
         preflight(images, np.ascontiguousarray(logits, dtype=np.float64))
+
+
+@pytest.mark.parametrize(("bad", "found"), [(np.nan, "NaN"), (-np.inf, "infinity")])
+def test_a_teacher_that_is_not_finite_is_refused(root: Path, bad: float, found: str) -> None:
+    images = open_images(multilabel.dataset(root / "squares"), "test")
+    logits = images.labels.astype(np.float64)
+    logits[-1, 0] = bad
+    with pytest.raises(
+        PreflightError, match=rf"outputs are not finite \(resnet8\).*found {found}.*--precision float32"
+    ):
+        preflight(images, logits)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -12,10 +12,20 @@ import torch
 
 from cache_tools.errors import DataError, PreflightError, RecipeError
 from cache_tools.format.manifest import Fusion
+from cache_tools.format.recipe import Preprocessing
+from cache_tools.images import open_images
+from cache_tools.preprocess import prepare
 from pipeline.build.cache import build_cache
+from pipeline.build.preflight import Preflight, run_preflight
 from pipeline.build.verdict import Sample, judge_networks
+from pipeline.networks.clip import ClipOutput
+from pipeline.networks.ensemble import EnsembleOutput
+from pipeline.networks.teachers import TeacherOutput
 from pipeline.recipe import BuildRecipe
 from tests.support import fitted_teacher
+from train.evaluate.canvas import evaluation_preprocessing
+from train.evaluate.metrics import predict
+from train.students import create_student
 
 DIGITS = tuple(map(str, range(12)))
 
@@ -156,6 +166,91 @@ def test_a_teacher_without_weight_is_not_judged() -> None:
     assert judged([constant, labels], labels, NAMES, teacher_weight=0.0, feature_weight=0.0) == []
 
 
+# What the networks are shown, and what they answer
+
+
+class Shown:
+    """A teacher and a CLIP of given outputs, which keep the pixels that they are shown."""
+
+    device = torch.device("cpu")
+    sources = ("teacher", "clip", "fusion")
+    fusion = Fusion(
+        teacher_weight=0.7,
+        feature_weight=0.7,
+        teacher_weights=(1.0,),
+        clip_weights=(1.0,),
+        clip_scales=(1.0,),
+        prompt_ensemble="embedding",
+    )
+
+    def __init__(self, *, teacher: float = 0.0, clip: float = 0.0, precision: str = "float32") -> None:
+        network = Stub(identity=Stub(architecture="net", outputs=None), precision=precision)
+        self.teachers = self.clips = (network,)
+        self.values, self.shown = (teacher, clip), list[torch.Tensor]()
+
+    def outputs(self, pixels: torch.Tensor) -> EnsembleOutput:
+        self.shown.append(pixels)
+        teacher, clip = (torch.full((len(pixels), 3), value) for value in self.values)
+        finite = torch.zeros(len(pixels), 3)
+        return EnsembleOutput((TeacherOutput(finite, teacher),), (ClipOutput(clip, finite),))
+
+    def source_logits(self, teachers: Any, clips: Any) -> list[torch.Tensor]:
+        return [teachers[0].logits] * 3
+
+    def scaled_logits(self, clips: Any) -> list[torch.Tensor]:
+        return [clips[0].cosine]
+
+
+class Noise:
+    """Five images of 16 × 16 of three classes, in the interface that the preflight uses."""
+
+    name, split, class_names, image_size = "noise", "train", ("a", "b", "c"), (16, 16)
+    labels = np.array([0, 1, 2, 0, 1])
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return 5
+
+    def load(self, rows: Any) -> np.ndarray:
+        return self.pixels[rows]
+
+
+def measure(ensemble: Any, tested: Preprocessing | None = None) -> Preflight:
+    images: Any = Noise()
+    return run_preflight(ensemble, images, 5, 2, tested)
+
+
+@pytest.mark.parametrize(("view", "resized"), [((14, 14), None), ((12, 10), None), ((8, 8), (9, 9)), ((16, 16), None)])
+def test_networks_see_the_part_of_the_canvas_that_students_are_tested_on(
+    view: tuple[int, int], resized: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.build.preflight.judge_networks", lambda *_: iter(()))
+    monkeypatch.setattr("pipeline.build.preflight.missing_notes", lambda _: ())
+    tested, ensemble = evaluation_preprocessing(view, (16, 16), ((0.0,) * 3, (1.0,) * 3)), Shown()
+    measure(ensemble, tested)
+    seen = torch.cat(ensemble.shown)
+    assert seen.dtype == torch.uint8
+    assert seen.shape == (5, 3, *view)
+    student = (prepare(torch.from_numpy(Noise.pixels), tested) * 255).round()
+    np.testing.assert_array_equal(seen.numpy(), student.numpy())
+    if view in ((14, 14), (16, 16)):
+        edge = (16 - view[0]) // 2
+        np.testing.assert_array_equal(seen.numpy(), Noise.pixels[:, :, edge : 16 - edge, edge : 16 - edge])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher": np.nan}, r"the teacher's outputs are not finite \(net\).*found NaN\. Check the weights\.?$"),
+        ({"clip": np.nan}, r"CLIP's outputs are not finite \(net\).*found NaN"),
+        ({"clip": -np.inf, "precision": "float16"}, r"found infinity\. Check the weights, or .*--precision float32"),
+    ],
+)
+def test_outputs_that_are_not_finite_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(PreflightError, match=message):
+        measure(Shown(**values))
+
+
 # Whole builds
 
 
@@ -221,6 +316,26 @@ def test_a_build_matches_the_classes_of_the_test_split(root: Path, tmp_path: Pat
     (data / "test" / "cat").rename(data / "test" / "koala")
     with pytest.raises(DataError, match=r"the test split has classes that training does not know.*found koala"):
         build_cache(recipe(root, tmp_path / "b.zarr", dataset=dataset, teacher=teacher))
+
+
+@pytest.mark.medium
+def test_a_teacher_has_the_figure_of_a_student_with_its_weights(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.build.preflight.judge_networks", lambda *_: iter(()))
+    crop = {"clean_first": False, "ops": [{"op": "random-resized-crop", "size": 9}]}
+    build = recipe(root, tmp_path / "a.zarr", views=crop, dataset=fitted_teacher.dataset(root / "data").model_dump())
+    found = build_cache(build).preflight
+    network: Any = create_student("resnet8", 12).eval()
+    network.load_state_dict(torch.load(root / "natural.pth"))
+    images = open_images(build.dataset, "test")
+    tested = evaluation_preprocessing((9, 9), images.image_size, build.dataset.normalisation)
+    top1 = (predict(network, images, tested, torch.device("cpu")).argmax(1).numpy() == images.labels).mean()
+    whole = evaluation_preprocessing(images.image_size, images.image_size, build.dataset.normalisation)
+    other = (predict(network, images, whole, torch.device("cpu")).argmax(1).numpy() == images.labels).mean()
+    assert isinstance(found, Preflight)
+    assert found.teacher_top1 == pytest.approx(top1)
+    assert top1 != other
 
 
 def test_prompts_that_say_nothing_are_refused_before_any_network_is_loaded(root: Path, tmp_path: Path) -> None:

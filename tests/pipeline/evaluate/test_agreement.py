@@ -15,6 +15,7 @@ from cache_tools.refusion import FusionChoice
 from pipeline.build.cache import build_cache
 from pipeline.evaluate.agreement import agreement, load_teachers
 from tests.support import tiny_build, tiny_run
+from train.evaluate.canvas import evaluation_preprocessing
 from train.run import train_student
 from train.runs.stored import StoredRun, open_run
 
@@ -82,6 +83,16 @@ def test_a_student_equal_to_its_teacher_agrees_with_it(run: StoredRun, images: I
     same = agreement(teacher.logits, ensemble, images, batch_size=len(images))[0]
     assert (same.agreement, same.follows_when_wrong, same.right_when_wrong) == (1.0, 1.0, 0.0)
     assert same.kl == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_teachers_see_the_part_that_the_student_is_tested_on(run: StoredRun, images: ImageSet):
+    ensemble = load_teachers(run, images, CPU)
+    tested = evaluation_preprocessing((14, 14), images.image_size, ((0.5,) * 3, (0.2,) * 3))
+    (teacher,), _ = ensemble.outputs(torch.from_numpy(images.load(slice(None))[:, :, 1:15, 1:15]))
+    cropped = agreement(teacher.logits, ensemble, images, batch_size=len(images), tested=tested)[0]
+    assert cropped.agreement == 1.0
+    assert cropped.kl == pytest.approx(0.0, abs=1e-9)
+    assert agreement(teacher.logits, ensemble, images, batch_size=len(images))[0].kl > 1e-6
 
 
 def test_the_fusion_of_the_run_is_used(run: StoredRun, images: ImageSet):
