@@ -1,4 +1,4 @@
-"""Test splits whose classes are not all the classes of the training split."""
+"""Splits that lack classes: test splits with fewer than the training split, and parts to train on."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ def missing_notes(*tests: ImageSet) -> tuple[str, ...]:
     return tuple(
         f"no test images of: {listed(names)}{place}" for (_, names), place in zip(missing, where, strict=True) if names
     )
+
+
+def training_notes(images: ImageSet) -> tuple[str, ...]:
+    """A note if the training images lack classes of the dataset, as a part of a folder in class order may."""
+    missing = missing_classes(images)
+    return (f"no training images of: {listed(missing)}",) if missing else ()
 
 
 def _counts(images: ImageSet) -> npt.NDArray[np.int64]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_tools.errors import DataError, RecipeError
+from cache_tools.images.result_folders import has_result_folder
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -131,6 +132,7 @@ def _other_format(path: Path) -> str | None:
         if (path / name).is_file():
             return name
     for pattern in ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow"):
-        if (file := next(path.glob(pattern), None)) is not None:
-            return str(file.relative_to(path))
+        for file in path.glob(pattern):
+            if file.parent == path or not has_result_folder(file.parent):
+                return str(file.relative_to(path))
     return None

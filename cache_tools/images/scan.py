@@ -19,10 +19,13 @@ from cache_tools.errors import DataError, printable
 from cache_tools.images.class_names import Names, arrange, describe
 from cache_tools.images.formats import CAMERA_RAW, DECODERS, EXTENSIONS, HEAD_BYTES, identify, is_decodable, no_decoder
 from cache_tools.images.image_set import KEY_BYTES, sample_key
+from cache_tools.images.result_folders import RESULT_FOLDERS, count_result_folders, result_folder_kind
 
 PROGRESS_FROM_FILES = 5000
 HIDDEN = "hidden or made by a system"
 UNLISTED = "not in the table of labels"
+# What a folder may hold besides result folders and still be no class.
+_BESIDE_RESULTS = RESULT_FOLDERS | {HIDDEN, "text", "HTML page"}
 # Folders and files of network drives, macOS and Windows; names that begin with a dot are left out too.
 _SYSTEM_NAMES = frozenset(
     {"@eadir", "@__thumb", "@recycle", "#recycle", "$recycle.bin", "lost+found", "__macosx"}
@@ -39,7 +42,7 @@ class FolderSummary:
         root: the folder.
         images: number of image files.
         nested: of them, those in sub-folders of their class folder.
-        left_out: path below the root → why the file is no sample.
+        left_out: path below the root → why the file is no sample; for a whole result folder, its kind.
         damaged: the same for images that `on_bad_image: skip` leaves out.
         sub_classes: class folder → its sub-folders, where these look like classes of their own.
     """
@@ -54,26 +57,26 @@ class FolderSummary:
     def lines(self) -> list[str]:
         """What a user should know, one line each; none for an ordinary folder."""
         found = []
-        if self.left_out:
-            total = self.images + len(self.left_out)
-            found.append(f"{self.root}: {counted(len(self.left_out), 'file')} of {total:,} left out: {self.reasons()}")
+        kinds = _by_reason(self.left_out)
+        if files := [(reason, names) for reason, names in kinds if reason not in RESULT_FOLDERS]:
+            count = sum(len(names) for _, names in files)
+            reasons = "; ".join(f"{len(names):,} {reason} ({some_names(names)})" for reason, names in files)
+            found.append(f"{self.root}: {counted(count, 'file')} of {self.images + count:,} left out: {reasons}")
             helpful = [
                 (name, package) for name, package in DECODERS.items() if no_decoder(name) in self.left_out.values()
             ]
             found += [f"{self.root}: to read {name} images, install {package}" for name, package in helpful]
+        if results := [(kind, names) for kind, names in kinds if kind in RESULT_FOLDERS]:
+            counts = "; ".join(
+                f"{count_result_folders(len(names), kind)} ({some_names(names)})" for kind, names in results
+            )
+            found.append(f"{self.root}: left out: {counts}")
         if self.damaged:
-            kinds = _by_reason(self.damaged)
-            names = "; ".join(f"{reason}: {some_names(names)}" for reason, names in kinds)
+            names = "; ".join(f"{reason}: {some_names(names)}" for reason, names in _by_reason(self.damaged))
             found.append(f"{self.root}: {counted(len(self.damaged), 'damaged image')} skipped: {names}")
         if self.nested:
             found.append(f"{self.root}: {counted(self.nested, 'image')} in sub-folders of the class folders")
         return [printable(line) for line in found]
-
-    def reasons(self) -> str:
-        """The number of files that are left out by reason, with some of their names."""
-        return "; ".join(
-            f"{len(names):,} {reason} ({some_names(names)})" for reason, names in _by_reason(self.left_out)
-        )
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data, with every name."""
@@ -126,6 +129,7 @@ def scan_folder(
     samples = [
         (name, path, key) for (name, path), key in zip(candidates, results, strict=True) if isinstance(key, bytes)
     ]
+    folders = _without_result_folders(root, folders, samples, left_out)
     summary = FolderSummary(
         root=root,
         images=len(samples),
@@ -163,7 +167,7 @@ def scan_listed(root: Path, files: Sequence[Path]) -> tuple[np.ndarray, FolderSu
     if bad := [f"{path.name}: {found}" for path, found in zip(files, results, strict=True) if isinstance(found, str)]:
         raise DataError("files in a table of labels that are no images", where=root, found=some_names(bad))
     chosen = {*files}
-    others = {path: reason for path, reason in _walk(root, ()) if path not in chosen}
+    others = {path: reason for path, reason in _walk(root, (), is_root=True) if path not in chosen}
     left_out = {path: reason or _reason_to_leave_out(path) or UNLISTED for path, reason in sorted(others.items())}
     summary = FolderSummary(
         root=root,
@@ -229,6 +233,22 @@ def _class_folders(root: Path) -> tuple[list[str], dict[Path, str]]:
     return classes, beside | {root / name: str(reason) for name, reason in kinds.items()}
 
 
+def _without_result_folders(
+    root: Path, folders: list[str], samples: Sequence[tuple[str, Path, bytes]], left_out: dict[Path, str]
+) -> list[str]:
+    """The class folders without result folders and folders that hold nothing else, such as `runs/`."""
+    inside: dict[str, set[str]] = {}
+    for path, reason in left_out.items():
+        inside.setdefault(path.relative_to(root).parts[0], set()).add(reason)
+    used = {name for name, _, _ in samples}
+    results = {
+        name for name, reasons in inside.items() if reasons & RESULT_FOLDERS and reasons <= _BESIDE_RESULTS
+    } - used
+    if results and not set(folders) - results:
+        raise _not_class_folders(root, [], [], None)
+    return [name for name in folders if name not in results]
+
+
 def _not_class_folders(root: Path, classes: list[str], images: list[str], broken: str | None) -> DataError:
     if broken:
         found, step = f"the broken link {broken}", "remove the link, or make its target available"
@@ -275,8 +295,12 @@ def _check_class_names(root: Path, names: Sequence[str]) -> None:
             )
 
 
-def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str | None]]:
+def _walk(
+    folder: Path, parents: tuple[tuple[int, int], ...], *, is_root: bool = False
+) -> Iterator[tuple[Path, str | None]]:
     """Files below a folder, links followed, each with the reason to leave it out, None if its content decides.
+
+    A result folder (`result_folders.py`) is left out as a whole, unless it is the root.
 
     `parents` are the (device, inode) of the folders above.
     """
@@ -285,16 +309,20 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[tuple[
     if identity in parents:
         raise DataError("folder contains itself through a link", where=folder, next_step="remove the link")
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = Path(entry.path)
-                if _is_hidden(entry.name):
-                    hidden = path.rglob("*") if entry.is_dir(follow_symlinks=False) else [path]
-                    yield from ((file, HIDDEN) for file in hidden if not file.is_dir())
-                elif entry.is_dir():
-                    yield from _walk(path, (*parents, identity))
-                else:
-                    yield path, None
+        with os.scandir(folder) as found:
+            entries = list(found)
+        if not is_root and (kind := result_folder_kind({entry.name for entry in entries})) is not None:
+            yield folder, kind
+            return
+        for entry in entries:
+            path = Path(entry.path)
+            if _is_hidden(entry.name):
+                hidden = path.rglob("*") if entry.is_dir(follow_symlinks=False) else [path]
+                yield from ((file, HIDDEN) for file in hidden if not file.is_dir())
+            elif entry.is_dir():
+                yield from _walk(path, (*parents, identity))
+            else:
+                yield path, None
     except OSError as error:
         raise DataError("cannot read a class folder", where=error.filename or folder, found=error.strerror) from error
 

@@ -115,6 +115,21 @@ def test_a_part_of_the_cache_has_its_own_targets_and_views(
         assert sorted(seen) == chosen.tolist()
 
 
+@pytest.mark.parametrize("kind", ["kd", "ce"])
+@pytest.mark.parametrize(
+    ("split", "notes"),
+    [
+        ("train[40%:]", (f"no training images of: {tiny_run.CLASSES[0]}",)),
+        ("train[:50%]", (f"no training images of: {tiny_run.CLASSES[2]}",)),
+        ("train[:5]", (f"no training images of: {tiny_run.CLASSES[1]}, {tiny_run.CLASSES[2]}",)),
+        ("train[::5]", ()),
+    ],
+)
+def test_classes_without_a_training_image_are_noted(cache: Path, split: str, notes: tuple[str, ...], kind: str) -> None:
+    recipe = tiny_run.recipe(cache, Path("unused"), dataset={"split": split}, loss={"kind": kind})
+    assert open_data(with_cached_images(recipe), CPU).notes() == notes
+
+
 def test_two_halves_are_disjoint_and_complete(cache: Path) -> None:
     halves = [opened(cache, {"split": split}).samples for split in ("train[::2]", "train[1::2]")]
     assert np.sort(np.concatenate([half for half in halves if half is not None])).tolist() == list(range(SAMPLES))

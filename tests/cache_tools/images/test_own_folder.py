@@ -71,6 +71,26 @@ def test_other_folders_are_refused(tmp_path: Path, file: str, error: type[CacheE
         read_own_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["x/run.json", "x/metrics.parquet"],
+        ["runs/x/run.json", "runs/x/metrics.parquet", "runs/all.parquet"],
+        ["s/sweep.yaml", "s/trials.parquet"],
+        ["e/evaluation.json", "e/confusion.parquet"],
+    ],
+)
+def test_tables_of_our_own_folders_are_no_data_set(tmp_path: Path, files: list[str]) -> None:
+    for name in ["cat/1.png", "dog/1.png", *files]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert "its class folders" in read_own_folder(tmp_path).note
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.parquet").touch()
+    with pytest.raises(DataError, match=r"found data/train-0\.parquet"):
+        read_own_folder(tmp_path)
+
+
 @pytest.mark.parametrize(("image_size", "view_size"), [(None, 224), (256, 224), (64, 56), (48, 42), ("large", 224)])
 def test_the_views_follow_the_size_of_the_images(tmp_path: Path, image_size: object, view_size: int) -> None:
     (tmp_path / "train" / "cat").mkdir(parents=True)

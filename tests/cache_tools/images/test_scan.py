@@ -15,6 +15,7 @@ from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images
 from cache_tools.images.folder import FolderImages
 from cache_tools.images.formats import Content, identify, is_decodable
+from cache_tools.images.scan import HIDDEN
 from tests.support.pictures import photo, recipe_for
 
 
@@ -153,6 +154,76 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     ]
     contents = images.folder_contents()
     assert (contents["images"], len(contents["left_out"])) == (2, 10)
+
+
+# --- what our own commands wrote ---
+
+
+def flat(root: Path, files: dict[str, bytes]) -> FolderImages:
+    """A training split whose class folders lie directly in `root`."""
+    make(root, {"cat/1.jpg": JPEG, "dog/1.jpg": JPEG} | files, split=".")
+    images = open_images(recipe_for(root, test_split=None))
+    assert isinstance(images, FolderImages)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("files", "left_out", "note"),
+    [
+        (
+            ["runs/x/run.json", "runs/x/curves.png"],
+            {"runs/x": "run of train-student"},
+            "1 run of train-student (runs/x)",
+        ),
+        (
+            ["runs/x/run.json", "runs/y/run.json", "runs/y/1.jpg", "runs/.DS_Store", "runs/log.txt"],
+            {"runs/x": "run of train-student", "runs/y": "run of train-student"},
+            "2 runs of train-student (runs/x, runs/y)",
+        ),
+        (["mine/run.json", "mine/curves.png"], {"mine": "run of train-student"}, "1 run of train-student (mine)"),
+        (
+            ["out/s/sweep.yaml", "out/s/a/run.json", "out/s/a/curves.png"],
+            {"out/s": "sweep of sweep-students"},
+            "1 sweep of sweep-students (out/s)",
+        ),
+        (
+            ["a/b/evaluation.json", "a/b/confusion.png"],
+            {"a/b": "evaluation of a student"},
+            "1 evaluation of a student (a/b)",
+        ),
+        (
+            ["runs/pets-stats/stats.json", "runs/pets-stats/views/0.parquet", "runs/pets-stats/quadrants.png"],
+            {"runs/pets-stats": "analysis of a cache"},
+            "1 analysis of a cache (runs/pets-stats)",
+        ),
+        (["pets.zarr/zarr.json", "pets.zarr/c/0"], {"pets.zarr": "cache"}, "1 cache (pets.zarr)"),
+        (
+            ["dog/old/run.json", "dog/old/1.png"],
+            {"dog/old": "run of train-student"},
+            "1 run of train-student (dog/old)",
+        ),
+    ],
+)
+def test_our_own_folders_are_no_classes(tmp_path: Path, files: list[str], left_out: dict[str, str], note: str) -> None:
+    before = flat(tmp_path, {})
+    after = flat(tmp_path, {name: JPEG if name.endswith(("png", "jpg")) else b"{}" for name in files})
+    assert after.class_names == ("cat", "dog")
+    assert after.content_digest == before.content_digest
+    outputs = {name: reason for name, reason in after.summary.left_out.items() if reason not in ("text", HIDDEN)}
+    assert outputs == left_out
+    assert after.notes()[-1] == f"{tmp_path}: left out: {note}"
+
+
+def test_a_class_with_a_run_and_an_image_stays_a_class(tmp_path: Path) -> None:
+    images = flat(tmp_path, {"owl/runs/x/run.json": b"{}", "owl/1.jpg": JPEG})
+    assert images.class_names == ("cat", "dog", "owl")
+    with pytest.raises(DataError, match=r"without an image.*1 video"):
+        flat(tmp_path, {"yak/runs/x/run.json": b"{}", "yak/1.mp4": media(b"isom")})
+
+
+def test_a_folder_of_runs_only_has_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a folder of class folders"):
+        make(tmp_path, {"runs/x/run.json": b"{}", "runs/x/curves.png": JPEG})
 
 
 # --- sub-folders ---
