@@ -135,7 +135,7 @@ def test_an_epoch_equals_a_plain_loop(cache: TeacherCache) -> None:
         assert means[epoch]["loss"] == pytest.approx(total / SAMPLES, rel=1e-4)
         assert means[epoch]["loss"] == pytest.approx(means[epoch]["loss_ce"] + means[epoch]["loss_logit"], rel=1e-5)
     for ours, theirs in zip(learner.student.parameters(), student.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # how the CPU rounds adds up over ten updates
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-4)  # 2e-4 was seen: rounding differs between CPUs
 
 
 def learner_step(epoch: int, rows: torch.Tensor, recipe: TrainRecipe) -> int:

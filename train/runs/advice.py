@@ -57,7 +57,7 @@ def _as_a_teacher(result: RunResult) -> list[str]:
     if dataset.absolute() != plain.model_copy(update=size).absolute():  # its other settings belong in a recipe file
         return []
     options = [] if dataset.image_size == plain.image_size else ["--set", f"dataset.image_size={dataset.image_size}"]
-    return [f"next: {_command('build-cache', shortest(dataset.data_dir), '--teacher', result.folder, *options)}"]
+    return [f"next: {_command('build-cache', _shortest(dataset.data_dir), '--teacher', result.folder, *options)}"]
 
 
 def _about_the_fusion(result: RunResult, manifest: Manifest | None, cache: Path | str | None) -> list[tuple[str, str]]:
@@ -92,7 +92,7 @@ def _about_the_run(result: RunResult, recipe: TrainRecipe, manifest: Manifest | 
     return steps
 
 
-def shortest(path: Path) -> Path:
+def _shortest(path: Path) -> Path:
     """A path below the working directory relative to it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
