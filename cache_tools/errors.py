@@ -81,6 +81,10 @@ class UnknownFormatError(FormatError):
     """An intact manifest in a format that this version of teacher-cache does not know."""
 
 
+class UnsafeFileError(FormatError):
+    """A link, pipe, device or socket where a cache or a run must have a file or a folder."""
+
+
 class NotFoundError(CacheError):
     """There is no cache of that path, name or fingerprint."""
 

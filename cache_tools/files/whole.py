@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import time
@@ -20,6 +21,8 @@ MAX_METADATA_BYTES = 64 << 20
 MAX_FILE_BYTES = (1 << 30) + (1 << 28)  # the largest chunk (format.stored.MAX_CHUNK_BYTES) and what packing may add
 PARTIAL = ".partial"  # the suffix of files and folders that are not finished
 LEFTOVER_AGE_S = 3600.0
+# NAME.UUID.partial; of earlier versions also NAME.PID.RANDOM.partial.
+_PARTIAL_NAME = re.compile(r".\.([0-9a-f]{32}|[0-9]+\.[0-9a-f]{16})\.partial\Z")
 HOME_VARIABLE = "TEACHER_CACHE_HOME"
 
 
@@ -54,15 +57,21 @@ def too_large(where: object, limit: int, size: int) -> FormatError:
     return FormatError("a file is larger than it can be", where=where, expected=f"at most {limit:,} bytes", found=size)
 
 
+def is_partial(name: str) -> bool:
+    """Whether a name is one that we give to unfinished files and folders, now or in earlier versions."""
+    return _PARTIAL_NAME.search(name) is not None
+
+
 @contextmanager
 def replaced_durably(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which replaces `path` atomically and durably when the block ends without an error.
 
-    The bytes are on the disk before the file gets its name, and the name is on the disk before this returns.
+    The bytes are on the disk before the file gets its name, and the name is on the disk before this returns. `path` is
+    the user's: links on the way to it are followed. A file below a cache or a run is written with `SafeFolder`.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -100,12 +109,18 @@ def sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(folder: int) -> None:
+    """As `sync_folder`, for an open folder."""
+    try:
+        os.fsync(folder)
     except OSError as error:
         if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(root: Path) -> None:
