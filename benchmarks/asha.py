@@ -23,7 +23,7 @@ from side_by_side import Dataset, Device, Overrides, Rounds, Threads, Views, env
 from students import build
 
 from cache_tools.console import command
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import run_sweep
 

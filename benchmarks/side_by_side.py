@@ -21,7 +21,7 @@ import torch
 import typer
 
 from cache_tools.console import cpu_model, device_name, resolve_device
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 
 Times = dict[str, list[float]]  # variant → seconds in each round
 

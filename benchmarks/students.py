@@ -16,9 +16,9 @@ from pipeline.recipe import BuildRecipe, load_build_recipe
 from train.data import TrainingData, open_data
 from train.feed import Feed, TargetSource
 from train.loop import Learner, train_epoch
-from train.loss_recipe import LossRecipe
 from train.objective import Objective
 from train.recipe import TrainRecipe
+from train.recipe.loss import LossRecipe
 from train.students import create_student
 
 

@@ -32,7 +32,7 @@ from students import Epochs, build, opened, train_recipe
 from cache_tools.console import command
 from train.feed import CachedTargets, NoTargets
 from train.loop import repeatable
-from train.loss_recipe import LossRecipe
+from train.recipe.loss import LossRecipe
 
 CLOCK = (
     "whole epochs: reading the next view from the cache, making its pixels, every batch and update; "

@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, ParamSpec, Self
 
 from cache_tools.errors import CacheError, DeviceError, StorageError
-from cache_tools.quiet import quiet_libraries
+from cache_tools.system.quiet import quiet_libraries
 from cache_tools.units import duration
 
 if TYPE_CHECKING:

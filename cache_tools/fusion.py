@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from cache_tools import philox
-from cache_tools.devices import in_float64
 from cache_tools.errors import PreflightError
+from cache_tools.system.devices import in_float64
 
 if TYPE_CHECKING:
     from cache_tools.format.manifest import Fusion

@@ -23,9 +23,9 @@ import typer
 from cache_tools.console import command, resolve_device
 from cache_tools.home import registry
 from cache_tools.home.sizes import size_and_time
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 from train.data import open_data
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
 from train.run import train_on
 from train.runs.result import load_result
 

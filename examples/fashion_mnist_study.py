@@ -23,11 +23,11 @@ import typer
 
 from cache_tools.console import command, resolve_device
 from cache_tools.images import open_images
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 from train.data import open_data
-from train.loss_recipe import named_loss
 from train.recipe import TrainRecipe
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
+from train.recipe.loss import named_loss
 from train.run import train_on
 from train.runs.result import load_result
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache_tools.console import command
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 from train.options import (
     DataDir,
     Device,
@@ -118,7 +118,7 @@ def build_cache(
     # Imported here, as everything slow below: --help must answer at once.
     from cache_tools.config import dump_yaml
     from pipeline.recipe import builtin_recipes, is_none, load_build_recipe
-    from train.sources import folder_note
+    from train.recipe.sources import folder_note
 
     options: dict[str, Any] = {
         "num_views": views,
@@ -233,7 +233,7 @@ def _next_step(recipe: BuildRecipe, manifest: Manifest, where: str | Path) -> st
     """The command that trains from this cache, by its name only if that is a recipe of `train-student` and unique."""
     from cache_tools.config import builtin_names
     from cache_tools.home import registry
-    from train.recipe_loading import builtin_recipes
+    from train.recipe.loading import builtin_recipes
 
     is_recipe = recipe.name in builtin_names(builtin_recipes()) and recipe.name == manifest.data_name
     train = f"train-student {recipe.name}" if is_recipe else "train-student"

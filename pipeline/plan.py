@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from cache_tools.config import Frozen
 from cache_tools.console import device_name, resolve_device
-from cache_tools.devices import synchronise
 from cache_tools.format.arrays import constant_shapes, target_arrays
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
+from cache_tools.system.devices import synchronise
 from cache_tools.units import duration, human_bytes
 from pipeline.build.cache import resolve
 from pipeline.build.destination import destination

@@ -1,7 +1,7 @@
 """The commands. Whatever lies in the working folder or on PYTHONPATH, they import the packages of teacher-cache.
 
 Importing this module claims the names of our packages for the whole process. Processes that a command starts import it
-first (`cache_tools.processes`).
+first (`cache_tools.system.processes`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cache_tools.console import command, print_json
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 from train.options import (
     Cache,
     CheckpointEvery,
@@ -121,13 +121,13 @@ def train_student(
     """
     # Imported here, as everything slow below: --help must answer at once.
     if list_students:
-        from train.catalogue import students_text
+        from train.zoo.catalogue import students_text
 
         print(students_text(student))
         return
     from cache_tools.config import dump_yaml
-    from train.loss_recipe import named_loss
-    from train.recipe_loading import DEFAULT_RECIPE, builtin_recipes, load_train_recipe, named_after_cache
+    from train.recipe.loading import DEFAULT_RECIPE, builtin_recipes, load_train_recipe, named_after_cache
+    from train.recipe.loss import named_loss
 
     options = {
         "cache": cache,
@@ -164,9 +164,9 @@ def train_student(
     import sys
 
     from train import run
+    from train.recipe.sources import folder_note, require_cache_of_folder
     from train.runs.advice import next_steps
     from train.runs.result import summary
-    from train.sources import folder_note, require_cache_of_folder
 
     source = recipe or DEFAULT_RECIPE
     if (note := folder_note(source, builtin_recipes())) is not None:

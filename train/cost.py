@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.config import Frozen
 from cache_tools.console import device_name
-from cache_tools.devices import synchronise
 from cache_tools.errors import RecipeError
-from cache_tools.memory import is_out_of_memory
+from cache_tools.system.devices import synchronise
+from cache_tools.system.memory import is_out_of_memory
 
 BATCH_SIZES = (1, 128)
 WARM_UP_RUNS, MIN_RUNS, MAX_RUNS = 3, 5, 200

@@ -25,9 +25,9 @@ from cache_tools.views.recipe import ViewRecipe
 from train.evaluate.canvas import evaluation_preprocessing
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
 from train.labelled import PartialLabels, labelled_rows, partial_labels
-from train.loss_recipe import LossRecipe
 from train.losses.contrastive import Components
 from train.recipe import TrainRecipe
+from train.recipe.loss import LossRecipe
 
 Opener = Callable[[DatasetRecipe, str | None], ImageSet]
 """Opens a split of a dataset, like `open_images`; None for the split that the recipe trains on."""

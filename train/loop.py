@@ -17,11 +17,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cache_tools.devices import in_float64
 from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
-from cache_tools.memory import drop_tracebacks, raise_on_out_of_memory
 from cache_tools.preprocess import prepare
+from cache_tools.system.devices import in_float64
+from cache_tools.system.memory import drop_tracebacks, raise_on_out_of_memory
 from train.feed import Batch, Feed, mixed_seed
 from train.objective import Objective
 from train.optim import create_optimiser, create_schedule, trained_parameters, update_of

@@ -12,10 +12,10 @@ from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
 from train import losses
 from train.feed import Batch
-from train.loss_recipe import LossRecipe
 from train.losses.contrastive import Components, ContrastiveTerm
 from train.losses.numerics import full_precision
 from train.losses.tail import kd_tail
+from train.recipe.loss import LossRecipe
 
 LOGIT_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor, Tensor], Tensor]] = {
     "kd": lambda recipe, student, target, labels: losses.kd(student, target, recipe.temperature),

@@ -11,7 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from train.feed import Batch
-from train.optim_recipe import OptimiserRecipe, ScheduleRecipe
+from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
 
 
 def create_optimiser(recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

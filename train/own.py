@@ -71,7 +71,7 @@ def create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
         if isinstance(classifier, nn.Linear) and classifier.out_features != num_classes:
             raise _other_class_count(name, num_classes, classifier.out_features)
         return network
-    from train.own_network import OwnNetwork
+    from train.zoo.own_net import OwnNetwork
 
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     fitting = [module for module in linear if module.out_features == num_classes]

@@ -10,7 +10,7 @@ from torch import nn
 
 from cache_tools.errors import RecipeError, WeightsError
 from train import own
-from train.student_names import STUDENT_ALIASES, canonical_student_name
+from train.recipe.student_names import STUDENT_ALIASES, canonical_student_name
 from train.weights.text import nearest
 from train.zoo import torchvision_net
 from train.zoo.base import ZooNetwork

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache_tools.config import Frozen
-from cache_tools.devices import float64_device, in_float64
 from cache_tools.errors import NotFoundError
 from cache_tools.format.recipe import Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.refusion import FusionChoice
+from cache_tools.system.devices import float64_device, in_float64
 from pipeline.networks.ensemble import TeacherEnsemble
 from pipeline.networks.stored import load_stored_ensemble
 from train.evaluate.canvas import as_tested

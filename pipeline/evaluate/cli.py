@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cache_tools.console import command
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 from train.options import DataDir, Device, Download, ForwardBatchSize, ReportAsJson, RunArgument
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

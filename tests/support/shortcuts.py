@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import train.run
+import train.run.state
 import train.sweep.run
 from train.cost import measure
 
@@ -19,7 +19,7 @@ SMALLEST_PNG = base64.b64decode(
 
 def take_shortcuts(patch: pytest.MonkeyPatch) -> None:
     """Runs draw one pixel as their curves; sweeps time each student five times instead of for two seconds."""
-    patch.setattr(train.run, "plot_curves", _draw_one_pixel)
+    patch.setattr(train.run.state, "plot_curves", _draw_one_pixel)
     patch.setattr(train.sweep.run, "measure", functools.partial(measure, budget_s=0.0))
 
 

@@ -36,7 +36,7 @@ from pipeline.build.cache import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from tests.support import cache_factory
 from train.recipe import TrainRecipe
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
 from train.sweep.recipe import SweepRecipe
 
 ROOT = Path(__file__).parents[2]

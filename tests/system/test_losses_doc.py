@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from train.cli import app
 from train.feed import Batch, BatchTargets
-from train.loss_recipe import LOSSES, LossRecipe, named_loss
 from train.losses.contrastive import Components
 from train.objective import Objective
+from train.recipe.loss import LOSSES, LossRecipe, named_loss
 
 TEXT = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
 KINDS = get_args(LossRecipe.model_fields["kind"].annotation)

@@ -21,11 +21,11 @@ from cache_tools.reader import TeacherCache
 from pipeline import recipe as build_recipes
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from tests.support import cifar_files, mdistiller_files, tiny_clip
-from train import recipe_loading as train_recipes
 from train.checkpoints import load_state
-from train.loss_recipe import named_loss
 from train.recipe import TrainRecipe
-from train.recipe_loading import load_train_recipe
+from train.recipe import loading as train_recipes
+from train.recipe.loading import load_train_recipe
+from train.recipe.loss import named_loss
 from train.students import create_student
 
 # All commands are a dozen small trainings and five builds.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_tools import processes
+from cache_tools.system import processes
 from tests.teacher_cache.conftest import ROOT, Python
 
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -82,8 +82,8 @@ def test_processes_of_sweeps_import_our_packages(python: Python) -> None:
 def test_pools_of_processes_import_our_packages(python: Python) -> None:
     code = (
         "from teacher_cache import losses\n"
-        "from cache_tools.processes import process_pool\n"
-        "from train.student_names import canonical_student_name\n"
+        "from cache_tools.system.processes import process_pool\n"
+        "from train.recipe.student_names import canonical_student_name\n"
         "with process_pool(1) as pool: print(pool.submit(canonical_student_name, 'RESNET8X4').result())"
     )
     assert python("-c", code).stdout == "resnet8x4\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import train.run
+import train.run.state
 from tests.support.shortcuts import take_shortcuts
 from train.runs.curves import plot_curves
 
@@ -21,4 +21,4 @@ def shortcuts() -> Iterator[None]:
 @pytest.fixture
 def real_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test draw their curves."""
-    monkeypatch.setattr(train.run, "plot_curves", plot_curves)
+    monkeypatch.setattr(train.run.state, "plot_curves", plot_curves)

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from cache_tools.home import registry
 from tests.support import tiny_run
-from train import run
 from train.cli import app
+from train.run import train as run
 
 pytestmark = pytest.mark.medium
 
@@ -114,7 +114,7 @@ def test_a_run_from_a_cache_is_named_after_the_cache(photos: str, pictures: Path
 
 def test_curves_are_titled_after_the_cache(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
     titles = []
-    monkeypatch.setattr("train.run.plot_curves", lambda history, path, title, references: titles.append(title))
+    monkeypatch.setattr("train.run.state.plot_curves", lambda history, path, title, references: titles.append(title))
     invoke("--cache", photos, *FAST, "--compare-with-labels")
     assert titles[-1] == "resnet8 on photos, loss kd, seed 0"
 

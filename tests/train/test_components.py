@@ -20,8 +20,8 @@ from tests.support import tiny_build, tiny_run
 from train import checkpoints
 from train.cli import app
 from train.data import open_data
-from train.loss_recipe import LossRecipe
 from train.losses.contrastive import Components
+from train.recipe.loss import LossRecipe
 from train.run import train_on, train_student
 
 CPU = torch.device("cpu")

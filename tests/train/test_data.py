@@ -19,9 +19,9 @@ from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from train.data import TrainingData, open_data, with_cached_images
 from train.feed import Batch, ResidentFeed, StreamingFeed
-from train.loss_recipe import LossRecipe
 from train.recipe import TrainRecipe
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
+from train.recipe.loss import LossRecipe
 from train.run import train_student
 from train.runs.stored import open_run
 

@@ -21,9 +21,9 @@ from tests.support.golden_cases import (
     TOTAL_CASES,
 )
 from train.feed import Batch, BatchTargets
-from train.loss_recipe import LossRecipe, named_loss
 from train.losses.contrastive import Components
 from train.objective import Objective
+from train.recipe.loss import LossRecipe, named_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Losses of spatial maps, which a cache does not store.

@@ -16,7 +16,7 @@ from tests.support.hub_copies import add_to_hub_cache, use_hub_cache
 from train.checkpoints import load_student
 from train.initial import check_names, first_student
 from train.recipe import TrainRecipe, recipe_digest
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
 from train.run import train_student
 from train.students import create_student
 

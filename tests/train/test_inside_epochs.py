@@ -154,7 +154,7 @@ def test_checkpoints_are_stored_every_n_minutes(cache: Path, tmp_path: Path, mon
 
     saved: list[tuple[int, float]] = []
     monkeypatch.setattr(Learner, "step", step)
-    monkeypatch.setattr("train.epoch_clock.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("train.runs.epoch_clock.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(Run, "save_checkpoint", lambda self, state, train_s: saved.append((state["batches"], train_s)))
     train_student(always(cache, tmp_path / "run", checkpoint_every_minutes=1.0, epochs=1, batch_size=5))
     assert saved == [(3, 75.0), (6, 150.0), (9, 225.0)]
@@ -165,7 +165,7 @@ def test_a_continued_epoch_has_the_time_of_all_its_parts(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("train.epoch_clock.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("train.runs.epoch_clock.time.perf_counter", lambda: clock[0])
     original = Learner.step
 
     def step(self: Learner, *arguments: Any) -> None:

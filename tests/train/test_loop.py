@@ -24,8 +24,8 @@ from train.feed import CachedTargets, Feed, ResidentFeed, epoch_order, mixed_see
 from train.loop import Learner, repeatable, train_epoch
 from train.objective import Objective
 from train.optim import create_optimiser, create_schedule
-from train.optim_recipe import OptimiserRecipe, ScheduleRecipe
 from train.recipe import TrainRecipe
+from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
 from train.students import create_student
 
 CPU = torch.device("cpu")

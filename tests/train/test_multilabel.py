@@ -23,9 +23,9 @@ from train.data import open_data
 from train.evaluate.metrics import predict
 from train.evaluate.multilabel import MultiLabelEvaluation
 from train.feed import Batch, BatchTargets
-from train.loss_recipe import LossRecipe, named_loss
 from train.objective import Objective
 from train.recipe import TrainRecipe
+from train.recipe.loss import LossRecipe, named_loss
 from train.run import train_student
 from train.runs.result import load_result, summary
 from train.sweep.halving import check_metric

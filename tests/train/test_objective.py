@@ -17,10 +17,10 @@ from cache_tools.config import validate
 from cache_tools.errors import RecipeError
 from train import losses
 from train.feed import Batch, BatchTargets
-from train.loss_recipe import LossRecipe
 from train.losses.contrastive import Components
 from train.losses.numerics import unit_rows
 from train.objective import FEATURE_TERMS, LOGIT_TERMS, Objective
+from train.recipe.loss import LossRecipe
 
 SAMPLES, CLASSES, STUDENT_DIM, TARGET_DIM = 60, 7, 12, 9
 LABELS = np.arange(SAMPLES) % CLASSES

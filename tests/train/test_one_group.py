@@ -15,8 +15,8 @@ from cache_tools.refusion import FusionChoice
 from tests.support import tiny_run
 from tests.support.fusion_by_hand import fused_by_hand
 from train.data import open_data
-from train.loss_recipe import LossRecipe
 from train.losses.contrastive import Components, ContrastiveTerm
+from train.recipe.loss import LossRecipe
 from train.run import train_student
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from torch import nn
 from cache_tools.errors import RecipeError, WeightsError
 from tests.support.golden_cases import REFERENCE_LOGITS
 from tests.support.turns import slow
-from train.student_names import ZOO_NAMES
+from train.recipe.student_names import ZOO_NAMES
 from train.students import create_student, student_names
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -30,7 +30,7 @@ from cache_tools.files import put_durably, remove_leftovers, replaced_durably
 from cache_tools.home.registry import cache_home
 from cache_tools.images.image_set import ImageSet
 from cache_tools.philox import sample_words
-from cache_tools.processes import process_pool
+from cache_tools.system.processes import process_pool
 from train.evaluate.corruptions import CORRUPTIONS, LABELS, SEVERITIES, Corrupted, evenly_spaced, open_corrupted
 
 PACKAGE = "imagecorruptions-imaug"

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache_tools.config import Frozen
-from cache_tools.devices import float64_device
 from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
+from cache_tools.system.devices import float64_device
 
 CALIBRATION_BINS = 15
 TOP_K = 5

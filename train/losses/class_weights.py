@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cache_tools.errors import RecipeError
-from train.loss_recipe import LossRecipe
+from train.recipe.loss import LossRecipe
 
 _SHOWN = 5
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache_tools.errors import RecipeError
-from train.loss_recipe import LossRecipe
 from train.losses.numerics import full_precision, unit_rows
+from train.recipe.loss import LossRecipe
 
 # One matrix product with the whole memory beats gathering [B, K + 1, dim] rows up to about this many samples per
 # negative; with the reference's setting (50 000 samples, 16 384 negatives) it is about fifteen times faster on a CPU.

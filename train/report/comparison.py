@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.evaluate.multilabel import HEADLINES, headline_of
-from train.loss_recipe import LABELS_ALONE as LOSSES_WITHOUT_TARGETS
-from train.recipe_loading import SETTING_ALIASES
+from train.recipe.loading import SETTING_ALIASES
+from train.recipe.loss import LABELS_ALONE as LOSSES_WITHOUT_TARGETS
 from train.report.gains import gains, pairing, twins
 from train.report.records import FIGURE_ON, FINISHED, TrialRecord
 from train.report.spread import Spread, spread

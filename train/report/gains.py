@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.loss_recipe import CE_SETTINGS
+from train.recipe.loss import CE_SETTINGS
 
 # Keys of a recipe that a run on labels alone does not have, or that do not change what it learns.
 _OF_TARGETS = ("loss.", "fusion.", "dataset", "views", "cache", "evaluate_every", "num_views")

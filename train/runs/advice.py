@@ -10,8 +10,8 @@ from cache_tools.format.manifest import Manifest, build_command
 from cache_tools.images.own_folder import read_own_folder
 from cache_tools.images.recipe import DatasetRecipe
 from train.evaluate.metrics import Evaluation
-from train.loss_recipe import LABELS_ALONE
 from train.recipe import TrainRecipe
+from train.recipe.loss import LABELS_ALONE
 from train.runs.folder import RECIPE
 from train.runs.result import RunResult, figures_of_teachers
 from train.runs.stored import open_run

@@ -16,8 +16,8 @@ from cache_tools.errors import RecipeError, StorageError
 from cache_tools.files import PARTIAL, put_durably
 from train.checkpoints import BEST, EMA, LAST
 from train.recipe import TrainRecipe
-from train.recipe_loading import DEFAULT_RECIPE
-from train.student_names import canonical_student_name
+from train.recipe.loading import DEFAULT_RECIPE
+from train.recipe.student_names import canonical_student_name
 
 RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
 STATE, CHECKPOINT = "state.pt", "checkpoint.pt"  # after the last finished epoch; inside the next one

@@ -15,7 +15,7 @@ from cache_tools.format.recipe import Preprocessing
 from cache_tools.screen import TextTable, nats
 from cache_tools.units import duration
 from train.evaluate.multilabel import HEADLINES, Figures, MultiLabelEvaluation
-from train.loss_recipe import LABELS_ALONE
+from train.recipe.loss import LABELS_ALONE
 from train.runs.folder import REPORT, RESULT
 
 _ROWS = {"fusion": "teacher + CLIP, fused"}

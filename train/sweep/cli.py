@@ -11,7 +11,7 @@ import typer
 
 from cache_tools.console import command
 from cache_tools.errors import RecipeError
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 from train.options import Cache, CheckpointEvery, DataDir, Device, Epochs
 
 if TYPE_CHECKING:

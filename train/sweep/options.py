@@ -12,10 +12,10 @@ from pydantic import ConfigDict, Field
 from cache_tools.config import Frozen, given_settings, parse_yaml, validate
 from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import TrainRecipe
-from train.recipe_loading import DEFAULT_RECIPE, full_key, load_train_recipe, named_after_cache
+from train.recipe.loading import DEFAULT_RECIPE, full_key, load_train_recipe, named_after_cache
+from train.recipe.unused import dotted_keys
 from train.sweep.recipe import SWEEP, SweepRecipe, refuse_doubles
 from train.sweep.search_recipe import Search, parse_range
-from train.unused import dotted_keys
 
 
 class _FileKeys(Frozen):

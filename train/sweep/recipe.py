@@ -13,11 +13,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cache_tools.config import Frozen, set_dotted, validate
 from cache_tools.errors import RecipeError
-from train.loss_recipe import CE_SETTINGS, LABELS_ALONE, named_loss
 from train.recipe import TrainRecipe, all_fields, default_fields
-from train.recipe_loading import SETTING_ALIASES
+from train.recipe.loading import SETTING_ALIASES
+from train.recipe.loss import CE_SETTINGS, LABELS_ALONE, named_loss
+from train.recipe.unused import unused_settings, value_at
 from train.sweep.search_recipe import Axis, Search, larger_is_better
-from train.unused import unused_settings, value_at
 
 SWEEP = "sweep.yaml"  # in the folder of a sweep
 

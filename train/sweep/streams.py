@@ -21,8 +21,8 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
-from cache_tools.memory import drop_tracebacks, release_memory
 from cache_tools.reader import TeacherCache
+from cache_tools.system.memory import drop_tracebacks, release_memory
 from cache_tools.views.recipe import ViewRecipe
 from train.data import Opener, TrainingData, open_data
 from train.feed import CachedTargets, Feed, open_feed

@@ -10,7 +10,7 @@ import polars as pl
 
 from cache_tools.screen import TextTable, count, nats, screen_width
 from train.evaluate.multilabel import HEADLINES
-from train.loss_recipe import LABELS_ALONE
+from train.recipe.loss import LABELS_ALONE
 from train.report.comparison import short_names
 from train.report.trials import setting_columns
 from train.runs.folder import REPORT

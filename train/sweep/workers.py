@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache_tools.errors import CacheError, error_from_data, error_to_data
-from cache_tools.processes import command_for
+from cache_tools.system.processes import command_for
 from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
@@ -108,7 +108,7 @@ def divide_streams(streams: Sequence[Sequence[Trial]], count: int) -> list[list[
 
 def main() -> None:
     """A worker process: train the trials that standard input names. Only an error goes to standard output, as JSON."""
-    from cache_tools.memory import keep_freed_memory
+    from cache_tools.system.memory import keep_freed_memory
 
     errors = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what training prints goes to the log

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cache_tools.errors import RecipeError
-from train.loss_recipe import LossRecipe
 from train.losses.class_weights import class_weights
+from train.recipe.loss import LossRecipe
 
 NAMES = ("cat", "dog", "7")
 LABELS = np.array([0, 0, 0, 0, 1, 1, 2, 0, 1, 0])

@@ -13,7 +13,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from tests.support import tiny_run
 from tests.support.next_commands import commands_in, parse
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
 from train.run import train_student
 from train.runs.advice import next_steps
 from train.runs.result import RunResult, load_result, summary

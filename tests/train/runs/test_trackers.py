@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-import train.run
+import train.run.train
 from cache_tools.errors import DataError
 from tests.support import tiny_run
 from train import checkpoints
@@ -300,7 +300,7 @@ def test_overwrite_starts_a_new_run_of_the_tracker(recorder: type[Recorder], cac
 def test_an_interrupted_run_is_not_marked_finished(
     recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
 ) -> None:
-    interrupt(monkeypatch, train.run, "train_epoch", 2)
+    interrupt(monkeypatch, train.run.train, "train_epoch", 2)
     with pytest.raises(KeyboardInterrupt):
         train_student(tiny_run.recipe(cache, tmp_path / "run", loggers=["tensorboard"]))
     assert recorder.calls == ["start", 0, "stopped"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.next_commands import commands_in
 from tests.support.run_folders import write_run
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
 from train.report.comparison import compare
 from train.report.trials import read_table, read_trials, save_table
 from train.sweep.recipe import SweepRecipe, Trial

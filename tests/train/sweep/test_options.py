@@ -14,8 +14,8 @@ from cache_tools.config import dump_yaml
 from cache_tools.errors import RecipeError
 from tests.support import tiny_run
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
-from train.loss_recipe import named_loss
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
+from train.recipe.loss import named_loss
 from train.sweep import cli
 from train.sweep.options import default_folder, read_sweep
 from train.sweep.recipe import SweepRecipe, make_trials

@@ -18,8 +18,8 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from tests.support import tiny_run
 from train.data import open_data
-from train.loss_recipe import LossRecipe
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
+from train.recipe.loss import LossRecipe
 from train.run import train_group, train_student
 from train.runs.folder import METRICS, STOPPED
 from train.sweep.halving import Halving
@@ -321,7 +321,7 @@ def test_a_trial_that_fails_in_evaluation_affects_no_others(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     """The loss may stay finite while weights or averages of batch norms become infinite."""
-    import train.run as one_run
+    import train.run.state as one_run
     from train.evaluate.metrics import evaluate
 
     def spoiled(model: Any, *args: Any, **options: Any) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cache_tools.errors import CacheError, MismatchError, StorageError, error_to_data
-from cache_tools.processes import CLAIM
+from cache_tools.system.processes import CLAIM
 from train.sweep.ray.worker import folder_not_seen, versions
 
 CONNECT_S, PROBE_S = 10.0, 60.0

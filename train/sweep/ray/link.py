@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cache_tools.errors import StorageError, error_from_data
-from cache_tools.processes import code_for
+from cache_tools.system.processes import code_for
 from train.sweep.ray.driver import QUIET
 
 POLL_S, GOODBYE_S = 1.0, 20.0

@@ -115,7 +115,7 @@ def _train(share: Share) -> None:
     with _printing_to(share.folder / share.log):
         import torch
 
-        from cache_tools.memory import keep_freed_memory
+        from cache_tools.system.memory import keep_freed_memory
         from train.sweep.halving import Halving
         from train.sweep.recipe import Trial
         from train.sweep.streams import image_opener, train_stream

@@ -9,8 +9,8 @@ import pytest
 from cache_tools.config import dump_yaml
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.views.recipe import ViewRecipe
-from train.loss_recipe import LossRecipe
 from train.recipe import TrainRecipe, recipe_digest
+from train.recipe.loss import LossRecipe
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from cache_tools.errors import CacheError, RecipeError
 from cache_tools.images.recipe import DatasetRecipe
 from tests.support import tiny_run
 from train.cli import app
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
 
 CE: dict[str, Any] = {"loss": {"kind": "ce"}}
 BUILD: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 from cache_tools.config import builtin_names, dump_yaml
 from cache_tools.errors import RecipeError
 from pipeline.recipe import load_build_recipe
-from train.recipe_loading import builtin_recipes, load_train_recipe
+from train.recipe.loading import builtin_recipes, load_train_recipe
 from train.sweep.options import read_sweep
 
 PAIRS = (
@@ -105,7 +105,7 @@ def test_set_takes_the_short_names_of_the_grid(short: str, full: tuple[str, str]
 
 def test_recipes_and_the_command_line_load_without_torch() -> None:
     code = (
-        "import sys, train.cli, train.recipe_loading; train.recipe_loading.load_train_recipe('digits');"
+        "import sys, train.cli, train.recipe.loading; train.recipe.loading.load_train_recipe('digits');"
         "print([m for m in ('torch', 'timm', 'zarr', 'matplotlib', 'polars', 'sklearn') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,9 +17,9 @@ from cache_tools.format.recipe import Precision
 from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset
 from cache_tools.refusion import FusionChoice
 from cache_tools.views.recipe import ViewRecipe
-from train.loss_recipe import LossRecipe, needs_targets
-from train.optim_recipe import OptimiserRecipe, ScheduleRecipe
-from train.student_names import canonical_student_name
+from train.recipe.loss import LossRecipe, needs_targets
+from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
+from train.recipe.student_names import canonical_student_name
 from train.weights.names import files_digest, is_path
 
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cache_tools.errors import RecipeError
-from train.loss_recipe import LOSSES, LossRecipe, named_loss
 from train.recipe import TrainRecipe
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
+from train.recipe.loss import LOSSES, LossRecipe, named_loss
 
 
 def test_losses_by_name() -> None:

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from cache_tools.errors import RecipeError
 from cache_tools.screen import count
-from train.catalogue import CLASSES, ZOO_PARAMETERS, students_text
 from train.cli import app
 from train.cost import count_parameters
 from train.students import create_student, student_names
+from train.zoo.catalogue import CLASSES, ZOO_PARAMETERS, students_text
 
 
 def test_the_zoo_is_complete_and_its_sizes_are_right() -> None:
@@ -58,6 +58,6 @@ def test_the_command_lists_students_without_a_recipe_or_a_cache() -> None:
 
 @pytest.mark.medium
 def test_the_list_needs_no_torch() -> None:
-    code = "import sys; from train.catalogue import students_text; students_text(None); print('torch' in sys.modules)"
+    code = "import sys, train.zoo.catalogue as zoo; zoo.students_text(None); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -14,10 +14,10 @@ from cache_tools.errors import CacheError
 from cache_tools.images.own_folder import is_folder_argument, refuse_second_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
 from cache_tools.views.recipe import ViewRecipe
-from train.loss_recipe import needs_targets
-from train.recipe import TrainRecipe, all_fields, as_changes, default_fields, has_name
-from train.sources import TrainSource, read_train_source
-from train.unused import dotted_keys, refuse_unused
+from train.recipe.loss import needs_targets
+from train.recipe.settings import TrainRecipe, all_fields, as_changes, default_fields, has_name
+from train.recipe.sources import TrainSource, read_train_source
+from train.recipe.unused import dotted_keys, refuse_unused
 
 DEFAULT_RECIPE = "digits"
 # Short names in `--grid` and `--set`, the same as the options of `train-student`.

@@ -24,7 +24,7 @@ def command_for(module: str) -> list[str]:
 
 def code_for(module: str) -> str:
     """The program that calls `main` of a module of ours."""
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     return f"import sys; sys.path.append({root!r}); from {CLAIM} import run; run({module!r})"
 
 

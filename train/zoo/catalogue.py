@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from cache_tools.errors import RecipeError
 from cache_tools.screen import TextTable, count
-from train.student_names import ZOO_NAMES
+from train.recipe.student_names import ZOO_NAMES
 
 CLASSES = 100
 # Parameters of the zoo's networks for that many classes, in the order of ZOO_NAMES.

@@ -1,4 +1,4 @@
-"""cache_tools.memory: reuse of freed buffers, and which errors mean that memory ran out."""
+"""cache_tools.system.memory: reuse of freed buffers, and which errors mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cache_tools.errors import OutOfMemoryError
-from cache_tools.memory import is_out_of_memory, keep_freed_memory, raise_on_out_of_memory
+from cache_tools.system.memory import is_out_of_memory, keep_freed_memory, raise_on_out_of_memory
 
 FAULTS = """
 import resource, sys, numpy
-from cache_tools.memory import keep_freed_memory
+from cache_tools.system.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults():

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cache_tools.devices import float64_device, in_float64, synchronise
+from cache_tools.system.devices import float64_device, in_float64, synchronise
 from pipeline.evaluate.agreement import _counts
 from train.loop import _Means
 

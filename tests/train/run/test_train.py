@@ -29,12 +29,13 @@ from cache_tools.errors import (
 from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
-from train import checkpoints, run
+from train import checkpoints
 from train.checkpoints import BEST, EMA, LAST, load_student, read_card
 from train.data import open_data
 from train.evaluate.metrics import evaluate
 from train.feed import BatchTargets
 from train.recipe import TrainRecipe
+from train.run import state as run
 from train.run import train_on, train_student
 from train.runs import folder as run_files
 from train.runs.metrics import RunLog
@@ -269,7 +270,7 @@ def test_an_interrupted_comparison_resumes(monkeypatch: pytest.MonkeyPatch, cach
         with pytest.raises(KeyboardInterrupt):
             train_student(recipe)
     assert load_result(tmp_path / "run") is not None
-    monkeypatch.setattr(run, "command_line", lambda: "the same command")
+    monkeypatch.setattr("train.run.train.command_line", lambda: "the same command")
     result = train_student(recipe)
     assert result.labels_only is not None
     assert len(pl.read_parquet(tmp_path / "run" / "labels-only" / "metrics.parquet")) == 3

@@ -1,198 +1,39 @@
-"""Run a recipe: open its data, claim the run folder, train to the last epoch, store the result."""
+"""A run in its folder: its learner, its finished epochs, its checkpoints and its result."""
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from cache_tools.config import dump_yaml
-from cache_tools.console import Progress, describe_device, resolve_device, warn
-from cache_tools.errors import RecipeError, StorageError, WeightsError
-from cache_tools.files import put_durably
+from cache_tools.console import describe_device, warn
+from cache_tools.errors import WeightsError
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
-from cache_tools.memory import drop_tracebacks
-from cache_tools.reader import TeacherCache
 from train import checkpoints
 from train.checkpoints import StudentCard
 from train.cost import check_images, count_parameters
-from train.data import TrainingData, open_data, with_cached_images
-from train.epoch_clock import EpochClock
+from train.data import TrainingData
 from train.evaluate.metrics import Evaluation, evaluate
-from train.evaluate.multilabel import HEADLINES, Figures, MultiLabelEvaluation, evaluate_multilabel, headline_of
+from train.evaluate.multilabel import Figures, MultiLabelEvaluation, evaluate_multilabel, headline_of
 from train.feed import Feed
 from train.initial import check_outputs, first_student
-from train.loop import EpochState, Learner, explain_out_of_memory, repeatable, train_epoch
+from train.loop import EpochState, Learner
 from train.losses.class_weights import class_weights
 from train.objective import Objective
-from train.recipe import TrainRecipe, recipe_digest
-from train.report.html import write_report
-from train.runs import folder, trackers
+from train.recipe import TrainRecipe
+from train.runs import folder
 from train.runs.curves import plot_curves
-from train.runs.metrics import RunLog, read_metrics
+from train.runs.metrics import read_metrics
 from train.runs.predictions import store_predictions
-from train.runs.result import RunResult, SplitResult, figures_of_teachers, load_result
+from train.runs.result import RunResult, SplitResult, figures_of_teachers
 from train.runs.stored import data_name
-
-Value = TypeVar("Value")
-StopRule = Callable[[int, Sequence[Path]], set[Path]]
-"""(number of finished epochs, folders of the runs that are to continue) → folders of those that stop instead."""
-
-
-def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
-    """Train a student, resume an interrupted run of the same recipe, or return the result of a finished one.
-
-    With `compare_with_labels` the same student is then trained on labels alone, in `labels-only` inside the run folder.
-
-    Args:
-        overwrite: start from scratch, whatever is in the run folder.
-
-    Raises:
-        CacheError: a problem with recipe, device, cache, images, storage, divergence or memory.
-    """
-    device = run_device(recipe)
-    recipe = with_cached_images(recipe)
-    trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
-    data = open_data(recipe, device)
-    try:
-        result = train_on(data, recipe, device, overwrite=overwrite)
-    finally:
-        data.targets.close()
-    if recipe.compare_with_labels and recipe.loss.needs_targets and (result.labels_only is None or overwrite):
-        assert data.num_views is not None, "a run with targets has a number of views"
-        on_labels = recipe.on_labels(data.dataset, data.views, data.num_views)
-        on_labels = on_labels.model_copy(update={"out": result.folder / folder.LABELS_ONLY})
-        baseline = train_on(data.labels_only(), on_labels, device, overwrite=overwrite)
-        result = result.model_copy(update={"labels_only": baseline, "command": command_line()})
-        draw_curves(result)
-        result.save()
-    write_report([result.folder], result.folder / folder.REPORT)
-    return result
-
-
-def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, overwrite: bool = False) -> RunResult:
-    """`train_student` on data that are already open (from a cache or from live teachers), without the comparison."""
-    with claimed_run(data, recipe, overwrite=overwrite) as (path, digest), repeatable(device, recipe.deterministic):
-        if (finished := load_result(path)) is not None:
-            return finished
-        feed = data.feed(recipe, device)
-        with closing(feed), explain_out_of_memory(recipe, device):
-            run = Run(data, recipe, device, path, digest, feed.steps_per_epoch)
-            [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
-            if isinstance(outcome, Exception):
-                raise outcome
-        assert outcome is not None, "a run without a stop rule trains to its last epoch"
-        return outcome
-
-
-def train_group(
-    runs: Sequence[Run], feed: Feed, title: str, *, stop: StopRule | None = None
-) -> list[RunResult | Exception | None]:
-    """Train the remaining epochs of every run; runs that are ahead wait for the others.
-
-    Args:
-        runs: of one batch stream (see `loop.train_epoch`) and with the same number of epochs.
-        title: of the progress bar.
-        stop: called before every epoch.
-
-    Returns:
-        For each run its result, None if `stop` named it, or the error that ended it; an error ends its own run only.
-
-    Raises:
-        StorageError, OSError: the files of a run cannot be written.
-    """
-    alone = len(runs) == 1
-    samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
-    first = min(len(run.history) for run in runs)
-    outcomes: dict[Run, RunResult | Exception | None] = {}
-    with ExitStack() as stack:
-        logs = {run: stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs}
-        done = first * samples + min(run.samples_begun(feed) for run in runs if len(run.history) == first)
-        progress = stack.enter_context(Progress(title, epochs * samples, "images", done=done))
-        clock = EpochClock(run.recipe.checkpoint_every_minutes for run in runs)
-        for epoch in range(first, epochs):
-            training = [run for run in runs if len(run.history) == epoch and run not in outcomes]
-            if stop is not None and training:
-                stopped = stop(epoch, [run.path for run in training])
-                outcomes |= {run: None for run in training if run.path in stopped}
-                training = [run for run in training if run.path not in stopped]
-            if not training:
-                continue
-            clock.begin_epoch([0.0 if run.begun is None else run.begun["train_s"] for run in training])
-            means = train_epoch(
-                [run.learner for run in training],
-                feed,
-                epoch,
-                progress.advance,
-                begun=[run.begun for run in training],
-                save=partial(_save_if_due, training, clock) if clock.stores_checkpoints else None,
-            )
-            times = clock.train_s()
-            for run, mean, train_s in zip(training, means, times, strict=True):
-                if isinstance(mean, Exception):
-                    outcomes[run] = mean
-                    continue
-                row = _value_or_error(run, partial(run.finish_epoch, mean, train_s, samples), alone)
-                if isinstance(row, Exception):
-                    outcomes[run] = row
-                    continue
-                logs[run].write(run.history)
-                progress.advance(0, _note(row, epochs))
-        for run, log in logs.items():
-            if run not in outcomes:
-                result = _value_or_error(run, run.finish, alone)
-                outcomes[run] = result if isinstance(result, Exception) else log.finish(result)
-    return [outcomes[run] for run in runs]
-
-
-@contextmanager
-def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = False) -> Iterator[tuple[Path, str]]:
-    """Create or enter the folder of a run, and keep other processes out of it.
-
-    Yields:
-        The folder and the digest of the run.
-
-    Raises:
-        RecipeError, StorageError: see `folder.claimed`.
-    """
-    identity = {"recipe": recipe.values(), "data": data.identity()}
-    digest = recipe_digest(identity)
-    path = folder.run_folder(recipe, digest)
-    with folder.claimed(path, identity, overwrite=overwrite):
-        if load_result(path) is None:
-            put_durably(path / folder.RECIPE, dump_yaml(recipe.stored()).encode())
-            if data.cache is not None:
-                source = json.dumps(_describe_cache(data.cache), indent=2, ensure_ascii=False)
-                put_durably(path / folder.CACHE, source.encode())
-        yield path, digest
-
-
-def run_device(recipe: TrainRecipe) -> torch.device:
-    """The device of a run.
-
-    Raises:
-        DeviceError: no such device.
-        RecipeError: a device that cannot train in this precision.
-    """
-    device = resolve_device(recipe.device)
-    if recipe.precision == "float16" and device.type != "cuda":
-        raise RecipeError(
-            "float16 training needs CUDA",
-            where=f"--device {recipe.device}",
-            next_step="use --precision bfloat16 or float32 on the CPU",
-        )
-    return device
 
 
 class Run:
@@ -399,21 +240,6 @@ def _create_card(data: TrainingData, recipe: TrainRecipe, digest: str) -> Studen
     )
 
 
-def _save_if_due(training: Sequence[Run], clock: EpochClock, states: Callable[[], list[EpochState | None]]) -> None:
-    """Store the states of runs inside an epoch, if it is time."""
-    if clock.is_due():
-        for run, state, train_s in zip(training, states(), clock.train_s(), strict=True):
-            if state is not None:
-                run.save_checkpoint(state, train_s)
-        clock.restart()
-
-
-def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
-    """The location of the cache of a run: `path` and, for a remote cache, `url`; `path` is then its local mirror."""
-    url = None if cache.origin is None else cache.origin.url
-    return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
-
-
 def _columns(prefix: str, number: int) -> str:
     """How the names of the metrics on a test split begin: `test`, then `test_2`, …; `ema` for averaged weights."""
     return prefix if number == 0 else f"{prefix}_{number + 1}"
@@ -444,25 +270,3 @@ def _environment(device: torch.device) -> dict[str, str]:
         **{package: version(package) for package in ("torch", "timm", "numpy", "zarr")},
         "platform": platform.platform(),
     }
-
-
-def _value_or_error(run: Run, work: Callable[[], Value], alone: bool) -> Value | Exception:
-    """Call `work` for a run.
-
-    Returns:
-        Its value, or an error that concerns this run only, such as divergence or too little memory.
-    """
-    try:
-        with explain_out_of_memory(run.recipe, run.device):
-            return work()
-    except (StorageError, OSError):
-        raise
-    except Exception as error:
-        return error if alone else drop_tracebacks(error)  # the other runs need the memory
-
-
-def _note(row: dict[str, Any], epochs: int) -> str:
-    figures = [
-        f", test {text} {row[f'test_{name}']:.2%}" for name, text in HEADLINES.items() if row.get(f"test_{name}")
-    ]
-    return f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.4f}{''.join(figures)}"

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from cache_tools.errors import RecipeError
-from train.loss_recipe import named_loss
 from train.recipe import all_fields, default_fields
-from train.recipe_loading import load_train_recipe
+from train.recipe.loading import load_train_recipe
+from train.recipe.loss import named_loss
+from train.recipe.unused import unused_settings
 from train.sweep.options import read_sweep
 from train.sweep.recipe import make_trials
-from train.unused import unused_settings
 
 CE, CRD = named_loss("ce"), named_loss("crd")
 
