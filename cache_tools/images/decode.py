@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,17 +76,12 @@ def decode_image(data: bytes, size: int, where: object, rules: PixelRules = Pixe
     Raises:
         DataError: the data do not decode completely, or the range of their values is unknown.
     """
-    try:
-        with _opened(data) as image:
-            return _fit(_upright_rgb(image, rules), size)
-    except Exception as error:  # decoders raise almost any exception on damaged bytes
-        unknown = isinstance(error, UnknownRangeError)
-        raise DataError(
-            "cannot decode an image",
-            where=where,
-            found=describe(error),
-            next_step=SET_RANGE if unknown else "replace the file, or remove it from the folder",
-        ) from error
+    return _decoded(data, where, rules, lambda image: _fit(image, size))
+
+
+def decode_picture(data: bytes, where: object, rules: PixelRules = PixelRules()) -> np.ndarray:
+    """Decode an image as `decode_image` does, at its own size, upright: RGB uint8 [H, W, 3]."""
+    return _decoded(data, where, rules, np.array)
 
 
 def examine_image(data: bytes, rules: PixelRules) -> Finding:
@@ -247,6 +242,20 @@ def _extrema(image: Image) -> tuple[float, float]:
         return float(values.min()), float(values.max())
     bands = image.getextrema()[: 1 if image.mode == "LA" else 3]
     return 256.0 * min(low for low, _ in bands), 256.0 * max(high for _, high in bands) + 255.0  # type: ignore[misc]
+
+
+def _decoded(data: bytes, where: object, rules: PixelRules, use: Callable[[Image], np.ndarray]) -> np.ndarray:
+    try:
+        with _opened(data) as image:
+            return use(_upright_rgb(image, rules))
+    except Exception as error:  # decoders raise almost any exception on damaged bytes
+        unknown = isinstance(error, UnknownRangeError)
+        raise DataError(
+            "cannot decode an image",
+            where=where,
+            found=describe(error),
+            next_step=SET_RANGE if unknown else "replace the file, or remove it from the folder",
+        ) from error
 
 
 def _tag(image: Image, number: int) -> int | None:

@@ -6,6 +6,7 @@ the file when it is loaded, or before, with all others, when the split is checke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from cache_tools.errors import DataError
 from cache_tools.images.class_names import arrange, listed
-from cache_tools.images.decode import PixelRules, decode_image, whole_images_only
+from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
 from cache_tools.images.image_set import ImageSet, sample_key
 from cache_tools.images.label_table import has_splits, read_label_table
 from cache_tools.images.recipe import WHITE, DatasetIdentity, DatasetRecipe
@@ -37,10 +38,29 @@ class FolderImages(ImageSet):
         return False
 
     def load(self, index: np.ndarray | slice) -> np.ndarray:
-        chosen = np.arange(len(self))[index]
-        pixels = np.empty((len(chosen), 3, *self.image_size), np.uint8)
+        side = self.image_size[0]
+        pixels = np.empty((len(np.arange(len(self))[index]), 3, *self.image_size), np.uint8)
 
-        def fill(row: int) -> None:
+        def fill(row: int, data: bytes, file: Path) -> None:
+            pixels[row] = decode_image(data, side, file, self.rules).transpose(2, 0, 1)
+
+        self._read_each(index, fill)
+        return pixels
+
+    def pictures(self, index: np.ndarray | slice) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+
+        def keep(row: int, data: bytes, file: Path) -> None:
+            found[row] = decode_picture(data, file, self.rules).transpose(2, 0, 1)
+
+        self._read_each(index, keep)
+        return [found[row] for row in range(len(found))]
+
+    def _read_each(self, index: np.ndarray | slice, use: Callable[[int, bytes, Path], None]) -> None:
+        """Read files in threads and call `use(row, data, file)` there; raises the first error in sample order."""
+        chosen = np.arange(len(self))[index]
+
+        def read(row: int) -> None:
             sample = int(chosen[row])
             data = read_image(self.files[sample])
             if sample_key(data) != self.keys[sample].tobytes():
@@ -49,13 +69,11 @@ class FolderImages(ImageSet):
                     where=self.files[sample],
                     next_step="run the command again when no program writes to the folder",
                 )
-            canvas = decode_image(data, self.image_size[0], self.files[sample], self.rules)
-            pixels[row] = canvas.transpose(2, 0, 1)
+            use(row, data, self.files[sample])
 
         with whole_images_only(), ThreadPoolExecutor(num_workers()) as pool:
-            for _ in pool.map(fill, range(len(chosen))):  # raises the first error in sample order
+            for _ in pool.map(read, range(len(chosen))):
                 pass
-        return pixels
 
     def identity(self) -> DatasetIdentity:
         changes: dict[str, Any] = {"value_range": self.rules.value_range}

@@ -55,6 +55,14 @@ class ImageSet(ABC):
             DataError: an image cannot be decoded, or it changed since the split was opened.
         """
 
+    def pictures(self, index: np.ndarray | slice) -> list[np.ndarray]:
+        """The images as they were decoded, uint8 [3, H, W], each of its own size; here, that of the canvas.
+
+        Raises:
+            DataError: as `load`.
+        """
+        return list(self.load(index))
+
     @cached_property
     def content_digest(self) -> str:
         """32 hex digits over keys, labels and class names: equal if samples, order and labels are equal."""

@@ -3,8 +3,9 @@
 An op draws whole numbers (offsets, sides, fixed-point factors) from the Philox words of its own draws by integer
 arithmetic. `cache_tools/views/pixels.py` applies them to pixels, again by integer arithmetic. No torch here.
 
-To add an op: its class here, its name in `ViewOp`, its pixels in `views/pixels.py`. Adding one needs no new version of
-ViewRecipe; a change of what an op draws does, because existing caches were built with this one.
+To add an op: its class here, its name in `ViewOp` (`views/recipe.py`), its pixels in `views/pixels.py`. Adding one
+needs no new version of ViewRecipe; a change of what an op draws does, because existing caches were built with this one.
+The ops that choose a box of the picture are in `views/boxes.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from cache_tools.config import Frozen
 from cache_tools.errors import RecipeError
@@ -69,6 +70,10 @@ class Op(Frozen):
     def neutral(self, count: int, size: Size) -> dict[str, Integers]:
         """The parameters that leave an image unchanged, with the names and shapes of `draw`."""
         return {}
+
+    def rescaled(self, values: dict[str, Integers], drawn_for: Size, size: Size) -> dict[str, Integers]:
+        """Parameters drawn for views of one size, for the same view at another size."""
+        return values
 
 
 class Identity(Op):
@@ -148,28 +153,6 @@ class ColourJitter(Op):
         return factors | {"hue": np.zeros(count, dtype=np.int64)}
 
 
-class RandomResizedCrop(Op):
-    """Resize a box of random area and aspect ratio to `size`: `top`, `left`, `height`, `width`. Words 0 to 3.
-
-    `draw_box` describes the distribution. `size` is the side of a square, or (height, width).
-    """
-
-    op: Literal["random-resized-crop"] = "random-resized-crop"
-    size: Side | tuple[Side, Side]
-    scale: Scale = (0.08, 1.0)
-    ratio: Ratio = (3 / 4, 4 / 3)
-
-    def output_size(self, size: Size) -> Size:
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
-
-    def draw(self, words: Words, size: Size) -> dict[str, Integers]:
-        return draw_box(words(0), size, self.scale, self.ratio)
-
-    def neutral(self, count: int, size: Size) -> dict[str, Integers]:
-        zero = np.zeros(count, dtype=np.int64)
-        return {"top": zero, "left": zero, "height": np.full(count, size[0]), "width": np.full(count, size[1])}
-
-
 class RandomErasing(Op):
     """Paint over a box of `draw_box` with `probability`; `height` and `width` are 0 where nothing is erased.
 
@@ -195,22 +178,21 @@ class RandomErasing(Op):
         zero = np.zeros(count, dtype=np.int64)
         return {"top": zero, "left": zero, "height": zero, "width": zero} | self._colour([zero, zero, zero])
 
+    def rescaled(self, values: dict[str, Integers], drawn_for: Size, size: Size) -> dict[str, Integers]:
+        changed = dict(values)
+        for axis, (start, length) in enumerate((("top", "height"), ("left", "width"))):
+            first, end = (
+                (2 * edge * size[axis] + drawn_for[axis]) // (2 * drawn_for[axis])
+                for edge in (values[start], values[start] + values[length])
+            )
+            changed[start], changed[length] = first, end - first
+        return changed
+
     def _colour(self, drawn: list[Integers]) -> dict[str, Integers]:
         if self.fill != "random":
             fixed = (self.fill,) * 3 if isinstance(self.fill, int) else self.fill
             drawn = [np.full_like(like, level) for like, level in zip(drawn, fixed, strict=True)]
         return dict(zip(("red", "green", "blue"), drawn, strict=True))
-
-
-def _op_of_name(op: Any) -> Any:
-    """Accept `flip` for `{op: flip}`: in YAML an op without options may be its name alone."""
-    return {"op": op} if isinstance(op, str) else op
-
-
-ViewOp = Annotated[
-    Annotated[Identity | PadCrop | Flip | ColourJitter | RandomResizedCrop | RandomErasing, Field(discriminator="op")],
-    BeforeValidator(_op_of_name),
-]
 
 
 def draw_box(

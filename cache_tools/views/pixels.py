@@ -13,13 +13,17 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache_tools.errors import DataError
+from cache_tools.views import augment_pixels
+from cache_tools.views.augment import ChoiceOp, Rotation
+from cache_tools.views.boxes import Interpolation, RandomResizedCrop
+from cache_tools.views.crop import crop_batch, crop_picture
 from cache_tools.views.ops import (
     HUE_STEPS,
     ONE,
@@ -29,7 +33,6 @@ from cache_tools.views.ops import (
     Integers,
     PadCrop,
     RandomErasing,
-    RandomResizedCrop,
 )
 
 if TYPE_CHECKING:
@@ -44,12 +47,17 @@ WEIGHT_BITS = 15
 
 
 def apply(
-    ops: tuple[Op, ...], drawn: Mapping[str, Integers], output_size: tuple[int, int], images_NCHW: Tensor
+    ops: tuple[Op, ...],
+    drawn: Mapping[str, Integers],
+    output_size: tuple[int, int],
+    images_NCHW: Tensor,
+    version: int = 1,
 ) -> Tensor:
-    """See `ViewRecipe.apply`. Samples are processed in sub-batches, so memory is bounded.
+    """See `ViewRecipe.finish`. Samples are processed in sub-batches, so memory is bounded.
 
     Args:
         drawn: `ViewRecipe.parameters` for the samples of the images, one per image.
+        version: of the view recipe.
     """
     device, size = images_NCHW.device, (images_NCHW.shape[2], images_NCHW.shape[3])
     parameters = _on_device(drawn, len(ops), device)
@@ -61,6 +69,11 @@ def apply(
         part = slice(start, start + rows)
         pixels = images_NCHW[part]
         for run in runs:
+            position, first = run[0]
+            if isinstance(first, ChoiceOp | Rotation) or (version == 2 and isinstance(first, ColourJitter)):
+                numbers = {key.split(".")[2]: v[part] for key, v in drawn.items() if key.startswith(f"{position}.")}
+                pixels = augment_pixels.change(pixels, first, numbers)
+                continue
             steps = [
                 (op, {name: values[part] for name, values in parameters[position].items()}) for position, op in run
             ]
@@ -71,16 +84,64 @@ def apply(
     return views
 
 
-def check(images: Tensor, count: int) -> None:
+def crop(
+    images: Tensor | Sequence[Tensor], boxes: Mapping[str, Integers], size: tuple[int, int], how: Interpolation
+) -> Tensor:
+    """The box of each image or picture at a size: uint8 [N, 3, *size], on the device of a batch, else on the CPU."""
+    device = images.device if isinstance(images, Tensor) else torch.device("cpu")
+    made = torch.empty(len(images), 3, *size, dtype=torch.uint8, device=device)
+    if isinstance(images, Tensor):
+        widest = 3 * max(images.shape[2], size[0]) * max(images.shape[3], size[1])
+        rows = max(1, BATCH_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // widest)
+
+        def make(start: int) -> None:
+            part = slice(start, start + rows)
+            made[part] = crop_batch(images[part], {name: values[part] for name, values in boxes.items()}, size, how)
+    else:
+        rows = 1
+        table = np.stack([boxes[name] for name in ("top", "left", "height", "width")], axis=1).tolist()
+
+        def make(start: int) -> None:
+            made[start] = crop_picture(images[start].permute(1, 2, 0), table[start], size, how)
+
+    _each(make, range(0, len(images), rows), device)
+    return made
+
+
+def picture_sizes(images: Tensor | Sequence[Tensor], count: int) -> Integers:
+    """The (height, width) of each image or picture, int64 [count, 2].
+
+    Raises:
+        DataError: not uint8 [count, 3, H, W], nor a list of `count` uint8 [3, H, W] on the CPU.
+    """
+    if isinstance(images, Tensor):
+        check(images, count)
+        return np.broadcast_to(np.array(images.shape[2:], dtype=np.int64), (count, 2))
+    for picture in images:
+        is_tensor = isinstance(picture, Tensor)
+        if not is_tensor or picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
+            found = f"{picture.dtype} {list(picture.shape)}" if is_tensor else type(picture).__name__
+            raise DataError("views are made of uint8 RGB pictures", expected="torch.uint8 [3, H, W]", found=found)
+        if picture.device.type != "cpu":
+            raise DataError("pictures of several sizes are cropped on the CPU", expected="cpu", found=picture.device)
+    _check_count(len(images), count)
+    return np.array([picture.shape[1:] for picture in images], dtype=np.int64).reshape(count, 2)
+
+
+def check(images: Any, count: int) -> None:
     """Raise DataError unless the images are uint8 [count, 3, H, W]."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError("views are made of uint8 RGB images", expected="torch.uint8 [N, 3, H, W]", found=found)
-    if len(images) != count:
+    _check_count(len(images), count)
+
+
+def _check_count(found: int, expected: int) -> None:
+    if found != expected:
         raise DataError(
             "the number of images differs from the number of sample indices",
-            expected=f"{count} images",
-            found=len(images),
+            expected=f"{expected} images",
+            found=found,
         )
 
 

@@ -307,7 +307,7 @@ def test_recipes_round_trip() -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"version": 2},
+        {"version": 3},
         {"base_seed": -1},
         {"base_seed": 2**64},
         {"ops": ["spin"]},
