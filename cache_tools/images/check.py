@@ -25,8 +25,9 @@ from cache_tools.files import cache_home, put_durably
 from cache_tools.images.decode import SET_RANGE, Finding, PixelRules, examine_image, whole_images_only
 from cache_tools.images.folder import FolderImages
 from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
+from cache_tools.images.index import num_workers, read_image
 from cache_tools.images.recipe import IMAGES_VERSION
-from cache_tools.images.scan import counted, num_workers, read_image, some_names
+from cache_tools.images.summary import counted, some_names
 
 MEMORY = "checked-images"  # folder in the cache home
 NAMES_LISTED = 20

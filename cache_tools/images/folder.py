@@ -18,9 +18,11 @@ from cache_tools.errors import DataError
 from cache_tools.images.class_names import arrange, listed
 from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
 from cache_tools.images.image_set import ImageSet, sample_key
+from cache_tools.images.index import FileColumn, num_workers, read_image
 from cache_tools.images.label_table import has_splits, read_label_table
 from cache_tools.images.recipe import WHITE, DatasetIdentity, DatasetRecipe
-from cache_tools.images.scan import FolderSummary, num_workers, read_image, scan_folder, scan_listed
+from cache_tools.images.scan import scan_folder, scan_listed
+from cache_tools.images.summary import FolderSummary
 
 FOLDER_IMAGE_SIZE = 224
 
@@ -29,7 +31,7 @@ FOLDER_IMAGE_SIZE = 224
 class FolderImages(ImageSet):
     """A split whose images are files, decoded on demand in threads (PIL releases the interpreter lock)."""
 
-    files: tuple[Path, ...]
+    files: FileColumn
     rules: PixelRules
     summary: FolderSummary
 
@@ -88,7 +90,7 @@ class FolderImages(ImageSet):
         return self.summary.to_json()
 
     def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
-        return {"files": tuple(self.files[row] for row in np.arange(len(self))[rows].tolist())}
+        return {"files": self.files[rows]}
 
 
 def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
@@ -115,10 +117,10 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
         name=recipe.name,
         split=split,
         class_names=scan.class_names,
-        labels=np.array(scan.labels, np.int64),
+        labels=scan.labels,
         keys=scan.keys,
         image_size=(size, size),
-        files=tuple(scan.files),
+        files=scan.files,
         rules=PixelRules(recipe.background_colour, recipe.value_range),
         summary=scan.summary,
     )
@@ -139,8 +141,7 @@ def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImage
             next_step=f"add it, or give each split a file of its own ({data_dir}/{split}/{file.name})",
         )
     table = read_label_table(table_file, split)
-    files = [root / path for path in table.paths]
-    if missing := [path for path, each in zip(table.paths, files, strict=True) if not each.is_file()]:
+    if missing := [path for path in table.paths if not (root / path).is_file()]:
         raise DataError(
             f"{len(missing):,} images of a table of labels are missing",
             where=table_file,
@@ -149,7 +150,7 @@ def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImage
         )
     order = table.class_names if recipe.class_order == "sorted" else arrange(table.class_names, recipe.class_order)
     places = [table.class_names.index(name) for name in order]
-    keys, summary = scan_listed(root, files)
+    files, keys, summary = scan_listed(root, table.paths)
     size = recipe.image_size or FOLDER_IMAGE_SIZE
     return FolderImages(
         name=recipe.name,
@@ -158,7 +159,7 @@ def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImage
         labels=np.ascontiguousarray(table.labels[:, places]),
         keys=keys,
         image_size=(size, size),
-        files=tuple(files),
+        files=files,
         rules=PixelRules(recipe.background_colour, recipe.value_range),
         summary=summary,
     )

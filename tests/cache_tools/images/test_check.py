@@ -16,7 +16,7 @@ from cache_tools.images import check, open_images
 from cache_tools.images.check import check_images, check_new_images, findings, frame_notes
 from cache_tools.images.decode import Finding, PixelRules, examine_image
 from cache_tools.images.folder import FolderImages
-from cache_tools.images.scan import read_image
+from cache_tools.images.index import read_image
 from tests.cache_tools.images.test_decode import deep_colour_png
 from tests.support.pictures import photo, recipe_for
 

@@ -228,7 +228,7 @@ def test_a_file_that_changes_after_opening_is_refused(root: Path) -> None:
 
 def test_many_files_show_progress(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[int] = []
-    monkeypatch.setattr("cache_tools.images.scan.PROGRESS_FROM_FILES", 12)
-    monkeypatch.setattr("cache_tools.images.scan.Progress.advance", lambda self, count, note="": shown.append(count))
+    monkeypatch.setattr("cache_tools.images.index.PROGRESS_FROM_FILES", 12)
+    monkeypatch.setattr("cache_tools.images.index.Progress.advance", lambda self, count, note="": shown.append(count))
     open_images(recipe_for(root))
     assert sum(shown) == 13  # 12 images and a text
