@@ -1,7 +1,8 @@
 """Open image sources: whole splits and parts of them.
 
 Every source gives RGB uint8 NCHW on a canvas of one size. `arrays.py` has the sources that fit in memory (digits,
-Fashion-MNIST, CIFAR), `folder.py` has folders. Opening imports no torch, torchvision, scikit-learn or PIL.
+Fashion-MNIST, CIFAR), `folder.py` has folders, `hf.py` Hugging Face data sets. Opening imports no torch, torchvision,
+scikit-learn or PIL.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
         from cache_tools.images.folder import open_folder
 
         return open_folder(recipe, split)
+    if recipe.name == "hf":
+        from cache_tools.images.hf import open_hf
+
+        return open_hf(recipe, split)
     from cache_tools.images.arrays import SOURCES
 
     return SOURCES[recipe.name](recipe, split)

@@ -23,9 +23,9 @@ from cache_tools.console import Progress
 from cache_tools.errors import DataError, printable
 from cache_tools.files import cache_home, put_durably
 from cache_tools.images.decode import SET_RANGE, Finding, PixelRules, examine_image, whole_images_only
-from cache_tools.images.folder import FolderImages
+from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
-from cache_tools.images.index import num_workers, read_image
+from cache_tools.images.index import num_workers
 from cache_tools.images.recipe import IMAGES_VERSION
 from cache_tools.images.summary import counted, some_names
 
@@ -44,9 +44,9 @@ def check_images(*splits: ImageSet | None, can_skip: bool = True) -> None:
     Raises:
         DataError: lists the images that cannot be decoded, of all splits together, or names their undeclared range.
     """
-    folders = [images for images in splits if isinstance(images, FolderImages)]
+    folders = [images for images in splits if isinstance(images, EncodedImages)]
     found = [(images, row, finding) for images in folders for row, finding in findings(images).items()]
-    damaged = {images.files[row]: finding.problem for images, row, finding in found if finding.problem}
+    damaged = {images.place_of(row): finding.problem for images, row, finding in found if finding.problem}
     if damaged:
         raise _damaged(os.path.commonpath([images.summary.root for images in folders]), damaged, can_skip)
     unknown = [(finding.kind, finding.unknown_range) for _, _, finding in found if finding.unknown_range]
@@ -61,10 +61,10 @@ def check_new_images(images: ImageSet, *tests: ImageSet | None) -> None:
         DataError: also for class folders whose sub-folders look like classes, for a single class, and for 16-bit images
             of which none is brighter than 14 bits allow.
     """
-    if isinstance(images, FolderImages):
+    if isinstance(images, EncodedImages):
         _check_classes(images)
     check_images(images, *tests)
-    folders = [split for split in (images, *tests) if isinstance(split, FolderImages)]
+    folders = [split for split in (images, *tests) if isinstance(split, EncodedImages)]
     deep = [(finding.kind, finding.deep) for split in folders for finding in findings(split).values() if finding.deep]
     if deep and max(high for _, (_, high) in deep) < MIN_FULL_RANGE:
         raise _unknown_range(folders, deep, "which would be nearly black")
@@ -74,9 +74,9 @@ def frame_notes(*splits: ImageSet | None) -> list[str]:
     """A line for each checked folder that has images of several frames or pages."""
     notes = []
     for images in splits:
-        if isinstance(images, FolderImages):
+        if isinstance(images, EncodedImages):
             rows = [row for row, finding in findings(images).items() if finding.frames]
-            names = some_names([str(images.files[row].relative_to(images.summary.root)) for row in rows])
+            names = some_names([images.name_of(row) for row in rows])
             line = f"{counted(len(rows), 'image')} with several frames or pages: the first is used ({names})"
             notes += [printable(f"{images.summary.root}: {line}")] if rows else []
     return notes
@@ -91,7 +91,7 @@ def without_damaged(images: ImageSet, sound: np.ndarray | None = None) -> ImageS
     Raises:
         DataError: a class without any.
     """
-    if not isinstance(images, FolderImages):
+    if not isinstance(images, EncodedImages):
         return images
     damaged = {row: finding.problem for row, finding in findings(images, sound).items() if finding.problem}
     if not damaged:
@@ -100,13 +100,13 @@ def without_damaged(images: ImageSet, sound: np.ndarray | None = None) -> ImageS
     gone = np.empty(0, np.int64) if images.multi_label else np.setdiff1d(images.labels, rest.labels)
     if len(gone):
         name = images.class_names[gone[0]]
-        raise DataError("every image of a class is damaged", where=images.summary.root / name, next_step="replace them")
-    root = images.summary.root
-    listed = {str(images.files[row].relative_to(root)): problem for row, problem in damaged.items()}
+        where = f"{images.summary.root}, class {name}"
+        raise DataError("every image of a class is damaged", where=where, next_step="replace them")
+    listed = {images.name_of(row): problem for row, problem in damaged.items()}
     return replace(rest, summary=replace(images.summary, damaged=listed))
 
 
-def findings(images: FolderImages, sound: np.ndarray | None = None) -> dict[int, Finding]:
+def findings(images: EncodedImages, sound: np.ndarray | None = None) -> dict[int, Finding]:
     """Row → what the check found, for every image that is not an ordinary one; those with a key in `sound` are."""
     memory = _memory(cache_home() / MEMORY, images.rules)
     found = {}
@@ -125,10 +125,10 @@ def findings(images: FolderImages, sound: np.ndarray | None = None) -> dict[int,
     return dict(sorted(found.items()))
 
 
-def _examine(images: FolderImages, rows: Sequence[int], memory: _Memory) -> dict[int, Finding]:
+def _examine(images: EncodedImages, rows: Sequence[int], memory: _Memory) -> dict[int, Finding]:
     def examine(row: int) -> tuple[Finding, bool]:
         try:
-            data = read_image(images.files[row])
+            data = images.read(row)
         except DataError as error:
             return Finding(problem=str(error.found)), False
         if sample_key(data) != images.keys[row].tobytes():
@@ -209,7 +209,7 @@ def _as_items(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
 
 
-def _check_classes(images: FolderImages) -> None:
+def _check_classes(images: EncodedImages) -> None:
     summary = images.summary
     if sub := summary.sub_classes:
         shown = "; ".join(
@@ -226,13 +226,13 @@ def _check_classes(images: FolderImages) -> None:
         raise DataError(
             "there is only one class",
             where=summary.root,
-            expected="a sub-folder for each of several classes",
+            expected="images of several classes",
             found=images.class_names[0],
             next_step="set data_dir or the split to the folder that holds the class folders",
         )
 
 
-def _damaged(root: str, problems: dict[Path, str], can_skip: bool) -> DataError:
+def _damaged(root: str, problems: dict[str, str], can_skip: bool) -> DataError:
     """The error that lists damaged images: up to 20 in the message, all of them in a file.
 
     Names are whole paths if these are short enough, else paths below `root`.
@@ -241,9 +241,9 @@ def _damaged(root: str, problems: dict[Path, str], can_skip: bool) -> DataError:
     kinds: dict[str, list[str]] = {}
     shown, characters = 0, 0
     first = list(problems)[:NAMES_LISTED]
-    in_full = sum(len(str(path)) + 2 for path in first) <= _MAX_LISTED_CHARACTERS // 2
-    for path, problem in problems.items():
-        name = printable(str(path) if in_full else os.path.relpath(path, root))
+    in_full = sum(len(place) + 2 for place in first) <= _MAX_LISTED_CHARACTERS // 2
+    for place, problem in problems.items():
+        name = printable(place if in_full else os.path.relpath(place, root))
         characters += len(name) + 2 + (0 if problem in kinds else len(problem) + 2)
         if shown == NAMES_LISTED or (shown and characters > _MAX_LISTED_CHARACTERS):
             break
@@ -260,9 +260,9 @@ def _damaged(root: str, problems: dict[Path, str], can_skip: bool) -> DataError:
     )
 
 
-def _list_file(problems: dict[Path, str]) -> str:
+def _list_file(problems: dict[str, str]) -> str:
     """Write all names and problems to a file of the cache home; return the words that point to it."""
-    text = "".join(f"{path}\t{problem}\n" for path, problem in problems.items()).encode(errors="surrogateescape")
+    text = "".join(f"{place}\t{problem}\n" for place, problem in problems.items()).encode(errors="surrogateescape")
     path = cache_home() / MEMORY / f"damaged-{hashlib.blake2b(text, digest_size=4).hexdigest()}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def _list_file(problems: dict[Path, str]) -> str:
 
 
 def _unknown_range(
-    folders: Sequence[FolderImages], found: Sequence[tuple[str, tuple[float, float]]], why: str
+    folders: Sequence[EncodedImages], found: Sequence[tuple[str, tuple[float, float]]], why: str
 ) -> DataError:
     low, high = min(low for _, (low, _) in found), max(high for _, (_, high) in found)
     kind = found[0][0]

@@ -6,8 +6,7 @@ the file when it is loaded, or before, with all others, when the split is checke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,78 +15,28 @@ import numpy as np
 
 from cache_tools.errors import DataError
 from cache_tools.images.class_names import arrange, listed
-from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
-from cache_tools.images.image_set import ImageSet, sample_key
-from cache_tools.images.index import FileColumn, num_workers, read_image
+from cache_tools.images.decode import PixelRules
+from cache_tools.images.encoded import DEFAULT_IMAGE_SIZE, EncodedImages
+from cache_tools.images.index import FileColumn, read_image
 from cache_tools.images.label_table import has_splits, read_label_table
-from cache_tools.images.recipe import WHITE, DatasetIdentity, DatasetRecipe
+from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.images.scan import scan_folder, scan_listed
-from cache_tools.images.summary import FolderSummary
-
-FOLDER_IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FolderImages(ImageSet):
-    """A split whose images are files, decoded on demand in threads (PIL releases the interpreter lock)."""
+class FolderImages(EncodedImages):
+    """A split whose images are files."""
 
     files: FileColumn
-    rules: PixelRules
-    summary: FolderSummary
 
-    @property
-    def resident(self) -> bool:
-        return False
+    def read(self, sample: int) -> bytes:
+        return read_image(self.files[sample])
 
-    def load(self, index: np.ndarray | slice) -> np.ndarray:
-        side = self.image_size[0]
-        pixels = np.empty((len(np.arange(len(self))[index]), 3, *self.image_size), np.uint8)
+    def name_of(self, sample: int) -> str:
+        return os.path.relpath(self.files[sample], self.summary.root)
 
-        def fill(row: int, data: bytes, file: Path) -> None:
-            pixels[row] = decode_image(data, side, file, self.rules).transpose(2, 0, 1)
-
-        self._read_each(index, fill)
-        return pixels
-
-    def pictures(self, index: np.ndarray | slice) -> list[np.ndarray]:
-        found: dict[int, np.ndarray] = {}
-
-        def keep(row: int, data: bytes, file: Path) -> None:
-            found[row] = decode_picture(data, file, self.rules).transpose(2, 0, 1)
-
-        self._read_each(index, keep)
-        return [found[row] for row in range(len(found))]
-
-    def _read_each(self, index: np.ndarray | slice, use: Callable[[int, bytes, Path], None]) -> None:
-        """Read files in threads and call `use(row, data, file)` there; raises the first error in sample order."""
-        chosen = np.arange(len(self))[index]
-
-        def read(row: int) -> None:
-            sample = int(chosen[row])
-            data = read_image(self.files[sample])
-            if sample_key(data) != self.keys[sample].tobytes():
-                raise DataError(
-                    "image changed since the folder was opened",
-                    where=self.files[sample],
-                    next_step="run the command again when no program writes to the folder",
-                )
-            use(row, data, self.files[sample])
-
-        with whole_images_only(), ThreadPoolExecutor(num_workers()) as pool:
-            for _ in pool.map(read, range(len(chosen))):
-                pass
-
-    def identity(self) -> DatasetIdentity:
-        changes: dict[str, Any] = {"value_range": self.rules.value_range}
-        if self.rules.background != WHITE:
-            changes["background"] = self.rules.background
-        return super().identity().model_copy(update=changes)
-
-    def notes(self) -> list[str]:
-        return self.summary.lines()
-
-    def folder_contents(self) -> dict[str, Any]:
-        return self.summary.to_json()
+    def place_of(self, sample: int) -> str:
+        return str(self.files[sample])
 
     def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
         return {"files": self.files[rows]}
@@ -112,7 +61,7 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
         sub_folders=recipe.sub_folders,
         is_training=split == recipe.split.partition("[")[0],
     )
-    size = recipe.image_size or FOLDER_IMAGE_SIZE
+    size = recipe.image_size or DEFAULT_IMAGE_SIZE
     return FolderImages(
         name=recipe.name,
         split=split,
@@ -151,7 +100,7 @@ def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImage
     order = table.class_names if recipe.class_order == "sorted" else arrange(table.class_names, recipe.class_order)
     places = [table.class_names.index(name) for name in order]
     files, keys, summary = scan_listed(root, table.paths)
-    size = recipe.image_size or FOLDER_IMAGE_SIZE
+    size = recipe.image_size or DEFAULT_IMAGE_SIZE
     return FolderImages(
         name=recipe.name,
         split=split,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_tools.errors import DataError, RecipeError
-from cache_tools.images.result_folders import has_result_folder
+from cache_tools.images.hf_layout import find_hf_files, hf_marker
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -55,18 +55,21 @@ def refuse_second_folder(source: str, given: Iterable[str]) -> None:
 def read_own_folder(path: Path, settings: Iterable[tuple[str, Any]] = ()) -> OwnFolder:
     """The settings for a folder of images.
 
-    Images to train on are in its sub-folder `train` (or `training`), images to test on in the first of `test`,
-    `testing`, `val`, `valid` and `validation`. Without any of these, its sub-folders are the classes.
+    A Hugging Face data set has splits of its own. Otherwise images to train on are in its sub-folder `train` (or
+    `training`), images to test on in the first of `test`, `testing`, `val`, `valid` and `validation`. Without any of
+    these, its sub-folders are the classes.
 
     Args:
         settings: dotted key → value of the user's own settings. `dataset.image_size` scales the views too.
 
     Raises:
         RecipeError: the folder is a cache or a run.
-        DataError: it is a data set of another library, or it has test images only.
+        DataError: it has test images only.
     """
     path = path.expanduser()
     _refuse_other_kinds(path)
+    if hf_marker(path) is not None:
+        return _read_hf_folder(path, settings)
     train = next((name for name in TRAIN_NAMES if (path / name).is_dir()), None)
     test = next((name for name in TEST_NAMES if (path / name).is_dir()), None)
     if train is None and test is not None:
@@ -87,6 +90,36 @@ def read_own_folder(path: Path, settings: Iterable[tuple[str, Any]] = ()) -> Own
     note = f"{path}: training images in {train or 'its class folders'}, "
     note += f"test images in {test}" if test else "no test images (no folder test or val), so nothing is evaluated"
     return OwnFolder(_plain_name(path), dataset, _views(dict(settings).get("dataset.image_size")), note)
+
+
+def _read_hf_folder(path: Path, settings: Iterable[tuple[str, Any]]) -> OwnFolder:
+    """The settings for a Hugging Face data set."""
+    splits = find_hf_files(path).splits
+    train = next((name for name in TRAIN_NAMES if name in splits), None)
+    if train is None and len(splits) == 1:
+        train = next(iter(splits))
+    test = next((name for name in TEST_NAMES if name in splits and name != train), None)
+    values = dict(settings)
+    if train is None and "dataset.split" not in values:
+        raise DataError(
+            "this data set has no split `train`",
+            where=path,
+            found=f"the splits {', '.join(splits)}",
+            next_step=f"choose one: --set dataset.split={next(iter(splits))}",
+        )
+    dataset = {
+        "name": "hf",
+        "data_dir": str(path),
+        "split": train or "train",
+        "test_split": test,
+        "image_size": CANVAS_SIZE,
+    }
+    test = values.get("dataset.test_split", test)
+    note = f"{path}: a Hugging Face data set, training images in {values.get('dataset.split', train)}, "
+    note += (
+        f"test images in {test}" if test else "no test images (no split test or validation), so nothing is evaluated"
+    )
+    return OwnFolder(_plain_name(path), dataset, _views(values.get("dataset.image_size")), note)
 
 
 def _views(image_size: Any) -> dict[str, Any]:
@@ -115,24 +148,3 @@ def _refuse_other_kinds(path: Path) -> None:
             next_step=f"repeat the run with train-student {path / 'recipe.yaml'}, or use it as a teacher with "
             f"build-cache --teacher {path}",
         )
-    if found := _other_format(path):
-        raise DataError(
-            "this folder is a Hugging Face data set, which is read with the package datasets",
-            where=path,
-            expected="a folder per class with image files",
-            found=found,
-            next_step="write each image to train/CLASS/NUMBER.png with its save method, "
-            "for number, row in enumerate(datasets.load_from_disk(…) or load_dataset(…))",
-        )
-
-
-def _other_format(path: Path) -> str | None:
-    """The file by which a folder of the package `datasets` is recognised; None for any other folder."""
-    for name in ("dataset_dict.json", "dataset_info.json", "dataset_infos.json"):
-        if (path / name).is_file():
-            return name
-    for pattern in ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow"):
-        for file in path.glob(pattern):
-            if file.parent == path or not has_result_folder(file.parent):
-                return str(file.relative_to(path))
-    return None

@@ -26,13 +26,14 @@ _COLOURS: dict[str, Colour] = {"white": WHITE, "black": (0, 0, 0)}
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 # Mean and std per RGB channel on [0, 1], over the train split. Digits, Fashion-MNIST: over the 32 × 32 canvas,
-# as a test recomputes. CIFAR: the customary figures. Folders: those of ImageNet.
+# as a test recomputes. CIFAR: the customary figures. Image files: those of ImageNet.
 _NORMALISATION: dict[str, Normalisation] = {
     "digits": ((0.3058,) * 3, (0.3241,) * 3),
     "fashion-mnist": ((0.2190,) * 3, (0.3318,) * 3),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "hf": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 SOURCE_NAMES = frozenset(_NORMALISATION)
@@ -44,9 +45,12 @@ ClassOrder = Annotated[
     BeforeValidator(partial(read_names, where="dataset.class_order", orders=tuple(ORDERS))),
 ]
 
-# The sources that have files of their own, and those of them that can be downloaded.
-_WITH_FILES = frozenset({"fashion-mnist", "cifar10", "cifar100", "folder"})
-_DOWNLOADABLE = _WITH_FILES - {"folder"}
+# The sources of image files in a folder of the user's.
+IMAGE_FILES = frozenset({"folder", "hf"})
+# The sources that can be downloaded.
+_DOWNLOADABLE = frozenset({"fashion-mnist", "cifar10", "cifar100"})
+# Settings for one of these sources only.
+_FOR_ONE_SOURCE = {"sub_folders": "folder", "labels": "folder", "image_column": "hf", "label_column": "hf"}
 
 TestSplits = Annotated[
     Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
@@ -60,19 +64,20 @@ class DatasetRecipe(Extensible):
     """The source of the images.
 
     Attributes:
-        name: the source; `folder` is any folder of class sub-folders.
+        name: the source; `folder` is any folder of class sub-folders, `hf` a Hugging Face data set on the disk (see
+            `cache_tools.images.hf_layout`).
         split: the split to cache and train on. `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it: Python
             slices of the samples in order. The samples of a folder are sorted by class, so take every k-th.
         test_split: the split to evaluate on, or a part; None for no evaluation. Of several, all are evaluated, and the
             first chooses the best epoch. A split of a folder may be a path of its own.
         data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits.
         download: whether to download missing files (Fashion-MNIST, CIFAR).
-        image_size: side of the square canvas of a folder, 224 when None; the other sources have a fixed size.
+        image_size: side of the square canvas of image files, 224 when None; the other sources have a fixed size.
 
-    These are for folders only:
+    These are for image files, in a folder or a Hugging Face data set:
         class_order: the order of the classes, which numbers the labels: `sorted` by code points, `natural` (2 before
             10, as timm sorts), `case-blind`, `reversed`, or the names themselves. A file with one name per line is read
-            when the recipe is loaded.
+            when the recipe is loaded. `sorted` leaves the classes of a Hugging Face data set as it numbers them.
         background: the colour behind transparent pixels: `white`, `black` or [red, green, blue].
         value_range: [black, white], the values of images with more than eight bits per pixel that become 0 and 255;
             None for the range that the files declare.
@@ -81,13 +86,15 @@ class DatasetRecipe(Extensible):
             images a class of its own. None merges, and asks where they look like classes.
         labels: a csv file of the images' labels, of which each may then have several or none; relative to the folder of
             the split or else to data_dir. `cache_tools.images.label_table` describes it.
+        image_column, label_column: the columns of a Hugging Face data set, where several may be meant.
     """
 
     added: ClassVar[frozenset[str]] = frozenset(
         {"class_order", "background", "value_range", "on_bad_image", "sub_folders", "labels"}
+        | {"image_column", "label_column"}
     )
 
-    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
+    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "hf"]
     split: str = "train"
     test_split: TestSplits | None = "test"
     data_dir: Path | None = None
@@ -101,6 +108,8 @@ class DatasetRecipe(Extensible):
     on_bad_image: Literal["error", "skip"] = "error"
     sub_folders: Literal["merge", "classes"] | None = None
     labels: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
     @field_validator("test_split")
     @classmethod
@@ -113,25 +122,32 @@ class DatasetRecipe(Extensible):
 
     @model_validator(mode="after")
     def _only_folders_choose_a_size(self) -> DatasetRecipe:
-        if self.name != "folder" and self.image_size is not None:
+        if not self.has_image_files and self.image_size is not None:
             raise ValueError(f"image_size is for folders only; {self.name} has its own size, 32")
         for field in sorted(self.added):
-            if self.name != "folder" and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field} is for folders only, not for {self.name}")
+            source = _FOR_ONE_SOURCE.get(field, self.name if self.has_image_files else "folder")
+            if self.name != source and getattr(self, field) != type(self).model_fields[field].default:
+                only = "Hugging Face data sets" if source == "hf" else "folders"
+                raise ValueError(f"{field} is for {only} only, not for {self.name}")
         if self.value_range is not None:
             low, high = self.value_range
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError("value_range needs two numbers that rise, such as [0, 4095]")
-        if self.name == "folder" and self.data_dir is None:
-            raise ValueError("a folder needs data_dir")
+        if self.has_image_files and self.data_dir is None:
+            raise ValueError("a folder needs data_dir" if self.name == "folder" else f"{self.name} needs data_dir")
         if self.labels is not None and self.sub_folders is not None:
             raise ValueError("sub_folders is for class folders: with labels, the table says what is in an image")
         return self
 
     @property
+    def has_image_files(self) -> bool:
+        """Whether the images are files of the user's, of any size."""
+        return self.name in IMAGE_FILES
+
+    @property
     def title(self) -> str:
         """What people call these images: the source, or the name of the folder."""
-        if self.name != "folder" or self.data_dir is None:
+        if not self.has_image_files or self.data_dir is None:
             return self.name
         return self.absolute().data_dir.name or self.name  # type: ignore[union-attr]
 
@@ -171,7 +187,7 @@ class DatasetRecipe(Extensible):
 
 def check_location(name: str, data_dir: Path | None, download: bool) -> None:
     """Raise RecipeError for a `data_dir` of a source without files, or a `download` of one that is not downloaded."""
-    if data_dir is not None and name not in _WITH_FILES:
+    if data_dir is not None and name not in _DOWNLOADABLE | IMAGE_FILES:
         raise RecipeError(
             f"the dataset {name} has no folder of files, so no data_dir can be set",
             where=data_dir,
@@ -182,7 +198,9 @@ def check_location(name: str, data_dir: Path | None, download: bool) -> None:
             f"the dataset {name} cannot be downloaded",
             where="--download",
             expected=f"one of {', '.join(sorted(_DOWNLOADABLE))}",
-            next_step="leave --download out",
+            next_step="leave --download out"
+            if name != "hf"
+            else "leave --download out, and fetch it with datasets.load_dataset(NAME).save_to_disk(FOLDER)",
         )
 
 

@@ -323,7 +323,7 @@ def _open_tests(recipe: BuildRecipe, images: ImageSet, say: Callable[[str], None
     The preflight needs the first, and the images of all are checked. Without a preflight they may be elsewhere.
     """
     tests: list[ImageSet] = []
-    if not (recipe.preflight_samples or recipe.dataset.name == "folder"):
+    if not (recipe.preflight_samples or recipe.dataset.has_image_files):
         return tests
     for split in recipe.dataset.test_splits:
         try:

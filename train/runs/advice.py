@@ -47,7 +47,7 @@ def _as_a_teacher(result: RunResult) -> list[str]:
         return []
     try:
         dataset = open_run(result.folder)[0].dataset
-        found = None if dataset.name != "folder" or dataset.data_dir is None else read_own_folder(dataset.data_dir)
+        found = None if not dataset.has_image_files or dataset.data_dir is None else read_own_folder(dataset.data_dir)
     except CacheError:
         return []
     if found is None or dataset.data_dir is None:

@@ -15,7 +15,7 @@ from cache_tools.images import open_images
 from cache_tools.images.check import check_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
-from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.images.recipe import IMAGE_FILES, DatasetRecipe
 from train import checkpoints
 from train.checkpoints import StudentCard
 from train.recipe import TrainRecipe
@@ -140,7 +140,7 @@ def data_name(run: Path, default: str) -> str:
     if (manifest := read_manifest(run)) is not None:
         return manifest.data_name
     dataset = (folder.stored_identity(run) or {"recipe": {}})["recipe"].get("dataset")
-    if not dataset or dataset.get("name") != "folder":
+    if not dataset or dataset.get("name") not in IMAGE_FILES:
         return dataset.get("name", default) if dataset else default
     try:  # the identity has no data_dir
         return DatasetRecipe.model_validate(

@@ -13,8 +13,8 @@ from PIL import Image, ImageFile
 from torchvision import datasets, transforms
 
 from cache_tools.errors import DataError
+from cache_tools.images import encoded, open_images
 from cache_tools.images import folder as image_folder
-from cache_tools.images import open_images
 from cache_tools.images.check import check_images
 from tests.support.pictures import photo, recipe_for
 
@@ -103,7 +103,7 @@ def test_default_canvas(root: Path) -> None:
 
 
 def test_opening_decodes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_folder, "decode_image", lambda *_: pytest.fail("decoded an image"))
+    monkeypatch.setattr(encoded, "decode_image", lambda *_: pytest.fail("decoded an image"))
     assert len(open_images(recipe_for(root))) == 12
 
 

@@ -58,9 +58,9 @@ def test_the_name_of_a_recipe_is_not_the_folder_of_that_name(tmp_path: Path, mon
     [
         ("zarr.json", RecipeError, r"is a cache .*--cache"),
         ("run.json", RecipeError, r"is a run of train-student .*recipe.yaml.*--teacher"),
-        ("dataset_info.json", DataError, r"Hugging Face .*found dataset_info.json.*train/CLASS"),
-        ("data/train-0.parquet", DataError, r"Hugging Face .*found data/train-0.parquet"),
-        ("train/data-0.arrow", DataError, "Hugging Face"),
+        ("dataset_info.json", DataError, r"no files of a Hugging Face data set .*save_to_disk\(FOLDER\)"),
+        ("data/part-00000-of-00002.parquet", DataError, r"files of a data set are missing .*found no number 00001"),
+        ("dataset_dict.json", DataError, r"a damaged file of a data set .*no list of splits"),
         ("test/cat/1.png", DataError, "test images and no training images"),
     ],
 )
@@ -87,8 +87,52 @@ def test_tables_of_our_own_folders_are_no_data_set(tmp_path: Path, files: list[s
     assert "its class folders" in read_own_folder(tmp_path).note
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-0.parquet").touch()
-    with pytest.raises(DataError, match=r"found data/train-0\.parquet"):
+    assert read_own_folder(tmp_path).dataset["name"] == "hf"
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "test_split"),
+    [
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001-0123abcd.parquet"], "train", "test"),
+        (["default/train/0000.parquet", "default/validation/0000.parquet"], "train", "validation"),
+        (["train.parquet", "val.parquet", "dev.parquet"], "train", "validation"),
+        (["pictures_test.parquet", "pictures_train.parquet"], "train", "test"),
+        (["all.parquet"], "train", None),
+        (["unlabelled-00000-of-00001.parquet"], "unlabelled", None),
+    ],
+)
+def test_splits_of_a_hugging_face_data_set(
+    tmp_path: Path, files: list[str], split: str, test_split: str | None
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = read_own_folder(tmp_path)
+    assert found.dataset == {
+        "name": "hf", "data_dir": str(tmp_path), "split": split, "test_split": test_split, "image_size": 256,
+    }  # fmt: skip
+    assert f"a Hugging Face data set, training images in {split}, " in found.note
+
+
+def test_a_data_set_of_several_configurations_asks_for_one(tmp_path: Path) -> None:
+    for name in ("large/train-00000-of-00001.parquet", "small/train-00000-of-00001.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"several files of the split train .*found large, small. Give the folder"):
         read_own_folder(tmp_path)
+    card = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in ("large", "small"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    with pytest.raises(DataError, match=r"several configurations of the data set .*found large, small"):
+        read_own_folder(tmp_path)
+    assert read_own_folder(tmp_path / "small").dataset["split"] == "train"
+
+
+def test_two_splits_without_train_ask_for_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}-00000-of-00001.parquet").touch()
+    with pytest.raises(DataError, match=r"no split `train` .*found the splits a, b. .*dataset.split=a"):
+        read_own_folder(tmp_path)
+    assert read_own_folder(tmp_path, [("dataset.split", "b")]).name == tmp_path.name
 
 
 @pytest.mark.parametrize(("image_size", "view_size"), [(None, 224), (256, 224), (64, 56), (48, 42), ("large", 224)])

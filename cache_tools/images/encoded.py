@@ -1,0 +1,103 @@
+"""Images that are stored as encoded files (JPEG, PNG, …) and decoded on demand: in folders, and in tables."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cache_tools.errors import DataError
+from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
+from cache_tools.images.image_set import ImageSet, sample_key
+from cache_tools.images.index import num_workers
+from cache_tools.images.recipe import WHITE, DatasetIdentity
+from cache_tools.images.summary import FolderSummary
+
+DEFAULT_IMAGE_SIZE = 224
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedImages(ImageSet):
+    """A split of encoded images, decoded in threads (PIL releases the interpreter lock).
+
+    Attributes:
+        rules: what decoding needs to know besides the bytes.
+        summary: what the folder of the split holds besides its samples.
+    """
+
+    rules: PixelRules
+    summary: FolderSummary
+
+    @abstractmethod
+    def read(self, sample: int) -> bytes:
+        """The bytes of one image.
+
+        Raises:
+            DataError: they cannot be read, or there are none.
+        """
+
+    @abstractmethod
+    def name_of(self, sample: int) -> str:
+        """The place of one image below `summary.root`, for messages."""
+
+    def place_of(self, sample: int) -> str:
+        """The whole path of one image, for messages."""
+        return f"{self.summary.root}/{self.name_of(sample)}"
+
+    @property
+    def resident(self) -> bool:
+        return False
+
+    def load(self, index: np.ndarray | slice) -> np.ndarray:
+        side = self.image_size[0]
+        pixels = np.empty((len(np.arange(len(self))[index]), 3, *self.image_size), np.uint8)
+
+        def fill(row: int, data: bytes, place: str) -> None:
+            pixels[row] = decode_image(data, side, place, self.rules).transpose(2, 0, 1)
+
+        self._read_each(index, fill)
+        return pixels
+
+    def pictures(self, index: np.ndarray | slice) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+
+        def keep(row: int, data: bytes, place: str) -> None:
+            found[row] = decode_picture(data, place, self.rules).transpose(2, 0, 1)
+
+        self._read_each(index, keep)
+        return [found[row] for row in range(len(found))]
+
+    def _read_each(self, index: np.ndarray | slice, use: Callable[[int, bytes, str], None]) -> None:
+        """Read images in threads and call `use(row, data, place)` there; raises the first error in sample order."""
+        chosen = np.arange(len(self))[index]
+
+        def read(row: int) -> None:
+            sample = int(chosen[row])
+            data = self.read(sample)
+            if sample_key(data) != self.keys[sample].tobytes():
+                raise DataError(
+                    "image changed since the folder was opened",
+                    where=self.place_of(sample),
+                    next_step="run the command again when no program writes to the folder",
+                )
+            use(row, data, self.place_of(sample))
+
+        with whole_images_only(), ThreadPoolExecutor(num_workers()) as pool:
+            for _ in pool.map(read, range(len(chosen))):
+                pass
+
+    def identity(self) -> DatasetIdentity:
+        changes: dict[str, Any] = {"value_range": self.rules.value_range}
+        if self.rules.background != WHITE:
+            changes["background"] = self.rules.background
+        return super().identity().model_copy(update=changes)
+
+    def notes(self) -> list[str]:
+        return self.summary.lines()
+
+    def folder_contents(self) -> dict[str, Any]:
+        return self.summary.to_json()
