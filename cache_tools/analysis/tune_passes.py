@@ -25,14 +25,11 @@ _ZOOMS = 2
 PASSES = 2 + _ZOOMS
 
 
-class Setting(Frozen):
-    """A way to make targets, and its figures on held-out samples.
+class HeldOutFigures(Frozen):
+    """The figures of a way to make targets.
 
     Attributes:
         name: a description for people.
-        teacher_weight: None if the logits of one source alone are rescaled.
-        clip_scale: multiplies CLIP's cosines; None for the teacher alone.
-        teacher_factor, clip_factor: the softmax is over teacher_factor · teacher + clip_factor · clip_scale · cosine.
         nll_chosen_on: mean negative log-likelihood on the part used for the choice, nats.
         nll, nll_error: the same on the held-out part, and its standard error over samples.
         top1, ece: on the held-out part, in [0, 1]; 15 bins.
@@ -40,10 +37,6 @@ class Setting(Frozen):
     """
 
     name: str
-    teacher_weight: float | None
-    clip_scale: float | None
-    teacher_factor: float
-    clip_factor: float
     nll_chosen_on: float
     nll: float
     nll_error: float
@@ -51,6 +44,21 @@ class Setting(Frozen):
     ece: float
     difference: float
     difference_error: float
+
+
+class Setting(HeldOutFigures):
+    """A fusion of a teacher and CLIP, and its figures.
+
+    Attributes:
+        teacher_weight: None if the logits of one source alone are rescaled.
+        clip_scale: multiplies CLIP's cosines; None for the teacher alone.
+        teacher_factor, clip_factor: the softmax is over teacher_factor · teacher + clip_factor · clip_scale · cosine.
+    """
+
+    teacher_weight: float | None
+    clip_scale: float | None
+    teacher_factor: float
+    clip_factor: float
 
 
 @dataclass(frozen=True)

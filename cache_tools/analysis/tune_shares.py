@@ -18,7 +18,7 @@ from cache_tools.analysis.figures import row_chunks, sample_figures
 from cache_tools.analysis.stats import check_temperature, view_numbers
 from cache_tools.analysis.tables import bin_sums, calibration_error
 from cache_tools.analysis.tune_grid import mixture_nll_sums, stratified_holdout
-from cache_tools.analysis.tune_passes import standard_error
+from cache_tools.analysis.tune_passes import HeldOutFigures, standard_error
 from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device
 from cache_tools.errors import RecipeError
@@ -32,18 +32,10 @@ STEPS = 10  # of a share, for three networks or more
 MAX_MIXES = 100_000
 
 
-class ShareSetting(Frozen):
-    """Shares of the networks, and their figures as in `tune_passes.Setting`."""
+class ShareSetting(HeldOutFigures):
+    """Shares of the networks, and their figures."""
 
-    name: str
     shares: Shares
-    nll_chosen_on: float
-    nll: float
-    nll_error: float
-    top1: float
-    ece: float
-    difference: float
-    difference_error: float
 
 
 class ShareResult(Frozen):

@@ -25,11 +25,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> str:
     """A recipe file with a cache and a dataset."""
     folder = tmp_path_factory.mktemp("recipe")

@@ -21,11 +21,6 @@ from train.run import train_student
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
 @pytest.mark.medium
 @pytest.mark.parametrize("codec", ["float16", "compact", "dense", "coarse"])
 @pytest.mark.parametrize("store", ["fused", "components"])

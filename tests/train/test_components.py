@@ -29,11 +29,6 @@ RICHKD = {"kind": "kd", "feature": "crd", "crd_dim": 8}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
     """A cache of fused targets and one of components, of the same images."""
     root = tmp_path_factory.mktemp("caches")

@@ -38,11 +38,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
-
-
-@pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """A cache of every second picture."""
     return tiny_run.write_cache(tmp_path_factory.mktemp("part") / "tiny.zarr", pictures, split="train[::2]")

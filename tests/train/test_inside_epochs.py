@@ -30,16 +30,6 @@ DROPOUT = "timm:mobilenetv3_small_050"
 Recipe = Callable[..., TrainRecipe]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
-
-
 def always(cache: Path, out: Path, **changes: Any) -> TrainRecipe:
     """Two epochs, with a checkpoint after every batch."""
     data: dict[str, Any] = {"epochs": 2, "loggers": (), "checkpoint_every_minutes": 1e-9}

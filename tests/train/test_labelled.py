@@ -19,11 +19,6 @@ LABELS = np.random.default_rng(0).integers(0, 4, 1000)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "cache", pictures)
 

@@ -24,11 +24,6 @@ from train.runs.stored import open_run
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     return tiny_run.write_cache(tmp_path_factory.mktemp("local") / "tiny.zarr", pictures)
 

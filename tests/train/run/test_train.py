@@ -45,16 +45,6 @@ CPU = torch.device("cpu")
 TIMINGS = ("train_s", "images_per_s")
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
-
-
 @pytest.mark.medium
 @pytest.mark.usefixtures("real_curves")
 def test_a_run_writes_all_its_files(cache: Path, pictures: Path, tmp_path: Path) -> None:

@@ -36,16 +36,6 @@ pytestmark = pytest.mark.medium
 STUDENTS = ("resnet8", "ShuffleV2", "timm:resnet10t")
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures)
-
-
 def sweep(cache: Path, **changes: Any) -> SweepRecipe:
     base = tiny_run.recipe(cache, Path("unused"), epochs=2).model_dump(mode="json")
     data: dict[str, Any] = {"name": "tiny", "base": {**base, **changes.pop("base", {})}, "students": ("resnet8",)}
