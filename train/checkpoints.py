@@ -7,30 +7,39 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
 import torch
-from pydantic import PositiveInt, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from cache_tools.config import Frozen
-from cache_tools.errors import WeightsError
-from cache_tools.files import put_durably
-from cache_tools.format.recipe import Preprocessing
+from cache_tools.errors import CacheError, WeightsError
+from cache_tools.format.recipe import Finite, Preprocessing
 from train import own
 from train.evaluate.canvas import evaluation_preprocessing
 from train.students import create_student
 from train.weights import files
+from train.weights.run_files import file_place, parse_json, write_file
 
 LAST, BEST, EMA = files.LAST, "best.safetensors", "ema.safetensors"
 
+MAX_SIDE, MAX_CLASSES = 4096, 1_000_000  # of images in pixels, as in `DatasetRecipe`; of a student
+_MAX_HEADER_BYTES = 64 << 20  # of a safetensors file: names and shapes, class names
+_SLACK_BYTES = 64 << 20
+MAX_STATE_BYTES = 1 << 40
 
-class StudentCard(Frozen):
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Mean = Annotated[float, Field(ge=-1000.0, le=1000.0)]
+Std = Annotated[float, Field(gt=0.0, le=1000.0)]
+
+
+class StudentCard(Finite):
     """The description of a stored student: how to build it, prepare its inputs and read its outputs.
 
     Attributes:
@@ -45,16 +54,22 @@ class StudentCard(Frozen):
         epoch: finished epochs.
     """
 
-    architecture: str
-    num_classes: PositiveInt
+    architecture: str = Field(max_length=1000)
+    num_classes: PositiveInt = Field(le=MAX_CLASSES)
     class_names: tuple[str, ...]
-    image_size: tuple[PositiveInt, PositiveInt]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    image_size: tuple[Side, Side]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Std, Std, Std]
     dataset: str
     recipe_digest: str = ""
-    epoch: int = 0
-    crop: float | None = None
+    epoch: int = Field(0, ge=0, le=1 << 53)
+    crop: float | None = Field(None, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _names_all_classes(self) -> StudentCard:
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} names of {self.num_classes} classes")
+        return self
 
     def preprocessing(self, canvas_size: tuple[int, int]) -> Preprocessing:
         """The preprocessing of test images on a canvas of (height, width)."""
@@ -75,13 +90,14 @@ class StudentCard(Frozen):
         texts = {"architecture", "dataset", "recipe_digest"}
         try:
             known = {key: text for key, text in metadata.items() if key in cls.model_fields}
-            return cls(**{key: text if key in texts else json.loads(text) for key, text in known.items()})
-        except (ValidationError, ValueError) as error:
+            return cls(**{key: text if key in texts else parse_json(text) for key, text in known.items()})
+        except (ValidationError, ValueError, TypeError) as error:
+            missing = sorted({key for key, field in cls.model_fields.items() if field.is_required()} - metadata.keys())
             raise WeightsError(
                 "not a student checkpoint",
                 where=where,
                 expected="the metadata that train-student writes (architecture, class_names, mean, std, …)",
-                found=", ".join(sorted(metadata)) or "none",
+                found=f"no {', '.join(missing)}" if missing else _first_problem(error),
             ) from error
 
 
@@ -95,7 +111,7 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], card: StudentCard) 
     # Cloned, because safetensors refuses channels-last layouts and tensors that share memory.
     plain = torch.contiguous_format
     tensors = {key: value.detach().cpu().clone(memory_format=plain) for key, value in state.items()}
-    put_durably(path, _with_sorted_metadata(save(tensors, card.to_metadata())))
+    write_file(path, _with_sorted_metadata(save(tensors, card.to_metadata())))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentCard]:
@@ -106,11 +122,13 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[
         RecipeError: a network of someone's own whose code the user has not agreed to import (`train.own`).
     """
     file = student_file(Path(path))
-    card = read_card(file)
+    data, card = _read_student(file)
     own.require_consent(card.architecture, file)
-    model = create_student(card.architecture, card.num_classes)
-    with safe_open(file, framework="pt", device="cpu") as stored:
-        state = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # not a dict
+    model = create_stored(card, len(data), file)
+    try:
+        state = load(data)
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise _damaged(file, error) from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -123,20 +141,41 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[
     return model.to(device).eval(), card
 
 
+def create_stored(card: StudentCard, stored_bytes: int, where: object, num_classes: int | None = None) -> nn.Module:
+    """Build the network of a card, unless it is far larger than its stored weights.
+
+    Args:
+        stored_bytes: size of the stored weights.
+        num_classes: None for those of the card.
+
+    Raises:
+        WeightsError: the network is larger.
+        RecipeError: no such network.
+    """
+    budget = _Budget(4 * stored_bytes + _SLACK_BYTES)
+    try:
+        with budget:
+            return create_student(card.architecture, num_classes or card.num_classes)
+    except (CacheError, MemoryError, RuntimeError) as error:
+        if not budget.is_exceeded and isinstance(error, CacheError):
+            raise
+        raise WeightsError(
+            "weights do not fit the architecture",
+            where=where,
+            expected=f"the weights of {card.architecture} with {num_classes or card.num_classes:,} classes",
+            found=f"{stored_bytes:,} bytes",
+        ) from error
+
+
 def read_card(path: Path) -> StudentCard:
     """Read the card of a checkpoint without its weights.
 
     Raises:
         WeightsError: a missing or damaged file, or no card.
+        FormatError: a link, pipe or device.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as stored:
-            metadata = stored.metadata() or {}
-    except FileNotFoundError as error:
-        raise WeightsError("no such checkpoint", where=path) from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsError("damaged checkpoint", where=path, expected="a safetensors file", found=error) from error
-    return StudentCard.from_metadata(metadata, path)
+    with _open(path) as file:
+        return StudentCard.from_metadata(_metadata(_read_header(file, path), path), path)
 
 
 def student_file(path: Path) -> Path:
@@ -144,33 +183,164 @@ def student_file(path: Path) -> Path:
     return path / LAST if path.is_dir() else path
 
 
+def check_student_file(path: Path) -> None:
+    """Check the place and the size of a checkpoint, without reading its weights.
+
+    Raises:
+        WeightsError: a missing or damaged file, or no card.
+        FormatError: a link, pipe or device.
+    """
+    with _open(path) as file:
+        _check_size(file, _read_header(file, path), path)
+
+
+def _read_student(path: Path) -> tuple[bytes, StudentCard]:
+    """The content of a checkpoint, and its card. The size of the file is checked before it is read."""
+    with _open(path) as file:
+        header = _read_header(file, path)
+        card = StudentCard.from_metadata(_metadata(header, path), path)
+        size = _check_size(file, header, path)
+        file.seek(0)
+        return file.read(size), card
+
+
+def _open(path: Path) -> BinaryIO:
+    folder, name = file_place(path)
+    try:
+        return folder.open_read(name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WeightsError("no such checkpoint", where=path) from error
+
+
+def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: name → type, shape and place of a tensor, and `__metadata__`."""
+    length = int.from_bytes(file.read(8), "little")
+    text = file.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
+    try:
+        header = parse_json(text) if len(text) == length else None
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "no header")
+    return header
+
+
+def _check_size(file: BinaryIO, header: dict[str, Any], path: Path) -> int:
+    """Check that a file ends where its last tensor does; its size."""
+    start, size = file.tell(), file.seek(0, io.SEEK_END)
+    ends = [_end(entry, path) for name, entry in header.items() if name != "__metadata__"]
+    if size != start + max(ends, default=0):
+        raise _damaged(path, f"{size:,} bytes of {start + max(ends, default=0):,}")
+    return size
+
+
+def _metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(path, "metadata that are not text")
+    return metadata
+
+
+def _end(entry: Any, path: Path) -> int:
+    """The end of a tensor in its file, counted from the end of the header."""
+    try:
+        end = entry["data_offsets"][1]
+    except (TypeError, LookupError) as error:
+        raise _damaged(path, "a tensor without a place in the file") from error
+    if not isinstance(end, int) or end < 0:
+        raise _damaged(path, "a tensor without a place in the file")
+    return end
+
+
+def _damaged(path: Path, found: object) -> WeightsError:
+    text = str(found).partition("\n")[0]
+    return WeightsError("damaged checkpoint", where=path, expected="a safetensors file", found=text)
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_input=False, include_url=False)[0]
+        return ": ".join([".".join(map(str, problem["loc"])), problem["msg"]]).removeprefix(": ")
+    return str(error).partition("\n")[0]
+
+
+class _Budget(TorchFunctionMode):
+    """Stops the building of a network when its tensors take more bytes than they may, before they are filled."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__()
+        self._left, self.is_exceeded = limit_bytes, False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in _FACTORIES and isinstance(result, Tensor):
+            self._left -= result.numel() * result.element_size()
+            if self._left < 0:
+                self.is_exceeded = True
+                raise MemoryError("the network is larger than its stored weights")
+        return result
+
+
+_FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.tensor, torch.arange}
+
+
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a training state. It holds only tensors and plain values, so that loading it runs no code."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    put_durably(path, buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
-def load_state(path: Path, parts: Collection[str] = ()) -> dict[str, Any] | None:
+def load_state(path: Path, parts: Collection[str] = (), *, max_bytes: int = MAX_STATE_BYTES) -> dict[str, Any] | None:
     """Load a training state to the CPU; None without a file.
 
     Args:
         parts: keys that it must have.
+        max_bytes: the file may not be larger.
 
     Raises:
         WeightsError: a damaged file.
+        FormatError: a link, pipe or device, or a file that is too large.
     """
+    folder, name = file_place(path)
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := set(parts) - set(state):
-            raise KeyError(*missing)
-        return state
-    except FileNotFoundError:
+        file = folder.open_read(name, max_bytes)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            "damaged training state", where=path, next_step="start this run again with --overwrite"
-        ) from error
+    with file:
+        try:
+            _check_archive(file)
+            state: Any = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or (missing := set(parts) - set(state)):
+                raise ValueError(f"no {', '.join(sorted(missing))}" if isinstance(state, dict) else "no names")
+            return state
+        except Exception as error:  # a damaged file can make a reader raise anything
+            raise damaged_state(path, error) from error
+
+
+def damaged_state(path: Path, found: object) -> WeightsError:
+    """The error for a training state that cannot be resumed from."""
+    return WeightsError(
+        "damaged training state",
+        where=path,
+        found=(str(found) or type(found).__name__).partition("\n")[0],
+        next_step="start this run again with --overwrite",
+    )
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Raise ValueError unless this is an archive of torch.save whose parts are stored as they are, within the file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise ValueError("not a file of torch.save") from error
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise ValueError("compressed parts")
+    size = file.seek(0, io.SEEK_END)
+    if sum(part.file_size for part in parts) > size:
+        raise ValueError("parts that are larger than the file")
+    file.seek(0)
 
 
 def _with_sorted_metadata(file: bytes) -> bytes:

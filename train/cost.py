@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,8 +53,8 @@ class Cost(Frozen):
         threads: of torch. Latency depends on it on the CPU, and hardly on a GPU.
     """
 
-    parameters: int
-    flops: int
+    parameters: int = Field(ge=0, lt=1 << 53)
+    flops: int = Field(ge=0, lt=1 << 62)
     latency: tuple[Latency, ...]
     image_size: tuple[PositiveInt, PositiveInt]
     device: str

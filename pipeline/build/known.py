@@ -23,6 +23,7 @@ import numpy as np
 
 from cache_tools.codecs import CODECS_VERSION
 from cache_tools.errors import FormatError, NotFoundError, StorageError
+from cache_tools.files import SafeFolder
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import FORMAT_VERSION, FUSION_VERSION, PREPROCESSING_VERSION
 from cache_tools.home import registry
@@ -125,8 +126,13 @@ def _files(recipe: BuildRecipe) -> list[Path] | None:
     for path in [*map(_teacher_path, recipe.teachers), *map(_clip_path, recipe.clips)]:
         if path is None or not path.exists():
             return None
-        found += [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        found += class_files(path) if path.is_file() else []
+        if path.is_file():
+            found += [path, *class_files(path)]
+            continue
+        entries = list(SafeFolder(path).walk())
+        if not all(entry.is_file for entry in entries):
+            return None  # links lead to files that this folder does not determine
+        found += sorted(path / entry.name for entry in entries)
     named = [clip.templates for clip in recipe.clips if isinstance(clip.templates, str)]
     found += [Path(templates) for templates in named if templates not in BUILTIN_SETS]
     return found if all(path.is_file() for path in found) else None

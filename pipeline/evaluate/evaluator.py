@@ -16,7 +16,7 @@ import torch
 
 from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import DataError
-from cache_tools.files import output_folder
+from cache_tools.files import SafeFolder, output_folder
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import require_one_label
@@ -35,8 +35,9 @@ from train.evaluate.confusion import class_figures, confusion_frame, confusion_m
 from train.evaluate.corruptions import Corrupted, open_corrupted
 from train.evaluate.metrics import Evaluation, evaluate_logits
 from train.evaluate.shifted import open_shifted
-from train.runs.folder import EVALUATION
+from train.runs.folder import EVALUATION, EVALUATION_FILES, check_derived
 from train.runs.stored import StoredRun, data_name, open_run
+from train.weights.run_files import real_folder
 
 
 def evaluate_student(path: Path | str, options: EvaluateOptions | None = None) -> EvaluationReport:
@@ -61,7 +62,11 @@ class _Evaluator:
         self.run, given = open_run(path)
         self.checkpoint = options.checkpoint or given or "last"
         card = read_card(self.run.checkpoint(self.checkpoint))
-        self.folder = output_folder(options.out or self.run.folder / EVALUATION, "evaluation")
+        if options.out is None:
+            self.files = real_folder(self.run.folder, EVALUATION)
+        else:
+            self.files = SafeFolder(output_folder(options.out, "evaluation"))
+        check_derived(self.files, EVALUATION_FILES)
         self.images = self.run.open_test(card, options.split, options.data_dir, options.download)
         require_one_label(self.images.multi_label, "evaluate-student", self.run.folder)
         self.more = [
@@ -90,7 +95,7 @@ class _Evaluator:
         recipe = self.run.recipe
         report = EvaluationReport(
             run=self.run.folder,
-            folder=self.folder,
+            folder=self.files.path,
             name=recipe.name,
             student=recipe.student,
             loss=recipe.loss_name,
@@ -113,7 +118,7 @@ class _Evaluator:
             device=describe_device(self.device),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )
-        report.save(files)
+        report.save(files, self.files)
         return report
 
     def _open_baseline(self, card: StudentCard) -> tuple[StoredRun, str] | None:

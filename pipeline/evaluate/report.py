@@ -9,15 +9,15 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from cache_tools.config import Frozen
-from cache_tools.files import put_durably
+from cache_tools.files import SafeFolder
 from cache_tools.format.recipe import Precision
 from pipeline.evaluate.agreement import Agreement
 from train.evaluate.confusion import ClassFigures, Confusion
 from train.evaluate.metrics import Evaluation
 from train.evaluate.robustness import RobustnessSummary
+from train.runs.folder import EVALUATION_FILES
 
-REPORT, CONFUSION, CONFUSION_PICTURE = "evaluation.json", "confusion.parquet", "confusion.png"
-ROBUSTNESS, ROBUSTNESS_PICTURE = "robustness.parquet", "robustness.png"
+REPORT, CONFUSION, CONFUSION_PICTURE, ROBUSTNESS, ROBUSTNESS_PICTURE = EVALUATION_FILES
 
 
 class EvaluateOptions(Frozen):
@@ -106,15 +106,15 @@ class EvaluationReport(Frozen):
         """The figures of `checkpoint`."""
         return next(row for row in self.figures if row.checkpoint == self.checkpoint)
 
-    def save(self, files: Mapping[str, bytes]) -> None:
+    def save(self, files: Mapping[str, bytes], folder: SafeFolder) -> None:
         """Write the report and its files into `folder`, each atomically, the report last.
 
         Files that only an earlier evaluation wrote are removed: the folder is about one evaluation.
         """
-        (self.folder / REPORT).unlink(missing_ok=True)
+        folder.remove(REPORT)
         for name in (CONFUSION, CONFUSION_PICTURE, ROBUSTNESS, ROBUSTNESS_PICTURE):
             if name in files:
-                put_durably(self.folder / name, files[name])
+                folder.put_durably(name, files[name])
             else:
-                (self.folder / name).unlink(missing_ok=True)
-        put_durably(self.folder / REPORT, self.model_dump_json(indent=2).encode())
+                folder.remove(name)
+        folder.put_durably(REPORT, self.model_dump_json(indent=2).encode())

@@ -20,7 +20,7 @@ from pipeline.networks.references import FOLDER_PREFIX, is_file_reference, resol
 from pipeline.networks.teacher_classes import TeacherClasses, classes_of_file, match_classes
 from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
 from train import own
-from train.checkpoints import LAST, StudentCard, student_file
+from train.checkpoints import LAST, StudentCard, check_student_file, create_stored, student_file
 from train.students import create_student, student_names
 from train.weights.files import CONFIG, open_weights, read_config, read_hub_folder
 from train.weights.load import Loaded, class_count_error, load_into
@@ -199,7 +199,10 @@ def _is_stored_student(name: str) -> bool:
 
 def _stored_student(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:
     _refuse_weights(spec, "a teacher that train-student wrote")
-    return _from_card(read_weights(student_file(resolve_path(spec.name))), spec, names, canvas)
+    path = resolve_path(spec.name)
+    if path.is_dir():  # a run, in which no link is followed
+        check_student_file(student_file(path))
+    return _from_card(read_weights(student_file(path)), spec, names, canvas)
 
 
 def _from_card(file: WeightsFile, spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:
@@ -207,9 +210,14 @@ def _from_card(file: WeightsFile, spec: TeacherSpec, names: tuple[str, ...], can
     card = StudentCard.from_metadata(file.metadata, file.path)
     own.require_consent(card.architecture, file.path)
     classes = classes_of_file(names, spec.classes, file, where=spec.name)
-    network = create_student(card.architecture, classes.total)
+    network = create_stored(card, _bytes_of(file), file.path, classes.total)
     loaded = _load_file(network, card.architecture, file, classes, spec)
     return _Network(network, card.architecture, _card_preprocessing(card, canvas), classes, loaded.notes, loaded.raw)
+
+
+def _bytes_of(file: WeightsFile) -> int:
+    """The size of a file's tensors."""
+    return sum(tensor.nbytes for tensor in file.checkpoint.values() if isinstance(tensor, torch.Tensor))
 
 
 def _hub_folder(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Network:

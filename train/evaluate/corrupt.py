@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from cache_tools.console import Progress
 from cache_tools.errors import DataError, RecipeError
-from cache_tools.files import put_durably, remove_leftovers, replaced_durably
+from cache_tools.files import SafeFolder
 from cache_tools.home.registry import cache_home
 from cache_tools.images.image_set import ImageSet
 from cache_tools.philox import sample_words
@@ -126,7 +126,12 @@ def _folder(recipe: dict[str, Any]) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    return (folder / LABELS).is_file()  # written last
+    return _files(folder).is_file(LABELS)  # written last
+
+
+def _files(folder: Path) -> SafeFolder:
+    """The folder of copies, entered from the cache home: no link below it is followed."""
+    return SafeFolder(cache_home()).below(f"corruptions/{folder.name}")
 
 
 def _open_or_make(
@@ -134,17 +139,18 @@ def _open_or_make(
 ) -> Corrupted:
     folder, labels = _folder(recipe), images.labels[index]
     if not _is_complete(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        put_durably(folder / _RECIPE, json.dumps(recipe | {"made_with": _versions()}, indent=2).encode())
+        files = _files(folder)
+        files.make_folder()
+        files.remove_partials()
+        files.put_durably(_RECIPE, json.dumps(recipe | {"made_with": _versions()}, indent=2).encode())
         _make(folder, images, index, seed, workers)
-        put_durably(folder / LABELS, _npy(np.tile(labels, len(SEVERITIES))))
+        files.put_durably(LABELS, _npy(np.tile(labels, len(SEVERITIES))))
     source = f"{PACKAGE} {recipe['version']}, seed {seed}"
     return open_corrupted(folder, labels, index=index, source=source)
 
 
 def _make(folder: Path, images: ImageSet, index: npt.NDArray[np.int64], seed: int, workers: int) -> None:
-    missing = [name for name in CORRUPTIONS if not (folder / f"{name}.npy").is_file()]
+    missing = [name for name in CORRUPTIONS if not _files(folder).is_file(f"{name}.npy")]
     each = len(SEVERITIES) * len(index)
     done = (len(CORRUPTIONS) - len(missing)) * each
     with (
@@ -153,7 +159,8 @@ def _make(folder: Path, images: ImageSet, index: npt.NDArray[np.int64], seed: in
     ):
         for name in missing:
             _write(
-                folder / f"{name}.npy",
+                _files(folder),
+                f"{name}.npy",
                 (each, *images.image_size, 3),
                 _report_progress(_chunks(images, index, name, seed, pool, workers), progress, name),
             )
@@ -206,9 +213,9 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _write(path: Path, shape: tuple[int, ...], chunks: Iterator[npt.NDArray[np.uint8]]) -> None:
+def _write(folder: SafeFolder, name: str, shape: tuple[int, ...], chunks: Iterator[npt.NDArray[np.uint8]]) -> None:
     """Write an .npy file atomically. A memory map would be shorter, but on a full disk it crashes the process."""
-    with replaced_durably(path) as file:
+    with folder.replaced_durably(name) as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:

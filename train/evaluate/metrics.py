@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from cache_tools.config import Frozen
 from cache_tools.errors import DataError, DivergedError
-from cache_tools.format.recipe import Precision, Preprocessing
+from cache_tools.format.recipe import Finite, Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
 from cache_tools.system.devices import float64_device
@@ -23,7 +23,7 @@ TOP_K = 5
 _ROWS = 8192
 
 
-class Evaluation(Frozen):
+class Evaluation(Finite):
     """Figures of one classifier on one labelled split.
 
     Attributes:
@@ -34,7 +34,7 @@ class Evaluation(Frozen):
         brier: mean over samples of Σ_c (p_c − y_c)², in [0, 2] (Brier 1950); None in results of earlier versions.
     """
 
-    n: int
+    n: int = Field(ge=0, lt=1 << 53)
     top1: float
     top5: float | None
     nll: float

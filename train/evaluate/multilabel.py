@@ -6,16 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from cache_tools.config import Frozen
 from cache_tools.errors import DataError, DivergedError
-from cache_tools.format.recipe import Preprocessing
+from cache_tools.format.recipe import Finite, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from train.evaluate.metrics import Evaluation, predict
 
 
-class MultiLabelEvaluation(Frozen):
+class MultiLabelEvaluation(Finite):
     """Figures of one classifier on one split of images with any number of labels.
 
     Attributes:
@@ -24,7 +24,7 @@ class MultiLabelEvaluation(Frozen):
         bce: mean binary cross entropy over images and classes, in nats.
     """
 
-    n: int
+    n: int = Field(ge=0, lt=1 << 53)
     map: float
     bce: float
 

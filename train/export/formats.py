@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.preprocess import affine, prepare
-from train.checkpoints import StudentCard, load_student
+from train.checkpoints import MAX_STATE_BYTES, StudentCard, load_student
+from train.weights.run_files import read_file
 
 Model = Callable[[Tensor], Tensor]
 INPUT, OUTPUT, CARD = "images", "logits", "card.json"
@@ -100,7 +101,7 @@ class Source:
 
 def write_safetensors(source: Source, path: Path) -> None:
     """The checkpoint itself: the weights, with the card as metadata."""
-    path.write_bytes(source.checkpoint.read_bytes())
+    path.write_bytes(read_file(source.checkpoint, MAX_STATE_BYTES) or b"")
 
 
 def open_safetensors(path: Path, source: Source) -> Model:

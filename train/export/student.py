@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import WeightsError
-from cache_tools.files import PARTIAL, output_folder, put_durably, sync_folder, sync_tree
+from cache_tools.files import PARTIAL, SafeFolder, is_partial, output_folder, sync_tree
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare, resize_and_crop
@@ -27,8 +25,9 @@ from train.evaluate.corruptions import evenly_spaced
 from train.evaluate.metrics import predict
 from train.export.config import CONFIG, ExportedFile, ExportReport, config
 from train.export.formats import FORMATS, Deployed, Model, Source, require_packages
-from train.runs.folder import EXPORT
+from train.runs.folder import EXPORT, EXPORT_FILES, check_derived
 from train.runs.stored import open_run
+from train.weights.run_files import real_folder
 
 _BATCH_SIZE = 128
 _CPU = torch.device("cpu")
@@ -76,7 +75,9 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
     run, named = open_run(path)
     which = options.weights or named or "last"
     model, card = load_student(run.checkpoint(which))
-    folder = output_folder(options.out or run.folder / EXPORT, "export")
+    files = SafeFolder(output_folder(options.out, "export")) if options.out else real_folder(run.folder, EXPORT)
+    folder = files.path
+    check_derived(files, EXPORT_FILES)
     test = run.open_test(card, options.split, options.data_dir)
     test = test.subset(evenly_spaced(len(test), options.samples))
     preprocessing = card.preprocessing(test.image_size)
@@ -90,8 +91,8 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
         preprocessing=preprocessing,
         takes_pixels=takes_pixels,
     )
-    with _staged(folder) as staged:
-        files = _export(source, test, options, staged)
+    with _staged(files) as staged:
+        exported = _export(source, test, options, staged)
         report = ExportReport(
             folder=folder,
             student=card.architecture,
@@ -105,10 +106,10 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
             split=test.split,
             samples=len(test),
             tolerance=options.tolerance,
-            files=files,
+            files=exported,
         )
         described = config(model, card, report, preprocessing.crop)
-        _publish(staged, folder, json.dumps(described, indent=2, ensure_ascii=False).encode())
+        _publish(staged, files, json.dumps(described, indent=2, ensure_ascii=False).encode())
     return report
 
 
@@ -199,25 +200,28 @@ def _exporter_errors(source: Source, name: str, done: str) -> Iterator[None]:
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
+def _staged(folder: SafeFolder) -> Iterator[Path]:
     """A folder on the same disk for unchecked files. It is removed afterwards, as are those of killed processes."""
-    for leftover in folder.glob(f".*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staged = Path(tempfile.mkdtemp(prefix=".", suffix=PARTIAL, dir=folder))
+    for entry in folder.entries():
+        if entry.is_folder and entry.name.startswith(".") and is_partial(entry.name):
+            folder.remove_tree(entry.name)
+    name = f".export.{uuid.uuid4().hex}{PARTIAL}"
+    folder.make_folder(name)
     try:
-        yield staged
+        yield folder.path / name
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        with suppress(OSError):
+            folder.remove_tree(name)
 
 
-def _publish(staged: Path, folder: Path, config: bytes) -> None:
+def _publish(staged: Path, folder: SafeFolder, config: bytes) -> None:
     """Replace an earlier export by the checked files; `config.json` last, so that it never describes other files."""
     sync_tree(staged)
-    (folder / CONFIG).unlink(missing_ok=True)
-    for name in {entry.file for entry in FORMATS.values()} - {path.name for path in staged.iterdir()}:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()
-    for path in staged.iterdir():
-        path.replace(folder / path.name)
-    sync_folder(folder)
-    put_durably(folder / CONFIG, config)
+    names = {path.name for path in staged.iterdir()}
+    folder.remove(CONFIG)
+    for name in {entry.file for entry in FORMATS.values()} - names:
+        folder.remove(name)
+    for name in sorted(names):
+        folder.rename(f"{staged.name}/{name}", name)
+    folder.sync()
+    folder.put_durably(CONFIG, config)

@@ -16,12 +16,12 @@ from pathlib import Path
 import polars as pl
 
 from cache_tools.errors import DataError, StorageError
-from cache_tools.files import put_durably
 from train.report.comparison import Comparison, compare
 from train.report.data import page_data
 from train.report.leaderboard import leaderboard
 from train.report.summary import facts, filters, headline, notices, run_details, summary
 from train.report.trials import read_trials
+from train.weights.run_files import write_file
 
 # The template names the files of its script, in order. Template and script are read together, so that the page is of
 # one version even if the package is updated while a run goes on.
@@ -54,7 +54,7 @@ def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None
         out.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise StorageError("cannot write: a file is where a folder should be", where=error.filename) from error
-    put_durably(out, render(compare(found), title).encode())
+    write_file(out, render(compare(found), title).encode())
     return out
 
 

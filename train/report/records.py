@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,17 +10,16 @@ from typing import Any
 
 import polars as pl
 
-from cache_tools.config import parse_yaml, validate
-from cache_tools.errors import DataError, NotFoundError
+from cache_tools.errors import NotFoundError
 from train import checkpoints
 from train.evaluate.multilabel import HEADLINES
-from train.recipe import TrainRecipe
 from train.runs import folder
 from train.runs.metrics import read_metrics
 from train.runs.outcome import load_failure
 from train.runs.predictions import read_predictions
 from train.runs.result import RunResult, load_result
-from train.runs.stored import data_name, read_manifest
+from train.runs.stored import data_name, read_manifest, read_recipe_of, recipe_text
+from train.weights.run_files import has_file
 
 FINISHED, UNFINISHED, STOPPED, FAILED = "finished", "unfinished", "stopped", "failed"
 FIGURE_ON = "figure on "  # the top-1 or mAP of a further test split
@@ -81,8 +79,8 @@ class TrialRecord:
 
 def is_run(path: Path) -> bool:
     """Whether a folder holds a run. A run that died before its recipe was written does not count."""
-    started = any((path / name).is_file() for name in (folder.RECIPE, folder.RESULT))
-    return started and (path / folder.IDENTITY).is_file()
+    started = any(has_file(path / name) for name in (folder.RECIPE, folder.RESULT))
+    return started and has_file(path / folder.IDENTITY)
 
 
 def read_run(path: Path) -> list[TrialRecord]:
@@ -97,20 +95,21 @@ def read_run(path: Path) -> list[TrialRecord]:
 
 
 def _read_folder(path: Path) -> TrialRecord:
-    identity, recipe, manifest = _identity(path), path / folder.RECIPE, read_manifest(path)
+    identity, names = _identity(path), _class_names(path)
+    manifest = read_manifest(path)
     common: dict[str, Any] = {
         "settings": {key: value for key, value in folder.flatten(identity["recipe"]).items() if key != "seed"},
         "data": identity["data"],
         "images": None if manifest is None else manifest.recipe.dataset.content_digest,
         "fingerprint": identity["data"].get("fingerprint"),
         "folder": path,
-        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        "recipe": recipe_text(path) or "",
         "history": read_metrics(path),
-        "predictions": read_predictions(path),
-        "class_names": _class_names(path),
+        "predictions": read_predictions(path, None if names is None else len(names)),
+        "class_names": names,
     }
     result = load_result(path)
-    return _finished(result, common) if result is not None else _unfinished(recipe, common)
+    return _finished(result, common) if result is not None else _unfinished(path, common)
 
 
 def _finished(result: RunResult, common: Mapping[str, Any]) -> TrialRecord:
@@ -138,18 +137,18 @@ def _finished(result: RunResult, common: Mapping[str, Any]) -> TrialRecord:
     )
 
 
-def _unfinished(recipe_file: Path, common: Mapping[str, Any]) -> TrialRecord:
-    data = parse_yaml(common["recipe"], "damaged recipe", where=recipe_file)
-    recipe = validate(TrainRecipe, data or {}, where=str(recipe_file))
-    failure = load_failure(recipe_file.parent)
+def _unfinished(path: Path, common: Mapping[str, Any]) -> TrialRecord:
+    recipe = read_recipe_of(path)
+    if recipe is None:
+        raise NotFoundError("the run has neither a recipe nor a result", where=path)
+    failure = load_failure(path)
     history = common["history"] if common["history"] is not None else pl.DataFrame({"train_s": []})
     tested = history.filter(pl.col("test_n").is_not_null()).tail(1).to_dicts() if "test_n" in history.columns else []
     row = tested[0] if tested else {}
-    figures = {name: row.get(f"test_{name}") for name in _FIGURES} | {
-        "train_s": history["train_s"].cast(pl.Float64).sum() or None
-    }
+    train_s = history["train_s"].cast(pl.Float64).sum() if "train_s" in history.columns else 0.0
+    figures = {name: row.get(f"test_{name}") for name in _FIGURES} | {"train_s": train_s or None}
     return TrialRecord(
-        name=data_name(recipe_file.parent, recipe.name),
+        name=data_name(path, recipe.name),
         student=recipe.student,
         loss=recipe.loss_name,
         seed=recipe.seed,
@@ -169,25 +168,19 @@ def known(figures: Mapping[str, float | None]) -> dict[str, float]:
 
 def _identity(path: Path) -> dict[str, Any]:
     """The stored identity of a run: the recipe and data that determine its result."""
-    file = path / folder.IDENTITY
-    try:
-        identity: Any = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
+    identity = folder.read_identity(path)
+    if identity is None:
         raise NotFoundError(
             "no run of train-student here",
             where=path,
             expected="a run folder, or the folder of a sweep",
             found="nothing" if not path.exists() else f"no {folder.IDENTITY}",
-        ) from error
-    except ValueError as error:
-        raise DataError("damaged record of a run", where=file, found=str(error).partition("\n")[0]) from error
-    if not isinstance(identity, dict) or not all(isinstance(identity.get(key), dict) for key in ("recipe", "data")):
-        raise DataError("damaged record of a run", where=file, expected="recipe and data")
+        )
     return identity
 
 
 def _class_names(path: Path) -> tuple[str, ...] | None:
     for name in (checkpoints.LAST, checkpoints.BEST):
-        if (path / name).is_file():
+        if has_file(path / name):
             return checkpoints.read_card(path / name).class_names
     return None

@@ -11,10 +11,9 @@ from typing import Any
 import polars as pl
 
 from cache_tools.errors import DataError
-from cache_tools.files import put_durably
 from train.report.records import TrialRecord, is_run, known, read_run
+from train.weights.run_files import TRIALS, TRIALS_TABLE, has_file, read_parquet_file, run_files, write_file
 
-TRIALS = "trials.parquet"
 FIGURES = ("top1", "top5", "nll", "ece", "map", "bce")
 # Columns that every table has; the others are settings.
 COLUMNS = {
@@ -25,6 +24,7 @@ COLUMNS = {
     "best_map": pl.Float64, "epochs_done": pl.Int64, "train_s": pl.Float64,
     "command": pl.String,
 }  # fmt: skip
+_MAX_TRIALS = 1_000_000
 _REQUIRED = ("student", "loss", "seed", "status", "folder")
 _MEASURED_BY_SWEEP = ("flops", "latency_1_ms", "latency_128_ms")
 _BEST = ("best_top1", "best_map", "best_epoch")
@@ -35,7 +35,7 @@ def save_table(table: pl.DataFrame, folder: Path) -> None:
     """Write `trials.parquet`, atomically."""
     buffer = io.BytesIO()
     table.write_parquet(buffer)
-    put_durably(folder / TRIALS, buffer.getbuffer())
+    write_file(folder / TRIALS_TABLE, buffer.getbuffer())
 
 
 def setting_columns(table: pl.DataFrame) -> list[str]:
@@ -53,13 +53,20 @@ def read_tables(paths: Sequence[Path]) -> tuple[list[Path], pl.DataFrame | None]
     Raises:
         DataError: a damaged table.
     """
-    tables = [read_table(path) for path in paths if (path / TRIALS).is_file()]
+    tables = [read_table(path) for path in paths if has_file(path / TRIALS_TABLE)]
     runs: list[Path] = []
     for path in paths:
-        if not (path / TRIALS).is_file():
-            trials = [] if is_run(path) else sorted(trial for trial in path.glob("trials/*") if is_run(trial))
+        if not has_file(path / TRIALS_TABLE):
+            trials = [] if is_run(path) else [trial for trial in _trial_folders(path) if is_run(trial)]
             runs += trials or [path]
     return runs, pl.concat(tables, how="diagonal_relaxed") if tables else None
+
+
+def _trial_folders(sweep: Path) -> list[Path]:
+    files = run_files(sweep)
+    if not files.exists(TRIALS):
+        return []
+    return [sweep / TRIALS / entry.name for entry in files.entries(TRIALS) if entry.is_folder]
 
 
 def read_table(sweep: Path) -> pl.DataFrame:
@@ -68,11 +75,10 @@ def read_table(sweep: Path) -> pl.DataFrame:
     Raises:
         DataError: a damaged table, or a table of something else.
     """
-    path = sweep / TRIALS
-    try:
-        table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError("damaged table of trials", where=path, found=str(error).partition("\n")[0]) from error
+    path = sweep / TRIALS_TABLE
+    table = read_parquet_file(path, "table of trials", None, None)
+    if table is None:
+        raise DataError("no table of trials", where=path)
     if missing := [name for name in _REQUIRED if name not in table.columns]:
         raise DataError(
             "not a table of trials",
@@ -80,8 +86,29 @@ def read_table(sweep: Path) -> pl.DataFrame:
             expected=f"columns {', '.join(_REQUIRED)}",
             found=f"no {', '.join(missing)}",
         )
-    folders = [stored and str(sweep / "trials" / Path(stored).name) for stored in table["folder"]]
+    try:
+        table = table.with_columns(pl.col(name).cast(COLUMNS[name]) for name in table.columns if name in COLUMNS)
+    except pl.exceptions.PolarsError as error:
+        raise DataError("damaged table of trials", where=path, found=str(error).partition("\n")[0]) from error
+    problem = _problem(table)
+    if problem is not None:
+        raise DataError("damaged table of trials", where=path, found=problem)
+    folders = [stored and str(sweep / TRIALS / Path(stored).name) for stored in table["folder"]]
     return table.with_columns(pl.Series("folder", folders, dtype=pl.String))
+
+
+def _problem(table: pl.DataFrame) -> str | None:
+    """Why a table cannot be that of a sweep; None if it can."""
+    if len(table) > _MAX_TRIALS:
+        return f"{len(table):,} trials"
+    for name, dtype in table.schema.items():
+        if not (dtype.is_integer() or dtype.is_float() or dtype in {pl.String, pl.Boolean, pl.Null}):
+            return f"'{name}' of type {dtype}"
+    for name in ("student", "loss", "seed", "status"):
+        if table[name].null_count():
+            return f"no {name} in some rows"
+    names = [Path(stored).name for stored in table["folder"] if stored is not None]
+    return "a folder without a name" if any(name in {"", ".", ".."} or "\0" in name for name in names) else None
 
 
 def read_trials(runs: Iterable[Path], table: pl.DataFrame | None = None) -> list[TrialRecord]:

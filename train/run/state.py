@@ -28,12 +28,14 @@ from train.loop import EpochState, Learner
 from train.losses.class_weights import class_weights
 from train.objective import Objective
 from train.recipe import TrainRecipe
+from train.run.resume import check_history, check_inside, check_learner, state_bytes
 from train.runs import folder
 from train.runs.curves import plot_curves
 from train.runs.metrics import read_metrics
 from train.runs.predictions import store_predictions
-from train.runs.result import RunResult, SplitResult, figures_of_teachers
+from train.runs.result import RunResult, SplitResult, figures_of_teachers, kept_figures
 from train.runs.stored import data_name
+from train.weights.run_files import remove_file
 
 
 class Run:
@@ -60,10 +62,9 @@ class Run:
         self.card = _create_card(data, recipe, digest)
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
-        if (state := checkpoints.load_state(path / folder.STATE, ("learner", "history", "best_epoch"))) is not None:
-            self.learner.load_state_dict(state["learner"])
-            self.history, self.best_epoch = state["history"], state["best_epoch"]
-        self.begun = self._load_checkpoint()
+        self.teachers = None if data.cache is None else kept_figures(recipe.fusion, data.cache)
+        self._load_state()
+        self.begun = self._load_checkpoint(steps_per_epoch)
         if self.begun is not None:
             self.learner.load_state_dict(self.begun.pop("learner"))
 
@@ -80,17 +81,44 @@ class Run:
         """Number of samples of the current epoch that the run has been trained on."""
         return 0 if self.begun is None else feed.bounds[self.begun["batches"] - 1][1]
 
-    def _load_checkpoint(self) -> EpochState | None:
-        """The checkpoint inside the next epoch, if there is one."""
+    def _load_state(self) -> None:
+        """Load the state after the last finished epoch, if there is one."""
+        file = self.path / folder.STATE
+        parts = ("learner", "history", "best_epoch")
+        state = checkpoints.load_state(file, parts, max_bytes=state_bytes(self.learner))
+        if state is None:
+            return
+        kind, multi_label = _evaluation_class(self.data), self.data.images.multi_label
+        splits = range(max(len(self.data.tests), 1))
         try:
-            state = checkpoints.load_state(
-                self.path / folder.CHECKPOINT, ("learner", "batches", "means", "random", "epoch", "train_s")
+            check_learner(state["learner"], self.learner)
+            check_history(
+                state["history"],
+                state["best_epoch"],
+                epochs=self.recipe.epochs,
+                headline=f"test_{headline_of(multi_label)}",
+                figures=[(_columns(prefix, number), kind) for prefix in ("test", "ema") for number in splits],
             )
-        except WeightsError as error:
-            warn(f"{error.what} ({error.where}): the epoch starts again")
+        except ValueError as error:
+            raise checkpoints.damaged_state(file, error) from error
+        self.learner.load_state_dict(state["learner"])
+        self.history, self.best_epoch = state["history"], state["best_epoch"]
+
+    def _load_checkpoint(self, batches: int) -> EpochState | None:
+        """The checkpoint inside the next epoch, if there is one."""
+        file = self.path / folder.CHECKPOINT
+        parts = ("learner", "batches", "means", "random", "epoch", "train_s")
+        try:
+            state = checkpoints.load_state(file, parts, max_bytes=state_bytes(self.learner))
+            if state is None or state["epoch"] != len(self.history):
+                # One of an earlier epoch was left by a process that was killed just after the epoch's commit.
+                return None
+            check_inside(state, self.learner, batches, self.device)
+        except (WeightsError, ValueError) as error:
+            reason = f"{error.what} ({error.where})" if isinstance(error, WeightsError) else f"damaged {file}: {error}"
+            warn(f"{reason}: the epoch starts again")
             return None
-        # One of an earlier epoch was left by a process that was killed just after the epoch's commit.
-        return state if state is not None and state["epoch"] == len(self.history) else None
+        return state
 
     def finish_epoch(self, means: dict[str, float], train_s: float, samples: int) -> dict[str, Any]:
         """Evaluate if this epoch is due and store the state to resume from.
@@ -135,7 +163,7 @@ class Run:
                 test.split: self._more_figures(number) for number, test in enumerate(self.data.tests) if number > 0
             },
             test_preprocessing=self.data.test_preprocessing if self.data.tests else None,
-            teachers=None if cache is None else self.recipe.fusion.kept_accuracies(cache),
+            teachers=self.teachers,
             notes=missing_notes(*self.data.tests),
             train_s=sum(row["train_s"] for row in self.history),
             environment=_environment(self.device),
@@ -185,7 +213,7 @@ class Run:
             checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
         state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
         checkpoints.save_state(self.path / folder.STATE, state)
-        (self.path / folder.CHECKPOINT).unlink(missing_ok=True)
+        remove_file(self.path / folder.CHECKPOINT)
         self.begun = None
 
 

@@ -14,7 +14,6 @@ import torch
 from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, resolve_device
 from cache_tools.errors import RecipeError, StorageError
-from cache_tools.files import put_durably
 from cache_tools.reader import TeacherCache
 from cache_tools.system.memory import drop_tracebacks
 from train.data import TrainingData, open_data, with_cached_images
@@ -26,8 +25,10 @@ from train.report.html import write_report
 from train.run.state import Run, command_line, draw_curves
 from train.runs import folder, trackers
 from train.runs.epoch_clock import EpochClock
-from train.runs.metrics import RunLog
+from train.runs.metrics import RunLog, read_metrics
+from train.runs.predictions import read_predictions
 from train.runs.result import RunResult, load_result
+from train.weights.run_files import write_file
 
 Value = TypeVar("Value")
 StopRule = Callable[[int, Sequence[Path]], set[Path]]
@@ -69,6 +70,8 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
     """`train_student` on data that are already open (from a cache or from live teachers), without the comparison."""
     with claimed_run(data, recipe, overwrite=overwrite) as (path, digest), repeatable(device, recipe.deterministic):
         if (finished := load_result(path)) is not None:
+            read_metrics(path)  # for its curves and its page: fail before anything else is trained
+            read_predictions(path)
             return finished
         feed = data.feed(recipe, device)
         with closing(feed), explain_out_of_memory(recipe, device):
@@ -155,10 +158,10 @@ def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = Fa
     path = folder.run_folder(recipe, digest)
     with folder.claimed(path, identity, overwrite=overwrite):
         if load_result(path) is None:
-            put_durably(path / folder.RECIPE, dump_yaml(recipe.stored()).encode())
+            write_file(path / folder.RECIPE, dump_yaml(recipe.stored()).encode())
             if data.cache is not None:
                 source = json.dumps(_describe_cache(data.cache), indent=2, ensure_ascii=False)
-                put_durably(path / folder.CACHE, source.encode())
+                write_file(path / folder.CACHE, source.encode())
         yield path, digest
 
 

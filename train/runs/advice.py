@@ -62,10 +62,13 @@ def _as_a_teacher(result: RunResult) -> list[str]:
 
 def _about_the_fusion(result: RunResult, manifest: Manifest | None, cache: Path | str | None) -> list[tuple[str, str]]:
     top1 = figures_of_teachers(result.teachers)
-    if manifest is None or cache is None or "fusion" not in top1:
+    alone = [
+        (figure, name) for key, name in (("teacher", "the teacher"), ("CLIP", "CLIP")) if (figure := top1.get(key))
+    ]
+    if manifest is None or cache is None or "fusion" not in top1 or len(alone) < 2:
         return []
-    lost = 100 * (max(top1["teacher"], top1["CLIP"]) - top1["fusion"])
-    better = "the teacher" if top1["teacher"] >= top1["CLIP"] else "CLIP"
+    best, better = max(alone, key=lambda one: one[0])
+    lost = 100 * (best - top1["fusion"])
     why = (
         f"the fusion is {lost:.2f} points below {better} alone" if lost > 0 else "another teacher weight and CLIP scale"
     )

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_tools.plotting import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY_BLUE, VERMILLION, light_grid, plain
+from cache_tools.plotting import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY_BLUE, VERMILLION, light_grid, plain, png
 from train.evaluate.multilabel import HEADLINES, headline_of
+from train.weights.run_files import write_file
 
 if TYPE_CHECKING:
     import polars
@@ -36,7 +37,7 @@ def plot_curves(
         title: one line above both panels.
         references: label → that figure in [0, 1], drawn as dashed lines (teacher, CLIP, fusion, labels only).
     """
-    _draw(history, title, dict(references or {})).savefig(path, format="png")
+    write_file(Path(path), png(_draw(history, title, dict(references or {}))))
 
 
 def _draw(history: polars.DataFrame, title: str, references: dict[str, float]) -> Any:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache_tools.errors import RecipeError, StorageError
-from cache_tools.files import PARTIAL, put_durably
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cache_tools.errors import DataError, RecipeError, StorageError
+from cache_tools.files import SafeFolder, is_partial
 from train.checkpoints import BEST, EMA, LAST
 from train.recipe import TrainRecipe
 from train.recipe.loading import DEFAULT_RECIPE
 from train.recipe.student_names import canonical_student_name
+from train.weights import run_files as files_below
+from train.weights.run_files import read_json, run_files, write_file
 
-RECIPE, IDENTITY, CACHE = "recipe.yaml", "run.json", "cache.json"
+RECIPE, IDENTITY, CACHE = "recipe.yaml", files_below.IDENTITY, "cache.json"
 STATE, CHECKPOINT = "state.pt", "checkpoint.pt"  # after the last finished epoch; inside the next one
 METRICS, CURVES, RESULT = "metrics.parquet", "curves.png", "result.json"
 PREDICTIONS, REPORT = "test.parquet", "report.html"
-BOARD, TRACKERS, LABELS_ONLY = "tb", "trackers.json", "labels-only"
+BOARD, TRACKERS, LABELS_ONLY = "tb", "trackers.json", files_below.LABELS_ONLY
 EVALUATION, EXPORT = "evaluation", "export"  # folders of `evaluate-student` and `export-student`
+EVALUATION_FILES = ("evaluation.json", "confusion.parquet", "confusion.png", "robustness.parquet", "robustness.png")
+EXPORT_FILES = ("config.json", "model.safetensors", "model.torchscript.pt", "model.pt2", "model.onnx")
 FAILED, STOPPED = "failed.json", "stopped.json"  # of a trial of a sweep that ended without a result
+LOCK = ".lock"
+MAX_EPOCHS = 10_000_000  # of a stored run
 
 # In the order of removal: first what a run resumes from, so that an interrupted removal leaves nothing to resume.
 _FILES = (
@@ -46,6 +51,41 @@ _FILES = (
     ),
     *(LAST, BEST, EMA),
 )
+_FOLDERS = (BOARD, LABELS_ONLY, EVALUATION, EXPORT)
+
+
+class _IdentitySchedule(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    warmup_epochs: int = Field(0, ge=0, le=MAX_EPOCHS)
+    milestones: list[int] | None = Field(None, max_length=1000)
+
+
+class _IdentityRecipe(BaseModel):
+    """The keys of a stored recipe that reports and sweeps compute with; the others are only compared."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    student: str = Field(max_length=1000)
+    epochs: int = Field(1, ge=1, le=MAX_EPOCHS)
+    label_fraction: float | None = Field(None, ge=1e-6, le=1.0)
+    num_views: int | None = None
+    dataset: dict[str, Any] | None = None
+    schedule: _IdentitySchedule | None = None
+
+
+class _Identity(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    recipe: _IdentityRecipe
+    data: dict[str, str]
+
+    @field_validator("data")
+    @classmethod
+    def _counts_views(cls, data: dict[str, str]) -> dict[str, str]:
+        if not re.fullmatch(r"None|[0-9]{1,12}", data.get("num_views", "None")):
+            raise ValueError("num_views is a number, or None")
+        return data
 
 
 def run_folder(recipe: TrainRecipe, digest: str) -> Path:
@@ -74,10 +114,12 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
     Raises:
         RecipeError: the folder holds a run of another recipe, or something else than a run.
         StorageError: another process is writing in the folder.
+        FormatError: a link, pipe or device where a file or folder of the run should be.
     """
     _refuse_other_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     with _locked(folder):
+        _refuse_unsafe(folder)
         stored = stored_identity(folder)
         if overwrite or (stored != identity and not is_worth_keeping(folder)):
             _clear(folder)
@@ -89,27 +131,40 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
                 found="; ".join(differences(stored, identity)),
                 next_step="choose another --out, or start over with --overwrite",
             )
-        for leftover in folder.glob(f"*{PARTIAL}"):  # left by a killed process
-            leftover.unlink(missing_ok=True)
-        if not (folder / IDENTITY).exists():
-            put_durably(folder / IDENTITY, json.dumps(identity, indent=2, ensure_ascii=False).encode())
+        run_files(folder).remove_partials(age_s=0.0)  # left by a killed process
+        if not run_files(folder).exists(IDENTITY):
+            write_file(folder / IDENTITY, json.dumps(identity, indent=2, ensure_ascii=False).encode())
         yield
 
 
 def stored_identity(folder: Path) -> dict[str, Any] | None:
     """The `identity` that `claimed` stored in a folder; None if there is none, or a damaged one."""
     try:
-        stored = json.loads((folder / IDENTITY).read_bytes())
-        recipe = stored["recipe"]
-        student = canonical_student_name(recipe["student"])  # earlier versions stored the name as it was typed
-        return {**stored, "recipe": {**recipe, "student": student}, "data": {**stored["data"]}}
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError):
+        return read_identity(folder)
+    except DataError:
         return None
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """As `stored_identity`; raises DataError for a damaged one."""
+    file = folder / IDENTITY
+    try:
+        stored = read_json(file)
+        if stored is None:
+            return None
+        _Identity.model_validate(stored)
+    except ValueError as error:
+        raise DataError(
+            "damaged record of a run", where=file, expected="recipe and data", found=str(error).partition("\n")[0]
+        ) from error
+    recipe = stored["recipe"]
+    student = canonical_student_name(recipe["student"])  # earlier versions stored the name as it was typed
+    return {**stored, "recipe": {**recipe, "student": student}}
 
 
 def is_worth_keeping(folder: Path) -> bool:
     """Whether a folder has a run to resume or a finished one, which another run replaces only with `overwrite`."""
-    return any((folder / name).exists() for name in (CHECKPOINT, STATE, RESULT))
+    return any(run_files(folder).exists(name) for name in (CHECKPOINT, STATE, RESULT))
 
 
 def remove_run(folder: Path) -> None:
@@ -117,8 +172,10 @@ def remove_run(folder: Path) -> None:
 
     Raises:
         StorageError: another process is writing here.
+        FormatError: a link, pipe or device where a file or folder of the run should be.
     """
     with _locked(folder):
+        _refuse_unsafe(folder)
         _clear(folder)
 
 
@@ -145,21 +202,25 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold an advisory lock, which the system releases when the process ends in any way."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with open(folder / ".lock", "w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in {errno.EWOULDBLOCK, errno.EACCES}:
-                raise StorageError(
-                    "another process is training in this folder", where=folder, next_step="choose another --out"
-                ) from error
-            # else: a file system without locks
+            stack.enter_context(run_files(folder).lock(LOCK))
+        except BlockingIOError as error:
+            raise StorageError(
+                "another process is training in this folder", where=folder, next_step="choose another --out"
+            ) from error
         yield
+
+
+def _make(folder: Path) -> None:
+    try:
+        run_files(folder).make_folder()
+    except FileExistsError as error:
+        raise StorageError(
+            "a link that leads nowhere is where the run folder should be",
+            where=folder,
+            next_step="remove the link, or choose another --out",
+        ) from error
 
 
 def _refuse_other_folder(folder: Path) -> None:
@@ -167,26 +228,62 @@ def _refuse_other_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise StorageError("a file is where the run folder should be", where=folder, next_step="choose another --out")
-    if not (folder / IDENTITY).exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        if any((folder / name).exists() for name in _FILES):
-            return  # a removal was interrupted
+    names = run_files(folder).names()
+    if IDENTITY in names or all(name.startswith(".") or is_partial(name) for name in names):
+        return
+    if not set(names) & set(_FILES):  # else a removal was interrupted
         raise RecipeError("this folder holds something else than a run", where=folder, next_step="choose another --out")
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    """Refuse a link, pipe or device in place of a file or folder of a run now, and not after hours of training."""
+    files = run_files(folder)
+    check_derived(files, (name for name in files.names() if name in _FILES))
+    for name in _FOLDERS:
+        if files.exists(name):
+            files.names(name)  # raises for anything else than a folder
+    if files.exists(LABELS_ONLY):
+        _refuse_unsafe(folder / LABELS_ONLY)
 
 
 def _clear(folder: Path) -> None:
     """Remove the files of a run, its evaluation and its export, and nothing else."""
+    files = run_files(folder)
     for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-    for derived in (EVALUATION, EXPORT):
-        shutil.rmtree(folder / derived, ignore_errors=True)
-    for events in (folder / BOARD).glob("events.out.tfevents.*"):
-        events.unlink(missing_ok=True)
+        files.remove(name)
+    for derived, names in ((EVALUATION, EVALUATION_FILES), (EXPORT, EXPORT_FILES)):
+        remove_derived(files.below(derived), names)
+    board = files.below(BOARD)
+    for entry in board.entries() if files.is_folder(BOARD) else ():
+        if entry.is_file and entry.name.startswith("events.out.tfevents."):
+            board.remove(entry.name)
     twin = folder / LABELS_ONLY
-    if twin.is_dir() and (stored_identity(twin) is not None or (twin / RESULT).exists()):
+    if files.is_folder(LABELS_ONLY) and (stored_identity(twin) is not None or run_files(twin).exists(RESULT)):
         _clear(twin)
-    for empty in (folder / BOARD, twin):
-        with contextlib.suppress(OSError):
-            empty.rmdir()
+    for empty in (BOARD, LABELS_ONLY):
+        files.remove_empty(empty)
+
+
+def check_derived(files: SafeFolder, names: Iterable[str]) -> None:
+    """Refuse links, pipes, devices and folders in place of files that a command will write, before its work."""
+    for name in names:
+        if files.exists(name):
+            files.open_read(name).close()  # raises for anything else than a file
+
+
+def remove_derived(files: SafeFolder, names: Iterable[str]) -> None:
+    """Remove files of these names from a folder, what killed processes left there, and the folder if it is empty."""
+    try:
+        found = files.entries()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        files.remove(name)
+    files.remove_partials(age_s=0.0)
+    for entry in found:
+        if entry.is_folder and is_partial(entry.name):
+            files.remove_tree(entry.name)
+    files.remove_empty()
 
 
 def _short(value: Any) -> str:

@@ -15,10 +15,10 @@ from pydantic import NonNegativeInt, TypeAdapter
 from cache_tools.config import Frozen
 from cache_tools.console import warn
 from cache_tools.errors import DataError
-from cache_tools.files import put_durably
 from train.recipe import TrainRecipe
 from train.runs.folder import METRICS, TRACKERS
 from train.runs.trackers import TRACKER_CLASSES, Row, State, choose_trackers
+from train.weights.run_files import read_file, read_parquet_file, write_file
 
 if TYPE_CHECKING:
     from train.runs.result import RunResult
@@ -30,18 +30,27 @@ def read_metrics(folder: Path) -> pl.DataFrame | None:
     Raises:
         DataError: a damaged file.
     """
-    path = folder / METRICS
-    if not path.is_file():
+    next_step = "restore the file, or delete it to do without these curves"
+    table = read_parquet_file(folder / METRICS, "metrics", None, next_step)
+    if table is None:
         return None
-    try:
-        return pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(
-            "damaged metrics",
-            where=path,
-            found=str(error).partition("\n")[0],
-            next_step="restore the file, or delete it to do without these curves",
-        ) from error
+    problem = _problem(table)
+    if problem is not None:
+        raise DataError("damaged metrics", where=folder / METRICS, found=problem, next_step=next_step)
+    # A column without a figure, such as the top-5 of five classes, has no type of its own.
+    return table.with_columns(pl.selectors.by_dtype(pl.Null).cast(pl.Float64))
+
+
+def _problem(table: pl.DataFrame) -> str | None:
+    """Why a table is not the metrics of a run: a number or nothing in each field, and the epochs counted from 0."""
+    for name, dtype in table.schema.items():
+        if not (dtype.is_integer() or dtype.is_float() or dtype == pl.Null):
+            return f"'{name}' of type {dtype}"
+    if "epoch" not in table.columns or (len(table) and not table.schema["epoch"].is_integer()):
+        return "no epochs"
+    if table["epoch"].to_list() != list(range(len(table))):
+        return "other epochs than 0, 1, 2, …"
+    return None
 
 
 def epochs_logged(folder: Path) -> int:
@@ -88,7 +97,7 @@ class RunLog:
         table = pl.DataFrame(list(history), infer_schema_length=None)
         buffer = io.BytesIO()
         table.write_parquet(buffer)
-        put_durably(self._folder / METRICS, buffer.getbuffer())
+        write_file(self._folder / METRICS, buffer.getbuffer())
 
     def finish(self, result: RunResult) -> RunResult:
         """End the run of every tracker, and return the result."""
@@ -137,7 +146,7 @@ class RunLog:
     def _save(self) -> None:
         if self._known != self._saved:
             self._saved = copy.deepcopy(self._known)
-            put_durably(self._folder / TRACKERS, json.dumps(self._known, indent=2).encode())
+            write_file(self._folder / TRACKERS, json.dumps(self._known, indent=2).encode())
 
 
 class _Entry(Frozen):
@@ -148,7 +157,7 @@ class _Entry(Frozen):
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The stored states of the trackers; empty if they are lost or damaged, and the trackers start new runs."""
     try:
-        entries = TypeAdapter(dict[str, _Entry]).validate_json(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        entries = TypeAdapter(dict[str, _Entry]).validate_json(read_file(path) or b"{}")
+    except ValueError:
         return {}
     return {name: entry.model_dump() for name, entry in entries.items()}

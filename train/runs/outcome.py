@@ -9,9 +9,9 @@ import polars as pl
 
 from cache_tools.config import Frozen
 from cache_tools.errors import RecipeError
-from cache_tools.files import put_durably
 from train.runs.folder import FAILED, STOPPED
 from train.runs.result import load_result
+from train.weights.run_files import has_file, read_file, write_file
 
 
 class Failure(Frozen):
@@ -25,20 +25,21 @@ class Failure(Frozen):
     message: str
 
     def save(self, folder: Path) -> None:
-        put_durably(folder / FAILED, self.model_dump_json(indent=2).encode())
+        write_file(folder / FAILED, self.model_dump_json(indent=2).encode())
 
 
 def load_failure(folder: Path) -> Failure | None:
     """The failure of a trial; None if it did not fail."""
+    data = read_file(folder / FAILED)
     try:
-        return Failure.model_validate_json((folder / FAILED).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return None if data is None else Failure.model_validate_json(data)
+    except ValueError:
         return None
 
 
 def is_settled(folder: Path) -> bool:
     """Whether a trial has ended: it finished, failed or was stopped."""
-    return load_result(folder) is not None or load_failure(folder) is not None or (folder / STOPPED).exists()
+    return load_result(folder) is not None or load_failure(folder) is not None or has_file(folder / STOPPED)
 
 
 def last_value(history: pl.DataFrame, metric: str, where: str) -> float | None:

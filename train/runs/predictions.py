@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from cache_tools.errors import DataError
-from cache_tools.files import put_durably
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
 from train.evaluate.metrics import CALIBRATION_BINS, batches, evaluating
 from train.runs.folder import PREDICTIONS
+from train.weights.run_files import read_parquet_file, write_file
 
 _COLUMNS = {"label": pl.UInt32, "predicted": pl.UInt32, "confidence": pl.Float32}
 
@@ -51,22 +51,33 @@ def write_predictions(folder: Path, predictions: pl.DataFrame) -> None:
     """Write a table with label, predicted and confidence as `test.parquet`, atomically."""
     buffer = io.BytesIO()
     _typed(predictions).write_parquet(buffer, compression="zstd")
-    put_durably(folder / PREDICTIONS, buffer.getbuffer())
+    write_file(folder / PREDICTIONS, buffer.getbuffer())
 
 
-def read_predictions(folder: Path) -> pl.DataFrame | None:
+def read_predictions(folder: Path, num_classes: int | None = None) -> pl.DataFrame | None:
     """Read the table of `store_predictions`; None if a run has none (no test split, or an earlier version).
+
+    Args:
+        num_classes: labels and predictions must be below it; None if it is not known.
 
     Raises:
         DataError: a damaged file.
     """
-    path = folder / PREDICTIONS
-    if not path.is_file():
-        return None
-    try:
-        return _typed(pl.read_parquet(path))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise _damaged(path, str(error).partition("\n")[0]) from error
+    path, next_step = folder / PREDICTIONS, "delete the file to make the page without them"
+    table = read_parquet_file(path, "predictions", _COLUMNS, next_step)
+    if table is not None and (problem := _problem(table, num_classes)) is not None:
+        raise DataError("damaged predictions", where=path, found=problem, next_step=next_step)
+    return table
+
+
+def _problem(table: pl.DataFrame, num_classes: int | None) -> str | None:
+    """Why a table does not hold predictions of so many classes; None if it does."""
+    if any(table.null_count().row(0)):
+        return "missing values"
+    if not table["confidence"].is_between(0.0, 1.0).all():
+        return "a confidence outside 0 to 1"
+    largest = max(int(table[name].to_numpy().max(initial=0)) for name in ("label", "predicted"))
+    return f"class {largest} of {num_classes}" if num_classes is not None and largest >= num_classes else None
 
 
 def reliability(predictions: pl.DataFrame, bins: int = CALIBRATION_BINS) -> pl.DataFrame:
@@ -101,13 +112,3 @@ def class_accuracy(predictions: pl.DataFrame, num_classes: int) -> pl.DataFrame:
 
 def _typed(table: pl.DataFrame) -> pl.DataFrame:
     return table.select(pl.col(name).cast(dtype) for name, dtype in _COLUMNS.items())
-
-
-def _damaged(path: Path, found: str) -> DataError:
-    return DataError(
-        "damaged predictions",
-        where=path,
-        expected=f"a parquet file with {', '.join(_COLUMNS)}",
-        found=found,
-        next_step="delete the file to make the page without them",
-    )

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from cache_tools.config import Frozen
-from cache_tools.errors import WeightsError
-from cache_tools.files import put_durably
-from cache_tools.format.recipe import Preprocessing
+from cache_tools.errors import FormatError, WeightsError
+from cache_tools.format.recipe import Finite, Preprocessing
+from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice
 from cache_tools.screen import TextTable, nats
 from cache_tools.units import duration
 from train.evaluate.multilabel import HEADLINES, Figures, MultiLabelEvaluation
 from train.recipe.loss import LABELS_ALONE
-from train.runs.folder import REPORT, RESULT
+from train.runs.folder import MAX_EPOCHS, REPORT, RESULT
+from train.weights.run_files import read_file, write_file
 
+_MEASURED = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion", "teacher_map": "teacher"}
 _ROWS = {"fusion": "teacher + CLIP, fused"}
+
+
+def _checked_figures(figures: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The figures of a preflight. Raises ValueError for other types than `figures_of_teachers` and a summary show."""
+    for key in _MEASURED:
+        value = (figures or {}).get(key)
+        if value is not None and not (isinstance(value, int | float) and 0.0 <= value <= 1.0):
+            raise ValueError(f"{key} is not a number from 0 to 1")
+    n, split = (figures or {}).get("n", 0), (figures or {}).get("split", "")
+    if type(n) is not int or not 0 <= n < 1 << 53:
+        raise ValueError("n is not a number of images")
+    if not isinstance(split, str):
+        raise ValueError("split is not a name")
+    return figures
+
+
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class SplitResult(Frozen):
@@ -29,7 +49,7 @@ class SplitResult(Frozen):
     ema: Figures | None = None
 
 
-class RunResult(Frozen):
+class RunResult(Finite):
     """The result of a run, stored as `result.json` in its folder.
 
     Attributes:
@@ -51,26 +71,26 @@ class RunResult(Frozen):
 
     name: str
     student: str
-    parameters: int
+    parameters: Count
     loss: str
-    epochs: int
-    seed: int
+    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)]
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
     folder: Path
     recipe_digest: str
     fingerprint: str | None
-    train_samples: int
+    train_samples: Count
     test_split: str | None
     last: Figures | None
     best: Figures | None
-    best_epoch: int | None
+    best_epoch: Count | None
     ema: Figures | None = None
     average_precision: dict[str, float] = Field(default_factory=dict)
     more_tests: dict[str, SplitResult] = Field(default_factory=dict)
     test_preprocessing: Preprocessing | None = None
-    teachers: dict[str, Any] | None = None
+    teachers: Annotated[dict[str, Any] | None, AfterValidator(_checked_figures)] = None
     labels_only: RunResult | None = None
     notes: tuple[str, ...] = ()
-    train_s: float
+    train_s: Annotated[float, Field(ge=0.0, le=1e12)]
     environment: dict[str, str]
     command: str
     data_notes: tuple[str, ...] = ()
@@ -82,7 +102,7 @@ class RunResult(Frozen):
         return None if twin is None or not twin.last or not self.last else self.last.headline - twin.last.headline
 
     def save(self) -> None:
-        put_durably(self.folder / RESULT, self.model_dump_json(indent=2).encode())
+        write_file(self.folder / RESULT, self.model_dump_json(indent=2).encode())
 
 
 def load_result(folder: Path) -> RunResult | None:
@@ -91,9 +111,8 @@ def load_result(folder: Path) -> RunResult | None:
     Raises:
         WeightsError: a damaged file.
     """
-    try:
-        text = (folder / RESULT).read_bytes()
-    except FileNotFoundError:
+    text = read_file(folder / RESULT)
+    if text is None:
         return None
     try:
         result = RunResult.model_validate_json(text)
@@ -109,9 +128,27 @@ def figures_of_teachers(preflight: Mapping[str, Any] | None) -> dict[str, float]
 
     For images with several labels it is the mean average precision of `teacher`.
     """
-    keys = {"teacher_top1": "teacher", "clip_top1": "CLIP", "fusion_top1": "fusion", "teacher_map": "teacher"}
     found = preflight or {}
-    return {name: found[key] for key, name in keys.items() if found.get(key) is not None}
+    return {name: found[key] for key, name in _MEASURED.items() if found.get(key) is not None}
+
+
+def kept_figures(fusion: FusionChoice, cache: TeacherCache) -> dict[str, Any] | None:
+    """The figures of a cache's preflight that a run shows beside its own; None if there was no preflight.
+
+    Raises:
+        FormatError: the cache has something else in their place.
+        CacheError: as `FusionChoice.resolve`.
+    """
+    figures = fusion.kept_accuracies(cache)
+    try:
+        return _checked_figures(figures)
+    except ValueError as error:
+        raise FormatError(
+            "damaged record of the preflight",
+            where=cache.path,
+            found=error,
+            next_step="build the cache again, or get it from where it came from",
+        ) from error
 
 
 def summary(result: RunResult) -> str:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from cache_tools.config import Changes, parse_yaml, validate
 from cache_tools.errors import CacheError, DataError, NotFoundError, RecipeError, WeightsError
+from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
 from cache_tools.images.check import check_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import IMAGE_FILES, DatasetRecipe
+from cache_tools.views.recipe import ViewRecipe
 from train import checkpoints
 from train.checkpoints import StudentCard
 from train.recipe import TrainRecipe
 from train.runs import folder
+from train.weights.run_files import has_file, parse_json, read_file
 
 CHECKPOINTS = {"last": checkpoints.LAST, "best": checkpoints.BEST, "ema": checkpoints.EMA}
 
@@ -50,7 +50,7 @@ class StoredRun:
         if which not in CHECKPOINTS:
             raise RecipeError("no such checkpoint", where=which, expected=f"one of {', '.join(CHECKPOINTS)}")
         path = self.folder / CHECKPOINTS[which]
-        if not path.is_file():
+        if not has_file(path):
             found = ", ".join(self.checkpoints()) or "none"
             finish = "train it to the end with the same train-student command"
             next_step = "train with --set ema_decay=0.999 to have one" if which == "ema" else finish
@@ -61,12 +61,12 @@ class StoredRun:
 
     def checkpoints(self) -> list[str]:
         """The kinds of checkpoints that exist, of last, best and ema."""
-        return [which for which, name in CHECKPOINTS.items() if (self.folder / name).is_file()]
+        return [which for which, name in CHECKPOINTS.items() if has_file(self.folder / name)]
 
     def labels_only(self) -> Path | None:
         """The folder of the same run on labels alone; None if it was not trained."""
         path = self.folder / folder.LABELS_ONLY
-        return path if (path / checkpoints.LAST).is_file() else None
+        return path if has_file(path / checkpoints.LAST) else None
 
     def open_test(
         self, card: StudentCard, split: str | None = None, data_dir: Path | None = None, download: bool = False
@@ -85,8 +85,21 @@ class StoredRun:
         if wanted is None:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
         images = open_images(self.dataset.located(data_dir, download), wanted)
+        self._check_size(card, images.image_size)
         check_images(images, can_skip=False)
         return with_classes(images, card.class_names)
+
+    def _check_size(self, card: StudentCard, canvas: tuple[int, int]) -> None:
+        """Raise WeightsError if a student takes other images than the views of its run: it is of another run."""
+        views = self.recipe.own_views() if self.manifest is None else self.manifest.recipe.views
+        size = views.output_size(canvas)
+        if tuple(size) != card.image_size:
+            raise WeightsError(
+                "the weights are of another run: they take images of another size",
+                where=self.folder,
+                expected=f"{size[0]} × {size[1]}",
+                found=f"{card.image_size[0]} × {card.image_size[1]}",
+            )
 
 
 def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
@@ -102,23 +115,47 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
     path = Path(path).expanduser()
     which = next((kind for kind, name in CHECKPOINTS.items() if name == path.name and path.is_file()), None)
     root = path.parent if which else path
-    recipe_file = root / folder.RECIPE
-    if not recipe_file.is_file():
+    recipe = read_recipe_of(root)
+    if recipe is None:
         raise NotFoundError(
             "no run of train-student here",
             where=path,
             expected=f"a run folder, or {', '.join(CHECKPOINTS.values())} in one",
             found="nothing" if not path.exists() else f"no {folder.RECIPE} in {root}",
         )
-    try:
-        data = parse_yaml(recipe_file.read_text(encoding="utf-8"), "damaged recipe", where=recipe_file)
-    except UnicodeDecodeError as error:
-        raise RecipeError("damaged recipe", where=recipe_file, found=error) from error
-    recipe = validate(TrainRecipe, data, where=str(recipe_file))
     manifest, cache = _read_cache(root / folder.CACHE) if recipe.loss.needs_targets else (None, None)
-    dataset = recipe.own_dataset() if manifest is None else _cached_dataset(recipe, manifest)
+    if manifest is not None:
+        dataset = _cached_dataset(recipe, manifest)
+    elif isinstance(recipe.dataset, DatasetRecipe) and isinstance(recipe.views, ViewRecipe):
+        dataset = recipe.own_dataset()
+    else:
+        raise RecipeError(
+            "damaged recipe", where=root / folder.RECIPE, expected="the dataset and views of a run on labels alone"
+        )
     run = StoredRun(folder=root, recipe=recipe, dataset=dataset, manifest=manifest, cache=cache)
     return run, which
+
+
+def read_recipe_of(run: Path) -> TrainRecipe | None:
+    """The recipe of a run; None if its folder has none.
+
+    Raises:
+        RecipeError: it is damaged, or from a newer version.
+    """
+    file = run / folder.RECIPE
+    text = recipe_text(run)
+    return (
+        None if text is None else validate(TrainRecipe, parse_yaml(text, "damaged recipe", where=file), where=str(file))
+    )
+
+
+def recipe_text(run: Path) -> str | None:
+    """The YAML of a run's recipe; None if its folder has none. Raises RecipeError if it is no text."""
+    data = read_file(run / folder.RECIPE)
+    try:
+        return None if data is None else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError("damaged recipe", where=run / folder.RECIPE, found=error) from error
 
 
 def read_manifest(run: Path) -> Manifest | None:
@@ -140,13 +177,15 @@ def data_name(run: Path, default: str) -> str:
     if (manifest := read_manifest(run)) is not None:
         return manifest.data_name
     dataset = (folder.stored_identity(run) or {"recipe": {}})["recipe"].get("dataset")
-    if not dataset or dataset.get("name") not in IMAGE_FILES:
-        return dataset.get("name", default) if dataset else default
+    name = dataset.get("name") if dataset else None
+    if not isinstance(name, str):
+        return default
+    if name not in IMAGE_FILES:
+        return name
     try:  # the identity has no data_dir
-        return DatasetRecipe.model_validate(
-            parse_yaml((run / folder.RECIPE).read_text(encoding="utf-8"), "damaged recipe", where=run)["dataset"]
-        ).title
-    except (CacheError, OSError, ValueError, LookupError, TypeError):
+        recipe = parse_yaml(recipe_text(run) or "", "damaged recipe", where=run)
+        return DatasetRecipe.model_validate(recipe["dataset"]).title
+    except (CacheError, ValueError, LookupError, TypeError):
         return default
 
 
@@ -159,11 +198,19 @@ def _cached_dataset(recipe: TrainRecipe, manifest: Manifest) -> DatasetRecipe:
 
 def _read_cache(path: Path) -> tuple[Manifest, Path | str]:
     """The run's copy of the manifest, and the place of the cache, which may no longer exist."""
+    data = read_file(path, MAX_METADATA_BYTES)
+    if data is None:
+        raise NotFoundError("this run does not record its cache", where=path)
     try:
-        stored = json.loads(path.read_bytes())
+        stored = parse_json(data)
         cache, url = Path(stored["path"]), stored.get("url")
-        return Manifest.model_validate(stored["manifest"]), cache if url is None or cache.exists() else str(url)
-    except FileNotFoundError as error:
-        raise NotFoundError("this run does not record its cache", where=path) from error
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        return Manifest.model_validate(stored["manifest"]), cache if url is None or _exists(cache) else str(url)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError("damaged record of the cache", where=path, found=str(error).splitlines()[0]) from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long
+        return False

@@ -16,6 +16,7 @@ from cache_tools.errors import RecipeError
 from train.evaluate.multilabel import MultiLabelEvaluation, headline_of
 from train.recipe import TrainRecipe
 from train.runs.folder import BOARD, flatten
+from train.weights.run_files import real_folder
 
 if TYPE_CHECKING:
     from train.runs.result import RunResult
@@ -56,7 +57,7 @@ class TensorBoardTracker:
         self._writer: Any = None
 
     def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
-        self._folder = folder / BOARD
+        self._folder = real_folder(folder, BOARD).path  # TensorBoard itself would follow a link
         return stored or {"folder": BOARD}
 
     def epoch(self, row: Row) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from cache_tools.config import Frozen
 from cache_tools.errors import RecipeError
-from cache_tools.files import put_durably
 from cache_tools.format.manifest import Manifest
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
@@ -24,6 +23,7 @@ from train.runs.folder import STOPPED
 from train.runs.metrics import read_metrics
 from train.runs.outcome import last_value
 from train.sweep.recipe import Asha, Trial
+from train.weights.run_files import has_file, read_json, remove_file, write_file
 
 # Metrics of the test split start with one of these; `ema_` are those of the averaged weights.
 TEST_PREFIXES = ("test_", "ema_")
@@ -86,7 +86,7 @@ class Halving(Frozen):
         for folder in stopped:
             value = self._sign * scores[folder]
             decision = {**self.asha.model_dump(), "epochs": epochs, "value": value, "of": len(ranked)}
-            put_durably(folder / STOPPED, json.dumps(decision, indent=2).encode())
+            write_file(folder / STOPPED, json.dumps(decision, indent=2).encode())
         return stopped
 
     @property
@@ -158,14 +158,14 @@ def resume_stopped(trials: Sequence[Trial], asha: Asha | None) -> None:
     for trial in trials:
         file = trial.folder / STOPPED
         try:
-            decision = json.loads(file.read_bytes())
+            decision = read_json(file)
+            if decision is None and not has_file(file):
+                continue
             same_rules = rules is not None and all(decision.get(key) == value for key, value in rules.items())
-        except FileNotFoundError:
-            continue
         except (ValueError, AttributeError):
             same_rules = False
         if not same_rules:
-            file.unlink(missing_ok=True)
+            remove_file(file)
 
 
 def _dataset(trial: Trial, manifests: dict[str, Manifest]) -> DatasetRecipe:

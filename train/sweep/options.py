@@ -14,8 +14,10 @@ from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import TrainRecipe
 from train.recipe.loading import DEFAULT_RECIPE, full_key, load_train_recipe, named_after_cache
 from train.recipe.unused import dotted_keys
-from train.sweep.recipe import SWEEP, SweepRecipe, refuse_doubles
+from train.sweep.recipe import SweepRecipe, refuse_doubles
 from train.sweep.search_recipe import Search, parse_range
+from train.weights.run_files import SWEEP, read_file
+from train.weights.text import first_line
 
 
 class _FileKeys(Frozen):
@@ -78,10 +80,13 @@ def default_folder(sweep: SweepRecipe) -> Path:
     Earlier versions named a sweep after the default recipe where only a cache was given. Such a sweep continues there.
     """
     folder, earlier = (Path("runs") / f"sweep-{name}" for name in (sweep.name, DEFAULT_RECIPE))
-    if not folder.exists() and (earlier / SWEEP).is_file():
-        stored = parse_yaml((earlier / SWEEP).read_text(), "damaged sweep", where=earlier / SWEEP)
-        if stored["base"]["cache"] == sweep.base["cache"]:
-            return earlier
+    if not folder.exists() and (data := read_file(earlier / SWEEP)) is not None:
+        try:
+            stored = parse_yaml(data.decode("utf-8"), "damaged sweep", where=earlier / SWEEP)
+            if stored["base"]["cache"] == sweep.base["cache"]:
+                return earlier
+        except (UnicodeDecodeError, TypeError, LookupError) as error:
+            raise RecipeError("damaged sweep", where=earlier / SWEEP, found=first_line(error)) from error
     return folder
 
 

@@ -18,8 +18,7 @@ from train.recipe.loading import SETTING_ALIASES
 from train.recipe.loss import CE_SETTINGS, LABELS_ALONE, named_loss
 from train.recipe.unused import unused_settings, value_at
 from train.sweep.search_recipe import Axis, Search, larger_is_better
-
-SWEEP = "sweep.yaml"  # in the folder of a sweep
+from train.weights.run_files import TRIALS
 
 
 class Asha(Frozen):
@@ -297,7 +296,7 @@ def make_trial(sweep: SweepRecipe, settings: Mapping[str, Any], folder: Path, nu
     recipe = _recipe(sweep, settings)
     student = {"student": recipe.student} if "student" in settings else {}  # as the recipe spells it
     trial = Trial(number=number, settings={**settings, **student}, recipe=recipe)
-    out = folder / "trials" / trial.name
+    out = folder / TRIALS / trial.name
     return trial.model_copy(update={"recipe": recipe.model_copy(update={"out": out})})
 
 

@@ -13,10 +13,9 @@ import torch
 
 from cache_tools.config import Frozen, dump_yaml
 from cache_tools.errors import DeviceError, RecipeError
-from cache_tools.files import put_durably
 from cache_tools.reader import TeacherCache
 from train.checkpoints import load_student
-from train.cost import Cost, measure
+from train.cost import BATCH_SIZES, Cost, measure
 from train.data import cache_identity
 from train.initial import check_names
 from train.report.html import write_report
@@ -27,14 +26,25 @@ from train.runs.folder import FAILED, REPORT, differences, is_worth_keeping, rem
 from train.runs.outcome import is_settled
 from train.runs.result import load_result
 from train.sweep.halving import Halving, check_metric, resume_stopped
-from train.sweep.recipe import SWEEP, Asha, SweepRecipe, Trial, make_trial, make_trials
+from train.sweep.recipe import Asha, SweepRecipe, Trial, make_trial, make_trials
 from train.sweep.search import Best, run_search
 from train.sweep.search_recipe import edges
 from train.sweep.streams import batch_streams, image_opener, train_stream
 from train.sweep.suggest import check_installed
 from train.sweep.table import over_seeds, trials_table
+from train.weights.run_files import (
+    SWEEP,
+    TRIALS,
+    TRIALS_TABLE,
+    read_file,
+    real_folder,
+    remove_file,
+    run_files,
+    write_file,
+)
 
 COSTS = "costs.json"
+WORKERS_LOG, RAY = "workers.log", "ray"  # of the engines (`train.sweep.workers`, `train.sweep.ray`)
 _NAMED_IN_ERROR = 3
 
 Engine = Callable[[Sequence[Sequence[Trial]], Halving | None], None]
@@ -77,9 +87,9 @@ def run_sweep(
     best = None
 
     def open_folders(new: Sequence[Trial]) -> None:
+        _refuse_unsafe(folder, new)
         reopen(new, sweep.asha, retry_failed=retry_failed, overwrite=overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-        put_durably(folder / SWEEP, dump_yaml(sweep).encode())
+        write_file(folder / SWEEP, dump_yaml(sweep).encode())
 
     if sweep.search is None:
         open_folders(trials)
@@ -145,7 +155,24 @@ def reopen(trials: Sequence[Trial], asha: Asha | None, *, retry_failed: bool = F
     resume_stopped(trials, asha)
     if retry_failed:
         for trial in trials:
-            (trial.folder / FAILED).unlink(missing_ok=True)
+            remove_file(trial.folder / FAILED)
+
+
+def _refuse_unsafe(folder: Path, trials: Sequence[Trial]) -> None:
+    """Make the folder of a sweep, and refuse links, pipes and devices in it now, and not after its training.
+
+    Raises:
+        FormatError: one of them in place of a file or folder of the sweep.
+        StorageError: a file where a folder should be.
+    """
+    trials_folder, files = real_folder(folder, TRIALS), run_files(folder)
+    logs = [f"{RAY}/{entry.name}" for entry in (files.entries(RAY) if files.exists(RAY) else ()) if not entry.is_folder]
+    for name in (TRIALS_TABLE, COSTS, REPORT, WORKERS_LOG, *logs):
+        if files.exists(name):
+            files.open_read(name).close()  # raises for anything else than a file
+    for trial in trials:
+        if trials_folder.exists(trial.folder.name):
+            trials_folder.names(trial.folder.name)  # raises for anything else than a folder
 
 
 def _checked_trials(sweep: SweepRecipe, folder: Path) -> list[Trial]:
@@ -216,13 +243,14 @@ def _costs(trials: Sequence[Trial], folder: Path) -> dict[str, Cost]:
         student, card = load_student(trial.folder, device)
         costs[trial.recipe.student] = measure(student, card.image_size, device)
     if costs != stored:
-        put_durably(file, _CostsFile(costs=costs).model_dump_json(indent=2).encode())
+        write_file(file, _CostsFile(costs=costs).model_dump_json(indent=2).encode())
     return costs
 
 
 def _stored_costs(file: Path) -> dict[str, Cost]:
     """Costs from the file; none if it is missing or damaged, and they are measured again."""
     try:
-        return _CostsFile.model_validate_json(file.read_bytes()).costs
-    except (FileNotFoundError, ValueError):
+        costs = _CostsFile.model_validate_json(read_file(file) or b"").costs
+    except ValueError:
         return {}
+    return {name: cost for name, cost in costs.items() if {*BATCH_SIZES} <= {one.batch_size for one in cost.latency}}

@@ -20,6 +20,7 @@ from train.runs.result import load_result
 from train.sweep.recipe import SweepRecipe, Trial, make_trial
 from train.sweep.search_recipe import figure_text, larger_is_better
 from train.sweep.suggest import Outcome, Suggestions
+from train.weights.run_files import has_file
 
 
 class Best(NamedTuple):
@@ -75,7 +76,7 @@ def run_search(
 def read_outcome(trial: Trial, metric: str) -> Outcome:
     """The outcome of a trial, from its folder."""
     finished = load_result(trial.folder) is not None
-    history = read_metrics(trial.folder) if finished or (trial.folder / STOPPED).exists() else None
+    history = read_metrics(trial.folder) if finished or has_file(trial.folder / STOPPED) else None
     if history is None:
         return Outcome("failed", None, 0)
     return Outcome("finished" if finished else "stopped", last_value(history, metric, "search.metric"), len(history))

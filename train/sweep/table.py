@@ -19,6 +19,7 @@ from train.runs.metrics import epochs_logged
 from train.runs.outcome import load_failure
 from train.runs.result import load_result
 from train.sweep.recipe import Trial
+from train.weights.run_files import has_file
 
 COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
 
@@ -98,7 +99,7 @@ def _pairing(trial: Trial, row: dict[str, Any]) -> Paired:
 def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
     folder = trial.folder
     result, failure = load_result(folder), load_failure(folder)
-    status = "finished" if result else "failed" if failure else "stopped" if (folder / STOPPED).exists() else "waiting"
+    status = "finished" if result else "failed" if failure else "stopped" if has_file(folder / STOPPED) else "waiting"
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"trial": trial.name, "student": trial.recipe.student, "loss": trial.loss, "seed": trial.recipe.seed}
     row |= {"status": status, "error": failure.message if failure else None, "folder": str(folder)}
