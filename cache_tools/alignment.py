@@ -182,10 +182,8 @@ def pixel_digest(pixels: npt.NDArray[np.uint8] | torch.Tensor) -> str:
 
 
 def _canary(views: ViewRecipe, images: ImageSet, view: int, index: int) -> Canary:
-    import torch
-
     samples = np.array([index])
-    pixels = views.apply(torch.from_numpy(np.ascontiguousarray(images.load(samples))), samples, view)
+    pixels = views.finish(views.load(images, samples, samples, view), samples, view)
     return Canary(view=view, index=index, pixel_digest=pixel_digest(pixels[0]))
 
 

@@ -176,7 +176,7 @@ def fit(model: open_clip.CLIP, images: ImageSet, chosen: np.ndarray, plan: Plan)
                 labels = images.labels[index]
                 caption = random.integers(0, len(plan.templates), len(index)) * len(images.class_names) + labels
 
-                pixels = plan.views.apply(torch.from_numpy(images.load(index)).to(device), index, epoch)
+                pixels = plan.views.finish(plan.views.load(images, index, index, epoch).to(device), index, epoch)
                 image_BD = model.encode_image(prepare(pixels, plan.preprocessing), normalize=True)
                 text_BD = encode_captions(model, captions, torch.from_numpy(caption).to(device))
                 loss = unicl_loss(image_BD, text_BD, torch.from_numpy(labels).to(device), model.logit_scale.exp())

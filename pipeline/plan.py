@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,11 @@ from cache_tools.system.devices import synchronise
 from cache_tools.units import duration, human_bytes
 from pipeline.build.cache import resolve
 from pipeline.build.destination import destination
-from pipeline.networks.ensemble import load_ensemble
+from pipeline.networks.ensemble import NetworkPixels, TeacherEnsemble, finish_pixels, load_ensemble, load_pixels
 from pipeline.recipe import BuildRecipe
 from train.students import create_student
+
+Pixels = TypeVar("Pixels")
 
 MIN_S = 2.0
 MAX_BATCHES = 50
@@ -108,9 +111,17 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         images,
         recipe.batch_size,
         device,
-        lambda pixels, index: ensemble.targets(recipe.views.apply(pixels, index, 1), recipe.store),
+        lambda index: load_pixels(images, recipe.views, index, index, 1).to(device),
+        lambda pixels, index: _targets(ensemble, recipe, pixels, index),
     )
-    student_per_s = _rate(images, STUDENT_BATCH, device, _student_step(student, recipe, images, device))
+    for_student = recipe.views.seen_by("student")
+    student_per_s = _rate(
+        images,
+        STUDENT_BATCH,
+        device,
+        lambda index: for_student.load(images, index, index, 1).to(device),
+        _student_step(student, recipe, images, device),
+    )
     specs = target_arrays(identity, recipe.block_rows or 1)
     row_bytes = sum(spec.stored.row_bytes for spec in specs)
     constants = sum(4 * int(np.prod(shape)) for shape in constant_shapes(identity).values())
@@ -136,6 +147,11 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     )
 
 
+def _targets(ensemble: TeacherEnsemble, recipe: BuildRecipe, pixels: NetworkPixels, index: np.ndarray) -> object:
+    views = finish_pixels(pixels, recipe.views, index, 1)
+    return ensemble.targets(views.teacher, recipe.store, views.clip)
+
+
 def _student_step(
     name: str, recipe: BuildRecipe, images: ImageSet, device: torch.device
 ) -> Callable[[torch.Tensor, np.ndarray], object]:
@@ -157,12 +173,16 @@ def _student_step(
 
 
 def _rate(
-    images: ImageSet, batch_size: int, device: torch.device, work: Callable[[torch.Tensor, np.ndarray], object]
+    images: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    load: Callable[[np.ndarray], Pixels],
+    work: Callable[[Pixels, np.ndarray], object],
 ) -> float:
-    """Images per second of `work(pixels, index)`, from the median batch; loading images is not timed."""
+    """Images per second of `work(load(index), index)`, from the median batch; loading images is not timed."""
     durations: list[float] = []
     for index in _batches(len(images), batch_size):
-        pixels = torch.from_numpy(np.ascontiguousarray(images.load(index))).to(device)
+        pixels = load(index)
         synchronise(device)
         start = time.perf_counter()
         work(pixels, index)

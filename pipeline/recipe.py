@@ -35,6 +35,7 @@ from cache_tools.images.recipe import DatasetRecipe, check_location
 from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_groups, check_shares
 from cache_tools.views.recipe import ViewRecipe
+from train.recipe.settings import with_canvas
 
 OutputNames = Annotated[
     Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
@@ -161,6 +162,11 @@ class BuildRecipe(Frozen):
     preflight_samples: int = Field(2000, ge=0)
     device: str = "auto"
     out: Annotated[Path | str | None, BeforeValidator(_folder_or_url)] = None
+
+    @model_validator(mode="after")
+    def _canvas_follows_the_views(self) -> BuildRecipe:
+        self.__dict__["dataset"] = with_canvas(self.dataset, self.views)  # the model is frozen, but not yet in use
+        return self
 
     @model_validator(mode="after")
     def _networks_can_be_fused(self) -> BuildRecipe:

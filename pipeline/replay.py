@@ -215,7 +215,8 @@ class _Recompute:
     def rows(self, view: int, index: npt.NDArray[np.int64]) -> _RecomputedRows:
         pixels = view_pixels(self._images, self._recipe.views, index, view, self._ensemble.device)
         store = self._steps[0][0]
-        values = {name: rows.cpu().numpy() for name, rows in self._ensemble.targets(pixels, store).items()}
+        targets = self._ensemble.targets(pixels.teacher, store, pixels.clip)
+        values = {name: rows.cpu().numpy() for name, rows in targets.items()}
         plain = values
         for (_, encoder), (next_store, _) in pairwise(self._steps):
             values = encoder.decode(encoder.encode(values))

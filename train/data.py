@@ -203,7 +203,7 @@ def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
         images=images,
         tests=tests,
         dataset=dataset,
-        views=recipe.own_views(),
+        views=recipe.own_views().seen_by("student"),
         num_views=recipe.num_views,
         targets=NoTargets(),
     )
@@ -226,7 +226,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
         images=images,
         tests=tests,
         dataset=dataset,
-        views=cache.recipe.views,
+        views=cache.recipe.views.seen_by("student"),
         num_views=_num_views(cache, recipe),
         targets=CachedTargets(
             cache,

@@ -286,10 +286,11 @@ class StreamingFeed(Feed):
                     future.cancel()
 
     def _load(self, rows: np.ndarray, view: int) -> torch.Tensor:
-        pixels = torch.from_numpy(self.images.load(rows))
+        numbers = self._numbers(rows)
+        pixels = self.views.load(self.images, rows, numbers, view)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return self.views.apply(pixels, self._numbers(rows), view)
+        return self.views.finish(pixels, numbers, view)
 
 
 def open_feed(
@@ -305,12 +306,16 @@ def open_feed(
     known: PartialLabels | None = None,
     samples: npt.NDArray[np.int64] | None = None,
 ) -> Feed:
-    """A resident feed if the split and one view of it fit into 60 % of the free memory, else a streaming one."""
+    """A resident feed if the split and one view of it fit into 60 % of the free memory, else a streaming one.
+
+    Views that crop the original pictures of files are streamed: pictures of several sizes are not kept.
+    """
     size = views.output_size(images.image_size)
     needed = 3 * len(images) * (size[0] * size[1])
     if not (images.resident and device.type == "cpu"):  # else the feed uses the source's own memory
         needed += 3 * len(images) * images.image_size[0] * images.image_size[1]
-    kind = ResidentFeed if needed <= RESIDENT_SHARE * free_memory(device) else StreamingFeed
+    keeps_canvases = images.resident or views.box_op is None
+    kind = ResidentFeed if keeps_canvases and needed <= RESIDENT_SHARE * free_memory(device) else StreamingFeed
     return kind(
         images,
         views,

@@ -18,7 +18,7 @@ from cache_tools.errors import DataError, RecipeError
 from cache_tools.lazy import np
 from cache_tools.philox import sample_words
 from cache_tools.views.augment import RandAugment, Rotation, ThreeAugment, TrivialAugmentWide
-from cache_tools.views.boxes import BoxOp, RandomResizedCrop, ResizeCentreCrop
+from cache_tools.views.boxes import BoxOp, RandomResizedCrop, ResizeCentreCrop, evaluation_resize
 from cache_tools.views.ops import (
     MAX_SIDE,
     ColourJitter,
@@ -152,6 +152,14 @@ class ViewRecipe(Extensible):
         views = self.model_copy()
         views._seen_at = None if side is None else (side, side)
         return views
+
+    @property
+    def canvas_side(self) -> int | None:
+        """The canvas from whose centre test images are cut to the student's views; None without a crop of pictures."""
+        box = self.box_op
+        if box is None:
+            return None
+        return max(8, evaluation_resize(self.seen_by("student")._seen_at or box.view_size))
 
     def output_size(self, image_size: Size) -> Size:
         """(height, width) of a view of images of `image_size`.
@@ -294,12 +302,12 @@ def load_each(
     """`ViewRecipe.load` for one recipe as several networks see it; every picture is decoded once."""
     import torch
 
-    if recipes[0].box_op is None:
-        canvases = torch.from_numpy(images.load(rows))
-        return [canvases] * len(recipes)
+    if recipes[0].box_op is None or images.resident:
+        pixels = torch.from_numpy(np.ascontiguousarray(images.load(rows)))
     samples = _sample_index(index)
+    if recipes[0].box_op is None:
+        return [pixels] * len(recipes)
     if images.resident:
-        pixels = torch.from_numpy(images.load(rows))
         return [recipe.crop(pixels, samples, view) for recipe in recipes]
     chosen = np.arange(rows.start or 0, rows.stop) if isinstance(rows, slice) else rows
     parts: list[list[torch.Tensor]] = [[] for _ in recipes]

@@ -26,7 +26,7 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
 from pipeline.build.output import Output
-from pipeline.networks.ensemble import TeacherEnsemble
+from pipeline.networks.ensemble import NetworkPixels, TeacherEnsemble, finish_pixels, load_pixels
 
 LOADED_BATCHES_AHEAD = 3
 TICK_S = 0.5
@@ -50,12 +50,12 @@ def build_blocks(output: Output, images: ImageSet, ensemble: TeacherEnsemble, ba
 
 
 class LoadedBatch(NamedTuple):
-    """A batch of one block: its samples, int64 [B], and their canvases, uint8 [B, 3, H, W]."""
+    """A batch of one block: its samples, int64 [B], and their canvases or crops, on the CPU."""
 
     view: int
     block: int
     samples: np.ndarray
-    pixels: torch.Tensor
+    pixels: NetworkPixels
 
 
 class BatchLoader:
@@ -110,8 +110,8 @@ class BatchLoader:
                 for start in range(rows.start, rows.stop, self._batch_size):
                     stop = min(start + self._batch_size, rows.stop)
                     # A slice, so that a resident image set returns a view of its memory instead of a copy.
-                    pixels = torch.from_numpy(self._images.load(slice(start, stop)))
                     samples = np.arange(start, stop, dtype=np.int64)
+                    pixels = load_pixels(self._images, self._manifest.recipe.views, slice(start, stop), samples, view)
                     if not self._put(LoadedBatch(view, block, samples, pixels.pin_memory() if self._pin else pixels)):
                         return
             self._put(None)
@@ -171,10 +171,10 @@ def _compute(
     batch: LoadedBatch, manifest: Manifest, ensemble: TeacherEnsemble, buffers: dict[str, torch.Tensor]
 ) -> None:
     """Run a batch through the networks and copy its rows into the buffers of its block."""
-    pixels = batch.pixels.to(ensemble.device, non_blocking=True)
-    views = manifest.recipe.views.apply(pixels, batch.samples, batch.view)
+    pixels = batch.pixels.to(ensemble.device)
+    views = finish_pixels(pixels, manifest.recipe.views, batch.samples, batch.view)
     start = int(batch.samples[0]) - manifest.block(batch.block).start
-    for name, values in ensemble.targets(views, manifest.recipe.store).items():
+    for name, values in ensemble.targets(views.teacher, manifest.recipe.store, views.clip).items():
         # Converted on the device, so that half-precision rows cross the bus at half the bytes.
         target = buffers[name][start : start + len(batch.samples)]
         target.copy_(values.to(target.dtype), non_blocking=True)

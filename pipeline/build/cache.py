@@ -301,7 +301,7 @@ def _constants(
     rows: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(index), recipe.batch_size):
         pixels = view_pixels(images, recipe.views, index[start : start + recipe.batch_size], 0, ensemble.device)
-        for name, values in ensemble.targets(pixels, recipe.store).items():
+        for name, values in ensemble.targets(pixels.teacher, recipe.store, pixels.clip).items():
             rows.setdefault(name, []).append(values.float().cpu().numpy())
     sample = {name: np.concatenate(parts) for name, parts in rows.items()}
     constants |= fit_codecs(identity, sample)
@@ -345,7 +345,9 @@ def _tested(recipe: BuildRecipe, images: ImageSet) -> Preprocessing:
     from train.evaluate.canvas import evaluation_preprocessing
 
     size = images.image_size
-    return evaluation_preprocessing(recipe.views.output_size(size), size, recipe.dataset.normalisation)
+    return evaluation_preprocessing(
+        recipe.views.seen_by("student").output_size(size), size, recipe.dataset.normalisation
+    )
 
 
 def _folders(splits: Sequence[ImageSet]) -> dict[str, Any] | None:

@@ -27,11 +27,13 @@ from cache_tools.fusion import (
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.refusion import MATCH_SAMPLES
-from cache_tools.views.recipe import ViewRecipe
+from cache_tools.views.recipe import Network, ViewRecipe, load_each
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
 from pipeline.recipe import ClipSpec, TeacherSpec, listed, shares
 from train.evaluate.canvas import as_tested
+
+_NETWORKS: tuple[Network, Network] = ("teacher", "clip")
 
 
 class EnsembleOutput(NamedTuple):
@@ -90,20 +92,25 @@ class TeacherEnsemble:
         return {name: tensor.detach().float().cpu().contiguous().numpy() for name, tensor in tensors.items()}
 
     @torch.inference_mode()
-    def outputs(self, pixels_NCHW_u8: torch.Tensor) -> EnsembleOutput:
-        """One forward pass of each network over uint8 view pixels on the ensemble's device."""
+    def outputs(self, pixels_NCHW_u8: torch.Tensor, clip_pixels_NCHW_u8: torch.Tensor | None = None) -> EnsembleOutput:
+        """One forward pass of each network over uint8 view pixels on the ensemble's device.
+
+        Args:
+            clip_pixels_NCHW_u8: the same views at the size that CLIP gets, if it is another than the teachers'.
+        """
         stream = self._clip_stream
+        for_clip = pixels_NCHW_u8 if clip_pixels_NCHW_u8 is None else clip_pixels_NCHW_u8
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            clips = tuple(clip(pixels_NCHW_u8) for clip in self.clips)
+            clips = tuple(clip(for_clip) for clip in self.clips)
         teachers = tuple(teacher(pixels_NCHW_u8) for teacher in self.teachers)
         if stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(stream)
             for tensor in (tensor for clip in clips for tensor in clip):  # made on the side stream, freed on this one
                 tensor.record_stream(current)
-            pixels_NCHW_u8.record_stream(stream)
+            for_clip.record_stream(stream)
         return EnsembleOutput(teachers, clips)
 
     @torch.inference_mode()
@@ -157,9 +164,11 @@ class TeacherEnsemble:
         )
         return logits, features
 
-    def targets(self, pixels_NCHW_u8: torch.Tensor, store: Store) -> Mapping[str, torch.Tensor]:
+    def targets(
+        self, pixels_NCHW_u8: torch.Tensor, store: Store, clip_pixels_NCHW_u8: torch.Tensor | None = None
+    ) -> Mapping[str, torch.Tensor]:
         """Float32 rows of a cache's target arrays, by array name (`cache_tools.format.arrays.target_arrays`)."""
-        teachers, clips = self.outputs(pixels_NCHW_u8)
+        teachers, clips = self.outputs(pixels_NCHW_u8, clip_pixels_NCHW_u8)
         if store == "fused":
             logits, features = self.fuse(teachers, clips)
             return {"fused_logits": logits, "fused_features": features}
@@ -270,11 +279,44 @@ def require_finite(ensemble: TeacherEnsemble, output: EnsembleOutput) -> None:
             )
 
 
+class NetworkPixels(NamedTuple):
+    """uint8 [B, 3, H, W]: a view as the teachers see it, and as CLIP does; None if that is the same."""
+
+    teacher: torch.Tensor
+    clip: torch.Tensor | None
+
+    def to(self, device: torch.device) -> NetworkPixels:
+        moved = [None if pixels is None else pixels.to(device, non_blocking=True) for pixels in self]
+        return NetworkPixels(*moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> NetworkPixels:
+        return NetworkPixels(self.teacher.pin_memory(), None if self.clip is None else self.clip.pin_memory())
+
+
+def load_pixels(
+    images: ImageSet, views: ViewRecipe, rows: np.ndarray | slice, index: np.ndarray, view: int
+) -> NetworkPixels:
+    """What `finish_pixels` needs of rows of an image set, on the CPU; every picture is decoded once."""
+    teacher, clip = (views.seen_by(network) for network in _NETWORKS)
+    if teacher == clip:
+        return NetworkPixels(teacher.load(images, rows, index, view), None)
+    return NetworkPixels(*load_each(images, rows, index, view, [teacher, clip]))
+
+
+def finish_pixels(loaded: NetworkPixels, views: ViewRecipe, index: np.ndarray, view: int) -> NetworkPixels:
+    """The view of each sample as the networks see it, on the device of what was loaded."""
+    teacher, clip = (views.seen_by(network) for network in _NETWORKS)
+    return NetworkPixels(
+        teacher.finish(loaded.teacher, index, view),
+        None if loaded.clip is None else clip.finish(loaded.clip, index, view),
+    )
+
+
 def view_pixels(
     images: ImageSet, views: ViewRecipe, index: np.ndarray, view: int, device: torch.device
-) -> torch.Tensor:
-    """uint8 [B, 3, H, W] on `device`: what every teacher and student sees of these samples in view `view`."""
-    return views.apply(torch.from_numpy(images.load(index)).to(device), index, view)
+) -> NetworkPixels:
+    """What the networks see of these samples in view `view`, on `device`."""
+    return finish_pixels(load_pixels(images, views, index, index, view).to(device), views, index, view)
 
 
 def _uses_class_embeddings(fusion: Fusion) -> bool:

@@ -122,12 +122,12 @@ def test_canaries_find_images_that_decode_differently(cache: TeacherCache) -> No
 
 
 def test_canaries_find_changed_view_code(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ViewRecipe.apply
+    real = ViewRecipe.finish
 
     def shifted(self: ViewRecipe, images: torch.Tensor, index: np.ndarray, view: int) -> torch.Tensor:
         return real(self, images, index, view).roll(1, dims=-1)
 
-    monkeypatch.setattr(ViewRecipe, "apply", shifted)
+    monkeypatch.setattr(ViewRecipe, "finish", shifted)
     with pytest.raises(MismatchError, match="not the pixels that the teachers saw"):
         cache.check_canaries(IMAGES)
 

@@ -194,7 +194,7 @@ class TrainRecipe(Extensible):
     def own_dataset(self) -> DatasetRecipe:
         """The dataset of a run without a cache, as the run opens it."""
         assert isinstance(self.dataset, DatasetRecipe), "a run without a cache has a dataset"
-        return self.dataset.located(self.data_dir, self.download)
+        return with_canvas(self.dataset, self.own_views()).located(self.data_dir, self.download)
 
     def own_views(self) -> ViewRecipe:
         """The views of a run without a cache."""
@@ -269,6 +269,13 @@ class TrainRecipe(Extensible):
         if (weights := self.initial_weights) is not None:  # of a file the content matters, not the name
             data["student_weights"] = files_digest(Path(weights).expanduser()) if is_path(weights) else weights
         return data
+
+
+def with_canvas(dataset: DatasetRecipe, views: ViewRecipe) -> DatasetRecipe:
+    """Image files without a size of their own, on the canvas from which test images of these views are cut."""
+    if not dataset.has_image_files or dataset.image_size is not None or views.canvas_side is None:
+        return dataset
+    return dataset.model_copy(update={"image_size": views.canvas_side})
 
 
 def has_name(dataset: Any) -> bool:

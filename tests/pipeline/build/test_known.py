@@ -238,7 +238,7 @@ def test_the_shipped_networks_have_their_pinned_identities_and_targets():
         "weight": 1.0,
     }
     index = np.array([0])
-    targets = ensemble.targets(view_pixels(images, digits.views, index, 1, ensemble.device), "fused")
+    targets = ensemble.targets(view_pixels(images, digits.views, index, 1, ensemble.device).teacher, "fused")
     assert targets["fused_logits"][0].tolist() == pytest.approx(
         [13.81, -8.33, -0.04, -7.7, 1.39, -1.09, 1.77, -1.87, 1.5, 0.56], abs=0.02
     )
