@@ -43,6 +43,9 @@ _FIRST_STEPS = {  # next steps by error number
     errno.EPERM: "fix its permissions",
     errno.ENOTDIR: "remove the file that is in the way",
     errno.EISDIR: "remove the folder that is in the way",
+    errno.EMFILE: "allow more open files (`ulimit -n 256`)",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.ESTALE: "wait until the network share is back, or mount it again",
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from cache_tools.analysis.figures import NonTargetConsistency, Stability, js_div
 from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device, storage_error
 from cache_tools.errors import IncompleteError, RecipeError
-from cache_tools.files import put_durably
+from cache_tools.files import SafeFolder
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.images.recipe import require_one_label
@@ -183,26 +184,28 @@ class StatsFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_cleared = False
-        make_folder(path / "views")
+        self._folder = SafeFolder(path)
+        make_folder(path, "views")
 
     def write_view(self, view: int, frame: pl.DataFrame) -> None:
         """Write the table of a view, one row per source and sample, with figures in float32."""
         if not self._is_cleared:  # not earlier: until here a bad option may end the run
-            for stale in (self.path / "views").glob("view-*.parquet"):
-                stale.unlink()
+            for stale in self._folder.names("views"):
+                if re.fullmatch(r"view-[0-9]{4,}\.parquet", stale):
+                    self._folder.remove(f"views/{stale}")
             self._is_cleared = True
         small = frame.with_columns(pl.lit(view, pl.Int32).alias("view"), pl.col(pl.Float64).cast(pl.Float32))
-        put_file(self.path / "views" / f"view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
+        put_file(self._folder, f"views/view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
 
     def write(self, stats: TeacherStats) -> None:
         """Write every table and `stats.json`."""
         for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
             table: pl.DataFrame = getattr(stats, name)
             if table.is_empty():
-                (self.path / f"{name}.parquet").unlink(missing_ok=True)
+                self._folder.remove(f"{name}.parquet")
             else:
-                put_file(self.path / f"{name}.parquet", _parquet(table))
-        put_file(self.path / "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
+                put_file(self._folder, f"{name}.parquet", _parquet(table))
+        put_file(self._folder, "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
 
 
 class ViewStream:
@@ -306,28 +309,31 @@ def sources_of(recipe: CacheRecipe) -> tuple[str, ...]:
     return ("teacher", "clip", "fusion") if recipe.store == "components" else ("fusion",)
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents.
+def make_folder(path: Path, inside: str = "") -> None:
+    """Create a folder and its parents, and one inside.
 
     Raises:
         StorageError: a file is in the way, or the disk is full or read-only.
+        UnsafeFileError: a link is in the way.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        SafeFolder(path).make_folder(inside)
     except OSError as error:
         raise storage_error(error) from error
 
 
-def put_file(path: Path, data: Any) -> None:
-    """Replace a file; if that fails, the old file stays.
+def put_file(folder: SafeFolder, name: str, data: Any) -> None:
+    """Replace a file, or a link itself; if that fails, the old file stays.
 
     Raises:
         StorageError: a folder is in the way, or the disk is full or read-only.
     """
     try:
-        put_durably(path, data)
+        if folder.exists(name) and not (folder.is_file(name) or folder.is_folder(name)):
+            folder.remove(name)
+        folder.put(name, data)
     except OSError as error:
-        error.filename = str(path)  # instead of the temporary file
+        error.filename = str(folder.path / name)  # instead of the temporary file
         raise storage_error(error) from error
 
 

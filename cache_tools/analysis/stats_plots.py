@@ -10,6 +10,7 @@ import polars as pl
 
 from cache_tools.analysis.stats import About, TeacherStats, put_file
 from cache_tools.analysis.tables import CALIBRATION_BINS, QUADRANTS
+from cache_tools.files import SafeFolder
 from cache_tools.plotting import (
     BLUE,
     COLOURS,
@@ -55,14 +56,13 @@ def plot_all(stats: TeacherStats, folder: Path) -> list[Path]:
         "consistency": draw_consistency(stats) if len(stats.about.class_names) > 2 else None,
         "stability": draw_stability(stats) if not stats.stability.is_empty() else None,
     }
-    written = []
+    files, written = SafeFolder(folder), list[Path]()
     for name, figure in drawn.items():
-        path = folder / f"{name}.png"
         if figure is None:
-            path.unlink(missing_ok=True)
+            files.remove(f"{name}.png")
             continue
-        put_file(path, png(figure))
-        written.append(path)
+        put_file(files, f"{name}.png", png(figure))
+        written.append(folder / f"{name}.png")
     return written
 
 

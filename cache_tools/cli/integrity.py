@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN_PROBLEMS = 20
 EXIT_DAMAGED = 1
+_REMOVE = "remove what is there, then verify again"
 
 
 def verify_command(
@@ -110,7 +111,8 @@ def repair_command(reference: Cache, yes: Yes = False, as_json: AsJson = False) 
     if done.rewritten:
         print("Run this command again: arrays with damaged metadata could not be checked.")
     for problem in done.left:
-        print(f"not repaired: {problem.where}: {problem.what}; pull a sound copy (cache-tools pull), or build it again")
+        advice = _REMOVE if problem.cure == "remove" else "pull a sound copy (cache-tools pull), or build it again"
+        print(f"not repaired: {problem.where}: {problem.what}; {advice}")
     if done.dropped:
         print(_how_to_restore_blocks(found))
 
@@ -153,13 +155,15 @@ def _print_verification(found: Verification) -> None:
 
 
 def _print_plan(found: Verification) -> None:
-    blocks, files, unrepairable = (
-        sum(problem.cure == cure for problem in found.problems) for cure in ("block", "metadata", "copy")
+    blocks, files, unrepairable, foreign = (
+        sum(problem.cure == cure for problem in found.problems) for cure in ("block", "metadata", "copy", "remove")
     )
     print(
         f"would drop {blocks} blocks and rewrite {files} metadata files; "
         f"{unrepairable} problems need a copy of the cache or a new build"
     )
+    if foreign:
+        print(f"{foreign} are links or pipes: {_REMOVE}")
     print("Nothing was changed: add --yes." if found.problems else "There is nothing to repair.")
 
 

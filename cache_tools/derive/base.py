@@ -23,6 +23,7 @@ from cache_tools.console import Progress
 from cache_tools.derive.block_reader import BlockReader
 from cache_tools.derive.lineage import Source
 from cache_tools.errors import MismatchError, StorageError
+from cache_tools.files import SafeFolder
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe
@@ -174,7 +175,7 @@ def _write_all(
     """
 
     def is_committed(block: BlockId) -> bool:
-        return (writer.path / block.commit_key).exists()
+        return SafeFolder(writer.path).exists(block.commit_key)
 
     def write(block: BlockId) -> None:
         view, rows = block.view, writer.manifest.block(block.block)

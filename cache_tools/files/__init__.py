@@ -1,6 +1,6 @@
 """Files: replace them atomically and durably, follow no links below a folder, remove what killed processes left."""
 
-from cache_tools.files.safe import Entry, SafeFolder
+from cache_tools.files.safe import Entry, SafeFolder, find_leftovers, remove_leftover, remove_leftovers
 from cache_tools.files.whole import (
     HOME_VARIABLE,
     LEFTOVER_AGE_S,
@@ -8,13 +8,9 @@ from cache_tools.files.whole import (
     MAX_METADATA_BYTES,
     PARTIAL,
     cache_home,
-    check_file,
-    find_leftovers,
     is_partial,
     output_folder,
     put_durably,
-    remove_leftover,
-    remove_leftovers,
     rename_unless_exists,
     replaced_durably,
     sync_folder,
@@ -31,7 +27,6 @@ __all__ = [
     "Entry",
     "SafeFolder",
     "cache_home",
-    "check_file",
     "find_leftovers",
     "is_partial",
     "output_folder",

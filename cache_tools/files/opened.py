@@ -67,7 +67,7 @@ class OpenFolder:
         """Open a regular file. With O_CREAT it may be new; its content is never touched here."""
         path = self.path / name
         with suppress(FileNotFoundError):
-            _require_file(path, self.status(name))  # before it is opened: to open a device may have an effect
+            require_file(path, self.status(name))  # before it is opened: to open a device may have an effect
         with _naming(path):
             try:
                 descriptor = os.open(
@@ -75,10 +75,10 @@ class OpenFolder:
                 )
             except OSError as error:
                 if error.errno in {errno.ELOOP, errno.ENXIO}:  # it has become a link or a pipe since
-                    _require_file(path, self.status(name))
+                    require_file(path, self.status(name))
                 raise
         try:
-            _require_file(path, os.fstat(descriptor))
+            require_file(path, os.fstat(descriptor))
         except BaseException:
             os.close(descriptor)
             raise
@@ -98,7 +98,7 @@ class OpenFolder:
     def require_file_or_nothing(self, name: str) -> None:
         """Raise unless a file may be put here: something else was not made by us, and is not replaced."""
         with suppress(FileNotFoundError):
-            _require_file(self.path / name, self.status(name))
+            require_file(self.path / name, self.status(name))
 
     def make(self, name: str) -> None:
         with _naming(self.path / name), suppress(FileExistsError):
@@ -167,6 +167,7 @@ class NewFile(NamedTuple):
         self.file.flush()
         if self.durable:
             os.fsync(self.file.fileno())
+        self.file.close()  # Windows renames no open file
 
     def _link(self) -> bool:
         try:
@@ -174,7 +175,7 @@ class NewFile(NamedTuple):
             return True
         except OSError as error:
             # A network share may repeat a request whose answer was lost: then the link was made, and now it exists.
-            if os.fstat(self.file.fileno()).st_nlink > 1 and self._is_at_target():
+            if self._is_at_target():
                 return True
             if isinstance(error, FileExistsError):
                 return False
@@ -184,7 +185,7 @@ class NewFile(NamedTuple):
 
     def _is_at_target(self) -> bool:
         try:
-            return os.path.samestat(self.folder.status(self.target), os.fstat(self.file.fileno()))
+            return os.path.samestat(self.folder.status(self.target), self.folder.status(self.name))
         except FileNotFoundError:
             return False
 
@@ -243,7 +244,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _require_file(path: Path, status: os.stat_result) -> None:
+def require_file(path: Path, status: os.stat_result) -> None:
     if stat.S_ISREG(status.st_mode):
         return
     if stat.S_ISDIR(status.st_mode):

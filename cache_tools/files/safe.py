@@ -13,29 +13,22 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from cache_tools.errors import FormatError
-from cache_tools.files.opened import NewFile, OpenFolder, open_root
+from cache_tools.files.opened import NewFile, OpenFolder, open_root, require_file
 from cache_tools.files.whole import LEFTOVER_AGE_S, is_partial, too_large
 
 _NOT_ENOUGH_FILES = {errno.EMFILE, errno.ENFILE}
 _MAX_DEPTH = 32  # of folders to remove; each level takes an open file
-_STALE_ATTEMPTS, PATIENCE_S = 4, 10.0
+_STALE_ATTEMPTS, PATIENCE_S = 8, 10.0
 
 Answer = TypeVar("Answer")
 
 
 class Entry(NamedTuple):
-    """What a name in a folder is, without following it if it is a link."""
+    """What a name in a folder is; a link is neither a file nor a folder."""
 
     name: str
-    status: os.stat_result
-
-    @property
-    def is_file(self) -> bool:
-        return stat.S_ISREG(self.status.st_mode)
-
-    @property
-    def is_folder(self) -> bool:
-        return stat.S_ISDIR(self.status.st_mode)
+    is_file: bool
+    is_folder: bool
 
 
 class SafeFolder:
@@ -82,6 +75,13 @@ class SafeFolder:
 
         return _patiently(look)
 
+    def regular_status(self, name: str) -> os.stat_result | None:
+        """The status of a file; None if there is none. Raises `UnsafeFileError` for a link."""
+        status = self.status(name)
+        if status is not None:
+            require_file(self.path / name, status)
+        return status
+
     def exists(self, name: str) -> bool:
         """Whether there is anything of this name, be it a dangling link."""
         return self.status(name) is not None
@@ -96,6 +96,11 @@ class SafeFolder:
         status = self.status(name)
         return status is not None and stat.S_ISDIR(status.st_mode)
 
+    def age_s(self, name: str) -> float:
+        """Seconds since this was written; 0 if there is nothing."""
+        status = self.status(name)
+        return 0.0 if status is None else time.time() - status.st_mtime
+
     def names(self, name: str = "") -> list[str]:
         """The names in this folder or in one inside, sorted. Raises FileNotFoundError if there is no such folder."""
 
@@ -106,15 +111,18 @@ class SafeFolder:
         return _patiently(look)
 
     def entries(self, name: str = "") -> list[Entry]:
-        """As `names`, with the status of each; names that vanish meanwhile are left out."""
+        """As `names`, with the kind of each, which a folder tells without a look at every file."""
 
         def look() -> list[Entry]:
-            found = []
-            with self._opened(self._chain(name)) as folder, folder.readable() as descriptor:
-                for each in sorted(os.listdir(descriptor)):
-                    with suppress(FileNotFoundError):
-                        found.append(Entry(each, folder.status(each)))
-            return found
+            with (
+                self._opened(self._chain(name)) as folder,
+                folder.readable() as descriptor,
+                os.scandir(descriptor) as found,
+            ):
+                return sorted(
+                    Entry(each.name, each.is_file(follow_symlinks=False), each.is_dir(follow_symlinks=False))
+                    for each in found
+                )
 
         return _patiently(look)
 
@@ -129,7 +137,7 @@ class SafeFolder:
                     if entry.is_folder:
                         folders.append(inside)
                     else:
-                        yield Entry(inside, entry.status)
+                        yield entry._replace(name=inside)
 
     def read_bytes(self, name: str, limit: int | None = None) -> bytes:
         """Read a whole file.
@@ -186,13 +194,13 @@ class SafeFolder:
 
     def make_folder(self, name: str = "") -> None:
         """Make this folder, or one inside, with all folders on the way, unless it exists."""
-        if not self._inside and not _parts(name):
-            self._root.mkdir(parents=True, exist_ok=True)
-            return
         chain = self._chain(name)
 
         def make() -> None:
-            self._root.mkdir(parents=True, exist_ok=True)
+            try:
+                self._root.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._root)) from error
             for depth in range(len(chain)):
                 with self._opened(chain[:depth]) as folder:
                     folder.make(chain[depth])
@@ -259,9 +267,10 @@ class SafeFolder:
         """
         with suppress(FileNotFoundError, NotADirectoryError):
             for entry in self.entries(name):
-                old = time.time() - entry.status.st_mtime >= age_s
-                if entry.is_file and old and is_partial(entry.name):
-                    self.remove(f"{name}/{entry.name}" if name else entry.name)
+                if entry.is_file and is_partial(entry.name):
+                    file = f"{name}/{entry.name}" if name else entry.name
+                    if self.age_s(file) >= age_s:
+                        self.remove(file)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -342,13 +351,55 @@ class SafeFolder:
         *folders, last = (*self._inside, *_parts(name))
         with self._opened(folders) as folder:
             folder.require_file_or_nothing(last)
-            descriptor, temporary = folder.create(last)
             try:
-                with os.fdopen(descriptor, "wb") as file:
-                    yield NewFile(folder, file, temporary, last, durable)
-            finally:
-                with suppress(OSError):
-                    folder.unlink(temporary)
+                descriptor, temporary = folder.create(last)
+                try:
+                    with os.fdopen(descriptor, "wb") as file:
+                        yield NewFile(folder, file, temporary, last, durable)
+                finally:
+                    with suppress(OSError):
+                        folder.unlink(temporary)
+            except OSError as error:
+                if error.filename is None or is_partial(str(error.filename)):  # a full disk names no file at all
+                    error.filename = str(folder.path / last)
+                raise
+
+
+def find_leftovers(home: Path, prefix: str = ".") -> list[Path]:
+    """Find half-built and half-removed caches, an hour old, that killed commands left in a folder of caches.
+
+    Args:
+        prefix: of their names.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        folder = SafeFolder(home)
+        return [
+            home / entry.name
+            for entry in folder.entries()
+            if entry.name.startswith(prefix)
+            and is_partial(entry.name)
+            and (entry.is_file or entry.is_folder)
+            and folder.age_s(entry.name) > LEFTOVER_AGE_S
+        ]
+    return []
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Remove unfinished files and copies of a cache that killed processes left, if they are an hour old.
+
+    Younger ones may belong to another builder that is still writing. Only names that we make are removed.
+    """
+    folder = SafeFolder(cache)
+    with suppress(FileNotFoundError):
+        for name in ("", *(entry.name for entry in folder.entries() if entry.is_folder)):
+            folder.remove_partials(name)
+    for copy in find_leftovers(cache.parent, f".{cache.name}."):
+        remove_leftover(copy)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a file, a link itself, or a whole folder; links in it are removed and not followed."""
+    SafeFolder(path.parent).remove_tree(path.name)
 
 
 def _remove_all(folder: OpenFolder, name: str, depth: int) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
-import stat
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from glob import escape
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,27 +25,6 @@ HOME_VARIABLE = "TEACHER_CACHE_HOME"
 def cache_home() -> Path:
     """$TEACHER_CACHE_HOME, or ~/.cache/teacher-cache."""
     return Path(os.environ.get(HOME_VARIABLE) or "~/.cache/teacher-cache").expanduser()
-
-
-def check_file(path: Path, limit: int | None = None) -> None:
-    """Check a file before reading it. A missing file or a folder passes: reading reports those.
-
-    Args:
-        limit: the largest size in bytes that the file may have.
-
-    Raises:
-        FormatError: the path is a pipe, device or socket, on which reading might block, or the file is too large.
-    """
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return
-    if stat.S_ISDIR(status.st_mode):
-        return
-    if not stat.S_ISREG(status.st_mode):
-        raise FormatError("not a file", where=path, found="a pipe, device or socket", next_step="remove it")
-    if limit is not None and status.st_size > limit:
-        raise too_large(path, limit, status.st_size)
 
 
 def too_large(where: object, limit: int, size: int) -> FormatError:
@@ -142,37 +117,3 @@ def rename_unless_exists(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
             raise
-
-
-def remove_leftovers(cache: Path) -> None:
-    """Remove unfinished files and copies of a cache that killed processes left, if they are an hour old.
-
-    Younger ones may belong to another builder that is still writing.
-    """
-    copies = f".{escape(cache.name)}.*{PARTIAL}"
-    for path in (*cache.glob(f"*/*{PARTIAL}"), *cache.glob(f"*{PARTIAL}"), *find_leftovers(cache.parent, copies)):
-        with suppress(FileNotFoundError):  # another process removes it
-            if _age_s(path) > LEFTOVER_AGE_S:
-                remove_leftover(path)
-
-
-def find_leftovers(home: Path, pattern: str = f".*{PARTIAL}") -> list[Path]:
-    """Find half-built and half-removed caches, an hour old, that killed commands left in a folder of caches."""
-    found = []
-    for path in home.glob(pattern):
-        with suppress(FileNotFoundError):
-            if _age_s(path) > LEFTOVER_AGE_S:
-                found.append(path)
-    return sorted(found)
-
-
-def remove_leftover(path: Path) -> None:
-    """Remove a file, a link or a whole folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _age_s(path: Path) -> float:
-    return time.time() - path.lstat().st_mtime

@@ -10,7 +10,7 @@ from pathlib import Path
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import StorageError
-from cache_tools.files import PARTIAL, find_leftovers, remove_leftover, sync_folder
+from cache_tools.files import PARTIAL, SafeFolder, find_leftovers, remove_leftover, sync_folder
 from cache_tools.home.origin import origin_file
 from cache_tools.home.registry import CacheRecord, cache_home, is_cache, list_caches, used_file
 from cache_tools.home.sizes import size_and_time
@@ -134,7 +134,7 @@ def remove(path: Path) -> None:
         sync_folder(path.parent)
         remove_leftover(hidden)
         for file in (used_file(path), origin_file(path)):
-            file.unlink(missing_ok=True)
+            SafeFolder(file.parent).remove(file.name)
     except OSError as error:
         raise storage_error(error) from error
 
@@ -184,7 +184,7 @@ def _why_in_use(path: Path, now_s: float) -> str | None:
     """Why a cache is in use, None if it is not: a process that builds, stages or copies it holds a fresh claim."""
     try:
         newest = max((entry.modified_s for entry in claims_place(LocalPlace(path)).entries()), default=0.0)
-    except OSError:
+    except StorageError:
         return None
     return "being built, staged or copied right now" if now_s - newest < EXPIRE_S else None
 

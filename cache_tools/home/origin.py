@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import NonNegativeInt, ValidationError
 
 from cache_tools.config import Frozen
-from cache_tools.errors import FormatError
-from cache_tools.files import MAX_METADATA_BYTES, check_file, put_durably
+from cache_tools.errors import FormatError, UnsafeFileError
+from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 
 
 class OriginRecord(Frozen):
@@ -39,10 +40,16 @@ def origin_file(path: Path) -> Path:
 
 
 def read_origin(path: Path) -> OriginRecord | None:
-    """The record beside a cache; None if it has none, or one that cannot be read."""
+    """The record beside a cache; None if it has none, or one that cannot be read.
+
+    Raises:
+        UnsafeFileError: a link or a pipe is in its place.
+    """
+    file = origin_file(path)
     try:
-        check_file(origin_file(path), MAX_METADATA_BYTES)
-        return OriginRecord.model_validate_json(origin_file(path).read_bytes())
+        return OriginRecord.model_validate_json(SafeFolder(file.parent).read_bytes(file.name, MAX_METADATA_BYTES))
+    except UnsafeFileError:
+        raise
     except (OSError, ValidationError, FormatError):
         return None
 
@@ -52,16 +59,22 @@ def write_origin(path: Path, record: OriginRecord) -> None:
 
     Raises:
         OSError: a full or read-only disk.
+        UnsafeFileError: a link or a pipe is in its place.
     """
-    put_durably(origin_file(path), json.dumps(record.model_dump(mode="json"), indent=2).encode())
+    file = origin_file(path)
+    SafeFolder(file.parent).put(file.name, json.dumps(record.model_dump(mode="json"), indent=2).encode())
 
 
 def mirrors_of(url: str, home: Path) -> list[tuple[Path, OriginRecord]]:
     """The caches of a home that mirror a URL or are used in its place, the most recently staged first."""
     found = []
-    for file in home.glob(".*.origin"):
-        path = home / file.name.removeprefix(".").removesuffix(".origin")
-        record = read_origin(path)
-        if record is not None and record.url == url and (path / "zarr.json").is_file():
-            found.append((file.stat().st_mtime, path, record))
-    return [(path, record) for _, path, record in sorted(found, key=lambda each: each[0], reverse=True)]
+    with suppress(FileNotFoundError, NotADirectoryError):
+        folder = SafeFolder(home)
+        for entry in folder.entries():
+            if not (entry.is_file and entry.name.startswith(".") and entry.name.endswith(".origin")):
+                continue
+            path = home / entry.name.removeprefix(".").removesuffix(".origin")
+            record = read_origin(path)
+            if record is not None and record.url == url and SafeFolder(path).is_file("zarr.json"):
+                found.append((folder.age_s(entry.name), path, record))
+    return [(path, record) for _, path, record in sorted(found, key=lambda each: each[0])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 import string
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, NotFoundError, RecipeError, StorageError, UnknownFormatError, printable
 from cache_tools.files import HOME_VARIABLE as HOME_VARIABLE
+from cache_tools.files import SafeFolder
 from cache_tools.files import cache_home as cache_home
 from cache_tools.format import commits
 from cache_tools.format.manifest import Manifest
@@ -128,8 +130,12 @@ def find(reference: str) -> CacheRecord:
 
 
 def is_cache(path: Path) -> bool:
-    """Whether `path` is a folder with a zarr.json."""
-    return os.path.isfile(path / "zarr.json")
+    """Whether `path` is a folder with a zarr.json: reading it shows whether that is one of a cache."""
+    try:
+        status = SafeFolder(path).status("zarr.json")
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return False
+    return status is not None and not stat.S_ISDIR(status.st_mode)
 
 
 def list_caches(home: Path | None = None) -> list[CacheRecord]:
@@ -162,9 +168,9 @@ def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecor
         size: its `size_and_time`, if known.
     """
     size_bytes, modified_s = size_and_time(path) if size is None else size
-    origin = read_origin(path)
     try:
-        manifest = read_manifest(path)
+        origin, manifest = read_origin(path), read_manifest(path)
+        views_done = len(read_complete_views(path, manifest))
     except CacheError as error:
         name = printable(re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX)))
         times = {"modified_s": modified_s, "used_s": max(modified_s, _used_s(path))}
@@ -173,7 +179,7 @@ def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecor
         path=path,
         origin=origin.url if origin is not None and origin.is_mirror else None,
         **manifest_fields(manifest),
-        views_done=len(read_complete_views(path, manifest)),
+        views_done=views_done,
         size_bytes=size_bytes,
         modified_s=modified_s,
         used_s=max(modified_s, _used_s(path)),
@@ -204,9 +210,13 @@ def manifest_fields(manifest: Manifest) -> dict[str, Any]:
 
 
 def mark_used(path: Path) -> None:
-    """Record that a cache is used now, for `ls` and `prune`. Does nothing where the home is read-only."""
+    """Record that a cache is used now, for `ls` and `prune`. Does nothing where the home is read-only.
+
+    The file is replaced, not touched: it may be a hard link to a file of somebody else.
+    """
     try:
-        used_file(path).touch()
+        file = used_file(path)
+        SafeFolder(file.parent).put(file.name, b"", durable=False)
     except OSError:  # on a read-only share, its owner decides what is pruned
         return
 
@@ -219,7 +229,7 @@ def used_file(path: Path) -> Path:
 def read_complete_views(path: Path, manifest: Manifest) -> list[int]:
     """The complete views of a cache, from the names of its commit files."""
     try:
-        names = os.listdir(path / commits.COMMITS)
+        names = SafeFolder(path).names(commits.COMMITS)
     except OSError:
         return []
     return complete_views(names, manifest)
@@ -233,7 +243,7 @@ def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
 
 def _used_s(path: Path) -> float:
     try:
-        return used_file(path).stat().st_mtime
+        return used_file(path).lstat().st_mtime
     except OSError:
         return 0.0
 

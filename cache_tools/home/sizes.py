@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from cache_tools.errors import FormatError
-from cache_tools.files import MAX_METADATA_BYTES, PARTIAL, check_file
+from cache_tools.errors import FormatError, UnsafeFileError
+from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 
 INDEX = ".sizes.json"
 SETTLED_S = 2.0  # a folder that changed this recently may change again within the resolution of its time
@@ -29,10 +28,11 @@ class Sizes:
     """Sizes of the caches in a home. Use as a context manager: leaving it writes the index if it has changed."""
 
     def __init__(self, home: Path) -> None:
-        self._file, self._used, self._changed = home / INDEX, _Index(), False
+        self._home, self._used, self._changed = SafeFolder(home), _Index(), False
         try:
-            check_file(self._file, MAX_METADATA_BYTES)
-            self._known = TypeAdapter(_Index).validate_json(self._file.read_bytes())
+            self._known = TypeAdapter(_Index).validate_json(self._home.read_bytes(INDEX, MAX_METADATA_BYTES))
+        except UnsafeFileError:
+            raise
         except (OSError, ValidationError, FormatError):
             self._known = _Index()
 
@@ -55,13 +55,8 @@ class Sizes:
         return size_bytes, modified_s
 
     def _write(self) -> None:
-        temporary = self._file.with_name(f"{INDEX}.{uuid.uuid4().hex}{PARTIAL}")
-        try:
-            temporary.write_text(json.dumps(self._used))
-            temporary.replace(self._file)
-        except OSError:  # a read-only home: the sizes are computed again next time
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only home: the sizes are computed again next time
+            self._home.put(INDEX, json.dumps(self._used).encode(), durable=False)
 
 
 def size_and_time(path: Path) -> tuple[int, float]:
@@ -74,7 +69,7 @@ def size_and_time(path: Path) -> tuple[int, float]:
                     folders.append(entry.path)
                     continue
                 with suppress(OSError):  # a builder has just renamed the file
-                    status = entry.stat()
+                    status = entry.stat(follow_symlinks=False)
                     total, newest = total + status.st_size, max(newest, status.st_mtime)
     return total, newest
 
@@ -85,6 +80,7 @@ def _folder_times(path: Path) -> tuple[str, float]:
     with suppress(OSError):
         times[""] = path.stat().st_mtime_ns
         with os.scandir(path) as found:
-            times |= {entry.name: entry.stat().st_mtime_ns for entry in found if entry.is_dir()}
+            folders = (entry for entry in found if entry.is_dir(follow_symlinks=False))
+            times |= {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in folders}
     text = json.dumps(times, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), max(times.values(), default=0) / 1e9

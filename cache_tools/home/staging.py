@@ -9,7 +9,6 @@ block is staged once.
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ import numpy.typing as npt
 
 from cache_tools.console import Progress, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
-from cache_tools.files import PARTIAL, rename_unless_exists, sync_folder
+from cache_tools.files import PARTIAL, SafeFolder, remove_leftover, rename_unless_exists, sync_folder
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.home.origin import OriginRecord, mirrors_of, read_origin, write_origin
@@ -161,7 +160,7 @@ class Origin:
         wanted = [BlockId(view, block) for block in range(manifest.num_blocks) if in_store[block]]
 
         def is_staged(block: BlockId) -> bool:
-            return (self.mirror / block.commit_key).exists()
+            return SafeFolder(self.mirror).exists(block.commit_key)
 
         def list_staged() -> set[BlockId]:
             return set(filter(is_staged, wanted))
@@ -254,7 +253,8 @@ def stage_metadata(place: Place, mirror: Path, manifest: Manifest) -> list[int]:
         except OSError as error:
             raise storage_error(error) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                remove_leftover(temporary)
         if not is_cache(mirror):
             raise StorageError(
                 "cannot make a mirror here: the place is taken", where=mirror, next_step="remove what is there"
@@ -289,7 +289,7 @@ def _open_folder(folder: Path) -> int:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            return os.open(folder, os.O_RDONLY)
+            return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _has_every_view(mirror: Path, manifest: Manifest) -> bool:

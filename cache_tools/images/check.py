@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from cache_tools.console import Progress
-from cache_tools.errors import DataError, printable
-from cache_tools.files import cache_home, put_durably
+from cache_tools.errors import DataError, UnsafeFileError, printable
+from cache_tools.files import SafeFolder, cache_home
 from cache_tools.images.decode import SET_RANGE, Finding, PixelRules, examine_image, whole_images_only
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
@@ -164,17 +164,21 @@ class _Memory:
             self.notable[key.hex()] = finding
 
     def save(self) -> None:
-        """Write the memory together with what other processes have written since; without a writable home, do not."""
+        """Write the memory together with what other processes have written since.
+
+        Without a writable home, or with a link in its place, do not.
+        """
         stored = _read_memory(self.path)
         new = np.frombuffer(b"".join(self.added), np.uint8).reshape(-1, KEY_BYTES)
         self.ordinary = np.unique(np.concatenate([self.ordinary, stored.ordinary, _as_items(new)]))
         self.notable = stored.notable | self.notable
         self.added = []
         data = {key: {name: value for name, value in asdict(f).items() if value} for key, f in self.notable.items()}
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            put_durably(self.path.with_suffix(".keys"), self.ordinary.tobytes())
-            put_durably(self.path.with_suffix(".json"), json.dumps(data).encode())
+        with suppress(OSError, UnsafeFileError):
+            folder = _home_folder(self.path.parent)
+            folder.make_folder()
+            folder.put(f"{self.path.name}.keys", self.ordinary.tobytes())
+            folder.put(f"{self.path.name}.json", json.dumps(data).encode())
 
 
 @cache
@@ -187,14 +191,20 @@ def _memory(folder: Path, rules: PixelRules) -> _Memory:
 
 
 def _read_memory(path: Path) -> _Memory:
-    """A memory from its files; an empty one if they are missing or damaged."""
+    """A memory from its files; an empty one if they are missing or damaged, or links."""
+    folder = _home_folder(path.parent)
     try:
-        keys = np.frombuffer(path.with_suffix(".keys").read_bytes(), np.uint8).reshape(-1, KEY_BYTES)
-        stored = json.loads(path.with_suffix(".json").read_bytes())
+        keys = np.frombuffer(folder.read_bytes(f"{path.name}.keys"), np.uint8).reshape(-1, KEY_BYTES)
+        stored = json.loads(folder.read_bytes(f"{path.name}.json"))
         notable = {key: _finding(fields) for key, fields in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, UnsafeFileError, ValueError, TypeError, AttributeError):
         keys, notable = np.empty((0, KEY_BYTES), np.uint8), {}
     return _Memory(path, _as_items(keys), notable)
+
+
+def _home_folder(path: Path) -> SafeFolder:
+    """A folder of the cache home, where other users may also write; links in it are not followed."""
+    return SafeFolder(path.parent).below(path.name)
 
 
 def _finding(fields: dict[str, Any]) -> Finding:
@@ -265,9 +275,10 @@ def _list_file(problems: dict[str, str]) -> str:
     text = "".join(f"{place}\t{problem}\n" for place, problem in problems.items()).encode(errors="surrogateescape")
     path = cache_home() / MEMORY / f"damaged-{hashlib.blake2b(text, digest_size=4).hexdigest()}.txt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put_durably(path, text)
-    except OSError:
+        folder = _home_folder(path.parent)
+        folder.make_folder()
+        folder.put(path.name, text)
+    except (OSError, UnsafeFileError):
         return ""
     return f" (all of them are in {path})"
 

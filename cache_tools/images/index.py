@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.console import Progress
-from cache_tools.errors import DataError
-from cache_tools.files import cache_home, put_durably
+from cache_tools.errors import DataError, FormatError, UnsafeFileError
+from cache_tools.files import SafeFolder, cache_home
 from cache_tools.images.formats import CAMERA_RAW, EXTENSIONS, HEAD_BYTES, identify, is_decodable, no_decoder
 from cache_tools.images.image_set import KEY_BYTES, sample_key
 
@@ -280,10 +280,8 @@ def _load(path: Path) -> pl.DataFrame | None:
     import polars as pl
 
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-            return None
-        stored = pl.read_parquet(io.BytesIO(path.read_bytes()))
-    except (OSError, pl.exceptions.PolarsError):
+        stored = pl.read_parquet(io.BytesIO(_folder(path).read_bytes(path.name, _MAX_BYTES)))
+    except (OSError, FormatError, pl.exceptions.PolarsError):
         return None
     whole = dict(stored.schema) == _schema() and not any(stored.null_count().row(0))
     whole = whole and bool((stored["key"].bin.size() == KEY_BYTES).all()) and not stored["path"].is_duplicated().any()
@@ -308,7 +306,7 @@ def _look_up(found: FoundFiles, stored: pl.DataFrame | None) -> tuple[npt.NDArra
 
 
 def _store(path: Path, found: FoundFiles, keys: npt.NDArray[np.uint8], formats: Sequence[str | None]) -> None:
-    """Replace the stored index; without a writable home, do nothing."""
+    """Replace the stored index; without a writable home, or with a link in its place, do nothing."""
     import polars as pl
 
     table = _columns(found).with_columns(
@@ -317,6 +315,12 @@ def _store(path: Path, found: FoundFiles, keys: npt.NDArray[np.uint8], formats: 
     table = table.filter(pl.col("changed_ns") < time.time_ns() - _YOUNG_NS).drop_nulls("format")
     buffer = io.BytesIO()
     table.write_parquet(buffer, compression="zstd")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put_durably(path, buffer.getbuffer())
+    with suppress(OSError, UnsafeFileError):
+        folder = _folder(path)
+        folder.make_folder()
+        folder.put(path.name, buffer.getbuffer())
+
+
+def _folder(path: Path) -> SafeFolder:
+    """The folder of an index in the cache home, where other users may also write; links in it are not followed."""
+    return SafeFolder(path.parent.parent).below(path.parent.name)

@@ -8,7 +8,6 @@ parameters.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,8 @@ import zarr
 
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
-from cache_tools.errors import CacheError, FormatError
-from cache_tools.files import MAX_METADATA_BYTES, check_file, put_durably, sync_folder
+from cache_tools.errors import CacheError, FormatError, UnsafeFileError
+from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec, constant_shapes, target_arrays
 from cache_tools.format.commits import BlockId
@@ -35,7 +34,7 @@ from cache_tools.store.group import check_chunks, open_array, open_group, read_m
 WORKERS = 8
 METADATA = "zarr.json"
 
-Cure = Literal["block", "metadata", "copy"]
+Cure = Literal["block", "metadata", "copy", "remove"]
 
 
 class Problem(Frozen):
@@ -43,7 +42,7 @@ class Problem(Frozen):
 
     Attributes:
         cure: `block`: drop the commit and compute the block again; `metadata`: rewrite it from the manifest; `copy`:
-            only a copy of the cache or a new build helps.
+            only a copy of the cache or a new build helps; `remove`: a link or a pipe, which only the user removes.
     """
 
     where: str
@@ -129,23 +128,23 @@ def repair(path: Path, verification: Verification) -> Repair:
 
     The command that made the cache then computes only the dropped blocks.
     """
-    manifest = read_manifest(path)
+    manifest, folder = read_manifest(path), SafeFolder(path)
     dropped, rewritten = set(), []
     expected: dict[str, Any] = {}
     for problem in verification.problems:
         with translate_errors(problem.where):
             if problem.cure == "block" and problem.view is not None and problem.block is not None:
                 block = BlockId(problem.view, problem.block)
-                (path / block.commit_key).unlink(missing_ok=True)
+                folder.remove(block.commit_key)
                 dropped.add(block)
             elif problem.cure == "metadata":
                 expected = expected or metadata_files(manifest)
                 name = str(Path(problem.where).relative_to(path))
-                (path / name).parent.mkdir(exist_ok=True)  # the whole array may be missing
-                put_durably(path / name, json.dumps(expected[name], indent=2).encode())
-                sync_folder(path)
+                folder.make_folder(name.rpartition("/")[0])  # the whole array may be missing
+                folder.put(name, json.dumps(expected[name], indent=2).encode())
+                folder.sync()
                 rewritten.append(name)
-    left = tuple(problem for problem in verification.problems if problem.cure == "copy")
+    left = tuple(problem for problem in verification.problems if problem.cure in {"copy", "remove"})
     return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
 
 
@@ -166,7 +165,7 @@ class _Checker:
     def committed(self) -> list[BlockId]:
         """Blocks that have a commit file."""
         with translate_errors(self.path / commits.COMMITS):
-            return commits.parse_file_names(os.listdir(self.path / commits.COMMITS), self.manifest)
+            return commits.parse_file_names(SafeFolder(self.path).names(commits.COMMITS), self.manifest)
 
     def constant_problems(self) -> list[Problem]:
         """Check that labels, keys and constants are readable, finite, and those of the recipe."""
@@ -178,6 +177,8 @@ class _Checker:
             try:
                 found[name] = read_whole(self._group, self.path, name, self._layouts)
                 self.bytes += found[name].nbytes
+            except UnsafeFileError as error:
+                problems.append(_unsafe(error))
             except CacheError as error:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
         constants = {name: found[name] for name in shapes if name in found}
@@ -201,6 +202,8 @@ class _Checker:
 
         try:
             digests = self._read(self._arrays[commits.COMMITS], block).tolist()
+        except UnsafeFileError as error:
+            return [_unsafe(error, block)]
         except CacheError as error:
             return [problem(block.commit_key, f"damaged commit: {error.what}")]
         problems = []
@@ -209,8 +212,11 @@ class _Checker:
         for spec, digest in zip(self._specs, digests[1:], strict=True):
             if spec.name in self._damaged:
                 continue
-            if what := self._row_problem(spec, block, digest):
-                problems.append(problem(spec.name, what))
+            try:
+                if what := self._row_problem(spec, block, digest):
+                    problems.append(problem(spec.name, what))
+            except UnsafeFileError as error:
+                problems.append(_unsafe(error, block))
         return problems
 
     def _row_problem(self, spec: ArraySpec, block: BlockId, digest: int) -> str | None:
@@ -218,6 +224,8 @@ class _Checker:
         try:
             check_chunks(spec, self.manifest, self.path, block.view, selected.start, selected.stop)
             rows = self._read(self._arrays[spec.name], (block.view, selected))
+        except UnsafeFileError:
+            raise
         except CacheError as error:
             return error.what
         if not np.isfinite(rows).all():
@@ -242,12 +250,14 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     for name, expected in metadata_files(manifest).items():
         file = path / name
         try:
-            check_file(file, MAX_METADATA_BYTES)
-            found = json.loads(file.read_bytes())
+            found = json.loads(SafeFolder(path).read_bytes(name, MAX_METADATA_BYTES))
             if not isinstance(found, dict):
                 raise ValueError("not an object")
         except FileNotFoundError:
             yield Problem(where=str(file), what="missing metadata", cure="metadata")
+            continue
+        except UnsafeFileError as error:
+            yield _unsafe(error, file=file)
             continue
         except (OSError, ValueError, RecursionError, FormatError):
             yield Problem(where=str(file), what="metadata that cannot be read", cure="metadata")
@@ -260,6 +270,13 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
             what = f"metadata differs from what the manifest requires: {', '.join(keys)}"
             yield Problem(where=str(file), what=what, cure="metadata")
+
+
+def _unsafe(error: UnsafeFileError, block: BlockId | None = None, *, file: Path | None = None) -> Problem:
+    """The problem of a link or a pipe, of which nothing was read."""
+    what = f"{error.what}, but {error.found}"
+    view, number = (None, None) if block is None else block
+    return Problem(where=str(file or error.where), what=what, cure="remove", view=view, block=number)
 
 
 def _has_more_views(found: dict[str, Any], expected: dict[str, Any]) -> bool:

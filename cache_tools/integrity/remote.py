@@ -64,7 +64,7 @@ def repair(place: Place, verification: Verification) -> Repair:
             name = problem.where.removeprefix(f"{place}/")
             place.put(name, json.dumps(expected[name], indent=2).encode())
             rewritten.append(name)
-    left = tuple(problem for problem in verification.problems if problem.cure == "copy")
+    left = tuple(problem for problem in verification.problems if problem.cure in {"copy", "remove"})
     return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 
-from cache_tools.errors import StorageError
+from cache_tools.errors import CacheError, FormatError, StorageError, UnsafeFileError
 from cache_tools.format.commits import BlockId
 from cache_tools.places import Place
 
@@ -40,6 +40,7 @@ _IN_USE_VIEW = (1 << 31) + 1
 
 _CLAIM_NAME = re.compile(r"([0-9]+)\.([0-9]+)\.([0-9]+)")
 _CLOCK_PREFIX = "now."
+_MAX_CLAIM_BYTES = 1 << 16
 
 
 class Claims:
@@ -198,7 +199,7 @@ class Claims:
                         released = self._held.get(block) != claim
                     if released:  # during our write, which has just created the file again
                         self._delete([claim])
-                except StorageError:  # try again at the next heartbeat; the writer meets the same error and reports it
+                except CacheError:  # try again at the next heartbeat; the writer meets the same error and reports it
                     continue
 
 
@@ -280,14 +281,16 @@ def newest_claims(place: Place) -> dict[BlockId, ClaimFile]:
 def owner_is_gone(place: Place, claim: ClaimFile) -> bool:
     """Whether a claim is of a process of this machine that has ended: then nobody need wait until it expires."""
     try:
-        content = json.loads(place.read(claim.key))
+        content = json.loads(place.read(claim.key, _MAX_CLAIM_BYTES))
         if content["machine"] != machine_name() or os.name == "nt":  # there, os.kill(pid, 0) disturbs the process
             return False
         os.kill(int(content["pid"]), 0)
         return bool(_start_time(int(content["pid"])) != content["started"])
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except UnsafeFileError:
+        raise
+    except (OSError, FormatError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False  # the claim is gone or damaged, or the process is another user's
 
 

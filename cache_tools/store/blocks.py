@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.errors import FormatError, IncompleteError, NotFoundError
+from cache_tools.errors import FormatError, IncompleteError, NotFoundError, UnsafeFileError
+from cache_tools.files import SafeFolder
 from cache_tools.format import commits
 from cache_tools.format.manifest import Manifest
 from cache_tools.store.group import translate_errors
@@ -99,7 +99,7 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
     columns = table.shape[2]
     found = np.zeros((manifest.num_views, manifest.num_blocks, columns), dtype=np.uint64)
     with translate_errors(folder):
-        ids = commits.parse_file_names(os.listdir(folder), manifest)
+        ids = commits.parse_file_names(SafeFolder(path).names(commits.COMMITS), manifest)
     if not ids:
         return found
     views, blocks = np.array(ids).T
@@ -123,6 +123,8 @@ def _find_damaged_commit(
     for block in ids:
         try:
             table[block.view, block.block]
+        except UnsafeFileError as error:
+            return error
         except Exception:  # codecs raise anything
             return FormatError(
                 "damaged commit",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, FormatError, NotFoundError
-from cache_tools.files import MAX_METADATA_BYTES, check_file
+from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec
 from cache_tools.format.layout import Layouts
@@ -35,9 +35,8 @@ def read_manifest(path: Path) -> Manifest:
         StorageError: the file cannot be read.
     """
     file = path / "zarr.json"
-    check_file(file, MAX_METADATA_BYTES)
     try:
-        group = json.loads(file.read_bytes())
+        group = json.loads(SafeFolder(path).read_bytes(file.name, MAX_METADATA_BYTES))
         attributes = group["attributes"]
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.exists():
@@ -90,9 +89,9 @@ def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> np
     Raises:
         FormatError: the array is missing, damaged or stored differently, or a number is not finite.
     """
-    array = open_array(group, path, name, layouts)
+    array, folder = open_array(group, path, name, layouts), SafeFolder(path).below(name)
     for chunk in layouts[name].chunk_names:
-        if not (path / name / chunk).exists():  # before memory is allocated for all chunks
+        if not folder.exists(chunk):  # before memory is allocated for all chunks
             raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
     with translate_errors(path / name):
         values = np.asarray(array[...])
@@ -108,8 +107,9 @@ def ignore_numcodecs_warning() -> None:
 
 def check_chunks(spec: ArraySpec, manifest: Manifest, path: Path, view: int, start: int, stop: int) -> None:
     """Raise FormatError unless the chunk files of samples `start` to `stop` exist; before memory is allocated."""
+    folder = SafeFolder(path).below(spec.name)
     for chunk in range(start // spec.chunk_rows, -(-stop // spec.chunk_rows)):
-        if not (path / spec.name / f"c.{view}.{chunk}.0").exists():
+        if not folder.exists(f"c.{view}.{chunk}.0"):
             raise damaged_block_error("a chunk is missing", path, spec, manifest, view, chunk * spec.chunk_rows)
 
 

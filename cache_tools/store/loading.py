@@ -13,7 +13,7 @@ import torch
 import zarr
 from zarr.buffer.cpu import NDBuffer
 
-from cache_tools.errors import FormatError, StorageError
+from cache_tools.errors import FormatError, StorageError, UnsafeFileError
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec
 from cache_tools.format.manifest import Manifest
@@ -81,6 +81,8 @@ def _find_damage(
     for block in range(manifest.num_blocks):
         try:
             array[view, manifest.block(block)]
+        except UnsafeFileError as unsafe:  # to compute the block again would not help
+            return unsafe
         except Exception:  # codecs raise anything
             row = block * manifest.block_rows
             return damaged_block_error("damaged or unreadable", path, spec, manifest, view, row, error.found)

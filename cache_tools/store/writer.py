@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import FormatError, MismatchError, StorageError
-from cache_tools.files import PARTIAL, remove_leftovers, rename_unless_exists, sync_folder, sync_tree
+from cache_tools.files import (
+    PARTIAL,
+    remove_leftover,
+    remove_leftovers,
+    rename_unless_exists,
+    sync_folder,
+    sync_tree,
+)
 from cache_tools.format import commits
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.layout import array_layouts
@@ -90,7 +97,8 @@ class CacheWriter:
                 rename_unless_exists(temporary, path)
                 sync_folder(path.parent)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                with suppress(OSError):
+                    remove_leftover(temporary)
         return cls.resume(path, manifest.fingerprint)
 
     @classmethod

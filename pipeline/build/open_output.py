@@ -6,13 +6,13 @@ their last bits, and blocks computed with different constants must not be mixed.
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
-from cache_tools.files import PARTIAL
+from cache_tools.files import PARTIAL, remove_leftover
 from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes, target_arrays
 from cache_tools.format.layout import array_layouts
@@ -191,4 +191,5 @@ def _remove(path: Path) -> None:
         path.rename(hidden)
     except FileNotFoundError:  # another builder on this machine has removed it
         return
-    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):
+        remove_leftover(hidden)

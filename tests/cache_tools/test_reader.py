@@ -19,6 +19,7 @@ from cache_tools.errors import (
     NotFoundError,
     StorageError,
 )
+from cache_tools.files import SafeFolder
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import FusionRecipe
 from cache_tools.reader import TeacherCache, ViewTargets
@@ -391,14 +392,14 @@ def test_an_unreadable_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pyte
     build(tmp_path / "c", MANIFEST, IMAGES)
     cache = TeacherCache.open(tmp_path / "c")
     assert cache.is_complete
-    real = Path.read_bytes
+    real = SafeFolder.read_bytes
 
-    def fail(self: Path) -> bytes:
-        if self.name == "c.1.2.0":
-            raise OSError(5, "Input/output error", str(self))
-        return real(self)
+    def fail(self: SafeFolder, name: str, limit: int | None = None) -> bytes:
+        if name.endswith("c.1.2.0"):
+            raise OSError(5, "Input/output error", str(self.path / name))
+        return real(self, name, limit)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(SafeFolder, "read_bytes", fail)
     with pytest.raises(StorageError, match=r"Input/output error.*c\.1\.2\.0"):
         cache.load_view(1)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,17 +104,27 @@ def permitted() -> bool:
 
 
 def _with_full_disk(case: Case, target: str, pattern: str, number: int, disk: Path) -> None:
-    opened, left = Path.open, number
+    opened, opened_at, left = Path.open, os.open, number
 
-    def watched(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+    def look(file: Path) -> None:
         nonlocal left
-        if "w" in mode and re.search(pattern, f"{self.parent.name}/{self.name}"):
+        if re.search(pattern, f"{file.parent.name}/{file.name}"):
             left -= 1
             if left == 0:
                 _fill(opened, _ballast(disk))
+
+    def watched(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "w" in mode:
+            look(self)
         return opened(self, mode, *args, **kwargs)
 
+    def watched_at(path: Any, flags: int, *args: Any, dir_fd: int | None = None, **kwargs: Any) -> int:
+        if flags & os.O_CREAT:
+            look(Path(path) if dir_fd is None else Path(os.readlink(f"/proc/self/fd/{dir_fd}"), path))
+        return opened_at(path, flags, *args, dir_fd=dir_fd, **kwargs)
+
     Path.open = watched  # type: ignore[method-assign]
+    os.open = watched_at
     case.run(target)
 
 

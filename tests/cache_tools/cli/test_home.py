@@ -70,7 +70,7 @@ def test_caches_of_a_bucket_are_listed_and_described(home: Path, server: str, tm
 
 
 def test_leftovers_of_killed_commands_are_pruned(home: Path) -> None:
-    old, young = (home / f".digits.zarr.{name}.partial" for name in ("old", "young"))
+    old, young = (home / f".digits.zarr.{digits * 16}.partial" for digits in ("0a", "0b"))
     for folder in (old, young):
         folder.mkdir()
         (folder / "labels").write_bytes(bytes(1000))

@@ -10,6 +10,7 @@ import pytest
 
 from cache_tools.codecs.presets import PresetName
 from cache_tools.errors import StorageError, UnknownFormatError
+from cache_tools.files import SafeFolder
 from cache_tools.format.commits import BlockId
 from cache_tools.home import housekeeping, registry
 from cache_tools.home.housekeeping import PruneRules
@@ -166,12 +167,14 @@ def test_a_cache_with_fields_of_a_newer_version_is_not_damaged(home: Path) -> No
 
 
 def test_an_unreadable_cache_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_bytes(path: Path) -> bytes:
-        if path == home / "a.zarr" / "zarr.json":
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        return path.open("rb").read()
+    read = SafeFolder.read_bytes
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    def read_bytes(folder: SafeFolder, name: str, limit: int | None = None) -> bytes:
+        if folder.path == home / "a.zarr" and name == "zarr.json":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder.path / name))
+        return read(folder, name, limit)
+
+    monkeypatch.setattr(SafeFolder, "read_bytes", read_bytes)
     found = {
         each.record.path.name: each for each in housekeeping.find_candidates(registry.list_caches(home), INCOMPLETE)
     }

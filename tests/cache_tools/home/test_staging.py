@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from cache_tools.errors import FormatError, IncompleteError, MismatchError, NotFoundError, StorageError
+from cache_tools.files import SafeFolder
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Fusion
-from cache_tools.home import origin, registry
+from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
 from cache_tools.places import LocalPlace, open_place
 from cache_tools.places.claims import Claims
@@ -158,10 +159,10 @@ def test_a_cache_built_here_is_no_mirror(proxy: FlakyProxy, url: str, monkeypatc
 def test_a_read_only_home_with_the_cache_works(proxy: FlakyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
 
-    def refuse(path: Path, data: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    def refuse(folder: SafeFolder, name: str, data: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder.path / name))
 
-    monkeypatch.setattr(origin, "put_durably", refuse)
+    monkeypatch.setattr(SafeFolder, "put", refuse)
     TeacherCache.open(url).load_view(2)
 
 

@@ -141,7 +141,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, reads: Reads, damage: str
     reads.clear()
     assert keys_of(opened(root)) == expected
     assert len(reads) == 7
-    if damage != "folder":
+    if damage not in {"folder", "fifo"}:  # these are not ours to replace
         reads.clear()
         opened(root)
         assert reads == ["notes.txt"]

@@ -105,7 +105,7 @@ def test_a_suspended_builder_notices_that_it_lost_its_block(place: Place) -> Non
 
 
 def test_claims_work_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(source: object, target: object) -> None:
+    def no_links(source: object, target: object, **_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted", str(target))
 
     monkeypatch.setattr(os, "link", no_links)
@@ -219,8 +219,8 @@ def test_half_written_claims_do_not_keep_the_folder(tmp_path: Path) -> None:
     folder = tmp_path.with_name(f".{tmp_path.name}.claims")
     with Claims(LocalPlace(tmp_path)) as claims:
         assert claims.claim(BlockId(0, 0))
-        (folder / "0.1.0.1.abc.partial").write_text("")
-        os.utime(folder / "0.1.0.1.abc.partial", (0, 0))
+        (folder / f"0.1.0.{'0a' * 16}.partial").write_text("")
+        os.utime(folder / f"0.1.0.{'0a' * 16}.partial", (0, 0))
     assert not folder.exists()
 
 

@@ -246,9 +246,10 @@ def test_resume_refuses_another_recipe_and_other_folders(tmp_path: Path) -> None
 
 def test_old_leftovers_are_removed(tmp_path: Path) -> None:
     writer = create(tmp_path / "c", MANIFEST, IMAGES)
-    old = [tmp_path / "c" / "commits" / "c.0.0.0.1.partial", tmp_path / ".c.1.partial", tmp_path / "c" / "z.1.partial"]
-    young = tmp_path / "c" / "commits" / "c.0.0.0.2.partial"
-    foreign = tmp_path / ".d.1.partial"
+    cache, end = tmp_path / "c", f"{'0a' * 16}.partial"
+    old = [cache / "commits" / f"c.0.0.0.{end}", tmp_path / f".c.{end}", cache / f"z.{end}"]
+    young = cache / "commits" / f"c.0.0.1.{end}"
+    foreign = tmp_path / f".d.{end}"
     old[1].mkdir()
     (old[1] / "labels").write_text("half")
     for path in (old[0], old[2], young, foreign):
@@ -264,7 +265,7 @@ def test_old_leftovers_are_removed(tmp_path: Path) -> None:
 def test_every_write_is_flushed_and_the_commit_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = create(tmp_path / "c", MANIFEST, IMAGES)
     events: list[tuple[str, str]] = []
-    real_fsync, real_replace = os.fsync, Path.replace
+    real_fsync, real_rename = os.fsync, os.rename
 
     def name_of(descriptor: int) -> str:
         return os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path / "c")
@@ -273,12 +274,12 @@ def test_every_write_is_flushed_and_the_commit_comes_last(tmp_path: Path, monkey
         events.append(("fsync", name_of(descriptor)))
         real_fsync(descriptor)
 
-    def replace(self: Path, target: Path) -> Path:
-        events.append(("rename", os.path.relpath(target, tmp_path / "c")))
-        return real_replace(self, target)
+    def rename(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        events.append(("rename", f"{name_of(dst_dir_fd)}/{target}"))
+        real_rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(os, "rename", rename)
     write(writer, tiny_targets(MANIFEST), [(1, 2)])
     steps = [(kind, name.split(".")[0] if kind == "fsync" else name) for kind, name in events]
     assert steps == [
