@@ -198,9 +198,13 @@ def dump_yaml(recipe: BaseModel) -> str:
     """The full recipe as YAML, defaults included, as `--show-recipe` prints it and results store it."""
     import yaml
 
+    values = recipe.model_dump(mode="json", context={"all_fields": True})
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    if text.replace("\n", "").isprintable():
+        return text
     return yaml.safe_dump(
-        recipe.model_dump(mode="json", context={"all_fields": True}), sort_keys=False, allow_unicode=True, width=100
-    )
+        values, sort_keys=False, width=100
+    )  # escapes what could affect a terminal, and reads the same
 
 
 def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:

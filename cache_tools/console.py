@@ -1,4 +1,4 @@
-"""Shared by all commands: one-line errors with exit code 2, progress on terminals and in logs, devices."""
+"""Shared by all commands: one-line errors with exit code 2, safe output, progress on terminals and in logs, devices."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, ParamSpec, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, ParamSpec, Self, TextIO
 
-from cache_tools.errors import CacheError, DeviceError, StorageError
+from cache_tools.errors import CacheError, DeviceError, StorageError, printable
 from cache_tools.system.quiet import quiet_libraries
 from cache_tools.units import duration
 
@@ -58,27 +58,79 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         kwargs.pop("version", None)
-        for stream in (sys.stdout, sys.stderr):  # escape characters that the terminal cannot show
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            with _interrupted_by_signals(), quiet_libraries():
-                function(*args, **kwargs)
-        except CacheError as error:
-            exit_with(str(error), 2)
-        except Stopped as stopped:
-            exit_with(f"Stopped by {stopped.name}. Run the same command again to resume.", 128 + stopped.number)
-        except KeyboardInterrupt:
-            exit_with("Interrupted. Run the same command again to resume.", 130)
-        except OSError as error:
-            if error.errno not in _STORAGE_ERRNOS:
-                raise
-            exit_with(str(storage_error(error)), 2)
+        with escaped_output():
+            try:
+                with interrupted_by_signals(), quiet_libraries():
+                    function(*args, **kwargs)
+            except CacheError as error:
+                exit_with(str(error), 2)
+            except Stopped as stopped:
+                exit_with(f"Stopped by {stopped.name}. Run the same command again to resume.", 128 + stopped.number)
+            except KeyboardInterrupt:
+                exit_with("Interrupted. Run the same command again to resume.", 130)
+            except OSError as error:
+                if error.errno not in _STORAGE_ERRNOS:
+                    raise
+                exit_with(str(storage_error(error)), 2)
 
     own = inspect.signature(function, eval_str=True)
     option = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=version_option())
     wrapper.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
     return wrapper
+
+
+class EscapedStream:
+    """A text stream that escapes everything in what is written but printable characters and line ends.
+
+    Whatever prints in a command (we, a library, a traceback) writes through it, so that no name in a received file
+    reaches a terminal as it is.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        if isinstance(stream, io.TextIOWrapper):  # and characters that the encoding of the terminal lacks
+            stream.reconfigure(errors="backslashreplace")
+        self.unescaped = stream
+
+    def write(self, text: str) -> int:
+        self.unescaped.write(printable(text, keep="\n"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """Inside, standard output and standard error are `EscapedStream`s."""
+    before = sys.stdout, sys.stderr
+    escape_output()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def escape_output() -> None:
+    """Make standard output and standard error `EscapedStream`s, for the rest of the process."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, EscapedStream):
+            setattr(sys, name, EscapedStream(stream))
+
+
+@contextmanager
+def unescaped_output() -> Iterator[None]:
+    """Inside, libraries may draw bars and colours: for downloads and trackers, which are given no raw names."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (getattr(stream, "unescaped", stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class Stopped(KeyboardInterrupt):
@@ -90,7 +142,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
+def interrupted_by_signals() -> Iterator[None]:
     """Let SIGTERM (Slurm, Kubernetes, `kill`) and SIGHUP (a lost terminal) end a command as Ctrl-C does.
 
     A scheduler may send the same signal several times at once: those that follow within REPEATED_S are ignored, so that
@@ -132,23 +184,35 @@ def version_option() -> Any:
 
 def exit_with(message: str, code: int) -> None:
     """Print one line on stderr and exit with `code`."""
-    print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
+    print_line(f"error: {message}" if code == 2 else message, file=sys.stderr)
     raise SystemExit(code)
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as indented JSON. Characters that could affect a terminal are escaped, as JSON allows."""
+    print(printable_json(json.dumps(value, indent=2, ensure_ascii=False)))
+
+
+def printable_json(text: str) -> str:
+    """The same JSON with `\\u…` for every character in a string that is not printable."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+
+
+def print_line(text: str, *, file: TextIO | None = None) -> None:
+    """Print text as one line, whatever names it holds: line ends in it are escaped too."""
+    print(printable(text), file=file, flush=True)
 
 
 def print_next(*words: object) -> None:
     """Print the command that usually follows, quoted for a shell."""
-    print(f"next: {shlex.join(str(word) for word in words)}")
+    print_line(f"next: {shlex.join(str(word) for word in words)}")
 
 
 def warn(message: str) -> None:
     """Print a warning as one line on stderr."""
-    print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print_line(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def storage_error(error: OSError) -> StorageError:
@@ -241,7 +305,7 @@ class Progress:
     _bar_is_shown: ClassVar[bool] = False
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0, summary: bool = False) -> None:
-        self.title, self.total, self.unit, self.done, self.summary = title, total, unit, done, summary
+        self.title, self.total, self.unit, self.done, self.summary = printable(title), total, unit, done, summary
         self._note = ""
         self._first, self._start = done, time.monotonic()
         self._last_line = self._start
@@ -252,6 +316,7 @@ class Progress:
         if self._bar is not None:
             Progress._bar_is_shown = True
             self._bar.start()
+            escape_output()  # rich has put streams of its own in place, which print above the bar
         return self
 
     def __exit__(
@@ -266,7 +331,7 @@ class Progress:
     def advance(self, count: int, note: str = "") -> None:
         """Count `count` more units as done; `note` (a loss, a metric) is shown after the figures."""
         self.done += count
-        self._note = note or self._note
+        self._note = printable(note) or self._note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rate=f"{self._rate_text()} {self._note}")
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
@@ -294,12 +359,13 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
         )
-        bar = RichProgress(*columns, console=Console(stderr=True))
+        terminal = getattr(sys.stderr, "unescaped", sys.stderr)  # a bar is drawn with control characters
+        bar = RichProgress(*columns, console=Console(file=terminal))
         self._task = bar.add_task(self.title, total=self.total, completed=self.done, rate="")
         return bar

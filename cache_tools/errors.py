@@ -113,9 +113,18 @@ class DivergedError(CacheError):
     """The loss or the logits are NaN or infinite."""
 
 
-def printable(text: str) -> str:
-    """Escape control characters and lone surrogates, so that the text cannot affect a terminal."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+def printable(text: str, keep: str = "") -> str:
+    """Escape control characters, marks that change the direction of text, invisible ones and lone surrogates.
+
+    Names in received files may hold any of them. Escaped, as `\\x1b` or `\\u202e`, they cannot affect a terminal,
+    forge a line or hide a part of a name.
+
+    Args:
+        keep: characters that stay as they are, such as the line ends of a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in keep else ascii(each)[1:-1] for each in text)
 
 
 def error_to_data(error: CacheError) -> dict[str, str | None]:

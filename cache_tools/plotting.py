@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from cache_tools.errors import printable
+
 # Okabe and Ito's palette: people with any common colour blindness can tell the colours apart.
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -59,8 +61,8 @@ def legend_above(axes: Any, patches: list[tuple[str, str]], points: Sequence[tup
 
 
 def plain(text: str) -> str:
-    """Escape dollar signs in a user's text, which would start a formula in matplotlib."""
-    return text.replace("$", r"\$")
+    """Escape control characters in a user's text, and dollar signs, which would start a formula in matplotlib."""
+    return printable(text).replace("$", r"\$")
 
 
 def shorten(text: str, max_length: int = 22) -> str:

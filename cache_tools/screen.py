@@ -39,7 +39,7 @@ class TextTable:
     """
 
     def __init__(self, titles: Sequence[str], *, names: int = 1, left: int | None = None, title: str = "") -> None:
-        self.titles, self.names, self.title = [printable(text) for text in titles], names, title
+        self.titles, self.names, self.title = [printable(text) for text in titles], names, printable(title)
         self.left = names if left is None else left
         self.rows: list[list[str]] = []
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache_tools.console import command
+from cache_tools.console import command, print_line
 from cache_tools.system.memory import keep_freed_memory
 from train.options import (
     DataDir,
@@ -153,7 +153,7 @@ def build_cache(
         print(json.dumps(estimate.model_dump() | {"verdict": estimate.verdict}) if as_json else estimate)
     else:
         if (note := folder_note(recipe, builtin_recipes())) is not None:
-            print(note, file=sys.stderr)
+            print_line(note, file=sys.stderr)
         _build(loaded, as_json)
 
 
@@ -181,7 +181,7 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
     from pipeline.build.cache import build_cache as build
 
     keep_freed_memory()
-    result = build(recipe, say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True))
+    result = build(recipe, say=lambda text: print_line(text, file=sys.stderr if as_json else sys.stdout))
     manifest = result.manifest
     rate = result.images / result.elapsed_s if result.elapsed_s else 0.0
     if as_json:
@@ -202,15 +202,17 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
         return
     if result.images:
         took = f"{duration(result.elapsed_s)} ({rate:,.0f} images/s)"
-        print(f"computed {result.images:,} images, each view counted, in {took}")
+        print_line(f"computed {result.images:,} images, each view counted, in {took}")
     if result.url:
-        print(f"{human_bytes(result.bytes_moved)} moved; the local mirror is {result.path}")
+        print_line(f"{human_bytes(result.bytes_moved)} moved; the local mirror is {result.path}")
     plural = "" if manifest.num_views == 1 else "s"
-    print(f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples")
+    print_line(
+        f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples"
+    )
     where = result.url or result.path
     for line in _about_fusion(result.preflight, manifest, where):
-        print(line)
-    print(f"next: {_next_step(recipe, manifest, where)}")
+        print_line(line)
+    print_line(f"next: {_next_step(recipe, manifest, where)}")
 
 
 def _about_fusion(

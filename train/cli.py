@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.console import command, print_json
+from cache_tools.console import command, print_json, print_line
+from cache_tools.errors import printable
 from cache_tools.system.memory import keep_freed_memory
 from train.options import (
     Cache,
@@ -170,7 +171,7 @@ def train_student(
 
     source = recipe or DEFAULT_RECIPE
     if (note := folder_note(source, builtin_recipes())) is not None:
-        print(note, file=sys.stderr)
+        print_line(note, file=sys.stderr)
     if loaded.loss.needs_targets:
         require_cache_of_folder(source, builtin_recipes(), None if cache else loaded.cache)
     keep_freed_memory()
@@ -178,7 +179,7 @@ def train_student(
     if as_json:
         print_json(result.model_dump(mode="json") | {"gain_over_labels": result.gain_over_labels})
     else:
-        print("\n".join([summary(result), *next_steps(result)]))
+        print("\n".join([summary(result), *map(printable, next_steps(result))]))
 
 
 def _number_or_name(text: str | None) -> str | float | None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from cache_tools.analysis.fidelity_bench import CodecCost
 from cache_tools.analysis.fidelity_table import CostTable
 from cache_tools.analysis.stats_text import new_table, percent
+from cache_tools.console import print_line
+from cache_tools.errors import printable
 from cache_tools.screen import TextTable
 from cache_tools.units import human_bytes
 
@@ -19,7 +21,7 @@ def print_costs(costs: CostTable) -> None:
     print(f"\n{_table(costs).text()}")
     print()
     for line in _notes(costs):
-        print(line)
+        print_line(line)
 
 
 def _heading(costs: CostTable) -> str:
@@ -31,7 +33,7 @@ def _heading(costs: CostTable) -> str:
     )
     return "\n".join(
         [
-            f"{costs.dataset}, cache {costs.fingerprint[:12]}: {samples} of view {costs.view}, "
+            f"{printable(costs.dataset)}, cache {costs.fingerprint[:12]}: {samples} of view {costs.view}, "
             f"{costs.classes} classes, store {costs.store}",
             f"compared with: the decoded targets of the cache ({costs.reference})",
             f"student: {costs.student.what}; {student}",

@@ -8,6 +8,8 @@ from typing import Any
 import polars as pl
 
 from cache_tools.analysis.stats import About, TeacherStats
+from cache_tools.console import print_line
+from cache_tools.errors import printable
 from cache_tools.plotting import LABELS
 from cache_tools.screen import TextTable
 
@@ -23,14 +25,14 @@ def print_stats(stats: TeacherStats) -> None:
         print(f"\n{table.text()}")
     print()
     for line in _notes(stats):
-        print(line)
+        print_line(line)
 
 
 def heading(about: About) -> str:
     """The cache and the settings, in a few lines."""
     views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
     lines = [
-        f"{about.dataset}, cache {about.fingerprint[:12]}: {about.num_samples:,} samples × {views}, "
+        f"{printable(about.dataset)}, cache {about.fingerprint[:12]}: {about.num_samples:,} samples × {views}, "
         f"{len(about.class_names)} classes",
         _targets(about),
         f"softmax at temperature {about.temperature:g}; confident: probability ≥ {about.confident:g}",

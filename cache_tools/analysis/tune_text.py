@@ -10,6 +10,8 @@ import numpy as np
 from cache_tools.analysis.stats_text import new_table, number, percent
 from cache_tools.analysis.tune import TuneResult
 from cache_tools.analysis.tune_shares import ShareResult
+from cache_tools.console import print_line
+from cache_tools.errors import printable
 from cache_tools.screen import TextTable
 
 _SURFACE_ROWS, _SURFACE_COLUMNS = 11, 9
@@ -22,12 +24,12 @@ def print_tuning(result: TuneResult) -> None:
         print(f"\n{table.text()}")
     print()
     for line in _notes(result):
-        print(line)
+        print_line(line)
     cache = shlex.quote(result.path)
     print(f"Options for the build of another cache:\n  {result.build_options}")
     print("With this cache, fuse while you train or make a fused cache:")
-    print(f"next: train-student --cache {cache} {result.train_options}")
-    print(f"next: cache-tools fuse {cache} {result.train_options}")
+    print_line(f"next: train-student --cache {cache} {result.train_options}")
+    print_line(f"next: cache-tools fuse {cache} {result.train_options}")
 
 
 def print_shares(result: ShareResult) -> None:
@@ -46,18 +48,19 @@ def print_shares(result: ShareResult) -> None:
             number(setting.ece),
         )
     print(f"\n{table.text()}\n")
-    print(f"{len(result.tried)} mixes tried. ±: standard error over samples; ECE in 15 bins.")
+    print_line(f"{len(result.tried)} mixes tried. ±: standard error over samples; ECE in 15 bins.")
     cache = shlex.quote(result.path)
     print(f"Options for the build of another cache:\n  {result.build_options}")
     print("With this cache, fuse while you train or make a fused cache:")
-    print(f"next: train-student --cache {cache} {result.train_options}")
-    print(f"next: cache-tools fuse {cache} {result.fuse_options}")
+    print_line(f"next: train-student --cache {cache} {result.train_options}")
+    print_line(f"next: cache-tools fuse {cache} {result.fuse_options}")
 
 
 def heading(result: TuneResult | ShareResult) -> str:
     views = f"view {result.views[0]}" if len(result.views) == 1 else f"{len(result.views)} views"
+    dataset = printable(result.dataset)
     return (
-        f"{result.dataset}, cache {result.fingerprint[:12]}: chosen on {result.samples_chosen_on:,} samples, "
+        f"{dataset}, cache {result.fingerprint[:12]}: chosen on {result.samples_chosen_on:,} samples, "
         f"{result.samples_held_out:,} held out (seed {result.seed}), × {views}; temperature {result.temperature:g}"
     )
 

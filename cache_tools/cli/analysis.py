@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache_tools.cli.options import AsJson, Cache, Device, Temperature, View, parse_clip_scale, parse_views
-from cache_tools.console import print_json, print_next
+from cache_tools.console import print_json, print_line, print_next
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache
@@ -69,7 +69,7 @@ def stats_command(
 
     print_stats(found)
     if folder is not None:
-        print(f"Tables and plots are in {folder.path}")
+        print_line(f"Tables and plots are in {folder.path}")
     if len(found.about.sources) > 1:
         print_next("cache-tools", "tune-fusion", reference)
     else:
@@ -142,7 +142,7 @@ def tune_command(
 
     print_tuning(result)
     if plot is not None:
-        print(f"The surface is in {plot}")
+        print_line(f"The surface is in {plot}")
 
 
 def _tune_shares(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cache_tools.cli.options import CODEC_HELP, AsJson, BlockRows, Cache, NewFolder
-from cache_tools.console import print_json, print_next, warn
+from cache_tools.console import print_json, print_line, print_next, printable_json, warn
 from cache_tools.errors import RecipeError
 from cache_tools.home.sizes import size_and_time
 from cache_tools.places import local_folder
@@ -44,7 +44,7 @@ def fidelity_command(
         raise RecipeError("bad --temperature", expected="a number above 0", found=temperatures)
     found = measure(TeacherCache.open(reference), tuple(codec or ()), temperatures=temperatures, rows=rows, view=view)
     if as_json:
-        print(found.model_dump_json(indent=2))
+        print(printable_json(found.model_dump_json(indent=2)))
         return
     from cache_tools.analysis.fidelity_text import print_costs
 
@@ -86,11 +86,11 @@ def recode_command(
         print_json(done.model_dump(mode="json") | sizes)
         return
     there = f", {done.blocks_there} already there" if done.blocks_there else ""
-    print(f"{_blocks(done.blocks)} converted{there}: {done.path}")
+    print_line(f"{_blocks(done.blocks)} converted{there}: {done.path}")
     if done.blocks_missing:
-        print(f"{_blocks(done.blocks_missing)} not in {done.source} yet: run this again when the source has more")
+        print_line(f"{_blocks(done.blocks_missing)} not in {done.source} yet: run this again when the source has more")
     else:
-        print(f"{human_bytes(sizes['bytes'])}, from {human_bytes(sizes['source_bytes'])}")
+        print_line(f"{human_bytes(sizes['bytes'])}, from {human_bytes(sizes['source_bytes'])}")
         print_next("train-student", "--cache", done.path)
 
 

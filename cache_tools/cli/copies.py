@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cache_tools.cli.options import AsJson, LocalCache, SourcePlace, TargetPlace
-from cache_tools.console import print_json, print_next
+from cache_tools.console import print_json, print_line, print_next
 from cache_tools.errors import FormatError, NotFoundError, UnknownFormatError
 from cache_tools.home import registry
 from cache_tools.places import LocalPlace, Place, is_remote, local_folder, open_place
@@ -59,10 +59,10 @@ def _copy(source: Place, target: Place, title: str, as_json: bool) -> None:
     if as_json:
         print_json(done.model_dump(mode="json"))
         return
-    print(f"{done.source} → {done.target}")
-    print(f"{done.blocks} blocks copied, {done.blocks_there} already there, {human_bytes(done.bytes)} written")
+    print_line(f"{done.source} → {done.target}")
+    print_line(f"{done.blocks} blocks copied, {done.blocks_there} already there, {human_bytes(done.bytes)} written")
     if done.blocks_missing:
-        print(f"{done.blocks_missing} blocks are not built yet: run this again when they are")
+        print_line(f"{done.blocks_missing} blocks are not built yet: run this again when they are")
     elif title == "pull":
         print_next("train-student", "--cache", done.target)
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_tools.config import Frozen
+from cache_tools.console import print_line
 from cache_tools.derive.lineage import Source, lineage
 from cache_tools.errors import NotFoundError, printable
 from cache_tools.format import commits
@@ -103,7 +104,7 @@ def print_table(records: Sequence[CacheRecord] | Sequence[RemoteRecord]) -> None
     print((small if small.fits(width) and not whole.fits(width) else whole).text(width))
     for record in records:
         if record.problem:
-            print(f"{record.name} {'cannot be opened' if record.unknown else 'is damaged'}: {record.problem}")
+            print_line(f"{record.name} {'cannot be opened' if record.unknown else 'is damaged'}: {record.problem}")
 
 
 def _table(records: Sequence[CacheRecord] | Sequence[RemoteRecord], left_out: Set[str] = frozenset()) -> TextTable:
@@ -256,4 +257,4 @@ def _flat(value: Any) -> str:
 
 
 def _line(key: str, value: str) -> None:
-    print(f"{printable(key) + ':':<22} {printable(value)}")
+    print_line(f"{printable(key) + ':':<22} {value}")

@@ -10,7 +10,7 @@ import typer
 
 from cache_tools.cli.options import AsJson, BlockRows, Cache, Device, NewFolder, parse_clip_scale
 from cache_tools.config import validate
-from cache_tools.console import print_json, print_next, warn
+from cache_tools.console import print_json, print_line, print_next, warn
 from cache_tools.errors import RecipeError
 from cache_tools.places import local_folder
 from cache_tools.refusion import describe_fusion
@@ -136,8 +136,8 @@ def _print_result(done: Fused) -> None:
     templates = ", ".join(str(len(clip.templates)) for clip in done.manifest.recipe.clips)
     print(describe_fusion(done.manifest) + (f", {templates} prompt templates" if templates else ""))
     there = f", {done.blocks_there} already there" if done.blocks_there else ""
-    print(f"{done.blocks} blocks fused{there}: {done.path}")
+    print_line(f"{done.blocks} blocks fused{there}: {done.path}")
     if done.blocks_missing:
-        print(f"{done.blocks_missing} blocks are not in {done.source} yet: run this again when they are")
+        print_line(f"{done.blocks_missing} blocks are not in {done.source} yet: run this again when they are")
     else:
         print_next("train-student", "--cache", done.path)

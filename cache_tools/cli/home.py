@@ -9,7 +9,7 @@ import typer
 from cache_tools import units
 from cache_tools.cli import describe
 from cache_tools.cli.options import AsJson, Cache, LocalCache, Yes
-from cache_tools.console import print_json
+from cache_tools.console import print_json, print_line
 from cache_tools.errors import StorageError
 from cache_tools.home import registry
 from cache_tools.home.listing import Filters, RemoteRecord, list_remote
@@ -63,9 +63,9 @@ def list_command(
     elif records:
         describe.print_table(records)
     elif filters == Filters():
-        print(f"No caches in {place}. Run `build-cache` to make one.")
+        print_line(f"No caches in {place}. Run `build-cache` to make one.")
     else:
-        print(f"No cache in {place} matches.")
+        print_line(f"No cache in {place} matches.")
 
 
 def info_command(reference: Cache, as_json: AsJson = False) -> None:
@@ -82,7 +82,7 @@ def info_command(reference: Cache, as_json: AsJson = False) -> None:
 
 def path_command(reference: LocalCache) -> None:
     """Print the folder of a cache."""
-    print(registry.resolve(reference))
+    print_line(str(registry.resolve(reference)))
 
 
 def rm_command(
@@ -104,7 +104,7 @@ def rm_command(
             what = f"the link {record.path} (the cache stays where it is, in {record.path.resolve()})"
         else:
             what = f"{record.path} ({human_bytes(record.size_bytes)})"
-        print(f"{'removing' if yes else 'would remove'} {what}")
+        print_line(f"{'removing' if yes else 'would remove'} {what}")
         if yes:
             housekeeping.remove(record.path)
     if not yes:
@@ -150,14 +150,14 @@ def _print_pruned(pruned: Pruned, rules: PruneRules, *, dry_run: bool) -> None:
     removed = "would remove" if dry_run else "removed"
     for candidate in pruned.candidates:
         verb = removed if candidate.kept_because is None else f"keeping ({candidate.kept_because})"
-        print(f"{verb} {candidate.record.path} ({human_bytes(candidate.record.size_bytes)}; {candidate.reason})")
+        print_line(f"{verb} {candidate.record.path} ({human_bytes(candidate.record.size_bytes)}; {candidate.reason})")
     for path, size_bytes in pruned.leftovers.items():
-        print(f"{removed} {path} ({human_bytes(size_bytes)}; left by a killed command)")
+        print_line(f"{removed} {path} ({human_bytes(size_bytes)}; left by a killed command)")
     if rules == type(rules)():
         print("No rule given: add --older-than, --unused-for, --keep-size or --incomplete.")
     else:
         hint = ". Add --yes to remove them." if dry_run and (pruned.removed or pruned.leftovers) else ""
-        print(f"{len(pruned.removed)} caches, {human_bytes(pruned.bytes_freed)}{hint}")
+        print_line(f"{len(pruned.removed)} caches, {human_bytes(pruned.bytes_freed)}{hint}")
     if rules.keep_bytes is not None and pruned.bytes_left > rules.keep_bytes:
         kept = human_bytes(pruned.bytes_left)
-        print(f"The cache home is still larger than --keep-size: the caches that were kept take {kept}.")
+        print_line(f"The cache home is still larger than --keep-size: the caches that were kept take {kept}.")

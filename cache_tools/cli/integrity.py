@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache_tools.cli.options import AsJson, Cache, Yes
-from cache_tools.console import print_json, print_next
+from cache_tools.console import print_json, print_line, print_next
+from cache_tools.errors import printable
 from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
 from cache_tools.places import is_remote, open_place
@@ -72,7 +73,7 @@ def verify_command(
         _print_verification(found)
         for check in (images_check, replayed):
             if check is not None:
-                print(check)
+                print(printable(str(check), keep="\n"))
         if not found.sound and wants_more:
             print("images and teachers were not checked: repair the cache first")
         if not found.sound:
@@ -105,14 +106,14 @@ def repair_command(reference: Cache, yes: Yes = False, as_json: AsJson = False) 
         print_json(done.model_dump(mode="json"))
         return
     for view, block in done.dropped:
-        print(f"dropped view {view}, block {block}")
+        print_line(f"dropped view {view}, block {block}")
     for name in done.rewritten:
-        print(f"rewrote {name}")
+        print_line(f"rewrote {name}")
     if done.rewritten:
         print("Run this command again: arrays with damaged metadata could not be checked.")
     for problem in done.left:
         advice = _REMOVE if problem.cure == "remove" else "pull a sound copy (cache-tools pull), or build it again"
-        print(f"not repaired: {problem.where}: {problem.what}; {advice}")
+        print_line(f"not repaired: {problem.where}: {problem.what}; {advice}")
     if done.dropped:
         print(_how_to_restore_blocks(found))
 
@@ -142,10 +143,10 @@ def _check_images(
 def _print_verification(found: Verification) -> None:
     for problem in found.problems[:SHOWN_PROBLEMS]:
         block = "" if problem.view is None else f" view {problem.view}, block {problem.block}"
-        print(f"{problem.where}{block}: {problem.what}")
+        print_line(f"{problem.where}{block}: {problem.what}")
     count = len(found.problems)
     if count > SHOWN_PROBLEMS:
-        print(f"… and {count - SHOWN_PROBLEMS} more (--json lists them all)")
+        print_line(f"… and {count - SHOWN_PROBLEMS} more (--json lists them all)")
     result = "sound" if found.sound else "1 problem" if count == 1 else f"{count} problems"
     advice = ". `cache-tools repair` drops damaged blocks; the command that made the cache then computes them again"
     print(

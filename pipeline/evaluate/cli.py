@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.console import command
+from cache_tools.console import command, printable_json
 from cache_tools.system.memory import keep_freed_memory
 from train.options import DataDir, Device, Download, ForwardBatchSize, ReportAsJson, RunArgument
 
@@ -106,7 +106,7 @@ def evaluate_student(
     options = validate(EvaluateOptions, given, where="options")
     report = evaluate(run, options)
     if as_json:
-        print(report.model_dump_json(indent=2))
+        print(printable_json(report.model_dump_json(indent=2)))
         return
     from pipeline.evaluate.text import print_report
 

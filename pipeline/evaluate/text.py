@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 
+from cache_tools.console import print_line
 from cache_tools.screen import TextTable, nats
 from pipeline.evaluate.report import EvaluationReport, RobustnessReport
 from train.evaluate.corruptions import SEVERITIES
@@ -19,7 +20,7 @@ def print_report(report: EvaluationReport) -> None:
     for table in _tables(report):
         print(f"{table.text()}\n")
     for note in _notes(report):
-        print(note)
+        print_line(note)
 
 
 def _tables(report: EvaluationReport) -> Iterable[TextTable]:

@@ -20,6 +20,7 @@ from cache_tools import console
 from cache_tools.config import dump_yaml
 from cache_tools.console import command
 from cache_tools.reader import TeacherCache
+from cache_tools.system import processes as processes_module
 from tests.support import tiny_build, tiny_run
 from tests.support.child import Child
 from train.run import train_student
@@ -32,7 +33,8 @@ MODULES = {
     "sweep-students": "train.sweep.cli",
     "cache-tools": "cache_tools.cli",
 }
-PATIENCE_S = 200.0
+PATIENCE_S, END_S = 200.0, 20.0
+SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
 @contextmanager
@@ -59,8 +61,8 @@ def stop_once(there: Callable[[], object], process: subprocess.Popen[str], *sign
     return printed.splitlines()[-1]
 
 
-def wait_for(there: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE_S
+def wait_for(there: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    end = time.monotonic() + patience_s
     while not there():
         assert time.monotonic() < end, "it did not get that far"
         time.sleep(0.01)
@@ -104,17 +106,69 @@ def test_a_run_resumes_and_ends_as_one_that_was_not_stopped(files: Path, tmp_pat
     assert all(one[name].equal(other[name]) for name in other)
 
 
-@pytest.mark.slow
-def test_the_processes_of_a_sweep_end_with_it(files: Path, tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path, epochs=2000, loggers=())
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.medium), *SLOW_SIGNALS])
+def test_the_processes_of_a_sweep_end_with_it(files: Path, tmp_path: Path, number: signal.Signals) -> None:
+    recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path, epochs=2000, evaluate_every=2000, loggers=())
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude={"out"})))
     options = [tmp_path / "recipe.yaml", "--students", "resnet8,resnet14", "--workers", 2, "--out", tmp_path / "sweep"]
     with started("sweep-students", *options) as sweep:
         wait_for(lambda: len(list(tmp_path.glob("sweep/trials/*/state.pt"))) == 2)
         workers = [pid for pid in processes() if parent(pid) == sweep.pid]
-        stop_once(lambda: True, sweep, signal.SIGTERM)
-    assert len(workers) == 2
+        assert len(workers) == 2
+        if number == signal.SIGKILL:
+            sweep.kill()
+            sweep.wait()
+            wait_for(lambda: not set(workers) & set(processes()), END_S)
+        else:
+            stop_once(lambda: True, sweep, number)
     assert not set(workers) & set(processes())
+
+
+def test_a_process_ends_if_its_parent_ended_before_it_looked(tmp_path: Path) -> None:
+    """It is started for a parent that is not its own, as if that had ended while the interpreter started."""
+    code = processes_module.code_for("cache_tools.cli").replace(f"parent={os.getpid()}", "parent=1")
+    code = code.replace(
+        "run('cache_tools.cli', ",
+        "import time, cache_tools.cli as cli; cli.main = lambda: time.sleep(60); run('cache_tools.cli', ",
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    assert child.wait(END_S) == -signal.SIGTERM
+
+
+def test_a_process_that_ignores_sigterm_is_killed() -> None:
+    def run() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        processes_module.end_with_parent(1, grace_s=0.2)
+        time.sleep(60)
+
+    assert Child(run).wait() is None, "it was killed"
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_pool_ends_with_the_process_that_uses_it(tmp_path: Path, number: signal.Signals) -> None:
+    """Its workers are at work on something long, or wait for work."""
+    code = (
+        "import os, time, pathlib\n"
+        "from cache_tools.system.processes import process_pool\n"
+        "pool = process_pool(2)\n"
+        "pids = {pool.submit(os.getpid).result() for _ in range(1)}\n"
+        "busy = pool.submit(time.sleep, 60)\n"
+        "time.sleep(1)\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    user = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        wait_for((tmp_path / "ready").exists)
+        children = [pid for pid in processes() if parent(pid) == user.pid]
+        assert len(children) >= 2
+        user.send_signal(number)
+        user.wait(END_S)
+        wait_for(lambda: not set(children) & set(processes()), END_S)
+    finally:
+        user.kill()
+        user.wait()
 
 
 @pytest.mark.medium

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_tools.console import command, print_next
-from cache_tools.errors import RecipeError
+from cache_tools.console import command, print_next, printable_json
+from cache_tools.errors import RecipeError, printable
 from train.options import DataDir, ReportAsJson, RunArgument
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def export_student(
 
     report = export(run, validate(ExportOptions, values, where="options"))
     if as_json:
-        print(report.model_dump_json(indent=2))
+        print(printable_json(report.model_dump_json(indent=2)))
     else:
         print(_table(report))
         print_next("report-students", run if run.is_dir() else run.parent)
@@ -99,7 +99,7 @@ def _table(report: ExportReport) -> str:
         f"Graphs read {kind} [{report.batch_size or 'N'}, 3, {height}, {width}]; see config.json.",
         f"Everything is in {report.folder}",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def main() -> None:

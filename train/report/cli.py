@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.console import command
+from cache_tools.console import command, print_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -40,7 +40,7 @@ def report_students(
     path = write_report(
         folders, out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)), trials=table, title=title
     )
-    print(f"{path}: {human_bytes(path.stat().st_size)}; open it in a browser, or add --open")
+    print_line(f"{path}: {human_bytes(path.stat().st_size)}; open it in a browser, or add --open")
     if open_it:
         typer.launch(path.absolute().as_uri())
 

@@ -12,10 +12,11 @@ from html import escape
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from cache_tools.errors import DataError, StorageError
+from cache_tools.errors import DataError, StorageError, printable
 from train.report.comparison import Comparison, compare
 from train.report.data import page_data
 from train.report.leaderboard import leaderboard
@@ -68,11 +69,14 @@ def render(comparison: Comparison, title: str = "") -> str:
     script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
     anchors = {trial: f"run-{number}" for number, trial in enumerate(comparison.trials)}
     heading = title or headline(comparison)
-    data = page_data(comparison)
-    parts = {
-        "title": escape(heading),
+    data = _printable(page_data(comparison))
+    ours = {
         "policy": escape(_policy(script), quote=True),
         "style": (page / "page.css").read_text(encoding="utf-8"),
+        "script": script,
+    }
+    parts = {
+        "title": escape(heading),
         "summary": summary(comparison),
         "facts": facts(comparison),
         "notices": notices(comparison),
@@ -82,9 +86,18 @@ def render(comparison: Comparison, title: str = "") -> str:
         "written": escape(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, teacher-cache {version('teacher-cache')}"),
         # Only an end tag ends a script element, so it is enough to escape `<`.
         "data": json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "script": script,
     }
-    return _filled(_SCRIPT.sub("{{script}}", template), parts)
+    shown = {name: printable(part, keep="\n") for name, part in parts.items()}
+    return _filled(_SCRIPT.sub("{{script}}", template), ours | shown)
+
+
+def _printable(data: Any) -> Any:
+    """Plain data with every character escaped that could change how a name looks in the page."""
+    if isinstance(data, dict):
+        return {_printable(key): _printable(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_printable(value) for value in data]
+    return printable(data) if isinstance(data, str) else data
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:

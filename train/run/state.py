@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_tools.console import describe_device, warn
+from cache_tools.console import describe_device, print_line, warn
 from cache_tools.errors import WeightsError
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
@@ -239,7 +239,7 @@ def _create_learner(data: TrainingData, recipe: TrainRecipe, device: torch.devic
     check_images(student.eval(), data.view_size)
     check_outputs(student, recipe, num_classes, data.view_size)
     for note in notes:
-        print(f"note: {recipe.student} {note}", file=sys.stderr, flush=True)
+        print_line(f"note: {recipe.student} {note}", file=sys.stderr)
     objective = Objective(
         recipe.loss,
         student.num_features,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from cache_tools.config import Frozen
-from cache_tools.errors import FormatError, WeightsError
+from cache_tools.errors import FormatError, WeightsError, printable
 from cache_tools.format.recipe import Finite, Preprocessing
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
@@ -164,7 +164,7 @@ def summary(result: RunResult) -> str:
     if (gain := result.gain_over_labels) is not None:
         unit = HEADLINES["map" if several else "top1"]
         lines.append(f"distilled − on labels alone: {100 * gain:+.2f} points of {unit}, last epoch, one seed")
-    return "\n".join([*lines, "", *_notes(result)])
+    return "\n".join([*lines, "", *map(printable, _notes(result))])
 
 
 def _add_student(table: TextTable, result: RunResult, training: str) -> None:

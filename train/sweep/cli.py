@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cache_tools.console import command
+from cache_tools.console import command, print_line
 from cache_tools.errors import RecipeError
 from cache_tools.system.memory import keep_freed_memory
 from train.options import Cache, CheckpointEvery, DataDir, Device, Epochs
@@ -128,7 +128,7 @@ def sweep_students(
         from train.sweep.recipe import make_trials
 
         for trial in make_trials(sweep, folder):
-            print(trial.name)
+            print_line(trial.name)
         return
     cluster = {"address": ray_address, "gpus": ray_gpus or 1.0} if engine == "ray" else None
     _run(sweep, folder, workers, cluster, retry_failed, overwrite, as_json)
@@ -151,7 +151,7 @@ def _run(
     from train.sweep.workers import ProcessEngine
 
     keep_freed_memory()
-    say = lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)  # noqa: E731
+    say = lambda text: print_line(text, file=sys.stderr if as_json else sys.stdout)  # noqa: E731
     with ExitStack() as stack:
         engine: Engine | None = None
         if cluster is not None:

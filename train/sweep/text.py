@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from cache_tools.errors import printable
 from cache_tools.screen import TextTable, count, nats, screen_width
 from train.evaluate.multilabel import HEADLINES
 from train.recipe.loss import LABELS_ALONE
@@ -36,18 +37,18 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
         best = result.best
         figure = figure_text(best.metric, best.value)
         parts.append(
-            f"Best {best.metric} of the search: {figure}, {best.trial}. It was chosen for this figure; "
-            f"to report it, train it with other seeds:\n  {best.command}"
+            f"Best {best.metric} of the search: {figure}, {printable(best.trial)}. It was chosen for this figure; "
+            f"to report it, train it with other seeds:\n  {printable(best.command)}"
         )
     for status in ("failed", "stopped"):
         reasons: dict[str, list[str]] = {}
         for row in result.trials.filter(pl.col("status") == status).iter_rows(named=True):
             reasons.setdefault(row["error"] or f"after {row['epochs_done']} epochs", []).append(row["trial"])
-        parts += [f"{status}: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    parts.append(f"Everything is in {result.folder}; open {result.folder / REPORT} in a browser.")
+        parts += [printable(f"{status}: {', '.join(names)}: {reason}") for reason, names in reasons.items()]
+    parts.append(printable(f"Everything is in {result.folder}; open {result.folder / REPORT} in a browser."))
     if (best_trial := _best_trial(result)) is not None:
-        parts.append(f"next: {shlex.join(['evaluate-student', best_trial])}")
-    parts.append(f"next: {shlex.join(['report-students', str(result.folder)])}")
+        parts.append(printable(f"next: {shlex.join(['evaluate-student', best_trial])}"))
+    parts.append(printable(f"next: {shlex.join(['report-students', str(result.folder)])}"))
     return "\n".join(parts)
 
 
@@ -83,7 +84,8 @@ def _note_on_gains(result: SweepResult, sweep: SweepRecipe) -> str | None:
     if sweep.search is not None or sweep.trials or not {*losses} - {*LABELS_ALONE}:
         return None
     alone = "bce-labels" if headline_column(result.settings) == "map" else "ce"
-    return f"No gain over labels alone is known: add --losses {','.join([*sorted({*losses} - {alone}), alone])}."
+    others = ",".join([*sorted({*losses} - {alone}), alone])
+    return printable(f"No gain over labels alone is known: add --losses {others}.")
 
 
 def _tables(settings: pl.DataFrame) -> list[TextTable]:

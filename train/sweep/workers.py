@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from cache_tools.console import interrupted_by_signals, print_line
 from cache_tools.errors import CacheError, error_from_data, error_to_data
 from cache_tools.system.processes import command_for
 from train.runs.outcome import Failure, is_settled
@@ -19,7 +22,7 @@ from train.sweep.progress import SweepProgress
 from train.sweep.recipe import Trial
 from train.sweep.streams import image_opener, train_stream
 
-POLL_S = 0.2
+POLL_S, GRACE_S = 0.2, 20.0
 _CACHE_ERROR = 2  # exit status of a process that has printed an error that concerns all trials
 
 
@@ -53,11 +56,7 @@ class ProcessEngine:
                     progress.update()
                     time.sleep(POLL_S)
             finally:
-                for process in running:
-                    process.terminate()
-                for process in running:
-                    with process:  # waits for its end and closes its pipes
-                        pass
+                _end(running)
 
     def _start(self, share: Sequence[Trial], halving: Halving | None) -> subprocess.Popen[bytes]:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -95,6 +94,23 @@ class ProcessEngine:
         return [[trial] for trial in unsettled]
 
 
+def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """End processes as Ctrl-C does, and kill those that take longer than GRACE_S to clean up."""
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + GRACE_S
+    try:
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+    finally:  # also if another signal ends this wait
+        for process in processes:
+            process.kill()
+        for process in processes:
+            with process:  # waits for its end and closes its pipes
+                pass
+
+
 def divide_streams(streams: Sequence[Sequence[Trial]], count: int) -> list[list[Trial]]:
     """Divide streams among `count` workers. The last streams are cut if they would leave workers idle as a whole."""
     whole = len(streams) - len(streams) % count
@@ -117,8 +133,11 @@ def main() -> None:
     trials = [Trial.model_validate(trial) for trial in job["trials"]]
     halving = None if job["halving"] is None else Halving.model_validate(job["halving"])
     try:
-        train_stream(trials, halving=halving, open_split=image_opener())
+        with interrupted_by_signals():
+            train_stream(trials, halving=halving, open_split=image_opener())
     except CacheError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", file=sys.stderr)
         print(json.dumps(error_to_data(error)), file=errors, flush=True)
         raise SystemExit(_CACHE_ERROR) from error
+    except KeyboardInterrupt as interrupt:  # of Ctrl-C, or from the process that started this one
+        raise SystemExit(128 + getattr(interrupt, "number", signal.SIGINT)) from interrupt

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from cache_tools.errors import StorageError, error_from_data
-from cache_tools.system.processes import code_for
+from cache_tools.system.processes import command_for
 from train.sweep.ray.driver import QUIET
 
 POLL_S, GOODBYE_S = 1.0, 20.0
-_DRIVER = code_for("train.sweep.ray.driver")
 
 
 class Driver:
@@ -83,14 +82,14 @@ class Driver:
         try:
             self._process.wait(GOODBYE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # and what Ray has started from it
             self._process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
         environment = {**{name: value for name, value in QUIET.items() if name not in os.environ}, **os.environ}
         with open(self._log, "w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", _DRIVER],
+                command_for("train.sweep.ray.driver"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

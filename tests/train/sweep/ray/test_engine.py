@@ -273,7 +273,7 @@ def test_other_versions_on_a_node_are_an_error(nodes: Cluster, tmp_path: Path, m
         "driver.versions = lambda: {'teacher-cache': '0.0.0', 'torch': '0', 'ray': '0'}\n"
         "driver.main()"
     )
-    monkeypatch.setattr("train.sweep.ray.link._DRIVER", code)
+    monkeypatch.setattr("train.sweep.ray.link.command_for", lambda module: [sys.executable, "-c", code])
     with RayEngine(tmp_path, nodes.address, threads=1) as engine, pytest.raises(MismatchError, match="another version"):
         engine([], None)
 
