@@ -18,6 +18,11 @@ if "TEACHER_CACHE_HOME" not in os.environ:
     os.environ["TEACHER_CACHE_HOME"] = tempfile.mkdtemp(prefix="teacher-cache-home-")
     atexit.register(shutil.rmtree, os.environ["TEACHER_CACHE_HOME"], ignore_errors=True)
 
+# What a user has named is recorded in the user's state folder.
+if "XDG_STATE_HOME" not in os.environ:
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="teacher-cache-state-")
+    atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

@@ -25,6 +25,7 @@ from train import own
 from train.evaluate.canvas import evaluation_preprocessing
 from train.students import create_student
 from train.weights import files
+from train.weights.names import hub_names, only_named
 from train.weights.run_files import file_place, parse_json, write_file
 
 LAST, BEST, EMA = files.LAST, "best.safetensors", "ema.safetensors"
@@ -149,12 +150,12 @@ def create_stored(card: StudentCard, stored_bytes: int, where: object, num_class
         num_classes: None for those of the card.
 
     Raises:
-        WeightsError: the network is larger.
+        WeightsError: the network is larger, or on a hub, and the user has not named it before.
         RecipeError: no such network.
     """
     budget = _Budget(4 * stored_bytes + _SLACK_BYTES)
     try:
-        with budget:
+        with budget, only_named(hub_names(card.architecture), where):
             return create_student(card.architecture, num_classes or card.num_classes)
     except (CacheError, MemoryError, RuntimeError) as error:
         if not budget.is_exceeded and isinstance(error, CacheError):

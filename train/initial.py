@@ -14,7 +14,7 @@ from train.recipe import TrainRecipe
 from train.students import create_student
 from train.weights.files import open_weights
 from train.weights.load import load_into
-from train.weights.names import files_digest, is_path
+from train.weights.names import files_digest, hub_names, is_path, remember
 
 
 def first_student(recipe: TrainRecipe, num_classes: int) -> tuple[Any, tuple[str, ...]]:
@@ -26,6 +26,7 @@ def first_student(recipe: TrainRecipe, num_classes: int) -> tuple[Any, tuple[str
     Raises:
         RecipeError, WeightsError: no such student, or weights that are missing or do not fit it.
     """
+    remember(hub_names(recipe.student))
     student: Any = create_student(recipe.student, num_classes)
     weights = recipe.initial_weights
     if weights is None:

@@ -17,18 +17,16 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_tools.errors import RecipeError
-from cache_tools.home.registry import cache_home
+from cache_tools.system import named
 
 if TYPE_CHECKING:
     from torch import nn
 
 ALLOWED = "TEACHER_CACHE_MODULES"  # environment: names of modules, with commas
-_RECORD = "modules.txt"  # in the cache home: the modules that this user has named
 _OWN = re.compile(r"[A-Za-z_]\w+(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _LIBRARIES = {"timm", "torchvision", "package"}
 _OURS = {"cache_tools", "train", "pipeline", "teacher_cache"}
@@ -89,15 +87,9 @@ def create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
 
 def remember(name: str) -> None:
     """Record that the user has named this network: its module may be imported for stored runs from now on."""
-    if name in _named:
-        return
-    _named.add(name)
-    entry = f"{name.partition(':')[0]}\t{origin(name)}"
-    with suppress(OSError):  # without a record the user is asked
-        if entry not in _recorded():
-            cache_home().mkdir(parents=True, exist_ok=True)
-            with (cache_home() / _RECORD).open("a", encoding="utf-8") as file:
-                file.write(entry + "\n")
+    if name not in _named:
+        _named.add(name)
+        named.remember("modules", _entry(name))
 
 
 def require_consent(name: str, where: object) -> None:
@@ -114,7 +106,7 @@ def require_consent(name: str, where: object) -> None:
         return
     module = name.partition(":")[0]
     allowed = {part.strip() for part in os.environ.get(ALLOWED, "").split(",")}
-    if allowed & {name, module, module.partition(".")[0]} or f"{module}\t{origin(name)}" in _recorded():
+    if allowed & {name, module, module.partition(".")[0]} or named.is_named("modules", _entry(name)):
         return
     place = origin(name)
     raise RecipeError(
@@ -138,11 +130,9 @@ def origin(name: str) -> str | None:
     return None if found is None else str(Path(found).resolve())
 
 
-def _recorded() -> set[str]:
-    try:
-        return set((cache_home() / _RECORD).read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError):
-        return set()
+def _entry(name: str) -> str:
+    """A module and its place, as the record of what the user has named has it."""
+    return f"{name.partition(':')[0]}\t{origin(name)}"
 
 
 def _see_current_folder() -> None:

@@ -31,6 +31,7 @@ from cache_tools.places.metadata import check_same, copy_metadata, manifest_at
 from cache_tools.places.transfer import copy_blocks, list_committed
 from cache_tools.store.blocks import LocalBlocks
 from cache_tools.store.group import read_manifest
+from cache_tools.system import named
 
 if TYPE_CHECKING:
     import zarr
@@ -95,6 +96,8 @@ def is_offline() -> bool:
 class Origin:
     """The remote cache that a mirror is staged from. Made by `connect`, or from the record beside a mirror.
 
+    That record may have been received with the mirror: the store is asked only if the user has named its URL before.
+
     Args:
         checked: whether the cache in the store is known to be the one of the mirror.
         ask_store: whether to ask the store which blocks it has; False if it just failed to answer.
@@ -107,7 +110,8 @@ class Origin:
     def __init__(self, mirror: Path, record: OriginRecord, *, checked: bool = False, ask_store: bool = True) -> None:
         self.mirror, self.bytes = mirror, 0
         self._record, self._checked = record, checked
-        self._ask_store = ask_store and not is_offline()
+        self._is_named = named.is_named("stores", record.url)
+        self._ask_store = ask_store and self._is_named and not is_offline()
         self._in_store: set[BlockId] = set()
 
     @property
@@ -154,6 +158,13 @@ class Origin:
                 f"view {view} is not staged, and {OFFLINE_VARIABLE} is set",
                 where=self.mirror,
                 next_step=f"unset {OFFLINE_VARIABLE}, or `cache-tools pull` the cache while there is a network",
+            )
+        if not self._is_named:
+            raise StorageError(
+                f"view {view} is not staged, and you have not named the store that is recorded beside this mirror",
+                where=self.mirror,
+                found=self.url,
+                next_step="if you trust it, give its URL once in place of the folder",
             )
         source, target = self._place(None), LocalPlace(self.mirror)
         in_store = self.committed(manifest)[view]

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Changes, Extensible, name_or_fields, one_or_several
-from cache_tools.errors import MismatchError, RecipeError
+from cache_tools.errors import DataError, MismatchError, RecipeError
 from cache_tools.images.class_names import ORDERS, read_names
 
 # Raise it when the canvas of some image file changes; see pipeline/build/known.py. 2: transparency on a background.
@@ -185,6 +185,30 @@ class DatasetRecipe(Extensible):
         return self.model_copy(update=changes).absolute()
 
 
+def as_received(dataset: DatasetRecipe, where: object, *, data_dir: Path | None = None) -> DatasetRecipe:
+    """A dataset that a received cache or run names, as it may be opened: nothing is downloaded because of it.
+
+    Args:
+        where: the cache or run, for errors.
+        data_dir: the folder of the images that the user names instead.
+
+    Raises:
+        DataError: without `data_dir`, a network share or a folder of the system's own files.
+    """
+    places = [str(value) for value in (dataset.labels, dataset.split, *dataset.test_splits) if value is not None]
+    places += [] if dataset.data_dir is None or data_dir is not None else [str(dataset.data_dir)]
+    for place in places:
+        first = (*Path(os.path.normpath(place)).parts[1:], "")[0] if os.path.isabs(place) else ""
+        if place.startswith(("\\\\", "//")) or (first in {"proc", "sys", "dev"} and not place.startswith("/dev/shm/")):
+            raise DataError(
+                "a received file names a place where images are not looked for",
+                where=where,
+                found=place,
+                next_step="name the folder of the images yourself: --data-dir",
+            )
+    return dataset.model_copy(update={"download": False})
+
+
 def check_location(name: str, data_dir: Path | None, download: bool) -> None:
     """Raise RecipeError for a `data_dir` of a source without files, or a `download` of one that is not downloaded."""
     if data_dir is not None and name not in _DOWNLOADABLE | IMAGE_FILES:
@@ -205,7 +229,12 @@ def check_location(name: str, data_dir: Path | None, download: bool) -> None:
 
 
 def changed_dataset(
-    stored: DatasetRecipe, identity: DatasetIdentity, changes: Changes | None, *, where: object
+    stored: DatasetRecipe,
+    identity: DatasetIdentity,
+    changes: Changes | None,
+    *,
+    where: object,
+    data_dir: Path | None = None,
 ) -> DatasetRecipe:
     """The dataset of a cache as a user of it wants to open it.
 
@@ -213,18 +242,21 @@ def changed_dataset(
         stored: of the cache.
         changes: the user's settings; splits and places are free, everything else must be as the cache has it.
         where: the cache, for errors.
+        data_dir: the folder of the images, if the user has named it.
 
     Raises:
+        DataError: see `as_received`.
         RecipeError: a bad value.
         MismatchError: a setting that the cache was not built with.
     """
+    values = {} if changes is None else changes.values
+    stored = as_received(stored, where, data_dir=data_dir or values.get("data_dir"))
     if changes is None:
         return stored
-    values = changes.values
     if values.get("name", stored.name) != stored.name:
         raise _other_setting("name", stored.name, values["name"], where)
-    data_dir = values.get("data_dir")
-    check_location(stored.name, None if data_dir is None else Path(str(data_dir)), values.get("download") is True)
+    place = values.get("data_dir")
+    check_location(stored.name, None if place is None else Path(str(place)), values.get("download") is True)
     changed = changes.apply_to(stored, where="dataset")
     for key in sorted(values.keys() - FREE_KEYS):
         wanted, found = getattr(changed, key), getattr(stored, key)

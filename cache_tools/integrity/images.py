@@ -9,6 +9,7 @@ from cache_tools.alignment import aligned, check_canaries, open_cached
 from cache_tools.config import Frozen
 from cache_tools.errors import MismatchError
 from cache_tools.images.image_set import ImageSet
+from cache_tools.images.recipe import as_received
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache
@@ -59,7 +60,8 @@ def check_images(cache: TeacherCache, data_dir: Path | None = None) -> tuple[Ima
     Raises:
         DataError: no images there, or some that cannot be decoded.
     """
-    found = open_cached(cache, cache.manifest.dataset.located(data_dir))
+    dataset = as_received(cache.manifest.dataset, cache.path, data_dir=data_dir)
+    found = open_cached(cache, dataset.located(data_dir))
     identity = cache.recipe.dataset
     report = ImagesCheck(
         dataset=f"{identity.name}/{identity.split}",

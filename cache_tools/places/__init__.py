@@ -13,6 +13,7 @@ from cache_tools.errors import RecipeError
 from cache_tools.places.base import Entry, Place
 from cache_tools.places.local import LocalPlace
 from cache_tools.places.remote import RemotePlace
+from cache_tools.system import named
 
 __all__ = [
     "Entry",
@@ -33,6 +34,9 @@ _FILE = "file://"
 def open_place(reference: str | Path, *, patience_s: float | None = None) -> Place:
     """The place that a path or URL names, whether or not anything is there.
 
+    Only for what a user has named: the URL is remembered (`cache_tools.system.named`). A URL in a received file is
+    opened only if the user has named it before.
+
     Args:
         patience_s: how long failed requests to an object store are repeated; PATIENCE_S by default.
 
@@ -41,7 +45,9 @@ def open_place(reference: str | Path, *, patience_s: float | None = None) -> Pla
         NotFoundError: a URL, and obstore is not installed.
     """
     if is_remote(reference):
-        return RemotePlace(str(reference), patience_s)
+        place = RemotePlace(str(reference), patience_s)
+        named.remember("stores", str(place))
+        return place
     return LocalPlace(local_path(reference))
 
 

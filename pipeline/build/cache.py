@@ -98,10 +98,13 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     from pipeline.build.open_output import open_output
     from pipeline.networks.class_words import check_words
     from pipeline.networks.ensemble import load_ensemble
+    from pipeline.networks.references import names_to_download
+    from train.weights.names import remember
 
     for clip in recipe.clips:
         for note in check_words(images.class_names, clip.class_names):
             say(f"note: {note}")
+    remember(names_to_download(recipe))
     device = resolve_device(recipe.device)
     inputs = inputs_digest(recipe)
     ensemble = load_ensemble(

@@ -13,6 +13,7 @@ from cache_tools.errors import NotFoundError
 from cache_tools.format.recipe import Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.refusion import FusionChoice
+from cache_tools.system import named
 from cache_tools.system.devices import float64_device, in_float64
 from pipeline.networks.ensemble import TeacherEnsemble
 from pipeline.networks.stored import load_stored_ensemble
@@ -66,6 +67,13 @@ def load_teachers(
         from cache_tools.reader import TeacherCache
 
         assert run.cache is not None, "a run with a manifest had a cache"
+        if isinstance(run.cache, str) and not named.is_named("stores", run.cache):
+            raise NotFoundError(
+                "the cache of this run is in a store that you have not named",
+                where=run.folder,
+                found=run.cache,
+                next_step=f"if you trust it, run `cache-tools info {run.cache}` once",
+            )
         fusion = run.recipe.fusion.resolve(TeacherCache.open(run.cache))
     return load_stored_ensemble(
         manifest,

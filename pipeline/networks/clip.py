@@ -16,10 +16,10 @@ from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.networks.class_words import class_words
-from pipeline.networks.clip_source import ClipSource, load_network, needs_hub, resolve_source
+from pipeline.networks.clip_source import ClipSource, load_network, names_in_folder, needs_hub, resolve_source
 from pipeline.networks.prompts import render_prompts, template_set
 from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
-from train.weights.names import load_local_first
+from train.weights.names import load_local_first, only_named
 from train.weights.text import first_line
 
 if TYPE_CHECKING:
@@ -105,10 +105,11 @@ def load_clip(
     words = class_words(class_names, spec.class_names)
     templates = template_set(spec.templates)
     source = resolve_source(spec.name, spec.weights)
-    network = load_network(source)
-    digest = weights_digest(network)
-    freeze(network, device)
-    text_features = _embed_prompts(network, source, templates, words, device)
+    with only_named(names_in_folder(source), source.model_name):
+        network = load_network(source)
+        digest = weights_digest(network)
+        freeze(network, device)
+        text_features = _embed_prompts(network, source, templates, words, device)
     visual = network.visual
     identity = ClipIdentity(
         architecture=source.architecture,

@@ -101,6 +101,14 @@ def needs_hub(source: ClipSource) -> bool:
     return not local or any(key.startswith("hf_") for key in text) or "siglip" in source.model_name.lower()
 
 
+def names_in_folder(source: ClipSource) -> list[str]:
+    """The networks on the hub that the config in a folder names: text towers and tokenizers."""
+    if not source.model_name.startswith(FOLDER_PREFIX):
+        return []
+    text = source.config.get("text_cfg", {})
+    return list(dict.fromkeys(str(text[key]) for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key)))
+
+
 def _builtin(name: str, weights: str | None) -> ClipSource:
     config = open_clip.get_model_config(name)
     if config is None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from train.weights.names import looks_like_file
+from train.weights.names import hub_names, looks_like_file
+
+if TYPE_CHECKING:
+    from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec
 
 PACKAGE_PREFIX = "package:"
+LIBRARIES = ("timm:", "torchvision:")
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"  # of names, as in open_clip and timm
 _CLASS_FILES = (
     "class_to_idx.json", "idx_to_class.json", "class_names.json", "classes.json", "labels.json", "config.json",
@@ -25,6 +30,16 @@ def resolve_path(reference: str) -> Path:
     if reference.startswith(PACKAGE_PREFIX):
         return Path(str(files("pipeline") / "assets" / reference.removeprefix(PACKAGE_PREFIX)))
     return Path(reference).expanduser()
+
+
+def names_to_download(recipe: BuildRecipe) -> list[str]:
+    """The names of a recipe's networks that a library may have to download."""
+    published: list[TeacherSpec | ClipSpec] = [
+        *(spec for spec in recipe.teachers if spec.name.startswith(LIBRARIES)),
+        *(spec for spec in recipe.clips if not spec.name.startswith(FOLDER_PREFIX)),
+    ]
+    names = [spec.name for spec in published if spec.weights is None or not is_file_reference(spec.weights)]
+    return list(dict.fromkeys([*names, *(name for spec in recipe.teachers for name in hub_names(spec.name))]))
 
 
 def class_files(weights: Path) -> list[Path]:

@@ -16,9 +16,11 @@ from cache_tools.format.recipe import ClipIdentity, Precision, TeacherIdentity
 from cache_tools.images.image_set import ImageSet
 from pipeline.networks.clip import Clip, load_clip
 from pipeline.networks.ensemble import TeacherEnsemble, load_ensemble
+from pipeline.networks.references import names_to_download
 from pipeline.networks.teachers import Teacher
 from pipeline.recipe import BuildRecipe, ClipSpec, TeacherSpec
 from train import own
+from train.weights.names import only_named
 
 Identity = TeacherIdentity | ClipIdentity
 
@@ -47,7 +49,8 @@ def load_stored_ensemble(
     Raises:
         NotFoundError: the cache does not record how its networks were loaded.
         RecipeError: a network of someone's own whose code the user has not agreed to import (`train.own`).
-        WeightsError: weights are missing, or differ from those of the build, or their preprocessing does.
+        WeightsError: weights are missing, or differ from those of the build, or their preprocessing does; or they have
+            to be downloaded, and the user has not named these networks before (`train.weights.names.only_named`).
     """
     recipe, built = _build_recipe(manifest, where, alternative), manifest.recipe
 
@@ -63,10 +66,11 @@ def load_stored_ensemble(
             fusion=fusion or Fusion.stored(manifest),
         )
 
-    ensemble = load(recipe.teachers)
-    raw = _with_raw_weights(recipe, ensemble.teachers, built.teachers)
-    if raw != recipe.teachers:
-        ensemble = load(raw)
+    with only_named(names_to_download(recipe), where):
+        ensemble = load(recipe.teachers)
+        raw = _with_raw_weights(recipe, ensemble.teachers, built.teachers)
+        if raw != recipe.teachers:
+            ensemble = load(raw)
     networks: list[Teacher | Clip] = [*ensemble.teachers, *ensemble.clips]
     identities: list[Identity] = [*built.teachers, *built.clips]
     for network, identity in zip(networks, identities, strict=True):
@@ -87,7 +91,8 @@ def load_stored_clips(
     clips = []
     for spec, identity in zip(_with_stored_prompts(recipe, built.clips), built.clips, strict=True):
         changed = spec.model_copy(update={"templates": tuple(templates)})
-        clip = load_clip(changed, built.dataset.class_names, device, precision=built.precision)
+        with only_named(names_to_download(recipe), where):
+            clip = load_clip(changed, built.dataset.class_names, device, precision=built.precision)
         _check_identity(clip, identity, None)
         clips.append(clip)
     return clips

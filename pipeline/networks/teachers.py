@@ -16,7 +16,7 @@ from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
 from pipeline.networks.pretrained import library_preprocessing, load_pretrained, timm_preprocessing
-from pipeline.networks.references import FOLDER_PREFIX, is_file_reference, resolve_path
+from pipeline.networks.references import FOLDER_PREFIX, LIBRARIES, is_file_reference, resolve_path
 from pipeline.networks.teacher_classes import TeacherClasses, classes_of_file, match_classes
 from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
 from train import own
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pipeline.recipe import TeacherSpec
 
 
-LIBRARIES = ("timm:", "torchvision:")
 Size = tuple[int, int]
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cache_tools.errors import RecipeError
+from cache_tools.system import named
 from train import own
 from train.checkpoints import StudentCard, load_student, save_student
 from train.students import create_student
@@ -65,9 +66,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with a module that no other test has seen, and an empty cache home."""
     (tmp_path / "nets_of_mine.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv(own.ALLOWED, raising=False)
     monkeypatch.setattr(own, "_named", set())
+    monkeypatch.setattr(named, "_in_process", set())
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("nets_of_mine", None)
@@ -171,6 +173,7 @@ class TestConsent:
     def forget(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As in a new process."""
         monkeypatch.setattr(own, "_named", set())
+        monkeypatch.setattr(named, "_in_process", set())
         sys.modules.pop("nets_of_mine", None)
 
     def test_a_module_that_the_user_has_named_is_imported_for_a_stored_run(
@@ -184,7 +187,7 @@ class TestConsent:
     def test_a_module_of_somebody_else_is_not_imported(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = stored_student(folder)
         self.forget(monkeypatch)
-        monkeypatch.setenv("TEACHER_CACHE_HOME", str(folder / "another-home"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(folder / "another-user"))
         (folder / "nets_of_mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n{NETS}")
         with pytest.raises(
             RecipeError, match=r"found nets_of_mine:plain, in .*nets_of_mine\.py.*TEACHER_CACHE_MODULES="

@@ -210,7 +210,9 @@ class TrainRecipe(Extensible):
         where = f"cache {manifest.name}-{manifest.fingerprint[:12]}"
         _check_views(self.views, manifest.recipe.views, where)
         changes = self.dataset if isinstance(self.dataset, Changes) else None
-        dataset = changed_dataset(manifest.dataset, manifest.recipe.dataset, changes, where=where)
+        dataset = changed_dataset(
+            manifest.dataset, manifest.recipe.dataset, changes, where=where, data_dir=self.data_dir
+        )
         return dataset.located(self.data_dir, self.download)
 
     def with_images_of(self, manifest: Manifest) -> TrainRecipe:

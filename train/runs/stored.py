@@ -13,7 +13,7 @@ from cache_tools.images import open_images
 from cache_tools.images.check import check_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
-from cache_tools.images.recipe import IMAGE_FILES, DatasetRecipe
+from cache_tools.images.recipe import IMAGE_FILES, DatasetRecipe, as_received
 from cache_tools.views.recipe import ViewRecipe
 from train import checkpoints
 from train.checkpoints import StudentCard
@@ -76,7 +76,7 @@ class StoredRun:
         Args:
             split: another split than the run's own test split.
             data_dir: another folder of the images than the run's.
-            download: fetch missing images, even if the run did not.
+            download: fetch missing images; that the run did so does not count.
 
         Raises:
             DataError: no test split, missing or damaged images, or a class that the student does not know.
@@ -84,7 +84,8 @@ class StoredRun:
         wanted = split or next(iter(self.dataset.test_splits), None)
         if wanted is None:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
-        images = open_images(self.dataset.located(data_dir, download), wanted)
+        dataset = as_received(self.dataset, self.folder, data_dir=data_dir)
+        images = open_images(dataset.located(data_dir, download), wanted)
         self._check_size(card, images.image_size)
         check_images(images, can_skip=False)
         return with_classes(images, card.class_names)

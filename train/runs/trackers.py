@@ -1,18 +1,24 @@
 """Experiment trackers that follow a run: TensorBoard, MLflow and Weights & Biases behind one small interface.
 
 Trackers only receive data. The same data are in the run's own files, and errors of a tracker do not affect training.
+
+The record of a tracker's run may have been received with the run folder. It never decides which server is contacted:
+that is the configured one, and a run is resumed there only if the record is about the same server.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
-from cache_tools.errors import RecipeError
+from cache_tools.console import unescaped_output, warn
+from cache_tools.errors import RecipeError, printable
 from train.evaluate.multilabel import MultiLabelEvaluation, headline_of
 from train.recipe import TrainRecipe
 from train.runs.folder import BOARD, flatten
@@ -27,6 +33,7 @@ State = dict[str, str]
 PROJECT = "teacher-cache"
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 _MLFLOW_BATCH = 100  # parameters per request
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 class Tracker(Protocol):
@@ -80,9 +87,10 @@ class MLflowTracker:
     def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
         import mlflow
 
-        uri = mlflow.get_tracking_uri() if stored is None else stored["tracking_uri"]
-        self._client = mlflow.MlflowClient(tracking_uri=uri)
-        if stored is not None and self._reopened(stored["run_id"]):
+        uri = mlflow.get_tracking_uri()
+        self._client, server = mlflow.MlflowClient(tracking_uri=uri), without_password(uri)
+        known = stored is not None and _is_here("mlflow", stored.get("tracking_uri", ""), server, stored.get("run_id"))
+        if stored is not None and known and self._reopened(stored["run_id"]):
             self._run_id = stored["run_id"]
             return stored
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
@@ -92,7 +100,7 @@ class MLflowTracker:
         params = [mlflow.entities.Param(key, str(value)) for key, value in settings.items()]
         for start in range(0, len(params), _MLFLOW_BATCH):
             self._client.log_batch(self._run_id, params=params[start : start + _MLFLOW_BATCH])
-        return {"tracking_uri": uri, "run_id": self._run_id}
+        return {"tracking_uri": server, "run_id": self._run_id}
 
     def epoch(self, row: Row) -> None:
         step = row["epoch"]
@@ -144,18 +152,23 @@ class WandbTracker:
     def start(self, recipe: TrainRecipe, folder: Path, stored: State | None) -> State:
         import wandb
 
-        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=None if stored is None else stored["id"],
-            resume=None if stored is None else "allow",
-            name=_title(recipe),
-            config={**recipe.model_dump(mode="json"), "folder": str(folder.absolute())},
-            mode="offline" if offline else None,
-            reinit="create_new",  # each student that trains beside others has its own run
-            settings=wandb.Settings(console="off"),
-        )
-        return stored or {"id": self._run.id}
+        settings, project = wandb.Settings(console="off"), os.environ.get("WANDB_PROJECT", PROJECT)
+        server = f"{without_password(wandb.setup().settings.base_url)}/{project}"
+        if stored is not None and not _is_here("wandb", stored.get("server", server), server, stored.get("id")):
+            stored = None
+        with unescaped_output():
+            offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
+            self._run = wandb.init(
+                project=project,
+                id=None if stored is None else stored["id"],
+                resume=None if stored is None else "allow",
+                name=_title(recipe),
+                config={**recipe.model_dump(mode="json"), "folder": str(folder.absolute())},
+                mode="offline" if offline else None,
+                reinit="create_new",  # each student that trains beside others has its own run
+                settings=settings,
+            )
+        return stored or {"id": self._run.id, "server": server}
 
     def epoch(self, row: Row) -> None:
         step = row["epoch"]
@@ -165,7 +178,8 @@ class WandbTracker:
     def finish(self, result: RunResult | None) -> None:
         if result is not None:
             self._run.summary.update(_final(result))
-        self._run.finish(exit_code=0 if result is not None else 1)
+        with unescaped_output():
+            self._run.finish(exit_code=0 if result is not None else 1)
 
 
 TRACKER_CLASSES: dict[str, Callable[[], Tracker]] = {
@@ -203,8 +217,29 @@ def _import_error(name: str) -> str | None:
     return None
 
 
+def without_password(uri: str) -> str:
+    """A URI as it may be stored in a run folder, which people share: without user name, password and query."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return ""
+    if not parts.netloc:  # a path or a database file
+        return uri
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _is_here(name: str, stored: str, configured: str, run_id: str | None) -> bool:
+    """Whether the record of a tracker's run is about the configured server; prints a warning if it is not."""
+    if run_id is None or not _ID.fullmatch(run_id):
+        return False
+    if without_password(stored) == configured:
+        return True
+    warn(f"{name} starts a new run on {configured}: the run folder names another server, {without_password(stored)}")
+    return False
+
+
 def _title(recipe: TrainRecipe) -> str:
-    return f"{recipe.name} {recipe.student} {recipe.loss_name} seed {recipe.seed}"
+    return printable(f"{recipe.name} {recipe.student} {recipe.loss_name} seed {recipe.seed}")
 
 
 def _figures(row: Row) -> Iterator[tuple[str, float]]:

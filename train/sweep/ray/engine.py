@@ -20,6 +20,7 @@ from cache_tools.home.origin import read_origin
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.places import is_remote
 from cache_tools.store.group import read_manifest
+from cache_tools.system import named
 from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
@@ -224,7 +225,7 @@ def _source_cache(reference: str) -> SourceCache:
     return SourceCache(
         path=_absolute(path),
         fingerprint=read_manifest(path).fingerprint,
-        url=None if origin is None else origin.url,
+        url=origin.url if origin is not None and named.is_named("stores", origin.url) else None,
     )
 
 

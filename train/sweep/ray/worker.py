@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_tools.config import Frozen
+from cache_tools.console import EscapedStream
 from cache_tools.errors import CacheError, NotFoundError, StorageError, error_to_data
+from cache_tools.system import named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,6 +149,8 @@ def find_cache(reference: str, source: SourceCache) -> str:
     from cache_tools.home.registry import resolve
     from cache_tools.store.group import read_manifest
 
+    if source.url is not None:  # named where the sweep was started
+        named.remember("stores", source.url)
     for candidate in (str(source.path), reference):
         try:
             if read_manifest(resolve(candidate)).fingerprint == source.fingerprint:
@@ -191,5 +195,7 @@ def _wait_for_locks(folders: Sequence[Path]) -> None:
 
 @contextmanager
 def _printing_to(file: Path) -> Iterator[None]:
-    with open(file, "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
-        yield
+    with open(file, "a", buffering=1) as log:
+        escaped: Any = EscapedStream(log)
+        with redirect_stdout(escaped), redirect_stderr(escaped):
+            yield
