@@ -21,16 +21,8 @@ from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
 from cache_tools.places import is_remote
 from cache_tools.store.blocks import LocalBlocks
-from cache_tools.store.create import StoredConstants
-from cache_tools.store.group import (
-    RESTORE,
-    check_chunks,
-    open_array,
-    open_group,
-    read_manifest,
-    read_whole,
-    translate_errors,
-)
+from cache_tools.store.group import RESTORE, check_chunks, open_array, open_group, read_manifest, translate_errors
+from cache_tools.store.whole import StoredConstants, check_whole_arrays, read_samples
 
 if TYPE_CHECKING:
     import torch
@@ -249,6 +241,13 @@ class TeacherCache:
             raise NotFoundError("no such constant", where=self.path, expected=", ".join(self._constants), found=name)
         return self._constants[name]
 
+    def check_arrays(self) -> None:
+        """Raise FormatError unless labels, sample keys and constants have the digests that are stored with them.
+
+        `labels`, `sample_keys` and `constant` check what they read; this also checks what is not read.
+        """
+        check_whole_arrays(self._group, self.path, self.manifest, self._layouts)
+
     def require_complete(self) -> None:
         """Raise IncompleteError unless every view is built."""
         self._blocks.require_all()
@@ -272,10 +271,7 @@ class TeacherCache:
 
     @cached_property
     def _samples(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        labels, keys = (read_whole(self._group, self.path, name, self._layouts) for name in ("labels", "sample_keys"))
-        if commits.content_digest(keys, labels, self.class_names) != self.recipe.dataset.content_digest:
-            raise FormatError("labels or sample keys are damaged", where=self.path, next_step=RESTORE)
-        return labels, keys
+        return read_samples(self._group, self.path, self.manifest, self._layouts)
 
     def _tensor(self, name: str) -> torch.Tensor:
         import torch

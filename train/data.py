@@ -213,6 +213,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     assert recipe.cache is not None, "a recipe with targets has a cache"
     cache = TeacherCache.open(recipe.cache)
     cache.require_complete()
+    cache.check_arrays()
     registry.mark_used(cache.path)
     dataset = recipe.cached_dataset(cache.manifest)
     cached = _open_cached_split(cache, dataset, open_split)

@@ -61,6 +61,8 @@ def _copy(source: Place, target: Place, title: str, as_json: bool) -> None:
         return
     print_line(f"{done.source} → {done.target}")
     print_line(f"{done.blocks} blocks copied, {done.blocks_there} already there, {human_bytes(done.bytes)} written")
+    if done.restored:
+        print_line(f"damaged at the target, replaced: {', '.join(done.restored)}")
     if done.blocks_missing:
         print_line(f"{done.blocks_missing} blocks are not built yet: run this again when they are")
     elif title == "pull":

@@ -109,6 +109,8 @@ def repair_command(reference: Cache, yes: Yes = False, as_json: AsJson = False) 
         print_line(f"dropped view {view}, block {block}")
     for name in done.rewritten:
         print_line(f"rewrote {name}")
+    if done.digests_added:
+        print("added a digest of each of labels, sample keys and constants")
     if done.rewritten:
         print("Run this command again: arrays with damaged metadata could not be checked.")
     for problem in done.left:
@@ -149,6 +151,11 @@ def _print_verification(found: Verification) -> None:
         print_line(f"… and {count - SHOWN_PROBLEMS} more (--json lists them all)")
     result = "sound" if found.sound else "1 problem" if count == 1 else f"{count} problems"
     advice = ". `cache-tools repair` drops damaged blocks; the command that made the cache then computes them again"
+    if found.adds_digests:
+        print(
+            "note: labels, sample keys and constants have no digest each (an earlier version made this cache); they "
+            "are sound, and `cache-tools repair` adds the digests"
+        )
     print(
         f"{result}: {found.blocks} of {found.blocks_total} blocks, {human_bytes(found.bytes)} read"
         f"{'' if found.sound else advice}"
@@ -165,7 +172,9 @@ def _print_plan(found: Verification) -> None:
     )
     if foreign:
         print(f"{foreign} are links or pipes: {_REMOVE}")
-    print("Nothing was changed: add --yes." if found.problems else "There is nothing to repair.")
+    if found.adds_digests:
+        print("would add a digest of each of labels, sample keys and constants")
+    print("Nothing was changed: add --yes." if found.problems or found.adds_digests else "There is nothing to repair.")
 
 
 def _how_to_restore_blocks(found: Verification) -> str:

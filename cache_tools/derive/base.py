@@ -108,9 +108,11 @@ def derive(
 
     Raises:
         MismatchError: another cache is at `path`.
-        FormatError: a damaged block in the source; blocks written before it stay.
+        FormatError: a damaged array in the source, and nothing is written; or a damaged block, and blocks written
+            before it stay.
         StorageError: storage that is full or read-only.
     """
+    source.cache.check_arrays()
     writer = _open_or_create(source, path, manifest, constants)
     manifest = writer.manifest
     missing = writer.missing_blocks()

@@ -28,6 +28,9 @@ class Manifest(Finite):
     `constants_digest` covers the constants, the arrays that hold for all samples and views. Computed on another machine
     they may differ in their last bits, and blocks of caches with different constants must not be mixed. It is empty
     until the cache is created.
+
+    `array_digests` has a digest of each array that holds for the whole cache (`format.digests`). It is stored beside
+    the other fields, not among them. Caches of earlier versions have none.
     """
 
     format_version: Literal[2] = FORMAT_VERSION
@@ -39,6 +42,7 @@ class Manifest(Finite):
     block_rows: PositiveInt
     clip_scales: tuple[float, ...]
     constants_digest: str = ""
+    array_digests: dict[str, str] = Field(default_factory=dict, exclude=True)
     canaries: tuple[Canary, ...] = ()
     build_recipe: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)

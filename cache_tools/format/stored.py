@@ -1,4 +1,4 @@
-"""The manifest as stored JSON: an attribute of the zarr group, with a digest, checked before it is used.
+"""The manifest as stored JSON: attributes of the zarr group, with digests, checked before they are used.
 
 `docs/format.md` describes it well enough to write another reader; `arrays.py` lists the arrays. Needs no torch.
 """
@@ -20,6 +20,7 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import FORMAT_VERSION, canonical_json, recipe_fingerprint
 
 MANIFEST_KEY = "teacher_cache"
+DIGESTS_KEY = "array_digests"
 
 # Limits of a manifest: beyond them it is damaged or hostile.
 MAX_DEPTH = 64
@@ -30,7 +31,34 @@ MAX_BLOCK_ROWS = 1 << 22
 MAX_BLOCKS = 1 << 21
 MAX_CHUNK_BYTES = 1 << 30
 
+_DIGEST = re.compile("[0-9a-f]{32}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def group_attributes(manifest: Manifest) -> dict[str, Any]:
+    """The attributes of a cache's group: the manifest and, if it has them, the digests of whole arrays."""
+    digests = {DIGESTS_KEY: dict(sorted(manifest.array_digests.items()))} if manifest.array_digests else {}
+    return {MANIFEST_KEY: manifest_attribute(manifest), **digests}
+
+
+def parse_group(attributes: Any, *, where: str) -> Manifest:
+    """Read the attributes of a group, as `group_attributes` made them. Others are ignored.
+
+    Raises:
+        UnknownFormatError, FormatError: as `parse_manifest`; or digests that are not those of the cache's arrays.
+    """
+    if not isinstance(attributes, dict):
+        raise FormatError("not a teacher cache", where=where, expected="a zarr v3 group with attributes")
+    manifest = parse_manifest(attributes.get(MANIFEST_KEY), where=where)
+    if DIGESTS_KEY not in attributes:
+        return manifest
+    digests, names = attributes[DIGESTS_KEY], {"labels", "sample_keys", *constant_shapes(manifest.recipe)}
+    if not isinstance(digests, dict) or set(digests) != names:
+        raise _damaged_digests(where, f"a digest of each of {', '.join(sorted(names))}")
+    for name, digest in digests.items():
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise _damaged_digests(where, f"32 hex digits for {name}")
+    return manifest.model_copy(update={"array_digests": digests})
 
 
 def manifest_attribute(manifest: Manifest) -> dict[str, Any]:
@@ -102,6 +130,15 @@ def text_not_unicode(value: Any, key: str = "") -> tuple[str, str] | None:
 
 def _first_not_unicode(parts: Iterable[tuple[str, Any]]) -> tuple[str, str] | None:
     return next((found for name, inner in parts if (found := text_not_unicode(inner, name)) is not None), None)
+
+
+def _damaged_digests(where: str, expected: str) -> FormatError:
+    return FormatError(
+        f"damaged digests of arrays (attribute '{DIGESTS_KEY}')",
+        where=where,
+        expected=expected,
+        next_step="restore zarr.json from a copy, or remove the cache and build it again",
+    )
 
 
 def check_storable(manifest: Manifest, *, where: object) -> None:

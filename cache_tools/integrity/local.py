@@ -18,17 +18,21 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import zarr
+from pydantic import Field
 
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import CacheError, FormatError, UnsafeFileError
 from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 from cache_tools.format import commits
-from cache_tools.format.arrays import ArraySpec, constant_shapes, target_arrays
+from cache_tools.format.arrays import ArraySpec, target_arrays
 from cache_tools.format.commits import BlockId
+from cache_tools.format.digests import WholeArrays, whole_arrays
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
-from cache_tools.store.create import constants_digest, metadata_files
+from cache_tools.places import LocalPlace
+from cache_tools.places.claims import growing, if_permitted
+from cache_tools.store.create import UNREADABLE, metadata_difference, metadata_files
 from cache_tools.store.group import check_chunks, open_array, open_group, read_manifest, read_whole, translate_errors
 
 WORKERS = 8
@@ -53,7 +57,15 @@ class Problem(Frozen):
 
 
 class Verification(Frozen):
-    """The result of `verify`. `path` is a folder or a URL; `bytes` counts the decoded bytes that were compared."""
+    """The result of `verify`.
+
+    Attributes:
+        path: a folder or a URL.
+        bytes: number of decoded bytes that were compared.
+        has_digests: whether labels, sample keys and constants each have a digest. Caches of earlier versions have one
+            digest for several arrays.
+        found_digests: the digest of each of them, if all are sound.
+    """
 
     path: Path | str
     fingerprint: str
@@ -61,19 +73,30 @@ class Verification(Frozen):
     blocks_total: int
     bytes: int
     problems: tuple[Problem, ...]
+    has_digests: bool = True
+    found_digests: dict[str, str] = Field(default_factory=dict, exclude=True)
 
     @property
     def sound(self) -> bool:
         """Whether there are no problems; blocks that are not built yet are none."""
         return not self.problems
 
+    @property
+    def adds_digests(self) -> bool:
+        """Whether `repair` adds the digest of each array: there are none, and the arrays are proven to be sound."""
+        return not self.has_digests and bool(self.found_digests)
+
 
 class Repair(Frozen):
-    """The result of `repair`: blocks dropped, metadata files rewritten, and problems that it cannot repair."""
+    """The result of `repair`: blocks dropped, metadata files rewritten, and problems that it cannot repair.
+
+    `digests_added`: whether labels, keys and constants had no digests of their own and have them now.
+    """
 
     dropped: tuple[BlockId, ...]
     rewritten: tuple[str, ...]
     left: tuple[Problem, ...]
+    digests_added: bool = False
 
 
 class BlockSource(Protocol):
@@ -99,7 +122,9 @@ def verify(path: Path, source: BlockSource | None = None) -> Verification:
     problems = list(_metadata_problems(path, manifest))
     damaged = {Path(problem.where).parent.name for problem in problems}
     checker = _Checker(path, manifest, damaged)
-    problems += checker.constant_problems()
+    unsound = checker.constant_problems()
+    problems += unsound
+    proven = all(problem.cure == "metadata" for problem in unsound) and damaged.isdisjoint(whole_arrays(manifest))
     if commits.COMMITS in damaged:
         blocks = []
     else:
@@ -120,6 +145,8 @@ def verify(path: Path, source: BlockSource | None = None) -> Verification:
         blocks_total=manifest.num_views * manifest.num_blocks,
         bytes=checker.bytes,
         problems=tuple(problems),
+        has_digests=bool(manifest.array_digests),
+        found_digests=checker.arrays.found if proven else {},
     )
 
 
@@ -128,9 +155,8 @@ def repair(path: Path, verification: Verification) -> Repair:
 
     The command that made the cache then computes only the dropped blocks.
     """
-    manifest, folder = read_manifest(path), SafeFolder(path)
+    folder = SafeFolder(path)
     dropped, rewritten = set(), []
-    expected: dict[str, Any] = {}
     for problem in verification.problems:
         with translate_errors(problem.where):
             if problem.cure == "block" and problem.view is not None and problem.block is not None:
@@ -138,14 +164,25 @@ def repair(path: Path, verification: Verification) -> Repair:
                 folder.remove(block.commit_key)
                 dropped.add(block)
             elif problem.cure == "metadata":
-                expected = expected or metadata_files(manifest)
-                name = str(Path(problem.where).relative_to(path))
+                rewritten.append(str(Path(problem.where).relative_to(path)))
+    rewritten = list(dict.fromkeys(rewritten))
+    add_digests = verification.adds_digests
+    if rewritten or add_digests:
+        with if_permitted(growing(LocalPlace(path))), translate_errors(path):
+            files = repaired_metadata(read_manifest(path), verification)
+            for name in dict.fromkeys([*rewritten, *([METADATA] if add_digests else [])]):
                 folder.make_folder(name.rpartition("/")[0])  # the whole array may be missing
-                folder.put(name, json.dumps(expected[name], indent=2).encode())
+                folder.put(name, json.dumps(files[name], indent=2).encode())
                 folder.sync()
-                rewritten.append(name)
     left = tuple(problem for problem in verification.problems if problem.cure in {"copy", "remove"})
-    return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
+    return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left, digests_added=add_digests)
+
+
+def repaired_metadata(manifest: Manifest, verification: Verification) -> dict[str, Any]:
+    """The contents of every zarr.json, with the digests of the arrays that `verify` found to be sound."""
+    if verification.found_digests:
+        manifest = manifest.model_copy(update={"array_digests": verification.found_digests})
+    return metadata_files(manifest)
 
 
 class _Checker:
@@ -153,6 +190,7 @@ class _Checker:
 
     def __init__(self, path: Path, manifest: Manifest, damaged: set[str]) -> None:
         self.path, self.manifest, self.bytes = path, manifest, 0
+        self.arrays = WholeArrays(manifest)
         self._lock = threading.Lock()
         self._layouts, self._damaged = array_layouts(manifest), damaged
         self._group = open_group(path, self._layouts)
@@ -168,30 +206,26 @@ class _Checker:
             return commits.parse_file_names(SafeFolder(self.path).names(commits.COMMITS), self.manifest)
 
     def constant_problems(self) -> list[Problem]:
-        """Check that labels, keys and constants are readable, finite, and those of the recipe."""
-        found: dict[str, Any] = {}
-        problems, shapes = [], constant_shapes(self.manifest.recipe)
-        for name in ("labels", "sample_keys", *shapes):
+        """Check that labels, keys and constants are readable, finite, and have their digests."""
+        problems = []
+        for name in whole_arrays(self.manifest):
             if name in self._damaged:
                 continue
             try:
-                found[name] = read_whole(self._group, self.path, name, self._layouts)
-                self.bytes += found[name].nbytes
+                values = read_whole(self._group, self.path, name, self._layouts)
             except UnsafeFileError as error:
                 problems.append(_unsafe(error))
             except CacheError as error:
                 problems.append(Problem(where=str(self.path / name), what=error.what, cure="copy"))
-        constants = {name: found[name] for name in shapes if name in found}
-        expected = self.manifest.constants_digest
-        if expected and constants.keys() == shapes.keys() and constants_digest(constants) != expected:
-            what = "the constants are not those of the manifest"
-            problems.append(Problem(where=str(self.path), what=what, cure="copy"))
-        identity = self.manifest.recipe.dataset
-        if {"labels", "sample_keys"} <= found.keys():
-            digest = commits.content_digest(found["sample_keys"], found["labels"], identity.class_names)
-            if digest != identity.content_digest:
-                what = "labels or sample keys are not those of the recipe"
-                problems.append(Problem(where=str(self.path / "labels"), what=what, cure="copy"))
+            else:
+                self.bytes += values.nbytes
+                self.arrays.add(name, values)
+        for mismatch in self.arrays.mismatches():
+            where = METADATA if mismatch.sound else mismatch.arrays[0] if len(mismatch.arrays) == 1 else ""
+            what = f"{mismatch.what}: expected {mismatch.expected}, found {mismatch.found}"
+            problems.append(
+                Problem(where=str(self.path / where), what=what, cure="metadata" if mismatch.sound else "copy")
+            )
         return problems
 
     def block_problems(self, block: BlockId) -> list[Problem]:
@@ -249,26 +283,17 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     """Check the zarr.json of the group and of every array, field by field."""
     for name, expected in metadata_files(manifest).items():
         file = path / name
+        what: str | None
         try:
-            found = json.loads(SafeFolder(path).read_bytes(name, MAX_METADATA_BYTES))
-            if not isinstance(found, dict):
-                raise ValueError("not an object")
+            what = metadata_difference(name, SafeFolder(path).read_bytes(name, MAX_METADATA_BYTES), expected)
         except FileNotFoundError:
-            yield Problem(where=str(file), what="missing metadata", cure="metadata")
-            continue
+            what = "missing metadata"
         except UnsafeFileError as error:
             yield _unsafe(error, file=file)
             continue
-        except (OSError, ValueError, RecursionError, FormatError):
-            yield Problem(where=str(file), what="metadata that cannot be read", cure="metadata")
-            continue
-        if name == METADATA:  # the manifest in it has a digest of its own
-            found, expected = ({**each, "attributes": sorted(each["attributes"])} for each in (found, expected))
-        elif _has_more_views(found, expected):  # a build is growing the cache and has not written its manifest yet
-            found = found | {"shape": expected["shape"]}
-        if found != expected:
-            keys = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-            what = f"metadata differs from what the manifest requires: {', '.join(keys)}"
+        except (OSError, FormatError):
+            what = UNREADABLE
+        if what is not None:
             yield Problem(where=str(file), what=what, cure="metadata")
 
 
@@ -277,11 +302,3 @@ def _unsafe(error: UnsafeFileError, block: BlockId | None = None, *, file: Path 
     what = f"{error.what}, but {error.found}"
     view, number = (None, None) if block is None else block
     return Problem(where=str(file or error.where), what=what, cure="remove", view=view, block=number)
-
-
-def _has_more_views(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether an array has the expected shape but for more views."""
-    if not isinstance(found.get("shape"), list) or not found["shape"]:
-        return False
-    first, wanted = found["shape"][0], expected["shape"]
-    return found["shape"][1:] == wanted[1:] and isinstance(first, int) and first > wanted[0]

@@ -17,17 +17,18 @@ from cache_tools.console import Progress
 from cache_tools.errors import FormatError
 from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format import commits
-from cache_tools.format.arrays import constant_shapes, target_arrays
+from cache_tools.format.arrays import target_arrays
 from cache_tools.format.commits import BlockId
+from cache_tools.format.digests import whole_arrays
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.home.listing import commit_names
 from cache_tools.integrity import local
 from cache_tools.integrity.local import METADATA, WORKERS, Repair, Verification
 from cache_tools.places import Place
+from cache_tools.places.claims import growing, if_permitted
 from cache_tools.places.metadata import manifest_at
 from cache_tools.places.transfer import block_files
-from cache_tools.store.create import metadata_files
 
 
 def verify(place: Place) -> Verification:
@@ -53,7 +54,6 @@ def repair(place: Place, verification: Verification) -> Repair:
 
     Copying a sound cache to the same place brings the dropped blocks again.
     """
-    expected = metadata_files(manifest_at(place))
     dropped, rewritten = set(), []
     for problem in verification.problems:
         if problem.cure == "block" and problem.view is not None and problem.block is not None:
@@ -61,11 +61,16 @@ def repair(place: Place, verification: Verification) -> Repair:
             place.delete([block.commit_key])
             dropped.add(block)
         elif problem.cure == "metadata":
-            name = problem.where.removeprefix(f"{place}/")
-            place.put(name, json.dumps(expected[name], indent=2).encode())
-            rewritten.append(name)
+            rewritten.append(problem.where.removeprefix(f"{place}/"))
+    rewritten = list(dict.fromkeys(rewritten))
+    add_digests = verification.adds_digests
+    if rewritten or add_digests:
+        with if_permitted(growing(place)):
+            files = local.repaired_metadata(manifest_at(place), verification)
+            for name in dict.fromkeys([*rewritten, *([METADATA] if add_digests else [])]):
+                place.put(name, json.dumps(files[name], indent=2).encode())
     left = tuple(problem for problem in verification.problems if problem.cure in {"copy", "remove"})
-    return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left)
+    return Repair(dropped=tuple(sorted(dropped)), rewritten=tuple(rewritten), left=left, digests_added=add_digests)
 
 
 class _RemoteBlocks:
@@ -79,7 +84,7 @@ class _RemoteBlocks:
         names = (*(spec.name for spec in self._specs), commits.COMMITS)
         for name in names:  # they exist even if they are empty
             (root / name).mkdir(parents=True)
-        whole = ("labels", "sample_keys", *constant_shapes(manifest.recipe))
+        whole = whole_arrays(manifest)
         keys = [METADATA, *(f"{name}/{METADATA}" for name in layouts)]
         keys += [f"{name}/{chunk}" for name in whole for chunk in layouts[name].chunk_names]
         with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
@@ -26,7 +26,7 @@ from cache_tools.errors import CacheError, FormatError, StorageError, UnsafeFile
 from cache_tools.format.commits import BlockId
 from cache_tools.places import Place
 
-__all__ = ["EXPIRE_S", "GROW", "Claims", "claims_place", "growing"]
+__all__ = ["EXPIRE_S", "GROW", "Claims", "claims_place", "growing", "if_permitted"]
 
 EXPIRE_S = 60.0
 HEARTBEAT_S = 15.0
@@ -207,6 +207,15 @@ class Claims:
 def growing(place: Place) -> Iterator[None]:
     """Create or grow the cache at a place while no other builder does; wait first while one does."""
     with Claims(place) as claims, claims.holding(GROW):
+        yield
+
+
+@contextmanager
+def if_permitted(claim: AbstractContextManager[None]) -> Iterator[None]:
+    """Hold a claim, unless files beside the target may not be written, as in a mounted folder."""
+    with ExitStack() as stack:
+        with suppress(StorageError):
+            stack.enter_context(claim)
         yield
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
 from cache_tools.files import MAX_METADATA_BYTES
-from cache_tools.format.arrays import constant_shapes
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
-from cache_tools.format.stored import MANIFEST_KEY, parse_manifest
+from cache_tools.format.stored import parse_group
 from cache_tools.places import Place
-
-GROUP = "zarr.json"
-WORKERS = 8
+from cache_tools.places.arrays import GROUP, WORKERS, check_metadata, read_file, read_metadata, read_whole_arrays
 
 
 def manifest_at(place: Place) -> Manifest:
@@ -30,11 +28,7 @@ def manifest_at(place: Place) -> Manifest:
         text = place.read(GROUP, MAX_METADATA_BYTES)
     except FileNotFoundError as error:
         raise NotFoundError("no cache here", where=place, next_step="check the path or URL") from error
-    try:
-        attributes = json.loads(text)["attributes"][MANIFEST_KEY]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FormatError("not a teacher cache, or a damaged one", where=f"{place}/{GROUP}") from error
-    return parse_manifest(attributes, where=str(place))
+    return _parse(text, place)
 
 
 def lacks_metadata(target: Place, manifest: Manifest) -> bool:
@@ -50,33 +44,77 @@ def lacks_metadata(target: Place, manifest: Manifest) -> bool:
 def copy_metadata(source: Place, target: Place, manifest: Manifest) -> list[int]:
     """Copy everything except blocks, if the target `lacks_metadata`; the group's zarr.json is written last.
 
+    What is copied has been checked: metadata are those that the manifest requires, and labels, sample keys and
+    constants have the digests that are stored with them.
+
     Returns:
         sizes of the files written.
 
     Raises:
+        FormatError: metadata or an array at `source` is missing or damaged; names it.
         MismatchError: another cache at `target`, or the same one in blocks of another size.
         StorageError: something that is no cache at `target`, or storage that is full, read-only or unreachable.
     """
     existing = _existing(target, manifest)
     if existing is not None and existing.num_views >= manifest.num_views:
         return []
-    layouts, whole = array_layouts(manifest), ("labels", "sample_keys", *constant_shapes(manifest.recipe))
+    layouts, expected = array_layouts(manifest), _metadata_files(manifest)
     if existing is None:
         _check_free(target, layouts)
-    keys = {f"{name}/{GROUP}": MAX_METADATA_BYTES for name in layouts if existing is None or name not in whole}
-    if existing is None:
-        keys |= {
-            f"{name}/{chunk}": layouts[name].max_file_bytes for name in whole for chunk in layouts[name].chunk_names
-        }
-    sizes = []
-    with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(keys), "files") as progress:
-        for size in pool.map(lambda key: _copy_file(source, target, key, keys[key]), keys):
-            sizes.append(size)
-            progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
+    sizes: list[int] = []
+    wanted = {key: content for key, content in expected.items() if key != GROUP}
+    if existing is not None:  # constants are there
+        wanted = {key: content for key, content in wanted.items() if layouts[key.partition("/")[0]].has_views}
+    with ThreadPoolExecutor(WORKERS) as pool, Progress("metadata", len(layouts), "arrays") as progress:
+
+        def put(files: Mapping[str, bytes], arrays: int) -> None:
+            sizes.extend(pool.map(lambda key: _put(target, key, files[key]), files))
+            progress.advance(arrays, f"{sum(sizes) / 1e6:,.1f} MB")
+
+        if existing is None:
+            for array in read_whole_arrays(source, manifest):
+                put(array.files, 1)
+        put(read_metadata(source, wanted), len(layouts) - progress.done)
     group = read_file(source, GROUP, MAX_METADATA_BYTES)
+    latest = _parse(group, source)
+    if latest != manifest:  # changed meanwhile: the cache has grown, or has another test split
+        return sizes + copy_metadata(source, target, latest)
+    check_metadata(source, GROUP, group, expected[GROUP])
+    if existing is not None and existing.array_digests and manifest.array_digests not in ({}, existing.array_digests):
+        raise FormatError(
+            "the digests of labels, sample keys or constants differ from those at the target",
+            where=f"{source}/{GROUP}",
+            next_step="`cache-tools verify` both caches, and `repair` the damaged one",
+        )
     if target.put(GROUP, group, only_new=existing is None):
         return [*sizes, len(group)]
     return sizes + copy_metadata(source, target, manifest)  # another process was faster: is it the same cache?
+
+
+def restore_metadata(source: Place, target: Place, damaged: Collection[str]) -> list[int]:
+    """Replace what is damaged of the cache at `target` by what the same cache at `source` has.
+
+    Args:
+        damaged: keys of `damaged_metadata` of the target.
+
+    Returns:
+        sizes of the files written.
+
+    Raises:
+        FormatError: the source is damaged, too; nothing is written then.
+        StorageError: storage that is full, read-only or unreachable.
+    """
+    manifest, existing = manifest_at(source), manifest_at(target)
+    check_same(existing, manifest, target)
+    arrays = list(read_whole_arrays(source, manifest))
+    fitting = existing.model_copy(update={"array_digests": {array.name: array.digest for array in arrays}})
+    files: dict[str, bytes] = {}
+    for array in arrays:
+        files |= array.files if array.name in damaged else {}
+    for key, content in _metadata_files(fitting).items():
+        if key.removesuffix(f"/{GROUP}") in damaged:
+            files[key] = json.dumps(content, indent=2).encode()
+    return [_put(target, key, data) for key, data in files.items()]
 
 
 def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
@@ -108,18 +146,6 @@ def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
         )
 
 
-def read_file(source: Place, key: str, limit: int) -> bytes:
-    """Read a file that a cache must have, of at most `limit` bytes.
-
-    Raises:
-        FormatError: missing or larger.
-    """
-    try:
-        return source.read(key, limit)
-    except FileNotFoundError as error:
-        raise FormatError("missing file", where=f"{source}/{key}", next_step="build the cache again") from error
-
-
 def _existing(target: Place, manifest: Manifest) -> Manifest | None:
     """The manifest of the cache at `target`, checked to be the same cache; None if there is none."""
     try:
@@ -145,10 +171,24 @@ def _check_free(target: Place, names: Collection[str]) -> None:
         )
 
 
-def _copy_file(source: Place, target: Place, key: str, limit: int) -> int:
-    data = read_file(source, key, limit)
+def _put(target: Place, key: str, data: bytes) -> int:
     target.put(key, data)
     return len(data)
+
+
+def _parse(group: bytes, place: Place) -> Manifest:
+    """The manifest in the bytes of a group's zarr.json."""
+    try:
+        attributes = json.loads(group)["attributes"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FormatError("not a teacher cache, or a damaged one", where=f"{place}/{GROUP}") from error
+    return parse_group(attributes, where=str(place))
+
+
+def _metadata_files(manifest: Manifest) -> dict[str, Any]:
+    from cache_tools.store.create import metadata_files  # imports zarr
+
+    return metadata_files(manifest)
 
 
 def _constants(manifest: Manifest) -> str:

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager, suppress
 
 import numpy as np
-import numpy.typing as npt
 
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError, StorageError
-from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec, target_arrays
 from cache_tools.format.commits import BlockId
-from cache_tools.format.layout import ArrayLayout, array_layouts
+from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.places import LocalPlace, Place
-from cache_tools.places.claims import Claims, growing
-from cache_tools.places.metadata import GROUP, copy_metadata, lacks_metadata, manifest_at, read_file
+from cache_tools.places.arrays import GROUP, SourceArray, damaged_metadata
+from cache_tools.places.claims import Claims, growing, if_permitted
+from cache_tools.places.metadata import copy_metadata, lacks_metadata, manifest_at, restore_metadata
 
 WORKERS = 8
 
@@ -37,6 +35,7 @@ class CopySummary(Frozen):
 
     Attributes:
         blocks: copied now; `blocks_there` were at the target already, `blocks_missing` are not at the source yet.
+        restored: damaged arrays at the target that were replaced, by name; `zarr.json` for the group.
         files, bytes: written to the target, metadata included.
     """
 
@@ -48,10 +47,14 @@ class CopySummary(Frozen):
     blocks_missing: int
     files: int
     bytes: int
+    restored: tuple[str, ...] = ()
 
 
 def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = None, title: str = "copy") -> CopySummary:
     """Copy everything that `source` has and `target` lacks. A target folder is not pruned meanwhile.
+
+    Whatever is copied is checked on the way. Metadata, labels, sample keys and constants at the target are checked as
+    well, and replaced where they are damaged.
 
     Args:
         views: copy only these; None for all. Metadata, labels, keys and constants are always copied.
@@ -59,23 +62,28 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
     Raises:
         NotFoundError: no cache at `source`.
         MismatchError: another cache at `target`.
-        FormatError: a damaged block at `source`; blocks copied before it stay.
+        FormatError: a damaged array or block at `source`; blocks copied before it stay.
         StorageError: storage that is full, read-only or unreachable; something that is no cache at `target`; or the
             target was removed during the copy.
     """
     manifest = manifest_at(source)
     needs_metadata = lacks_metadata(target, manifest)
+    damaged = damaged_metadata(target, manifest_at(target)) if target.has(GROUP) else {}
     chosen = set(range(manifest.num_views)) & set(range(manifest.num_views) if views is None else views)
     done, available = (
         {each for each in list_committed(place) if each.view in chosen and each.block < manifest.num_blocks}
         for place in (target, source)
     )
     missing, sizes = sorted(available - done), list[int]()
-    if needs_metadata or missing:  # else nothing is written, not even a claim: the target may be read-only
+    if needs_metadata or damaged or missing:  # else nothing is written, not even a claim: the target may be read-only
         with _protected(target):
-            if needs_metadata:
-                with _if_permitted(growing(target)):  # constants of two builds must not be mixed
+            if needs_metadata or damaged:
+                with if_permitted(growing(target)):  # constants of two builds must not be mixed
+                    if damaged:
+                        sizes += restore_metadata(source, target, damaged)
                     sizes += copy_metadata(source, target, manifest)
+                    for error in damaged_metadata(target, manifest_at(target)).values():
+                        raise error
             with Progress(title, len(missing), "blocks") as progress:
                 for _, written in copy_blocks(source, target, manifest, missing):
                     sizes += written
@@ -89,6 +97,7 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
         blocks_missing=len(chosen) * manifest.num_blocks - len(available),
         files=len(sizes),
         bytes=sum(sizes),
+        restored=tuple(damaged),
     )
 
 
@@ -139,10 +148,14 @@ def copy_block(
     try:
         commit = source.read(block.commit_key, arrays[commits.COMMITS].max_file_bytes)
         digests = arrays[commits.COMMITS].decode({block.commit_key: commit}, block)
+        rows_of_block = manifest.block(block.block)
+        index, size = np.arange(rows_of_block.start, rows_of_block.stop), manifest.recipe.dataset.image_size
+        if int(digests[0]) != (manifest.recipe.views.parameter_digest(index, block.view, size) or 1):
+            raise FormatError("view parameters are not those of the recipe")
         for column, spec in enumerate(specs, start=1):
             array = arrays[spec.name]
             chunks = {key: source.read(key, array.max_file_bytes) for key in block_files(spec, manifest, block)}
-            rows = array.decode(chunks, (block.view, manifest.block(block.block)))
+            rows = array.decode(chunks, (block.view, rows_of_block))
             if commits.block_digest(rows) != int(digests[column]):
                 raise FormatError("stored rows are not those that were committed", where=f"{source}/{spec.name}")
             for key, data in chunks.items():
@@ -176,40 +189,6 @@ def block_arrays(source: Place, manifest: Manifest) -> dict[str, SourceArray]:
     return {name: SourceArray(source, name, layouts[name]) for name in names}
 
 
-class SourceArray:
-    """Decodes chunk files of one array at a place.
-
-    Attributes:
-        max_file_bytes: the most bytes that the file of a chunk can have.
-    """
-
-    def __init__(self, source: Place, name: str, layout: ArrayLayout) -> None:
-        self.max_file_bytes = layout.max_file_bytes
-        self._where, self._name, self._layout = f"{source}/{name}", name, layout
-        self._metadata = read_file(source, f"{name}/{GROUP}", MAX_METADATA_BYTES)
-
-    def decode(self, chunks: dict[str, bytes], selection: Any) -> npt.NDArray[Any]:
-        """The selected elements, decoded from the files of the chunks that hold them.
-
-        Raises:
-            FormatError: damaged chunks, or metadata that differs from what the manifest says.
-        """
-        import zarr
-        from zarr.core.buffer import default_buffer_prototype
-        from zarr.storage import MemoryStore
-
-        from cache_tools.store.bounded import check_array
-        from cache_tools.store.group import ignore_numcodecs_warning, translate_errors
-
-        ignore_numcodecs_warning()
-        buffer = default_buffer_prototype().buffer
-        files = {key: buffer.from_bytes(data) for key, data in chunks.items()}
-        files[f"{self._name}/{GROUP}"] = buffer.from_bytes(self._metadata)
-        with translate_errors(self._where):
-            array = zarr.open_array(MemoryStore(files), path=self._name, mode="r", zarr_format=3)
-            return np.asarray(check_array(array, self._layout, self._where)[selection])
-
-
 @contextmanager
 def _protected(target: Place) -> Iterator[None]:
     """Keep a target folder from being pruned; object stores are never pruned.
@@ -230,15 +209,6 @@ def _protected(target: Place) -> Iterator[None]:
             where=target,
             next_step="run the same command again: it copies the removed files again",
         )
-
-
-@contextmanager
-def _if_permitted(claim: AbstractContextManager[None]) -> Iterator[None]:
-    """Hold a claim, unless files beside the target may not be written, as in a mounted folder."""
-    with ExitStack() as stack:
-        with suppress(StorageError):
-            stack.enter_context(claim)
-        yield
 
 
 def _pop_finished(running: dict[Future[list[int]], BlockId]) -> list[tuple[BlockId, list[int]]]:

@@ -14,9 +14,10 @@ from cache_tools.errors import CacheError, FormatError, NotFoundError
 from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec
+from cache_tools.format.digests import RESTORE_ARRAY
 from cache_tools.format.layout import Layouts
 from cache_tools.format.manifest import Manifest
-from cache_tools.format.stored import MANIFEST_KEY, parse_manifest
+from cache_tools.format.stored import parse_group
 from cache_tools.lazy import np
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def read_manifest(path: Path) -> Manifest:
         raise FormatError(
             "damaged or foreign zarr.json", where=file, expected="a zarr v3 group with attributes"
         ) from error
-    if not isinstance(attributes, dict) or group.get("node_type") != "group" or group.get("zarr_format") != 3:
+    if group.get("node_type") != "group" or group.get("zarr_format") != 3:
         raise FormatError("not a teacher cache", where=path, expected="a zarr v3 group")
-    return parse_manifest(attributes.get(MANIFEST_KEY), where=str(path))
+    return parse_group(attributes, where=str(path))
 
 
 def open_group(path: Path, layouts: Layouts, *, writable: bool = False) -> zarr.Group:
@@ -92,11 +93,11 @@ def read_whole(group: zarr.Group, path: Path, name: str, layouts: Layouts) -> np
     array, folder = open_array(group, path, name, layouts), SafeFolder(path).below(name)
     for chunk in layouts[name].chunk_names:
         if not folder.exists(chunk):  # before memory is allocated for all chunks
-            raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE)
-    with translate_errors(path / name):
+            raise FormatError("a chunk is missing", where=path / name, next_step=RESTORE_ARRAY)
+    with translate_errors(path / name, RESTORE_ARRAY):
         values = np.asarray(array[...])
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise FormatError("a number is not finite", where=path / name, next_step=RESTORE)
+        raise FormatError("a number is not finite", where=path / name, next_step=RESTORE_ARRAY)
     return values
 
 
@@ -128,8 +129,12 @@ def damaged_block_error(
 
 
 @contextmanager
-def translate_errors(where: object) -> Iterator[None]:
-    """Turn any error of zarr, its codecs or the operating system into a CacheError."""
+def translate_errors(where: object, next_step: str = RESTORE) -> Iterator[None]:
+    """Turn any error of zarr, its codecs or the operating system into a CacheError.
+
+    Args:
+        next_step: what the message advises for damaged bytes.
+    """
     try:
         yield
     except CacheError:
@@ -145,5 +150,5 @@ def translate_errors(where: object) -> Iterator[None]:
             "damaged or unreadable",
             where=where,
             found=f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else 'no details'}",
-            next_step=RESTORE,
+            next_step=next_step,
         ) from error

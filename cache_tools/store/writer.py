@@ -23,14 +23,16 @@ from cache_tools.files import (
 )
 from cache_tools.format import commits
 from cache_tools.format.arrays import target_arrays
+from cache_tools.format.digests import array_digests, constants_digest
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Canary, Manifest
-from cache_tools.format.stored import MANIFEST_KEY, check_limits, check_storable, manifest_attribute
+from cache_tools.format.stored import check_limits, check_storable, group_attributes
 from cache_tools.images.recipe import TestSplits
 from cache_tools.store.blocks import read_commits
-from cache_tools.store.create import StoredConstants, check_constants, check_samples, constants_digest, create_empty
+from cache_tools.store.create import check_constants, check_samples, create_empty
 from cache_tools.store.encoding import Encoder
 from cache_tools.store.group import open_array, open_group, read_manifest, translate_errors
+from cache_tools.store.whole import StoredConstants, check_whole_arrays
 
 
 class CacheWriter:
@@ -85,7 +87,10 @@ class CacheWriter:
         check_samples(manifest, labels, sample_keys)
         check_constants(manifest, constants)
         check_free(path)
-        manifest = manifest.model_copy(update={"constants_digest": constants_digest(constants)})
+        digests = array_digests(labels, sample_keys, constants)
+        manifest = manifest.model_copy(
+            update={"constants_digest": constants_digest(constants), "array_digests": digests}
+        )
         check_storable(manifest, where=path)
         with translate_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,7 @@ class CacheWriter:
 
     @classmethod
     def resume(cls, path: Path, fingerprint: str) -> CacheWriter:
-        """Open a cache to add blocks to it.
+        """Open a cache to add blocks to it. Its labels, keys and constants are compared with their digests first.
 
         Raises:
             NotFoundError, FormatError: no cache there, or a damaged one.
@@ -121,7 +126,17 @@ class CacheWriter:
             )
         with translate_errors(path):
             remove_leftovers(path)
-        return cls(path, manifest)
+        writer = cls(path, manifest)
+        writer.check_arrays()
+        return writer
+
+    def check_arrays(self) -> dict[str, str]:
+        """Compare labels, sample keys and constants with their digests; returns the digest of each.
+
+        Raises:
+            FormatError: one of them is missing or damaged; names it.
+        """
+        return check_whole_arrays(self._group, self.path, self.manifest, self._layouts)
 
     def missing_blocks(self) -> list[commits.BlockId]:
         """Every block that is not committed, in order of view, then block. Reads `commits` once."""
@@ -199,13 +214,28 @@ class CacheWriter:
             notes = stored.provenance.get("grown")
             grown = [*(notes if isinstance(notes, list) else []), dict(note)]
             update["provenance"] = {**stored.provenance, "grown": grown}
+        if not stored.array_digests:  # created by an earlier version
+            update["array_digests"] = latest.check_arrays()
         manifest = stored.model_copy(update=update)
         check_limits(manifest, where=self.path)
         with translate_errors(self.path):
             for array in (*latest._arrays.values(), latest._commits):
                 if array.shape[0] < num_views:
                     array.resize((num_views, *array.shape[1:]))
-            latest._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
+            latest._group.update_attributes(group_attributes(manifest))
+        return CacheWriter.resume(self.path, manifest.fingerprint)
+
+    def record_digests(self) -> CacheWriter:
+        """Store the digests of labels, keys and constants if an earlier version created the cache without them.
+
+        Call it only while no other process changes the manifest (`places.claims.growing`).
+        """
+        latest = CacheWriter.resume(self.path, self.manifest.fingerprint)
+        if latest.manifest.array_digests:
+            return latest
+        manifest = latest.manifest.model_copy(update={"array_digests": latest.check_arrays()})
+        with translate_errors(self.path):
+            latest._group.update_attributes(group_attributes(manifest))
         return CacheWriter.resume(self.path, manifest.fingerprint)
 
     def record_test_split(self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None) -> CacheWriter:
@@ -224,7 +254,7 @@ class CacheWriter:
         manifest = stored.model_copy(update=update)
         check_limits(manifest, where=self.path)
         with translate_errors(self.path):
-            self._group.update_attributes({MANIFEST_KEY: manifest_attribute(manifest)})
+            self._group.update_attributes(group_attributes(manifest))
         return CacheWriter.resume(self.path, manifest.fingerprint)
 
     def _rows(self, view: int, block: int) -> slice:

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
+from cache_tools.errors import MismatchError, NotFoundError, StorageError
 from cache_tools.files import PARTIAL, remove_leftover
 from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes, target_arrays
-from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
@@ -24,8 +23,7 @@ from cache_tools.places import LocalPlace, Place
 from cache_tools.places.claims import growing
 from cache_tools.places.metadata import copy_metadata, manifest_at
 from cache_tools.places.transfer import list_committed
-from cache_tools.store.create import constants_digest
-from cache_tools.store.group import open_group, read_manifest, read_whole
+from cache_tools.store.group import read_manifest
 from cache_tools.store.writer import CacheWriter, check_free
 from pipeline.build.destination import Destination
 from pipeline.build.output import MirroredOutput, Output
@@ -55,6 +53,9 @@ def open_output(
     if writer.manifest.num_views < num_views:
         with growing(where.place):
             writer = grow(CacheWriter.resume(where.path, recipe.fingerprint))  # another builder may just have grown it
+    elif not writer.manifest.array_digests:
+        with suppress(StorageError), growing(where.place):  # a complete cache may be read-only
+            writer = writer.record_digests()
     return Output(writer)
 
 
@@ -158,7 +159,6 @@ def _adopt(place: Place, path: Path, manifest: Manifest) -> int:
         if not _can_mix(local, manifest):
             _remove(path)
     moved = sum(stage_metadata(place, path, manifest))
-    _check_constants(path, place, manifest)
     return moved
 
 
@@ -169,19 +169,6 @@ def _can_mix(one: Manifest, other: Manifest) -> bool:
         other.clip_scales,
         other.constants_digest,
     )
-
-
-def _check_constants(path: Path, place: Place, manifest: Manifest) -> None:
-    """Raise FormatError unless the manifest and the constants come from the same builder."""
-    layouts = array_layouts(manifest)
-    group = open_group(path, layouts)
-    constants = {name: read_whole(group, path, name, layouts) for name in constant_shapes(manifest.recipe)}
-    if constants_digest(constants) != manifest.constants_digest:
-        raise FormatError(
-            "the constants are damaged, or are not those of the manifest",
-            where=place,
-            next_step="remove the cache there and build it again",
-        )
 
 
 def _remove(path: Path) -> None:

@@ -21,8 +21,8 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.home.origin import OriginRecord, write_origin
 from cache_tools.images.recipe import TestSplits
 from cache_tools.places import LocalPlace, Place
+from cache_tools.places.arrays import GROUP
 from cache_tools.places.claims import Claims, growing
-from cache_tools.places.metadata import GROUP
 from cache_tools.places.transfer import block_arrays, copy_block, copy_blocks, list_committed
 from cache_tools.store.group import translate_errors
 from cache_tools.store.writer import CacheWriter

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from cache_tools.alignment import make_canaries
 from cache_tools.codecs import Float16
 from cache_tools.codecs.presets import PresetName, TargetCodecs, resolve_codecs
 from cache_tools.format.arrays import constant_shapes, targets
+from cache_tools.format.digests import array_digests, constants_digest
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, FusionRecipe, Preprocessing, TeacherIdentity
+from cache_tools.format.stored import DIGESTS_KEY
 from cache_tools.images.arrays import ArrayImages
 from cache_tools.images.image_set import sample_key
 from cache_tools.images.recipe import DatasetRecipe
-from cache_tools.store.create import constants_digest
 from cache_tools.store.writer import CacheWriter
 from cache_tools.views import Flip, PadCrop, ViewRecipe
 
@@ -110,7 +113,9 @@ def tiny_manifest(
         canaries=make_canaries(VIEWS, images, num_views) if canaries else (),
         provenance={"preflight": {"teacher_top1": 0.75, "clip_top1": 0.5, "n": 64}, "command": "build-cache tiny"},
     )
-    return manifest.model_copy(update={"constants_digest": constants_digest(tiny_constants(manifest))})
+    constants = tiny_constants(manifest)
+    digests = array_digests(images.labels, images.keys, constants)
+    return manifest.model_copy(update={"constants_digest": constants_digest(constants), "array_digests": digests})
 
 
 def tiny_constants(manifest: Manifest, seed: int = 1) -> dict[str, np.ndarray]:
@@ -137,6 +142,21 @@ def tiny_targets(manifest: Manifest, seed: int = 2) -> dict[str, np.ndarray]:
         )
         for spec in targets(manifest.recipe, manifest.block_rows)
     }
+
+
+def remove_digests(path: Path) -> Path:
+    """Make a cache what earlier versions wrote: without a digest of each of labels, sample keys and constants."""
+    group = json.loads((path / "zarr.json").read_text())
+    del group["attributes"][DIGESTS_KEY]
+    (path / "zarr.json").write_text(json.dumps(group))
+    return path
+
+
+def overwrite(path: Path, name: str) -> None:
+    """Change the first number of an array, so that its file is sound and holds other values."""
+    array: Any = zarr.open_array(path / name, mode="r+")
+    first = (0,) * array.ndim
+    array[first] = 0 if array[first] == 1 else 1
 
 
 def create(path: Path, manifest: Manifest, images: ArrayImages) -> CacheWriter:

@@ -182,6 +182,14 @@ def test_digests_notice_a_chunk_from_elsewhere_and_a_changed_manifest(
         format_code.read_view(tmp_path / "copy", "fused_logits", 0)
 
 
+def test_array_digests_notice_another_label(cache: TeacherCache, format_code: SimpleNamespace, tmp_path: Path) -> None:
+    assert cache.manifest.array_digests
+    format_code.check_arrays(cache.path)
+    cache_factory.overwrite(Path(shutil.copytree(cache.path, tmp_path / "copy")), "labels")
+    with pytest.raises(ValueError, match="labels is damaged"):
+        format_code.check_arrays(tmp_path / "copy")
+
+
 def test_manifest_of_the_format_has_the_real_fields_and_digests(
     cache: TeacherCache, format_code: SimpleNamespace
 ) -> None:

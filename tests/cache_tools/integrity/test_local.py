@@ -4,10 +4,21 @@ from pathlib import Path
 
 import pytest
 
+from cache_tools.errors import FormatError
 from cache_tools.integrity.local import repair, verify
 from cache_tools.reader import TeacherCache
+from cache_tools.store.group import read_manifest
 from cache_tools.store.writer import CacheWriter
-from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.cache_factory import (
+    build,
+    create,
+    overwrite,
+    remove_digests,
+    tiny_images,
+    tiny_manifest,
+    tiny_targets,
+    write,
+)
 
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
@@ -137,3 +148,53 @@ def test_a_cache_that_was_being_grown_is_sound(cache: Path) -> None:
     CacheWriter.resume(cache, MANIFEST.fingerprint).grow(MANIFEST.num_views + 2)
     (cache / "zarr.json").write_bytes(manifest)
     assert verify(cache).sound
+
+
+@pytest.mark.parametrize("name", ["labels", "class_embeddings"])
+def test_a_damaged_array_is_named_with_both_digests(cache: Path, name: str) -> None:
+    overwrite(cache, name)
+    (problem,) = verify(cache).problems
+    assert (problem.where, problem.cure) == (str(cache / name), "copy")
+    assert f"the array {name} is damaged" in problem.what
+    assert f"expected {read_manifest(cache).array_digests[name]}, found " in problem.what
+
+
+def test_digests_are_added_to_a_cache_of_an_earlier_version(sound: Path, cache: Path) -> None:
+    found = verify(remove_digests(cache))
+    assert (found.sound, found.has_digests, found.adds_digests) == (True, False, True)
+    done = repair(cache, found)
+    assert (done.digests_added, done.rewritten, done.left) == (True, (), ())
+    assert read_manifest(cache) == read_manifest(sound)
+    assert contents(cache) == contents(sound)
+    assert verify(cache).has_digests
+
+
+def test_no_digests_are_added_to_damaged_arrays(cache: Path) -> None:
+    overwrite(remove_digests(cache), "labels")
+    found = verify(cache)
+    assert (found.sound, found.adds_digests) == (False, False)
+    assert not repair(cache, found).digests_added
+    assert not verify(cache).has_digests
+
+
+def test_a_damaged_digest_is_rewritten(sound: Path, cache: Path) -> None:
+    group = json.loads((cache / "zarr.json").read_text())
+    group["attributes"]["array_digests"]["labels"] = "0" * 32
+    (cache / "zarr.json").write_text(json.dumps(group))
+    (problem,) = verify(cache).problems
+    assert (problem.where, problem.cure) == (str(cache / "zarr.json"), "metadata")
+    assert repair(cache, verify(cache)).left == ()
+    assert contents(cache) == contents(sound)
+
+
+def test_a_build_that_grows_a_cache_adds_digests_and_checks_them(sound: Path, cache: Path) -> None:
+    grown = CacheWriter.resume(remove_digests(cache), MANIFEST.fingerprint).grow(MANIFEST.num_views + 1)
+    assert grown.manifest.array_digests == read_manifest(sound).array_digests
+    overwrite(cache, "labels")
+    with pytest.raises(FormatError, match="the array labels is damaged"):
+        grown.grow(MANIFEST.num_views + 2)
+
+
+def test_a_build_that_continues_a_cache_adds_digests(sound: Path, cache: Path) -> None:
+    done = CacheWriter.resume(remove_digests(cache), MANIFEST.fingerprint).record_digests()
+    assert done.manifest == read_manifest(sound)

@@ -10,7 +10,7 @@ import pytest
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, RecipeError, StorageError
 from cache_tools.format.commits import BlockId
 from cache_tools.integrity.local import verify
-from cache_tools.places import LocalPlace, Place, metadata, open_place, transfer
+from cache_tools.places import LocalPlace, Place, arrays, metadata, open_place, transfer
 from cache_tools.places.claims import Claims
 from cache_tools.places.transfer import copy_cache, list_committed
 from cache_tools.reader import TeacherCache
@@ -205,7 +205,7 @@ def test_copies_of_two_builds_to_one_place_do_not_mix(
         sample_keys=IMAGES.keys,
         constants=tiny_constants(MANIFEST, seed=5),
     ).path
-    target, met, read_file = LocalPlace(tmp_path / "target"), threading.Event(), metadata.read_file
+    target, met, read_file = LocalPlace(tmp_path / "target"), threading.Event(), arrays.read_file
     claim, put_group = Claims.claim, threading.Event()
 
     def claim_and_signal(claims: Claims, block: BlockId) -> bool:

@@ -224,15 +224,15 @@ def test_an_interrupted_creation_leaves_no_cache(root, clean, url, tmp_path, mon
     from cache_tools.places import metadata
 
     copied: list[str] = []
-    whole = metadata._copy_file
+    whole = metadata._put
 
-    def cut(source, target, key, *limits):
+    def cut(target, key, data):
         copied.append(key)
         if len(copied) == 6:
             raise StorageError("cut", where=target)
-        return whole(source, target, key, *limits)
+        return whole(target, key, data)
 
-    monkeypatch.setattr(metadata, "_copy_file", cut)
+    monkeypatch.setattr(metadata, "_put", cut)
     with pytest.raises(StorageError, match="cut"):
         build_cache(recipe(root, url))
     monkeypatch.undo()
