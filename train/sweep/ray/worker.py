@@ -5,7 +5,6 @@ Arguments and errors travel as plain data, so that no process has to unpickle an
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -176,21 +175,17 @@ def _sees(folder: Path, token: str) -> bool:
 
 def _wait_for_locks(folders: Sequence[Path]) -> None:
     """Wait until run folders are free: a worker of a lost node keeps them locked for a moment, until it ends too."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
+    from train.runs.folder import LOCK
+    from train.weights.run_files import run_files
+
     end = time.monotonic() + WAIT_FOR_LOCK_S
     for folder in folders:
-        while (folder / ".lock").exists() and time.monotonic() < end:
-            with open(folder / ".lock", "w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while run_files(folder).exists(LOCK) and time.monotonic() < end:
+            try:
+                with run_files(folder).lock(LOCK):
                     break
-                except OSError as error:
-                    if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-                        break  # the file system has no locks
-            time.sleep(0.2)
+            except BlockingIOError:
+                time.sleep(0.2)
 
 
 @contextmanager
