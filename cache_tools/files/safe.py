@@ -148,17 +148,20 @@ class SafeFolder:
         """
 
         def read() -> bytes:
-            with self._open_to_read(name, limit) as file:
-                data = file.read(os.fstat(file.fileno()).st_size + 1)
-            if limit is not None and len(data) > limit:
-                raise too_large(self.path / name, limit, len(data))
+            descriptor = self._descriptor(name, limit)
+            with os.fdopen(descriptor, "rb", buffering=0) as file:
+                data: bytes = file.read(os.fstat(descriptor).st_size + 1)
+                while part := file.read(1 << 16):  # a read may be short, or the file grows
+                    data += part
+                    if limit is not None and len(data) > limit:
+                        raise too_large(self.path / name, limit, len(data))
             return data
 
         return _patiently(read)
 
     def open_read(self, name: str, limit: int | None = None) -> BinaryIO:
         """Open a file to read it; raises as `read_bytes`."""
-        return _patiently(lambda: self._open_to_read(name, limit))
+        return os.fdopen(_patiently(lambda: self._descriptor(name, limit)), "rb")
 
     @contextmanager
     def replaced_durably(self, name: str) -> Iterator[BinaryIO]:
@@ -320,7 +323,8 @@ class SafeFolder:
         """The folders from the root to this one."""
         return [*self._inside, *_parts(name)]
 
-    def _open_to_read(self, name: str, limit: int | None) -> BinaryIO:
+    def _descriptor(self, name: str, limit: int | None) -> int:
+        """Open a file to read it, and check its size."""
         *folders, last = (*self._inside, *_parts(name))
         with self._opened(folders) as folder:
             descriptor = folder.open(last, os.O_RDONLY)
@@ -328,7 +332,7 @@ class SafeFolder:
             size = os.fstat(descriptor).st_size
             if limit is not None and size > limit:
                 raise too_large(self.path / name, limit, size)
-            return os.fdopen(descriptor, "rb")
+            return descriptor
         except BaseException:
             os.close(descriptor)
             raise

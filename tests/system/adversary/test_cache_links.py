@@ -55,7 +55,7 @@ PLACES = {
     "array metadata": Place("CACHE/commits/zarr.json", False, READERS | {"grow", "build"}),
     "array": Place("CACHE/clip_features", True, READERS | {"grow", "build", "copy into", "pull into"}),
     "commits": Place("CACHE/commits", True, READERS | {"grow", "build", "copy into", "pull into"}),
-    "labels folder": Place("CACHE/labels", True, READERS),
+    "labels folder": Place("CACHE/labels", True, READERS - {"train"}),
     "new chunk": Place("CACHE/clip_features/c.2.0.0", False, frozenset({"grow", "build", "copy into", "pull into"})),
     "new commit": Place("CACHE/commits/c.2.0.0", False),
     "claims": Place(".CACHE.claims", True, frozenset({"grow", "build"})),
