@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import inspect
@@ -17,10 +18,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, ParamSpec, Self, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, ParamSpec, Self, TextIO, get_args
 
 from cache_tools.errors import CacheError, DeviceError, StorageError, printable
+from cache_tools.system.arguments import check_arguments, path, require_current_folder
 from cache_tools.system.quiet import quiet_libraries
+from cache_tools.system.streams import (
+    BROKEN_PIPE,
+    discard_output,
+    flush_streams,
+    is_pipe_broken,
+    open_missing_streams,
+)
 from cache_tools.units import duration
 
 if TYPE_CHECKING:
@@ -31,11 +40,8 @@ P = ParamSpec("P")
 LINE_EVERY_S = 10.0
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 REPEATED_S = 2.0
-_STORAGE_ERRNOS = {
-    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY,
-}  # fmt: skip
 _FIRST_STEPS = {  # next steps by error number
+    errno.ENOENT: "check the path",
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
     errno.EROFS: "make it writable",
@@ -58,10 +64,14 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         kwargs.pop("version", None)
+        open_missing_streams()
         with escaped_output():
             try:
+                require_current_folder()
+                check_arguments(own.parameters, kwargs)
                 with interrupted_by_signals(), quiet_libraries():
                     function(*args, **kwargs)
+                flush_streams()
             except CacheError as error:
                 exit_with(str(error), 2)
             except Stopped as stopped:
@@ -69,11 +79,15 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             except KeyboardInterrupt:
                 exit_with("Interrupted. Run the same command again to resume.", 130)
             except OSError as error:
-                if error.errno not in _STORAGE_ERRNOS:
+                if isinstance(error, BrokenPipeError) and is_pipe_broken():
+                    discard_output()
+                    raise SystemExit(BROKEN_PIPE) from None
+                if error.errno is None:
                     raise
                 exit_with(str(storage_error(error)), 2)
 
     own = inspect.signature(function, eval_str=True)
+    own = own.replace(parameters=[_with_checked_path(parameter) for parameter in own.parameters.values()])
     option = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=version_option())
     wrapper.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
     return wrapper
@@ -133,6 +147,16 @@ def unescaped_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def _with_checked_path(parameter: inspect.Parameter) -> inspect.Parameter:
+    """The parameter of a command, where an empty path is an error: `Path("")` would be the current folder."""
+    kind, *infos = getattr(parameter.annotation, "__metadata__", ()) and get_args(parameter.annotation)
+    if not infos or not any(part is Path for part in (kind, *get_args(kind))):
+        return parameter
+    infos = [copy.copy(info) for info in infos]
+    infos[0].parser = path
+    return parameter.replace(annotation=Annotated[(kind, *infos)])
+
+
 class Stopped(KeyboardInterrupt):
     """A signal that asks the process to end. Everything that cleans up after Ctrl-C cleans up after it."""
 
@@ -184,7 +208,11 @@ def version_option() -> Any:
 
 def exit_with(message: str, code: int) -> None:
     """Print one line on stderr and exit with `code`."""
-    print_line(f"error: {message}" if code == 2 else message, file=sys.stderr)
+    try:
+        print_line(f"error: {message}" if code == 2 else message, file=sys.stderr)
+        flush_streams()
+    except OSError:  # nobody reads it
+        discard_output()
     raise SystemExit(code)
 
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
 from cache_tools.config import Frozen
+from cache_tools.config.fields import CountOrZero, Number, Share
 from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.format.manifest import Fusion, Manifest
-from cache_tools.format.recipe import CacheRecipe, ClipIdentity, PromptEnsemble, Share
+from cache_tools.format.recipe import CacheRecipe, ClipIdentity, PromptEnsemble
 
 if TYPE_CHECKING:
     from cache_tools.reader import TeacherCache
@@ -58,12 +59,12 @@ class FusionChoice(Frozen):
 
     teacher_weight: Share | None = None
     feature_weight: Share | None = None
-    teacher_weights: tuple[float, ...] | None = None
-    clip_weights: tuple[float, ...] | None = None
-    clip_scale: Literal["model", "match"] | float | None = None
+    teacher_weights: tuple[Number, ...] | None = None
+    clip_weights: tuple[Number, ...] | None = None
+    clip_scale: Literal["model", "match"] | Number | None = None
     prompt_ensemble: PromptEnsemble | None = None
-    prompts: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
-    clip_view: NonNegativeInt | None = None
+    prompts: tuple[CountOrZero, ...] | None = Field(None, min_length=1)
+    clip_view: CountOrZero | None = None
 
     @model_validator(mode="after")
     def _check_weights_and_prompts(self) -> FusionChoice:

@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from cache_tools.codecs.presets import PresetName, TargetCodecs, resolve_codecs
 from cache_tools.config import (
@@ -27,13 +27,15 @@ from cache_tools.config import (
     set_dotted,
     validate,
 )
+from cache_tools.config.fields import Count, CountOrZero, Name, Number, Share, ViewCount
 from cache_tools.errors import RecipeError
-from cache_tools.format.recipe import FusionRecipe, Precision, Share, Store, check_codec
+from cache_tools.format.recipe import FusionRecipe, Precision, Store, check_codec
 from cache_tools.images.class_names import IMAGENETS, ORDERS, read_names
 from cache_tools.images.own_folder import is_folder_argument, read_own_folder, refuse_second_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
 from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_groups, check_shares
+from cache_tools.views.ops import MAX_SIDE
 from cache_tools.views.recipe import ViewRecipe
 from train.recipe.settings import with_canvas
 
@@ -68,10 +70,10 @@ class TeacherSpec(Extensible):
     weights: str | None = None
     weights_key: str | None = None
     classes: OutputNames | None = None
-    size: PositiveInt | None = None
+    size: Annotated[Count, Field(le=MAX_SIDE)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[Number, Number, Number] | None = None
+    std: tuple[Number, Number, Number] | None = None
     weight: Share | None = None
 
 
@@ -147,19 +149,19 @@ class BuildRecipe(Frozen):
     work is done. All other fields determine the values.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     dataset: DatasetRecipe
     views: ViewRecipe = ViewRecipe()
-    num_views: PositiveInt = 8
+    num_views: ViewCount = 8
     teacher: Teachers = None
     clip: Clips = None
     fusion: FusionRecipe = FusionRecipe()
     store: Store = "fused"
     codec: CodecChoice = "float16"
     precision: Precision = "float32"
-    batch_size: PositiveInt = 256
-    block_rows: PositiveInt | None = None
-    preflight_samples: int = Field(2000, ge=0)
+    batch_size: Count = 256
+    block_rows: Count | None = None
+    preflight_samples: CountOrZero = 2000
     device: str = "auto"
     out: Annotated[Path | str | None, BeforeValidator(_folder_or_url)] = None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cache_tools.errors import RecipeError
+from cache_tools.system.arguments import expand_user
 from train.own import find_function, is_own
 from train.pretrained import download, find_published
 from train.recipe import TrainRecipe
@@ -32,7 +32,7 @@ def first_student(recipe: TrainRecipe, num_classes: int) -> tuple[Any, tuple[str
     if weights is None:
         return student, ()
     if is_path(weights):
-        path = Path(weights).expanduser()
+        path = expand_user(weights)
         where, checkpoint = str(path), open_weights(path, recipe.student).checkpoint
     else:
         published = find_published(recipe.student, weights)
@@ -67,7 +67,7 @@ def check_names(recipe: TrainRecipe) -> None:
     if weights is None:
         return
     if is_path(weights):
-        files_digest(Path(weights).expanduser())
+        files_digest(expand_user(weights))
     else:
         find_published(recipe.student, weights)
 

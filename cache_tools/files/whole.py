@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cache_tools.errors import FormatError, StorageError
+from cache_tools.system.arguments import expand_user
 
 MAX_METADATA_BYTES = 64 << 20
 MAX_FILE_BYTES = (1 << 30) + (1 << 28)  # the largest chunk (format.stored.MAX_CHUNK_BYTES) and what packing may add
@@ -24,7 +25,7 @@ HOME_VARIABLE = "TEACHER_CACHE_HOME"
 
 def cache_home() -> Path:
     """$TEACHER_CACHE_HOME, or ~/.cache/teacher-cache."""
-    return Path(os.environ.get(HOME_VARIABLE) or "~/.cache/teacher-cache").expanduser()
+    return expand_user(os.environ.get(HOME_VARIABLE) or "~/.cache/teacher-cache")
 
 
 def too_large(where: object, limit: int, size: int) -> FormatError:

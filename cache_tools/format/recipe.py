@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from cache_tools.codecs import Companded, TopK
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.config import Extensible, Frozen
+from cache_tools.config.fields import Number, Seed, Share, Width
 from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.images.recipe import DatasetIdentity
 from cache_tools.views.recipe import ViewRecipe
@@ -21,7 +22,6 @@ FORMAT_VERSION: Literal[2] = 2
 PREPROCESSING_VERSION = 1
 FUSION_VERSION = 1
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Store = Literal["fused", "components"]
 Precision = Literal["float32", "bfloat16", "float16"]
 PromptEnsemble = Literal["embedding", "logits", "probabilities"]
@@ -102,10 +102,10 @@ class FusionRecipe(Finite):
 
     teacher_weight: Share = 0.7
     feature_weight: Share = 0.7
-    clip_scale: Literal["model", "match"] | float = "model"
+    clip_scale: Literal["model", "match"] | Number = "model"
     prompt_ensemble: PromptEnsemble = "embedding"
-    feature_dim: PositiveInt = 128
-    projection_seed: int = Field(0, ge=0, lt=1 << 63)
+    feature_dim: Width = 128
+    projection_seed: Seed = 0
 
     def for_groups(self, *, teachers: bool, clips: bool) -> FusionRecipe:
         """This fusion with the whole weight on the only group, if teachers or CLIPs are missing."""

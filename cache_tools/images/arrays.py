@@ -18,6 +18,7 @@ import numpy as np
 from cache_tools.errors import DataError
 from cache_tools.images.image_set import ImageSet, sample_key
 from cache_tools.images.recipe import DatasetRecipe, default_data_dir
+from cache_tools.system.arguments import expand_user
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FASHION_NAMES = (
@@ -33,6 +34,7 @@ FASHION_NAMES = (
     "ankle boot",
 )
 SYSTEM_FASHION_DIR = Path("/usr/share/datasets/fashion-mnist")
+_MAX_IDX_BYTES = 1 << 28
 _IDX_MAGIC = {1: 0x0801, 3: 0x0803}  # uint8, by number of dimensions
 
 
@@ -169,7 +171,7 @@ def _digits_table() -> np.ndarray:
 
 
 def _data_dir(recipe: DatasetRecipe) -> Path:
-    return default_data_dir() if recipe.data_dir is None else recipe.data_dir.expanduser()
+    return default_data_dir() if recipe.data_dir is None else expand_user(recipe.data_dir)
 
 
 def _find(folders: list[Path], name: str) -> Path | None:
@@ -196,7 +198,8 @@ def _next_step(place: str) -> str:
 def _read_idx(path: Path, dims: int) -> np.ndarray:
     """An IDX file of unsigned bytes (yann.lecun.com's format) with `dims` dimensions."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(_MAX_IDX_BYTES + 1)  # a small file may unpack to any size
     except (OSError, EOFError, zlib.error) as error:
         raise DataError("cannot read an IDX file", where=path, found=str(error)) from error
     header = np.frombuffer(data[: 4 + 4 * dims], ">u4") if len(data) >= 4 + 4 * dims else np.zeros(1, ">u4")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache_tools.config.text import parse_json, read_text
 from cache_tools.errors import DataError, RecipeError
+from cache_tools.system.arguments import expand_user, unprintable
 
 Names = tuple[str, ...]
 
 MAX_LISTED = 8
+MAX_NAMES_BYTES = 16 << 20
 _NUMBERS = re.compile(r"([0-9]+)")
 
 
@@ -50,16 +52,14 @@ def read_names(value: Any, *, where: str, orders: Sequence[str] = ()) -> Any:
         return [str(name) if _is_number(name) else name for name in value]
     if not isinstance(value, str | Path) or value in orders:
         return value
-    path = Path(value).expanduser()
+    path = expand_user(value)
     where, what = f"{where}: {value}", "one class name per line, or a JSON list"
+    problem = "cannot read the class names" if path.is_file() else "no such file of class names"
+    expected = ", ".join([*orders, f"a UTF-8 file with {what}"])
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            "cannot read the class names" if path.is_file() else "no such file of class names",
-            where=where,
-            expected=", ".join([*orders, f"a UTF-8 file with {what}"]),
-        ) from error
+        text = read_text(path, problem, limit=MAX_NAMES_BYTES, expected=expected)
+    except RecipeError as error:
+        raise RecipeError(problem, where=where, expected=error.expected, found=error.found) from error
     if path.suffix == ".json":
         return _names_in_json(text, where)
     lines = [line.strip() for line in text.rstrip().splitlines()]
@@ -120,17 +120,16 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _names_in_json(text: str, where: str) -> Names:
-    try:
-        names = names_in(json.loads(text))
-    except ValueError:
-        names = None
-    if names is None:
+    names = names_in(parse_json(text, "no class names in the JSON file", where=where))
+    if names is None or any(unprintable(name) for name in names):
         raise RecipeError("no class names in the JSON file", where=where, expected="a list of names, or name: number")
     return names
 
 
 def _in_order(mapping: Mapping[Any, Any]) -> list[Any] | None:
     """The names of a mapping between names and numbers, by number; None if the numbers are not 0 to C − 1."""
+    if not all(isinstance(name, str | int) for name in mapping):
+        return None
     if all(_is_number(number) for number in mapping.values()):
         pairs = {number: str(name) for name, number in mapping.items()}
     elif all(_is_number(number) or (isinstance(number, str) and number.isdecimal()) for number in mapping):

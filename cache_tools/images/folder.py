@@ -21,6 +21,7 @@ from cache_tools.images.index import FileColumn, read_image
 from cache_tools.images.label_table import has_splits, read_label_table
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.images.scan import scan_folder, scan_listed
+from cache_tools.system.arguments import expand_user
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,9 +79,9 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
 def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImages:
     """The images that a csv file lists, wherever they are below the folder of the split; others are left out."""
     assert recipe.data_dir is not None  # validated by the recipe
-    data_dir = recipe.data_dir.expanduser()
-    own = data_dir / split / file.expanduser()  # an absolute path stays as it is
-    table_file = own if own.is_file() else data_dir / file.expanduser()
+    data_dir = expand_user(recipe.data_dir)
+    own = data_dir / split / expand_user(file)  # an absolute path stays as it is
+    table_file = own if own.is_file() else data_dir / expand_user(file)
     root = data_dir / split if (data_dir / split).is_dir() else data_dir
     if recipe.test_split is not None and table_file != data_dir / split / file and not has_splits(table_file):
         raise DataError(
@@ -116,7 +117,7 @@ def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImage
 
 def _split_folder(recipe: DatasetRecipe, split: str) -> Path:
     assert recipe.data_dir is not None  # validated by the recipe
-    root = recipe.data_dir.expanduser()
+    root = expand_user(recipe.data_dir)
     try:
         str(root / split).encode()
     except UnicodeEncodeError:

@@ -31,6 +31,7 @@ from cache_tools.images.image_set import KEY_BYTES, sample_key
 from cache_tools.images.index import PROGRESS_FROM_FILES, num_workers, read_image
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.images.summary import FolderSummary
+from cache_tools.system.arguments import expand_user
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,7 +125,7 @@ def open_hf(recipe: DatasetRecipe, split: str) -> HfImages:
     """
     assert recipe.data_dir is not None  # validated by the recipe
     _require_pyarrow(recipe.data_dir)
-    found = find_hf_files(recipe.data_dir.expanduser())
+    found = find_hf_files(expand_user(recipe.data_dir))
     files = found.splits.get(split)
     if files is None:
         raise DataError(

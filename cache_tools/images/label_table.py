@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cache_tools.config.text import read_text
 from cache_tools.errors import DataError
 from cache_tools.images.class_names import listed
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 PATH_COLUMNS = ("path", "file_name", "filename")
 _OTHERS = {"split", "labels"}
 _VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": 0}
+_MAX_BYTES, _MAX_LABELS = 1 << 30, 1 << 33
+_SECOND = re.compile(r"_duplicated_\d+$")
 _FORMAT = "a column `path`, and either a column of 0 and 1 for each class or a column `labels` with names like a;b"
 
 
@@ -54,7 +59,7 @@ def read_label_table(file: Path, split: str | None) -> LabelTable:
     if path_column is None:
         raise _bad_table(file, f"the columns {listed(table.columns)}")
     if "labels" in table.columns:
-        class_names, labels = _from_names([text or "" for text in table["labels"]])
+        class_names, labels = _from_names([text or "" for text in table["labels"]], file)
     else:
         class_names, labels = _from_columns(table.drop(path_column, *(_OTHERS & set(table.columns))), file)
     if not class_names:
@@ -78,28 +83,42 @@ def read_label_table(file: Path, split: str | None) -> LabelTable:
 def _read(file: Path) -> pl.DataFrame:
     import polars as pl
 
+    problem = "cannot read the file of labels" if os.path.exists(file) else "no such file of labels"
+    expected = f"a csv file in UTF-8 with {_FORMAT}"
+    text = read_text(file, problem, limit=_MAX_BYTES, error=DataError, expected=expected)
     try:
-        table = pl.read_csv(file, infer_schema=False)
-    except FileNotFoundError as error:
-        raise DataError("no such file of labels", where=file, expected=f"a csv file with {_FORMAT}") from error
-    except (pl.exceptions.PolarsError, OSError) as error:
+        table = pl.read_csv(text.encode(), infer_schema=False)
+    except pl.exceptions.PolarsError as error:
         raise _bad_table(file, str(error).partition("\n")[0]) from error
-    return table.rename({name: name.strip() for name in table.columns})
+    names = [name.strip() for name in table.columns]
+    # polars gives the second column of a name another one
+    renamed = {name for name in names if (base := _SECOND.sub("", name)) != name and base in names}
+    if twice := sorted(renamed | {name for name, count in Counter(names).items() if count > 1}):
+        raise _bad_table(file, f"a column twice: {listed([_SECOND.sub('', name) for name in twice])}")
+    return table.rename(dict(zip(table.columns, names, strict=True)))
 
 
-def _from_names(cells: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+def _zeros(rows: int, classes: int, file: Path) -> npt.NDArray[np.uint8]:
+    if rows * classes > _MAX_LABELS:
+        expected = f"at most {_MAX_LABELS:,} labels, images times classes"
+        found = f"{rows:,} images and {classes:,} classes"
+        raise DataError("the table of labels is too large", where=file, expected=expected, found=found)
+    return np.zeros((rows, classes), np.uint8)
+
+
+def _from_names(cells: Sequence[str], file: Path) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
     separator = ";" if any(";" in cell for cell in cells) else None  # None: any white space
     names = [[name.strip() for name in cell.split(separator) if name.strip()] for cell in cells]
     classes = tuple(sorted({name for row in names for name in row}))
     number = {name: place for place, name in enumerate(classes)}
-    labels = np.zeros((len(cells), len(classes)), np.uint8)
+    labels = _zeros(len(cells), len(classes), file)
     for row, chosen in enumerate(names):
         labels[row, [number[name] for name in chosen]] = 1
     return classes, labels
 
 
 def _from_columns(table: pl.DataFrame, file: Path) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
-    labels = np.zeros((len(table), table.width), np.uint8)
+    labels = _zeros(len(table), table.width, file)
     for place, name in enumerate(table.columns):
         for row, text in enumerate(table[name]):
             value = _VALUES.get((text or "").strip())

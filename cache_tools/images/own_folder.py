@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.images.hf_layout import find_hf_files, hf_marker
+from cache_tools.system.arguments import expand_user
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -66,7 +67,7 @@ def read_own_folder(path: Path, settings: Iterable[tuple[str, Any]] = ()) -> Own
         RecipeError: the folder is a cache or a run.
         DataError: it has test images only.
     """
-    path = path.expanduser()
+    path = expand_user(path)
     _refuse_other_kinds(path)
     if hf_marker(path) is not None:
         return _read_hf_folder(path, settings)

@@ -11,15 +11,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Changes, Extensible, name_or_fields, one_or_several
+from cache_tools.config.fields import Number, PlacePath, Whole
 from cache_tools.errors import DataError, MismatchError, RecipeError
 from cache_tools.images.class_names import ORDERS, read_names
+from cache_tools.system.arguments import expand_user
 
 # Raise it when the canvas of some image file changes; see pipeline/build/known.py. 2: transparency on a background.
 IMAGES_VERSION = 2
 
-Level = Annotated[int, Field(ge=0, le=255)]
+Level = Annotated[Whole, Field(ge=0, le=255)]
 Colour = tuple[Level, Level, Level]
-ValueRange = tuple[float, float]
+ValueRange = tuple[Number, Number]
 WHITE: Colour = (255, 255, 255)
 _COLOURS: dict[str, Colour] = {"white": WHITE, "black": (0, 0, 0)}
 
@@ -97,9 +99,9 @@ class DatasetRecipe(Extensible):
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "hf"]
     split: str = "train"
     test_split: TestSplits | None = "test"
-    data_dir: Path | None = None
+    data_dir: PlacePath | None = None
     download: bool = False
-    image_size: int | None = Field(None, ge=8, le=4096)
+    image_size: Annotated[Whole, Field(ge=8, le=4096)] | None = None
     class_order: ClassOrder = "sorted"
     background: Annotated[
         Annotated[Literal["white", "black"], Tag(NAME)] | Annotated[Colour, Tag(FIELDS)], Discriminator(name_or_fields)
@@ -107,7 +109,7 @@ class DatasetRecipe(Extensible):
     value_range: ValueRange | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     sub_folders: Literal["merge", "classes"] | None = None
-    labels: Path | None = None
+    labels: PlacePath | None = None
     image_column: str | None = None
     label_column: str | None = None
 
@@ -172,7 +174,7 @@ class DatasetRecipe(Extensible):
         """The same recipe with an absolute data_dir, which can be opened from any working directory."""
         if self.data_dir is None:
             return self
-        return self.model_copy(update={"data_dir": Path(os.path.abspath(self.data_dir.expanduser()))})
+        return self.model_copy(update={"data_dir": Path(os.path.abspath(expand_user(self.data_dir)))})
 
     def located(self, data_dir: Path | None, download: bool = False) -> DatasetRecipe:
         """The same dataset with another `data_dir`, if given, made absolute; `download` can only be switched on.
@@ -310,4 +312,4 @@ def require_one_label(multi_label: bool, what: str, where: object) -> None:
 
 def default_data_dir() -> Path:
     """The folder of array sources, also for downloads, if there is no data_dir."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "teacher-cache" / "datasets"
+    return expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "teacher-cache" / "datasets"

@@ -5,7 +5,6 @@ A place stores whole files under relative keys with `/`. A file that is put appe
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from cache_tools.places.base import Entry, Place
 from cache_tools.places.local import LocalPlace
 from cache_tools.places.remote import RemotePlace
 from cache_tools.system import named
+from cache_tools.system.arguments import expand_user
 
 __all__ = [
     "Entry",
@@ -53,7 +53,7 @@ def open_place(reference: str | Path, *, patience_s: float | None = None) -> Pla
 
 def local_path(reference: str | Path) -> Path:
     """The path that a user gave, with `~` and `file://` resolved. It ends in a name, so that files can be beside it."""
-    path = Path(os.path.expanduser(str(reference).removeprefix(_FILE)))
+    path = expand_user(str(reference).removeprefix(_FILE))
     return path.resolve() if path.name in {"", ".."} else path
 
 

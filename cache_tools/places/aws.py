@@ -112,8 +112,8 @@ class _Profile:
 
 def _profile(variables: Mapping[str, str]) -> _Profile:
     files = (
-        Path(variables.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser(),
-        Path(variables.get("AWS_CONFIG_FILE", "~/.aws/config")).expanduser(),
+        Path(os.path.expanduser(variables.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))),
+        Path(os.path.expanduser(variables.get("AWS_CONFIG_FILE", "~/.aws/config"))),
     )
     credentials, config = (_read(file) for file in files)
     named = variables.get("AWS_PROFILE") or variables.get("AWS_DEFAULT_PROFILE")

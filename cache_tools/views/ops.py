@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, Field
 
 from cache_tools.config import Frozen
+from cache_tools.config.fields import Number, Whole
 from cache_tools.errors import RecipeError
 from cache_tools.lazy import np
 from cache_tools.philox import below, chance
@@ -36,9 +37,9 @@ HUE_STEPS = 1024  # per full turn
 OCTAVE_STEPS = 256  # aspect ratios per doubling
 RATIO_BITS = 16
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Grey = Annotated[int, Field(ge=0, le=255)]
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Probability = Annotated[Number, Field(ge=0.0, le=1.0)]
+Grey = Annotated[Whole, Field(ge=0, le=255)]
+Side = Annotated[Whole, Field(ge=1, le=MAX_SIDE)]
 
 
 def _ordered(limits: tuple[float, float]) -> tuple[float, float]:

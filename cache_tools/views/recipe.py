@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from cache_tools.config import Extensible, Frozen
+from cache_tools.config.fields import Whole
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.lazy import np
 from cache_tools.philox import sample_words
@@ -113,7 +114,7 @@ class ViewRecipe(Extensible):
     added: ClassVar[frozenset[str]] = frozenset({"sizes"})
 
     version: Literal[1, 2] = 1
-    base_seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
+    base_seed: Annotated[Whole, Field(ge=0, lt=1 << 64)] = 0
     clean_first: bool = False
     ops: Annotated[tuple[ViewOp, ...], Field(max_length=MAX_OPS)] = ()
     sizes: ViewSizes = ViewSizes()

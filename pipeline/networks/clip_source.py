@@ -5,13 +5,12 @@ open_clip only warns if weights are missing or do not belong to the config. Here
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +19,17 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
+from cache_tools.config.text import MAX_RECIPE_BYTES, parse_json, read_text
 from cache_tools.errors import WeightsError
 from pipeline.networks.references import FOLDER_PREFIX, HUB_PREFIX, is_file_reference, resolve_path
+from train.weights.files import MAX_LAYERS
 from train.weights.names import load_local_first
+from train.weights.reading import MAX_PACKING, SLACK_BYTES, check_archive
 from train.weights.text import first_line, nearest
 
 _NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI stores beside the weights
+_MAX_NUMBER = 1 << 21  # of words, pixels or channels
+_TOWERS = ("vision_cfg", "text_cfg", "preprocess_cfg")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")  # the files that open_clip looks for in a folder
 
 
@@ -74,6 +78,9 @@ def load_network(source: ClipSource) -> Any:
         WeightsError: weights cannot be downloaded or read, or do not fit the config.
     """
     where = source.architecture if source.pretrained is None else f"{source.architecture}, {source.pretrained}"
+    for file in _files(source):
+        if zipfile.is_zipfile(file):
+            check_archive(file)
     try:
         with _quiet(), _plain_weights(source.pretrained) as pretrained:
 
@@ -90,6 +97,17 @@ def load_network(source: ClipSource) -> Any:
         raise WeightsError(
             "cannot load CLIP", where=where, found=first_line(error), next_step=_advice(source)
         ) from error
+
+
+def _files(source: ClipSource) -> list[Path]:
+    """The local files that open_clip reads the weights from."""
+    if source.model_name.startswith(FOLDER_PREFIX):
+        return _weights_in(Path(source.model_name.removeprefix(FOLDER_PREFIX)))
+    return [path] if source.pretrained is not None and (path := Path(source.pretrained)).is_file() else []
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern) if path.is_file()]
 
 
 def needs_hub(source: ClipSource) -> bool:
@@ -142,18 +160,46 @@ def _folder(reference: str) -> ClipSource:
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
         raise WeightsError("no CLIP in that folder", where=folder, expected="open_clip_config.json and its weights")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            "cannot read the CLIP config", where=config_file, expected="JSON with 'model_cfg'", found=first_line(error)
-        ) from error
-    found = [path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)]
+    config = _config(config_file)
+    found = _weights_in(folder)
     if not found:
         raise WeightsError("no CLIP weights in that folder", where=folder, expected="open_clip_model.safetensors")
     if not config.get("quick_gelu") and any(_is_openai(path) for path in found):
         raise _quick_gelu_error(str(config_file), "OpenAI's", is_folder=True)
+    _require_size(config, found, config_file)
     return ClipSource(f"{FOLDER_PREFIX}{folder}", None, f"{FOLDER_PREFIX}{folder.resolve().name}", config)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The part `model_cfg` of an `open_clip_config.json`."""
+    what, expected = "cannot read the CLIP config", "JSON with 'model_cfg'"
+    text = read_text(file, what, limit=MAX_RECIPE_BYTES, error=WeightsError, expected=expected)
+    content = parse_json(text, what, where=file, error=WeightsError)
+    config = content.get("model_cfg") if isinstance(content, dict) else None
+    if not isinstance(config, dict) or not all(isinstance(config.get(part, {}), dict) for part in _TOWERS):
+        raise WeightsError(what, where=file, expected=expected, found="none, or one of another kind")
+    for part in (config, *(config.get(name, {}) for name in _TOWERS)):
+        for key, value in part.items():
+            most = MAX_LAYERS if key == "layers" else _MAX_NUMBER
+            values = value if isinstance(value, list) else [value]
+            if len(values) > MAX_LAYERS or any(isinstance(one, int | float) and abs(one) > most for one in values):
+                raise WeightsError(what, where=file, expected=f"{key} of at most {most:,}", found=str(value)[:80])
+    return config
+
+
+def _require_size(config: dict[str, Any], files: Sequence[Path], where: object) -> None:
+    """Check that a CLIP is not far larger than its weights, before it takes memory."""
+    parts = [config.get(name, {}) for name in ("vision_cfg", "text_cfg")]
+    numbers = {key: value for part in parts for key, value in part.items() if isinstance(value, int)}
+    needed = 4 * int(numbers.get("vocab_size", 0)) * int(numbers.get("width", 0))
+    for part in parts:
+        width, layers = part.get("width", 0), part.get("layers", 0)
+        if isinstance(width, int) and isinstance(layers, int):
+            needed += 4 * 12 * layers * width**2  # of a transformer
+    stored = sum(file.stat().st_size for file in files)
+    if needed > MAX_PACKING * stored + SLACK_BYTES:
+        expected, found = f"at most {MAX_PACKING} times the {stored:,} bytes of its weights", f"{needed:,} bytes"
+        raise WeightsError("CLIP is far larger than its weights", where=where, expected=expected, found=found)
 
 
 def _hub(name: str) -> ClipSource:
@@ -209,8 +255,11 @@ def _is_torchscript(reference: str | Path) -> bool:
     path = Path(reference)
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, OSError):  # whoever reads the weights says what is wrong with them
+        return False
 
 
 def _mismatch(error: Exception) -> tuple[str | None, str | None]:

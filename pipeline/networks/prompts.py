@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cache_tools.config.text import MAX_RECIPE_BYTES, read_text
 from cache_tools.errors import RecipeError
 
 # In the order of the paper's code: the order is part of a cache's identity.
@@ -66,10 +67,7 @@ def _read_file(path: Path) -> tuple[str, ...]:
         raise RecipeError(
             "no such prompt templates", where=path, expected=f"{', '.join(BUILTIN_SETS)} or a file with one per line"
         )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("cannot read the prompt templates", where=path, expected="a UTF-8 text file") from error
+    lines = read_text(path, "cannot read the prompt templates", limit=MAX_RECIPE_BYTES).splitlines()
     texts = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     return _checked([(f"{path}, line {n}", text) for n, text in texts if text and not text.startswith("#")], path)
 

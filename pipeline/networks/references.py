@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_tools.system.arguments import expand_user
 from train.weights.names import hub_names, looks_like_file
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def resolve_path(reference: str) -> Path:
     """The path of a reference; `package:NAME` is a file or folder in pipeline/assets."""
     if reference.startswith(PACKAGE_PREFIX):
         return Path(str(files("pipeline") / "assets" / reference.removeprefix(PACKAGE_PREFIX)))
-    return Path(reference).expanduser()
+    return expand_user(reference)
 
 
 def names_to_download(recipe: BuildRecipe) -> list[str]:

@@ -9,7 +9,6 @@ take. Without names the outputs are taken in the order of the dataset's classes,
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cache_tools.config.text import parse_json, read_text
 from cache_tools.errors import CacheError, RecipeError, WeightsError
-from cache_tools.images.class_names import IMAGENETS, ORDERS, Names, describe, listed, names_in, read_names
+from cache_tools.images.class_names import (
+    IMAGENETS,
+    MAX_NAMES_BYTES,
+    ORDERS,
+    Names,
+    describe,
+    listed,
+    names_in,
+    read_names,
+)
 from pipeline.networks.class_words import imagenet_ids
 from pipeline.networks.references import class_files
 from train.weights.reading import WeightsFile
@@ -161,8 +170,10 @@ def names_beside(path: Path) -> Iterator[StoredNames]:
             if file.suffix == ".txt":
                 yield StoredNames(str(file), tuple(read_names(str(file), where="")))
                 continue
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (CacheError, ValueError, OSError):  # some other file of this name
+            what = "cannot read the class names"
+            text = read_text(file, what, limit=MAX_NAMES_BYTES, error=WeightsError)
+            content = parse_json(text, what, where=file, error=WeightsError)
+        except CacheError:  # some other file of this name
             continue
         config = content.get("pretrained_cfg") if isinstance(content, Mapping) else None
         candidates = [names_in(content)]
@@ -188,14 +199,10 @@ def _names_in_metadata(file: WeightsFile) -> Iterator[StoredNames]:
     text = file.metadata.get("class_names")
     if text is None:
         return
-    try:
-        names = names_in(json.loads(text))
-    except ValueError:
-        names = None
+    what = "cannot read class_names in the weights' metadata"
+    names = names_in(parse_json(text, what, where=file.path, error=WeightsError))
     if names is None:
-        raise WeightsError(
-            "cannot read class_names in the weights' metadata", where=file.path, expected="a JSON list of names"
-        )
+        raise WeightsError(what, where=file.path, expected="a JSON list of names")
     yield StoredNames(f"class_names in {file.path.name}", names, certain=True)
 
 

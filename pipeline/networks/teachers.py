@@ -23,7 +23,7 @@ from train import own
 from train.checkpoints import LAST, StudentCard, check_student_file, create_stored, student_file
 from train.students import create_student, student_names
 from train.weights.files import CONFIG, open_weights, read_config, read_hub_folder
-from train.weights.load import Loaded, class_count_error, load_into
+from train.weights.load import Loaded, class_count_error, load_into, require_size
 from train.weights.reading import WeightsFile, read_weights
 from train.weights.text import first_line
 
@@ -230,10 +230,13 @@ def _hub_folder(spec: TeacherSpec, names: tuple[str, ...], canvas: Size) -> _Net
     classes = classes_of_file(names, spec.classes, file, where=spec.name)
     with torch.device("meta"):
         create_student(architecture, classes.total)  # raises RecipeError with the most similar name
+        require_size(create_student(f"timm:{FOLDER_PREFIX}{folder}", classes.total), file, spec.name)
     network: Any = create_student(f"timm:{FOLDER_PREFIX}{folder}", classes.total)  # with all arguments in the config
     loaded = _load_file(network, architecture, file, classes, spec)
     # Old folders of timm have the keys at the top.
-    preprocessing = timm_preprocessing({**network.pretrained_cfg, **config, **config.get("pretrained_cfg", {})})
+    given = {**config, **(config.get("pretrained_cfg") or {})}
+    known = {key: value for key, value in given.items() if value is not None}
+    preprocessing = timm_preprocessing({**network.pretrained_cfg, **known})
     return _Network(network, architecture, preprocessing, classes, loaded.notes, loaded.raw)
 
 

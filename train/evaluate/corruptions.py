@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import DataError
+from cache_tools.system.arguments import expand_user
 
 # In the paper's order, with the paper's groups.
 KINDS: dict[str, str] = {
@@ -103,7 +104,7 @@ def open_corrupted(
     Raises:
         DataError: a missing or damaged file, a wrong shape, or unexpected labels.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_user(folder)
     missing = [f"{name}.npy" for name in CORRUPTIONS if not (folder / f"{name}.npy").is_file()]
     if missing:
         raise DataError(

@@ -14,6 +14,7 @@ from cache_tools.images import open_images
 from cache_tools.images.check import check_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.system.arguments import expand_user
 
 
 def open_shifted(folder: Path | str, class_names: Sequence[str], image_size: tuple[int, int]) -> ImageSet:
@@ -28,7 +29,7 @@ def open_shifted(folder: Path | str, class_names: Sequence[str], image_size: tup
     Raises:
         DataError: no such folder, a class that the student does not know, two folders of one class, or damaged images.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_user(folder)
     if not folder.is_dir():
         raise DataError("no such folder of shifted test images", where=folder, expected="CLASS/IMAGE below it")
     if image_size[0] != image_size[1]:

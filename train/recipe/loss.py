@@ -7,19 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, ValidationError, model_validator
 
 from cache_tools.config import Extensible, parse_yaml
+from cache_tools.config.fields import BelowOne, Count, CountOrZero, NotNegative, Positive, Width
+from cache_tools.config.text import MAX_RECIPE_BYTES, read_text
 from cache_tools.errors import RecipeError
+from cache_tools.system.arguments import expand_user
 
 # The settings of `--loss NAME`, from the paper or the reference implementation of each method.
 LOSSES: dict[str, dict[str, Any]] = {
@@ -51,7 +45,7 @@ def _class_weights(value: Any) -> str | tuple[float, ...] | dict[str, float]:
     if isinstance(value, str) and (numbers := _numbers(value.split(","))) is not None:
         value = numbers
     elif isinstance(value, str):
-        where = Path(value).expanduser()
+        where = expand_user(value)
         value = _weights_in_file(where)
     # YAML reads some class names as numbers.
     named = {str(key): weight for key, weight in value.items()} if isinstance(value, dict) else None
@@ -63,12 +57,8 @@ def _class_weights(value: Any) -> str | tuple[float, ...] | dict[str, float]:
 
 
 def _weights_in_file(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        found = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        expected = "none, balanced, numbers with commas, or a file of weights (YAML, JSON or plain numbers)"
-        raise RecipeError("cannot read class weights", where=path, expected=expected, found=found) from error
+    expected = "none, balanced, numbers with commas, or a UTF-8 file of weights (YAML, JSON or plain numbers)"
+    text = read_text(path, "cannot read class weights", limit=MAX_RECIPE_BYTES, expected=expected)
     return _numbers(text.split()) or parse_yaml(text, "cannot read class weights", where=path)
 
 
@@ -108,23 +98,23 @@ class LossRecipe(Extensible):
 
     added: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})
 
-    ce_weight: NonNegativeFloat = 1.0
+    ce_weight: NotNegative = 1.0
     kind: Literal["ce", "kd", "dkd", "standardised_kd", "standardised_dkd", "bce"] = "kd"
-    distill_weight: NonNegativeFloat = 3.0
-    temperature: PositiveFloat = 3.0
-    dkd_alpha: NonNegativeFloat = 1.0
-    dkd_beta: NonNegativeFloat = 8.0
-    warmup_epochs: NonNegativeInt = 0
+    distill_weight: NotNegative = 3.0
+    temperature: Positive = 3.0
+    dkd_alpha: NotNegative = 1.0
+    dkd_beta: NotNegative = 8.0
+    warmup_epochs: CountOrZero = 0
     feature: Literal["none", "mse", "cosine", "rkd", "pkt", "crd"] = "none"
-    feature_weight: NonNegativeFloat = 0.8
+    feature_weight: NotNegative = 0.8
     feature_source: Literal["auto", "fused", "components"] = "auto"
-    rkd_distance_weight: NonNegativeFloat = 25.0
-    rkd_angle_weight: NonNegativeFloat = 50.0
-    crd_negatives: PositiveInt = 16_384
-    crd_dim: PositiveInt = 128
-    crd_temperature: PositiveFloat = 0.07
-    crd_momentum: float = Field(0.5, ge=0.0, lt=1.0)
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    rkd_distance_weight: NotNegative = 25.0
+    rkd_angle_weight: NotNegative = 50.0
+    crd_negatives: Count = 16_384
+    crd_dim: Width = 128
+    crd_temperature: Positive = 0.07
+    crd_momentum: BelowOne = 0.5
+    label_smoothing: BelowOne = 0.0
     class_weights: ClassWeights = "none"
 
     @model_validator(mode="after")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import model_validator
 
 from cache_tools.config import Extensible, Frozen
+from cache_tools.config.fields import BelowOne, Count, CountOrZero, NotNegative, Positive
 from cache_tools.errors import RecipeError
 
 
@@ -21,12 +22,12 @@ class OptimiserRecipe(Extensible):
     added: ClassVar[frozenset[str]] = frozenset({"clip_grad_norm", "accumulate"})
 
     name: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: PositiveFloat = 0.05
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    learning_rate: Positive = 0.05
+    momentum: BelowOne = 0.9
     nesterov: bool = False
-    weight_decay: NonNegativeFloat = 5e-4
-    clip_grad_norm: float | None = Field(None, gt=0.0, allow_inf_nan=False)
-    accumulate: PositiveInt = 1
+    weight_decay: NotNegative = 5e-4
+    clip_grad_norm: Positive | None = None
+    accumulate: Count = 1
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimiserRecipe:
@@ -39,10 +40,10 @@ class ScheduleRecipe(Frozen):
     """How the learning rate changes, update by update; epochs count from 0."""
 
     name: Literal["cosine", "multistep", "constant"] = "cosine"
-    warmup_epochs: NonNegativeInt = 0
-    milestones: tuple[PositiveInt, ...] = ()
-    gamma: PositiveFloat = 0.1
-    min_learning_rate: NonNegativeFloat = 0.0
+    warmup_epochs: CountOrZero = 0
+    milestones: tuple[Count, ...] = ()
+    gamma: Positive = 0.1
+    min_learning_rate: NotNegative = 0.0
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> ScheduleRecipe:

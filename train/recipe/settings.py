@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, PositiveInt, Tag, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from cache_tools.config import CHANGES, FIELDS, Changes, Extensible
+from cache_tools.config.fields import MAX_COUNT, Count, Name, PlacePath, Positive, Seed, ViewCount
 from cache_tools.errors import MismatchError, RecipeError
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import Precision
 from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset
 from cache_tools.refusion import FusionChoice
+from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
 from train.recipe.loss import LossRecipe, needs_targets
 from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
@@ -68,7 +69,7 @@ class TrainRecipe(Extensible):
 
     added = frozenset({"student_weights", "student_weights_key", "checkpoint_every_minutes"})
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     cache: str | None = None
     fusion: FusionChoice = FusionChoice()
     dataset: (
@@ -83,10 +84,10 @@ class TrainRecipe(Extensible):
         ]
         | None
     ) = None
-    num_views: PositiveInt | None = None
-    label_fraction: float = Field(1.0, gt=0.0, le=1.0)
-    label_seed: int = Field(0, ge=0, lt=1 << 63)
-    data_dir: Path | None = None
+    num_views: ViewCount | None = None
+    label_fraction: Annotated[Positive, Field(le=1.0)] = 1.0
+    label_seed: Seed = 0
+    data_dir: PlacePath | None = None
     download: bool = False
     student: Annotated[str, AfterValidator(canonical_student_name)] = "resnet8x4"
     student_weights: str | None = None
@@ -94,18 +95,18 @@ class TrainRecipe(Extensible):
     loss: LossRecipe = LossRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
-    epochs: PositiveInt = 240
-    batch_size: PositiveInt = 64
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    epochs: Count = 240
+    batch_size: Count = 64
+    seed: Seed = 0
     precision: Precision = "float32"
-    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
-    evaluate_every: PositiveInt = 1
+    ema_decay: Annotated[Positive, Field(lt=1.0)] | None = None
+    evaluate_every: Count = 1
     deterministic: bool = False
     compare_with_labels: bool = False
     loggers: tuple[LoggerName, ...] | None = None
     device: str = "auto"
-    out: Path | None = None
-    checkpoint_every_minutes: float | None = Field(None, gt=0.0, allow_inf_nan=False)
+    out: PlacePath | None = None
+    checkpoint_every_minutes: Positive | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -159,6 +160,13 @@ class TrainRecipe(Extensible):
                 "a run on labels alone needs a dataset of its own",
                 where=self.name,
                 next_step="add `dataset: {name: …}` to the recipe, or --set dataset.name=…",
+            )
+        if round(1 / self.label_fraction) * self.epochs > MAX_COUNT:
+            raise RecipeError(
+                "so small a part of the labels needs too many epochs on labels alone",
+                where="label_fraction",
+                expected=f"at most {MAX_COUNT:,} epochs, for as many images as with all labels",
+                found=f"{self.epochs:,} epochs with {self.label_fraction:g} of the labels",
             )
         if self.schedule.warmup_epochs > self.epochs:
             raise RecipeError(
@@ -269,7 +277,7 @@ class TrainRecipe(Extensible):
             data["dataset"] = {key: value for key, value in data["dataset"].items() if key not in elsewhere}
         data["cache"] = None
         if (weights := self.initial_weights) is not None:  # of a file the content matters, not the name
-            data["student_weights"] = files_digest(Path(weights).expanduser()) if is_path(weights) else weights
+            data["student_weights"] = files_digest(expand_user(weights)) if is_path(weights) else weights
         return data
 
 

@@ -14,6 +14,7 @@ from cache_tools.images.check import check_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import IMAGE_FILES, DatasetRecipe, as_received
+from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
 from train import checkpoints
 from train.checkpoints import StudentCard
@@ -113,7 +114,7 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
         NotFoundError: no run at this path.
         FormatError, RecipeError: a recipe or manifest that is damaged or from a newer version.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     which = next((kind for kind, name in CHECKPOINTS.items() if name == path.name and path.is_file()), None)
     root = path.parent if which else path
     recipe = read_recipe_of(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from pydantic import ConfigDict, Field
 
 from cache_tools.config import Frozen, given_settings, parse_yaml, validate
+from cache_tools.config.text import MAX_RECIPE_BYTES, read_text
 from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import TrainRecipe
 from train.recipe.loading import DEFAULT_RECIPE, full_key, load_train_recipe, named_after_cache
@@ -96,12 +98,11 @@ def load_sweep(file: Path) -> dict[str, Any]:
     Raises:
         NotFoundError, RecipeError: no such file, or it is no YAML mapping.
     """
-    try:
-        data = parse_yaml(file.read_text(), "a sweep file that cannot be read", where=file)
-    except FileNotFoundError as error:
-        raise NotFoundError("no such sweep file", where=file) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("a sweep file that cannot be read", where=file, found=str(error).splitlines()[0]) from error
+    if not os.path.exists(file):
+        raise NotFoundError("no such sweep file", where=file)
+    what = "a sweep file that cannot be read"
+    text = read_text(file, what, limit=MAX_RECIPE_BYTES, expected="a YAML file in UTF-8")
+    data = parse_yaml(text, what, where=file)
     if not isinstance(data, dict):
         raise RecipeError("not a sweep file", where=file, expected="a YAML mapping")
     if stored := data.keys() & {"base", "loss_settings", "given"}:  # keys of the `sweep.yaml` in a sweep's folder

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from cache_tools.config import Frozen, set_dotted, validate
+from cache_tools.config.fields import MAX_TRIALS, Count, Name, Seed
 from cache_tools.errors import RecipeError
 from train.recipe import TrainRecipe, all_fields, default_fields
 from train.recipe.loading import SETTING_ALIASES
@@ -19,6 +21,8 @@ from train.recipe.loss import CE_SETTINGS, LABELS_ALONE, named_loss
 from train.recipe.unused import unused_settings, value_at
 from train.sweep.search_recipe import Axis, Search, larger_is_better
 from train.weights.run_files import TRIALS
+
+TrialCount = Annotated[Count, Field(le=MAX_TRIALS)]
 
 
 class Asha(Frozen):
@@ -36,8 +40,8 @@ class Asha(Frozen):
     """
 
     metric: str = "test_top1"
-    keep_one_in: PositiveInt = Field(3, ge=2)
-    first_epochs: PositiveInt = 1
+    keep_one_in: Annotated[Count, Field(ge=2)] = 3
+    first_epochs: Count = 1
 
     @property
     def larger_is_better(self) -> bool:
@@ -67,12 +71,12 @@ class SweepRecipe(Frozen):
         loss_settings: keys and values of `loss` that also apply to a loss by name. A trial's own settings win.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     base: dict[str, Any]
     students: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    seeds: PositiveInt | tuple[NonNegativeInt, ...] = 1
+    seeds: TrialCount | Annotated[tuple[Seed, ...], Field(max_length=MAX_TRIALS)] = 1
     trials: tuple[dict[str, Any], ...] = ()
     asha: Asha | None = None
     search: Search | None = None
@@ -101,6 +105,17 @@ class SweepRecipe(Frozen):
         empty = [key for key, values in self.grid.items() if not values]
         if empty:
             raise RecipeError("a grid key without values", where=f"grid.{empty[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_not_too_many_trials(self) -> SweepRecipe:
+        seeds = self.seeds if isinstance(self.seeds, int) else len(self.seeds)
+        lists = [values for values in self._axes().values() if isinstance(values, tuple)]
+        count = (len(self.trials) or math.prod(map(len, lists))) * seeds
+        if self.search is None and count > MAX_TRIALS:
+            raise RecipeError(
+                "the sweep is too large", where=self.name, expected=f"at most {MAX_TRIALS:,} trials", found=f"{count:,}"
+            )
         return self
 
     @model_validator(mode="after")

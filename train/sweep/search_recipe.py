@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from cache_tools.config import FIELDS, SEVERAL, Frozen
+from cache_tools.config.fields import MAX_TRIALS, Count, Number, Seed, Whole
 from cache_tools.errors import RecipeError
 from cache_tools.screen import nats
 
@@ -24,10 +25,10 @@ class Range(Frozen):
         step: search only `low`, `low + step`, …
     """
 
-    low: int | float
-    high: int | float
+    low: Whole | Number
+    high: Whole | Number
     log: bool | None = None
-    step: int | float | None = Field(None, gt=0)
+    step: Annotated[Whole | Number, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Range:
@@ -85,11 +86,11 @@ class Search(Frozen):
             see `parse_range`) or a list of choices.
     """
 
-    trials: PositiveInt = 30
-    together: PositiveInt = 4
+    trials: Annotated[Count, Field(le=MAX_TRIALS)] = 30
+    together: Annotated[Count, Field(le=MAX_TRIALS)] = 4
     metric: str = "test_top1"
     sampler: Literal["tpe", "gp", "qmc", "random"] = "tpe"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     space: dict[str, Axis] = Field(default_factory=dict)
 
 

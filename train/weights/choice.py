@@ -268,10 +268,17 @@ def _equal(a: Tensors, b: Tensors) -> bool:
     names = {name for name in {*a, *b} if not name.endswith("num_batches_tracked")}
     if not names <= a.keys() or not names <= b.keys():
         return False
-    return all(
-        a[name].shape == b[name].shape and a[name].dtype == b[name].dtype and torch.equal(a[name], b[name])
-        for name in names
-    )
+    return all(_equal_tensors(a[name], b[name]) for name in names)
+
+
+def _equal_tensors(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
+        return False
+    if a.is_quantized or a.element_size() == 1:  # torch compares the numbers of few of these types
+        return not a.is_quantized and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a, b)
 
 
 def _at(key: str, found: Sequence[Candidate], where: object, key_name: str) -> list[Candidate]:
@@ -310,7 +317,8 @@ def _mapping(value: Any) -> Mapping[Any, Any]:
 
 def _describe(checkpoint: Any) -> str:
     if isinstance(checkpoint, Mapping):
-        return f"keys {', '.join(map(str, list(checkpoint)[:5]))}"
+        keys = [key if isinstance(key, str) else type(key).__name__ for key in list(checkpoint)[:5]]
+        return f"keys {', '.join(keys)}"
     return type(checkpoint).__name__
 
 

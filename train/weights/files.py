@@ -7,22 +7,59 @@ each. The archive, the folder that it unpacks to, and the folder of one architec
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cache_tools.errors import WeightsError
+from pydantic import ConfigDict, Field, model_validator
+
+from cache_tools.config import Frozen, validate
+from cache_tools.config.fields import MAX_WIDTH, Count, CountOrZero, Number, Positive
+from cache_tools.config.text import parse_json, read_text
+from cache_tools.errors import RecipeError, WeightsError
+from cache_tools.views.ops import MAX_SIDE
 from train.weights.names import SUFFIXES
-from train.weights.reading import WeightsFile, read_weights
+from train.weights.reading import MAX_PACKING, SLACK_BYTES, WeightsFile, read_weights
 from train.weights.text import first_line
 
 LAST = "last.safetensors"  # in the folder of a run
 CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 16 << 20  # the index of a large network names all its tensors
 _IN_HUB_FOLDER = ("model.safetensors", "pytorch_model.bin")  # or in parts that an index of the same name lists
+MAX_LAYERS, _LAYERS = 1024, ("depth", "layers", "blocks", "repeats", "stages")
+Pixels = Annotated[Count, Field(le=MAX_SIDE)]
 _CHECKPOINT_IN_TREE = re.compile(r"(?:^|/)(?P<architecture>[^/]+)_vanilla/ckpt_epoch_(?P<epoch>\d+)\.pth$")
+
+
+class _Inputs(Frozen):
+    """What timm's config says about the inputs of a network; all of it may be missing."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input_size: tuple[Count, Pixels, Pixels] | None = None
+    mean: tuple[Number, Number, Number] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
+    interpolation: str | None = None
+    num_classes: CountOrZero | None = None
+
+
+class HubConfig(_Inputs):
+    """The keys of timm's `config.json` that are read, within bounds that no network exceeds."""
+
+    architecture: str
+    pretrained_cfg: _Inputs | None = None
+    model_args: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _arguments_are_those_of_a_network(self) -> HubConfig:
+        for key, value in (self.model_args or {}).items():
+            most = MAX_LAYERS if any(word in key for word in _LAYERS) else MAX_WIDTH
+            values = value if isinstance(value, list) else [value]
+            if len(values) > MAX_LAYERS or any(isinstance(one, int | float) and abs(one) > most for one in values):
+                raise ValueError(f"model_args.{key} of at most {most:,}")
+        return self
 
 
 def open_weights(path: Path, architecture: str) -> WeightsFile:
@@ -61,12 +98,27 @@ def read_hub_folder(path: Path) -> WeightsFile:
         if (path / name).is_file():
             return read_weights(path / name)
         if (index := path / f"{name}.index.json").is_file():
-            parts = sorted(set(_json(index).get("weight_map", {}).values()))
             tensors: dict[str, Any] = {}
-            for part in parts:
-                tensors |= read_weights(path / Path(str(part)).name).checkpoint
+            for part in _parts(index):
+                checkpoint = read_weights(path / Path(part).name).checkpoint
+                if not isinstance(checkpoint, dict):
+                    raise WeightsError("a part of the weights is no state dict", where=path / part)
+                tensors |= checkpoint
             return WeightsFile(index, tensors, {})
     raise WeightsError("no weights in this folder", where=path, expected=" or ".join(_IN_HUB_FOLDER))
+
+
+def _parts(index: Path) -> list[str]:
+    """The names of the files in the index of weights that are stored in parts."""
+    parts = _json(index).get("weight_map")
+    names = set(parts.values()) if isinstance(parts, dict) and all(map(_is_text, parts.values())) else set()
+    if not names:
+        raise WeightsError("cannot read the index of the weights", where=index, expected="weight_map: tensor → file")
+    return sorted(names)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -85,6 +137,11 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     config = _json(file)
     if isinstance(config.get("architecture"), str):
+        try:
+            validate(HubConfig, config, where=str(file))
+        except RecipeError as error:
+            found, expected = error.found, error.expected
+            raise WeightsError(f"{CONFIG}: {error.what}", where=file, expected=expected, found=found) from error
         return config
     classes = config.get("architectures")
     if classes or "model_type" in config:
@@ -100,10 +157,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, OSError) as error:
-        raise WeightsError("cannot read the folder", where=file, expected="JSON", found=first_line(error)) from error
+    what = "cannot read the folder"
+    text = read_text(file, what, limit=_MAX_CONFIG_BYTES, error=WeightsError, expected="JSON in UTF-8")
+    content = parse_json(text, what, where=file, error=WeightsError)
     if not isinstance(content, dict):
         raise WeightsError("cannot read the folder", where=file, expected="a JSON object", found=type(content).__name__)
     return content
@@ -125,6 +181,12 @@ def _from_archive(path: Path, architecture: str) -> WeightsFile:
         with tarfile.open(path) as archive:
             members = {member.name: member for member in archive if member.isfile()}
             name = _chosen(members, architecture, path)
+            packed, size = path.stat().st_size, members[name].size
+            if size > MAX_PACKING * packed + SLACK_BYTES:
+                found, expected = f"{size:,} bytes for {name}", f"at most {MAX_PACKING} times its {packed:,} bytes"
+                raise WeightsError(
+                    "the archive unpacks to far more than its size", where=path, expected=expected, found=found
+                )
             stream = archive.extractfile(members[name])
             assert stream is not None, "members are plain files"
             content = stream.read()

@@ -11,6 +11,7 @@ from torch import nn
 
 from cache_tools.errors import WeightsError
 from train.weights.choice import Candidate, choose
+from train.weights.reading import MAX_PACKING, SLACK_BYTES, WeightsFile, unusable
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _QUANTISED = {"zero_point", "_packed_params", "qweight", "qzeros", "SCB", "absmax"}  # last parts of names
@@ -80,11 +81,40 @@ def load_into(
         reason = f"the file's is for {classes} classes" if classes else "the file has none"
         notes = (*notes, f"starts with a new classifier of {num_classes} classes: {reason}")
     else:
+        _check_values(candidate.tensors, wanted, found)
         _check_fit(candidate, wanted, head, found, num_classes)
+    _check_values(given, wanted, found)
     _check_types(given, wanted, found)
     # Old files lack the batch counters. No frozen network reads them.
     network.load_state_dict({name: given.get(name, value) for name, value in wanted.items()})
     return Loaded(candidate.name, notes, raw)
+
+
+def require_size(network: nn.Module, file: WeightsFile, where: object) -> None:
+    """Check that a network is not far larger than the weights that it is to take, before it takes memory.
+
+    Args:
+        network: on the device `meta`.
+
+    Raises:
+        WeightsError: it has many times the bytes of the file.
+    """
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    stored = _stored_bytes(file.checkpoint)
+    if needed > MAX_PACKING * stored + SLACK_BYTES:
+        raise WeightsError(
+            "the network is far larger than its weights",
+            where=where,
+            expected=f"at most {MAX_PACKING} times the {stored:,} bytes of {file.path.name}",
+            found=f"{needed:,} bytes",
+        )
+
+
+def _stored_bytes(part: Any) -> int:
+    if isinstance(part, torch.Tensor):
+        return 0 if part.is_meta else part.untyped_storage().nbytes()
+    values = part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ()
+    return sum(map(_stored_bytes, values))
 
 
 def class_count_error(where: object, num_classes: int, found: int) -> WeightsError:
@@ -143,6 +173,24 @@ def _check_fit(
             expected=f"{len(wanted)} tensors",
             found=f"{len(extra)} more, first '{extra[0]}' of shape {list(given[extra[0]].shape)}",
         )
+
+
+def _check_values(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: object) -> None:
+    """Raise WeightsError for tensors of the network that have no plain real numbers in the file."""
+    for name in wanted:
+        if name not in given:
+            continue
+        kind = unusable(given[name])
+        if kind is None and (given[name].is_complex() or given[name].dtype == torch.bool):
+            kind = f"numbers of the type {str(given[name].dtype).removeprefix('torch.')}"
+        if kind is not None:
+            raise WeightsError(
+                "the weights are not stored as plain numbers",
+                where=where,
+                expected=f"'{name}' as a dense tensor of real numbers",
+                found=kind,
+                next_step="save them again as ordinary tensors, such as with tensor.to_dense()",
+            )
 
 
 def _check_types(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: object) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cache_tools.console import unescaped_output
 from cache_tools.errors import WeightsError
 from cache_tools.system import named
+from cache_tools.system.arguments import expand_user
 
 Loaded = TypeVar("Loaded")
 
@@ -25,13 +26,13 @@ SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".
 
 def looks_like_file(reference: str) -> bool:
     """Whether a reference names a file rather than a library's tag."""
-    path = Path(reference).expanduser()
+    path = expand_user(reference)
     return path.suffix in SUFFIXES or len(path.parts) > 1 or path.is_file()
 
 
 def is_path(reference: str) -> bool:
     """Whether a reference names a file or folder rather than a library's tag."""
-    return looks_like_file(reference) or Path(reference).expanduser().is_dir()
+    return looks_like_file(reference) or expand_user(reference).is_dir()
 
 
 def load_local_first(load: Callable[[], Loaded]) -> Loaded:

@@ -99,21 +99,22 @@ def outline(content: bytes, known: set[str]) -> Outline | None:
     except Exception:  # any bytes may follow; the caller has an error to report already
         return None
     foreign = tuple(name for name in names if name not in known and not name.startswith("torch._utils._rebuild"))
-    weights = _weights(root, "c", 0)
+    weights = _weights(root, "c", 0, set())
     return Outline(foreign, None if weights is None else weights[0], weights is not None and weights[1])
 
 
-def _weights(node: Any, expression: str, depth: int) -> tuple[str, bool] | None:
-    """(expression of the first state dict below a node, whether it is a network's)."""
+def _weights(node: Any, expression: str, depth: int, seen: set[int]) -> tuple[str, bool] | None:
+    """(expression of the first state dict below a node, whether it is a network's); shared parts are seen once."""
     if _is_module(node):
         return f"{expression}.state_dict()", True
-    if not isinstance(node, Mapping) or depth > _MAX_DEPTH:
+    if not isinstance(node, Mapping) or depth > _MAX_DEPTH or id(node) in seen:
         return None
+    seen.add(id(node))
     if any(_is_tensor(value) for value in node.values()):
         return expression, False
     for key, value in node.items():
         if isinstance(key, str) and not key.startswith(("optim", "sched", "lr_")):
-            found = _weights(value, f'{expression}["{key}"]', depth + 1)
+            found = _weights(value, f'{expression}["{key}"]', depth + 1, seen)
             if found is not None:
                 return found
     return None

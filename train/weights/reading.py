@@ -9,7 +9,7 @@ import pathlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -46,6 +46,10 @@ _SAFE: list[Any] = [
         for name in ("WindowsPath", "PureWindowsPath")
     ),
 ]
+MAX_PARTS, MAX_PARTS_DEPTH = 2_000_000, 100
+MAX_PACKING, SLACK_BYTES = 8, 64 << 20  # how much larger the content of an archive may be
+MAX_HEADER_BYTES = 32 << 20  # of a safetensors file, whose reader takes many times that
+
 # What people mistake for weights, by the first bytes of the file.
 _OTHER_KINDS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the weights themselves", "fetch them with `git lfs pull`"),
@@ -66,6 +70,10 @@ class WeightsFile(NamedTuple):
 def read_weights(path: Path, content: IO[bytes] | None = None) -> WeightsFile:
     """Read a safetensors file or a file of torch.save, new or old, whatever its name. No code in the file is run.
 
+    Its parts form a tree of at most MAX_PARTS parts. A tensor without plain numbers in memory (sparse, nested, of
+    another class, …) becomes an empty one of the same shape on the device `meta`; `train.weights.load` refuses it where
+    the network needs it.
+
     Args:
         content: the content of a file inside an archive; `path` then only names it in messages.
 
@@ -80,7 +88,9 @@ def read_weights(path: Path, content: IO[bytes] | None = None) -> WeightsFile:
             return _read_safetensors(path, data)
         head = _head(path, data, 64)
         _refuse_other_kinds(path, head.lstrip() if head.lstrip()[:1] == b"<" else head, data)
-        return WeightsFile(path, _read_torch(path, data), {})
+        checkpoint = _read_torch(path, data)
+        _check_parts(checkpoint, path)
+        return WeightsFile(path, checkpoint, {})
     except WeightsError:
         raise
     except Exception as error:  # a damaged file can make a reader raise anything
@@ -109,12 +119,97 @@ def _is_safetensors(path: Path, data: bytes | None) -> bool:
 def _read_safetensors(path: Path, data: bytes | None) -> WeightsFile:
     if data is not None:
         return WeightsFile(path, load_safetensors(data), {})
+    length = int.from_bytes(_head(path, data, 8), "little")
+    if length > MAX_HEADER_BYTES:
+        expected = f"a header of at most {MAX_HEADER_BYTES:,} bytes"
+        raise WeightsError("cannot read the weights", where=path, expected=expected, found=f"{length:,}")
     with safe_open(path, framework="pt", device="cpu") as stored:
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # not a dict
         return WeightsFile(path, tensors, stored.metadata() or {})
 
 
+def unusable(tensor: torch.Tensor) -> str | None:
+    """What a tensor is, if it has no plain numbers in memory that could be copied; None for an ordinary tensor."""
+    if tensor.is_meta:
+        return str(tensor.__dict__.get("stored_as", "a tensor without values (on the device meta)"))
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a tensor of the class {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a tensor with the layout {str(tensor.layout).removeprefix('torch.')}"
+    return None
+
+
+def _check_parts(checkpoint: Any, path: Path) -> None:
+    """Check that a checkpoint is a tree of a bounded size, with shared parts counted each time, and replace tensors.
+
+    Raises:
+        WeightsError: a part contains itself, or there are too many parts.
+    """
+    sizes: dict[int, int] = {}  # of finished parts; those that are open have 0
+
+    def size(part: Any, depth: int) -> int:
+        if not isinstance(part, Mapping | list | tuple):
+            return 1
+        known = sizes.get(id(part))
+        if known == 0 or depth > MAX_PARTS_DEPTH:
+            found = "a part that contains itself" if known == 0 else f"more than {MAX_PARTS_DEPTH} levels"
+            raise _too_nested(path, found)
+        if known is None:
+            sizes[id(part)] = 0
+            total = 1
+            for key, value in list(part.items()) if isinstance(part, Mapping) else enumerate(part):
+                total += size(value, depth + 1)
+                if total > MAX_PARTS:
+                    raise _too_nested(path, f"more than {MAX_PARTS:,} parts")
+                if isinstance(value, torch.Tensor) and isinstance(part, MutableMapping | list):
+                    _replace_unusable(part, key, value)
+            sizes[id(part)] = total
+        return sizes[id(part)]
+
+    size(checkpoint, 0)
+
+
+def _replace_unusable(part: Any, key: Any, tensor: torch.Tensor) -> None:
+    if (kind := unusable(tensor)) is None:
+        return
+    try:
+        shape = tuple(tensor.shape)
+    except RuntimeError:  # a nested tensor has none
+        shape = ()
+    part[key] = torch.empty(shape, device="meta")
+    part[key].__dict__["stored_as"] = kind
+
+
+def _too_nested(path: Path, found: str) -> WeightsError:
+    expected = f"names and tensors in at most {MAX_PARTS_DEPTH} levels, {MAX_PARTS:,} parts in all"
+    return WeightsError(
+        "cannot read the weights: the file is nested as no checkpoint is", where=path, expected=expected, found=found
+    )
+
+
+def check_archive(path: Path, data: bytes | None = None) -> None:
+    """Raise WeightsError for an archive that unpacks to far more than its size: torch.save does not compress."""
+    packed = path.stat().st_size if data is None else len(data)
+    try:
+        with zipfile.ZipFile(path if data is None else io.BytesIO(data)) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        expected = "a whole file of torch.save"
+        raise WeightsError("cannot read the weights", where=path, expected=expected, found=first_line(error)) from error
+    if unpacked > MAX_PACKING * packed + SLACK_BYTES:
+        raise WeightsError(
+            "cannot read the weights: the archive unpacks to far more than its size",
+            where=path,
+            expected=f"at most {MAX_PACKING} times its {packed:,} bytes",
+            found=f"{unpacked:,} bytes",
+        )
+
+
 def _read_torch(path: Path, data: bytes | None) -> Any:
+    if _head(path, data, 4) == b"PK\x03\x04":
+        check_archive(path, data)
     with _allowed():
         try:
             with warnings.catch_warnings():

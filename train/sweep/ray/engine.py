@@ -21,6 +21,7 @@ from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.places import is_remote
 from cache_tools.store.group import read_manifest
 from cache_tools.system import named
+from cache_tools.system.arguments import expand_user
 from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
@@ -231,7 +232,7 @@ def _source_cache(reference: str) -> SourceCache:
 
 def _absolute(path: Path) -> Path:
     """An absolute path with its links: their targets may have other paths on another node."""
-    return Path(os.path.abspath(path.expanduser()))
+    return Path(os.path.abspath(expand_user(path)))
 
 
 def _torch_threads() -> int:

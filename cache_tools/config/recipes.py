@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -17,7 +18,9 @@ from pydantic import (
     model_serializer,
 )
 
+from cache_tools.config.text import MAX_RECIPE_BYTES, parse_yaml, read_text
 from cache_tools.errors import RecipeError
+from cache_tools.system.arguments import unprintable
 
 
 class Frozen(BaseModel):
@@ -100,10 +103,6 @@ ONE, SEVERAL = "(one)", "(several)"
 NAME, FIELDS, CHANGES = "(name)", "(fields)", "(changes)"
 UNION_TAGS = (ONE, SEVERAL, NAME, FIELDS, CHANGES)
 
-# safe_load raises its own error for bad grammar, and others for a date such as 2020-13-45, a number without digits
-# (0b_) or with thousands of them, a value that contradicts its tag (!!bool 7), and lists nested without end.
-_YAML_ERRORS = (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
 
 def one_or_several(value: Any) -> str:
     """Discriminator of a union of a value (`ONE`) and a list of such values (`SEVERAL`)."""
@@ -169,29 +168,11 @@ def builtin_names(builtin: Traversable) -> list[str]:
 
 def validate(model: type[Recipe], data: Any, *, where: str) -> Recipe:
     """Build `model` from plain data; turn pydantic's report into one RecipeError."""
+    _check_values(data, where)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise _recipe_error(model, error, where) from error
-
-
-def parse_yaml(text: str, what: str, *, where: object) -> Any:
-    """Parse YAML into plain data.
-
-    Args:
-        what: the message for text that cannot be parsed.
-
-    Raises:
-        RecipeError: the text is not YAML, or Python cannot hold or print a value.
-    """
-    import yaml
-
-    try:
-        data = yaml.safe_load(text)
-        repr(data)  # fails for a number of thousands of hexadecimal digits, which no error message could print
-        return data
-    except (yaml.YAMLError, *_YAML_ERRORS) as error:
-        raise RecipeError(what, where=where, expected="YAML", found=str(error)) from error
 
 
 def dump_yaml(recipe: BaseModel) -> str:
@@ -251,7 +232,7 @@ def read_recipe(source: str, builtin: Traversable) -> dict[str, Any]:
             raise RecipeError(
                 "recipe file not found", where=path, next_step=f"built-in recipes: {', '.join(builtin_names(builtin))}"
             )
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, "cannot read the recipe", limit=MAX_RECIPE_BYTES, expected="a YAML file in UTF-8")
     else:
         names = builtin_names(builtin)
         if source not in names:
@@ -270,6 +251,26 @@ def read_recipe(source: str, builtin: Traversable) -> dict[str, Any]:
             "recipe is not a mapping", where=source, expected="key: value lines", found=type(data).__name__
         )
     return data
+
+
+def _check_values(data: Any, where: str) -> None:
+    """Raise RecipeError for text and numbers that no key takes: NUL, half surrogates, NaN, long numbers."""
+    stack: list[tuple[str, Any]] = [("", data)]
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, Mapping):
+            inner = [(str(name), part) for name, part in value.items()]
+            stack += [("", name) for name, _ in inner]
+            stack += [(f"{key}.{name}".removeprefix("."), part) for name, part in inner]
+        elif isinstance(value, list | tuple):
+            stack += [(f"{key}.{place}".removeprefix("."), part) for place, part in enumerate(value)]
+        elif isinstance(value, str) and (character := unprintable(value)) is not None:
+            found = f"the character {character}"
+            raise RecipeError(f"bad text for '{key}'", where=where, expected="text in UTF-8", found=found)
+        elif isinstance(value, int) and abs(value) >= 1 << 64:
+            raise RecipeError(f"bad value for '{key}'", where=where, expected="a number", found=_abridged(value))
+        elif isinstance(value, float) and math.isnan(value):
+            raise RecipeError(f"bad value for '{key}'", where=where, expected="a number", found="NaN")
 
 
 def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) -> RecipeError:

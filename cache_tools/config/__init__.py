@@ -1,0 +1,47 @@
+"""Recipes as frozen pydantic models; the types of their fields; the text that they are read from, within limits."""
+
+from cache_tools.config.recipes import (
+    CHANGES,
+    FIELDS,
+    NAME,
+    ONE,
+    SEVERAL,
+    Changes,
+    Extensible,
+    Frozen,
+    Recipe,
+    builtin_names,
+    dump_yaml,
+    given_settings,
+    is_recipe_file,
+    load_recipe,
+    name_or_fields,
+    one_or_several,
+    read_recipe,
+    set_dotted,
+    validate,
+)
+from cache_tools.config.text import parse_yaml
+
+__all__ = [
+    "CHANGES",
+    "FIELDS",
+    "NAME",
+    "ONE",
+    "SEVERAL",
+    "Changes",
+    "Extensible",
+    "Frozen",
+    "Recipe",
+    "builtin_names",
+    "dump_yaml",
+    "given_settings",
+    "is_recipe_file",
+    "load_recipe",
+    "name_or_fields",
+    "one_or_several",
+    "parse_yaml",
+    "read_recipe",
+    "set_dotted",
+    "validate",
+]

@@ -1,0 +1,50 @@
+"""Types of the fields of recipes and options: numbers with bounds, names, paths. A value outside them is an error.
+
+A bound is far above what anybody uses, and below what would only fail later: in memory, in a file name, in a tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+MAX_COUNT = 10**9
+MAX_VIEWS = 1 << 21
+MAX_WIDTH = 1 << 16
+MAX_TRIALS = 100_000
+MAX_NAME = 180  # a file name has 255, with a fingerprint and an ending
+
+
+def _number(value: Any) -> Any:
+    """YAML reads yes and no as booleans, and Python takes those for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number")
+    return value
+
+
+def _path(value: Any) -> Any:
+    if value == "":
+        raise PydanticCustomError("path", "a path")
+    return value
+
+
+_NUMBER = BeforeValidator(_number)
+
+Whole = Annotated[int, _NUMBER]
+Count = Annotated[int, _NUMBER, Field(gt=0, le=MAX_COUNT)]
+CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MAX_COUNT)]
+ViewCount = Annotated[int, _NUMBER, Field(gt=0, le=MAX_VIEWS)]
+Width = Annotated[int, _NUMBER, Field(gt=0, le=MAX_WIDTH)]
+Seed = Annotated[int, _NUMBER, Field(ge=0, lt=1 << 63)]
+
+Number = Annotated[float, _NUMBER, Field(allow_inf_nan=False)]
+Positive = Annotated[float, _NUMBER, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, _NUMBER, Field(ge=0.0, allow_inf_nan=False)]
+Share = Annotated[float, _NUMBER, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, _NUMBER, Field(ge=0.0, lt=1.0)]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)]
+PlacePath = Annotated[Path, BeforeValidator(_path)]
