@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = "indexes"  # in the cache home
 PROGRESS_FROM_FILES = 5000
+INDEXED_FROM_FILES = 1000  # to hash fewer takes less time than to import polars
 _VERSION = 1  # of the stored columns
 _YOUNG_NS = 2_000_000_000  # the coarsest time of change that file systems in use have (FAT), and some skew of clocks
 _MAX_BYTES = 4 << 30  # of a stored index
@@ -139,7 +140,8 @@ def examine(found: FoundFiles, *, kind: str) -> Contents:
         kind: of walk; each kind has an index of its own.
     """
     path = cache_home() / FOLDER / f"{_digest(found.root, kind)}.parquet"
-    stored = _load(path)
+    is_indexed = len(found.paths) >= INDEXED_FROM_FILES
+    stored = _load(path) if is_indexed else None
     keys, formats = _look_up(found, stored)
     new = [row for row, name in enumerate(formats) if name is None]
     reasons: dict[int, str] = {}
@@ -150,7 +152,7 @@ def examine(found: FoundFiles, *, kind: str) -> Contents:
             keys[row] = np.frombuffer(content.key, np.uint8)
             formats[row] = content.format
     added = any(formats[row] is not None for row in new)
-    if added or (0 if stored is None else len(stored)) != len(found.paths) - len(new):
+    if is_indexed and (added or (0 if stored is None else len(stored)) != len(found.paths) - len(new)):
         _store(path, found, keys, formats)
     return Contents(keys, reasons)
 

@@ -31,7 +31,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """The names of the files that are read, and no file is too young to be stored."""
+    """The names of the files that are read; no folder is too small for an index, and no file too young."""
     names: Reads = []
     examine: Callable[[Path], index._Content] = index._examine_file
 
@@ -41,6 +41,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
     monkeypatch.setattr(index, "_examine_file", counted)
     monkeypatch.setattr(index, "_YOUNG_NS", 0)
+    monkeypatch.setattr(index, "INDEXED_FROM_FILES", 1)
     return names
 
 
@@ -93,6 +94,12 @@ def test_a_change_that_keeps_size_and_time_is_seen(tmp_path: Path, reads: Reads)
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert keys_of(opened(root))["0.png"] == sample_key(bytes(data))
+
+
+def test_a_small_folder_needs_no_index(tmp_path: Path, home: Path) -> None:
+    root = make_folder(tmp_path)
+    assert keys_of(opened(root)) == keys_of(opened(root))
+    assert not (home / index.FOLDER).exists()
 
 
 def test_young_files_are_read_again(tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
