@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cache_tools.errors import CacheError, WeightsError
+from cache_tools.files import too_large
 from cache_tools.format.recipe import Finite, Preprocessing
 from train import own
 from train.evaluate.canvas import evaluation_preprocessing
@@ -123,9 +124,17 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[
         RecipeError: a network of someone's own whose code the user has not agreed to import (`train.own`).
     """
     file = student_file(Path(path))
-    data, card = _read_student(file)
-    own.require_consent(card.architecture, file)
-    model = create_stored(card, len(data), file)
+    with _open(file) as stored:
+        header = _read_header(stored, file)
+        card = StudentCard.from_metadata(_metadata(header, file), file)
+        size = _check_size(stored, header, file)
+        own.require_consent(card.architecture, file)
+        model = create_stored(card, size, file)
+        largest = 8 * sum(tensor.numel() for tensor in model.state_dict().values()) + _MAX_HEADER_BYTES
+        if size > largest:
+            raise too_large(file, largest, size)
+        stored.seek(0)
+        data = stored.read(size)
     try:
         state = load(data)
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
@@ -193,16 +202,6 @@ def check_student_file(path: Path) -> None:
     """
     with _open(path) as file:
         _check_size(file, _read_header(file, path), path)
-
-
-def _read_student(path: Path) -> tuple[bytes, StudentCard]:
-    """The content of a checkpoint, and its card. The size of the file is checked before it is read."""
-    with _open(path) as file:
-        header = _read_header(file, path)
-        card = StudentCard.from_metadata(_metadata(header, path), path)
-        size = _check_size(file, header, path)
-        file.seek(0)
-        return file.read(size), card
 
 
 def _open(path: Path) -> BinaryIO:
