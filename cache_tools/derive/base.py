@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cache_tools.codecs import CODECS_VERSION
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.derive.block_reader import BlockReader
@@ -25,15 +26,16 @@ from cache_tools.derive.lineage import Source
 from cache_tools.errors import MismatchError, StorageError
 from cache_tools.files import SafeFolder
 from cache_tools.format.commits import BlockId
-from cache_tools.format.manifest import Manifest
-from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe
+from cache_tools.format.manifest import CODE, Manifest, check_code_versions
+from cache_tools.format.recipe import FORMAT_VERSION, FUSION_VERSION, CacheRecipe
 from cache_tools.home import registry
 from cache_tools.places import LocalPlace
-from cache_tools.places.claims import Claims, growing
+from cache_tools.places.claims import Claims, growing, remove_dead_claims
 from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter, check_free
 
 MAX_WORKERS = 4
+CODE_VERSIONS = {"format": FORMAT_VERSION, "fusion": FUSION_VERSION, "codecs": CODECS_VERSION}
 _BUILD_ONLY = {"inputs", "grown"}  # by its `inputs`, a build recognises its own cache
 
 Constants = Mapping[str, npt.NDArray[np.float32]]
@@ -75,6 +77,7 @@ def derived_manifest(
         "command": " ".join(sys.argv),
         "versions": {package: version(package) for package in ("teacher-cache", "torch", "zarr")},
         "source": Source.of(cache).model_dump(mode="json"),
+        CODE: CODE_VERSIONS,
     }
     update = {
         "format_version": FORMAT_VERSION,
@@ -122,6 +125,8 @@ def derive(
         with Progress(title, total, "blocks", done=total - len(missing)) as progress:
             made = _write_all(source, writer, ready, convert(writer), progress)
             progress.advance(len(ready) - made)  # blocks that others made meanwhile
+    else:
+        remove_dead_claims(LocalPlace(path))
     return Derived(
         path=path,
         name=manifest.name,
@@ -162,6 +167,8 @@ def _open_or_create(
             if not registry.is_cache(path):
                 raise  # else another process has just created the cache
     writer = CacheWriter.resume(path, manifest.fingerprint)
+    if writer.manifest.num_views < manifest.num_views or writer.missing_blocks():
+        check_code_versions(writer.manifest, CODE_VERSIONS, path)
     if writer.manifest.num_views < manifest.num_views:
         with growing(LocalPlace(path)):
             writer = writer.grow(manifest.num_views, canaries=manifest.canaries)

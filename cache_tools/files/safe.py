@@ -97,9 +97,12 @@ class SafeFolder:
         return status is not None and stat.S_ISDIR(status.st_mode)
 
     def age_s(self, name: str) -> float:
-        """Seconds since this was written; 0 if there is nothing."""
+        """Seconds since this was written; 0 if there is nothing.
+
+        A file from the future, as one looks after the clock was set back, is as old as it lies in the future.
+        """
         status = self.status(name)
-        return 0.0 if status is None else time.time() - status.st_mtime
+        return 0.0 if status is None else abs(time.time() - status.st_mtime)
 
     def names(self, name: str = "") -> list[str]:
         """The names in this folder or in one inside, sorted. Raises FileNotFoundError if there is no such folder."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +47,7 @@ def replaced_durably(path: Path) -> Iterator[BinaryIO]:
     The bytes are on the disk before the file gets its name, and the name is on the disk before this returns. `path` is
     the user's: links on the way to it are followed. A file below a cache or a run is written with `SafeFolder`.
     """
+    _remove_old_partials(path.parent)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with temporary.open("xb") as file:
@@ -56,6 +59,17 @@ def replaced_durably(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@cache
+def _remove_old_partials(folder: Path) -> None:
+    """Remove the unfinished files, an hour old, that killed processes left in a folder. A process looks only once."""
+    with suppress(OSError), os.scandir(folder) as found:
+        for entry in found:
+            is_file = is_partial(entry.name) and entry.is_file(follow_symlinks=False)
+            if is_file and abs(time.time() - entry.stat(follow_symlinks=False).st_mtime) > LEFTOVER_AGE_S:
+                with suppress(OSError):  # another process removes it
+                    os.unlink(entry.path)
 
 
 def put_durably(path: Path, data: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,11 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from cache_tools.config import Frozen
+from cache_tools.errors import MismatchError
 from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe, Finite, PromptEnsemble
 from cache_tools.images.recipe import SOURCE_NAMES, DatasetRecipe
+
+CODE = "code"  # in the provenance: the versions of the code that made the cache
 
 
 class Canary(Frozen):
@@ -130,6 +134,28 @@ class Fusion:
     def clip_scale(self) -> float:
         """The scale of the first CLIP."""
         return self.clip_scales[0]
+
+
+def check_code_versions(manifest: Manifest, versions: Mapping[str, int], where: object) -> None:
+    """Check that blocks of this code may be mixed with those of the code that made a cache.
+
+    Args:
+        versions: of the parts of this code that determine what is stored.
+
+    Raises:
+        MismatchError: the cache was made by another version of a part. Earlier caches do not tell, and pass.
+    """
+    stored = manifest.provenance.get(CODE)
+    made_by = stored if isinstance(stored, dict) else {}
+    different = [name for name, number in versions.items() if made_by.get(name, number) != number]
+    if different:
+        raise MismatchError(
+            "this cache was started by another version of teacher-cache, whose rows differ: they must not be mixed",
+            where=where,
+            expected=", ".join(f"{name} {versions[name]}" for name in different),
+            found=", ".join(f"{name} {made_by[name]}" for name in different),
+            next_step="continue it with that version, or choose another --out",
+        )
 
 
 def build_command(manifest: Manifest, option: str, value: str) -> str | None:

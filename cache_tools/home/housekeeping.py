@@ -15,7 +15,9 @@ from cache_tools.home.origin import origin_file
 from cache_tools.home.registry import CacheRecord, cache_home, is_cache, list_caches, used_file
 from cache_tools.home.sizes import size_and_time
 from cache_tools.places import LocalPlace
-from cache_tools.places.claims import EXPIRE_S, claims_place
+from cache_tools.places.claims import EXPIRE_S, HEARTBEAT_S, claims_place, remove_dead_claims
+
+RENEWED_S = HEARTBEAT_S + 5.0  # within this time, a living process renews its claims
 
 
 class PruneRules(Frozen):
@@ -130,13 +132,15 @@ def remove(path: Path) -> None:
         raise StorageError(f"{reason}: nothing was removed", where=path, next_step="try again when that is done")
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
+        # First, or a killed removal would leave them: a cache that is built here later would count as a mirror.
+        for file in (used_file(path), origin_file(path)):
+            SafeFolder(file.parent).remove(file.name)
         path.rename(hidden)
         sync_folder(path.parent)
         remove_leftover(hidden)
-        for file in (used_file(path), origin_file(path)):
-            SafeFolder(file.parent).remove(file.name)
     except OSError as error:
         raise storage_error(error) from error
+    remove_dead_claims(LocalPlace(path))
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
@@ -182,11 +186,21 @@ def _kept_because(record: CacheRecord, now_s: float) -> str | None:
 
 def _why_in_use(path: Path, now_s: float) -> str | None:
     """Why a cache is in use, None if it is not: a process that builds, stages or copies it holds a fresh claim."""
+    newest = _newest_claim(path)
+    if newest is not None and newest - now_s > EXPIRE_S:  # the clock was set back: whoever is alive renews a claim
+        time.sleep(RENEWED_S)
+        renewed = _newest_claim(path)
+        newest = None if renewed == newest else renewed
+    is_used = newest is not None and now_s - newest < EXPIRE_S
+    return "being built, staged or copied right now" if is_used else None
+
+
+def _newest_claim(path: Path) -> float | None:
+    """When the newest claim on a cache was renewed (s); None if there is no claim."""
     try:
-        newest = max((entry.modified_s for entry in claims_place(LocalPlace(path)).entries()), default=0.0)
+        return max((entry.modified_s for entry in claims_place(LocalPlace(path)).entries()), default=None)
     except StorageError:
         return None
-    return "being built, staged or copied right now" if now_s - newest < EXPIRE_S else None
 
 
 def _days(age_s: float) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import string
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ from cache_tools.store.group import read_manifest
 
 SUFFIX = ".zarr"
 MIN_PREFIX = 4
+CLOCK_DIFFERENCE_S = 300.0  # by which the clock of a file server may be ahead of ours
 
 
 class Summary(Frozen):
@@ -173,7 +175,7 @@ def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecor
         views_done = len(read_complete_views(path, manifest))
     except CacheError as error:
         name = printable(re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX)))
-        times = {"modified_s": modified_s, "used_s": max(modified_s, _used_s(path))}
+        times = {"modified_s": modified_s, "used_s": _last_use_s(path, modified_s)}
         return CacheRecord(path=path, name=name, size_bytes=size_bytes, **problem_fields(error), **times)
     return CacheRecord(
         path=path,
@@ -182,7 +184,7 @@ def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecor
         views_done=views_done,
         size_bytes=size_bytes,
         modified_s=modified_s,
-        used_s=max(modified_s, _used_s(path)),
+        used_s=_last_use_s(path, modified_s),
     )
 
 
@@ -241,11 +243,17 @@ def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
     return sorted(view for view, count in counts.items() if count == manifest.num_blocks)
 
 
-def _used_s(path: Path) -> float:
+def _last_use_s(path: Path, modified_s: float) -> float:
+    """When a cache was last used or written. If only times in the future tell, from a clock that was set back: now."""
+    now_s = time.time() + CLOCK_DIFFERENCE_S
     try:
-        return used_file(path).lstat().st_mtime
+        used_s = used_file(path).lstat().st_mtime
     except OSError:
-        return 0.0
+        used_s = 0.0
+    if used_s > now_s or (modified_s > now_s and not used_s):
+        mark_used(path)
+        return time.time()
+    return used_s if modified_s > now_s else max(modified_s, used_s)
 
 
 def _is_empty(folder: Path) -> bool:

@@ -56,6 +56,7 @@ class Sizes:
 
     def _write(self) -> None:
         with suppress(OSError):  # a read-only home: the sizes are computed again next time
+            self._home.remove_partials()
             self._home.put(INDEX, json.dumps(self._used).encode(), durable=False)
 
 

@@ -24,7 +24,7 @@ from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Manifest
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.arrays import GROUP, SourceArray, damaged_metadata
-from cache_tools.places.claims import Claims, growing, if_permitted
+from cache_tools.places.claims import Claims, growing, if_permitted, remove_dead_claims
 from cache_tools.places.metadata import copy_metadata, lacks_metadata, manifest_at, restore_metadata
 
 WORKERS = 8
@@ -88,6 +88,8 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
                 for _, written in copy_blocks(source, target, manifest, missing):
                     sizes += written
                     progress.advance(1, f"{sum(sizes) / 1e6:,.1f} MB")
+    elif isinstance(target, LocalPlace):
+        remove_dead_claims(target)
     return CopySummary(
         source=str(source),
         target=str(target),

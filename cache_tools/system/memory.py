@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# torch raises a plain RuntimeError when an allocation on the CPU or inside a CUDA library fails.
-_ALLOCATION_FAILED = re.compile("out of memory|allocate memory|enough memory|alloc_failed", re.IGNORECASE)
+# torch raises a plain RuntimeError when an allocation on the CPU or inside a CUDA library fails, and Python does where
+# there is no memory for the stack of a thread.
+_ALLOCATION_FAILED = re.compile(
+    "out of memory|allocate memory|enough memory|alloc_failed|can't start new thread", re.IGNORECASE
+)
 _LARGEST_KEPT, _MOST_KEPT = 1 << 30, (1 << 31) - 1
 
 

@@ -23,7 +23,7 @@ from cache_tools.codecs.presets import resolve_codecs
 from cache_tools.console import device_name, resolve_device
 from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
-from cache_tools.format.manifest import Manifest
+from cache_tools.format.manifest import CODE, Manifest, check_code_versions
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, Preprocessing, TeacherIdentity
 from cache_tools.format.stored import text_not_unicode
 from cache_tools.images import open_images
@@ -32,8 +32,9 @@ from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
+from cache_tools.places.claims import remove_dead_claims
 from pipeline.build.destination import destination
-from pipeline.build.known import INPUTS, find_finished, inputs_digest
+from pipeline.build.known import CODE_VERSIONS, INPUTS, find_finished, inputs_digest
 from pipeline.build.multilabel_preflight import MultiLabelPreflight, run_multilabel_preflight
 from pipeline.build.preflight import Preflight, run_preflight
 from pipeline.recipe import BuildRecipe
@@ -85,6 +86,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     finished = find_finished(recipe, images)
     if finished is not None and finished.manifest.dataset.test_split == recipe.dataset.test_split:
         say(f"{finished.where} is complete: nothing to do")
+        remove_dead_claims(finished.where.place)
         contents = _folders([images])
         return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest), folders=contents)
     splits = (images, *_open_tests(recipe, images, say))
@@ -139,7 +141,9 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     missing = output.missing_blocks()
     if not missing:
         say(f"{where} is complete: nothing to do")
+        remove_dead_claims(output.place)
         return result
+    check_code_versions(manifest, CODE_VERSIONS, where)
     if len(missing) < manifest.num_views * manifest.num_blocks:
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
@@ -241,6 +245,7 @@ def _create(
         | {
             "preflight": preflight.model_dump() if preflight else None,
             INPUTS: inputs,
+            CODE: CODE_VERSIONS,
             "folders": _folders(splits),
         },
     )
@@ -268,6 +273,7 @@ def _with_found_classes(recipe: BuildRecipe, ensemble: TeacherEnsemble) -> Build
 
 def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheWriter:
     """Add room for more views, with their own canaries and a note of the time and the build."""
+    check_code_versions(writer.manifest, CODE_VERSIONS, writer.path)
     before = writer.manifest.num_views
     return writer.grow(
         recipe.num_views,

@@ -14,6 +14,7 @@ import pytest
 import cache_tools.files
 from cache_tools.alignment import make_canaries
 from cache_tools.codecs import Companded, FeatureSteps, TopK
+from cache_tools.derive.base import CODE_VERSIONS
 from cache_tools.derive.block_reader import BlockReader
 from cache_tools.derive.codec_spec import codecs_for
 from cache_tools.derive.lineage import lineage
@@ -285,6 +286,20 @@ def test_the_second_run_does_nothing(source: TeacherCache, tmp_path: Path) -> No
     assert (done.blocks, done.blocks_there, done.blocks_missing) == (0, 15, 0)
     assert files(tmp_path / "c") == before
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "c").rglob("*")} == times
+
+
+def test_rows_of_codecs_that_store_other_bytes_are_not_mixed(
+    source: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, "compact", tmp_path / "c")
+    commit = tmp_path / "c" / "commits" / "c.1.1.0"
+    commit.unlink()
+    with monkeypatch.context() as patch:
+        patch.setitem(CODE_VERSIONS, "codecs", CODE_VERSIONS["codecs"] + 1)
+        with pytest.raises(MismatchError, match="another version of teacher-cache"):
+            convert(source, "compact", tmp_path / "c")
+        assert not commit.exists()
+    assert convert(source, "compact", tmp_path / "c").blocks == 1
 
 
 def test_a_recoded_cache_grows_with_its_source(tmp_path: Path) -> None:

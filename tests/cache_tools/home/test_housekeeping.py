@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -211,3 +212,41 @@ def test_kept_caches_count_towards_the_size(home: Path) -> None:
         assert [each.record.name for each in found if each.kept_because] == ["a"]
         assert going == ["b"]
         assert housekeeping.remaining_bytes(records, {home / "b.zarr"}) == rules.keep_bytes
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_claim_from_the_future_keeps_a_cache_only_if_it_is_renewed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
+) -> None:
+    """After a clock was set back, the time of a claim does not tell whether somebody still holds it."""
+    monkeypatch.setattr(housekeeping, "RENEWED_S", 0.2)
+    claim = home / ".a.zarr.claims" / "0.0.0"
+    claim.parent.mkdir()
+    claim.write_bytes(b"of another machine")
+    os.utime(claim, (time.time() + DAY, time.time() + DAY))
+    if not alive:
+        housekeeping.remove(home / "a.zarr")
+        assert not (home / "a.zarr").exists()
+        return
+    heartbeat = threading.Timer(0.05, claim.touch)
+    heartbeat.start()
+    with pytest.raises(StorageError, match="right now"):
+        housekeeping.remove(home / "a.zarr")
+    heartbeat.join()
+    assert (home / "a.zarr").exists()
+
+
+def test_times_in_the_future_do_not_keep_a_cache_forever(home: Path) -> None:
+    tomorrow = time.time() + DAY
+    registry.mark_used(home / "a.zarr")
+    os.utime(registry.used_file(home / "a.zarr"), (tomorrow, tomorrow))
+    for file in (home / "b.zarr").rglob("*"):
+        os.utime(file, (tomorrow, tomorrow))
+    now_s = time.time()
+    used = {record.name: record.used_s for record in registry.list_caches(home)}
+    assert used["a"] == pytest.approx(now_s, abs=60)
+    assert used["b"] == pytest.approx(now_s, abs=60)
+    again = {record.name: record.used_s for record in registry.list_caches(home)}
+    assert again["a"] <= used["a"] + 1  # from now on the age counts
+    os.utime(registry.used_file(home / "b.zarr"), (now_s - DAY, now_s - DAY))
+    assert {record.name: record.used_s for record in registry.list_caches(home)}["b"] == now_s - DAY

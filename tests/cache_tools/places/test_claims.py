@@ -5,12 +5,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cache_tools.format.commits import BlockId
-from cache_tools.places import LocalPlace, Place, open_place
+from cache_tools.places import Entry, LocalPlace, Place, claims, open_place
 from cache_tools.places.claims import GROW, Claims, claim_content, claims_place, growing
 from tests.support.s3_server import new_bucket
 
@@ -274,3 +275,67 @@ def _let_expire(place: Place, key: str) -> float:
         return 60
     time.sleep(7.1)  # the dates of an object store cannot be set, and have whole seconds
     return 6
+
+
+class SetClock(LocalPlace):
+    """A folder of claims whose clock can be set: what is written from then on has other times."""
+
+    by_s, set_at_s = 0.0, float("inf")
+
+    def set_clock(self, by_s: float) -> None:
+        self.by_s, self.set_at_s = by_s, time.time()
+
+    def sibling(self, name: str) -> LocalPlace:
+        return self
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        for entry in super().entries(prefix):
+            moved_s = self.by_s if entry.modified_s >= self.set_at_s else 0.0
+            yield Entry(entry.key, entry.size, entry.modified_s + moved_s)
+
+
+FOREIGN = json.dumps({"owner": "x", "machine": "another", "pid": 1, "started": "1"}).encode()
+
+
+@pytest.mark.parametrize("by_s", [-7200.0, 7200.0], ids=["back", "forth"])
+def test_a_live_claim_outlasts_a_clock_that_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_s: float
+) -> None:
+    monkeypatch.setattr(claims, "READ_CLOCK_EVERY_S", 0.0)
+    place = SetClock(tmp_path)
+    waiting = Claims(place, expire_s=0.8)
+    place.put("0.0.0", FOREIGN)
+    assert not waiting.claim(BlockId(0, 0))
+    place.set_clock(by_s)
+    for _ in range(8):  # longer than it takes to expire
+        assert not waiting.claim(BlockId(0, 0))
+        time.sleep(0.15)
+        place.put("0.0.0", FOREIGN)  # a heartbeat
+
+
+@pytest.mark.parametrize("by_s", [-7200.0, 7200.0], ids=["back", "forth"])
+def test_a_dead_claim_expires_although_the_clock_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_s: float
+) -> None:
+    monkeypatch.setattr(claims, "READ_CLOCK_EVERY_S", 0.0)
+    place = SetClock(tmp_path)
+    waiting, start = Claims(place, expire_s=0.5), time.monotonic()
+    place.put("0.0.0", FOREIGN)
+    assert not waiting.claim(BlockId(0, 0))
+    place.set_clock(by_s)
+    while not waiting.claim(BlockId(0, 0)):
+        assert time.monotonic() - start < 20
+        time.sleep(0.05)
+    assert time.monotonic() - start > 0.5
+
+
+def test_a_claim_from_the_future_expires(tmp_path: Path) -> None:
+    """Its builder died before the clock was set back, and nothing else will tell."""
+    place = LocalPlace(tmp_path)
+    claims_place(place).put("0.0.0", FOREIGN)
+    tomorrow = time.time() + 86_400
+    os.utime(tmp_path.with_name(f".{tmp_path.name}.claims") / "0.0.0", (tomorrow, tomorrow))
+    with Claims(place, expire_s=0.2) as builder:
+        assert not builder.claim(BlockId(0, 0))
+        time.sleep(0.3)
+        assert builder.claim(BlockId(0, 0))

@@ -53,6 +53,7 @@ def test_nothing_changes_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch
             True,
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("can't start new thread"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("unsupported memory format option Preserve"), False),
         (ValueError("out of memory"), False),

@@ -26,6 +26,7 @@ from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
+from pipeline.build.known import CODE_VERSIONS
 from pipeline.build.preflight import Preflight
 from pipeline.networks.ensemble import load_ensemble
 from pipeline.recipe import BuildRecipe
@@ -130,6 +131,36 @@ def refused(root: Path, **changes: object) -> CacheError:
         build_cache(tiny_build.recipe(root, **changes))
     assert "\n" not in str(caught.value)
     return caught.value
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("views", [3, 4], ids=["missing blocks", "more views"])
+def test_builders_of_code_that_stores_other_rows_do_not_mix_blocks(
+    root: Path, built: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+):
+    shutil.copytree(built.path, tmp_path / "cache.zarr")
+    if views == 3:
+        (tmp_path / "cache.zarr" / "commits" / "c.1.1.0").unlink()
+    before = files_of(tmp_path / "cache.zarr")
+    recipe = tiny_build.recipe(root, out=tmp_path / "cache.zarr", num_views=views)
+    with monkeypatch.context() as patch:
+        patch.setitem(CODE_VERSIONS, "networks", CODE_VERSIONS["networks"] + 1)
+        with pytest.raises(MismatchError, match="another version of teacher-cache") as caught:
+            build_cache(recipe)
+    assert caught.value.found == f"networks {CODE_VERSIONS['networks']}"
+    assert files_of(tmp_path / "cache.zarr") == before
+    build_cache(recipe)
+    assert TeacherCache.open(tmp_path / "cache.zarr").is_complete
+
+
+@pytest.mark.medium
+def test_a_complete_cache_of_other_code_is_used_as_it_is(
+    root: Path, built: TeacherCache, monkeypatch: pytest.MonkeyPatch
+):
+    before = files_of(built.path)
+    monkeypatch.setitem(CODE_VERSIONS, "networks", CODE_VERSIONS["networks"] + 1)
+    assert build_cache(tiny_build.recipe(root)).images == 0
+    assert files_of(built.path) == before
 
 
 def test_a_teacher_no_better_than_chance_is_an_error(root: Path, tmp_path):
