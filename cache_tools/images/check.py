@@ -186,6 +186,8 @@ def _memory(folder: Path, rules: PixelRules) -> _Memory:
     """The memory of checks with these rules and this version of PIL; kept open, also where it cannot be written."""
     import PIL
 
+    with suppress(OSError, UnsafeFileError):
+        SafeFolder(folder).remove_partials()
     text = f"{IMAGES_VERSION} {PIL.__version__} {rules}"
     return _read_memory(folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
 
