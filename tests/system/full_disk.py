@@ -51,6 +51,11 @@ MOMENTS: dict[str, list[tuple[str, str, int]]] = {
         ("copying a block", r"fused_features/c\.", 4),
         ("the commit of a copied block", r"commits/c\.", 7),
     ],
+    "sweep": [
+        ("the state of an epoch of the second trial", r"kd-s1/state\.pt", 2),
+        ("the weights of the third trial", r"wrn_16_1-kd-s0/last\.safetensors", 1),
+        ("the table", r"/trials\.parquet", 1),
+    ],
     "recode": [
         ("making the cache", r"fused_features_steps/c\.", 1),
         ("a block", r"fused_logits/c\.1\.", 2),
