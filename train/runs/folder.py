@@ -247,10 +247,14 @@ def _refuse_unsafe(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of a run, its evaluation and its export, and nothing else."""
+    """Remove the files of a run, its evaluation and its export, and nothing else.
+
+    The identity is the last to go: until then the folder is known as a run, and the next command can finish a removal.
+    """
     files = run_files(folder)
     for name in _FILES:
-        files.remove(name)
+        if name != IDENTITY:
+            files.remove(name)
     for derived, names in ((EVALUATION, EVALUATION_FILES), (EXPORT, EXPORT_FILES)):
         remove_derived(files.below(derived), names)
     board = files.below(BOARD)
@@ -262,6 +266,7 @@ def _clear(folder: Path) -> None:
         _clear(twin)
     for empty in (BOARD, LABELS_ONLY):
         files.remove_empty(empty)
+    files.remove(IDENTITY)
 
 
 def check_derived(files: SafeFolder, names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from cache_tools.config import Frozen, dump_yaml
 from cache_tools.errors import DeviceError, RecipeError
+from cache_tools.files import SafeFolder
 from cache_tools.reader import TeacherCache
 from train.checkpoints import load_student
 from train.cost import BATCH_SIZES, Cost, measure
@@ -90,6 +91,7 @@ def run_sweep(
         _refuse_unsafe(folder, new)
         reopen(new, sweep.asha, retry_failed=retry_failed, overwrite=overwrite)
         write_file(folder / SWEEP, dump_yaml(sweep).encode())
+        SafeFolder(folder).remove_partials()  # left by a killed sweep
 
     if sweep.search is None:
         open_folders(trials)
