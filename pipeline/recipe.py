@@ -273,7 +273,7 @@ def load_build_recipe(
         data = _folder_recipe(source, settings)
         for key, value in settings:
             set_dotted(data, key, value)
-        recipe = validate(BuildRecipe, data, where=source)
+        recipe = validate(BuildRecipe, data, where=source, given=[key for key, _ in settings])
     check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)
     return recipe
 

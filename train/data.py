@@ -17,7 +17,7 @@ from cache_tools.format.recipe import Preprocessing
 from cache_tools.home import registry
 from cache_tools.images import open_images, part_rows, whole_split
 from cache_tools.images.check import check_images, check_new_images
-from cache_tools.images.classes import training_notes, with_classes
+from cache_tools.images.classes import shared_notes, training_notes, with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
@@ -100,9 +100,9 @@ class TrainingData:
         return {"images": self.images.content_digest}
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the images: files that are left out, and classes without a training image."""
+        """What a user should know of the images: left-out files, classes without training images, shared images."""
         tests = self.test.notes() if self.test is not None else ()
-        return (*self.images.notes(), *tests, *training_notes(self.images))
+        return (*self.images.notes(), *tests, *training_notes(self.images), *shared_notes(self.images, *self.tests))
 
     def labels_only(self) -> TrainingData:
         """The same labelled images and views without targets; images without a label are left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -97,6 +98,12 @@ def student_names() -> tuple[str, ...]:
 
 def _create_zoo(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     if (known := canonical_student_name(name)) not in ZOO:
+        if os.path.exists(os.path.expanduser(name)):
+            raise RecipeError(
+                "a student is the name of an architecture, and this is a file or folder",
+                where=name,
+                next_step=f"to start from its weights: --student ARCHITECTURE --student-weights {name}",
+            )
         raise RecipeError(
             "no such student",
             where=name,

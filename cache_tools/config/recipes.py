@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -134,9 +134,10 @@ def load_recipe(
         RecipeError: an unknown name, unreadable YAML, an unknown key (the message suggests the nearest), a bad value.
     """
     data = {} if source is None else read_recipe(source, builtin)
-    for key, value in given_settings(overrides, options):
+    settings = given_settings(overrides, options)
+    for key, value in settings:
         set_dotted(data, key, value)
-    return validate(model, data, where=source or "options")
+    return validate(model, data, where=source or "options", given=[key for key, _ in settings])
 
 
 def given_settings(overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> list[tuple[str, Any]]:
@@ -166,13 +167,18 @@ def builtin_names(builtin: Traversable) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in builtin.iterdir() if entry.name.endswith(".yaml"))
 
 
-def validate(model: type[Recipe], data: Any, *, where: str) -> Recipe:
-    """Build `model` from plain data; turn pydantic's report into one RecipeError."""
+def validate(model: type[Recipe], data: Any, *, where: str, given: Collection[str] = ()) -> Recipe:
+    """Build `model` from plain data; turn pydantic's report into one RecipeError.
+
+    Args:
+        where: the place of the data, for messages.
+        given: dotted keys that options of the command or `--set` have set: these are wrong there, not in the file.
+    """
     _check_values(data, where)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _recipe_error(model, error, where) from error
+        raise _recipe_error(model, error, where, given) from error
 
 
 def dump_yaml(recipe: BaseModel) -> str:
@@ -273,16 +279,22 @@ def _check_values(data: Any, where: str) -> None:
             raise RecipeError(f"bad value for '{key}'", where=where, expected="a number", found="NaN")
 
 
-def _recipe_error(model: type[BaseModel], error: ValidationError, where: str) -> RecipeError:
+def _recipe_error(
+    model: type[BaseModel], error: ValidationError, where: str, given: Collection[str] = ()
+) -> RecipeError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part not in UNION_TAGS) or "(the whole recipe)"
+    if any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for one in given):
+        where = "an option of the command or --set"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         siblings = _known_keys(model, first["loc"][:-1])
         return RecipeError(
             f"unknown recipe key '{key}'{more}",
             where=where,
-            next_step=_hint(str(first["loc"][-1]), siblings) or f"known keys: {', '.join(siblings)}",
+            next_step=_elsewhere(model, str(first["loc"][-1]))
+            or _hint(str(first["loc"][-1]), siblings)
+            or f"known keys: {', '.join(siblings)}",
         )
     if first["type"] == "missing":
         return RecipeError(
@@ -316,6 +328,24 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
             ]
             current = tagged or current
     return sorted({name for m in current for name in m.model_fields})
+
+
+def _elsewhere(model: type[BaseModel], name: str) -> str | None:
+    """A hint at the keys of this very name below other keys of the recipe, such as fusion.teacher_weight."""
+    found: list[str] = []
+
+    def look(inside: type[BaseModel], prefix: str, depth: int) -> None:
+        for field, info in inside.model_fields.items():
+            if field == name and prefix:
+                found.append(f"{prefix}{field}")
+            if depth:
+                for below in _models_in(info.annotation):
+                    look(below, f"{prefix}{field}.", depth - 1)
+
+    look(model, "", 2)
+    names = list(dict.fromkeys(found))
+    choices = "' or '".join(names)
+    return f"did you mean '{choices}'?" if 0 < len(names) <= 3 else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -158,6 +158,9 @@ def check_code_versions(manifest: Manifest, versions: Mapping[str, int], where: 
         )
 
 
+_OUTPUT_OPTIONS = {"--json", "--plan", "--show-recipe"}  # what a command prints, not what it builds
+
+
 def build_command(manifest: Manifest, option: str, value: str) -> str | None:
     """The command that built a cache, with another value of an option; None if it is not known."""
     try:
@@ -168,5 +171,5 @@ def build_command(manifest: Manifest, option: str, value: str) -> str | None:
         return None
     for place in [place for place, word in enumerate(words) if word == option][::-1]:
         del words[place : place + 2]
-    kept = [word for word in words if not word.startswith(f"{option}=")]
+    kept = [word for word in words if not word.startswith(f"{option}=") and word not in _OUTPUT_OPTIONS]
     return shlex.join(["build-cache", *kept, option, value])

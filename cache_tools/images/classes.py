@@ -1,4 +1,4 @@
-"""Splits that lack classes: test splits with fewer than the training split, and parts to train on."""
+"""Splits side by side: test splits with fewer classes than the training split, and images that are in both."""
 
 from __future__ import annotations
 
@@ -62,6 +62,18 @@ def training_notes(images: ImageSet) -> tuple[str, ...]:
     """A note if the training images lack classes of the dataset, as a part of a folder in class order may."""
     missing = missing_classes(images)
     return (f"no training images of: {listed(missing)}",) if missing else ()
+
+
+def shared_notes(images: ImageSet, *tests: ImageSet) -> tuple[str, ...]:
+    """A note for each test split of which images are also training images: accuracies on those prove nothing."""
+    known = {key.tobytes() for key in images.keys}
+    counts = [(test, sum(key.tobytes() in known for key in test.keys)) for test in tests]
+    return tuple(
+        f"{count:,} of {len(test):,} images of the test split {test.split} are also training images, so its figures "
+        "are too good"
+        for test, count in counts
+        if count
+    )
 
 
 def _counts(images: ImageSet) -> npt.NDArray[np.int64]:

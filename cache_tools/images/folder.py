@@ -100,7 +100,7 @@ def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImage
         )
     order = table.class_names if recipe.class_order == "sorted" else arrange(table.class_names, recipe.class_order)
     places = [table.class_names.index(name) for name in order]
-    files, keys, summary = scan_listed(root, table.paths)
+    files, keys, summary = scan_listed(root, table.paths, table_file)
     size = recipe.image_size or DEFAULT_IMAGE_SIZE
     return FolderImages(
         name=recipe.name,
@@ -136,7 +136,9 @@ def _split_folder(recipe: DatasetRecipe, split: str) -> Path:
         where=root / split,
         expected=f"{root}/{split}/CLASS/IMAGE",
         found=f"{root} without a folder {split}, but with {_listed(folders)}" if root.is_dir() else "no such folder",
-        next_step=_next_step(recipe, split, folders) if root.is_dir() else "set data_dir to the folder of the images",
+        next_step=_next_step(recipe, split, folders)
+        if root.is_dir()
+        else "give the folder of the images with --data-dir, or set dataset.data_dir",
     )
 
 
@@ -149,8 +151,8 @@ def _next_step(recipe: DatasetRecipe, split: str, folders: list[str]) -> str:
     if split == recipe.test_split:
         return "set dataset.test_split to one of these folders, or to null to train without a test split"
     return (
-        "if these are the class folders: --set dataset.test_split=null trains on all of them; otherwise set data_dir "
-        "and the splits"
+        "if these are the class folders: --set dataset.test_split=null trains on all of them; otherwise give their "
+        "folder with --data-dir, and the splits with dataset.split and dataset.test_split"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.images.hf_layout import find_hf_files, hf_marker
+from cache_tools.images.result_folders import result_folder_kind
 from cache_tools.system.arguments import expand_user
 
 TRAIN_NAMES = ("train", "training")
@@ -149,3 +150,11 @@ def _refuse_other_kinds(path: Path) -> None:
             next_step=f"repeat the run with train-student {path / 'recipe.yaml'}, or use it as a teacher with "
             f"build-cache --teacher {path}",
         )
+    if (path / "sweep.yaml").is_file():
+        raise RecipeError(
+            "this folder is a sweep of sweep-students and no folder of images",
+            where=path,
+            next_step=f"read its results with report-students {path}, or name one of its runs, {path / 'trials'}/…",
+        )
+    if (kind := result_folder_kind(os.listdir(path))) is not None:
+        raise RecipeError(f"this folder is an {kind} and no folder of images", where=path)

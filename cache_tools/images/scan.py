@@ -110,11 +110,14 @@ def scan_folder(
     return Scan(class_names, files, labels[order], contents.keys[rows[order]], summary)
 
 
-def scan_listed(root: Path, paths: Sequence[str]) -> tuple[FileColumn, npt.NDArray[np.uint8], FolderSummary]:
+def scan_listed(
+    root: Path, paths: Sequence[str], table: Path
+) -> tuple[FileColumn, npt.NDArray[np.uint8], FolderSummary]:
     """Hash the images that a table of labels lists. All other files below the root are left out.
 
     Args:
         paths: of the images, relative to the root.
+        table: the file that lists them, which is not one of the others.
 
     Raises:
         DataError: listed files that are no images, or a loop of links.
@@ -124,7 +127,7 @@ def scan_listed(root: Path, paths: Sequence[str]) -> tuple[FileColumn, npt.NDArr
     contents = examine(found, kind="listed")
     if bad := [f"{Path(paths[row]).name}: {reason}" for row, reason in contents.reasons.items()]:
         raise DataError("files in a table of labels that are no images", where=root, found=some_names(bad))
-    chosen = {str(root / path) for path in paths}
+    chosen = {str(root / path) for path in paths} | {str(table)}
     others = {path: reason for path, reason, _ in _walk(root, "", (), is_root=True) if str(root / path) not in chosen}
     left_out = {
         path: reason or reason_to_leave_out(root / path) or UNLISTED

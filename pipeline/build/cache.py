@@ -28,7 +28,7 @@ from cache_tools.format.recipe import CacheRecipe, ClipIdentity, Preprocessing, 
 from cache_tools.format.stored import text_not_unicode
 from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images, frame_notes
-from cache_tools.images.classes import with_classes
+from cache_tools.images.classes import shared_notes, with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
@@ -90,7 +90,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         contents = _folders([images])
         return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest), folders=contents)
     splits = (images, *_open_tests(recipe, images, say))
-    for note in (note for split in splits for note in split.notes()):
+    for note in (*(note for split in splits for note in split.notes()), *shared_notes(*splits)):
         say(f"note: {note}")
     check_new_images(*splits)  # before the networks are loaded
     for note in frame_notes(*splits):
@@ -175,7 +175,7 @@ def _record_test_split(
         say(f"preflight: {preflight}")
         if preflight.lost_by_fusion is not None:
             say(f"{preflight.lost_by_fusion} `cache-tools tune-fusion` can choose a better one from a component cache.")
-    output.record_test_split(after, None if preflight is None else preflight.model_dump())
+    output.record_test_split(after, None if preflight is None else preflight.model_dump(), _folders(splits))
     say(f"the test split is now {_splits(after)} (it was {_splits(before)}); the targets stay as they are")
 
 

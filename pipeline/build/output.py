@@ -46,10 +46,12 @@ class Output:
         self.place: Place = LocalPlace(writer.path)
         self.bytes_moved = 0
 
-    def record_test_split(self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None) -> None:
+    def record_test_split(
+        self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None, folders: Mapping[str, Any] | None
+    ) -> None:
         """Store other test splits in the manifest, and a preflight on the first of them if there was one."""
         with growing(self.place):
-            self._writer = self._writer.record_test_split(test_split, preflight)
+            self._writer = self._writer.record_test_split(test_split, preflight, folders)
         self.manifest = self._writer.manifest
 
     def missing_blocks(self) -> list[BlockId]:
@@ -106,9 +108,11 @@ class MirroredOutput(Output):
                 super().store(block, arrays, parameter_digest)
         self._push(block)
 
-    def record_test_split(self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None) -> None:
+    def record_test_split(
+        self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None, folders: Mapping[str, Any] | None
+    ) -> None:
         with growing(self.place), growing(self._mirror):
-            self._writer = self._writer.record_test_split(test_split, preflight)
+            self._writer = self._writer.record_test_split(test_split, preflight, folders)
             self.place.put(GROUP, self._mirror.read(GROUP, MAX_METADATA_BYTES))
         self.manifest = self._writer.manifest
 

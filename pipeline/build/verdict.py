@@ -75,6 +75,8 @@ def _judge_teacher(
             next_step=f"{setting}; {SKIP}",
         )
     if found.refused:
+        if _is_constant(predicted):
+            raise _constant("the teacher", where, sample, predicted, "check its weights, mean and std")
         share = share_in_best_order(sample.labels, predicted, len(names))
         advice = "check its weights, mean and std, and the order of its classes"
         if share is not None:
@@ -101,6 +103,9 @@ def _judge_clip(
     where = identity.architecture + _which("CLIP", number, count)
     key = f"clip.{number}.class_names" if count > 1 else "clip.class_names"
     if found.refused:
+        if _is_constant(predicted):
+            step = f"check its weights, its tokenizer and {key}, or {instead}"
+            raise _constant("CLIP", where, sample, predicted, step)
         prompt = identity.templates[0].replace("{}", identity.class_names[0])
         raise PreflightError(
             "CLIP is no better than chance, so it knows nothing of these classes",
@@ -113,6 +118,20 @@ def _judge_clip(
         )
     if not found.better:
         yield _undecided(f"CLIP ({where})" if count > 1 else "CLIP", found, sample)
+
+
+def _is_constant(predicted: npt.NDArray[np.int64]) -> bool:
+    return len(predicted) > 1 and bool((predicted == predicted[0]).all())
+
+
+def _constant(who: str, where: str, sample: Sample, predicted: npt.NDArray[np.int64], next_step: str) -> PreflightError:
+    return PreflightError(
+        f"{who} gives the same class for every image, which is no better than chance",
+        where=where,
+        expected=f"different classes for {sample}",
+        found=f"'{sample.images.class_names[int(predicted[0])]}' for each of them",
+        next_step=f"{next_step}; {SKIP}",
+    )
 
 
 def _expected(found: Judgement, sample: Sample) -> str:

@@ -110,6 +110,15 @@ def match_classes(
         own = _given_names(given, class_names)
         outputs = matching(own, class_names)
         if outputs is None:
+            twice = [name for name, count in Counter(own).items() if count > 1]
+            if twice and not set(class_names) - set(own):
+                raise RecipeError(
+                    "teacher.classes has names twice",
+                    where=where,
+                    expected="a name of its own for each output of the teacher",
+                    found=f"twice: {listed(twice)}",
+                    next_step="give every output but one of these another name",
+                )
             raise RecipeError(
                 "teacher.classes lacks classes of the dataset, or has them twice",
                 where=where,

@@ -76,7 +76,7 @@ def load_train_recipe(
                 data[part] = as_changes(model, {key: values[key] for key in kept if key in values}, part)
     elif data.get("dataset") is not None:
         data["cache"] = None  # named for other losses
-    recipe = validate(TrainRecipe, data, where=source or "options")
+    recipe = validate(TrainRecipe, data, where=source or "options", given=[key for key, _ in settings])
     if not for_sweep:
         refuse_unused(all_fields(recipe), default_fields(), dotted_keys(settings))
     if isinstance(recipe.dataset, DatasetRecipe):

@@ -119,6 +119,13 @@ def open_run(path: Path | str) -> tuple[StoredRun, str | None]:
     root = path.parent if which else path
     recipe = read_recipe_of(root)
     if recipe is None:
+        if (root / "sweep.yaml").is_file():
+            raise NotFoundError(
+                "this folder is a sweep, which has a run for each trial",
+                where=path,
+                expected="the folder of one run",
+                next_step=f"name one of {root / 'trials'}/…; report-students {root} lists them",
+            )
         raise NotFoundError(
             "no run of train-student here",
             where=path,

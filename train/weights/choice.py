@@ -107,6 +107,12 @@ def choose(
     if not fitting:
         return Choice(min(found, key=_distance), ())
     distinct = _distinct(fitting)
+    empty = [each for each in distinct if _is_empty_average(each.name, checkpoint)]
+    if 0 < len(empty) < len(distinct):
+        distinct = [each for each in distinct if each not in empty]
+        unused = f"leaves the average at {empty[0].shown} alone, which has averaged nothing (n_averaged: 0)"
+    else:
+        unused = None
     chosen, note, other = distinct[0], None, None
     if len(distinct) > 1:
         averages = [each for each in distinct if is_average(each.name, checkpoint)]
@@ -120,7 +126,7 @@ def choose(
             )
         chosen, other = averages[0], raw[0].name
         note = f"takes the averaged weights (EMA) at {chosen.shown}; {key_name}={other} takes the raw ones"
-    notes = [note, *_remarks(chosen), _unread_average(chosen, found, checkpoint)]
+    notes = [note, unused, *_remarks(chosen), _unread_average(chosen, found, checkpoint)]
     return Choice(chosen, tuple(note for note in notes if note), other)
 
 
@@ -151,7 +157,19 @@ def is_average(name: str, checkpoint: Any = None) -> bool:
     """Whether a place in a checkpoint is that of averaged weights (EMA, SWA), by the words in its name."""
     if _is_swapped(checkpoint):
         return name.split(".")[0] == "state_dict"
+    if _is_empty_average(name, checkpoint):
+        return False
     return any(_AVERAGED.fullmatch(word) for word in re.split(r"[._\-\s]+", name.lower()))
+
+
+def _is_empty_average(name: str, checkpoint: Any) -> bool:
+    """Whether torch's AveragedModel at this place has averaged nothing yet: it holds the first, untrained weights."""
+    part: Any = checkpoint
+    counts = [_mapping(part).get("n_averaged")]
+    for word in name.split(".") if name else ():
+        part = _mapping(part).get(word)
+        counts.append(_mapping(part).get("n_averaged"))
+    return any(count is not None and int(count) == 0 for count in counts)
 
 
 def _is_swapped(checkpoint: Any) -> bool:

@@ -61,10 +61,10 @@ def test_a_single_teacher_is_dumped_as_one_and_not_as_a_list() -> None:
         ("teacher.name=x", r"whole list (teacher.name); expected the number of an entry, 0 to 1, where 'name' is"),
         ("teacher.name=x", "Name the entry, as in --set teacher.0.name=…"),
         ("clip.2.name=x", "0 to 1"),
-        ("clip.1.nme=x", "unknown recipe key 'clip.1.nme' (digits). Did you mean 'name'?"),
+        ("clip.1.nme=x", "unknown recipe key 'clip.1.nme' (an option of the command or --set). Did you mean 'name'?"),
         ("teacher.1.weight=2", "'teacher.1.weight'"),
         ("teacher=7", "bad value for 'teacher'"),
-        ("teacher=[]", "bad value for 'teacher' (digits); expected Tuple should have at least 1 item"),
+        ("teacher=[]", "(an option of the command or --set); expected Tuple should have at least 1 item"),
         ("fusion.prompt_ensemble=mean", "'embedding', 'logits' or 'probabilities'"),
     ],
 )

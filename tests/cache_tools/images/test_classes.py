@@ -13,9 +13,10 @@ from PIL import Image
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.images import open_images
 from cache_tools.images.class_names import ORDERS, arrange, names_in, read_names
-from cache_tools.images.classes import missing_classes, missing_notes, with_classes
+from cache_tools.images.classes import missing_classes, missing_notes, shared_notes, with_classes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
+from tests.support import tiny_run
 
 KEY = "dataset.class_order"
 
@@ -210,3 +211,16 @@ def test_empty_folders_are_an_error_in_training_only(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no image in any class folder.*found 2 classes: ant, bee"):
         open_split(tmp_path, "test")
     assert len(open_images(DatasetRecipe(name="folder", data_dir=tmp_path, split="other"), "train")) == 1
+
+
+def test_test_images_that_are_training_images_are_counted(tmp_path: Path) -> None:
+    tiny_run.write_pictures(tmp_path, train=12, test=6)
+    recipe = tiny_run.dataset(tmp_path)
+    train, test = open_images(recipe), open_images(recipe, "test")
+    assert shared_notes(train, test) == ()
+    (tmp_path / "test" / "red" / "copy.png").write_bytes((tmp_path / "train" / "blue" / "000.png").read_bytes())
+    (note,) = shared_notes(train, open_images(recipe, "test"))
+    assert note == "1 of 7 images of the test split test are also training images, so its figures are too good"
+    parts = [open_images(recipe, part) for part in ("train[:75%]", "train[50%:]", "train[9:]")]
+    (note,) = shared_notes(*parts)
+    assert note.startswith("3 of 6 images of the test split train[50%:]")

@@ -58,6 +58,8 @@ def test_the_name_of_a_recipe_is_not_the_folder_of_that_name(tmp_path: Path, mon
     [
         ("zarr.json", RecipeError, r"is a cache .*--cache"),
         ("run.json", RecipeError, r"is a run of train-student .*recipe.yaml.*--teacher"),
+        ("sweep.yaml", RecipeError, r"is a sweep of sweep-students .*report-students.*trials"),
+        ("evaluation.json", RecipeError, r"is an evaluation of a student and no folder of images"),
         ("dataset_info.json", DataError, r"no files of a Hugging Face data set .*save_to_disk\(FOLDER\)"),
         ("data/part-00000-of-00002.parquet", DataError, r"files of a data set are missing .*found no number 00001"),
         ("dataset_dict.json", DataError, r"a damaged file of a data set .*no list of splits"),

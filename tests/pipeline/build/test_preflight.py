@@ -128,16 +128,25 @@ def test_small_samples_decide_nothing_and_say_so() -> None:
 
 
 def test_clip_is_judged_as_the_teacher_is() -> None:
-    constant = np.zeros(1200, np.int64)
+    useless = np.arange(1200) % 2
     labels = np.repeat(np.arange(12), 100)
     with pytest.raises(
         PreflightError,
         match=r"CLIP is no better than chance.*\(clip\).*chance gives 8\.3%; found 8\.3%, with prompts such as "
         r"'a photo of a 0'\. Give it English words.*clip\.class_names.*clip: null",
     ):
-        judged([labels, constant], labels, NAMES)
+        judged([labels, useless], labels, NAMES)
     with pytest.raises(PreflightError, match=r"clip, CLIP 2 of 2.*clip\.1\.class_names"):
-        judged([labels, labels, constant], labels, NAMES)
+        judged([labels, labels, useless], labels, NAMES)
+
+
+@pytest.mark.parametrize(("place", "who", "step"), [(0, "the teacher", "mean and std"), (1, "CLIP", "its tokenizer")])
+def test_a_network_that_always_says_the_same_is_called_so(place: int, who: str, step: str) -> None:
+    labels = np.repeat(np.arange(12), 100)
+    predictions = [labels, labels]
+    predictions[place] = np.full(1200, 3)
+    with pytest.raises(PreflightError, match=f"{who} gives the same class for every image.*found '3'.*{step}"):
+        judged(predictions, labels, NAMES)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,13 @@ def test_given_names_must_have_the_classes_of_the_dataset(given: Any) -> None:
         match_classes(CATS, given, [], where="net")
 
 
+def test_names_that_are_there_twice_are_called_so() -> None:
+    with pytest.raises(RecipeError, match=r"has names twice .*found twice: cat\."):
+        match_classes(("cat", "dog"), ("cat", "dog", "cat"), [], where="resnet")
+    with pytest.raises(RecipeError, match=r"lacks classes .*without dog"):
+        match_classes(("cat", "dog"), ("cat", "cow"), [], where="resnet")
+
+
 def test_stored_names_are_used_in_their_order() -> None:
     useless, right = StoredNames("a.txt", ("x",) * 7), StoredNames("b.json", ("cat", "bee", "ant"))
     found = match_classes(CATS, None, [useless, right], where="net")

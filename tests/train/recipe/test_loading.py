@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,30 @@ def test_recipes_and_the_command_line_load_without_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        (["epochs=-1"], {}, r"bad value for 'epochs' \(an option of the command or --set\)"),
+        ([], {"batch_size": 0}, r"bad value for 'batch_size' \(an option of the command or --set\)"),
+        (
+            ["teacher_weight=0.5"],
+            {},
+            r"unknown recipe key 'teacher_weight' \(an option .*did you mean 'fusion\.teacher_",
+        ),
+        (["learning_rate=0.5"], {}, r"did you mean 'optimiser\.learning_rate'\?"),
+        (["warmup_epochs=2"], {}, r"'loss\.warmup_epochs' or 'schedule\.warmup_epochs'\?"),
+    ],
+)
+def test_a_bad_option_is_not_blamed_on_the_recipe(
+    tmp_path: Path, overrides: list[str], options: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "own.yaml"
+    text = dump_yaml(load_train_recipe("digits"))
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=f"(?i){message}"):
+        load_train_recipe(str(file), overrides, options)
+    file.write_text(re.sub(r"(?m)^epochs: .*$", "epochs: -2", text))
+    with pytest.raises(RecipeError, match=r"bad value for 'epochs' \(.*own\.yaml\)"):
+        load_train_recipe(str(file), ["seed=3"])
