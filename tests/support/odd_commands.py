@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tests.support.in_process import MODULES
 
-TIME_S = 90
+TIME_S = 300
 
 
 class Ended(NamedTuple):

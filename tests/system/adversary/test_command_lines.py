@@ -33,7 +33,7 @@ NUMBERS = [
     "1e30", "0x10", "1_000", " 3", "three", "", "true", "٣",
 ]  # fmt: skip
 PATHS = [
-    "", ".", "..", "x", "a/b/c", "/proc/x", "/proc/self/mem", "/dev/null", "/dev/zero", "/dev/full", "file", "pipe",
+    "", ".", "sub/..", "x", "a/b/c", "/proc/x", "/proc/self/mem", "/dev/null", "/dev/zero", "/dev/full", "file", "pipe",
     "empty", "loop", "file/below", "cache.zarr", "~nobody/x", "~", "x" * 300, "a\nb", "é", "\udcff", "no.yaml",
     "recipe.yaml", "file.png",
 ]  # fmt: skip
