@@ -179,7 +179,7 @@ def test_a_full_disk_is_an_error_and_the_run_resumes(
     def full(path: Path, data: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("train.checkpoints.put_durably", full)
+    monkeypatch.setattr("train.checkpoints.write_file", full)
     failed = invoke(recipe_file, "--out", str(tmp_path / "run"))
     assert failed.exit_code == 2
     assert "No space left" in failed.stderr.splitlines()[-1]

@@ -82,7 +82,7 @@ def test_fidelity_without_specs_shows_what_suits_the_cache(home: Path) -> None:
         (["fidelity", "digits", "--codec", "float8"], "no such codec (float8)"),
         (["fidelity", "parts", "--codec", "companded"], "made from its features"),
         (["fidelity", "digits", "--temperature", "0"], "a number above 0"),
-        (["fidelity", "digits", "--temperature", "nan"], "a number above 0"),
+        (["fidelity", "digits", "--temperature", "nan"], "a finite number"),
         (["fidelity", "digits", "--view", "3"], "no such view"),
         (["fidelity", "nothing"], "no such cache (nothing)"),
         (["recode", "digits"], "no codec is given"),

@@ -178,7 +178,7 @@ def test_file_names_that_are_not_utf8_can_be_cached(root: Path) -> None:
 def test_a_build_does_not_continue_with_other_pixels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an update of a decoder, or of version 0.1, which dropped transparency."""
     build_cache(recipe(root))
-    monkeypatch.setattr("cache_tools.images.folder.decode_image", lambda *_: np.zeros((16, 16, 3), np.uint8))
+    monkeypatch.setattr("cache_tools.images.encoded.decode_image", lambda *_: np.zeros((16, 16, 3), np.uint8))
     with pytest.raises(MismatchError, match="not the pixels that the teachers saw"):
         build_cache(recipe(root, 2))
     assert len(TeacherCache.open(root / "cache.zarr").complete_views) == 1

@@ -15,6 +15,7 @@ from cache_tools.errors import RecipeError, WeightsError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
+from cache_tools.system import named
 from pipeline.build.cache import build_cache
 from pipeline.networks.stored import load_stored_ensemble
 from pipeline.networks.teachers import Teacher, load_teacher
@@ -248,7 +249,8 @@ class TestOwn:
         images = open_images(manifest.dataset)
         assert load_stored_ensemble(manifest, images, CPU, where="cache").teachers[0].identity.feature_dim == 8
         monkeypatch.setattr(own, "_named", set())
-        monkeypatch.setenv("TEACHER_CACHE_HOME", "another")
+        monkeypatch.setattr(named, "_in_process", set())
+        monkeypatch.setenv("XDG_STATE_HOME", "another")
         with pytest.raises(RecipeError, match="you have not named it before"):
             load_stored_ensemble(manifest, images, CPU, where="cache")
 

@@ -171,7 +171,7 @@ def test_a_sweep_folder_that_nodes_do_not_see(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match=r"do not see the folder of the sweep.*Choose an --out on a disk"):
         on_ray(sweep(cache), Path("/proc/self/cwd/sweep"), nodes)
-    assert not (tmp_path / "sweep/trials").exists()
+    assert not list((tmp_path / "sweep/trials").iterdir())
 
 
 def test_no_node_has_room_for_a_trial(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
