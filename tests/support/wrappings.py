@@ -370,7 +370,7 @@ def _averages() -> Iterable[Wrapping]:
     averaged = {"n_averaged": torch.tensor(9), **prefixed("module.")}
     yield Wrapping("torchvision: model_ema", saved({"model": OTHER, "model_ema": averaged}), note=_EMA)
     empty = {"n_averaged": torch.tensor(0), **prefixed("module.", OTHER)}
-    note = "resnet8 leaves the average at 'swa_model.module' alone, which has averaged nothing (n_averaged: 0)"
+    note = "resnet8 leaves the average at 'swa_model.module' alone, which has averaged nothing .n_averaged: 0."
     yield Wrapping("SWA that averaged nothing", saved({"model": RIGHT, "swa_model": empty}), note=note)
     parallel = {"n_averaged": torch.tensor(9), **prefixed("module.module.")}
     yield Wrapping(

@@ -169,7 +169,7 @@ def _is_empty_average(name: str, checkpoint: Any) -> bool:
     for word in name.split(".") if name else ():
         part = _mapping(part).get(word)
         counts.append(_mapping(part).get("n_averaged"))
-    return any(count is not None and int(count) == 0 for count in counts)
+    return any(isinstance(count, torch.Tensor) and count.numel() == 1 and count.item() == 0 for count in counts)
 
 
 def _is_swapped(checkpoint: Any) -> bool:
