@@ -17,6 +17,7 @@ import numpy as np
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import FormatError, StorageError
+from cache_tools.files import remove_leftovers
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec, target_arrays
 from cache_tools.format.commits import BlockId
@@ -77,6 +78,8 @@ def copy_cache(source: Place, target: Place, *, views: Sequence[int] | None = No
     missing, sizes = sorted(available - done), list[int]()
     if needs_metadata or damaged or missing:  # else nothing is written, not even a claim: the target may be read-only
         with _protected(target):
+            if isinstance(target, LocalPlace):
+                remove_leftovers(target.path)
             if needs_metadata or damaged:
                 with if_permitted(growing(target)):  # constants of two builds must not be mixed
                     if damaged:
