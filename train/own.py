@@ -31,7 +31,6 @@ _OWN = re.compile(r"[A-Za-z_]\w+(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _LIBRARIES = {"timm", "torchvision", "package"}
 _OURS = {"cache_tools", "train", "pipeline", "teacher_cache"}
 _INTERFACE = ("forward_features", "forward_head", "get_classifier", "num_features")
-_named: set[str] = set()  # in this process
 
 
 def is_own(name: str) -> bool:
@@ -87,9 +86,7 @@ def create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
 
 def remember(name: str) -> None:
     """Record that the user has named this network: its module may be imported for stored runs from now on."""
-    if name not in _named:
-        _named.add(name)
-        named.remember("modules", _entry(name))
+    named.remember("modules", _entry(name))
 
 
 def require_consent(name: str, where: object) -> None:
@@ -102,7 +99,7 @@ def require_consent(name: str, where: object) -> None:
     Raises:
         RecipeError: it is a network of someone's own, and nothing says that the user wants its code to run.
     """
-    if not is_own(name) or name in _named:
+    if not is_own(name):
         return
     module = name.partition(":")[0]
     allowed = {part.strip() for part in os.environ.get(ALLOWED, "").split(",")}

@@ -189,9 +189,8 @@ def dump_yaml(recipe: BaseModel) -> str:
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     if text.replace("\n", "").isprintable():
         return text
-    return yaml.safe_dump(
-        values, sort_keys=False, width=100
-    )  # escapes what could affect a terminal, and reads the same
+    # With escapes for what could affect a terminal; it reads the same.
+    return yaml.safe_dump(values, sort_keys=False, width=100)
 
 
 def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from PIL import Image
 
 from cache_tools.images import open_images
 from cache_tools.images.recipe import DatasetRecipe
 from tests.support import cache_factory
+from train.checkpoints import BEST, EMA, LAST
 from train.recipe import TrainRecipe
 
 CLASSES = ("blue", "green", "red")
 SIDE = 16
+TIMINGS = ("train_s", "images_per_s")  # columns of the metrics that differ between equal runs
 
 
 def write_pictures(root: Path, *, train: int = 50, test: int = 21, seed: int = 0) -> Path:
@@ -77,3 +80,13 @@ def recipe(cache: Path | str, out: Path, **changes: Any) -> TrainRecipe:
         "out": out,
     }
     return TrainRecipe.model_validate(data | changes)
+
+
+def same_runs(one: Path, other: Path) -> None:
+    """Check that two runs have byte-identical students and the same metrics, except for timings."""
+    for name in (LAST, BEST, EMA):
+        assert (one / name).exists() == (other / name).exists()
+        if (one / name).exists():
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    tables = [pl.read_parquet(folder / "metrics.parquet").drop(TIMINGS) for folder in (one, other)]
+    assert tables[0].equals(tables[1])

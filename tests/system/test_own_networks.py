@@ -14,6 +14,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.images import open_images
 from cache_tools.preprocess import prepare
 from cache_tools.reader import TeacherCache
+from cache_tools.system import named
 from pipeline.build.cache import build_cache
 from pipeline.evaluate.evaluator import evaluate_student
 from pipeline.evaluate.report import EvaluateOptions
@@ -21,7 +22,6 @@ from pipeline.plan import make_plan
 from pipeline.replay import replay
 from tests.support import tiny_build, tiny_run
 from tests.support.shortcuts import take_shortcuts
-from train import own
 from train.checkpoints import load_student
 from train.export.student import ExportOptions, export_student
 from train.run import train_student
@@ -50,7 +50,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nets_for_all.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(own, "_named", set())
+    monkeypatch.setattr(named, "_in_process", set())
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("nets_for_all", None)
     take_shortcuts(monkeypatch)

@@ -13,8 +13,8 @@ import torch
 
 from cache_tools.errors import RecipeError
 from tests.support import tiny_run
+from tests.support.tiny_run import same_runs
 from train import checkpoints, feed
-from train.checkpoints import BEST, EMA, LAST
 from train.feed import StreamingFeed, epoch_order
 from train.loop import Learner
 from train.recipe import TrainRecipe
@@ -24,7 +24,6 @@ from train.runs.folder import CHECKPOINT
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import run_sweep
 
-TIMINGS = ("train_s", "images_per_s")
 STEPS = 4  # of an epoch: 50 images in batches of 16, the last one short
 DROPOUT = "timm:mobilenetv3_small_050"
 Recipe = Callable[..., TrainRecipe]
@@ -49,16 +48,6 @@ def stop_at_step(patch: pytest.MonkeyPatch, count: int) -> list[int]:
 
     patch.setattr(Learner, "step", step)
     return steps
-
-
-def same_runs(one: Path, other: Path) -> None:
-    """Byte-identical students and the same metrics, except for timings."""
-    for name in (LAST, BEST, EMA):
-        assert (one / name).exists() == (other / name).exists()
-        if (one / name).exists():
-            assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    tables = [pl.read_parquet(folder / "metrics.parquet").drop(TIMINGS) for folder in (one, other)]
-    assert tables[0].equals(tables[1])
 
 
 KINDS: dict[str, dict[str, Any]] = {

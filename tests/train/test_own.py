@@ -68,7 +68,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv(own.ALLOWED, raising=False)
-    monkeypatch.setattr(own, "_named", set())
     monkeypatch.setattr(named, "_in_process", set())
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -172,7 +171,6 @@ def stored_student(folder: Path, name: str = "nets_of_mine:plain", network: torc
 class TestConsent:
     def forget(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As in a new process."""
-        monkeypatch.setattr(own, "_named", set())
         monkeypatch.setattr(named, "_in_process", set())
         sys.modules.pop("nets_of_mine", None)
 

@@ -22,7 +22,6 @@ from pipeline.networks.teachers import Teacher, load_teacher
 from pipeline.networks.weights import weights_digest
 from pipeline.recipe import TeacherSpec
 from tests.support import tiny_build
-from train import own
 from train.checkpoints import StudentCard, save_student
 from train.students import create_student
 
@@ -200,7 +199,7 @@ class TestOwn:
         (tmp_path / "teachers_of_mine.py").write_text(OWN)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(own, "_named", set())
+        monkeypatch.setattr(named, "_in_process", set())
         monkeypatch.setattr(sys, "path", list(sys.path))
         sys.modules.pop("teachers_of_mine", None)
         model = network("teachers_of_mine:small")
@@ -248,7 +247,6 @@ class TestOwn:
         assert manifest.provenance["inputs"] is None, "the module's code is not known to be the same next time"
         images = open_images(manifest.dataset)
         assert load_stored_ensemble(manifest, images, CPU, where="cache").teachers[0].identity.feature_dim == 8
-        monkeypatch.setattr(own, "_named", set())
         monkeypatch.setattr(named, "_in_process", set())
         monkeypatch.setenv("XDG_STATE_HOME", "another")
         with pytest.raises(RecipeError, match="you have not named it before"):

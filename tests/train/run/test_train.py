@@ -28,6 +28,7 @@ from cache_tools.errors import (
 from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
+from tests.support.tiny_run import same_runs
 from train import checkpoints
 from train.checkpoints import BEST, EMA, LAST, load_student, read_card
 from train.data import open_data
@@ -41,7 +42,6 @@ from train.runs.metrics import RunLog
 from train.runs.result import load_result, summary
 
 CPU = torch.device("cpu")
-TIMINGS = ("train_s", "images_per_s")
 
 
 @pytest.mark.medium
@@ -439,13 +439,3 @@ def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, count: int) -> N
         return original(*args, **kwargs)
 
     patch.setattr(place, name, wrapper)
-
-
-def same_runs(one: Path, other: Path) -> None:
-    """Check that two runs have byte-identical students and the same metrics, except for timings."""
-    for name in (LAST, BEST, EMA):
-        assert (one / name).exists() == (other / name).exists()
-        if (one / name).exists():
-            assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    tables = [pl.read_parquet(folder / "metrics.parquet").drop(TIMINGS) for folder in (one, other)]
-    assert tables[0].equals(tables[1])
