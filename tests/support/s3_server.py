@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 
 @contextmanager
@@ -23,6 +28,8 @@ def s3_server() -> Iterator[dict[str, str]]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    assert server._server is not None
+    server._server.app = _AtomicCreation(server._server.app)
     host, port = server.get_host_and_port()
     try:
         yield {
@@ -33,6 +40,22 @@ def s3_server() -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+class _AtomicCreation:
+    """Lets one request at a time create an object that must not exist yet.
+
+    Object stores decide this atomically. moto checks first and stores then, and two of its threads may both succeed.
+    """
+
+    def __init__(self, app: WSGIApplication) -> None:
+        self._app, self._lock = app, threading.Lock()
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if "HTTP_IF_NONE_MATCH" not in environ or environ["REQUEST_METHOD"] != "PUT":
+            return self._app(environ, start_response)
+        with self._lock:
+            return self._app(environ, start_response)
 
 
 @contextmanager
