@@ -255,7 +255,8 @@ def _open_cached_split(cache: TeacherCache, dataset: DatasetRecipe, open_split: 
 
 def _at_places_of(dataset: DatasetRecipe, stored: DatasetRecipe) -> DatasetRecipe:
     """The stored dataset, with its own splits, where `dataset` has its files."""
-    return stored.model_copy(update={"data_dir": dataset.data_dir, "download": dataset.download})
+    own = {field: getattr(stored, field) for field in ("split", "test_split", "on_bad_image")}
+    return dataset.model_copy(update=own)
 
 
 def _open_part(

@@ -13,7 +13,8 @@ from pydantic import Field, PositiveInt, model_validator
 from cache_tools.config import Frozen
 from cache_tools.errors import MismatchError
 from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe, Finite, PromptEnsemble
-from cache_tools.images.recipe import SOURCE_NAMES, DatasetRecipe
+from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.images.sources import SOURCES
 
 CODE = "code"  # in the provenance: the versions of the code that made the cache
 
@@ -60,7 +61,7 @@ class Manifest(Finite):
     @property
     def data_name(self) -> str:
         """What to call the images: the cache's name, unless that is the name of another dataset."""
-        return self.dataset.title if self.name in SOURCE_NAMES - {self.dataset.name} else self.name
+        return self.dataset.title if self.name in SOURCES.keys() - {self.dataset.name} else self.name
 
     @property
     def clip_scale(self) -> float:

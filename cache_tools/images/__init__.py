@@ -1,17 +1,19 @@
 """Open image sources: whole splits and parts of them.
 
-Every source gives RGB uint8 NCHW on a canvas of one size. `arrays.py` has the sources that fit in memory (digits,
-Fashion-MNIST, CIFAR), `folder.py` has folders, `hf.py` Hugging Face data sets. Opening imports no torch, torchvision,
-scikit-learn or PIL.
+Every source gives RGB uint8 NCHW on a canvas of one size. `sources.py` lists them: `arrays.py` has those that fit in
+memory (digits, Fashion-MNIST, CIFAR), `folder.py` has folders, `listed.py` lists of files, `hf.py` Hugging Face data
+sets. Opening imports no torch, torchvision, scikit-learn or PIL.
 """
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from cache_tools.errors import DataError
 from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.images.sources import find_source
 from cache_tools.lazy import np
 
 if TYPE_CHECKING:
@@ -61,17 +63,9 @@ def part_rows(split: str, count: int) -> npt.NDArray[np.int64]:
 
 
 def _open_split(recipe: DatasetRecipe, split: str) -> ImageSet:
-    if recipe.name == "folder":
-        from cache_tools.images.folder import open_folder
-
-        return open_folder(recipe, split)
-    if recipe.name == "hf":
-        from cache_tools.images.hf import open_hf
-
-        return open_hf(recipe, split)
-    from cache_tools.images.arrays import SOURCES
-
-    return SOURCES[recipe.name](recipe, split)
+    module, _, function = find_source(recipe.name).opener.partition(":")
+    opened: ImageSet = getattr(import_module(module), function)(recipe, split)
+    return opened
 
 
 def _slice(split: str, count: int) -> slice:

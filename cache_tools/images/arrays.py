@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,14 +109,6 @@ def open_cifar(recipe: DatasetRecipe, split: str) -> ArrayImages:
         ) from error
     pixels = np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))
     return _array_images(recipe, split, tuple(dataset.classes), np.array(dataset.targets), pixels, pixels)
-
-
-SOURCES: dict[str, Callable[[DatasetRecipe, str], ImageSet]] = {
-    "digits": open_digits,
-    "fashion-mnist": open_fashion_mnist,
-    "cifar10": open_cifar,
-    "cifar100": open_cifar,
-}
 
 
 def _array_images(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -81,20 +81,32 @@ def read_label_table(file: Path, split: str | None) -> LabelTable:
 
 
 def _read(file: Path) -> pl.DataFrame:
+    problem = "cannot read the file of labels" if os.path.exists(file) else "no such file of labels"
+    return read_csv(file, problem, f"a csv file in UTF-8 with {_FORMAT}", _bad_table)
+
+
+def read_csv(file: Path, problem: str, expected: str, bad_table: Callable[[Path, str], DataError]) -> pl.DataFrame:
+    """The columns of a csv file as text, with their names stripped of spaces.
+
+    Args:
+        problem, expected: for the message about a file that cannot be read.
+        bad_table: makes the error for a file that is no table, of what was found there.
+
+    Raises:
+        DataError: no such file, other bytes than UTF-8, lines of different lengths, or a column twice.
+    """
     import polars as pl
 
-    problem = "cannot read the file of labels" if os.path.exists(file) else "no such file of labels"
-    expected = f"a csv file in UTF-8 with {_FORMAT}"
     text = read_text(file, problem, limit=_MAX_BYTES, error=DataError, expected=expected)
     try:
         table = pl.read_csv(text.encode(), infer_schema=False)
     except pl.exceptions.PolarsError as error:
-        raise _bad_table(file, str(error).partition("\n")[0]) from error
+        raise bad_table(file, str(error).partition("\n")[0]) from error
     names = [name.strip() for name in table.columns]
     # polars gives the second column of a name another one
     renamed = {name for name in names if (base := _SECOND.sub("", name)) != name and base in names}
     if twice := sorted(renamed | {name for name, count in Counter(names).items() if count > 1}):
-        raise _bad_table(file, f"a column twice: {listed([_SECOND.sub('', name) for name in twice])}")
+        raise bad_table(file, f"a column twice: {listed([_SECOND.sub('', name) for name in twice])}")
     return table.rename(dict(zip(table.columns, names, strict=True)))
 
 

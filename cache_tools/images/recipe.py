@@ -8,12 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from cache_tools.config import FIELDS, NAME, ONE, SEVERAL, Changes, Extensible, name_or_fields, one_or_several
 from cache_tools.config.fields import Number, PlacePath, Whole
 from cache_tools.errors import DataError, MismatchError, RecipeError
 from cache_tools.images.class_names import ORDERS, read_names
+from cache_tools.images.kinds import source_at
+from cache_tools.images.sources import SOURCES, Normalisation, find_source, has_image_files, takers, takes
 from cache_tools.system.arguments import expand_user
 
 # Raise it when the canvas of some image file changes; see pipeline/build/known.py. 2: transparency on a background.
@@ -25,39 +37,27 @@ ValueRange = tuple[Number, Number]
 WHITE: Colour = (255, 255, 255)
 _COLOURS: dict[str, Colour] = {"white": WHITE, "black": (0, 0, 0)}
 
-Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
-
-# Mean and std per RGB channel on [0, 1], over the train split. Digits, Fashion-MNIST: over the 32 × 32 canvas,
-# as a test recomputes. CIFAR: the customary figures. Image files: those of ImageNet.
-_NORMALISATION: dict[str, Normalisation] = {
-    "digits": ((0.3058,) * 3, (0.3241,) * 3),
-    "fashion-mnist": ((0.2190,) * 3, (0.3318,) * 3),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "hf": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-
-SOURCE_NAMES = frozenset(_NORMALISATION)
-
-
 ClassOrder = Annotated[
     Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
     Discriminator(one_or_several),
     BeforeValidator(partial(read_names, where="dataset.class_order", orders=tuple(ORDERS))),
 ]
 
-# The sources of image files in a folder of the user's.
-IMAGE_FILES = frozenset({"folder", "hf"})
-# The sources that can be downloaded.
-_DOWNLOADABLE = frozenset({"fashion-mnist", "cifar10", "cifar100"})
-# Settings for one of these sources only.
-_FOR_ONE_SOURCE = {"sub_folders": "folder", "labels": "folder", "image_column": "hf", "label_column": "hf"}
 
+def _known_source(name: str) -> str:
+    try:
+        find_source(name)
+    except ValueError as error:
+        raise PydanticCustomError("source", "{problem}", {"problem": str(error)}) from error
+    return name
+
+
+SourceName = Annotated[str, AfterValidator(_known_source)]
 TestSplits = Annotated[
     Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
     Discriminator(one_or_several),
 ]
+LISTS = frozenset({"csv", "parquet"})
 # What a user of a cache may choose anew; everything else determines its targets.
 FREE_KEYS = frozenset({"split", "test_split", "data_dir", "download", "on_bad_image"})
 
@@ -66,17 +66,19 @@ class DatasetRecipe(Extensible):
     """The source of the images.
 
     Attributes:
-        name: the source; `folder` is any folder of class sub-folders, `hf` a Hugging Face data set on the disk (see
-            `cache_tools.images.hf_layout`).
+        name: the source, of those in `cache_tools.images.sources`; `folder` is any folder of class sub-folders, `hf` a
+            Hugging Face data set on the disk (see `cache_tools.images.hf_layout`), `csv` and `parquet` a list of image
+            files (see `cache_tools.images.listed`).
         split: the split to cache and train on. `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it: Python
             slices of the samples in order. The samples of a folder are sorted by class, so take every k-th.
         test_split: the split to evaluate on, or a part; None for no evaluation. Of several, all are evaluated, and the
             first chooses the best epoch. A split of a folder may be a path of its own.
-        data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits.
+        data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits. Of a
+            list the file itself, or the folder of a list per split.
         download: whether to download missing files (Fashion-MNIST, CIFAR).
         image_size: side of the square canvas of image files, 224 when None; the other sources have a fixed size.
 
-    These are for image files, in a folder or a Hugging Face data set:
+    These are for image files, wherever they are:
         class_order: the order of the classes, which numbers the labels: `sorted` by code points, `natural` (2 before
             10, as timm sorts), `case-blind`, `reversed`, or the names themselves. A file with one name per line is read
             when the recipe is loaded. `sorted` leaves the classes of a Hugging Face data set as it numbers them.
@@ -88,7 +90,7 @@ class DatasetRecipe(Extensible):
             images a class of its own. None merges, and asks where they look like classes.
         labels: a csv file of the images' labels, of which each may then have several or none; relative to the folder of
             the split or else to data_dir. `cache_tools.images.label_table` describes it.
-        image_column, label_column: the columns of a Hugging Face data set, where several may be meant.
+        image_column, label_column: the columns of a Hugging Face data set or a list, where several may be meant.
     """
 
     added: ClassVar[frozenset[str]] = frozenset(
@@ -96,7 +98,7 @@ class DatasetRecipe(Extensible):
         | {"image_column", "label_column"}
     )
 
-    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "hf"]
+    name: SourceName
     split: str = "train"
     test_split: TestSplits | None = "test"
     data_dir: PlacePath | None = None
@@ -124,18 +126,17 @@ class DatasetRecipe(Extensible):
 
     @model_validator(mode="after")
     def _only_folders_choose_a_size(self) -> DatasetRecipe:
-        if not self.has_image_files and self.image_size is not None:
-            raise ValueError(f"image_size is for folders only; {self.name} has its own size, 32")
+        source = find_source(self.name)
+        if self.image_size is not None and source.side is not None:
+            raise ValueError(f"image_size is for folders only; {self.name} has its own size, {source.side}")
         for field in sorted(self.added):
-            source = _FOR_ONE_SOURCE.get(field, self.name if self.has_image_files else "folder")
-            if self.name != source and getattr(self, field) != type(self).model_fields[field].default:
-                only = "Hugging Face data sets" if source == "hf" else "folders"
-                raise ValueError(f"{field} is for {only} only, not for {self.name}")
+            if not takes(self.name, field) and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} is for {takers(field)} only, not for {self.name}")
         if self.value_range is not None:
             low, high = self.value_range
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError("value_range needs two numbers that rise, such as [0, 4095]")
-        if self.has_image_files and self.data_dir is None:
+        if source.needs_place and self.data_dir is None:
             raise ValueError("a folder needs data_dir" if self.name == "folder" else f"{self.name} needs data_dir")
         if self.labels is not None and self.sub_folders is not None:
             raise ValueError("sub_folders is for class folders: with labels, the table says what is in an image")
@@ -144,14 +145,16 @@ class DatasetRecipe(Extensible):
     @property
     def has_image_files(self) -> bool:
         """Whether the images are files of the user's, of any size."""
-        return self.name in IMAGE_FILES
+        return has_image_files(self.name)
 
     @property
     def title(self) -> str:
-        """What people call these images: the source, or the name of the folder."""
+        """What people call these images: the source, or the name of the folder or list."""
         if not self.has_image_files or self.data_dir is None:
             return self.name
-        return self.absolute().data_dir.name or self.name  # type: ignore[union-attr]
+        place = self.absolute().data_dir
+        assert place is not None
+        return (place.stem if self.name in LISTS else place.name) or self.name
 
     @property
     def test_splits(self) -> tuple[str, ...]:
@@ -163,7 +166,7 @@ class DatasetRecipe(Extensible):
     @property
     def normalisation(self) -> Normalisation:
         """(mean, std), each per RGB channel, for pixels scaled to [0, 1]."""
-        return _NORMALISATION[self.name]
+        return find_source(self.name).normalisation
 
     @property
     def background_colour(self) -> Colour:
@@ -179,12 +182,26 @@ class DatasetRecipe(Extensible):
     def located(self, data_dir: Path | None, download: bool = False) -> DatasetRecipe:
         """The same dataset with another `data_dir`, if given, made absolute; `download` can only be switched on.
 
+        The place may hold the same image files in another way than before: as a list, or as a Hugging Face data set.
+
         Raises:
             RecipeError: a `data_dir` or `download` for a source that has none.
         """
         check_location(self.name, data_dir, download)
-        changes = {"data_dir": data_dir or self.data_dir, "download": download or self.download}
-        return self.model_copy(update=changes).absolute()
+        moved = self if data_dir is None else self.at(data_dir)
+        return moved.model_copy(update={"download": download or self.download}).absolute()
+
+    def at(self, data_dir: Path) -> DatasetRecipe:
+        """The same images at another place, read by the source that its files are for."""
+        if not self.has_image_files:
+            return self.model_copy(update={"data_dir": data_dir})
+        return self.read_by(source_at(data_dir, self.name), data_dir)
+
+    def read_by(self, name: str, data_dir: Path | None) -> DatasetRecipe:
+        """The same images, read by another source of image files. Settings that it does not have are left out."""
+        fields = type(self).model_fields
+        left_out = {field: fields[field].default for field in self.added if not takes(name, field)}
+        return self.model_copy(update={**left_out, "name": name, "data_dir": data_dir})
 
 
 def as_received(dataset: DatasetRecipe, where: object, *, data_dir: Path | None = None) -> DatasetRecipe:
@@ -200,8 +217,7 @@ def as_received(dataset: DatasetRecipe, where: object, *, data_dir: Path | None 
     places = [str(value) for value in (dataset.labels, dataset.split, *dataset.test_splits) if value is not None]
     places += [] if dataset.data_dir is None or data_dir is not None else [str(dataset.data_dir)]
     for place in places:
-        first = (*Path(os.path.normpath(place)).parts[1:], "")[0] if os.path.isabs(place) else ""
-        if place.startswith(("\\\\", "//")) or (first in {"proc", "sys", "dev"} and not place.startswith("/dev/shm/")):
+        if is_strange_place(place):
             raise DataError(
                 "a received file names a place where images are not looked for",
                 where=where,
@@ -211,19 +227,26 @@ def as_received(dataset: DatasetRecipe, where: object, *, data_dir: Path | None 
     return dataset.model_copy(update={"download": False})
 
 
+def is_strange_place(place: str) -> bool:
+    """Whether a path names a network share or a folder of the system's own files."""
+    first = (*Path(os.path.normpath(place)).parts[1:], "")[0] if os.path.isabs(place) else ""
+    return place.startswith(("\\\\", "//")) or (first in {"proc", "sys", "dev"} and not place.startswith("/dev/shm/"))
+
+
 def check_location(name: str, data_dir: Path | None, download: bool) -> None:
     """Raise RecipeError for a `data_dir` of a source without files, or a `download` of one that is not downloaded."""
-    if data_dir is not None and name not in _DOWNLOADABLE | IMAGE_FILES:
+    source = find_source(name)
+    if data_dir is not None and not (source.needs_place or source.is_downloadable):
         raise RecipeError(
             f"the dataset {name} has no folder of files, so no data_dir can be set",
             where=data_dir,
             next_step="give a folder of images as the argument in place of the recipe, or set dataset.name=folder",
         )
-    if download and name not in _DOWNLOADABLE:
+    if download and not source.is_downloadable:
         raise RecipeError(
             f"the dataset {name} cannot be downloaded",
             where="--download",
-            expected=f"one of {', '.join(sorted(_DOWNLOADABLE))}",
+            expected=f"one of {', '.join(sorted(name for name, each in SOURCES.items() if each.is_downloadable))}",
             next_step="leave --download out"
             if name != "hf"
             else "leave --download out, and fetch it with datasets.load_dataset(NAME).save_to_disk(FOLDER)",
@@ -242,7 +265,8 @@ def changed_dataset(
 
     Args:
         stored: of the cache.
-        changes: the user's settings; splits and places are free, everything else must be as the cache has it.
+        changes: the user's settings; splits and places are free, and so is the source that reads the same image files
+            at another place. Everything else must be as the cache has it.
         where: the cache, for errors.
         data_dir: the folder of the images, if the user has named it.
 
@@ -255,12 +279,17 @@ def changed_dataset(
     stored = as_received(stored, where, data_dir=data_dir or values.get("data_dir"))
     if changes is None:
         return stored
+    built_from, place = stored.name, None if values.get("data_dir") is None else Path(str(values["data_dir"]))
+    check_location(stored.name, place, values.get("download") is True)
     if values.get("name", stored.name) != stored.name:
-        raise _other_setting("name", stored.name, values["name"], where)
-    place = values.get("data_dir")
-    check_location(stored.name, None if place is None else Path(str(place)), values.get("download") is True)
+        if not (stored.has_image_files and has_image_files(values["name"]) and (place or data_dir)):
+            raise _other_setting("name", stored.name, values["name"], where)
+        stored = stored.read_by(values["name"], place or data_dir)
+    elif place is not None and "name" not in values:
+        stored = stored.at(place)
+    anew = find_source(stored.name).settings if stored.name != built_from else frozenset[str]()
     changed = changes.apply_to(stored, where="dataset")
-    for key in sorted(values.keys() - FREE_KEYS):
+    for key in sorted(values.keys() - FREE_KEYS - {"name"} - anew):
         wanted, found = getattr(changed, key), getattr(stored, key)
         if key == "image_size":
             found = identity.image_size[0]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cache_tools.errors import PreflightError
 from cache_tools.images.class_names import describe
 from cache_tools.images.image_set import ImageSet
-from cache_tools.images.recipe import IMAGE_FILES
+from cache_tools.images.sources import has_image_files
 from pipeline.build.judge import Judgement, better_order, judge, share_in_best_order
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _judge_teacher(
     order = better_order(names, sample.labels, predicted, teacher.identity.outputs)
     if order is not None:
         setting = f"set {key}={order.name}"
-        if count == 1 and sample.images.name in IMAGE_FILES:
+        if count == 1 and has_image_files(sample.images.name):
             setting += f", or dataset.class_order={order.name} to number the dataset's classes so"
         raise PreflightError(
             "the teacher was trained with the classes in another order than it is used in",

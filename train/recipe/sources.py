@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cache_tools.config import builtin_names, is_recipe_file, read_recipe
 from cache_tools.errors import NotFoundError
 from cache_tools.images.own_folder import is_folder_argument, read_own_folder
-from cache_tools.images.recipe import IMAGE_FILES
+from cache_tools.images.sources import has_image_files
 
 RECIPE, IDENTITY = "recipe.yaml", "run.json"  # of a run folder, see `train.runs.folder`
 
@@ -74,7 +74,7 @@ def _from_build_recipe(data: dict[str, Any]) -> dict[str, Any]:
     """The parts of a recipe of `build-cache` that training shares; its cache is known by its name or its place."""
     shared = {key: value for key, value in data.items() if key not in _ONLY_BUILD_KEYS | _OTHER_BUILD_KEYS}
     out = str(data.get("out") or "")
-    of_folder = isinstance(data.get("dataset"), dict) and data["dataset"].get("name") in IMAGE_FILES
+    of_folder = isinstance(data.get("dataset"), dict) and has_image_files(data["dataset"].get("name"))
     settings = _FOLDER_SETTINGS if of_folder else {}
     return {**settings, **shared, "cache": out if out.rstrip("/").endswith(".zarr") else data.get("name")}
 

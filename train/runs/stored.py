@@ -13,7 +13,8 @@ from cache_tools.images import open_images
 from cache_tools.images.check import check_images
 from cache_tools.images.classes import with_classes
 from cache_tools.images.image_set import ImageSet
-from cache_tools.images.recipe import IMAGE_FILES, DatasetRecipe, as_received
+from cache_tools.images.recipe import DatasetRecipe, as_received
+from cache_tools.images.sources import has_image_files
 from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
 from train import checkpoints
@@ -189,7 +190,7 @@ def data_name(run: Path, default: str) -> str:
     name = dataset.get("name") if dataset else None
     if not isinstance(name, str):
         return default
-    if name not in IMAGE_FILES:
+    if not has_image_files(name):
         return name
     try:  # the identity has no data_dir
         recipe = parse_yaml(recipe_text(run) or "", "damaged recipe", where=run)
