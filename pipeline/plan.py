@@ -106,6 +106,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         recipe.teachers, recipe.clips, recipe.fusion, images, recipe.dataset, device, recipe.precision,
         batch_size=recipe.batch_size,
     )  # fmt: skip
+    recipe = recipe.model_copy(update={"views": recipe.views.over(len(images))})
     identity = resolve(recipe, images, ensemble)
     targets_per_s = _rate(
         images,

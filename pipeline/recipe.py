@@ -198,6 +198,13 @@ class BuildRecipe(Frozen):
                 found="dataset.labels",
                 next_step="leave CLIP out: --clip none, or `clip: null`",
             )
+        if self.views.mix is not None:
+            raise RecipeError(
+                "views cannot mix images with any number of labels",
+                where="views.mix",
+                found="dataset.labels",
+                next_step="leave views.mix out",
+            )
         check_codec(resolve_codecs(self.codec, 2), multi_label=True)
 
     @property

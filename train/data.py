@@ -28,6 +28,7 @@ from train.labelled import PartialLabels, labelled_rows, partial_labels
 from train.losses.contrastive import Components
 from train.recipe import TrainRecipe
 from train.recipe.loss import LossRecipe
+from train.recipe.mixed import check_mixed_part
 
 Opener = Callable[[DatasetRecipe, str | None], ImageSet]
 """Opens a split of a dataset, like `open_images`; None for the split that the recipe trains on."""
@@ -203,7 +204,7 @@ def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
         images=images,
         tests=tests,
         dataset=dataset,
-        views=recipe.own_views().seen_by("student"),
+        views=recipe.own_views().seen_by("student").over(len(images)),
         num_views=recipe.num_views,
         targets=NoTargets(),
     )
@@ -215,10 +216,14 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     cache.require_complete()
     cache.check_arrays()
     registry.mark_used(cache.path)
+    views, num_views = cache.recipe.views, _num_views(cache, recipe)
+    recipe.check_mixed_views(views, num_views, cache.path)
     dataset = recipe.cached_dataset(cache.manifest)
     cached = _open_cached_split(cache, dataset, open_split)
     check_labels(recipe, cached)
     images, samples = _open_part(cache, cached, dataset, open_split)
+    if samples is not None:
+        check_mixed_part(views, num_views, cache.path, dataset.split)
     tests = _open_tests(dataset, images, _open_parts_of(cached, open_split))
     check_images(*tests)  # the build of the cache decoded all training images
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
@@ -227,8 +232,8 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
         images=images,
         tests=tests,
         dataset=dataset,
-        views=cache.recipe.views.seen_by("student"),
-        num_views=_num_views(cache, recipe),
+        views=views.seen_by("student"),
+        num_views=num_views,
         targets=CachedTargets(
             cache,
             device,

@@ -47,6 +47,18 @@ class BatchTargets(NamedTuple):
     components: tuple[torch.Tensor, ...] | None = None
 
 
+class MixedLabels(NamedTuple):
+    """The labels of a batch of mixed samples, besides their own: those of the partners.
+
+    Attributes:
+        partner: int64 [B].
+        share: float32 [B], of the own label; the partner's has the rest.
+    """
+
+    partner: torch.Tensor
+    share: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One training batch, everything on the training device."""
@@ -58,6 +70,7 @@ class Batch:
     labelled: torch.Tensor | None = None  # bool [B], whether the label is real; None if all are
     start: int = 0  # place of the first sample in the epoch's order
     epoch_labels: torch.Tensor | None = None  # int64, the labels of all samples of the epoch, in its order
+    mixed: MixedLabels | None = None  # of a view that mixes its samples
 
 
 class ViewSource(Protocol):
@@ -152,6 +165,8 @@ class Feed(ABC):
 
     The last batch of an epoch may be short. If it would hold a single sample it is left out, because batch statistics
     and relational losses need two. The order changes every epoch, so a different sample is left out each time.
+    In a view that mixes its samples the two of a pair follow each other, so that they are in one batch, and the sample
+    without a partner, if their number is odd, comes last.
 
     Args:
         num_views: views to cycle through; None shows view e in epoch e.
@@ -196,7 +211,8 @@ class Feed(ABC):
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `first` on; a background thread reads the targets of the next one."""
-        view, order = self._view_of(epoch), epoch_order(len(self.images), self.seed, epoch)
+        view = self._view_of(epoch)
+        order = self._order(epoch, view)
         source = self._fetch(view).result()
         if epoch + 1 < self.epochs:
             self._fetch(self._view_of(epoch + 1))
@@ -205,12 +221,14 @@ class Feed(ABC):
         labels = self._labels[index]
         epoch_labels = labels[: self.samples_per_epoch]
         labelled = None if self._labelled is None else self._labelled[index]
+        mixed = self._mixed_labels(order.numpy(), view)
         bounds = self.bounds[first:]
         for (start, stop), pixels in zip(bounds, self._pixels(order.numpy(), view, bounds), strict=True):
             rows = index[start:stop]
             real = None if labelled is None else labelled[start:stop]
             targets = source.batch(samples[start:stop], pixels)
-            yield Batch(pixels, labels[start:stop], rows, targets, real, start, epoch_labels)
+            both = None if mixed is None else MixedLabels(*(column[start:stop] for column in mixed))
+            yield Batch(pixels, labels[start:stop], rows, targets, real, start, epoch_labels, both)
 
     def close(self) -> None:
         """Stop the background thread. The target source stays open: whoever opened it closes it."""
@@ -223,6 +241,18 @@ class Feed(ABC):
     def _numbers(self, rows: np.ndarray) -> np.ndarray:
         """The numbers in the cache of rows of the split."""
         return rows if self._samples is None else self._samples[rows]
+
+    def _order(self, epoch: int, view: int) -> torch.Tensor:
+        if self.views.mixes(view):
+            return pair_order(torch.from_numpy(self.views.pairs(view)), self.seed, epoch)
+        return epoch_order(len(self.images), self.seed, epoch)
+
+    def _mixed_labels(self, rows: np.ndarray, view: int) -> MixedLabels | None:
+        mixing = self.views.mixing(rows, view, self.images.image_size)
+        if mixing is None:
+            return None
+        partner = torch.from_numpy(mixing.partner).to(self.device)
+        return MixedLabels(self._labels[partner], torch.from_numpy(mixing.share).float().to(self.device))
 
     def _view_of(self, epoch: int) -> int:
         return epoch if self.num_views is None else epoch % self.num_views
@@ -245,7 +275,8 @@ class ResidentFeed(Feed):
         pixels = torch.empty((len(order), 3, *size), dtype=torch.uint8, device=self.device)
         for piece in self._pieces():
             rows = order[piece]
-            chosen = self._resident.index_select(0, torch.from_numpy(rows).to(self.device))
+            shown = self.views.with_partners(rows, view) if self.views.mixes(view) else rows
+            chosen = self._resident.index_select(0, torch.from_numpy(shown).to(self.device))
             pixels[piece] = self.views.apply(chosen, self._numbers(rows), view)
         for start, stop in bounds:
             yield pixels[start:stop]
@@ -333,6 +364,13 @@ def open_feed(
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of the samples in an epoch, int64 [count]: a function of (seed, epoch) alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+
+
+def pair_order(pairs: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+    """The order of samples of which 2k and 2k + 1 are a pair, by a permutation of the pairs; an odd one stays last."""
+    whole = len(pairs) // 2
+    order = epoch_order(whole, seed, epoch)
+    return torch.cat([pairs[: 2 * whole].view(whole, 2)[order].view(-1), pairs[2 * whole :]])
 
 
 def mixed_seed(seed: int, *counters: int) -> int:

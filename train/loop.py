@@ -22,7 +22,7 @@ from cache_tools.format.recipe import Preprocessing
 from cache_tools.preprocess import prepare
 from cache_tools.system.devices import in_float64
 from cache_tools.system.memory import drop_tracebacks, raise_on_out_of_memory
-from train.feed import Batch, Feed, mixed_seed
+from train.feed import Batch, Feed, MixedLabels, mixed_seed
 from train.objective import Objective
 from train.optim import create_optimiser, create_schedule, trained_parameters, update_of
 from train.recipe import TrainRecipe
@@ -141,7 +141,7 @@ class Learner:
         self._has_gradients = not update.is_last
         if update.is_last:
             self._update()
-        self.means.add(terms, logits, batch.labels)
+        self.means.add(terms, logits, batch.labels, batch.mixed)
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Means over the epoch's samples, as in `train_epoch`.
@@ -363,10 +363,14 @@ class _Means:
         self._names: list[str] = []
         self._sums: Tensor | None = None  # created by the first step, on its CUDA stream
 
-    def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+    def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor, mixed: MixedLabels | None = None) -> None:
         figures = {name: term.detach() for name, term in terms.items()}
         if labels.ndim == 1:  # of several labels none is the right one
-            figures["train_top1"] = (logits.detach().argmax(1) == labels).float().mean()
+            top1 = logits.detach().argmax(1)
+            right = (top1 == labels).float()
+            if mixed is not None:
+                right = torch.lerp((top1 == mixed.partner).float(), right, mixed.share)
+            figures["train_top1"] = right.mean()
         values = in_float64(torch.stack(list(figures.values()))) * len(labels)
         self._sums = values if self._sums is None else self._sums.to(values) + values
         self._names, self._count = list(figures), self._count + len(labels)
@@ -415,6 +419,6 @@ def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
 def _tensors(turn: Turn) -> Iterator[Tensor]:
     for batch, inputs in turn:
         yield from (batch.pixels, batch.labels, batch.index, inputs)
-        for value in (batch.labelled, *batch.targets):
+        for value in (batch.labelled, batch.mixed, *batch.targets):
             parts = value if isinstance(value, tuple) else (value,)
             yield from (part for part in parts if isinstance(part, Tensor))

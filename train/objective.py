@@ -151,6 +151,10 @@ class Objective(nn.Module):
     def _cross_entropy(self, student_logits: Tensor, batch: Batch, update_labels: Tensor | None) -> Tensor:
         if self.recipe.multi_label:
             return losses.binary_cross_entropy(student_logits, batch.labels)
+        if batch.mixed is not None:
+            return losses.mixed_cross_entropy(
+                student_logits, batch.labels, *batch.mixed, label_smoothing=self.recipe.label_smoothing
+            )
         mean_weight = None
         if self.class_weights is not None and update_labels is not None:
             mean_weight = self.class_weights[update_labels].mean()

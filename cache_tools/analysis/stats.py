@@ -20,6 +20,7 @@ import torch
 
 from cache_tools.analysis import tables
 from cache_tools.analysis.figures import NonTargetConsistency, Stability, js_divergence, row_chunks, sample_figures
+from cache_tools.analysis.mixed import MixedSums
 from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device, storage_error
 from cache_tools.errors import IncompleteError, RecipeError
@@ -83,6 +84,8 @@ class TeacherStats:
         disagreement: of teacher and CLIP; one row per view, and over all (`view` null); empty for a cache without both
             of them separately.
         stability: one row per source; empty for a single view.
+        mixed: how far linearly mixed labels are from the targets of mixed pictures (`mixed.mixed_figures`): one row per
+            source and view, and over all (`view` null); empty without views that mix.
         samples: one row per sample, over the views: how strongly the targets contradict the label and, with two views
             or more, `SOURCE_same_top1` and `SOURCE_divergence`.
     """
@@ -94,6 +97,7 @@ class TeacherStats:
     confusions: pl.DataFrame
     disagreement: pl.DataFrame
     stability: pl.DataFrame
+    mixed: pl.DataFrame
     samples: pl.DataFrame
 
     def suspicious(self, count: int) -> pl.DataFrame:
@@ -110,6 +114,7 @@ class TeacherStats:
             "classes": self.classes,
             "disagreement": self.disagreement,
             "stability": self.stability,
+            "mixed": self.mixed,
             "confusions": self.confusions.head(rows),
             "suspicious": self.suspicious(rows),
         }
@@ -170,6 +175,7 @@ def analyse(
         confusions=sums.confusions(),
         disagreement=sums.disagreement(),
         stability=tables.stability_table(samples, stream.sources if len(chosen) > 1 else ()),
+        mixed=stream.mixed.table(stream.sources),
         samples=samples,
     )
 
@@ -199,7 +205,16 @@ class StatsFolder:
 
     def write(self, stats: TeacherStats) -> None:
         """Write every table and `stats.json`."""
-        for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
+        for name in (
+            "summary",
+            "reliability",
+            "classes",
+            "confusions",
+            "disagreement",
+            "stability",
+            "mixed",
+            "samples",
+        ):
             table: pl.DataFrame = getattr(stats, name)
             if table.is_empty():
                 self._folder.remove(f"{name}.parquet")
@@ -213,6 +228,7 @@ class ViewStream:
 
     Attributes:
         sources: as in `About`.
+        mixed: the figures of views that mix two images.
     """
 
     def __init__(
@@ -222,6 +238,7 @@ class ViewStream:
         self.sources = sources_of(cache.recipe)
         self._labels = torch.from_numpy(cache.labels).to(device)
         compared = self.sources if several else ()
+        self.mixed = MixedSums(cache.recipe.views, cache.recipe.dataset.image_size, self._labels)
         self._stability = {name: Stability(cache.num_samples, cache.num_classes, device) for name in compared}
 
     def read(self, view: int, progress: Progress) -> tuple[pl.DataFrame, Mapping[str, npt.NDArray[np.float64]]]:
@@ -230,7 +247,7 @@ class ViewStream:
         consistency = {name: NonTargetConsistency(self._cache.num_classes, self._device) for name in self.sources}
         pieces = []
         for rows in self._chunks():
-            pieces.append(self._rows(targets, rows, consistency))
+            pieces.append(self._rows(view, targets, rows, consistency))
             progress.advance(rows.stop - rows.start, f"view {view}")
         for stability in self._stability.values():
             stability.next_view()
@@ -253,16 +270,19 @@ class ViewStream:
         rival, against = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
         return {"rival": rival, "against": against}
 
-    def _rows(self, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]) -> pl.DataFrame:
-        labels, figures, p = self._labels[rows], {}, {}
+    def _rows(
+        self, view: int, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]
+    ) -> pl.DataFrame:
+        labels, figures, p, by_source = self._labels[rows], {}, {}, {}
         for name in self.sources:
             own = self._logits(targets, name, rows)
-            logits = own.double() / self._temperature
+            by_source[name] = logits = own.double() / self._temperature
             p[name] = logits.softmax(dim=1)
             figures[name] = sample_figures(logits, labels)
             consistency[name].add(logits, labels)
             if name in self._stability:
                 self._stability[name].add(rows, p[name], figures[name]["top1"], figures[name]["entropy"])
+        self.mixed.add(view, rows, by_source)
         divergence = js_divergence(p["teacher"], p["clip"]) if len(p) > 1 else None
         return tables.sample_table(rows, labels, figures, divergence)
 
@@ -288,6 +308,25 @@ def view_numbers(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int,
             "no view of this cache is completely built",
             where=cache.path,
             next_step=f"run the same {cache.manifest.recipe.made_by} command again: it resumes",
+        )
+    return chosen
+
+
+def label_views(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int, ...]:
+    """`view_numbers`, for figures that need images of one class each.
+
+    Raises:
+        RecipeError: a view mixes two images.
+    """
+    chosen, recipe = view_numbers(cache, views), cache.recipe.views
+    if mixed := [view for view in chosen if recipe.mixes(view)]:
+        raise RecipeError(
+            "a fusion is chosen by the labels, and these views mix two images (views.mix)",
+            where=cache.path,
+            found=f"view {mixed[0]}" + (f" and {len(mixed) - 1} more" if len(mixed) > 1 else ""),
+            next_step="take the clean view: --view 0"
+            if recipe.clean_first
+            else "use a cache whose views are not mixed",
         )
     return chosen
 

@@ -67,6 +67,8 @@ def _tables(stats: TeacherStats) -> Iterable[TextTable]:
     yield from _classes(stats)
     if not stats.disagreement.is_empty():
         yield _disagreement(stats)
+    if not stats.mixed.is_empty():
+        yield _mixed(stats)
     yield _confusions(stats)
     yield _suspicious(stats)
 
@@ -185,6 +187,23 @@ def _disagreement(stats: TeacherStats) -> TextTable:
     return table
 
 
+def _mixed(stats: TeacherStats) -> TextTable:
+    """Linearly mixed labels against the targets of the mixed pictures, one column per source."""
+    overall = {row["source"]: row for row in stats.mixed.filter(pl.col("view").is_null()).to_dicts()}
+    sources = stats.about.sources
+    table = new_table("mixed labels against targets", [LABELS[source] for source in sources])
+    lines: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "kl": ("KL of mixed labels from targets, nats", number),
+        "distance": ("distance of the two (0 to 1)", number),
+        "top1": ("top-1 is the larger label", percent),
+        "in_pair": ("top-1 is one of the two labels", percent),
+        "label_mass": ("probability of the two labels", percent),
+    }
+    for key, (name, show) in lines.items():
+        table.add_row(name, *[show(overall[source][key]) for source in sources])
+    return table
+
+
 def _confusions(stats: TeacherStats) -> TextTable:
     sources = stats.about.sources
     table = new_table("label → wrong prediction, share of the label", [f"{LABELS[s]}" for s in sources])
@@ -209,6 +228,11 @@ def _notes(stats: TeacherStats) -> list[str]:
     notes = ["bin: of the confidence; gap: top-1 minus mean confidence, in points; gain: in points of top-1."]
     if len(about.views) < about.num_views:
         notes.append(f"{len(about.views)} of the cache's {about.num_views} views were analysed.")
+    if not stats.mixed.is_empty():
+        notes.append(
+            "Views that mix two images: the figures of labels and classes take the label of a sample, which is only a "
+            "part of the picture; those of mixed labels take both."
+        )
     if len(about.views) == 1:
         notes.append("Stability needs two views or more.")
     if about.dataset.partition("/")[2].startswith("train") and about.main != "clip":

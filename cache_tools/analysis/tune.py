@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.analysis.stats import check_temperature, view_numbers
+from cache_tools.analysis.stats import check_temperature, label_views
 from cache_tools.analysis.tune_grid import factors, log_grid, stratified_holdout
 from cache_tools.analysis.tune_passes import PASSES, Candidate, Passes, Setting
 from cache_tools.config import Frozen
@@ -113,7 +113,7 @@ def tune_fusion(
     require_choice(cache)
     assert cache.recipe.only_group is None, "the shares of one group are tuned by tune_shares"
     check_temperature(temperature)
-    chosen_views = view_numbers(cache, views)
+    chosen_views = label_views(cache, views)
     held = stratified_holdout(cache.labels, holdout, seed)
     grid = _scales(cache, scales)
     if len(weights) * len(grid) > MAX_FUSIONS:

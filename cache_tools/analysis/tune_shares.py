@@ -15,7 +15,7 @@ import polars as pl
 import torch
 
 from cache_tools.analysis.figures import row_chunks, sample_figures
-from cache_tools.analysis.stats import check_temperature, view_numbers
+from cache_tools.analysis.stats import check_temperature, label_views
 from cache_tools.analysis.tables import bin_sums, calibration_error
 from cache_tools.analysis.tune_grid import mixture_nll_sums, stratified_holdout
 from cache_tools.analysis.tune_passes import HeldOutFigures, standard_error
@@ -108,7 +108,7 @@ def tune_shares(
     networks = [teacher.architecture for teacher in recipe.teachers] + [clip.architecture for clip in recipe.clips]
     own = recipe.teacher_weights or recipe.clip_weights
     tried = _shares(len(networks), weights)
-    chosen_views = view_numbers(cache, views)
+    chosen_views = label_views(cache, views)
     held = stratified_holdout(cache.labels, holdout, seed)
     run = _Run(cache, chosen_views, held, temperature, resolve_device(device))
     with Progress("tune-fusion", 2 * len(chosen_views) * cache.num_samples, "samples") as progress:

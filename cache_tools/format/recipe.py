@@ -135,6 +135,12 @@ class CacheRecipe(Frozen):
     derived_from: str | None = None
 
     @model_validator(mode="after")
+    def _views_are_of_the_samples(self) -> CacheRecipe:
+        if self.views.mix is not None:
+            self.__dict__["views"] = self.views.over(self.dataset.num_samples)  # frozen, but not yet in use
+        return self
+
+    @model_validator(mode="after")
     def _weights_fit_the_groups(self) -> CacheRecipe:
         if not self.teachers and not self.clips:
             raise ValueError("a cache needs a teacher or a CLIP")

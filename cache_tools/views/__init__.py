@@ -2,6 +2,7 @@
 
 from cache_tools.views.augment import RandAugment, Rotation, ThreeAugment, TrivialAugmentWide
 from cache_tools.views.boxes import RandomResizedCrop, ResizeCentreCrop
+from cache_tools.views.mix import Mixing, MixRecipe
 from cache_tools.views.ops import ColourJitter, Flip, Identity, PadCrop, RandomErasing
 from cache_tools.views.recipe import ViewOp, ViewRecipe, ViewSizes, load_each
 
@@ -9,6 +10,8 @@ __all__ = [
     "ColourJitter",
     "Flip",
     "Identity",
+    "MixRecipe",
+    "Mixing",
     "PadCrop",
     "RandAugment",
     "RandomErasing",

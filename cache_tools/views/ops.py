@@ -180,14 +180,7 @@ class RandomErasing(Op):
         return {"top": zero, "left": zero, "height": zero, "width": zero} | self._colour([zero, zero, zero])
 
     def rescaled(self, values: dict[str, Integers], drawn_for: Size, size: Size) -> dict[str, Integers]:
-        changed = dict(values)
-        for axis, (start, length) in enumerate((("top", "height"), ("left", "width"))):
-            first, end = (
-                (2 * edge * size[axis] + drawn_for[axis]) // (2 * drawn_for[axis])
-                for edge in (values[start], values[start] + values[length])
-            )
-            changed[start], changed[length] = first, end - first
-        return changed
+        return rescaled_box(values, drawn_for, size)
 
     def _colour(self, drawn: list[Integers]) -> dict[str, Integers]:
         if self.fill != "random":
@@ -225,6 +218,18 @@ def draw_box(
         "height": box_height,
         "width": box_width,
     }
+
+
+def rescaled_box(values: dict[str, Integers], drawn_for: Size, size: Size) -> dict[str, Integers]:
+    """`values` with the box `top`, `left`, `height`, `width` of a view of one size on the same view at another."""
+    changed = dict(values)
+    for axis, (start, length) in enumerate((("top", "height"), ("left", "width"))):
+        first, end = (
+            (2 * edge * size[axis] + drawn_for[axis]) // (2 * drawn_for[axis])
+            for edge in (values[start], values[start] + values[length])
+        )
+        changed[start], changed[length] = first, end - first
+    return changed
 
 
 def rounded_sqrt(value: Integers, bits: int) -> Integers:

@@ -136,6 +136,11 @@ def check(images: Any, count: int) -> None:
     _check_count(len(images), count)
 
 
+def rows_at_once(images_NCHW: Tensor) -> int:
+    """The images of a sub-batch whose temporaries fit."""
+    return max(1, BATCH_ELEMENTS["cpu" if images_NCHW.device.type == "cpu" else "cuda"] // images_NCHW[0].numel())
+
+
 def _check_count(found: int, expected: int) -> None:
     if found != expected:
         raise DataError(

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from cache_tools.config import Extensible, Frozen
 from cache_tools.config.fields import Whole
-from cache_tools.errors import DataError, RecipeError
+from cache_tools.errors import DataError
 from cache_tools.lazy import np
 from cache_tools.philox import sample_words
+from cache_tools.views.arguments import one_size, picture_sizes, sample_index, view_number
 from cache_tools.views.augment import RandAugment, Rotation, ThreeAugment, TrivialAugmentWide
 from cache_tools.views.boxes import BoxOp, RandomResizedCrop, ResizeCentreCrop, evaluation_resize
+from cache_tools.views.mix import Mixing, MixRecipe, Pairing, blend, pairing
 from cache_tools.views.ops import (
-    MAX_SIDE,
+    ONE,
     ColourJitter,
     Flip,
     Identity,
@@ -31,6 +32,7 @@ from cache_tools.views.ops import (
     Side,
     Size,
     Words,
+    rescaled_box,
 )
 
 if TYPE_CHECKING:
@@ -39,12 +41,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    Index: TypeAlias = int | range | Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
+    from cache_tools.views.arguments import Index
 
 MAX_OPS = 64
 DRAW_BITS = 8
 PICTURES_AT_ONCE = 32  # decoded and in memory
-MAX_PICTURE_SIDE, MAX_PICTURE_AREA = 1 << 16, 1 << 28  # of version 2: its areas have 12 fraction bits
 
 
 def _op_of_name(op: Any) -> Any:
@@ -109,17 +110,21 @@ class ViewRecipe(Extensible):
         ops: applied in this order. The op at position p takes its k-th four words from the counter (sample index low,
             sample index high, view, p · 256 + k).
         sizes: larger or smaller views of the same box for some networks, in version 2 with a crop.
+        mix: mixes the samples in pairs after the last op, in version 2; None for none. It needs the number of samples
+            (`over`), and the pictures of both samples of a pair (`with_partners`).
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"sizes"})
+    added: ClassVar[frozenset[str]] = frozenset({"sizes", "mix"})
 
     version: Literal[1, 2] = 1
     base_seed: Annotated[Whole, Field(ge=0, lt=1 << 64)] = 0
     clean_first: bool = False
     ops: Annotated[tuple[ViewOp, ...], Field(max_length=MAX_OPS)] = ()
     sizes: ViewSizes = ViewSizes()
+    mix: MixRecipe | None = None
 
     _seen_at: Size | None = PrivateAttr(None)
+    _num_samples: int | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -130,6 +135,8 @@ class ViewRecipe(Extensible):
 
     @model_validator(mode="after")
     def _ops_fit_the_version(self) -> ViewRecipe:
+        if self.version == 1 and self.mix is not None:
+            raise ValueError("mix is for version 2 of the views, not for version 1")
         for position, op in enumerate(self.ops):
             if self.version == 1 and _is_second(op):
                 raise ValueError(f"{op.op} with these settings is for version 2 of the views, not for version 1")
@@ -154,6 +161,44 @@ class ViewRecipe(Extensible):
         views._seen_at = None if side is None else (side, side)
         return views
 
+    def over(self, num_samples: int) -> ViewRecipe:
+        """The same views of so many samples, which decides who is mixed with whom. A cache's recipe knows its own."""
+        views = self.model_copy()
+        views._num_samples = num_samples
+        return views
+
+    def mixes(self, view: int) -> bool:
+        """Whether the samples of a view are mixed; not if it is the clean one."""
+        return self.mix is not None and not (self.clean_first and view_number(view) == 0)
+
+    def pairs(self, view: int) -> Integers:
+        """All samples, int64 [num_samples], in an order in which 2k and 2k + 1 are a pair of a view that mixes."""
+        pairing = self._pairing(view_number(view))
+        return pairing.samples(np.arange(pairing.count))
+
+    def with_partners(self, index: Index, view: int) -> Integers:
+        """The samples whose pictures `apply` needs, int64 [M]: `index`, then partners that are mixed in and not in it.
+
+        These are only the samples of `index` where the view does not mix, or where `index` has whole pairs.
+        """
+        samples, number = sample_index(index), view_number(view)
+        if not self.mixes(number):
+            return samples
+        partners, mixed = self._partners(samples, number)
+        return np.concatenate([samples, np.setdiff1d(partners[mixed], samples)])
+
+    def mixing(self, index: Index, view: int, image_size: Size) -> Mixing | None:
+        """Whose label each sample has besides its own, and the share of its own; None if the view does not mix.
+
+        Args:
+            image_size: (height, width) of the images; of no account in version 2 with a crop.
+        """
+        samples, number = sample_index(index), view_number(view)
+        if not self.mixes(number):
+            return None
+        drawn = self._draw_mix(samples, number, self._drawn_size(image_size))
+        return Mixing(drawn["partner"], drawn["share"] / ONE)
+
     @property
     def canvas_side(self) -> int | None:
         """The canvas from whose centre test images are cut to the student's views; None without a crop of pictures."""
@@ -168,9 +213,8 @@ class ViewRecipe(Extensible):
         Raises:
             RecipeError: an op cannot work on images of this size.
         """
-        for op in self.ops:
-            image_size = op.output_size(image_size)
-        return self._seen_at or image_size
+        size = self._drawn_size(image_size)
+        return self._seen_at or size
 
     def parameters(self, index: Index, view: int, image_size: Size | Integers) -> dict[str, Integers]:
         """All random parameters of a view: `POSITION.OP.NAME` → int64 [N], in the order of `index`.
@@ -184,13 +228,21 @@ class ViewRecipe(Extensible):
             DataError: an index or the view is negative or not a whole number.
             RecipeError: an op cannot work on images of this size.
         """
-        samples = _sample_index(index)
-        number = _view_number(view)
+        samples = sample_index(index)
+        number = view_number(view)
         box = self.box_op
         if box is None:
-            return self._draw(samples, number, _one_size(image_size))
-        drawn = self._draw_boxes(samples, number, box, _picture_sizes(image_size, len(samples)))
-        return {f"0.{box.op}.{name}": values for name, values in drawn.items()} | self._draw(samples, number, (0, 0))
+            size = one_size(image_size)
+            drawn = self._draw(samples, number, size)
+        else:
+            size = box.view_size
+            boxes = self._draw_boxes(samples, number, box, picture_sizes(image_size, len(samples)))
+            drawn = {f"0.{box.op}.{name}": values for name, values in boxes.items()}
+            drawn |= self._draw(samples, number, (0, 0))
+        if self.mixes(number):
+            mixed = self._draw_mix(samples, number, self._drawn_size(size))
+            drawn |= {f"mix.{name}": values for name, values in mixed.items()}
+        return drawn
 
     def parameter_digest(self, index: Index, view: int, image_size: Size) -> int:
         """The digest of a block's parameters that a cache stores: 64 bits of blake2b, never 0.
@@ -198,9 +250,9 @@ class ViewRecipe(Extensible):
         It covers the version, the view, the image size, the sample indices, and the name and values of each parameter.
         In version 2 the boxes are those of pictures of the canvas size: a reader of a cache has no pictures.
         """
-        samples = _sample_index(index)
+        samples = sample_index(index)
         drawn = self.parameters(samples, view, image_size)
-        header = [self.version, _view_number(view), *(int(side) for side in image_size), len(samples), list(drawn)]
+        header = [self.version, view_number(view), *(int(side) for side in image_size), len(samples), list(drawn)]
         digest = hashlib.blake2b(json.dumps(header, separators=(",", ":")).encode(), digest_size=8)
         for values in (samples, *drawn.values()):
             digest.update(np.ascontiguousarray(values, dtype="<i8").data)
@@ -212,6 +264,7 @@ class ViewRecipe(Extensible):
         Args:
             images_NCHW_u8: uint8 [N, 3, H, W]; row i is sample `index[i]`. Any device. In version 2 with a crop, the
                 decoded pictures; these may also be a list of N uint8 [3, H, W] on the CPU, each of its own size.
+                A view that mixes needs the images of `with_partners(index, view)`, in that order.
             index: N sample indices, in any order.
             view: the augmentation seed.
 
@@ -222,14 +275,16 @@ class ViewRecipe(Extensible):
             DataError: the dtype or shape is wrong, or there are not as many images as indices.
             RecipeError: an op cannot work on images of this size.
         """
-        samples = _sample_index(index)
-        return self.finish(self.crop(images_NCHW_u8, samples, view), samples, view)
+        samples = sample_index(index)
+        if self.mixes(view):
+            self._check_partners(len(images_NCHW_u8), samples, view)
+        return self.finish(self.crop(images_NCHW_u8, self.with_partners(samples, view), view), samples, view)
 
     def load(self, images: Pictures, rows: npt.NDArray[np.int64] | slice, index: Index, view: int) -> torch.Tensor:
         """What `finish` needs of rows of an image set, on the CPU: their canvases, or the crops of their pictures.
 
         Args:
-            index: the samples that the rows are.
+            index: the samples that the rows are; of a view that mixes, the rows themselves.
         """
         return load_each(images, rows, index, view, [self])[0]
 
@@ -237,30 +292,104 @@ class ViewRecipe(Extensible):
         """The first step of `apply`: the box of each picture at the size of the view. Without a crop, the images."""
         from cache_tools.views import pixels
 
-        samples, box = _sample_index(index), self.box_op
+        samples, box = sample_index(index), self.box_op
         if box is None:
             pixels.check(images_NCHW_u8, len(samples))
             return images_NCHW_u8  # type: ignore[return-value]
         sizes = pixels.picture_sizes(images_NCHW_u8, len(samples))
-        boxes = self._draw_boxes(samples, _view_number(view), box, _picture_sizes(sizes, len(samples)))
+        boxes = self._draw_boxes(samples, view_number(view), box, picture_sizes(sizes, len(samples)))
         return pixels.crop(images_NCHW_u8, boxes, self._seen_at or box.view_size, box.interpolation)
 
     def finish(self, cropped_NCHW_u8: torch.Tensor, index: Index, view: int) -> torch.Tensor:
-        """The second step of `apply`: every op after the crop, on any device."""
+        """The second step of `apply`: every op after the crop, and then the mixing, on any device.
+
+        Args:
+            cropped_NCHW_u8: of the samples `with_partners(index, view)`.
+        """
+        samples, number = sample_index(index), view_number(view)
+        if not self.mixes(number):
+            return self._finish_each(cropped_NCHW_u8, samples, number)
+        self._check_partners(len(cropped_NCHW_u8), samples, number)
+        shown = self.with_partners(samples, number)
+        finished = self._finish_each(cropped_NCHW_u8, shown, number)
+        return self._mixed(finished, shown, samples, number, (cropped_NCHW_u8.shape[2], cropped_NCHW_u8.shape[3]))
+
+    def _finish_each(self, cropped_NCHW_u8: torch.Tensor, samples: Integers, view: int) -> torch.Tensor:
         from cache_tools.views import pixels
 
-        samples, box = _sample_index(index), self.box_op
+        box = self.box_op
         pixels.check(cropped_NCHW_u8, len(samples))
         size = (cropped_NCHW_u8.shape[2], cropped_NCHW_u8.shape[3])
         if box is None:
-            drawn, ops, output = (
-                self._draw(samples, _view_number(view), _one_size(size)),
-                self.ops,
-                self.output_size(size),
-            )
-            return pixels.apply(ops, drawn, output, cropped_NCHW_u8, self.version)
-        drawn = self._draw(samples, _view_number(view), (0, 0), seen_at=size)
+            drawn = self._draw(samples, view, one_size(size))
+            return pixels.apply(self.ops, drawn, self.output_size(size), cropped_NCHW_u8, self.version)
+        drawn = self._draw(samples, view, (0, 0), seen_at=size)
         return pixels.apply((Identity(), *self.ops[1:]), drawn, size, cropped_NCHW_u8, self.version)
+
+    def _mixed(
+        self, finished_NCHW: torch.Tensor, shown: Integers, samples: Integers, view: int, image_size: Size
+    ) -> torch.Tensor:
+        """The views of `samples`, from the finished views of `shown`, which begins with them."""
+        import torch
+
+        from cache_tools.views import pixels
+
+        drawn_for, size = self._drawn_size(image_size), (finished_NCHW.shape[2], finished_NCHW.shape[3])
+        drawn = self._draw_mix(samples, view, drawn_for)
+        if size != drawn_for:
+            drawn = rescaled_box(drawn, drawn_for, size)
+        order = np.argsort(shown, kind="stable")
+        place = np.searchsorted(shown[order], drawn["partner"]).clip(max=len(shown) - 1)
+        place = np.where(drawn["own"] * (drawn["height"] == 0) == ONE, np.arange(len(samples)), order[place])
+        partners = finished_NCHW[torch.from_numpy(place).to(finished_NCHW.device)]
+        return blend(finished_NCHW[: len(samples)], partners, drawn, pixels.rows_at_once(finished_NCHW))
+
+    def _drawn_size(self, image_size: Size) -> Size:
+        """(height, width) of a view for which its parameters are drawn."""
+        for op in self.ops:
+            image_size = op.output_size(image_size)
+        return image_size
+
+    def _pairing(self, view: int) -> Pairing:
+        if self._num_samples is None:
+            raise DataError(
+                "mixed views need the number of samples, from which the pairs are drawn",
+                where="views.mix",
+                next_step="take the views of an open cache (cache.recipe.views), or views.over(NUM_SAMPLES)",
+            )
+        return pairing(self.base_seed, view, self._num_samples)
+
+    def _partners(self, samples: Integers, view: int) -> tuple[Integers, npt.NDArray[np.bool_]]:
+        """The partner of each sample, int64 [N], and whether the two are mixed."""
+        assert self.mix is not None, "only called if the view mixes"
+        pairs = self._pairing(view)
+        if len(samples) and samples.max() >= pairs.count:
+            raise DataError(
+                "sample index out of range", expected=f"below {pairs.count:,}, the samples", found=int(samples.max())
+            )
+        partners = pairs.partners(samples)
+        return partners, (partners != samples) & self.mix.draw_gate(self.base_seed, view, pairs.positions(samples) >> 1)
+
+    def _draw_mix(self, samples: Integers, view: int, size: Size) -> dict[str, Integers]:
+        """`partner` and the parameters of `MixRecipe.draw` of each sample."""
+        assert self.mix is not None, "only called if the view mixes"
+        partners, mixed = self._partners(samples, view)
+        drawn = self.mix.draw(self.base_seed, view, self._pairing(view).positions(samples) >> 1, size)
+        whole = {"own": ONE, "share": ONE}
+        return {"partner": partners} | {
+            name: np.where(mixed, values, whole.get(name, 0)) for name, values in drawn.items()
+        }
+
+    def _check_partners(self, found: int, samples: Integers, view: int) -> None:
+        needed = len(self.with_partners(samples, view))
+        if found != needed:
+            raise DataError(
+                "this view mixes each image with its partner, so the images of the partners are needed too",
+                where=f"view {view}",
+                expected=f"the {needed:,} images of views.with_partners(index, view)",
+                found=f"{found:,} images",
+                next_step="load the images of views.with_partners(index, view), or batches of whole pairs: views.pairs",
+            )
 
     def _draw_boxes(self, samples: Integers, view: int, box: BoxOp, sizes: Integers) -> dict[str, Integers]:
         if self.clean_first and view == 0:
@@ -303,9 +432,11 @@ def load_each(
     """`ViewRecipe.load` for one recipe as several networks see it; every picture is decoded once."""
     import torch
 
+    samples = sample_index(index)
+    if recipes[0].mixes(view):
+        rows = samples = recipes[0].with_partners(samples, view)
     if recipes[0].box_op is None or images.resident:
         pixels = torch.from_numpy(np.ascontiguousarray(images.load(rows)))
-    samples = _sample_index(index)
     if recipes[0].box_op is None:
         return [pixels] * len(recipes)
     if images.resident:
@@ -322,6 +453,8 @@ def load_each(
 
 def _needs_second(data: dict[str, Any]) -> bool:
     """Whether a recipe as plain data uses what only version 2 has."""
+    if data.get("mix") is not None:
+        return True
     sizes = data.get("sizes")
     if isinstance(sizes, ViewSizes):
         sizes = sizes.model_dump()
@@ -343,81 +476,3 @@ def _needs_second(data: dict[str, Any]) -> bool:
 
 def _is_second(op: BaseModel) -> bool:
     return isinstance(op, _SECOND) or (isinstance(op, RandomResizedCrop) and op.interpolation != "bilinear")
-
-
-def _one_size(image_size: Size | Integers) -> Size:
-    """The (height, width) that all images have."""
-    sizes = np.asarray(image_size)
-    if sizes.ndim == 2:
-        if len(sizes) and (sizes != sizes[0]).any():
-            raise RecipeError(
-                "pictures of several sizes need views of version 2 that start with a crop",
-                where="views.ops",
-                expected="random-resized-crop or resize-centre-crop first",
-                found=f"pictures of {sizes[0][0]}×{sizes[0][1]} and other sizes",
-            )
-        sizes = sizes[0] if len(sizes) else np.array([1, 1])
-    height, width = (int(side) for side in sizes)
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise RecipeError(
-            "images of this size cannot be augmented",
-            expected=f"sides of 1 to {MAX_SIDE}",
-            found=f"{height}×{width}",
-        )
-    return height, width
-
-
-def _picture_sizes(image_size: Size | Integers, count: int) -> Integers:
-    """The (height, width) of each picture, int64 [count, 2]."""
-    sizes = np.asarray(image_size, dtype=np.int64)
-    if sizes.ndim == 1:
-        sizes = np.broadcast_to(sizes, (count, 2))
-    if sizes.shape != (count, 2):
-        raise DataError("one size for each picture", expected=f"[{count}, 2]", found=list(sizes.shape))
-    wrong = (sizes < 1).any(axis=1) | (sizes > MAX_PICTURE_SIDE).any(axis=1) | (sizes.prod(axis=1) > MAX_PICTURE_AREA)
-    if wrong.any():
-        height, width = sizes[int(np.argmax(wrong))]
-        raise RecipeError(
-            "pictures of this size cannot be augmented",
-            expected=f"sides of 1 to {MAX_PICTURE_SIDE} and at most {MAX_PICTURE_AREA:,} pixels",
-            found=f"{height}×{width}",
-        )
-    return sizes
-
-
-def _sample_index(index: Index) -> Integers:
-    """Convert any kind of index to int64 [N]."""
-    try:
-        array: npt.NDArray[Any] = np.asarray(index.cpu() if _is_tensor(index) else index)
-    except (ValueError, OverflowError) as error:
-        raise DataError("cannot read sample indices", expected="whole numbers", found=type(index).__name__) from error
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.ndim == 0:
-        array = array.reshape(1)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(
-            "cannot read sample indices",
-            expected="one row of whole numbers",
-            found=f"{array.dtype} {list(array.shape)}",
-        )
-    if array.size and (int(array.min()) < 0 or int(array.max()) >= 1 << 63):
-        wrong = int(array.min()) if int(array.min()) < 0 else int(array.max())
-        raise DataError("sample index out of range", expected="0 … 2^63−1", found=wrong)
-    return array.astype(np.int64, copy=False)
-
-
-def _is_tensor(index: Index) -> TypeGuard[torch.Tensor]:
-    """Does not import torch: a caller that holds a tensor has imported it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(index, torch.Tensor)
-
-
-def _view_number(view: int) -> int:
-    try:
-        number = view.__index__()
-    except AttributeError:
-        raise DataError("a view is a whole number", expected="0 … 2^32−1", found=repr(view)) from None
-    if not 0 <= number < 1 << 32:
-        raise DataError("view out of range", expected="0 … 2^32−1", found=number)
-    return number

@@ -238,7 +238,7 @@ def _create(
         num_views=recipe.num_views,
         block_rows=recipe.block_rows or default_block_rows(identity),
         clip_scales=ensemble.fusion.clip_scales,
-        canaries=make_canaries(recipe.views, images, recipe.num_views),
+        canaries=make_canaries(identity.views, images, recipe.num_views),
         build_recipe=_with_found_classes(recipe, ensemble).model_dump(mode="json"),
         provenance=_provenance("created", ensemble)
         | ({"notes": list(ensemble.notes)} if ensemble.notes else {})
@@ -277,7 +277,7 @@ def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: 
     before = writer.manifest.num_views
     return writer.grow(
         recipe.num_views,
-        canaries=make_canaries(recipe.views, images, recipe.num_views, first=before),
+        canaries=make_canaries(writer.manifest.recipe.views, images, recipe.num_views, first=before),
         note=_provenance("date", ensemble) | {"views": [before, recipe.num_views]},
     )
 

@@ -14,7 +14,7 @@ import torch
 from cache_tools.errors import DataError, FormatError, RecipeError
 from cache_tools.images.image_set import ImageSet
 from cache_tools.reader import TeacherCache
-from cache_tools.views import ColourJitter, Flip, PadCrop, RandomResizedCrop, ViewRecipe
+from cache_tools.views import ColourJitter, Flip, MixRecipe, PadCrop, RandomResizedCrop, ViewRecipe
 from tests.support import cache_factory
 from train import feed as feeds
 from train.feed import (
@@ -29,6 +29,7 @@ from train.feed import (
     epoch_order,
     mixed_seed,
     open_feed,
+    pair_order,
 )
 
 CPU = torch.device("cpu")
@@ -282,3 +283,40 @@ def same(one: Batch, other: Batch) -> None:
     assert torch.equal(one.labels, other.labels)
     assert torch.equal(one.index, other.index)
     assert one.targets == other.targets == BatchTargets()
+
+
+@pytest.mark.parametrize("samples", [SAMPLES, SAMPLES - 1])
+def test_mixed_views_are_the_same_in_memory_and_streamed(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    """Batches of whole pairs, in another order every epoch, although pieces of the resident feed cut pairs in two."""
+    monkeypatch.setattr(feeds, "PIECE_BYTES", 21 * 3 * 32 * 32)
+    images = cache_factory.tiny_images(samples)
+    mix = MixRecipe(mixup_alpha=0.8, cutmix_alpha=1.0)
+    views = ViewRecipe(version=2, ops=(PadCrop(), Flip()), mix=mix, clean_first=True).over(samples)
+    both = [make(kind, images, views=views) for kind in (ResidentFeed, StreamingFeed)]
+    orders = []
+    for epoch in range(3):
+        rows = []
+        for resident, streamed in zip(*(feed.epoch(epoch) for feed in both), strict=True):
+            same(resident, streamed)
+            rows += resident.index.tolist()
+            if resident.mixed is None or streamed.mixed is None:
+                assert epoch == 0
+                continue
+            partner = views.mixing(resident.index, epoch, (32, 32)).partner
+            assert set(partner) <= set(resident.index.tolist())
+            assert torch.equal(resident.mixed.partner, torch.from_numpy(images.labels[partner]))
+            assert torch.equal(resident.mixed.share, streamed.mixed.share)
+        assert sorted(rows) == list(range(samples))
+        orders.append(rows)
+    assert len({tuple(order) for order in orders}) == 3
+    pairs = torch.from_numpy(views.pairs(2))
+    first, again = pair_order(pairs, 5, 2), pair_order(pairs, 5, 5)
+    assert first.tolist() == orders[2]
+    assert not torch.equal(first, again)
+    whole = samples // 2 * 2
+    for order in (first, again):
+        assert set(map(tuple, order[:whole].view(-1, 2).tolist())) == set(
+            map(tuple, pairs[:whole].view(-1, 2).tolist())
+        )
+    for feed in both:
+        feed.close()

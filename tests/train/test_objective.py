@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from torch import Tensor
 from cache_tools.config import validate
 from cache_tools.errors import RecipeError
 from train import losses
-from train.feed import Batch, BatchTargets
+from train.feed import Batch, BatchTargets, MixedLabels
+from train.loop import _Means
 from train.losses.contrastive import Components
 from train.losses.numerics import unit_rows
 from train.objective import FEATURE_TERMS, LOGIT_TERMS, Objective
@@ -340,3 +342,38 @@ def test_a_step_never_waits_for_the_device() -> None:
         mixed(logits, features, on_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_of_mixed_samples_are_mixed(smoothing: float) -> None:
+    """CE against a slow sum over the mixed and smoothed label distribution, in float64, with its gradient."""
+    objective = make_objective(kind="ce", ce_weight=0.7, label_smoothing=smoothing)
+    logits, features, batch = make_step(3)
+    partner, share = batch.labels.flip(0), torch.linspace(0.0, 1.0, 8)
+    mixed = dataclasses.replace(batch, mixed=MixedLabels(partner, share))
+    loss = objective(logits, features, mixed)["loss"]
+    loss.backward()
+    z = logits.detach().double().numpy()
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    y = np.full((8, CLASSES), smoothing / CLASSES)
+    for i in range(8):
+        y[i, batch.labels[i]] += (1 - smoothing) * float(share[i])
+        y[i, partner[i]] += (1 - smoothing) * (1 - float(share[i]))
+    assert float(loss.detach()) == pytest.approx(-0.7 * (y * np.log(p)).sum() / 8, rel=1e-6)
+    assert logits.grad is not None
+    np.testing.assert_allclose(logits.grad.numpy(), 0.7 * (p - y) / 8, atol=1e-7)
+
+
+def test_top1_of_mixed_samples_counts_the_shares_of_their_labels() -> None:
+    logits, _, batch = make_step(4)
+    partner, share = batch.labels.roll(1), torch.linspace(0.0, 1.0, 8)
+    means = _Means()
+    means.add({"loss": logits.sum()}, logits, batch.labels, MixedLabels(partner, share))
+    best = logits.argmax(1)
+    slow = [
+        float(share[i]) * bool(best[i] == batch.labels[i]) + (1 - float(share[i])) * bool(best[i] == partner[i])
+        for i in range(8)
+    ]
+    assert sum(slow) > 0
+    assert means.compute()["train_top1"] == pytest.approx(sum(slow) / 8, rel=1e-6)

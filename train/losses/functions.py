@@ -51,6 +51,24 @@ def cross_entropy(
 
 
 @full_precision
+def mixed_cross_entropy(
+    student_NC: Tensor, labels: Tensor, partner_labels: Tensor, share: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy of mixed samples (MixUp, CutMix): share · CE(own label) + (1 − share) · CE(the partner's label).
+
+    Args:
+        share: [B], of the own label, 0 to 1.
+        label_smoothing: as in `cross_entropy`, of both labels.
+    """
+    own, partner = (
+        F.cross_entropy(student_NC, each, reduction="none", label_smoothing=label_smoothing)
+        for each in (labels, partner_labels)
+    )
+    share = share.to(student_NC.dtype)
+    return (share * own + (1.0 - share) * partner).mean()
+
+
+@full_precision
 def kd(student_NC: Tensor, target_NC: Tensor, temperature: float) -> Tensor:
     """Knowledge distillation (Hinton et al. 2015): T² · mean_b Σ_c p (log p − log q)."""
     return temperature**2 * _divergence(student_NC / temperature, target_NC / temperature)

@@ -19,6 +19,7 @@ from cache_tools.refusion import FusionChoice
 from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
 from train.recipe.loss import LossRecipe, needs_targets
+from train.recipe.mixed import check_mixed_views
 from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
 from train.recipe.student_names import canonical_student_name
 from train.weights.names import files_digest, is_path
@@ -176,6 +177,18 @@ class TrainRecipe(Extensible):
                 found=self.schedule.warmup_epochs,
             )
         return self
+
+    @model_validator(mode="after")
+    def _settings_fit_mixed_views(self) -> TrainRecipe:
+        if isinstance(self.views, ViewRecipe):
+            self.check_mixed_views(self.views, self.num_views, self.name)
+        return self
+
+    def check_mixed_views(self, views: ViewRecipe, num_views: int | None, where: object) -> None:
+        """Raise RecipeError if these views mix images, and a setting of the run needs images of one class."""
+        check_mixed_views(
+            views, num_views, where, loss=self.loss, label_fraction=self.label_fraction, batch_size=self.batch_size
+        )
 
     @property
     def loss_name(self) -> str:
