@@ -19,9 +19,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cache_tools.config import Extensible
 from cache_tools.errors import CacheError, WeightsError
 from cache_tools.files import too_large
 from cache_tools.format.recipe import Finite, Preprocessing
+from cache_tools.images.image_set import Interpolation
 from train import own
 from train.evaluate.canvas import evaluation_preprocessing
 from train.students import create_student
@@ -41,20 +43,24 @@ Mean = Annotated[float, Field(ge=-1000.0, le=1000.0)]
 Std = Annotated[float, Field(gt=0.0, le=1000.0)]
 
 
-class StudentCard(Finite):
+class StudentCard(Extensible, Finite):
     """The description of a stored student: how to build it, prepare its inputs and read its outputs.
 
     Attributes:
         architecture: its name for `create_student`.
         class_names: in the order of its logits.
-        image_size: (height, width) of the views it was trained on, and of the images it is given.
+        image_size: (height, width) of the views it was trained on.
+        test_size: (height, width) of the test images it is given; None for `image_size`.
         crop: the part of a resized test image that the centre crop of this size keeps; None where an earlier version
             did not record it.
+        interpolation: of the resize of test images.
         mean, std: per RGB channel on [0, 1].
         dataset: name of the dataset it was trained on.
         recipe_digest: of the run that trained it.
         epoch: finished epochs.
     """
+
+    added = frozenset({"test_size", "interpolation"})
 
     architecture: str = Field(max_length=1000)
     num_classes: PositiveInt = Field(le=MAX_CLASSES)
@@ -66,6 +72,8 @@ class StudentCard(Finite):
     recipe_digest: str = ""
     epoch: int = Field(0, ge=0, le=1 << 53)
     crop: float | None = Field(None, gt=0.0, le=1.0)
+    test_size: tuple[Side, Side] | None = None
+    interpolation: Interpolation = "bicubic"
 
     @model_validator(mode="after")
     def _names_all_classes(self) -> StudentCard:
@@ -73,9 +81,15 @@ class StudentCard(Finite):
             raise ValueError(f"{len(self.class_names)} names of {self.num_classes} classes")
         return self
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the test images it is given."""
+        return self.test_size or self.image_size
+
     def preprocessing(self, canvas_size: tuple[int, int]) -> Preprocessing:
         """The preprocessing of test images on a canvas of (height, width)."""
-        return evaluation_preprocessing(self.image_size, canvas_size, (self.mean, self.std), self.crop)
+        normalisation = (self.mean, self.std)
+        return evaluation_preprocessing(self.input_size, canvas_size, normalisation, self.crop, self.interpolation)
 
     def to_metadata(self) -> dict[str, str]:
         """The card as safetensors metadata: strings as they are, everything else as JSON."""
@@ -89,7 +103,7 @@ class StudentCard(Finite):
         Raises:
             WeightsError: a file that `train-student` did not write.
         """
-        texts = {"architecture", "dataset", "recipe_digest"}
+        texts = {"architecture", "dataset", "recipe_digest", "interpolation"}
         try:
             known = {key: text for key, text in metadata.items() if key in cls.model_fields}
             return cls(**{key: text if key in texts else parse_json(text) for key, text in known.items()})

@@ -124,7 +124,11 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     return counter.get_total_flops()
 
 
-def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
+def check_images(
+    model: nn.Module,
+    image_size: tuple[int, int],
+    next_step: str = "choose another --student, or build a cache with views of the size that it expects",
+) -> None:
     """Check that a network takes images of this size, by a forward pass that changes nothing.
 
     Args:
@@ -133,7 +137,7 @@ def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
     Raises:
         RecipeError: the network cannot take images of this size.
     """
-    with _explain_wrong_size(image_size), torch.inference_mode():
+    with _explain_wrong_size(image_size, next_step), torch.inference_mode():
         model(_images(1, image_size, next(model.parameters()).device))
 
 
@@ -154,7 +158,10 @@ def _unfused_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _explain_wrong_size(image_size: tuple[int, int]) -> Iterator[None]:
+def _explain_wrong_size(
+    image_size: tuple[int, int],
+    next_step: str = "choose another --student, or build a cache with views of the size that it expects",
+) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for its strides, or not the size of a ViT
@@ -166,7 +173,7 @@ def _explain_wrong_size(image_size: tuple[int, int]) -> Iterator[None]:
             "the student cannot take images of this size",
             where=size,
             found=reason,
-            next_step="choose another --student, or build a cache with views of the size that it expects",
+            next_step=next_step,
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,12 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
 from cache_tools.views.recipe import ViewRecipe
-from train.evaluate.canvas import evaluation_preprocessing
+from train.evaluate.canvas import chosen_preprocessing, evaluation_preprocessing, sizes_in_test
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
 from train.labelled import PartialLabels, labelled_rows, partial_labels
 from train.losses.contrastive import Components
 from train.recipe import TrainRecipe
+from train.recipe.evaluation import EvaluationRecipe
 from train.recipe.loss import LossRecipe
 from train.recipe.mixed import check_mixed_part
 
@@ -41,6 +42,7 @@ class TrainingData:
     Attributes:
         images: the training split.
         tests: the test splits; the first one chooses the best epoch.
+        evaluation: how test images are prepared.
         samples: int64 [N], the numbers of `images` in the cache; None if they are all samples of the cache in order.
         dataset: the source of both.
         num_views: views to cycle through; None for a new one in every epoch.
@@ -61,6 +63,7 @@ class TrainingData:
     components: Components | None = None
     cache: TeacherCache | None = None
     known: PartialLabels | None = None
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     samples: npt.NDArray[np.int64] | None = None
 
     @property
@@ -91,8 +94,20 @@ class TrainingData:
 
     @property
     def test_preprocessing(self) -> Preprocessing:
-        """The student's preprocessing of test images, which brings them to the size of the views."""
-        return evaluation_preprocessing(self.view_size, self.images.image_size, self.dataset.normalisation)
+        """The student's preprocessing of test images: as the recipe says, or to the size of the views."""
+        normalisation, canvas = self.dataset.normalisation, self.images.image_size
+        if self.evaluation.is_default:
+            return evaluation_preprocessing(self.view_size, canvas, normalisation)
+        size, resize = sizes_in_test(self.evaluation, self.views, canvas)
+        canvas = self.tests[0].image_size if self.tests else canvas
+        return chosen_preprocessing(size, resize, canvas, normalisation, self.evaluation.interpolation)
+
+    @property
+    def test_size(self) -> tuple[int, int]:
+        """(height, width) of the student's input in tests."""
+        if self.evaluation.is_default:
+            return self.view_size
+        return sizes_in_test(self.evaluation, self.views, self.images.image_size)[0]
 
     def identity(self) -> dict[str, str]:
         """Identifies the data of a run. A fingerprint covers images, views and targets, but not the number of views."""
@@ -193,10 +208,10 @@ def with_cached_images(recipe: TrainRecipe) -> TrainRecipe:
 
 
 def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
-    dataset = recipe.own_dataset()
+    dataset, views = recipe.own_dataset(), recipe.own_views().seen_by("student")
     images = open_split(dataset, None)
     check_labels(recipe, images)
-    tests = _open_tests(dataset, images, open_split)
+    tests = _open_tests(dataset, images, open_split, recipe.evaluation, views)
     check_new_images(images, *tests)
     if recipe.label_fraction < 1.0:
         images = images.subset(labelled_rows(images.labels, recipe.label_fraction, recipe.label_seed))
@@ -204,7 +219,8 @@ def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
         images=images,
         tests=tests,
         dataset=dataset,
-        views=recipe.own_views().seen_by("student").over(len(images)),
+        views=views.over(len(images)),
+        evaluation=recipe.evaluation,
         num_views=recipe.num_views,
         targets=NoTargets(),
     )
@@ -224,7 +240,8 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     images, samples = _open_part(cache, cached, dataset, open_split)
     if samples is not None:
         check_mixed_part(views, num_views, cache.path, dataset.split)
-    tests = _open_tests(dataset, images, _open_parts_of(cached, open_split))
+    opener = _open_parts_of(cached, open_split)
+    tests = _open_tests(dataset, images, opener, recipe.evaluation, views.seen_by("student"))
     check_images(*tests)  # the build of the cache decoded all training images
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     components = _components(cache, fusion, loss)
@@ -233,6 +250,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
         tests=tests,
         dataset=dataset,
         views=views.seen_by("student"),
+        evaluation=recipe.evaluation,
         num_views=num_views,
         targets=CachedTargets(
             cache,
@@ -366,5 +384,11 @@ def _num_views(cache: TeacherCache, recipe: TrainRecipe) -> int:
     return wanted
 
 
-def _open_tests(dataset: DatasetRecipe, images: ImageSet, open_split: Opener) -> tuple[ImageSet, ...]:
-    return tuple(with_classes(open_split(dataset, split), images.class_names) for split in dataset.test_splits)
+def _open_tests(
+    dataset: DatasetRecipe, images: ImageSet, open_split: Opener, evaluation: EvaluationRecipe, views: ViewRecipe
+) -> tuple[ImageSet, ...]:
+    tests = [with_classes(open_split(dataset, split), images.class_names) for split in dataset.test_splits]
+    if not evaluation.is_default:
+        _, resize = sizes_in_test(evaluation, views, images.image_size)
+        tests = [test.at(resize, evaluation.interpolation) for test in tests]
+    return tuple(tests)

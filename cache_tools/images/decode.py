@@ -65,18 +65,20 @@ class UnknownRangeError(ValueError):
         super().__init__(f"{kind} from {low:g} to {high:g}, whose range is not declared")
 
 
-def decode_image(data: bytes, size: int, where: object, rules: PixelRules = PixelRules()) -> np.ndarray:
+def decode_image(
+    data: bytes, size: int, where: object, rules: PixelRules = PixelRules(), interpolation: str = "bicubic"
+) -> np.ndarray:
     """Decode an image to RGB uint8 [size, size, 3]; of several frames or pages the first.
 
     Transparent pixels are composited on the background. 16-bit values keep their high byte; other values of more than
     eight bits are scaled by the range that the file declares or the rules give. The image is rotated according to EXIF,
-    its shorter side is resized to `size` by antialiased bicubic interpolation, and the centre is cropped, as
+    its shorter side is resized to `size` by antialiased interpolation, and the centre is cropped, as
     torchvision's Resize and CenterCrop do on PIL images.
 
     Raises:
         DataError: the data do not decode completely, or the range of their values is unknown.
     """
-    return _decoded(data, where, rules, lambda image: _fit(image, size))
+    return _decoded(data, where, rules, lambda image: _fit(image, size, interpolation))
 
 
 def decode_picture(data: bytes, where: object, rules: PixelRules = PixelRules()) -> np.ndarray:
@@ -266,7 +268,7 @@ def _tag(image: Image, number: int) -> int | None:
     return int(first) if isinstance(first, int | float) else None
 
 
-def _fit(image: Image, size: int) -> np.ndarray:
+def _fit(image: Image, size: int, interpolation: str) -> np.ndarray:
     """Resize and crop in one operation, which computes only the pixels inside the crop."""
     from PIL import Image as pil
 
@@ -276,4 +278,4 @@ def _fit(image: Image, size: int) -> np.ndarray:
     left, top = round((wide - size) / 2), round((high - size) / 2)
     across, down = width / wide, height / high
     box = (left * across, top * down, min((left + size) * across, width), min((top + size) * down, height))
-    return np.asarray(image.resize((size, size), pil.Resampling.BICUBIC, box))
+    return np.asarray(image.resize((size, size), pil.Resampling[interpolation.upper()], box))

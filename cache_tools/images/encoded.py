@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
 from cache_tools.errors import DataError
 from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
-from cache_tools.images.image_set import ImageSet, sample_key
+from cache_tools.images.image_set import ImageSet, Interpolation, sample_key
 from cache_tools.images.index import num_workers
 from cache_tools.images.recipe import WHITE, DatasetIdentity
 from cache_tools.images.summary import FolderSummary
@@ -27,10 +27,12 @@ class EncodedImages(ImageSet):
     Attributes:
         rules: what decoding needs to know besides the bytes.
         summary: what the folder of the split holds besides its samples.
+        interpolation: with which images are resized to the canvas.
     """
 
     rules: PixelRules
     summary: FolderSummary
+    interpolation: Interpolation = "bicubic"
 
     @abstractmethod
     def read(self, sample: int) -> bytes:
@@ -57,10 +59,13 @@ class EncodedImages(ImageSet):
         pixels = np.empty((len(np.arange(len(self))[index]), 3, *self.image_size), np.uint8)
 
         def fill(row: int, data: bytes, place: str) -> None:
-            pixels[row] = decode_image(data, side, place, self.rules).transpose(2, 0, 1)
+            pixels[row] = decode_image(data, side, place, self.rules, self.interpolation).transpose(2, 0, 1)
 
         self._read_each(index, fill)
         return pixels
+
+    def at(self, side: int, interpolation: Interpolation = "bicubic") -> Self:
+        return replace(self, image_size=(side, side), interpolation=interpolation)
 
     def pictures(self, index: np.ndarray | slice) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}

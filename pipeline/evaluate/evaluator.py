@@ -17,6 +17,7 @@ import torch
 from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import DataError
 from cache_tools.files import SafeFolder, output_folder
+from cache_tools.format.recipe import Preprocessing
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import require_one_label
@@ -31,6 +32,7 @@ from pipeline.evaluate.report import (
 )
 from pipeline.evaluate.student import EvaluatedStudent, evaluate_checkpoint, measure_robustness, parquet
 from train.checkpoints import StudentCard, read_card
+from train.evaluate.canvas import evaluation_preprocessing
 from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused
 from train.evaluate.corruptions import Corrupted, open_corrupted
 from train.evaluate.metrics import Evaluation, evaluate_logits
@@ -75,10 +77,18 @@ class _Evaluator:
         ]
         self.labels = torch.from_numpy(np.ascontiguousarray(self.images.labels, np.int64)).to(self.device)
         self.baseline = self._open_baseline(card)
-        self.shifted = (
-            open_shifted(options.shifted, card.class_names, self.images.image_size) if options.shifted else None
-        )
-        self.teachers = load_teachers(self.run, self.images, self.device) if options.teachers else None
+        self.shifted: ImageSet | None = None
+        if options.shifted:
+            shifted = open_shifted(options.shifted, card.class_names, self.images.image_size)
+            self.shifted = shifted.at(self.images.image_size[0], self.run.recipe.evaluation.interpolation)
+        self.tested: tuple[ImageSet, Preprocessing] | None = None  # of the teachers
+        if options.teachers:
+            test = self.images
+            if not self.run.recipe.evaluation.is_default:
+                test = self.run.open_test(card, options.split, options.data_dir, options.download, for_teachers=True)
+            normalisation = (card.mean, card.std)
+            self.tested = test, evaluation_preprocessing(card.image_size, test.image_size, normalisation)
+        self.teachers = load_teachers(self.run, self.tested[0], self.device) if self.tested else None
         self.corrupted = self._open_corrupted()
 
     def report(self) -> EvaluationReport:
@@ -192,15 +202,16 @@ class _Evaluator:
         return evaluate_logits(logits, torch.from_numpy(self.shifted.labels).to(self.device))
 
     def _agreement(self, student: EvaluatedStudent) -> tuple[Agreement, ...] | None:
-        if self.teachers is None:
+        if self.teachers is None or self.tested is None:
             return None
+        images, tested = self.tested
         with Progress("teachers", len(self.images), "images") as progress:
             return agreement(
                 student.logits,
                 self.teachers,
-                self.images,
+                images,
                 advance=progress.advance,
-                tested=student.preprocessing,
+                tested=tested,
             )
 
     def _confusion_picture(self, matrix: Any, student: EvaluatedStudent) -> bytes:

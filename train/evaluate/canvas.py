@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import Preprocessing
+from cache_tools.images.image_set import Interpolation
+from cache_tools.views.recipe import ViewRecipe
+from train.recipe.evaluation import EvaluationRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +20,11 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def evaluation_preprocessing(
-    view_size: Size, canvas_size: Size, normalisation: Normalisation, crop: float | None = None
+    view_size: Size,
+    canvas_size: Size,
+    normalisation: Normalisation,
+    crop: float | None = None,
+    interpolation: Interpolation = "bicubic",
 ) -> Preprocessing:
     """The preprocessing of test images on a canvas, for a student that was trained on views of another size.
 
@@ -29,11 +37,47 @@ def evaluation_preprocessing(
         crop: the part of the resized image that the crop keeps, where it is recorded; None to follow the rule.
     """
     mean, std = normalisation
-    if tuple(view_size) == tuple(canvas_size):
+    if tuple(view_size) == tuple(canvas_size) and crop in (None, 1.0):
         return Preprocessing(mean=mean, std=std)
     if crop is None:
         crop = crop_fraction(view_size, canvas_size)
-    return Preprocessing(size=view_size, crop=crop, mean=mean, std=std)
+    return Preprocessing(size=view_size, crop=crop, interpolation=interpolation, mean=mean, std=std)
+
+
+def sizes_in_test(evaluation: EvaluationRecipe, views: ViewRecipe, canvas_size: Size) -> tuple[Size, int]:
+    """The size that students are given in a test, and the length of the shorter side before the crop.
+
+    Args:
+        views: as the student sees them.
+        canvas_size: of the training images.
+
+    Raises:
+        RecipeError: the crop is larger than the resized image.
+    """
+    size = evaluation.crop_size or views.output_size(canvas_size)
+    if evaluation.resize is not None:
+        resize = evaluation.resize
+    elif views.box_op is not None and evaluation.crop is not None:
+        resize = round(max(size) / MIN_CROP)
+    else:
+        resize = round(max(size) / crop_fraction(size, canvas_size))
+    if max(size) > resize:
+        raise RecipeError(
+            "test images are resized to less than the student is given",
+            where="evaluation.resize",
+            expected=f"at least {max(size)}, the size of the views",
+            found=resize,
+            next_step="set evaluation.crop too",
+        )
+    return size, resize
+
+
+def chosen_preprocessing(
+    size: Size, resize: int, canvas_size: Size, normalisation: Normalisation, interpolation: Interpolation
+) -> Preprocessing:
+    """The preprocessing of test images on a canvas that is resized to `resize` and then cropped to `size`."""
+    part = max(length / side for length, side in zip(size, canvas_size, strict=True)) * min(canvas_size) / resize
+    return evaluation_preprocessing(size, canvas_size, normalisation, part, interpolation)
 
 
 def as_tested(pixels_NCHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:

@@ -106,7 +106,9 @@ def corrupt_images(
 
 def _recipe(images: ImageSet, index: npt.NDArray[np.int64], seed: int) -> dict[str, Any]:
     """Everything that determines the copies. The package is not imported, which existing copies do not need."""
+    how: str = getattr(images, "interpolation", "bicubic")
     return {
+        **({} if how == "bicubic" else {"interpolation": how}),
         "dataset": images.name,
         "split": images.split,
         "content_digest": images.content_digest,

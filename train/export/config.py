@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from cache_tools.config import Frozen
+from cache_tools.format.recipe import Preprocessing
 from train.checkpoints import StudentCard
 from train.cost import count_flops, count_parameters
 from train.own import is_own
@@ -60,10 +61,10 @@ class ExportReport(Frozen):
     files: tuple[ExportedFile, ...]
 
 
-def config(model: nn.Module, card: StudentCard, report: ExportReport, crop: float) -> dict[str, Any]:
+def config(model: nn.Module, card: StudentCard, report: ExportReport, preprocessing: Preprocessing) -> dict[str, Any]:
     """The contents of `config.json`.
 
-    `crop` is the part of a resized image that the centre crop keeps.
+    `preprocessing` is that of test images.
 
     `architecture`, `num_classes`, `num_features`, `label_names` and `pretrained_cfg` are timm's keys. If the student is
     from timm, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the folder. `library` names the library of
@@ -84,8 +85,8 @@ def config(model: nn.Module, card: StudentCard, report: ExportReport, crop: floa
             "input_size": [3, height, width],
             "mean": list(card.mean),
             "std": list(card.std),
-            "interpolation": "bicubic",  # as teacher-cache reads image folders: resize, then crop the centre
-            "crop_pct": crop,
+            "interpolation": preprocessing.interpolation,  # resize, then crop the centre
+            "crop_pct": preprocessing.crop,
             "crop_mode": "center",
         },
         "teacher_cache": {

@@ -86,7 +86,7 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
         module=Deployed(model, preprocessing if takes_pixels else None),
         checkpoint=run.checkpoint(which),
         card=card,
-        image_size=card.image_size,
+        image_size=card.input_size,
         batch_size=options.batch_size,
         preprocessing=preprocessing,
         takes_pixels=takes_pixels,
@@ -108,7 +108,7 @@ def export_student(path: Path | str, options: ExportOptions | None = None) -> Ex
             tolerance=options.tolerance,
             files=exported,
         )
-        described = config(model, card, report, preprocessing.crop)
+        described = config(model, card, report, preprocessing)
         _publish(staged, files, json.dumps(described, indent=2, ensure_ascii=False).encode())
     return report
 

@@ -18,6 +18,7 @@ from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset
 from cache_tools.refusion import FusionChoice
 from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
+from train.recipe.evaluation import EvaluationRecipe
 from train.recipe.loss import LossRecipe, needs_targets
 from train.recipe.mixed import check_mixed_views
 from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
@@ -57,6 +58,7 @@ class TrainRecipe(Extensible):
             pretrained tag of timm or torchvision (`pretrained` for the default one). A classifier for other classes is
             replaced by a new one.
         student_weights_key: where they are in a checkpoint that holds several, dotted: `state_dict`, `ema.module`.
+        evaluation: how test images are resized and cropped; by default for the size of the views.
         ema_decay: of an exponential moving average of the weights, None for none.
         evaluate_every: epochs between evaluations on the test split; the last epoch is always evaluated.
         deterministic: deterministic kernels on CUDA too, which costs some speed. On the CPU a run always repeats
@@ -68,7 +70,7 @@ class TrainRecipe(Extensible):
             epoch only. The result does not depend on it.
     """
 
-    added = frozenset({"student_weights", "student_weights_key", "checkpoint_every_minutes"})
+    added = frozenset({"student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation"})
 
     name: Name
     cache: str | None = None
@@ -102,6 +104,7 @@ class TrainRecipe(Extensible):
     precision: Precision = "float32"
     ema_decay: Annotated[Positive, Field(lt=1.0)] | None = None
     evaluate_every: Count = 1
+    evaluation: EvaluationRecipe = EvaluationRecipe()
     deterministic: bool = False
     compare_with_labels: bool = False
     loggers: tuple[LoggerName, ...] | None = None

@@ -237,6 +237,8 @@ def _create_learner(data: TrainingData, recipe: TrainRecipe, device: torch.devic
     num_classes = len(data.images.class_names)
     student, notes = first_student(recipe, num_classes)
     check_images(student.eval(), data.view_size)
+    if data.test_size != data.view_size:
+        check_images(student, data.test_size, "set evaluation.crop to the size that the student expects")
     check_outputs(student, recipe, num_classes, data.view_size)
     for note in notes:
         print_line(f"note: {recipe.student} {note}", file=sys.stderr)
@@ -261,6 +263,8 @@ def _create_card(data: TrainingData, recipe: TrainRecipe, digest: str) -> Studen
         class_names=data.images.class_names,
         image_size=data.view_size,
         crop=data.test_preprocessing.crop,
+        test_size=None if data.test_size == data.view_size else data.test_size,
+        interpolation=data.test_preprocessing.interpolation,
         mean=data.preprocessing.mean,
         std=data.preprocessing.std,
         dataset=data.images.name,

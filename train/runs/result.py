@@ -200,9 +200,7 @@ def _notes(result: RunResult) -> list[str]:
     if (seen := result.test_preprocessing) is not None and seen.size is not None:
         height, width = seen.size
         resized = "centre crop" if seen.crop < 1.0 else "resized"
-        notes.append(
-            f"Tested at the size of the views, {height} × {width} ({resized}, {seen.crop:.1%} of the shorter side)."
-        )
+        notes.append(f"Tested at {height} × {width} pixels ({resized}, {seen.crop:.1%} of the shorter side).")
     if precision := sorted(result.average_precision.items(), key=lambda item: item[1]):
         shown = [f"{name} {value:.2%}" for name, value in (precision if len(precision) <= 6 else precision[:3])]
         which = "" if len(precision) <= 6 else f" of {len(precision)} classes, the lowest"

@@ -19,6 +19,7 @@ from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
 from train import checkpoints
 from train.checkpoints import StudentCard
+from train.evaluate.canvas import sizes_in_test
 from train.recipe import TrainRecipe
 from train.runs import folder
 from train.weights.run_files import has_file, parse_json, read_file
@@ -71,7 +72,13 @@ class StoredRun:
         return path if has_file(path / checkpoints.LAST) else None
 
     def open_test(
-        self, card: StudentCard, split: str | None = None, data_dir: Path | None = None, download: bool = False
+        self,
+        card: StudentCard,
+        split: str | None = None,
+        data_dir: Path | None = None,
+        download: bool = False,
+        *,
+        for_teachers: bool = False,
     ) -> ImageSet:
         """Open the test images of the run.
 
@@ -79,6 +86,7 @@ class StoredRun:
             split: another split than the run's own test split.
             data_dir: another folder of the images than the run's.
             download: fetch missing images; that the run did so does not count.
+            for_teachers: on the canvas of the training images, whatever the run's `evaluation` is for the student.
 
         Raises:
             DataError: no test split, missing or damaged images, or a class that the student does not know.
@@ -88,13 +96,21 @@ class StoredRun:
             raise DataError("this run has no test split", where=self.folder, next_step="name one with --split")
         dataset = as_received(self.dataset, self.folder, data_dir=data_dir)
         images = open_images(dataset.located(data_dir, download), wanted)
-        self._check_size(card, images.image_size)
+        views = self._views()
+        self._check_size(card, views, images.image_size)
+        evaluation = self.recipe.evaluation
+        if not (for_teachers or evaluation.is_default):
+            images = images.at(sizes_in_test(evaluation, views, images.image_size)[1], evaluation.interpolation)
         check_images(images, can_skip=False)
         return with_classes(images, card.class_names)
 
-    def _check_size(self, card: StudentCard, canvas: tuple[int, int]) -> None:
-        """Raise WeightsError if a student takes other images than the views of its run: it is of another run."""
+    def _views(self) -> ViewRecipe:
+        """The views as the student sees them."""
         views = self.recipe.own_views() if self.manifest is None else self.manifest.recipe.views
+        return views.seen_by("student")
+
+    def _check_size(self, card: StudentCard, views: ViewRecipe, canvas: tuple[int, int]) -> None:
+        """Raise WeightsError if a student takes other images than the views of its run: it is of another run."""
         size = views.output_size(canvas)
         if tuple(size) != card.image_size:
             raise WeightsError(

@@ -145,9 +145,7 @@ def test_a_network_that_always_says_the_same_is_called_so(place: int, who: str, 
     labels = np.repeat(np.arange(12), 100)
     predictions = [labels, labels]
     predictions[place] = np.full(1200, 3)
-    with pytest.raises(
-        PreflightError, match=f"{who} gives the same class for every image.*found '{NAMES[3]}'.*{step}"
-    ):
+    with pytest.raises(PreflightError, match=f"{who} gives the same class for every image.*found '{NAMES[3]}'.*{step}"):
         judged(predictions, labels, NAMES)
 
 
