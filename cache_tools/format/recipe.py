@@ -136,8 +136,7 @@ class CacheRecipe(Frozen):
 
     @model_validator(mode="after")
     def _views_are_of_the_samples(self) -> CacheRecipe:
-        if self.views.mix is not None:
-            self.__dict__["views"] = self.views.over(self.dataset.num_samples)  # frozen, but not yet in use
+        self.__dict__["views"] = self.views.over(self.dataset.num_samples)  # frozen, but not yet in use
         return self
 
     @model_validator(mode="after")

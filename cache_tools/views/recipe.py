@@ -163,6 +163,8 @@ class ViewRecipe(Extensible):
 
     def over(self, num_samples: int) -> ViewRecipe:
         """The same views of so many samples, which decides who is mixed with whom. A cache's recipe knows its own."""
+        if self.mix is None:
+            return self
         views = self.model_copy()
         views._num_samples = num_samples
         return views
