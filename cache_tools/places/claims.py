@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -102,6 +102,18 @@ class Claims:
             list_committed: lists all blocks that are committed by now.
             is_committed: checks one block without listing the others.
         """
+        for (block,) in self.share_groups(missing, list_committed, is_committed, at_once=1):
+            yield block
+
+    def share_groups(
+        self,
+        missing: Iterable[BlockId],
+        list_committed: Callable[[], set[BlockId]],
+        is_committed: Callable[[BlockId], bool],
+        *,
+        at_once: int,
+    ) -> Iterator[list[BlockId]]:
+        """`share` for up to `at_once` views of the same rows at a time. Lists the claims once per group."""
         left, listed_s, poll_s = list(missing), float("-inf"), FIRST_POLL_S
         while not self._stop.is_set():
             if time.monotonic() - listed_s > LIST_COMMITS_EVERY_S:
@@ -126,9 +138,23 @@ class Claims:
                 self.release(block)
                 listed_s = float("-inf")
             else:
-                left.remove(block)
+                group = [block]
+                for other in left:
+                    if len(group) < at_once and other.block == block.block and other != block:
+                        group += self._claim_beside(other, claims, is_committed)
+                left = [each for each in left if each not in set(group)]
                 poll_s = FIRST_POLL_S
-                yield block
+                yield group
+
+    def _claim_beside(
+        self, block: BlockId, claims: Mapping[BlockId, ClaimFile], is_committed: Callable[[BlockId], bool]
+    ) -> list[BlockId]:
+        """The block if this builder gets it now, for the group of another one; else nothing."""
+        is_ours = self._take_over(claims[block]) if block in claims else self._create_claim(block, 0)
+        if is_ours and (self._stop.is_set() or is_committed(block)):  # `share_groups` meets it again
+            self.release(block)
+            is_ours = False
+        return [block] if is_ours else []
 
     def prevent_pruning(self) -> None:
         """Mark the cache as in use without claiming a block. Any number of builders may do so at once."""

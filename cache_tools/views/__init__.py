@@ -2,9 +2,10 @@
 
 from cache_tools.views.augment import RandAugment, Rotation, ThreeAugment, TrivialAugmentWide
 from cache_tools.views.boxes import RandomResizedCrop, ResizeCentreCrop
+from cache_tools.views.loading import load_each
 from cache_tools.views.mix import Mixing, MixRecipe
 from cache_tools.views.ops import ColourJitter, Flip, Identity, PadCrop, RandomErasing
-from cache_tools.views.recipe import ViewOp, ViewRecipe, ViewSizes, load_each
+from cache_tools.views.recipe import ViewOp, ViewRecipe, ViewSizes
 
 __all__ = [
     "ColourJitter",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     import torch
 
     from cache_tools.views.arguments import Index
+    from cache_tools.views.loading import Pictures
 
 MAX_OPS = 64
 DRAW_BITS = 8
-PICTURES_AT_ONCE = 32  # decoded and in memory
 
 
 def _op_of_name(op: Any) -> Any:
@@ -82,17 +82,6 @@ class ViewSizes(Frozen):
     student: Side | None = None
     teacher: Side | None = None
     clip: Side | None = None
-
-
-class Pictures(Protocol):
-    """The part of an `ImageSet` that views are made of."""
-
-    @property
-    def resident(self) -> bool: ...
-
-    def load(self, index: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.uint8]: ...
-
-    def pictures(self, index: npt.NDArray[np.int64] | slice) -> list[npt.NDArray[np.uint8]]: ...
 
 
 class ViewRecipe(Extensible):
@@ -202,6 +191,11 @@ class ViewRecipe(Extensible):
         return Mixing(drawn["partner"], drawn["share"] / ONE)
 
     @property
+    def crop_size(self) -> Size | None:
+        """(height, width) of what `crop` makes of a picture; None in version 1, or if there is no crop."""
+        return None if self.box_op is None else self._seen_at or self.box_op.view_size
+
+    @property
     def canvas_side(self) -> int | None:
         """The canvas from whose centre test images are cut to the student's views; None without a crop of pictures."""
         box = self.box_op
@@ -288,7 +282,9 @@ class ViewRecipe(Extensible):
         Args:
             index: the samples that the rows are; of a view that mixes, the rows themselves.
         """
-        return load_each(images, rows, index, view, [self])[0]
+        from cache_tools.views.loading import load_each
+
+        return load_each(images, rows, index, [(self, view)])[0]
 
     def crop(self, images_NCHW_u8: torch.Tensor | Sequence[torch.Tensor], index: Index, view: int) -> torch.Tensor:
         """The first step of `apply`: the box of each picture at the size of the view. Without a crop, the images."""
@@ -422,35 +418,6 @@ class ViewRecipe(Extensible):
     def _words(self, samples: Integers, view: int, position: int) -> Words:
         index = samples.astype(np.uint64)
         return lambda draw: sample_words(self.base_seed, index, view, position << DRAW_BITS | draw)
-
-
-def load_each(
-    images: Pictures,
-    rows: npt.NDArray[np.int64] | slice,
-    index: Index,
-    view: int,
-    recipes: Sequence[ViewRecipe],
-) -> list[torch.Tensor]:
-    """`ViewRecipe.load` for one recipe as several networks see it; every picture is decoded once."""
-    import torch
-
-    samples = sample_index(index)
-    if recipes[0].mixes(view):
-        rows = samples = recipes[0].with_partners(samples, view)
-    if recipes[0].box_op is None or images.resident:
-        pixels = torch.from_numpy(np.ascontiguousarray(images.load(rows)))
-    if recipes[0].box_op is None:
-        return [pixels] * len(recipes)
-    if images.resident:
-        return [recipe.crop(pixels, samples, view) for recipe in recipes]
-    chosen = np.arange(rows.start or 0, rows.stop) if isinstance(rows, slice) else rows
-    parts: list[list[torch.Tensor]] = [[] for _ in recipes]
-    for start in range(0, len(chosen), PICTURES_AT_ONCE):
-        part = slice(start, start + PICTURES_AT_ONCE)
-        pictures = [torch.from_numpy(picture) for picture in images.pictures(chosen[part])]
-        for made, recipe in zip(parts, recipes, strict=True):
-            made.append(recipe.crop(pictures, samples[part], view))
-    return [torch.cat(made) for made in parts]
 
 
 def _needs_second(data: dict[str, Any]) -> bool:

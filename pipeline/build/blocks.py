@@ -3,7 +3,12 @@
 Three things run at the same time: a thread loads the next images, the device computes, and a thread encodes, writes and
 commits the previous block. Batches always start at the first row of their block and have the same size, so a resumed
 build gives the same bytes as an uninterrupted one. Other builders may work on the same cache: the loading thread takes
-the next block that nobody else has claimed.
+the next blocks that nobody else has claimed.
+
+Images that are decoded are decoded once for all missing views of their rows: the loading thread takes these blocks
+together, and loads every batch for all of them. Each block is still committed on its own. A group has up to
+VIEWS_AT_ONCE views, and fewer where their pixels and targets would take more than GROUP_BYTES. Images in memory cost
+nothing to load again, so their views are built one after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,10 +31,12 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
 from pipeline.build.output import Output
-from pipeline.networks.ensemble import NetworkPixels, TeacherEnsemble, finish_pixels, load_pixels
+from pipeline.networks.ensemble import NETWORKS, NetworkPixels, TeacherEnsemble, finish_pixels, load_pixels, pinned
 
 LOADED_BATCHES_AHEAD = 3
 TICK_S = 0.5
+VIEWS_AT_ONCE = 16
+GROUP_BYTES = 1 << 30
 
 
 def build_blocks(output: Output, images: ImageSet, ensemble: TeacherEnsemble, batch_size: int) -> int:
@@ -62,19 +69,20 @@ class BatchLoader:
     """Loads the batches of blocks in a thread, a few batches ahead.
 
     Args:
-        blocks: (view, block) of each. The loading thread takes the next one when it needs it, and may have to wait.
+        groups: blocks of the same rows, whose images are loaded once for all of them. The loading thread takes the next
+            group when it needs it, and may have to wait.
     """
 
     def __init__(
         self,
         images: ImageSet,
         manifest: Manifest,
-        blocks: Iterable[tuple[int, int]],
+        groups: Iterable[Sequence[BlockId]],
         batch_size: int,
         *,
         pin: bool,
     ) -> None:
-        self._images, self._manifest, self._blocks = images, manifest, blocks
+        self._images, self._manifest, self._groups = images, manifest, groups
         self._batch_size, self._pin = batch_size, pin
         # None marks the end.
         self._queue: queue.Queue[LoadedBatch | BaseException | None] = queue.Queue(LOADED_BATCHES_AHEAD)
@@ -105,18 +113,24 @@ class BatchLoader:
 
     def _run(self) -> None:
         try:
-            for view, block in self._blocks:
-                rows = self._manifest.block(block)
+            for group in self._groups:
+                rows = self._manifest.block(group[0].block)
                 for start in range(rows.start, rows.stop, self._batch_size):
-                    stop = min(start + self._batch_size, rows.stop)
-                    # A slice, so that a resident image set returns a view of its memory instead of a copy.
-                    samples = np.arange(start, stop, dtype=np.int64)
-                    pixels = load_pixels(self._images, self._manifest.recipe.views, slice(start, stop), samples, view)
-                    if not self._put(LoadedBatch(view, block, samples, pixels.pin_memory() if self._pin else pixels)):
-                        return
+                    samples = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
+                    for block, pixels in zip(group, self._load(samples, group), strict=True):
+                        if not self._put(LoadedBatch(block.view, block.block, samples, pixels)):
+                            return
             self._put(None)
         except BaseException as error:
             self._put(error)
+
+    def _load(self, samples: np.ndarray, group: Sequence[BlockId]) -> list[NetworkPixels]:
+        """The pixels of consecutive samples for each block of a group."""
+        # A slice, so that a resident image set returns a view of its memory instead of a copy.
+        rows = slice(int(samples[0]), int(samples[-1]) + 1)
+        views = [block.view for block in group]
+        loaded = load_pixels(self._images, self._manifest.recipe.views, rows, samples, views)
+        return pinned(loaded) if self._pin else loaded
 
     def _put(self, item: LoadedBatch | BaseException | None) -> bool:
         while not self._stop.is_set():
@@ -133,23 +147,24 @@ def _build(output: Output, missing: list[BlockId], images: ImageSet, ensemble: T
     total, left = manifest.num_views * manifest.num_samples, sum(_num_rows(manifest, block) for _, block in missing)
     pending: deque[Future[int]] = deque()
     count = reported = 0
-    buffers: dict[str, torch.Tensor] = {}
+    buffers: dict[BlockId, dict[str, torch.Tensor]] = {}
+    groups = _groups_to_compute(output, claims, missing, views_at_once(manifest, images, batch_size))
     with (  # exited in reverse order: claims are released after the writes, which also ends the loader's wait
-        BatchLoader(images, manifest, _blocks_to_compute(output, claims, missing), batch_size, pin=on_cuda) as batches,
+        BatchLoader(images, manifest, groups, batch_size, pin=on_cuda) as batches,
         claims,
         ThreadPoolExecutor(max_workers=output.store_threads, thread_name_prefix="writer") as pool,
         Progress("build", total, "images", done=total - left) as progress,
     ):
         for batch in batches:
             if batch is not None:
-                rows = manifest.block(batch.block)
+                rows, block = manifest.block(batch.block), BlockId(batch.view, batch.block)
                 if batch.samples[0] == rows.start:
-                    buffers = _host_buffers(manifest, _num_rows(manifest, batch.block), ensemble.device)
-                _compute(batch, manifest, ensemble, buffers)
+                    buffers[block] = _host_buffers(manifest, _num_rows(manifest, batch.block), ensemble.device)
+                _compute(batch, manifest, ensemble, buffers[block])
                 progress.advance(len(batch.samples), output.progress_note)
                 if batch.samples[-1] + 1 == rows.stop:
-                    block, copied = BlockId(batch.view, batch.block), _copy_event(ensemble.device)
-                    pending.append(pool.submit(_store, output, claims, block, buffers, copied))
+                    copied = _copy_event(ensemble.device)
+                    pending.append(pool.submit(_store, output, claims, block, buffers.pop(block), copied))
             while pending and (len(pending) > output.store_threads + 1 or pending[0].done()):
                 count += pending.popleft().result()
             reported += _report_done_by_others(claims.done_by_others[reported:], manifest, progress)
@@ -157,14 +172,35 @@ def _build(output: Output, missing: list[BlockId], images: ImageSet, ensemble: T
         return count + sum(future.result() for future in pending)
 
 
-def _blocks_to_compute(output: Output, claims: Claims, missing: list[BlockId]) -> Iterator[BlockId]:
-    """Claim the blocks to compute, one by one, in the loading thread."""
-    for block in claims.share(missing, output.committed_blocks, output.is_committed):
-        if output.push_from_mirror(block):
-            claims.release(block)
-            claims.done_by_others.append(block)
-        else:
-            yield block
+def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
+    """How many views of the same rows are built together: see the module's docstring."""
+    if images.resident:
+        return 1
+    views, pixels = manifest.recipe.views, 0
+    if views.box_op is not None:  # else all views share the canvases
+        sizes = {views.seen_by(network).output_size(images.image_size) for network in NETWORKS}
+        pixels = sum(3 * height * width for height, width in sizes) * batch_size
+    targets_bytes = sum(4 * spec.width for spec in targets(manifest.recipe, manifest.block_rows)) * manifest.block_rows
+    # The batch that is computed and the next one; the blocks that are filled and those that are written.
+    return min(max(GROUP_BYTES // (2 * (pixels + targets_bytes)), 1), VIEWS_AT_ONCE)
+
+
+def _groups_to_compute(
+    output: Output, claims: Claims, missing: list[BlockId], at_once: int
+) -> Iterator[Sequence[BlockId]]:
+    """Claim the blocks to compute, group by group, in the loading thread."""
+    if at_once > 1:
+        missing = sorted(missing, key=lambda block: (block.block, block.view))
+    for group in claims.share_groups(missing, output.committed_blocks, output.is_committed, at_once=at_once):
+        left = []
+        for block in group:
+            if output.push_from_mirror(block):
+                claims.release(block)
+                claims.done_by_others.append(block)
+            else:
+                left.append(block)
+        if left:
+            yield left
 
 
 def _compute(

@@ -27,13 +27,14 @@ from cache_tools.fusion import (
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.refusion import MATCH_SAMPLES
-from cache_tools.views.recipe import Network, ViewRecipe, load_each
+from cache_tools.views.loading import load_each
+from cache_tools.views.recipe import Network, ViewRecipe
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
 from pipeline.recipe import ClipSpec, TeacherSpec, listed, shares
 from train.evaluate.canvas import as_tested
 
-_NETWORKS: tuple[Network, Network] = ("teacher", "clip")
+NETWORKS: tuple[Network, Network] = ("teacher", "clip")
 
 
 class EnsembleOutput(NamedTuple):
@@ -289,23 +290,38 @@ class NetworkPixels(NamedTuple):
         moved = [None if pixels is None else pixels.to(device, non_blocking=True) for pixels in self]
         return NetworkPixels(*moved)  # type: ignore[arg-type]
 
-    def pin_memory(self) -> NetworkPixels:
-        return NetworkPixels(self.teacher.pin_memory(), None if self.clip is None else self.clip.pin_memory())
+
+def pinned(loaded: Sequence[NetworkPixels]) -> list[NetworkPixels]:
+    """The same in page-locked memory, from which copies to a GPU need not wait; what was shared stays shared."""
+    made: dict[int, torch.Tensor] = {}
+    for pixels in (pixels for pair in loaded for pixels in pair if pixels is not None):
+        if id(pixels) not in made:
+            made[id(pixels)] = pixels.pin_memory()
+    return [
+        NetworkPixels(made[id(pair.teacher)], None if pair.clip is None else made[id(pair.clip)]) for pair in loaded
+    ]
 
 
 def load_pixels(
-    images: ImageSet, views: ViewRecipe, rows: np.ndarray | slice, index: np.ndarray, view: int
-) -> NetworkPixels:
-    """What `finish_pixels` needs of rows of an image set, on the CPU; every picture is decoded once."""
-    teacher, clip = (views.seen_by(network) for network in _NETWORKS)
+    images: ImageSet, views: ViewRecipe, rows: np.ndarray | slice, index: np.ndarray, numbers: Sequence[int]
+) -> list[NetworkPixels]:
+    """What `finish_pixels` needs of rows of an image set for each of these views, on the CPU.
+
+    Every picture is decoded once. Without a crop all views are made of the same canvases, and share their memory.
+    """
+    teacher, clip = (views.seen_by(network) for network in NETWORKS)
     if teacher == clip:
-        return NetworkPixels(teacher.load(images, rows, index, view), None)
-    return NetworkPixels(*load_each(images, rows, index, view, [teacher, clip]))
+        return [
+            NetworkPixels(pixels, None) for pixels in load_each(images, rows, index, [(teacher, n) for n in numbers])
+        ]
+    wanted = [(recipe, number) for number in numbers for recipe in (teacher, clip)]
+    loaded = load_each(images, rows, index, wanted)
+    return [NetworkPixels(*pair) for pair in zip(loaded[::2], loaded[1::2], strict=True)]
 
 
 def finish_pixels(loaded: NetworkPixels, views: ViewRecipe, index: np.ndarray, view: int) -> NetworkPixels:
     """The view of each sample as the networks see it, on the device of what was loaded."""
-    teacher, clip = (views.seen_by(network) for network in _NETWORKS)
+    teacher, clip = (views.seen_by(network) for network in NETWORKS)
     return NetworkPixels(
         teacher.finish(loaded.teacher, index, view),
         None if loaded.clip is None else clip.finish(loaded.clip, index, view),
@@ -316,7 +332,8 @@ def view_pixels(
     images: ImageSet, views: ViewRecipe, index: np.ndarray, view: int, device: torch.device
 ) -> NetworkPixels:
     """What the networks see of these samples in view `view`, on `device`."""
-    return finish_pixels(load_pixels(images, views, index, index, view).to(device), views, index, view)
+    (loaded,) = load_pixels(images, views, index, index, [view])
+    return finish_pixels(loaded.to(device), views, index, view)
 
 
 def _uses_class_embeddings(fusion: Fusion) -> bool:

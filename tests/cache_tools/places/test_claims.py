@@ -180,20 +180,23 @@ def test_a_damaged_claim_expires_like_any_other(tmp_path: Path) -> None:
         assert claims.claim(BlockId(0, 0))
 
 
-@pytest.mark.parametrize("builders", [2, 4])
-def test_builders_share_the_blocks_and_compute_each_once(place: Place, builders: int) -> None:
+@pytest.mark.parametrize(("builders", "at_once"), [(2, 1), (4, 1), (3, 2)])
+def test_builders_share_the_blocks_and_compute_each_once(place: Place, builders: int, at_once: int) -> None:
     done: dict[BlockId, int] = {}
     lock = threading.Lock()
 
     def work() -> None:
         with Claims(place) as claims:
             computed = 0
-            for block in claims.share(BLOCKS, lambda: set(done), done.__contains__):
+            for group in claims.share_groups(BLOCKS, lambda: set(done), done.__contains__, at_once=at_once):
+                assert 1 <= len(group) <= at_once
+                assert len({block.block for block in group}) == 1
                 time.sleep(0.01)
-                with lock:
-                    done[block] = done.get(block, 0) + 1
-                claims.release(block)
-                computed += 1
+                for block in group:
+                    with lock:
+                        done[block] = done.get(block, 0) + 1
+                    claims.release(block)
+                computed += len(group)
             assert computed + len(claims.done_by_others) == len(BLOCKS)
 
     threads = [threading.Thread(target=work) for _ in range(builders)]
@@ -203,6 +206,22 @@ def test_builders_share_the_blocks_and_compute_each_once(place: Place, builders:
         thread.join()
     assert done == dict.fromkeys(BLOCKS, 1)
     assert list(claims_place(place).entries()) == []
+
+
+def test_a_group_takes_the_views_of_the_same_rows_that_are_free(place: Place) -> None:
+    """Blocks of a builder at work are left to it; those of a builder that is gone are taken over."""
+    wanted = sorted((BlockId(view, block) for view in range(5) for block in range(2)), key=lambda one: one.block)
+    done = {BlockId(1, 0)}
+    with Claims(place) as other, Claims(place) as claims:
+        assert other.claim(BlockId(2, 0))
+        gone = json.loads(claim_content("x")) | {"started": "1"}
+        claims_place(place).put("3.0.0", json.dumps(gone).encode())
+        shared = claims.share_groups(wanted, lambda: done, done.__contains__, at_once=4)
+        assert next(shared) == [(0, 0), (3, 0), (4, 0)]
+        assert next(shared) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+        assert next(shared) == [(4, 1)]
+        assert not claims.holds(BlockId(1, 0))
+        assert other.holds(BlockId(2, 0))
 
 
 def test_claims_of_killed_builders_on_committed_blocks_are_removed(place: Place) -> None:

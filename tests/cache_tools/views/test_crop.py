@@ -198,7 +198,7 @@ def test_an_image_folder_gives_its_pictures(tmp_path: Path) -> None:
         np.testing.assert_array_equal(picture, np.asarray(Image.open(file)).transpose(2, 0, 1))
     recipe = ViewRecipe(ops=STRONG, sizes={"clip": 48})
     index = np.array([5, 0, 3])
-    student, clip = load_each(images, index, index + 100, 2, [recipe.seen_by("student"), recipe.seen_by("clip")])
+    student, clip = load_each(images, index, index + 100, [(recipe.seen_by("student"), 2), (recipe.seen_by("clip"), 2)])
     chosen = [torch.from_numpy(found[row]) for row in index]
     assert torch.equal(recipe.finish(student, index + 100, 2), recipe.apply(chosen, index + 100, 2))
     views = recipe.seen_by("clip")
