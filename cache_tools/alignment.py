@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import MismatchError
-from cache_tools.format.manifest import Canary
+from cache_tools.format.manifest import DECODER, Canary
 from cache_tools.images import open_images, whole_split
 from cache_tools.images.check import without_damaged
-from cache_tools.images.formats import FIRST_EXTENSIONS
+from cache_tools.images.formats import FIRST_EXTENSIONS, decoder_versions
 from cache_tools.views.recipe import ViewRecipe
 
 if TYPE_CHECKING:
@@ -133,12 +133,21 @@ def open_cached(
 ) -> ImageSet:
     """Open the split that a cache was built from.
 
-    With `on_bad_image: skip` the samples of the cache are known to be sound, so that only the others are checked.
+    With `on_bad_image: skip` the samples of the cache are known to be sound, so that only the others are checked. What
+    the build left out stays out, also where a file was repaired or another decoder reads it: rows keep their numbers.
     """
     if dataset.on_bad_image == "error" or whole_split(dataset.split) != dataset.split:
         return open_split(dataset, None)
     images = open_split(dataset.model_copy(update={"on_bad_image": "error"}), None)
-    return without_damaged(images, sound=cache.sample_keys)
+    return without_damaged(images, sound=cache.sample_keys, skipped=_skipped(cache.manifest))
+
+
+def _skipped(manifest: Manifest) -> dict[str, str]:
+    """Name → reason of the images that the build of a cache left out; empty if the manifest does not say it."""
+    folders = manifest.provenance.get("folders")
+    folder = folders.get(manifest.dataset.split) if isinstance(folders, dict) else None
+    damaged = folder.get("damaged") if isinstance(folder, dict) else None
+    return {name: str(reason) for name, reason in damaged.items()} if isinstance(damaged, dict) else {}
 
 
 def check_canaries(cache: CachedSamples, images: ImageSet) -> None:
@@ -159,10 +168,20 @@ def check_manifest_canaries(manifest: Manifest, images: ImageSet) -> None:
                 "these are not the pixels that the teachers saw",
                 where=f"view {canary.view} of sample {canary.index}",
                 expected=f"pixel digest {canary.pixel_digest}",
-                found=found,
+                found=f"{found}{_other_decoders(manifest)}",
                 next_step="install the versions of teacher-cache and of the image libraries that `cache-tools info` "
                 "shows, or build the cache again",
             )
+
+
+def _other_decoders(manifest: Manifest) -> str:
+    """The libraries that decode images now in another version than when the cache was built, as the end of a line."""
+    stored = manifest.provenance.get(DECODER)
+    if not isinstance(stored, dict):
+        return ""
+    now = decoder_versions()
+    changed = [f"{name} {now.get(name, 'missing')}, was {was}" for name, was in stored.items() if now.get(name) != was]
+    return f" ({'; '.join(changed)})" if changed else ""
 
 
 def make_canaries(views: ViewRecipe, images: ImageSet, num_views: int, *, first: int = 0) -> tuple[Canary, ...]:

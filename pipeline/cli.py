@@ -27,6 +27,7 @@ from train.options import (
 
 if TYPE_CHECKING:
     from cache_tools.format.manifest import Manifest
+    from cache_tools.images.check import SplitsCheck
     from pipeline.build.multilabel_preflight import MultiLabelPreflight
     from pipeline.build.preflight import Preflight
     from pipeline.recipe import BuildRecipe
@@ -106,6 +107,12 @@ def build_cache(
     plan_epochs: Annotated[
         int, typer.Option("--plan-epochs", min=1, help="With --plan: the epochs of that student.")
     ] = 240,
+    check_images: Annotated[
+        bool,
+        typer.Option(
+            "--check-images", help="Decode every image of the train and test splits, list those that are bad, and stop."
+        ),
+    ] = False,
     show_recipe: ShowRecipe = False,
     as_json: ResultAsJson = False,
 ) -> None:
@@ -146,6 +153,8 @@ def build_cache(
     loaded = load_build_recipe(recipe, [*reset, *(overrides or [])], options)
     if show_recipe:
         print(dump_yaml(loaded), end="")
+    elif check_images:
+        _check_images(loaded, as_json)
     elif plan:
         from pipeline.plan import make_plan
 
@@ -174,6 +183,51 @@ def _without(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
     fields = ["teacher_weight", "feature_weight", *(("clip_scale", "prompt_ensemble") if group == "clip" else ())]
     others = {key: value for key, value in options.items() if value is not None and key.partition(".")[0] != group}
     return {group: "none"} | {f"fusion.{name}": getattr(only, name) for name in fields} | others
+
+
+def _check_images(recipe: BuildRecipe, as_json: bool) -> None:
+    """Print one table of every file that is not a sound image, and fail if a build would."""
+    from cache_tools.errors import DataError
+    from cache_tools.images import open_images
+    from cache_tools.images.check import check_new_images, check_splits
+    from cache_tools.images.summary import counted
+
+    dataset = recipe.dataset.model_copy(update={"on_bad_image": "error"})
+    splits = [open_images(dataset, split) for split in (None, *dataset.test_splits)]
+    found = check_splits(*splits)
+    if as_json:
+        print(json.dumps(found._asdict()))
+    elif not found.images:
+        print_line(f"{dataset.name} has no image files: nothing to check")
+        return
+    else:
+        _print_bad_files(found)
+    if found.damaged and recipe.dataset.on_bad_image == "error":
+        raise DataError(
+            f"{counted(len(found.damaged), 'damaged image')} of {found.images:,}",
+            where=dataset.data_dir,
+            next_step="replace or remove them, or leave them out with --set dataset.on_bad_image=skip",
+        )
+    if not found.damaged:
+        check_new_images(*splits)  # class folders, and values whose range no image shows
+    if not as_json:
+        print_line(f"{counted(found.images - len(found.damaged), 'sound image')}")
+
+
+def _print_bad_files(found: SplitsCheck) -> None:
+    import os
+
+    from cache_tools.screen import TextTable
+
+    bad = {name: (reason, "damaged") for name, reason in found.damaged.items()}
+    bad |= {name: (reason, "left out") for name, reason in found.left_out.items()}
+    if not bad:
+        return
+    root = os.path.commonpath([os.path.dirname(name) for name in bad])
+    table = TextTable(["file", "reason", "is"], left=3, title=root)
+    for name, cells in sorted(bad.items()):
+        table.add_row(os.path.relpath(name, root), *cells)
+    print(table.text())
 
 
 def _build(recipe: BuildRecipe, as_json: bool) -> None:

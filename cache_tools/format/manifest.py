@@ -17,6 +17,7 @@ from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.images.sources import SOURCES
 
 CODE = "code"  # in the provenance: the versions of the code that made the cache
+DECODER = "decoder"  # in the provenance: the versions of the libraries that decoded its images
 
 
 class Canary(Frozen):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,12 +27,14 @@ from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
 from cache_tools.images.index import num_workers
 from cache_tools.images.recipe import IMAGES_VERSION
-from cache_tools.images.summary import counted, some_names
+from cache_tools.images.result_folders import RESULT_FOLDERS
+from cache_tools.images.summary import HIDDEN, counted, some_names
 
 MEMORY = "checked-images"  # folder in the cache home
 NAMES_LISTED = 20
 MIN_FULL_RANGE = 1 << 14  # if no 16-bit image of a data set reaches it, the data have 14 bits or fewer
 _MAX_LISTED_CHARACTERS = 1000
+_ORDINARY_REASONS = RESULT_FOLDERS | {HIDDEN}  # to leave out a file, which say nothing about images
 
 
 def check_images(*splits: ImageSet | None, can_skip: bool = True) -> None:
@@ -70,6 +72,34 @@ def check_new_images(images: ImageSet, *tests: ImageSet | None) -> None:
         raise _unknown_range(folders, deep, "which would be nearly black")
 
 
+class SplitsCheck(NamedTuple):
+    """Everything that a check of whole splits found.
+
+    Attributes:
+        images: number of image files.
+        damaged: whole path → why the image cannot be decoded.
+        left_out: whole path → why the file is no sample, hidden files and our own results aside.
+    """
+
+    images: int
+    damaged: dict[str, str]
+    left_out: dict[str, str]
+
+
+def check_splits(*splits: ImageSet) -> SplitsCheck:
+    """Decode every image of these splits, and tell what is wrong with which file; images in memory are not counted."""
+    folders = [images for images in splits if isinstance(images, EncodedImages)]
+    damaged, left_out = {}, {}
+    for images in folders:
+        for row, finding in findings(images).items():
+            if (problem := finding.problem or finding.range_problem) is not None:
+                damaged[images.place_of(row)] = problem
+        for name, reason in images.summary.left_out.items():
+            if reason not in _ORDINARY_REASONS:
+                left_out[f"{images.summary.root}/{name}"] = reason
+    return SplitsCheck(sum(map(len, folders)), damaged, left_out)
+
+
 def frame_notes(*splits: ImageSet | None) -> list[str]:
     """A line for each checked folder that has images of several frames or pages."""
     notes = []
@@ -82,11 +112,15 @@ def frame_notes(*splits: ImageSet | None) -> list[str]:
     return notes
 
 
-def without_damaged(images: ImageSet, sound: np.ndarray | None = None) -> ImageSet:
+def without_damaged(
+    images: ImageSet, sound: np.ndarray | None = None, skipped: Mapping[str, str] | None = None
+) -> ImageSet:
     """The images that can be decoded, as `on_bad_image: skip` wants them; images in memory are returned as they are.
 
     Args:
         sound: keys, uint8 [N, 16], of images that are known to be sound.
+        skipped: printable name → reason of images that an earlier check left out. They are left out again unless their
+            contents are known to be sound, even if they can be decoded by now: rows keep their numbers.
 
     Raises:
         DataError: a class without any.
@@ -94,6 +128,11 @@ def without_damaged(images: ImageSet, sound: np.ndarray | None = None) -> ImageS
     if not isinstance(images, EncodedImages):
         return images
     damaged = {row: finding.problem for row, finding in findings(images, sound).items() if finding.problem}
+    if skipped:
+        known = np.isin(_as_items(images.keys), _as_items(images.keys[:0] if sound is None else sound))
+        for row in np.flatnonzero(~known).tolist():
+            if row not in damaged and (reason := skipped.get(printable(images.name_of(row)))) is not None:
+                damaged[row] = reason
     if not damaged:
         return images
     rest = images.subset(np.setdiff1d(np.arange(len(images)), list(damaged)))

@@ -56,6 +56,11 @@ class Finding:
     unknown_range: tuple[float, float] | None = None
     kind: str = ""
 
+    @property
+    def range_problem(self) -> str | None:
+        """Why the image cannot be decoded before `dataset.value_range` is given; None if it can."""
+        return None if self.unknown_range is None else str(UnknownRangeError(self.kind, *self.unknown_range))
+
 
 class UnknownRangeError(ValueError):
     """Values whose range neither the format nor the recipe says."""

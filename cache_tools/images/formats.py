@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from typing import NamedTuple
 
 HEAD_BYTES = 1024  # enough for every signature
@@ -142,6 +143,21 @@ def register_decoders() -> None:
     except ImportError:
         return
     register_heif_opener()
+
+
+def decoder_versions() -> dict[str, str]:
+    """The libraries that decode images, with their versions: pixels may differ between versions."""
+    import PIL
+    from PIL import features
+
+    register_decoders()
+    found = {"pillow": PIL.__version__}
+    for name, feature in (("libjpeg-turbo", "libjpeg_turbo"), *((name, name) for name in ("webp", "avif", "jpg_2000"))):
+        if (number := features.version(feature)) is not None:
+            found[name] = str(number)
+    if "HEIF" in PIL.Image.OPEN:
+        found["pillow-heif"] = version("pillow-heif")
+    return found
 
 
 def _identify_media(brand: bytes, compatible: bytes) -> Content:

@@ -17,9 +17,8 @@ from cache_tools.errors import DataError
 from cache_tools.images.class_names import Names, arrange, describe
 from cache_tools.images.index import UNKNOWN, FileColumn, FileState, FoundFiles, examine, reason_to_leave_out
 from cache_tools.images.result_folders import RESULT_FOLDERS, result_folder_kind
-from cache_tools.images.summary import FolderSummary, by_reason, some_names
+from cache_tools.images.summary import HIDDEN, FolderSummary, by_reason, some_names
 
-HIDDEN = "hidden or made by a system"
 UNLISTED = "not in the table of labels"
 # What a folder may hold besides result folders and still be no class.
 _BESIDE_RESULTS = RESULT_FOLDERS | {HIDDEN, "text", "HTML page"}

@@ -11,6 +11,7 @@ from cache_tools.errors import printable
 from cache_tools.images.formats import DECODERS, no_decoder
 from cache_tools.images.result_folders import RESULT_FOLDERS, count_result_folders
 
+HIDDEN = "hidden or made by a system"  # why a file is left out
 _NAMES_SHOWN = 3
 
 

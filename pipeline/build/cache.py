@@ -23,12 +23,13 @@ from cache_tools.codecs.presets import resolve_codecs
 from cache_tools.console import device_name, resolve_device
 from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
-from cache_tools.format.manifest import CODE, Manifest, check_code_versions
+from cache_tools.format.manifest import CODE, DECODER, Manifest, check_code_versions
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, Preprocessing, TeacherIdentity
 from cache_tools.format.stored import text_not_unicode
 from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images, frame_notes
 from cache_tools.images.classes import shared_notes, with_classes
+from cache_tools.images.formats import decoder_versions
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
@@ -240,7 +241,7 @@ def _create(
         clip_scales=ensemble.fusion.clip_scales,
         canaries=make_canaries(identity.views, images, recipe.num_views),
         build_recipe=_with_found_classes(recipe, ensemble).model_dump(mode="json"),
-        provenance=_provenance("created", ensemble)
+        provenance=_provenance("created", ensemble, images)
         | ({"notes": list(ensemble.notes)} if ensemble.notes else {})
         | {
             "preflight": preflight.model_dump() if preflight else None,
@@ -278,13 +279,14 @@ def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: 
     return writer.grow(
         recipe.num_views,
         canaries=make_canaries(writer.manifest.recipe.views, images, recipe.num_views, first=before),
-        note=_provenance("date", ensemble) | {"views": [before, recipe.num_views]},
+        note=_provenance("date", ensemble, images) | {"views": [before, recipe.num_views]},
     )
 
 
-def _provenance(date_key: str, ensemble: TeacherEnsemble) -> dict[str, Any]:
+def _provenance(date_key: str, ensemble: TeacherEnsemble, images: ImageSet) -> dict[str, Any]:
     """The provenance of this run; its date goes under `date_key`."""
-    return {
+    decoder = {} if images.resident else {DECODER: decoder_versions()}
+    return decoder | {
         date_key: datetime.now(UTC).isoformat(timespec="seconds"),
         "command": printable(" ".join(sys.argv)),
         "device": device_name(ensemble.device),

@@ -15,7 +15,7 @@ from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images
 from cache_tools.images.folder import FolderImages
 from cache_tools.images.formats import Content, identify, is_decodable
-from cache_tools.images.scan import HIDDEN
+from cache_tools.images.summary import HIDDEN
 from tests.support.pictures import photo, recipe_for
 
 

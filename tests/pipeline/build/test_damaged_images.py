@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
 
-from cache_tools.alignment import open_cached
+from cache_tools.alignment import check_manifest_canaries, open_cached
 from cache_tools.errors import DataError, MismatchError, RecipeError
-from cache_tools.images import check
+from cache_tools.images import check, open_images
 from cache_tools.images.decode import Finding, PixelRules
+from cache_tools.images.formats import decoder_versions
 from cache_tools.integrity.images import check_images
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
@@ -88,6 +90,39 @@ def test_skip_builds_the_rest_and_training_finds_the_same_images(root: Path, tmp
     for name in BAD:
         (root / "pictures" / name).unlink()
     assert build_cache(recipe(root, 2)).images == 0
+
+
+@pytest.mark.medium
+def test_rows_keep_their_numbers_when_a_skipped_file_is_repaired(root: Path, tmp_path: Path) -> None:
+    """Or when another decoder reads it: what was built stays in use. A file that is new is still an error."""
+    whole = {name: (root / "pictures" / name).read_bytes() for name in BAD}
+    damage(root, *BAD)
+    build_cache(recipe(root, on_bad_image="skip"))
+    cache = TeacherCache.open(root / "cache.zarr")
+    for name, content in whole.items():
+        (root / "pictures" / name).write_bytes(content)
+    check._memory.cache_clear()
+    data = open_data(tiny_run.recipe(root / "cache.zarr", tmp_path / "run"), torch.device("cpu"))
+    np.testing.assert_array_equal(data.images.keys, cache.sample_keys)
+    assert "3 damaged images skipped" in "\n".join(data.images.notes())
+    data.targets.close()
+    shutil.copy(root / "pictures/train/blue/000.png", root / "pictures/train/blue/new.png")
+    with pytest.raises(MismatchError, match="1 image was added"):
+        open_data(tiny_run.recipe(root / "cache.zarr", tmp_path / "run"), torch.device("cpu"))
+
+
+@pytest.mark.medium
+def test_the_decoder_is_in_the_provenance_and_in_the_error_about_canaries(root: Path) -> None:
+    build_cache(recipe(root))
+    manifest = TeacherCache.open(root / "cache.zarr").manifest
+    assert manifest.provenance["decoder"] == decoder_versions()
+    assert manifest.provenance["decoder"]["pillow"] == PIL.__version__
+    images = open_images(manifest.dataset)
+    drifted = manifest.canaries[0].model_copy(update={"pixel_digest": "0" * 32})
+    older = manifest.provenance | {"decoder": {**decoder_versions(), "pillow": "9.1.0", "gone": "1"}}
+    changed = manifest.model_copy(update={"canaries": (drifted,), "provenance": older})
+    with pytest.raises(MismatchError, match=rf"\(pillow {PIL.__version__}, was 9\.1\.0; gone missing, was 1\)"):
+        check_manifest_canaries(changed, images)
 
 
 @pytest.mark.medium
