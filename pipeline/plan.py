@@ -112,7 +112,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         images,
         recipe.batch_size,
         device,
-        lambda index: load_pixels(images, recipe.views, index, index, [1])[0].to(device),
+        lambda index: load_pixels(images, recipe.views, index, index, 1).to(device),
         lambda pixels, index: _targets(ensemble, recipe, pixels, index),
     )
     for_student = recipe.views.seen_by("student")

@@ -160,7 +160,7 @@ def _upright_rgb(image: Image, rules: PixelRules) -> Image:
     if rules.value_range is not None and is_deep_colour:
         raise ValueError("16-bit colour, of which only the high byte can be read: value_range cannot be applied")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     with_alpha = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
     return _composite(with_alpha.convert("RGB"), with_alpha.getchannel("A"), rules)
 

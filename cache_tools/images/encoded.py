@@ -50,6 +50,14 @@ class EncodedImages(ImageSet):
         """The whole path of one image, for messages."""
         return f"{self.summary.root}/{self.name_of(sample)}"
 
+    def source_of(self, sample: int) -> str | bytes:
+        """What another process reads one image from: the path of its file, or its bytes.
+
+        Raises:
+            DataError: as `read`.
+        """
+        return self.read(sample)
+
     @property
     def resident(self) -> bool:
         return False
@@ -83,12 +91,7 @@ class EncodedImages(ImageSet):
         def read(row: int) -> None:
             sample = int(chosen[row])
             data = self.read(sample)
-            if sample_key(data) != self.keys[sample].tobytes():
-                raise DataError(
-                    "image changed since the folder was opened",
-                    where=self.place_of(sample),
-                    next_step="run the command again when no program writes to the folder",
-                )
+            check_unchanged(data, self.keys[sample].tobytes(), self.place_of(sample))
             use(row, data, self.place_of(sample))
 
         with whole_images_only(), ThreadPoolExecutor(num_workers()) as pool:
@@ -106,3 +109,13 @@ class EncodedImages(ImageSet):
 
     def folder_contents(self) -> dict[str, Any]:
         return self.summary.to_json()
+
+
+def check_unchanged(data: bytes, key: bytes, place: str) -> None:
+    """Raise DataError unless these are the bytes of an image that had this content key when its split was opened."""
+    if sample_key(data) != key:
+        raise DataError(
+            "image changed since the folder was opened",
+            where=place,
+            next_step="run the command again when no program writes to the folder",
+        )

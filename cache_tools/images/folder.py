@@ -33,6 +33,9 @@ class FolderImages(EncodedImages):
     def read(self, sample: int) -> bytes:
         return read_image(self.files[sample])
 
+    def source_of(self, sample: int) -> str | bytes:
+        return str(self.files[sample])
+
     def name_of(self, sample: int) -> str:
         return os.path.relpath(self.files[sample], self.summary.root)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -25,13 +25,14 @@ import torch
 
 from cache_tools.codecs import Float16
 from cache_tools.console import Progress
+from cache_tools.decoding.service import DecodeService, service_for
 from cache_tools.format.arrays import targets
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
 from pipeline.build.output import Output
-from pipeline.networks.ensemble import NETWORKS, NetworkPixels, TeacherEnsemble, finish_pixels, load_pixels, pinned
+from pipeline.networks.ensemble import NETWORKS, NetworkPixels, TeacherEnsemble, finish_pixels, start_loading_pixels
 
 LOADED_BATCHES_AHEAD = 3
 TICK_S = 0.5
@@ -71,6 +72,7 @@ class BatchLoader:
     Args:
         groups: blocks of the same rows, whose images are loaded once for all of them. The loading thread takes the next
             group when it needs it, and may have to wait.
+        service: the processes that decode; None for threads.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class BatchLoader:
         batch_size: int,
         *,
         pin: bool,
+        service: DecodeService | None = None,
     ) -> None:
         self._images, self._manifest, self._groups = images, manifest, groups
-        self._batch_size, self._pin = batch_size, pin
+        self._batch_size, self._pin, self._service = batch_size, pin, service
         # None marks the end.
         self._queue: queue.Queue[LoadedBatch | BaseException | None] = queue.Queue(LOADED_BATCHES_AHEAD)
         self._stop = threading.Event()
@@ -114,23 +117,32 @@ class BatchLoader:
     def _run(self) -> None:
         try:
             for group in self._groups:
+                ready: deque[Callable[[], list[LoadedBatch]]] = deque()
                 rows = self._manifest.block(group[0].block)
                 for start in range(rows.start, rows.stop, self._batch_size):
                     samples = np.arange(start, min(start + self._batch_size, rows.stop), dtype=np.int64)
-                    for block, pixels in zip(group, self._load(samples, group), strict=True):
-                        if not self._put(LoadedBatch(block.view, block.block, samples, pixels)):
-                            return
+                    ready.append(self._start(samples, group))  # processes decode it during the wait for the one before
+                    if len(ready) > 1 and not self._put_all(ready.popleft()()):
+                        return
+                if not self._put_all(ready.popleft()()):
+                    return
             self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _load(self, samples: np.ndarray, group: Sequence[BlockId]) -> list[NetworkPixels]:
-        """The pixels of consecutive samples for each block of a group."""
+    def _start(self, samples: np.ndarray, group: Sequence[BlockId]) -> Callable[[], list[LoadedBatch]]:
+        """Begin to load consecutive samples for each block of a group; call the result to wait for them."""
         # A slice, so that a resident image set returns a view of its memory instead of a copy.
         rows = slice(int(samples[0]), int(samples[-1]) + 1)
-        views = [block.view for block in group]
-        loaded = load_pixels(self._images, self._manifest.recipe.views, rows, samples, views)
-        return pinned(loaded) if self._pin else loaded
+        views = self._manifest.recipe.views
+        numbers = [block.view for block in group]
+        load = start_loading_pixels(self._service, self._images, views, rows, samples, numbers, pin=self._pin)
+        return lambda: [
+            LoadedBatch(block.view, block.block, samples, pixels) for block, pixels in zip(group, load(), strict=True)
+        ]
+
+    def _put_all(self, batches: Sequence[LoadedBatch]) -> bool:
+        return all(self._put(batch) for batch in batches)
 
     def _put(self, item: LoadedBatch | BaseException | None) -> bool:
         while not self._stop.is_set():
@@ -149,8 +161,9 @@ def _build(output: Output, missing: list[BlockId], images: ImageSet, ensemble: T
     count = reported = 0
     buffers: dict[BlockId, dict[str, torch.Tensor]] = {}
     groups = _groups_to_compute(output, claims, missing, views_at_once(manifest, images, batch_size))
+    service = service_for(images, sum(_num_rows(manifest, block) for block in {block for _, block in missing}))
     with (  # exited in reverse order: claims are released after the writes, which also ends the loader's wait
-        BatchLoader(images, manifest, groups, batch_size, pin=on_cuda) as batches,
+        BatchLoader(images, manifest, groups, batch_size, pin=on_cuda, service=service) as batches,
         claims,
         ThreadPoolExecutor(max_workers=output.store_threads, thread_name_prefix="writer") as pool,
         Progress("build", total, "images", done=total - left) as progress,
@@ -177,9 +190,9 @@ def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
     if images.resident:
         return 1
     views, pixels = manifest.recipe.views, 0
-    if views.box_op is not None:  # else all views share the canvases
-        sizes = {views.seen_by(network).output_size(images.image_size) for network in NETWORKS}
-        pixels = sum(3 * height * width for height, width in sizes) * batch_size
+    if views.box_op is not None or views.mix is not None:  # else all views share the canvases
+        sizes = {views.seen_by(network).crop_size or images.image_size for network in NETWORKS}
+        pixels = sum(3 * height * width for height, width in sizes) * batch_size * (1 if views.mix is None else 2)
     targets_bytes = sum(4 * spec.width for spec in targets(manifest.recipe, manifest.block_rows)) * manifest.block_rows
     # The batch that is computed and the next one; the blocks that are filled and those that are written.
     return min(max(GROUP_BYTES // (2 * (pixels + targets_bytes)), 1), VIEWS_AT_ONCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cache_tools.decoding.service import DecodeService, start_loading
 from cache_tools.errors import PreflightError
 from cache_tools.format.arrays import array_name
 from cache_tools.format.manifest import Fusion
@@ -27,7 +28,6 @@ from cache_tools.fusion import (
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.refusion import MATCH_SAMPLES
-from cache_tools.views.loading import load_each
 from cache_tools.views.recipe import Network, ViewRecipe
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
@@ -291,32 +291,40 @@ class NetworkPixels(NamedTuple):
         return NetworkPixels(*moved)  # type: ignore[arg-type]
 
 
-def pinned(loaded: Sequence[NetworkPixels]) -> list[NetworkPixels]:
-    """The same in page-locked memory, from which copies to a GPU need not wait; what was shared stays shared."""
-    made: dict[int, torch.Tensor] = {}
-    for pixels in (pixels for pair in loaded for pixels in pair if pixels is not None):
-        if id(pixels) not in made:
-            made[id(pixels)] = pixels.pin_memory()
-    return [
-        NetworkPixels(made[id(pair.teacher)], None if pair.clip is None else made[id(pair.clip)]) for pair in loaded
-    ]
-
-
 def load_pixels(
-    images: ImageSet, views: ViewRecipe, rows: np.ndarray | slice, index: np.ndarray, numbers: Sequence[int]
-) -> list[NetworkPixels]:
-    """What `finish_pixels` needs of rows of an image set for each of these views, on the CPU.
+    images: ImageSet, views: ViewRecipe, rows: np.ndarray | slice, index: np.ndarray, view: int
+) -> NetworkPixels:
+    """What `finish_pixels` needs of rows of an image set, on the CPU; every picture is decoded once."""
+    (loaded,) = start_loading_pixels(None, images, views, rows, index, [view], pin=False)()
+    return loaded
 
-    Every picture is decoded once. Without a crop all views are made of the same canvases, and share their memory.
+
+def start_loading_pixels(
+    service: DecodeService | None,
+    images: ImageSet,
+    views: ViewRecipe,
+    rows: np.ndarray | slice,
+    index: np.ndarray,
+    numbers: Sequence[int],
+    *,
+    pin: bool,
+) -> Callable[[], list[NetworkPixels]]:
+    """Begin `load_pixels` for each of several views, of which every picture is decoded once; call the result to wait.
+
+    Without a crop all views are made of the same canvases, and share their memory.
     """
     teacher, clip = (views.seen_by(network) for network in NETWORKS)
-    if teacher == clip:
-        return [
-            NetworkPixels(pixels, None) for pixels in load_each(images, rows, index, [(teacher, n) for n in numbers])
-        ]
-    wanted = [(recipe, number) for number in numbers for recipe in (teacher, clip)]
-    loaded = load_each(images, rows, index, wanted)
-    return [NetworkPixels(*pair) for pair in zip(loaded[::2], loaded[1::2], strict=True)]
+    seen = (teacher,) if teacher == clip else (teacher, clip)
+    wanted = [(recipe, number) for number in numbers for recipe in seen]
+    load = start_loading(service, images, rows, index, wanted, pin=pin)
+
+    def wait() -> list[NetworkPixels]:
+        loaded = load()
+        if len(seen) == 1:
+            return [NetworkPixels(pixels, None) for pixels in loaded]
+        return [NetworkPixels(*pair) for pair in zip(loaded[::2], loaded[1::2], strict=True)]
+
+    return wait
 
 
 def finish_pixels(loaded: NetworkPixels, views: ViewRecipe, index: np.ndarray, view: int) -> NetworkPixels:
@@ -332,8 +340,7 @@ def view_pixels(
     images: ImageSet, views: ViewRecipe, index: np.ndarray, view: int, device: torch.device
 ) -> NetworkPixels:
     """What the networks see of these samples in view `view`, on `device`."""
-    (loaded,) = load_pixels(images, views, index, index, [view])
-    return finish_pixels(loaded.to(device), views, index, view)
+    return finish_pixels(load_pixels(images, views, index, index, view).to(device), views, index, view)
 
 
 def _uses_class_embeddings(fusion: Fusion) -> bool:

@@ -96,6 +96,29 @@ def test_asha_measures_the_cost_of_stopping_early(tmp_path: Path):
     assert (line["kept_best"] == 1) == (line["rank_of_kept"] == [1]) == (line["behind"]["mean"] == 0)
 
 
+@pytest.mark.slow
+def test_decoding_is_compared_with_the_bare_decoder() -> None:
+    process = start("decode", "--pictures", "150", "--size", "64", "--views", "2", "--workers", "1", "--rounds", "1")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    line = json.loads(out)
+    for of_clock, s in ((line, line["median_s"]), (line["processor"], line["median_processor_s"])):
+        assert s.keys() == {"service", "bare", "threads", "once", "passes", "decode", "crop"}
+        assert all(value > 0 for value in s.values())
+        possible = 2 * (s["decode"] + s["crop"]) / (s["decode"] + 2 * s["crop"])
+        expected = {
+            "throughput": s["bare"] / s["service"],
+            "in_threads": s["bare"] / s["threads"],
+            "gain": s["passes"] / s["once"],
+            "possible": possible,
+            "achieved": s["passes"] / s["once"] / possible,
+        }
+        for name, value in expected.items():
+            assert of_clock[name]["median"] == pytest.approx(value, rel=2e-3)  # of one round
+    assert (line["n"], line["workers"], line["views"], line["rounds"]) == (150, 1, 2, 1)
+    assert line["decoder"]["pillow"]
+
+
 def test_an_error_is_one_line_and_exit_code_2():
     process = start("build_overhead", "--set", "num_vews=3")
     out, errors = process.communicate(timeout=300)

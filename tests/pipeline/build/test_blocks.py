@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "canvases": {"base_seed": 11, "ops": ["pad-crop", "flip"]},
     "cropped": CROPPED,
     "sized": CROPPED | {"sizes": {"clip": 20}},
+    "mixed": CROPPED | {"mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 0.9}},
 }
 
 
@@ -65,12 +66,17 @@ def test_a_group_decodes_every_picture_once_and_loads_what_each_view_alone_does(
 
     monkeypatch.setattr(FolderImages, "read", counting)
     found = load(built, groups_of(built.manifest, [3, 0, 2]))
-    assert reads == Counter(range(SAMPLES))
+    if built.recipe.views.mix is None:
+        assert reads == Counter(range(SAMPLES))
+    else:  # partners are in other batches, and others in each view
+        assert reads.keys() == set(range(SAMPLES))
+        separate = sum(len(built.recipe.views.with_partners(batch.samples, batch.view)) for batch in found)
+        assert reads.total() < 0.8 * separate
     assert [(batch.block, batch.view) for batch in found[:6]] == [(0, 3), (0, 0), (0, 2)] * 2
     images, views = open_images(built.manifest.dataset), built.recipe.views
     seen: Counter[tuple[int, int]] = Counter()
     for batch in found:
-        (alone,) = load_pixels(images, views, batch.samples, batch.samples, [batch.view])
+        alone = load_pixels(images, views, batch.samples, batch.samples, batch.view)
         for grouped, single in zip(batch.pixels, alone, strict=True):
             if single is None:
                 assert grouped is None
@@ -100,6 +106,7 @@ def test_groups_are_bounded_by_memory_and_images_in_memory_need_none(
     views = built.recipe.views
     crops = {views.seen_by(network).output_size((16, 16)) for network in ("teacher", "clip")}
     pixels = sum(3 * BATCH * side * side for side, _ in crops) if views.version == 2 else 0
+    pixels *= 1 if views.mix is None else 2
     rows = 4 * ROWS * (len(manifest.recipe.dataset.class_names) + manifest.recipe.fusion.feature_dim)
     monkeypatch.setattr(blocks, "GROUP_BYTES", 7 * 2 * (pixels + rows) + 1)
     assert views_at_once(manifest, images, BATCH) == 7

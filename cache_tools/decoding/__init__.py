@@ -1,0 +1,1 @@
+"""Decode pictures in processes of their own, for builds and for training (`service.py`)."""
