@@ -19,6 +19,7 @@ from cache_tools.cli.copies import copy_command, pull_command, push_command
 from cache_tools.cli.fuse import fuse_command
 from cache_tools.cli.home import info_command, list_command, path_command, prune_command, rm_command
 from cache_tools.cli.integrity import repair_command, verify_command
+from cache_tools.cli.pack import pack_command
 from cache_tools.console import command
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fidelity": fidelity_command,
     "recode": recode_command,
     "fuse": fuse_command,
+    "pack-images": pack_command,
 }
 
 app = typer.Typer(
@@ -50,7 +52,7 @@ app = typer.Typer(
 @app.callback()
 @command
 def cache_tools() -> None:
-    """List, inspect, copy, check, prune, convert and fuse caches; analyse the targets in them."""
+    """List, inspect, copy, check, prune, convert and fuse caches; analyse the targets in them; pack images."""
 
 
 for _name, _function in COMMANDS.items():

@@ -64,7 +64,7 @@ def check_new_images(images: ImageSet, *tests: ImageSet | None) -> None:
             of which none is brighter than 14 bits allow.
     """
     if isinstance(images, EncodedImages):
-        _check_classes(images)
+        check_classes(images)
     check_images(images, *tests)
     folders = [split for split in (images, *tests) if isinstance(split, EncodedImages)]
     deep = [(finding.kind, finding.deep) for split in folders for finding in findings(split).values() if finding.deep]
@@ -98,6 +98,30 @@ def check_splits(*splits: ImageSet) -> SplitsCheck:
             if reason not in _ORDINARY_REASONS:
                 left_out[f"{images.summary.root}/{name}"] = reason
     return SplitsCheck(sum(map(len, folders)), damaged, left_out)
+
+
+def check_classes(images: EncodedImages) -> None:
+    """Raise DataError for class folders whose sub-folders look like classes, and for a single class."""
+    summary = images.summary
+    if sub := summary.sub_classes:
+        shown = "; ".join(
+            f"{name} ({', '.join(subs[:4])}{', …' if len(subs) > 4 else ''})" for name, subs in sub.items()
+        )
+        raise DataError(
+            "the class folders hold no images but sub-folders, which look like classes of their own",
+            where=summary.root,
+            found=shown,
+            next_step=f"choose --set dataset.sub_folders=classes ({sum(map(len, sub.values()))} classes) or "
+            f"--set dataset.sub_folders=merge ({len(sub)} classes)",
+        )
+    if len(images.class_names) == 1 and not images.multi_label:
+        raise DataError(
+            "there is only one class",
+            where=summary.root,
+            expected="images of several classes",
+            found=images.class_names[0],
+            next_step="set data_dir or the split to the folder that holds the class folders",
+        )
 
 
 def frame_notes(*splits: ImageSet | None) -> list[str]:
@@ -258,29 +282,6 @@ def _finding(fields: dict[str, Any]) -> Finding:
 def _as_items(keys: np.ndarray) -> np.ndarray:
     """Keys, uint8 [N, 16], as one value each that numpy can sort and compare."""
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
-
-
-def _check_classes(images: EncodedImages) -> None:
-    summary = images.summary
-    if sub := summary.sub_classes:
-        shown = "; ".join(
-            f"{name} ({', '.join(subs[:4])}{', …' if len(subs) > 4 else ''})" for name, subs in sub.items()
-        )
-        raise DataError(
-            "the class folders hold no images but sub-folders, which look like classes of their own",
-            where=summary.root,
-            found=shown,
-            next_step=f"choose --set dataset.sub_folders=classes ({sum(map(len, sub.values()))} classes) or "
-            f"--set dataset.sub_folders=merge ({len(sub)} classes)",
-        )
-    if len(images.class_names) == 1 and not images.multi_label:
-        raise DataError(
-            "there is only one class",
-            where=summary.root,
-            expected="images of several classes",
-            found=images.class_names[0],
-            next_step="set data_dir or the split to the folder that holds the class folders",
-        )
 
 
 def _damaged(root: str, problems: dict[str, str], can_skip: bool) -> DataError:

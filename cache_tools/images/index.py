@@ -32,7 +32,7 @@ FOLDER = "indexes"  # in the cache home
 PROGRESS_FROM_FILES = 5000
 INDEXED_FROM_FILES = 1000  # to hash fewer takes less time than to import polars
 _VERSION = 1  # of the stored columns
-_YOUNG_NS = 2_000_000_000  # the coarsest time of change that file systems in use have (FAT), and some skew of clocks
+YOUNG_NS = 2_000_000_000  # the coarsest time of change that file systems in use have (FAT), and some skew of clocks
 _MAX_BYTES = 4 << 30  # of a stored index
 _INT64 = (1 << 63) - 1
 
@@ -314,7 +314,7 @@ def _store(path: Path, found: FoundFiles, keys: npt.NDArray[np.uint8], formats: 
     table = _columns(found).with_columns(
         pl.Series("format", formats, pl.String), pl.Series("key", [key.tobytes() for key in keys], pl.Binary)
     )
-    table = table.filter(pl.col("changed_ns") < time.time_ns() - _YOUNG_NS).drop_nulls("format")
+    table = table.filter(pl.col("changed_ns") < time.time_ns() - YOUNG_NS).drop_nulls("format")
     buffer = io.BytesIO()
     table.write_parquet(buffer, compression="zstd")
     with suppress(OSError, UnsafeFileError):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_tools.errors import DataError, RecipeError
 from cache_tools.images.hf_layout import find_hf_files, hf_marker
 from cache_tools.images.result_folders import result_folder_kind
+from cache_tools.images.shard_files import has_shards, local_shards, split_of
 from cache_tools.system.arguments import expand_user
 
 TRAIN_NAMES = ("train", "training")
@@ -57,9 +58,9 @@ def refuse_second_folder(source: str, given: Iterable[str]) -> None:
 def read_own_folder(path: Path, settings: Iterable[tuple[str, Any]] = ()) -> OwnFolder:
     """The settings for a folder of images.
 
-    A Hugging Face data set has splits of its own. Otherwise images to train on are in its sub-folder `train` (or
-    `training`), images to test on in the first of `test`, `testing`, `val`, `valid` and `validation`. Without any of
-    these, its sub-folders are the classes.
+    A Hugging Face data set and tar shards have splits of their own. Otherwise images to train on are in its sub-folder
+    `train` (or `training`), images to test on in the first of `test`, `testing`, `val`, `valid` and `validation`.
+    Without any of these, its sub-folders are the classes.
 
     Args:
         settings: dotted key → value of the user's own settings. `dataset.image_size` scales the views too.
@@ -70,6 +71,8 @@ def read_own_folder(path: Path, settings: Iterable[tuple[str, Any]] = ()) -> Own
     """
     path = expand_user(path)
     _refuse_other_kinds(path)
+    if has_shards(path):
+        return _read_shards(path, settings)
     if hf_marker(path) is not None:
         return _read_hf_folder(path, settings)
     train = next((name for name in TRAIN_NAMES if (path / name).is_dir()), None)
@@ -94,9 +97,21 @@ def read_own_folder(path: Path, settings: Iterable[tuple[str, Any]] = ()) -> Own
     return OwnFolder(_plain_name(path), dataset, _views(dict(settings).get("dataset.image_size")), note)
 
 
+def _read_shards(path: Path, settings: Iterable[tuple[str, Any]]) -> OwnFolder:
+    """The settings for a folder of tar shards."""
+    splits = sorted({split_of(name) for name in local_shards(path)})
+    return _read_splits(path, splits, "webdataset", "tar shards", settings)
+
+
 def _read_hf_folder(path: Path, settings: Iterable[tuple[str, Any]]) -> OwnFolder:
     """The settings for a Hugging Face data set."""
-    splits = find_hf_files(path).splits
+    return _read_splits(path, list(find_hf_files(path).splits), "hf", "a Hugging Face data set", settings)
+
+
+def _read_splits(
+    path: Path, splits: Sequence[str], name: str, title: str, settings: Iterable[tuple[str, Any]]
+) -> OwnFolder:
+    """The settings for data with splits that have names."""
     train = next((name for name in TRAIN_NAMES if name in splits), None)
     if train is None and len(splits) == 1:
         train = next(iter(splits))
@@ -110,14 +125,14 @@ def _read_hf_folder(path: Path, settings: Iterable[tuple[str, Any]]) -> OwnFolde
             next_step=f"choose one: --set dataset.split={next(iter(splits))}",
         )
     dataset = {
-        "name": "hf",
+        "name": name,
         "data_dir": str(path),
         "split": train or "train",
         "test_split": test,
         "image_size": CANVAS_SIZE,
     }
     test = values.get("dataset.test_split", test)
-    note = f"{path}: a Hugging Face data set, training images in {values.get('dataset.split', train)}, "
+    note = f"{path}: {title}, training images in {values.get('dataset.split', train)}, "
     note += (
         f"test images in {test}" if test else "no test images (no split test or validation), so nothing is evaluated"
     )

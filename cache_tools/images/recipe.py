@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     PositiveInt,
     Tag,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -25,7 +26,10 @@ from cache_tools.config.fields import Number, PlacePath, Whole
 from cache_tools.errors import DataError, MismatchError, RecipeError
 from cache_tools.images.class_names import ORDERS, read_names
 from cache_tools.images.kinds import source_at
+from cache_tools.images.shard_files import is_pattern, shard_place
 from cache_tools.images.sources import SOURCES, Normalisation, find_source, has_image_files, takers, takes
+from cache_tools.storage import remote_url
+from cache_tools.system import named
 from cache_tools.system.arguments import expand_user
 
 # Raise it when the canvas of some image file changes; see pipeline/build/known.py. 2: transparency on a background.
@@ -59,7 +63,7 @@ TestSplits = Annotated[
 ]
 LISTS = frozenset({"csv", "parquet"})
 # What a user of a cache may choose anew; everything else determines its targets.
-FREE_KEYS = frozenset({"split", "test_split", "data_dir", "download", "on_bad_image"})
+FREE_KEYS = frozenset({"split", "test_split", "data_dir", "download", "on_bad_image", "remote_shards"})
 
 
 class DatasetRecipe(Extensible):
@@ -68,13 +72,14 @@ class DatasetRecipe(Extensible):
     Attributes:
         name: the source, of those in `cache_tools.images.sources`; `folder` is any folder of class sub-folders, `hf` a
             Hugging Face data set on the disk (see `cache_tools.images.hf_layout`), `csv` and `parquet` a list of image
-            files (see `cache_tools.images.listed`).
+            files (see `cache_tools.images.listed`), `webdataset` tar shards (see `cache_tools.images.webdataset`).
         split: the split to cache and train on. `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it: Python
             slices of the samples in order. The samples of a folder are sorted by class, so take every k-th.
         test_split: the split to evaluate on, or a part; None for no evaluation. Of several, all are evaluated, and the
             first chooses the best epoch. A split of a folder may be a path of its own.
         data_dir: the folder of the files (`~` allowed); None for the source's usual place. Not needed for digits. Of a
-            list the file itself, or the folder of a list per split.
+            list the file itself, or the folder of a list per split. Of tar shards also a URL (s3://…, http://…), or a
+            pattern such as `train-{000..009}.tar` in either.
         download: whether to download missing files (Fashion-MNIST, CIFAR).
         image_size: side of the square canvas of image files, 224 when None; the other sources have a fixed size.
 
@@ -90,12 +95,14 @@ class DatasetRecipe(Extensible):
             images a class of its own. None merges, and asks where they look like classes.
         labels: a csv file of the images' labels, of which each may then have several or none; relative to the folder of
             the split or else to data_dir. `cache_tools.images.label_table` describes it.
-        image_column, label_column: the columns of a Hugging Face data set or a list, where several may be meant.
+        image_column, label_column: the columns of a Hugging Face data set or a list, where several may be meant; of tar
+            shards the endings of the files of a sample, or a field of its `.json`.
+        remote_shards: whether tar shards of an object store are copied to the cache home, or each image is read there.
     """
 
     added: ClassVar[frozenset[str]] = frozenset(
         {"class_order", "background", "value_range", "on_bad_image", "sub_folders", "labels"}
-        | {"image_column", "label_column"}
+        | {"image_column", "label_column", "remote_shards"}
     )
 
     name: SourceName
@@ -114,6 +121,11 @@ class DatasetRecipe(Extensible):
     labels: PlacePath | None = None
     image_column: str | None = None
     label_column: str | None = None
+    remote_shards: Literal["copy", "read"] = "copy"
+
+    @field_serializer("data_dir", when_used="json-unless-none")
+    def _with_both_slashes(self, value: Path) -> str:
+        return remote_url(value) or str(value)
 
     @field_validator("test_split")
     @classmethod
@@ -154,6 +166,8 @@ class DatasetRecipe(Extensible):
             return self.name
         place = self.absolute().data_dir
         assert place is not None
+        if self.name == "webdataset" and is_pattern(place):
+            place = Path(shard_place(place, self.split).folder)
         return (place.stem if self.name in LISTS else place.name) or self.name
 
     @property
@@ -175,7 +189,7 @@ class DatasetRecipe(Extensible):
 
     def absolute(self) -> DatasetRecipe:
         """The same recipe with an absolute data_dir, which can be opened from any working directory."""
-        if self.data_dir is None:
+        if self.data_dir is None or remote_url(self.data_dir):
             return self
         return self.model_copy(update={"data_dir": Path(os.path.abspath(expand_user(self.data_dir)))})
 
@@ -217,7 +231,14 @@ def as_received(dataset: DatasetRecipe, where: object, *, data_dir: Path | None 
     places = [str(value) for value in (dataset.labels, dataset.split, *dataset.test_splits) if value is not None]
     places += [] if dataset.data_dir is None or data_dir is not None else [str(dataset.data_dir)]
     for place in places:
-        if is_strange_place(place):
+        if (url := remote_url(place)) is not None and not named.is_named("stores", shard_place(url, "").folder):
+            raise DataError(
+                "a received file names an object store that you have not named before",
+                where=where,
+                found=url,
+                next_step=f"if you trust it, name it yourself: --data-dir {url}",
+            )
+        if is_strange_place(place) and url is None:
             raise DataError(
                 "a received file names a place where images are not looked for",
                 where=where,
@@ -313,10 +334,10 @@ class DatasetIdentity(Extensible):
 
     `content_digest` covers keys, labels and class names. `background` is None for white, and `value_range` None for the
     range that the files declare. With `multi_label` an image may have any number of labels, and a sigmoid reads its
-    logits, not a softmax.
+    logits, not a softmax. `reduced` are the longest side and the JPEG quality with which larger images were packed.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"background", "value_range", "multi_label"})
+    added: ClassVar[frozenset[str]] = frozenset({"background", "value_range", "multi_label", "reduced"})
 
     name: str
     split: str
@@ -327,6 +348,7 @@ class DatasetIdentity(Extensible):
     background: Colour | None = None
     value_range: ValueRange | None = None
     multi_label: bool = False
+    reduced: tuple[PositiveInt, PositiveInt] | None = None
 
 
 def require_one_label(multi_label: bool, what: str, where: object) -> None:

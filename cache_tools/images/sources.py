@@ -60,6 +60,9 @@ SOURCES: dict[str, Source] = {
     "hf": Source("cache_tools.images.hf:open_hf", "Hugging Face data sets", settings=_COLUMNS),
     "csv": Source("cache_tools.images.listed:open_listed", "lists of images", settings=_COLUMNS),
     "parquet": Source("cache_tools.images.listed:open_listed", "lists of images", settings=_COLUMNS),
+    "webdataset": Source(
+        "cache_tools.images.webdataset:open_webdataset", "tar shards", settings=_COLUMNS | {"remote_shards"}
+    ),
 }
 _SOME_SOURCES = frozenset().union(*(source.settings for source in SOURCES.values()))
 
@@ -89,4 +92,5 @@ def takes(name: str, setting: str) -> bool:
 def takers(setting: str) -> str:
     """What the sources that have a setting are called, for messages: `folders`, or `lists of images`."""
     titles = [source.title for name, source in SOURCES.items() if setting in _SOME_SOURCES and takes(name, setting)]
-    return " and ".join(dict.fromkeys(titles)) or "folders"
+    *others, last = dict.fromkeys(titles or ["folders"])
+    return f"{', '.join(others)} and {last}" if others else last

@@ -60,7 +60,7 @@ class FlakyProxy:
     def gone(self) -> Iterator[None]:
         """Fail everything for the time of a `with` block. Clients give up after a second instead of minutes."""
         from cache_tools.home import staging
-        from cache_tools.places import remote
+        from cache_tools.storage import remote
 
         with pytest.MonkeyPatch.context() as patch:
             for module in (remote, staging):

@@ -241,6 +241,12 @@ def _pictures_and_cache(**cache: Any) -> None:
     tiny_run.write_cache(Path.cwd() / "tiny.zarr", pictures, num_views=2, block_rows=16, **cache)
 
 
+def _pictures_to_pack() -> None:
+    from tests.support import tiny_run
+
+    tiny_run.write_pictures(Path.cwd() / "pictures", train=3, test=1)
+
+
 def _train_recipe(epochs: int = 2, **changes: Any) -> None:
     from cache_tools.config import dump_yaml
     from tests.support import tiny_run
@@ -326,6 +332,7 @@ _ON_LABELS = "--student resnet8 --epochs 1 --loss ce --device cpu --set dataset.
 _EXPORT = "export-student run --format safetensors"
 
 CASES = [
+    KillCase("pack", _pictures_to_pack, _command("cache-tools pack-images pictures pack --max-side 12"), (_LS,)),
     KillCase("build", _tiny_recipe, _command("build-cache tiny.yaml"), (_LS,)),
     _pushed("build-out", _tiny_recipe, "build-cache tiny.yaml --out copy.zarr"),
     KillCase(

@@ -40,7 +40,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
         return examine(path)
 
     monkeypatch.setattr(index, "_examine_file", counted)
-    monkeypatch.setattr(index, "_YOUNG_NS", 0)
+    monkeypatch.setattr(index, "YOUNG_NS", 0)
     monkeypatch.setattr(index, "INDEXED_FROM_FILES", 1)
     return names
 
@@ -104,7 +104,7 @@ def test_a_small_folder_needs_no_index(tmp_path: Path, home: Path) -> None:
 
 def test_young_files_are_read_again(tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path)
-    monkeypatch.setattr(index, "_YOUNG_NS", 3_600_000_000_000)
+    monkeypatch.setattr(index, "YOUNG_NS", 3_600_000_000_000)
     opened(root)
     reads.clear()
     opened(root)

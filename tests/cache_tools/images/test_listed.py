@@ -110,7 +110,7 @@ def test_only_new_files_are_read_again(pictures: Path, monkeypatch: pytest.Monke
     read: list[str] = []
     examine: Callable[[Path], Any] = index._examine_file
     monkeypatch.setattr(index, "_examine_file", lambda path: read.append(path.name) or examine(path))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(index, "_YOUNG_NS", 0)
+    monkeypatch.setattr(index, "YOUNG_NS", 0)
     monkeypatch.setattr(index, "INDEXED_FROM_FILES", 1)
     place = write_list(pictures / "list.csv", [row for row in rows_of(pictures) if row[2] == "train"])
     opened(place)
@@ -210,7 +210,9 @@ def test_settings_of_other_sources_are_refused(pictures: Path) -> None:
     for settings in ({"sub_folders": "merge"}, {"labels": "labels.csv"}):
         with pytest.raises(ValueError, match="is for folders only, not for csv"):
             recipe_of(pictures / "list.csv", **settings)
-    with pytest.raises(ValueError, match=r"label_column is for Hugging Face data sets and lists of images only"):
+    with pytest.raises(
+        ValueError, match=r"label_column is for Hugging Face data sets, lists of images and tar shards only"
+    ):
         DatasetRecipe(name="folder", data_dir=pictures, label_column="x")
     with pytest.raises(ValueError, match=r"no such source of images: nope; known are digits, .*csv"):
         DatasetRecipe(name="nope")

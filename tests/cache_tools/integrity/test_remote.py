@@ -10,8 +10,9 @@ from cache_tools.cli import app
 from cache_tools.errors import FormatError, NotFoundError, StorageError
 from cache_tools.integrity import local as integrity
 from cache_tools.integrity.remote import repair, verify
-from cache_tools.places import LocalPlace, Place, open_place, remote
+from cache_tools.places import LocalPlace, Place, open_place
 from cache_tools.places.transfer import copy_cache, list_committed
+from cache_tools.storage import remote
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.support.s3_server import new_bucket

@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from cache_tools.images import check, open_images
+from cache_tools.images.pack import pack_images
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.integrity.images import check_images
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
-from tests.support import tiny_build, tiny_run
+from tests.support import shards, tiny_build, tiny_run
 from train.checkpoints import LAST
 from train.recipe.loading import load_train_recipe
 from train.run import train_student
@@ -58,9 +59,23 @@ def write_list(pictures: Path, place: Path) -> dict[str, Any]:
     return {"name": place.suffix.removeprefix("."), "data_dir": str(place)}
 
 
+def write_shards(pictures: Path, folder: Path) -> dict[str, Any]:
+    """Shards without an index, of which the labels are names in `.json` files."""
+    for split in ("train", "test"):
+        shards.write(pictures / split, folder / "shards", split, count=2, label="json")
+    return {"name": "webdataset", "data_dir": str(folder / "shards")}
+
+
+def write_pack(pictures: Path, folder: Path) -> dict[str, Any]:
+    pack_images(pictures, folder / "pack")
+    return {"name": "webdataset", "data_dir": str(folder / "pack")}
+
+
 SOURCES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "csv": lambda pictures, folder: write_list(pictures, folder / "list.csv"),
     "parquet": lambda pictures, folder: write_list(pictures, folder / "list.parquet"),
+    "webdataset": write_shards,
+    "pack": write_pack,
 }
 
 

@@ -19,6 +19,7 @@ from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.places import is_remote
+from cache_tools.storage import remote_url
 from cache_tools.store.group import read_manifest
 from cache_tools.system import named
 from cache_tools.system.arguments import expand_user
@@ -231,8 +232,8 @@ def _source_cache(reference: str) -> SourceCache:
 
 
 def _absolute(path: Path) -> Path:
-    """An absolute path with its links: their targets may have other paths on another node."""
-    return Path(os.path.abspath(expand_user(path)))
+    """An absolute path with its links: their targets may have other paths on another node. A URL stays."""
+    return path if remote_url(path) else Path(os.path.abspath(expand_user(path)))
 
 
 def _torch_threads() -> int:

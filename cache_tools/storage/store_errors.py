@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from cache_tools.errors import StorageError
-from cache_tools.places.aws import no_keys
+from cache_tools.storage.aws import no_keys
 
 _STATUS = re.compile(r"status(?: code)?:? ([1-5][0-9]{2})")
 _REQUEST = re.compile(r"performing [A-Z]+ (https?://\S+)")

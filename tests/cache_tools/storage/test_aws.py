@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cache_tools.errors import StorageError
-from cache_tools.places import RemotePlace, aws, open_place, store_errors
+from cache_tools.storage import RemotePlace, aws, open_place, store_errors
 from tests.support.s3_server import has_loopback, new_bucket
 
 KEYS = {"AWS_ACCESS_KEY_ID": "of-environment", "AWS_SECRET_ACCESS_KEY": "b"}
@@ -315,7 +315,7 @@ def test_an_endpoint_out_of_reach_is_named_within_seconds(
 def test_missing_credentials_are_named_within_seconds(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """obstore would ask the metadata service of a cloud for a minute."""
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr("cache_tools.places.store_errors._METADATA_HOSTS", ("127.0.0.1:1/",))
+    monkeypatch.setattr("cache_tools.storage.store_errors._METADATA_HOSTS", ("127.0.0.1:1/",))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:2")
     start = time.monotonic()
     with pytest.raises(StorageError, match=r"no credentials .*\(s3://bucket\).*none in the environment.*aws configure"):

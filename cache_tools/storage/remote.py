@@ -1,4 +1,4 @@
-"""A prefix of an object store as a place of caches. Only this module uses obstore, and imports it when needed."""
+"""A prefix of an object store as a place of files. Only this module uses obstore, and imports it when needed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from cache_tools.errors import NotFoundError, RecipeError
 from cache_tools.files import MAX_FILE_BYTES, too_large
-from cache_tools.places.aws import S3Settings, own_endpoint, s3_settings
-from cache_tools.places.base import Entry, Place
-from cache_tools.places.store_errors import as_storage_error, is_final, is_missing_bucket, is_not_connected
+from cache_tools.storage.aws import S3Settings, own_endpoint, s3_settings
+from cache_tools.storage.base import Entry, Place
+from cache_tools.storage.store_errors import as_storage_error, is_final, is_missing_bucket, is_not_connected
 
 _RETRIES, _FIRST_RETRIES = 12, 3
 _ATTEMPTS = 8
@@ -27,8 +27,8 @@ Answer = TypeVar("Answer")
 class RemotePlace(Place):
     """A prefix of an object store.
 
-    Credentials, endpoint and region of S3 are those that the AWS tools would use (`places.aws`); other stores take them
-    from the environment. Requests that fail for a passing reason are repeated.
+    Credentials, endpoint and region of S3 are those that the AWS tools would use (`storage.aws`); other stores take
+    them from the environment. Requests that fail for a passing reason are repeated.
 
     Args:
         patience_s: how long failed requests are repeated; PATIENCE_S by default.
@@ -62,6 +62,27 @@ class RemotePlace(Place):
 
         return self._request(key, get)
 
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        """Read a part of a file, which may end before `size` bytes.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StorageError: unreachable storage, or one that does not give parts.
+        """
+        import obstore
+
+        def get() -> bytes:
+            data: bytes = obstore.get_range(self._store, key, start=start, length=size).to_bytes()
+            return data
+
+        return self._request(key, get) if size else b""
+
+    def entry(self, key: str) -> Entry:
+        """What the store says of a file, without reading it. Raises FileNotFoundError if there is none."""
+        import obstore
+
+        return _entry(self._request(key, lambda: obstore.head(self._store, key)))
+
     def put(self, key: str, data: bytes, *, only_new: bool = False, durable: bool = True) -> bool:
         import obstore
         from obstore.exceptions import AlreadyExistsError
@@ -88,7 +109,7 @@ class RemotePlace(Place):
 
         batches = self._request(prefix, lambda: list(obstore.list(self._store, prefix or None)))
         for meta in (meta for batch in batches for meta in batch):
-            yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
+            yield _entry(meta)
 
     def folders(self) -> list[str]:
         import obstore
@@ -176,6 +197,10 @@ class RemotePlace(Place):
     def _bucket(self) -> str:
         """The URL without the path."""
         return "/".join(self._url.split("/")[:3])
+
+
+def _entry(meta: Any) -> Entry:
+    return Entry(meta["path"], meta["size"], meta["last_modified"].timestamp(), meta.get("e_tag"))
 
 
 def _object_store(url: str, settings: S3Settings | None, timeout_s: float, retry_s: float, retries: int) -> Any:

@@ -1,4 +1,4 @@
-"""A folder as a place of caches."""
+"""A folder as a place of files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from cache_tools.console import storage_error
 from cache_tools.errors import StorageError
 from cache_tools.files import MAX_FILE_BYTES, PARTIAL, SafeFolder
-from cache_tools.places.base import Entry, Place
+from cache_tools.storage.base import Entry, Place
 
 _ATTEMPTS = 8
 _LEFTOVER_S = 180.0

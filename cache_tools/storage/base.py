@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cache_tools.files import MAX_FILE_BYTES
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a place: its key, its size in bytes, and when it was written by the clock of the place (s)."""
+    """One file of a place: its key, its size in bytes, and when it was written by the clock of the place (s).
+
+    Attributes:
+        tag: an object store's word for this content; None for a folder.
+    """
 
     key: str
     size: int
     modified_s: float
+    tag: str | None = field(default=None, compare=False)
 
 
 class Place(ABC):
