@@ -37,6 +37,7 @@ from cache_tools.places import is_url
 from cache_tools.refusion import check_clip_scale, check_groups, check_shares
 from cache_tools.views.ops import MAX_SIDE
 from cache_tools.views.recipe import ViewRecipe
+from train.recipe.evaluation import EvaluationRecipe
 from train.recipe.settings import with_canvas
 
 OutputNames = Annotated[
@@ -138,7 +139,7 @@ CodecChoice = Annotated[
 ]
 
 
-class BuildRecipe(Frozen):
+class BuildRecipe(Extensible):
     """One cache: its images, their views, the networks, their fusion, and how targets are stored.
 
     `teacher` and `clip` are one network, a list of them, or None; one of the two may be missing. `teachers` and `clips`
@@ -146,8 +147,12 @@ class BuildRecipe(Frozen):
     `codec` is a preset (`cache_tools.codecs.presets.resolve_codecs`), or a codec for the logits and one for the
     features.
     `batch_size`, `block_rows`, `device` and `out` (a folder, or the URL of an object store) determine how and where the
-    work is done. All other fields determine the values.
+    work is done. `evaluation` is the transform of test images for the preflight, and for `train-student` if it is given
+    this recipe: the networks see the part of each image that it takes, at their own sizes. All other fields determine
+    the values.
     """
+
+    added = frozenset({"evaluation"})
 
     name: Name
     dataset: DatasetRecipe
@@ -162,6 +167,7 @@ class BuildRecipe(Frozen):
     batch_size: Count = 256
     block_rows: Count | None = None
     preflight_samples: CountOrZero = 2000
+    evaluation: EvaluationRecipe = EvaluationRecipe()
     device: str = "auto"
     out: Annotated[Path | str | None, BeforeValidator(_folder_or_url)] = None
 

@@ -24,7 +24,7 @@ from cache_tools.console import device_name, resolve_device
 from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.manifest import CODE, DECODER, Manifest, check_code_versions
-from cache_tools.format.recipe import CacheRecipe, ClipIdentity, Preprocessing, TeacherIdentity
+from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
 from cache_tools.format.stored import text_not_unicode
 from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images, frame_notes
@@ -170,9 +170,7 @@ def _record_test_split(
             open_images(recipe.dataset, split)  # a name that is wrong is not recorded
     else:
         ensemble.use_scales(output.manifest.clip_scales)
-        preflight = run_preflight(
-            ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size, _tested(recipe, splits[0])
-        )
+        preflight = _measure(ensemble, recipe, splits)
         say(f"preflight: {preflight}")
         if preflight.lost_by_fusion is not None:
             say(f"{preflight.lost_by_fusion} `cache-tools tune-fusion` can choose a better one from a component cache.")
@@ -222,10 +220,7 @@ def _create(
     images = splits[0]
     preflight: Preflight | MultiLabelPreflight | None = None
     if recipe.preflight_samples:
-        measure = run_multilabel_preflight if images.multi_label else run_preflight
-        preflight = measure(
-            ensemble, _preflight_images(splits), recipe.preflight_samples, recipe.batch_size, _tested(recipe, images)
-        )
+        preflight = _measure(ensemble, recipe, splits)
         say(f"preflight: {preflight}")
         for note in preflight.notes:
             say(f"note: {note}")
@@ -351,14 +346,16 @@ def _preflight_images(splits: Sequence[ImageSet]) -> ImageSet:
     return splits[1] if len(splits) > 1 else splits[0]
 
 
-def _tested(recipe: BuildRecipe, images: ImageSet) -> Preprocessing:
-    """The preprocessing with which students of these views are tested."""
-    from train.evaluate.canvas import evaluation_preprocessing
+def _measure(
+    ensemble: TeacherEnsemble, recipe: BuildRecipe, splits: Sequence[ImageSet]
+) -> Preflight | MultiLabelPreflight:
+    """The preflight on the part of each image that students are tested on, at each network's own size."""
+    from train.evaluate.canvas import network_tests
 
-    size = images.image_size
-    return evaluation_preprocessing(
-        recipe.views.seen_by("student").output_size(size), size, recipe.dataset.normalisation
-    )
+    images, normalisation = _preflight_images(splits), recipe.dataset.normalisation
+    test, for_clip = network_tests(images, recipe.views, recipe.evaluation, normalisation)
+    how = (ensemble, test.images, recipe.preflight_samples, recipe.batch_size, test.preprocessing)
+    return run_multilabel_preflight(*how) if images.multi_label else run_preflight(*how, for_clip)
 
 
 def _folders(splits: Sequence[ImageSet]) -> dict[str, Any] | None:

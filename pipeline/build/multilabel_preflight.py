@@ -80,7 +80,7 @@ def run_multilabel_preflight(
     rows = []
     with Progress("preflight", len(index), "images") as progress:
         for part, pixels in clean_batches(images, index, batch_size, ensemble.device, tested):
-            output = ensemble.outputs(pixels)
+            output = ensemble.outputs(*pixels)
             require_finite(ensemble, output)
             teachers = output.teachers
             rows.append(torch.stack([ensemble.teacher_logits(teachers), *(each.logits.float() for each in teachers)]))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cache_tools.format.recipe import Preprocessing
     from pipeline.networks.ensemble import EnsembleOutput, TeacherEnsemble
+    from train.evaluate.canvas import ImagesInTest
 
 
 class Preflight(Frozen):
@@ -57,14 +58,20 @@ class Preflight(Frozen):
 
 
 def run_preflight(
-    ensemble: TeacherEnsemble, images: ImageSet, limit: int, batch_size: int, tested: Preprocessing | None = None
+    ensemble: TeacherEnsemble,
+    images: ImageSet,
+    limit: int,
+    batch_size: int,
+    tested: Preprocessing | None = None,
+    for_clip: ImagesInTest | None = None,
 ) -> Preflight:
     """Measure every network, both groups and their fusion on up to `limit` evenly spaced clean samples.
 
     Networks whose weight in the fusion is 0 are measured, but not judged.
 
     Args:
-        tested: the preprocessing of students, which are tested on a part of each canvas; None for whole canvases.
+        tested: the preprocessing of tests, which take a part of each canvas; None for whole canvases.
+        for_clip: the same images for CLIP, if it gets them at another size.
 
     Raises:
         PreflightError: outputs are not finite, a network is no better than chance (`pipeline.build.judge`), or a
@@ -78,8 +85,8 @@ def run_preflight(
     labels = images.labels[index]
     batches: list[torch.Tensor] = []
     with Progress("preflight", len(index), "images") as progress:
-        for rows, pixels in clean_batches(images, index, batch_size, ensemble.device, tested):
-            output = ensemble.outputs(pixels)
+        for rows, pixels in clean_batches(images, index, batch_size, ensemble.device, tested, for_clip):
+            output = ensemble.outputs(*pixels)
             require_finite(ensemble, output)
             batches.append(_predictions(ensemble, output))
             progress.advance(len(rows))

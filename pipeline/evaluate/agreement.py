@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +16,9 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.refusion import FusionChoice
 from cache_tools.system import named
 from cache_tools.system.devices import float64_device, in_float64
-from pipeline.networks.ensemble import TeacherEnsemble
+from pipeline.networks.ensemble import TeacherEnsemble, clean_batches
 from pipeline.networks.stored import load_stored_ensemble
-from train.evaluate.canvas import as_tested
+from train.evaluate.canvas import ImagesInTest
 from train.runs.stored import StoredRun
 
 _NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
@@ -93,25 +94,24 @@ def agreement(
     batch_size: int = 256,
     advance: Callable[[int], None] | None = None,
     tested: Preprocessing | None = None,
+    for_clip: ImagesInTest | None = None,
 ) -> tuple[Agreement, ...]:
     """Compare a student with teacher, CLIP and fusion, or with the only one of them that there is.
 
     Args:
         student_NC: its logits for the clean `images`, float32 [N, C] on the teachers' device.
         advance: called with the number of images after each batch.
-        tested: the student's preprocessing; the teachers see the same part of each canvas. None for whole canvases.
+        tested: the preprocessing of tests, which take a part of each canvas; None for whole canvases.
+        for_clip: the same images for CLIP, if it gets them at another size.
     """
     labels = torch.from_numpy(images.labels).to(student_NC.device)
     sums = torch.zeros(len(ensemble.sources), 6, dtype=torch.float64, device=float64_device(student_NC.device))
-    for start in range(0, len(images), batch_size):
-        rows = slice(start, min(start + batch_size, len(images)))
-        pixels = torch.from_numpy(images.load(rows)).to(ensemble.device, non_blocking=True)
-        if tested is not None:
-            pixels = as_tested(pixels, tested)
-        sources = ensemble.source_logits(*ensemble.outputs(pixels))
+    for index, pixels in clean_batches(images, np.arange(len(images)), batch_size, ensemble.device, tested, for_clip):
+        rows = slice(index[0], index[-1] + 1)
+        sources = ensemble.source_logits(*ensemble.outputs(*pixels))
         sums += torch.stack([_counts(student_NC[rows], source, labels[rows]) for source in sources])
         if advance is not None:
-            advance(rows.stop - rows.start)
+            advance(len(index))
     return tuple(_figures(_NAMES[name], *row) for name, row in zip(ensemble.sources, sums.tolist(), strict=True))
 
 

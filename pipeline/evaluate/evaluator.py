@@ -17,7 +17,6 @@ import torch
 from cache_tools.console import Progress, describe_device, resolve_device
 from cache_tools.errors import DataError
 from cache_tools.files import SafeFolder, output_folder
-from cache_tools.format.recipe import Preprocessing
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import require_one_label
@@ -31,8 +30,9 @@ from pipeline.evaluate.report import (
     RobustnessReport,
 )
 from pipeline.evaluate.student import EvaluatedStudent, evaluate_checkpoint, measure_robustness, parquet
+from pipeline.networks.ensemble import TeacherEnsemble
 from train.checkpoints import StudentCard, read_card
-from train.evaluate.canvas import evaluation_preprocessing
+from train.evaluate.canvas import ImagesInTest
 from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused
 from train.evaluate.corruptions import Corrupted, open_corrupted
 from train.evaluate.metrics import Evaluation, evaluate_logits
@@ -81,14 +81,14 @@ class _Evaluator:
         if options.shifted:
             shifted = open_shifted(options.shifted, card.class_names, self.images.image_size)
             self.shifted = shifted.at(self.images.image_size[0], self.run.recipe.evaluation.interpolation)
-        self.tested: tuple[ImageSet, Preprocessing] | None = None  # of the teachers
+        self.teachers: TeacherEnsemble | None = None
+        self.tested: tuple[ImagesInTest, ImagesInTest | None] | None = None  # by the teachers, and by CLIP
         if options.teachers:
             test = self.images
             if not self.run.recipe.evaluation.is_default:
                 test = self.run.open_test(card, options.split, options.data_dir, options.download, for_teachers=True)
-            normalisation = (card.mean, card.std)
-            self.tested = test, evaluation_preprocessing(card.image_size, test.image_size, normalisation)
-        self.teachers = load_teachers(self.run, self.tested[0], self.device) if self.tested else None
+            self.teachers = load_teachers(self.run, test, self.device)
+            self.tested = self.run.tests_of_teachers(card, test)
         self.corrupted = self._open_corrupted()
 
     def report(self) -> EvaluationReport:
@@ -204,7 +204,7 @@ class _Evaluator:
     def _agreement(self, student: EvaluatedStudent) -> tuple[Agreement, ...] | None:
         if self.teachers is None or self.tested is None:
             return None
-        images, tested = self.tested
+        (images, tested), for_clip = self.tested
         with Progress("teachers", len(self.images), "images") as progress:
             return agreement(
                 student.logits,
@@ -212,6 +212,7 @@ class _Evaluator:
                 images,
                 advance=progress.advance,
                 tested=tested,
+                for_clip=for_clip,
             )
 
     def _confusion_picture(self, matrix: Any, student: EvaluatedStudent) -> bytes:

@@ -32,7 +32,7 @@ from cache_tools.views.recipe import Network, ViewRecipe
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
 from pipeline.recipe import ClipSpec, TeacherSpec, listed, shares
-from train.evaluate.canvas import as_tested
+from train.evaluate.canvas import ImagesInTest, as_tested
 
 NETWORKS: tuple[Network, Network] = ("teacher", "clip")
 
@@ -246,16 +246,21 @@ def clean_batches(
     batch_size: int,
     device: torch.device,
     tested: Preprocessing | None = None,
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    for_clip: ImagesInTest | None = None,
+) -> Iterator[tuple[np.ndarray, tuple[torch.Tensor, ...]]]:
     """(sample indices, their clean uint8 pixels on `device`), batch by batch.
 
     Args:
-        tested: the preprocessing of students, whose part of each canvas is taken; None for whole canvases.
+        tested: the preprocessing of tests, whose part of each canvas is taken; None for whole canvases.
+        for_clip: the same images for CLIP, if it gets them at another size; its pixels are then a second tensor.
     """
     for start in range(0, len(index), batch_size):
         rows = index[start : start + batch_size]
         pixels = torch.from_numpy(images.load(rows)).to(device)
-        yield rows, pixels if tested is None else as_tested(pixels, tested)
+        shown = [pixels if tested is None else as_tested(pixels, tested)]
+        if for_clip is not None:
+            shown.append(as_tested(torch.from_numpy(for_clip.images.load(rows)).to(device), for_clip.preprocessing))
+        yield rows, tuple(shown)
 
 
 def require_finite(ensemble: TeacherEnsemble, output: EnsembleOutput) -> None:
@@ -358,7 +363,7 @@ def _resolve_scales(ensemble: TeacherEnsemble, recipe: FusionRecipe, images: Ima
     if choice != "match":
         return [resolve_clip_scale(choice, scale) for scale in scales]
     batches = clean_batches(images, evenly_spaced(images, MATCH_SAMPLES), batch_size, ensemble.device)
-    outputs = [ensemble.outputs(pixels) for _, pixels in batches]
+    outputs = [ensemble.outputs(*pixels) for _, pixels in batches]
     for output in outputs:
         require_finite(ensemble, output)
     teacher_logits = torch.cat([ensemble.teacher_logits(output.teachers) for output in outputs])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import Preprocessing
-from cache_tools.images.image_set import Interpolation
-from cache_tools.views.recipe import ViewRecipe
+from cache_tools.images.image_set import ImageSet, Interpolation
+from cache_tools.views.recipe import Network, ViewRecipe
 from train.recipe.evaluation import EvaluationRecipe
 
 if TYPE_CHECKING:
@@ -17,6 +17,13 @@ MIN_CROP = 7 / 8  # 224 of 256, as is usual on ImageNet
 
 Size = tuple[int, int]
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+class ImagesInTest(NamedTuple):
+    """Test images on a canvas, and the preprocessing with which they are taken from there."""
+
+    images: ImageSet
+    preprocessing: Preprocessing
 
 
 def evaluation_preprocessing(
@@ -78,6 +85,38 @@ def chosen_preprocessing(
     """The preprocessing of test images on a canvas that is resized to `resize` and then cropped to `size`."""
     part = max(length / side for length, side in zip(size, canvas_size, strict=True)) * min(canvas_size) / resize
     return evaluation_preprocessing(size, canvas_size, normalisation, part, interpolation)
+
+
+def network_tests(
+    images: ImageSet, views: ViewRecipe, evaluation: EvaluationRecipe, normalisation: Normalisation
+) -> tuple[ImagesInTest, ImagesInTest | None]:
+    """What teachers and CLIP are measured on: the part of each image that students see, at each network's own size.
+
+    Args:
+        images: test images on the canvas of the training images.
+        views: of which each network has its own size.
+
+    Returns:
+        The images for the teachers, and those for CLIP; None if these are the same.
+    """
+    networks: tuple[Network, Network] = ("teacher", "clip")
+    teacher, clip = (_test_of(network, images, views, evaluation, normalisation) for network in networks)
+    same = teacher.images.image_size == clip.images.image_size and teacher.preprocessing == clip.preprocessing
+    return teacher, None if same else clip
+
+
+def _test_of(
+    network: Network, images: ImageSet, views: ViewRecipe, evaluation: EvaluationRecipe, normalisation: Normalisation
+) -> ImagesInTest:
+    canvas, for_student = images.image_size, views.seen_by("student")
+    size, student_size = views.seen_by(network).output_size(canvas), for_student.output_size(canvas)
+    if evaluation.is_default and size == student_size:
+        return ImagesInTest(images, evaluation_preprocessing(size, canvas, normalisation))
+    chosen, resize = sizes_in_test(evaluation, for_student, canvas)
+    resize = round(max(size) * resize / max(chosen))
+    images = images.at(resize, evaluation.interpolation)
+    how = chosen_preprocessing(size, resize, images.image_size, normalisation, evaluation.interpolation)
+    return ImagesInTest(images, how)
 
 
 def as_tested(pixels_NCHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:

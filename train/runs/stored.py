@@ -19,8 +19,9 @@ from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
 from train import checkpoints
 from train.checkpoints import StudentCard
-from train.evaluate.canvas import sizes_in_test
+from train.evaluate.canvas import ImagesInTest, network_tests, sizes_in_test
 from train.recipe import TrainRecipe
+from train.recipe.evaluation import EvaluationRecipe
 from train.runs import folder
 from train.weights.run_files import has_file, parse_json, read_file
 
@@ -103,6 +104,15 @@ class StoredRun:
             images = images.at(sizes_in_test(evaluation, views, images.image_size)[1], evaluation.interpolation)
         check_images(images, can_skip=False)
         return with_classes(images, card.class_names)
+
+    def tests_of_teachers(self, card: StudentCard, images: ImageSet) -> tuple[ImagesInTest, ImagesInTest | None]:
+        """What the teachers and CLIP are measured on: see `network_tests`.
+
+        Args:
+            images: test images for teachers.
+        """
+        assert self.manifest is not None, "a run with teachers has a manifest"
+        return network_tests(images, self.manifest.recipe.views, EvaluationRecipe(), (card.mean, card.std))
 
     def _views(self) -> ViewRecipe:
         """The views as the student sees them."""

@@ -11,17 +11,23 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
+from cache_tools.config import dump_yaml
 from cache_tools.errors import RecipeError
 from cache_tools.images import open_images
 from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
+from pipeline.build.preflight import Preflight
+from pipeline.networks.ensemble import load_ensemble
 from tests.support import tiny_build, tiny_run
 from tests.support.in_process import invoke
 from train.checkpoints import load_student, read_card
 from train.data import open_data
 from train.evaluate.metrics import evaluate_logits
 from train.recipe import TrainRecipe
+from train.recipe.loading import load_train_recipe
 from train.run import train_student
 
 CPU = torch.device("cpu")
@@ -165,3 +171,41 @@ def test_teachers_keep_their_own_transform(root: Path) -> None:
         shown.append([row["top1"] for row in json.loads(done.stdout)["teachers"]])
     assert read_card(root / "larger" / "last.safetensors").input_size == (24, 24)
     assert shown[0] == shown[1]
+
+
+@pytest.mark.medium
+def test_the_preflight_shows_each_network_that_part_at_its_own_size(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of teacher and CLIP by torchvision's transforms of the files."""
+    monkeypatch.setattr("pipeline.build.preflight.judge_networks", lambda *_: iter(()))
+    tiny_build.write_teacher(root / "teacher.safetensors")
+    changes: dict[str, Any] = {
+        "dataset": {"name": "folder", "data_dir": str(root / "pictures")},
+        "views": {**VIEWS, "sizes": {"student": 12, "clip": 32}},
+        "evaluation": {"resize": 24, "crop": 20, "interpolation": "bilinear"},
+        "preflight_samples": 50,
+        "num_views": 1,
+        "out": root / "preflight.zarr",
+    }
+    plan = tiny_build.recipe(root, **changes)
+    found = build_cache(plan).preflight
+    assert isinstance(found, Preflight)
+    images = open_images(plan.dataset, "test")
+    ensemble = load_ensemble(plan.teacher, plan.clip, plan.fusion, images, plan.dataset, CPU, "float32")
+    seen = []
+    for size, resize in ((14, 17), (32, 38)):  # of the teacher and of CLIP: 24/20 of each
+        whole = Compose([Resize(resize), CenterCrop(size), PILToTensor()])
+        seen.append(torch.stack([whole(Image.open(file).convert("RGB")) for file in files_of(root)]))
+    output = ensemble.outputs(*seen)
+    labels = torch.from_numpy(images.labels)
+    for name, logits in (("teacher", output.teachers[0].logits), ("clip", ensemble.scaled_logits(output.clips)[0])):
+        assert found.networks[name] == pytest.approx(float((logits.argmax(1) == labels).double().mean())), name
+    stored = TeacherCache(root / "preflight.zarr").manifest.build_recipe
+    assert stored["evaluation"] == {"resize": 24, "crop": 20, "interpolation": "bilinear"}
+    plain = tiny_build.recipe(root, **changes | {"evaluation": {}})
+    assert "evaluation" not in plain.model_dump(mode="json")
+    file = root / "plan.yaml"
+    file.write_text(dump_yaml(plan))
+    trained = load_train_recipe(str(file), ["loss.kind=ce"])
+    assert trained.evaluation == plan.evaluation
