@@ -24,7 +24,7 @@ from cache_tools.system.devices import in_float64
 from cache_tools.system.memory import drop_tracebacks, raise_on_out_of_memory
 from train.feed import Batch, Feed, MixedLabels, mixed_seed
 from train.objective import Objective
-from train.optim import create_optimiser, create_schedule, trained_parameters, update_of
+from train.optim import create_optimiser, create_schedule, parameter_groups, trained_parameters, update_of
 from train.recipe import TrainRecipe
 
 EpochOutcome = dict[str, float] | Exception
@@ -104,7 +104,7 @@ class Learner:
         # channels_last: tensor cores want it, and on the CPU it is a fifth quicker in float32 and bfloat16.
         self.student = student.to(device).to(memory_format=torch.channels_last)
         self.objective = objective.to(device)
-        self.optimiser = create_optimiser(recipe.optimiser, [*student.parameters(), *objective.parameters()])
+        self.optimiser = create_optimiser(recipe.optimiser, parameter_groups(recipe.optimiser, student, objective))
         updates_per_epoch = math.ceil(steps_per_epoch / recipe.optimiser.accumulate)
         self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, updates_per_epoch)
         # With warm-up: after n updates the average reaches back about n^(2/3) of them, so that short runs also get a
@@ -162,8 +162,8 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the last update."""
-        return float(self.optimiser.param_groups[0]["lr"])
+        """The learning rate of the last update; with layer decay, that of the classifier."""
+        return float(max(group["lr"] for group in self.optimiser.param_groups))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on; the schedule and all random numbers are functions of counters."""

@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from cache_tools.errors import RecipeError
 from train.feed import Batch
 from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
 
+ParameterGroup = dict[str, Any]
+"""`params`, and optionally `weight_decay` and `lr_scale`, by which timm's schedules multiply the learning rate."""
 
-def create_optimiser(recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, over the trainable parameters, with weight decay on all of them as in the reference
-    implementations of the field."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+
+def parameter_groups(recipe: OptimiserRecipe, student: nn.Module, objective: nn.Module) -> list[ParameterGroup]:
+    """The trained parameters of a run by learning rate and weight decay, as timm groups them.
+
+    By default they are one group with weight decay on all of them, as in the reference implementations of the field.
+
+    Args:
+        objective: its own layers have the full learning rate.
+
+    Raises:
+        RecipeError: layer decay for a network whose layers are not known.
+    """
+    decay, excludes = recipe.weight_decay, recipe.weight_decay_exclusions
+    if recipe.layer_decay is None and not excludes:
+        return [{"params": _trained([*student.parameters(), *objective.parameters()])}]
+    unnamed: Callable[[], Collection[str]] = frozenset
+    named = getattr(student, "no_weight_decay", unnamed)() if excludes else ()
+    how = {"weight_decay": decay, "weight_decay_exclude_1d": excludes}
+    if recipe.layer_decay is None:
+        groups = param_groups_weight_decay(student, no_weight_decay_list=named, **how)
+    elif not hasattr(student, "group_matcher"):
+        raise RecipeError(
+            "layer decay needs a network whose layers are known",
+            where="optimiser.layer_decay",
+            expected="a network with timm's group_matcher(), such as any of timm's",
+            found=type(student).__name__,
+            next_step="leave optimiser.layer_decay out, or choose a --student timm:NAME",
+        )
+    else:
+        groups = param_groups_layer_decay(student, no_weight_decay_list=named, layer_decay=recipe.layer_decay, **how)
+    return [*groups, *param_groups_weight_decay(objective, **how)]
+
+
+def create_optimiser(
+    recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter] | Sequence[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW, over the trainable parameters, or over groups of them (`parameter_groups`)."""
+    given = list(parameters)
+    if given and isinstance(given[0], dict):
+        groups: Any = given
+        trained = [each for group in groups for each in group["params"]]
+    else:
+        groups = trained = _trained(given)  # type: ignore[arg-type]
     # One kernel on CUDA, which also leaves out the update after an overflow in float16 without asking the host.
     fused = all(parameter.is_cuda for parameter in trained) or None
     if recipe.name == "adamw":
         return torch.optim.AdamW(
-            trained,
+            groups,
             lr=recipe.learning_rate,
             betas=(recipe.momentum, 0.999),
             weight_decay=recipe.weight_decay,
             fused=fused,
         )
     return torch.optim.SGD(
-        trained,
+        groups,
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
@@ -72,6 +115,10 @@ def update_of(batch: Batch, batch_size: int, accumulate: int) -> Update:
 def trained_parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimiser changes."""
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def create_schedule(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from cache_tools.config import Extensible, Frozen
 from cache_tools.config.fields import BelowOne, Count, CountOrZero, NotNegative, Positive
@@ -16,16 +16,24 @@ class OptimiserRecipe(Extensible):
 
     Attributes:
         clip_grad_norm: largest norm of the gradients of all trained parameters as one vector; None for no limit.
+        weight_decay_exclusions: whether weight decay leaves out what timm leaves out: biases, norms and other vectors,
+            and the parameters that the network's `no_weight_decay()` names. By default all parameters decay.
+        layer_decay: the learning rate of a layer is this times that of the next one; the classifier has the full rate.
+            For networks whose layers are known, as timm's are (`group_matcher`). None for one rate.
         accumulate: batches per update: their gradients add up to that of a batch as large as all of them.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"clip_grad_norm", "accumulate"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"clip_grad_norm", "accumulate", "weight_decay_exclusions", "layer_decay"}
+    )
 
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive = 0.05
     momentum: BelowOne = 0.9
     nesterov: bool = False
     weight_decay: NotNegative = 5e-4
+    weight_decay_exclusions: bool = False
+    layer_decay: Annotated[Positive, Field(le=1.0)] | None = None
     clip_grad_norm: Positive | None = None
     accumulate: Count = 1
 
