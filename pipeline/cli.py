@@ -217,13 +217,14 @@ def _check_images(recipe: BuildRecipe, as_json: bool) -> None:
 def _print_bad_files(found: SplitsCheck) -> None:
     import os
 
+    from cache_tools.images.summary import common_root
     from cache_tools.screen import TextTable
 
     bad = {name: (reason, "damaged") for name, reason in found.damaged.items()}
     bad |= {name: (reason, "left out") for name, reason in found.left_out.items()}
     if not bad:
         return
-    root = os.path.commonpath([os.path.dirname(name) for name in bad])
+    root = common_root(os.path.dirname(name) for name in bad)
     table = TextTable(["file", "reason", "is"], left=3, title=root)
     for name, cells in sorted(bad.items()):
         table.add_row(os.path.relpath(name, root), *cells)

@@ -9,33 +9,26 @@ imported only if the user has named the same module in the same place before, or
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import os
-import re
-import sys
-import traceback
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_tools.errors import RecipeError
-from cache_tools.system import named
+from cache_tools.system import own_code
+from cache_tools.system.own_code import ALLOWED, first_line, is_own, place_of, remember, require_consent
 
 if TYPE_CHECKING:
     from torch import nn
 
-ALLOWED = "TEACHER_CACHE_MODULES"  # environment: names of modules, with commas
-_OWN = re.compile(r"[A-Za-z_]\w+(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_LIBRARIES = {"timm", "torchvision", "package"}
-_OURS = {"cache_tools", "train", "pipeline", "teacher_cache"}
+__all__ = ["ALLOWED", "create", "find_function", "is_own", "remember", "require_consent"]
+
 _INTERFACE = ("forward_features", "forward_head", "get_classifier", "num_features")
-
-
-def is_own(name: str) -> bool:
-    """Whether a name of a network is `package.module:function`."""
-    return bool(_OWN.fullmatch(name)) and name.partition(":")[0].lower() not in _LIBRARIES
+_NETWORK = own_code.Purpose(
+    "network",
+    "timm:NAME, torchvision:NAME, or ",
+    "a function of the number of classes that returns a torch.nn.Module",
+    ("timm", "torchvision"),
+)
 
 
 def create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -54,7 +47,7 @@ def create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
         raise
     except Exception as error:  # whatever a user's function raises
         raise RecipeError(
-            "the function that builds the network failed", where=f"{name}, {_place(error)}", found=_reason(error)
+            "the function that builds the network failed", where=f"{name}, {place_of(error)}", found=first_line(error)
         ) from error
     if not isinstance(network, nn.Module):
         raise RecipeError(
@@ -84,107 +77,9 @@ def create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     return OwnNetwork(network, fitting[-1], name, num_classes)
 
 
-def remember(name: str) -> None:
-    """Record that the user has named this network: its module may be imported for stored runs from now on."""
-    named.remember("modules", _entry(name))
-
-
-def require_consent(name: str, where: object) -> None:
-    """Refuse to import a module that the user has not named.
-
-    Args:
-        name: of a network, as a stored run or cache has it.
-        where: that run or cache, for messages.
-
-    Raises:
-        RecipeError: it is a network of someone's own, and nothing says that the user wants its code to run.
-    """
-    if not is_own(name):
-        return
-    module = name.partition(":")[0]
-    allowed = {part.strip() for part in os.environ.get(ALLOWED, "").split(",")}
-    if allowed & {name, module, module.partition(".")[0]} or named.is_named("modules", _entry(name)):
-        return
-    place = origin(name)
-    raise RecipeError(
-        "to load this network, its code has to be imported, and you have not named it before",
-        where=where,
-        found=f"{name}, {f'in {place}' if place else 'which is not here'}",
-        next_step=f"if you trust that code, set {ALLOWED}={module} and run the command again",
-    )
-
-
-def origin(name: str) -> str | None:
-    """The file or folder of the module's top-level package; None if there is none. Imports nothing."""
-    _see_current_folder()
-    try:
-        spec = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
-    except (ImportError, ValueError):
-        return None
-    if spec is None:
-        return None
-    found = spec.origin or next(iter(spec.submodule_search_locations or ()), None)
-    return None if found is None else str(Path(found).resolve())
-
-
-def _entry(name: str) -> str:
-    """A module and its place, as the record of what the user has named has it."""
-    return f"{name.partition(':')[0]}\t{origin(name)}"
-
-
-def _see_current_folder() -> None:
-    """Let modules of the current folder be found, after everything that is installed."""
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-
-
 def find_function(name: str) -> Callable[..., Any]:
-    """Import the module and return the function.
-
-    Raises:
-        RecipeError: no such module or function, or an error in the module.
-    """
-    module_name, _, attribute = name.partition(":")
-    _see_current_folder()
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise RecipeError(
-                "the module of this network needs a package that is not installed", where=name, found=error.name
-            ) from error
-        raise RecipeError(
-            f"no module '{error.name}'",
-            where=name,
-            expected="timm:NAME, torchvision:NAME, or a module of the current folder or of an installed package",
-            found=f"none in {Path.cwd()}",
-            next_step=_advice(module_name, attribute),
-        ) from error
-    except Exception as error:  # whatever a user's module raises
-        raise RecipeError(
-            "cannot import the module of this network", where=f"{name}, {_place(error)}", found=_reason(error)
-        ) from error
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise RecipeError(
-            f"the module has no function '{attribute}'",
-            where=f"{name}, {getattr(sys.modules[module_name], '__file__', None)}",
-            expected="a function of the number of classes that returns a torch.nn.Module",
-        )
-    function: Callable[..., Any] = found
-    return function
-
-
-def _advice(module_name: str, attribute: str) -> str | None:
-    from train.weights.text import nearest
-
-    if module_name.endswith(".py"):
-        return f"leave out '.py': {module_name.removesuffix('.py')}:{attribute}"
-    if module_name.partition(".")[0] in _OURS:
-        return f"'{module_name.partition('.')[0]}' is a package of teacher-cache: give your module another name"
-    return nearest(module_name, ("timm", "torchvision"))
+    """Import the module and return the function; raises as `cache_tools.system.own_code.find_function`."""
+    return own_code.find_function(name, _NETWORK)
 
 
 def _arguments(function: Callable[..., Any], num_classes: int, options: Collection[str], name: str) -> dict[str, Any]:
@@ -220,17 +115,3 @@ def _other_class_count(name: str, num_classes: int, found: int) -> RecipeError:
         found=found,
         next_step="let the function use its argument num_classes",
     )
-
-
-def _place(error: BaseException) -> str:
-    """File and line where an exception was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}"
-    return f"{frame.filename}, line {frame.lineno}"
-
-
-def _reason(error: BaseException) -> str:
-    from train.weights.text import first_line
-
-    return first_line(error)

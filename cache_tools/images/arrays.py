@@ -1,14 +1,16 @@
-"""Image sources that fit in memory: the digits of scikit-learn, Fashion-MNIST, CIFAR-10 and CIFAR-100.
+"""Image sources that fit in memory: the digits of scikit-learn, Fashion-MNIST, CIFAR-10, CIFAR-100, SVHN and STL-10.
 
-`cache_tools.images.open_images` opens them. All images are 32 × 32.
+`cache_tools.images.open_images` opens them. All images are 32 × 32, but those of STL-10 are 96 × 96.
 """
 
 from __future__ import annotations
 
 import gzip
 import zlib
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ FASHION_NAMES = (
     "bag",
     "ankle boot",
 )
+STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 SYSTEM_FASHION_DIR = Path("/usr/share/datasets/fashion-mnist")
 _MAX_IDX_BYTES = 1 << 28
 _IDX_MAGIC = {1: 0x0801, 3: 0x0803}  # uint8, by number of dimensions
@@ -63,7 +66,7 @@ def open_digits(recipe: DatasetRecipe, split: str) -> ArrayImages:
     table = _digits_table()
     chosen = (np.arange(len(table)) % 5 != 4) == train
     scans, labels = table[chosen, :-1].reshape(-1, 8, 8).astype(np.uint8), table[chosen, -1].astype(np.int64)
-    return _array_images(recipe, split, DIGIT_NAMES, labels, scans, _enlarge(scans)[:, None])
+    return array_images(recipe, split, DIGIT_NAMES, labels, scans, _enlarge(scans)[:, None])
 
 
 def open_fashion_mnist(recipe: DatasetRecipe, split: str) -> ArrayImages:
@@ -83,7 +86,7 @@ def open_fashion_mnist(recipe: DatasetRecipe, split: str) -> ArrayImages:
             found=f"images {scans.shape}, {len(labels)} labels up to {labels.max(initial=0)}",
         )
     canvas = np.pad(scans, ((0, 0), (2, 2), (2, 2)))[:, None]
-    return _array_images(recipe, split, FASHION_NAMES, labels, scans, canvas)
+    return array_images(recipe, split, FASHION_NAMES, labels, scans, canvas)
 
 
 def open_cifar(recipe: DatasetRecipe, split: str) -> ArrayImages:
@@ -108,10 +111,47 @@ def open_cifar(recipe: DatasetRecipe, split: str) -> ArrayImages:
             next_step=_next_step(f"a --data-dir that contains {cls.base_folder}"),
         ) from error
     pixels = np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))
-    return _array_images(recipe, split, tuple(dataset.classes), np.array(dataset.targets), pixels, pixels)
+    return array_images(recipe, split, tuple(dataset.classes), np.array(dataset.targets), pixels, pixels)
 
 
-def _array_images(
+def open_stl10(recipe: DatasetRecipe, split: str) -> ArrayImages:
+    """STL-10 from torchvision's files, whose MD5 sums torchvision checks; 96 × 96, without the unlabelled images."""
+    _check_split(recipe, split)
+    found = _torchvision(recipe, "STL10", "stl10_binary", split)
+    names = tuple(getattr(found, "classes", ())) or STL10_NAMES
+    pixels = np.ascontiguousarray(found.data)
+    return array_images(recipe, split, names, found.labels, pixels, pixels)
+
+
+def open_svhn(recipe: DatasetRecipe, split: str) -> ArrayImages:
+    """SVHN's cropped digits from torchvision's files, whose MD5 sums torchvision checks. `extra` is a split too."""
+    if split != "extra":
+        _check_split(recipe, split)
+    found = _torchvision(recipe, "SVHN", None, split)
+    pixels = np.ascontiguousarray(found.data)
+    return array_images(recipe, split, DIGIT_NAMES, found.labels, pixels, pixels)
+
+
+def _torchvision(recipe: DatasetRecipe, class_name: str, folder: str | None, split: str) -> Any:
+    """A data set that torchvision has opened."""
+    from torchvision import datasets
+
+    root = _data_dir(recipe)
+    if root.name == folder:  # the user gave the folder that holds the files
+        root = root.parent
+    try:
+        with redirect_stdout(StringIO()):
+            return getattr(datasets, class_name)(root, split=split, download=recipe.download)
+    except (RuntimeError, OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{recipe.name} not found, or damaged",
+            where=root,
+            expected="its files with the published MD5 sums",
+            next_step=_next_step(f"a --data-dir that contains {folder or 'train_32x32.mat and test_32x32.mat'}"),
+        ) from error
+
+
+def array_images(
     recipe: DatasetRecipe,
     split: str,
     class_names: tuple[str, ...],

@@ -28,7 +28,7 @@ from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
 from cache_tools.images.index import num_workers
 from cache_tools.images.recipe import IMAGES_VERSION
 from cache_tools.images.result_folders import RESULT_FOLDERS
-from cache_tools.images.summary import HIDDEN, counted, some_names
+from cache_tools.images.summary import HIDDEN, common_root, counted, some_names
 
 MEMORY = "checked-images"  # folder in the cache home
 NAMES_LISTED = 20
@@ -50,7 +50,7 @@ def check_images(*splits: ImageSet | None, can_skip: bool = True) -> None:
     found = [(images, row, finding) for images in folders for row, finding in findings(images).items()]
     damaged = {images.place_of(row): finding.problem for images, row, finding in found if finding.problem}
     if damaged:
-        raise _damaged(os.path.commonpath([images.summary.root for images in folders]), damaged, can_skip)
+        raise _damaged(common_root(images.summary.root for images in folders), damaged, can_skip)
     unknown = [(finding.kind, finding.unknown_range) for _, _, finding in found if finding.unknown_range]
     if unknown:
         raise _unknown_range(folders, unknown, "whose range is not declared")
@@ -337,7 +337,7 @@ def _unknown_range(
         step += ", or [0, 65535] to take them as they are"
     return DataError(
         f"{len(found):,} images with {kind} {why}",
-        where=os.path.commonpath([images.summary.root for images in folders]),
+        where=common_root(images.summary.root for images in folders),
         expected="values that fill the 16 bits" if why.startswith("which") else "a declared range",
         found=f"values from {low:g} to {high:g}",
         next_step=step,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cache_tools.images.hf_layout import hf_marker
 from cache_tools.images.shard_files import has_shards, is_pattern, local_shards
+from cache_tools.images.sources import SOURCES
 from cache_tools.storage import remote_url
 from cache_tools.system.arguments import expand_user
 
@@ -22,6 +23,8 @@ def source_at(place: Path, expected: str) -> str:
         return expected
     if has_shards(path) or (expected == "webdataset" and any(local_shards(path))):
         return "webdataset"
+    if expected in SOURCES and SOURCES[expected].is_named:
+        return expected
     if hf_marker(path) is not None:
         return "hf"
     return "folder" if any(each.is_dir() for each in path.iterdir()) else expected

@@ -29,7 +29,7 @@ from cache_tools.images.kinds import source_at
 from cache_tools.images.shard_files import is_pattern, shard_place
 from cache_tools.images.sources import SOURCES, Normalisation, find_source, has_image_files, takers, takes
 from cache_tools.storage import remote_url
-from cache_tools.system import named
+from cache_tools.system import named, own_code
 from cache_tools.system.arguments import expand_user
 
 # Raise it when the canvas of some image file changes; see pipeline/build/known.py. 2: transparency on a background.
@@ -72,7 +72,8 @@ class DatasetRecipe(Extensible):
     Attributes:
         name: the source, of those in `cache_tools.images.sources`; `folder` is any folder of class sub-folders, `hf` a
             Hugging Face data set on the disk (see `cache_tools.images.hf_layout`), `csv` and `parquet` a list of image
-            files (see `cache_tools.images.listed`), `webdataset` tar shards (see `cache_tools.images.webdataset`).
+            files (see `cache_tools.images.listed`), `webdataset` tar shards (see `cache_tools.images.webdataset`). A
+            function of one's own is `package.module:function` (see `cache_tools.images.own_source`).
         split: the split to cache and train on. `train[:20000]`, `train[50%:]` and `train[::5]` are parts of it: Python
             slices of the samples in order. The samples of a folder are sorted by class, so take every k-th.
         test_split: the split to evaluate on, or a part; None for no evaluation. Of several, all are evaluated, and the
@@ -162,8 +163,8 @@ class DatasetRecipe(Extensible):
     @property
     def title(self) -> str:
         """What people call these images: the source, or the name of the folder or list."""
-        if not self.has_image_files or self.data_dir is None:
-            return self.name
+        if find_source(self.name).is_named or self.data_dir is None:
+            return self.name.rpartition(":")[2]
         place = self.absolute().data_dir
         assert place is not None
         if self.name == "webdataset" and is_pattern(place):
@@ -207,7 +208,7 @@ class DatasetRecipe(Extensible):
 
     def at(self, data_dir: Path) -> DatasetRecipe:
         """The same images at another place, read by the source that its files are for."""
-        if not self.has_image_files:
+        if not self.has_image_files or own_code.is_own(self.name):
             return self.model_copy(update={"data_dir": data_dir})
         return self.read_by(source_at(data_dir, self.name), data_dir)
 
@@ -218,16 +219,23 @@ class DatasetRecipe(Extensible):
         return self.model_copy(update={**left_out, "name": name, "data_dir": data_dir})
 
 
-def as_received(dataset: DatasetRecipe, where: object, *, data_dir: Path | None = None) -> DatasetRecipe:
+def as_received(
+    dataset: DatasetRecipe, where: object, *, data_dir: Path | None = None, name: str | None = None
+) -> DatasetRecipe:
     """A dataset that a received cache or run names, as it may be opened: nothing is downloaded because of it.
 
     Args:
         where: the cache or run, for errors.
         data_dir: the folder of the images that the user names instead.
+        name: the source that the user names instead.
 
     Raises:
-        DataError: without `data_dir`, a network share or a folder of the system's own files.
+        DataError: without `data_dir`, a network share, a folder of the system's own files, or an object store that the
+            user has not named.
+        RecipeError: a function of somebody's own whose module the user has not named.
     """
+    if name is None:
+        own_code.require_consent(dataset.name, where, "source of images")
     places = [str(value) for value in (dataset.labels, dataset.split, *dataset.test_splits) if value is not None]
     places += [] if dataset.data_dir is None or data_dir is not None else [str(dataset.data_dir)]
     for place in places:
@@ -257,7 +265,7 @@ def is_strange_place(place: str) -> bool:
 def check_location(name: str, data_dir: Path | None, download: bool) -> None:
     """Raise RecipeError for a `data_dir` of a source without files, or a `download` of one that is not downloaded."""
     source = find_source(name)
-    if data_dir is not None and not (source.needs_place or source.is_downloadable):
+    if data_dir is not None and source.side is not None and not source.is_downloadable:
         raise RecipeError(
             f"the dataset {name} has no folder of files, so no data_dir can be set",
             where=data_dir,
@@ -297,15 +305,18 @@ def changed_dataset(
         MismatchError: a setting that the cache was not built with.
     """
     values = {} if changes is None else changes.values
-    stored = as_received(stored, where, data_dir=data_dir or values.get("data_dir"))
+    other = values["name"] if values.get("name", stored.name) != stored.name else None
+    stored = as_received(stored, where, data_dir=data_dir or values.get("data_dir"), name=other)
     if changes is None:
         return stored
     built_from, place = stored.name, None if values.get("data_dir") is None else Path(str(values["data_dir"]))
     check_location(stored.name, place, values.get("download") is True)
-    if values.get("name", stored.name) != stored.name:
-        if not (stored.has_image_files and has_image_files(values["name"]) and (place or data_dir)):
-            raise _other_setting("name", stored.name, values["name"], where)
-        stored = stored.read_by(values["name"], place or data_dir)
+    if other is not None:
+        place = place or data_dir
+        has_place = place is not None or (has_image_files(other) and not find_source(other).needs_place)
+        if not (stored.has_image_files and has_image_files(other) and has_place):
+            raise _other_setting("name", stored.name, other, where)
+        stored = stored.read_by(other, place)
     elif place is not None and "name" not in values:
         stored = stored.at(place)
     anew = find_source(stored.name).settings if stored.name != built_from else frozenset[str]()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ class FolderSummary:
             "left_out": {printable(name): reason for name, reason in self.left_out.items()},
             "damaged": {printable(name): reason for name, reason in self.damaged.items()},
         }
+
+
+def common_root(paths: Iterable[Path | str]) -> str:
+    """The folder that all of some paths are in; the first if they have none in common, such as a folder and a URL."""
+    some = [str(path) for path in paths]
+    try:
+        return os.path.commonpath(some)
+    except ValueError:
+        return some[0]
 
 
 def some_names(names: Sequence[str]) -> str:

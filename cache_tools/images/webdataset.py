@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,9 @@ class ShardImages(EncodedImages):
             raise DataError("not an image", where=self.place_of(sample), found="an empty file")
         return data
 
+    def place_of(self, sample: int) -> str:
+        return f"{self.shards.place.folder}/{self.name_of(sample)}"
+
     def name_of(self, sample: int) -> str:
         row = self.columns.row(sample, named=True)
         return f"{self.shards.shards[row['shard']].name}/{row['name']}"
@@ -114,6 +118,7 @@ def open_webdataset(recipe: DatasetRecipe, split: str) -> ShardImages:
         where=place,
     )
     size = recipe.image_size or DEFAULT_IMAGE_SIZE
+    root = Path(place.folder) if place.is_remote else Path(os.path.abspath(place.folder))
     return ShardImages(
         name=recipe.name,
         split=split,
@@ -122,7 +127,7 @@ def open_webdataset(recipe: DatasetRecipe, split: str) -> ShardImages:
         keys=keys_of(table),
         image_size=(size, size),
         rules=PixelRules(recipe.background_colour, recipe.value_range),
-        summary=FolderSummary(Path(place.folder), len(table), left_out=left_out),
+        summary=FolderSummary(root, len(table), left_out=left_out),
         shards=ShardReader(place, shards),
         columns=table.select("name", "shard", "offset", "size").rechunk(),
         reduced=pack_record(place).get("reduced"),

@@ -9,6 +9,7 @@ from cache_tools.errors import CacheError
 from cache_tools.format.manifest import Manifest, build_command
 from cache_tools.images.own_folder import read_own_folder
 from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.system.arguments import expand_user
 from train.evaluate.metrics import Evaluation
 from train.recipe import TrainRecipe
 from train.recipe.loss import LABELS_ALONE
@@ -47,7 +48,9 @@ def _as_a_teacher(result: RunResult) -> list[str]:
         return []
     try:
         dataset = open_run(result.folder)[0].dataset
-        found = None if not dataset.has_image_files or dataset.data_dir is None else read_own_folder(dataset.data_dir)
+        place = dataset.data_dir
+        is_folder = dataset.has_image_files and place is not None and expand_user(place).is_dir()
+        found = read_own_folder(place) if is_folder and place is not None else None
     except CacheError:
         return []
     if found is None or dataset.data_dir is None:

@@ -388,6 +388,7 @@ def test_shards_of_a_bucket(server: str, pictures: Path, folder: Path, reads: Re
     found = opened(url, **settings)
     assert reads == []  # from the index
     assert pickle.loads(pickle.dumps(found)).read(3) == found.read(3)
+    assert found.place_of(0) == f"{url}/train-000000.tar/{found.columns['name'][0]}"
     place.put("train-000001.tar", (folder / "test-000000.tar").read_bytes())
     assert len(opened(url, **settings)) == 10
     assert reads == ["train-000001.tar"]

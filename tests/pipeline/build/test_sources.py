@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from cache_tools.integrity.images import check_images
 from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
 from tests.support import shards, tiny_build, tiny_run
+from tests.support.kill_cases import Command, run
+from tests.support.turns import slow
 from train.checkpoints import LAST
 from train.recipe.loading import load_train_recipe
 from train.run import train_student
@@ -71,16 +74,48 @@ def write_pack(pictures: Path, folder: Path) -> dict[str, Any]:
     return {"name": "webdataset", "data_dir": str(folder / "pack")}
 
 
+def write_food101(pictures: Path, folder: Path) -> dict[str, Any]:
+    """The layout of torchvision's Food101; what is in a file counts, not its ending."""
+    root = folder / "food-101"
+    (root / "meta").mkdir(parents=True)
+    for split in ("train", "test"):
+        listed: dict[str, list[str]] = {}
+        for file in sorted((pictures / split).glob("*/*.png")):
+            name = f"{file.parent.name}/{split}-{file.stem}"
+            listed.setdefault(file.parent.name, []).append(name)
+            (root / "images" / file.parent.name).mkdir(parents=True, exist_ok=True)
+            (root / "images" / f"{name}.jpg").write_bytes(file.read_bytes())
+        (root / "meta" / f"{split}.json").write_text(json.dumps(listed))
+    return {"name": "food101", "data_dir": str(folder)}
+
+
+def write_own(pictures: Path, folder: Path) -> dict[str, Any]:
+    (folder / "photos_of_mine.py").write_text(
+        "from pathlib import Path\n"
+        "NAMES = ('blue', 'green', 'red')\n"
+        "def open_photos(recipe, split):\n"
+        f"    files = sorted(Path({str(pictures)!r}, split).glob('*/*'))\n"
+        "    return files, [NAMES.index(file.parent.name) for file in files], NAMES\n"
+    )
+    return {"name": "photos_of_mine:open_photos"}
+
+
+# Told by their files: `--data-dir` alone makes them the images of a cache.
+TOLD = {"csv", "parquet", "webdataset", "pack"}
 SOURCES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "csv": lambda pictures, folder: write_list(pictures, folder / "list.csv"),
     "parquet": lambda pictures, folder: write_list(pictures, folder / "list.parquet"),
     "webdataset": write_shards,
     "pack": write_pack,
+    "food101": write_food101,
+    "own": write_own,
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_build_train_and_verify(source: str, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [*(name for name in SOURCES if name != "parquet"), slow("parquet")])
+def test_build_train_and_verify(source: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.syspath_prepend(tmp_path)
     dataset = {**SOURCES[source](root / "pictures", tmp_path), "image_size": tiny_run.SIDE}
     build_cache(tiny_build.recipe(root, dataset=dataset, num_views=VIEWS, out=tmp_path / "cache.zarr"))
     assert tiny_build.arrays_of(tmp_path / "cache.zarr") == tiny_build.arrays_of(root / "cache.zarr")
@@ -91,16 +126,28 @@ def test_build_train_and_verify(source: str, root: Path, tmp_path: Path) -> None
     report, _ = check_images(cache)
     assert (cache.recipe.dataset.name, report.problem, report.same_order) == (dataset["name"], None, True)
     # The cache of the folder, and these images: told by their files, or named.
-    train(root, tmp_path / "run", f"data_dir={dataset['data_dir']}")
-    assert outcome(tmp_path / "run") == outcome(root / "run")
     changes = [f"dataset.{key}={value}" for key, value in dataset.items()]
+    train(root, tmp_path / "run", *([f"data_dir={dataset['data_dir']}"] if source in TOLD else changes))
+    assert outcome(tmp_path / "run") == outcome(root / "run")
     named = load_train_recipe("digits", changes, {"cache": str(root / "cache.zarr")})
     of_folder = TeacherCache.open(root / "cache.zarr")
     assert named.cached_dataset(of_folder.manifest).name == dataset["name"]
-    assert check_images(of_folder, Path(dataset["data_dir"]))[0].problem is None
+    if source in TOLD:
+        assert check_images(of_folder, Path(dataset["data_dir"]))[0].problem is None
 
 
-def outcome(run: Path) -> tuple[dict[str, bytes], list[Any]]:
+def test_train_on_the_labels_of_a_list(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = {**write_list(root / "pictures", tmp_path / "list.csv"), "image_size": tiny_run.SIDE}
+    settings = [f"dataset.{key}={value}" for key, value in dataset.items()]
+    options = [part for each in [*settings, "views.ops=[flip]", "loggers=[]"] for part in ("--set", each)]
+    line = ("--loss", "ce", "--student", "resnet8", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run"))
+    assert run(Command("train-student", ("digits", *line, *options))) == {"code": 0}
+    assert "next: evaluate-student" in capsys.readouterr().out
+    evaluated = ("evaluate-student", str(tmp_path / "run"), "--device", "cpu", "--data-dir", str(root / "pictures"))
+    assert run(Command(evaluated[0], evaluated[1:])) == {"code": 0}  # the folder of the same images
+
+
+def outcome(folder: Path) -> tuple[dict[str, bytes], list[Any]]:
     """The weights of a student and its metrics."""
-    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(run / LAST).items()}
-    return weights, pl.read_parquet(run / "metrics.parquet").drop(tiny_run.TIMINGS).rows()
+    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / LAST).items()}
+    return weights, pl.read_parquet(folder / "metrics.parquet").drop(tiny_run.TIMINGS).rows()
