@@ -88,7 +88,12 @@ class Clip(nn.Module):
 
 
 def load_clip(
-    spec: ClipSpec, class_names: Sequence[str], device: torch.device, *, precision: Precision = "float32"
+    spec: ClipSpec,
+    class_names: Sequence[str],
+    device: torch.device,
+    *,
+    precision: Precision = "float32",
+    for_timing: bool = False,
 ) -> Clip:
     """Load an open_clip model with all its weights, and embed the prompts of every class.
 
@@ -96,6 +101,7 @@ def load_clip(
         spec: name, weights, templates, and class words if the dataset's names are poor ones for prompts.
         class_names: of the dataset, in label order; see `class_words`.
         precision: of the image tower's forward pass; the text tower always runs in float32.
+        for_timing: embed one prompt and use it for all, which gives useless cosines at the usual speed.
 
     Raises:
         WeightsError: the name or tag is unknown, weights are missing, unreadable, cannot be downloaded or do not fit
@@ -109,7 +115,7 @@ def load_clip(
         network = load_network(source)
         digest = weights_digest(network)
         freeze(network, device)
-        text_features = _embed_prompts(network, source, templates, words, device)
+        text_features = _embed_prompts(network, source, templates, words, device, limit=1 if for_timing else None)
     visual = network.visual
     identity = ClipIdentity(
         architecture=source.architecture,
@@ -134,16 +140,28 @@ def load_clip(
 
 @torch.no_grad()
 def _embed_prompts(
-    network: Any, source: ClipSource, templates: tuple[str, ...], words: tuple[str, ...], device: torch.device
+    network: Any,
+    source: ClipSource,
+    templates: tuple[str, ...],
+    words: tuple[str, ...],
+    device: torch.device,
+    *,
+    limit: int | None,
 ) -> torch.Tensor:
-    """Text features [P, C, D] float32, unit rows. Always computed in float32: they are computed only once."""
+    """Text features [P, C, D] float32, unit rows. Always computed in float32: they are computed only once.
+
+    Args:
+        limit: the number of prompts to embed, of which the last stands for the others; None for all.
+    """
     tokenizer = _tokenizer(source)
-    prompts = render_prompts(templates, words)
+    prompts = render_prompts(templates, words)[:limit]
     rows = [
         network.encode_text(tokenizer(prompts[start : start + TEXT_BATCH]).to(device), normalize=True).float()
         for start in range(0, len(prompts), TEXT_BATCH)
     ]
-    return torch.cat(rows).reshape(len(templates), len(words), -1)
+    embedded = torch.cat(rows)
+    rest = embedded[-1:].expand(len(templates) * len(words) - len(embedded), -1)
+    return torch.cat([embedded, rest]).reshape(len(templates), len(words), -1)
 
 
 def _tokenizer(source: ClipSource) -> Any:

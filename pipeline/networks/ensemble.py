@@ -201,6 +201,7 @@ def load_ensemble(
     *,
     fusion: Fusion | None = None,
     batch_size: int = 256,
+    for_timing: bool = False,
 ) -> TeacherEnsemble:
     """Load all networks for a dataset and resolve how they are fused.
 
@@ -209,6 +210,8 @@ def load_ensemble(
         fusion: an already resolved fusion (`Fusion.stored(manifest)`, `FusionChoice(…).resolve(cache)`) that replaces
             the one in `recipe`; its `clip_view` is ignored. None resolves the recipe. The scale `match` is then
             measured on up to 2048 evenly spaced clean samples of `images`.
+        for_timing: leave out what takes long: CLIP has one prompt for all classes, and the scale `match` is not
+            measured. The outputs take as long as usual, but are of no use.
 
     Raises:
         WeightsError: weights are missing, or do not fit the architecture, class count or class order.
@@ -227,9 +230,9 @@ def load_ensemble(
     )
     names, size, normalisation = images.class_names, images.image_size, dataset.normalisation
     loaded = [load_teacher(spec, names, device, size, normalisation, precision=precision) for spec in teacher_specs]
-    loaded_clips = [load_clip(spec, names, device, precision=precision) for spec in clip_specs]
+    loaded_clips = [load_clip(spec, names, device, precision=precision, for_timing=for_timing) for spec in clip_specs]
     ensemble = TeacherEnsemble(loaded, loaded_clips, recipe, fusion or unscaled)
-    if fusion is None:
+    if fusion is None and not for_timing:
         ensemble.use_scales(_resolve_scales(ensemble, recipe, images, batch_size))
     return ensemble
 

@@ -126,6 +126,21 @@ def test_many_prompts_go_through_in_batches(folder: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(small.text_features, clip.text_features, rtol=0, atol=1e-6)
 
 
+def test_for_timing_one_prompt_stands_for_all(folder: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded: list[int] = []
+    encode = open_clip.CLIP.encode_text
+
+    def counted(network: Any, text: torch.Tensor, **options: Any) -> torch.Tensor:
+        embedded.append(len(text))
+        return encode(network, text, **options)
+
+    monkeypatch.setattr(open_clip.CLIP, "encode_text", counted)
+    timed = load_clip(ClipSpec(name=f"local-dir:{folder}"), CLASSES, CPU, for_timing=True)
+    assert embedded == [1]
+    assert timed.identity == clip.identity
+    torch.testing.assert_close(timed.text_features, clip.text_features[:1, :1].expand_as(clip.text_features))
+
+
 def test_identity_does_not_depend_on_the_path(folder: Path, clip: Clip, tmp_path: Path) -> None:
     identity = clip.identity
     assert identity.architecture == "local-dir:tiny"
