@@ -112,6 +112,7 @@ class EvaluationReport(Frozen):
         Files that only an earlier evaluation wrote are removed: the folder is about one evaluation.
         """
         folder.remove(REPORT)
+        folder.remove_partials()  # of killed evaluations
         for name in (CONFUSION, CONFUSION_PICTURE, ROBUSTNESS, ROBUSTNESS_PICTURE):
             if name in files:
                 folder.put_durably(name, files[name])

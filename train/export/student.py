@@ -202,6 +202,7 @@ def _exporter_errors(source: Source, name: str, done: str) -> Iterator[None]:
 @contextmanager
 def _staged(folder: SafeFolder) -> Iterator[Path]:
     """A folder on the same disk for unchecked files. It is removed afterwards, as are those of killed processes."""
+    folder.remove_partials()
     for entry in folder.entries():
         if entry.is_folder and entry.name.startswith(".") and is_partial(entry.name):
             folder.remove_tree(entry.name)
