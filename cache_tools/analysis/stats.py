@@ -192,6 +192,8 @@ class StatsFolder:
         self._is_cleared = False
         self._folder = SafeFolder(path)
         make_folder(path, "views")
+        for name in ("", "views"):
+            self._folder.remove_partials(name)  # of killed commands
 
     def write_view(self, view: int, frame: pl.DataFrame) -> None:
         """Write the table of a view, one row per source and sample, with figures in float32."""
