@@ -25,6 +25,7 @@ from cache_tools.config import (
     name_or_fields,
     one_or_several,
     set_dotted,
+    typed_settings,
     validate,
 )
 from cache_tools.config.fields import Count, CountOrZero, Name, Number, Share, ViewCount
@@ -38,6 +39,7 @@ from cache_tools.refusion import check_clip_scale, check_groups, check_shares
 from cache_tools.views.ops import MAX_SIDE
 from cache_tools.views.recipe import ViewRecipe
 from train.recipe.evaluation import EvaluationRecipe
+from train.recipe.loading import OPTION_NAMES
 from train.recipe.settings import with_canvas
 
 OutputNames = Annotated[
@@ -279,14 +281,15 @@ def load_build_recipe(
         RecipeError: as `load_recipe`; a place for a dataset that has none.
     """
     if source is None or not is_folder_argument(source, builtin_names(builtin_recipes())):
-        recipe = load_recipe(BuildRecipe, source, builtin_recipes(), overrides, options)
+        recipe = load_recipe(BuildRecipe, source, builtin_recipes(), overrides, options, OPTION_NAMES)
     else:
+        overrides = list(overrides)
         settings = given_settings(overrides, options)
         refuse_second_folder(source, (key for key, _ in settings))
         data = _folder_recipe(source, settings)
         for key, value in settings:
             set_dotted(data, key, value)
-        recipe = validate(BuildRecipe, data, where=source, given=[key for key, _ in settings])
+        recipe = validate(BuildRecipe, data, where=source, typed=typed_settings(overrides, options, OPTION_NAMES))
     check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)
     return recipe
 

@@ -40,12 +40,12 @@ def stats_command(
     On images that the teacher was trained on, the teacher looks better than it is.
     """
     from cache_tools.analysis import stats
-    from cache_tools.config import validate
+    from cache_tools.config import typed_settings, validate
     from cache_tools.reader import TeacherCache
     from cache_tools.refusion import FusionChoice
 
     options = {"teacher_weight": teacher_weight, "clip_scale": parse_clip_scale(clip_scale)}
-    choice = validate(FusionChoice, options, where="options")
+    choice = validate(FusionChoice, options, where="options", typed=typed_settings((), options))
     views, cache = parse_views(view), TeacherCache.open(reference)
     folder = None if out is None else stats.StatsFolder(out)
     found = stats.analyse(

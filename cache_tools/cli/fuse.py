@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache_tools.cli.options import AsJson, BlockRows, Cache, Device, NewFolder, parse_clip_scale
-from cache_tools.config import validate
+from cache_tools.config import typed_settings, validate
 from cache_tools.console import print_json, print_line, print_next, warn
 from cache_tools.errors import RecipeError
 from cache_tools.places import local_folder
@@ -76,7 +76,7 @@ def fuse_command(
         "prompt_ensemble": prompt_ensemble,
         "prompts": numbers,
     }
-    choice = validate(FusionChoice, options, where="options")
+    choice = validate(FusionChoice, options, where="options", typed=typed_settings((), options))
     with warnings.catch_warnings():  # printed below, once
         warnings.filterwarnings("ignore", "top-k targets at temperature")
         done = fuse(

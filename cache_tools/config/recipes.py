@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,8 +18,9 @@ from pydantic import (
     model_serializer,
 )
 
+from cache_tools.config.given import abridged, find_typed, given_settings, set_dotted, typed_settings
 from cache_tools.config.text import MAX_RECIPE_BYTES, parse_yaml, read_text
-from cache_tools.errors import RecipeError
+from cache_tools.errors import RecipeError, error_from_data, error_to_data
 from cache_tools.system.arguments import unprintable
 
 
@@ -120,6 +121,7 @@ def load_recipe(
     builtin: Traversable,
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Read a recipe and apply options to it.
 
@@ -129,31 +131,16 @@ def load_recipe(
         builtin: the folder that holds the built-in `NAME.yaml` files.
         overrides: `--set` items, `dotted.key=YAML value`; they override everything else.
         options: dotted key → value of a command-line option; None values are ignored.
+        names: as for `typed_settings`.
 
     Raises:
         RecipeError: an unknown name, unreadable YAML, an unknown key (the message suggests the nearest), a bad value.
     """
     data = {} if source is None else read_recipe(source, builtin)
-    settings = given_settings(overrides, options)
-    for key, value in settings:
+    overrides = list(overrides)
+    for key, value in given_settings(overrides, options):
         set_dotted(data, key, value)
-    return validate(model, data, where=source or "options", given=[key for key, _ in settings])
-
-
-def given_settings(overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> list[tuple[str, Any]]:
-    """The (dotted key, value) pairs of command-line options and, after them, of `--set` items.
-
-    Raises:
-        RecipeError: an item that is not `key=YAML value`.
-    """
-    settings = [(key, value) for key, value in (options or {}).items() if value is not None]
-    for item in overrides:
-        key, separator, text = item.partition("=")
-        if not separator or not key.strip():
-            raise RecipeError("cannot read --set", where=item, expected="--set key=value", found=repr(item))
-        value = parse_yaml(text, "cannot read the value of --set", where=_abridged(item))
-        settings.append((key.strip(), value))
-    return settings
+    return validate(model, data, where=source or "options", typed=typed_settings(overrides, options, names))
 
 
 def is_recipe_file(source: str) -> bool:
@@ -167,18 +154,23 @@ def builtin_names(builtin: Traversable) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in builtin.iterdir() if entry.name.endswith(".yaml"))
 
 
-def validate(model: type[Recipe], data: Any, *, where: str, given: Collection[str] = ()) -> Recipe:
+def validate(model: type[Recipe], data: Any, *, where: str, typed: Mapping[str, str] | None = None) -> Recipe:
     """Build `model` from plain data; turn pydantic's report into one RecipeError.
 
     Args:
         where: the place of the data, for messages.
-        given: dotted keys that options of the command or `--set` have set: these are wrong there, not in the file.
+        typed: dotted key → what the user typed to set it (`typed_settings`): the mistake is there, not in the file.
     """
     _check_values(data, where)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _recipe_error(model, error, where, given) from error
+        raise _recipe_error(model, error, where, typed or {}) from error
+    except RecipeError as error:  # of a rule that names the key
+        if (option := (typed or {}).get(str(error.where))) is None:
+            raise
+        data = {**error_to_data(error), "where": option}
+        raise error_from_data(data) from error
 
 
 def dump_yaml(recipe: BaseModel) -> str:
@@ -191,38 +183,6 @@ def dump_yaml(recipe: BaseModel) -> str:
         return text
     # With escapes for what could affect a terminal; it reads the same.
     return yaml.safe_dump(values, sort_keys=False, width=100)
-
-
-def set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dictionaries in place, where digits index lists."""
-    *parents, last = key.split(".")
-    node: Any = data
-    for name in parents:
-        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
-            node = node[int(name)]
-            continue
-        if not isinstance(node, dict):
-            raise _no_such_parent(node, key, name)
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise _no_such_parent(node, key, last)
-
-
-def _no_such_parent(node: Any, key: str, name: str) -> RecipeError:
-    if not isinstance(node, list):
-        return RecipeError("cannot set a key below a plain value", where=key, found=_abridged(node))
-    return RecipeError(
-        "cannot set a key of a whole list",
-        where=key,
-        expected=f"the number of an entry, 0 to {len(node) - 1}, where '{name}' is",
-        next_step=f"name the entry, as in --set {key.replace(f'.{name}', f'.0.{name}', 1)}=…",
-    )
 
 
 def read_recipe(source: str, builtin: Traversable) -> dict[str, Any]:
@@ -273,18 +233,15 @@ def _check_values(data: Any, where: str) -> None:
             found = f"the character {character}"
             raise RecipeError(f"bad text for '{key}'", where=where, expected="text in UTF-8", found=found)
         elif isinstance(value, int) and abs(value) >= 1 << 64:
-            raise RecipeError(f"bad value for '{key}'", where=where, expected="a number", found=_abridged(value))
+            raise RecipeError(f"bad value for '{key}'", where=where, expected="a number", found=abridged(value))
         elif isinstance(value, float) and math.isnan(value):
             raise RecipeError(f"bad value for '{key}'", where=where, expected="a number", found="NaN")
 
 
-def _recipe_error(
-    model: type[BaseModel], error: ValidationError, where: str, given: Collection[str] = ()
-) -> RecipeError:
+def _recipe_error(model: type[BaseModel], error: ValidationError, where: str, typed: Mapping[str, str]) -> RecipeError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part not in UNION_TAGS) or "(the whole recipe)"
-    if any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for one in given):
-        where = "an option of the command or --set"
+    where = find_typed(typed, key) or where
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         siblings = _known_keys(model, first["loc"][:-1])
@@ -305,13 +262,8 @@ def _recipe_error(
         message = first["msg"].removeprefix("Value error, ")
         return RecipeError(f"bad value for '{key}'{more}: {message}", where=where)
     return RecipeError(
-        f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=_abridged(first.get("input"))
+        f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=abridged(first.get("input"))
     )
-
-
-def _abridged(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

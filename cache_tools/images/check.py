@@ -120,7 +120,7 @@ def check_classes(images: EncodedImages) -> None:
             where=summary.root,
             expected="images of several classes",
             found=images.class_names[0],
-            next_step="set data_dir or the split to the folder that holds the class folders",
+            next_step="give the folder that holds the class folders (as the argument or --data-dir), or dataset.split",
         )
 
 

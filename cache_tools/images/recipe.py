@@ -150,7 +150,7 @@ class DatasetRecipe(Extensible):
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError("value_range needs two numbers that rise, such as [0, 4095]")
         if source.needs_place and self.data_dir is None:
-            raise ValueError("a folder needs data_dir" if self.name == "folder" else f"{self.name} needs data_dir")
+            raise ValueError(f"{'a folder' if self.name == 'folder' else self.name} needs data_dir: give --data-dir")
         if self.labels is not None and self.sub_folders is not None:
             raise ValueError("sub_folders is for class folders: with labels, the table says what is in an image")
         return self
@@ -267,7 +267,7 @@ def check_location(name: str, data_dir: Path | None, download: bool) -> None:
     source = find_source(name)
     if data_dir is not None and source.side is not None and not source.is_downloadable:
         raise RecipeError(
-            f"the dataset {name} has no folder of files, so no data_dir can be set",
+            f"the dataset {name} has no folder of files, so --data-dir is not for it",
             where=data_dir,
             next_step="give a folder of images as the argument in place of the recipe, or set dataset.name=folder",
         )

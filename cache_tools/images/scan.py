@@ -184,7 +184,8 @@ def _not_class_folders(root: Path, classes: list[str], images: list[str], broken
         found = f"the image {images[0]}{more} beside {'the class folders' if classes else 'no sub-folder'}"
         step = "make a folder for each class and move its images there"
     else:
-        found, step = "no sub-folder", "make a folder for each class, or set data_dir or the split to another folder"
+        found = "no sub-folder"
+        step = "make a folder for each class, or give another folder (as the argument or --data-dir) or dataset.split"
     expected = "one sub-folder per class and every image in one of them"
     return DataError("not a folder of class folders", where=root, expected=expected, found=found, next_step=step)
 

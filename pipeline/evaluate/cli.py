@@ -80,7 +80,7 @@ def evaluate_student(
     # Imported here because torch takes seconds to import, and --help does not need it.
     import os
 
-    from cache_tools.config import validate
+    from cache_tools.config import typed_settings, validate
     from pipeline.evaluate.evaluator import evaluate_student as evaluate
     from pipeline.evaluate.report import EvaluateOptions
 
@@ -103,7 +103,7 @@ def evaluate_student(
         "workers": cores if workers is None else workers,
         "out": out,
     }
-    options = validate(EvaluateOptions, given, where="options")
+    options = validate(EvaluateOptions, given, where="options", typed=typed_settings((), given))
     report = evaluate(run, options)
     if as_json:
         print(printable_json(report.model_dump_json(indent=2)))

@@ -126,7 +126,10 @@ def test_clip_fills_a_recipe_that_has_none(tmp_path: Path) -> None:
         (["--clip", "none", "--clip-checkpoint", "a.pth"], "--clip-checkpoint is about a network that is left out"),
         (["--teacher", "none", "--teacher-checkpoint", "a.pth"], "(--teacher none); found a.pth"),
         (["--clip", "none", "--set", "fusion.clip_scale=match"], "no CLIP, so this setting has no effect"),
-        (["--set", "clip=null", "--set", "fusion.prompt_ensemble=logits"], "(fusion.prompt_ensemble); found logits"),
+        (
+            ["--set", "clip=null", "--set", "fusion.prompt_ensemble=logits"],
+            "(--set fusion.prompt_ensemble=logits); found logits",
+        ),
     ],
     ids=str,
 )

@@ -61,11 +61,12 @@ def export_student(
         "data_dir": data_dir,
     }
     # torch takes seconds to import: --help does not wait for it.
-    from cache_tools.config import validate
+    from cache_tools.config import typed_settings, validate
     from train.export.student import ExportOptions
     from train.export.student import export_student as export
 
-    report = export(run, validate(ExportOptions, values, where="options"))
+    typed = typed_settings((), values, {"formats": "--format"})
+    report = export(run, validate(ExportOptions, values, where="options", typed=typed))
     if as_json:
         print(printable_json(report.model_dump_json(indent=2)))
     else:

@@ -9,10 +9,11 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from cache_tools.config import builtin_names, given_settings, set_dotted, validate
+from cache_tools.config import builtin_names, find_typed, given_settings, set_dotted, typed_settings, validate
 from cache_tools.errors import CacheError
 from cache_tools.images.own_folder import is_folder_argument, refuse_second_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
+from cache_tools.refusion import check_clip_scale
 from cache_tools.views.recipe import ViewRecipe
 from train.recipe.loss import needs_targets
 from train.recipe.settings import TrainRecipe, all_fields, as_changes, default_fields, has_name
@@ -32,6 +33,17 @@ SETTING_ALIASES = {
     "student.weights": "student_weights",
     "student.weights_key": "student_weights_key",
 }
+# The names of options that are not the last part of their key.
+OPTION_NAMES = {
+    "num_views": "--views",
+    "optimiser.learning_rate": "--lr",
+    "loggers": "--log",
+    "views.base_seed": "--seed",
+    "teacher.weights": "--teacher-checkpoint",
+    "clip.name": "--clip",
+    "clip.weights": "--clip-checkpoint",
+    "clip.templates": "--prompts",
+}
 
 
 def builtin_recipes() -> Traversable:
@@ -45,6 +57,7 @@ def load_train_recipe(
     options: Mapping[str, Any] | None = None,
     *,
     for_sweep: bool = False,
+    written: Mapping[str, str] | None = None,
 ) -> TrainRecipe:
     """Load a recipe, with options applied on top; see `cache_tools.config.load_recipe`.
 
@@ -55,11 +68,14 @@ def load_train_recipe(
         source: a built-in name, a YAML file of `train-student` or `build-cache`, a folder of images, or None for an
             empty recipe.
         for_sweep: whether other settings are still to come, so that a setting without effect may have one later.
+        written: dotted key → where it is set, for the `overrides` that the user has not typed.
 
     Raises:
         RecipeError: as `load_recipe`; a setting that has no effect.
     """
+    overrides = list(overrides)
     settings = given_settings(map(full_key, overrides), options)
+    typed = {**typed_settings((), options, OPTION_NAMES), **_typed_overrides(overrides), **(written or {})}
     if source is not None and is_folder_argument(source, builtin_names(builtin_recipes())):
         refuse_second_folder(source, (key for key, _ in settings))
     data, own, of_a_run = TrainSource({}) if source is None else read_train_source(source, builtin_recipes(), settings)
@@ -76,13 +92,21 @@ def load_train_recipe(
                 data[part] = as_changes(model, {key: values[key] for key in kept if key in values}, part)
     elif data.get("dataset") is not None:
         data["cache"] = None  # named for other losses
-    recipe = validate(TrainRecipe, data, where=source or "options", given=[key for key, _ in settings])
+    recipe = validate(TrainRecipe, data, where=source or "options", typed=typed)
+    if (scale := recipe.fusion.clip_scale) is not None and "fusion.clip_scale" in typed:
+        check_clip_scale(scale, where=typed["fusion.clip_scale"])
     if not for_sweep:
-        refuse_unused(all_fields(recipe), default_fields(), dotted_keys(settings))
+        given_keys = {key: find_typed(typed, key) or key for key in dotted_keys(settings)}
+        refuse_unused(all_fields(recipe), default_fields(), given_keys)
     if isinstance(recipe.dataset, DatasetRecipe):
         recipe.own_dataset()  # refuses a data_dir of a source that has none
         check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)
     return recipe
+
+
+def _typed_overrides(overrides: Iterable[str]) -> dict[str, str]:
+    """`typed_settings` of `--set` items, which may have short names."""
+    return {full_key(key): text for key, text in typed_settings(overrides).items()}
 
 
 def _keys_below(part: str, given: Iterable[str]) -> set[str]:

@@ -23,21 +23,21 @@ def unused_settings(recipe: Mapping[str, Any]) -> dict[str, str]:
     return {key: needs for keys, needs in _unused(recipe) for key in keys}
 
 
-def refuse_unused(recipe: Mapping[str, Any], defaults: Mapping[str, Any], given: Iterable[str]) -> None:
+def refuse_unused(recipe: Mapping[str, Any], defaults: Mapping[str, Any], given: Mapping[str, str]) -> None:
     """Raise RecipeError for the first setting that a user has made and that has no effect; a default is no setting.
 
     Args:
         recipe, defaults: the recipe and one with default values, as plain data with all fields.
-        given: dotted keys that the user has set.
+        given: dotted key → what the user typed to set it.
     """
     unused = unused_settings(recipe)
-    for key in given:
+    for key, typed in given.items():
         if key in unused and value_at(recipe, key) != value_at(defaults, key):
             raise RecipeError(
                 "this setting has no effect",
-                where=f"{key}={value_at(recipe, key)}",
+                where=typed if "=" in typed else f"{typed} {value_at(recipe, key)}",
                 expected=unused[key],
-                next_step=f"leave {key} out, or change what it needs",
+                next_step="leave it out, or change what it needs",
             )
 
 

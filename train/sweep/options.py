@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, Field
 
-from cache_tools.config import Frozen, given_settings, parse_yaml, validate
+from cache_tools.config import Frozen, given_settings, parse_yaml, typed_settings, validate
 from cache_tools.config.text import MAX_RECIPE_BYTES, read_text
 from cache_tools.errors import NotFoundError, RecipeError
 from train.recipe import TrainRecipe
@@ -60,8 +60,13 @@ def read_sweep(
     stored = {} if file is None else load_sweep(file)
     keys = validate(_FileKeys, stored, where=str(file))
     settings = {key: value for key, value in keys.set.items() if options.get(key) is None}
-    items = [full_key(item) for item in (*_items(settings), *overrides)]
-    base = load_train_recipe(recipe or keys.recipe or DEFAULT_RECIPE, items, options, for_sweep=True)
+    of_file = _items(settings)
+    items = [full_key(item) for item in (*of_file, *overrides)]
+    written = {key: f"{file}, set.{key}" for key in typed_settings(map(full_key, of_file))}
+    written = {key: place for key, place in written.items() if key not in typed_settings(map(full_key, overrides))}
+    base = load_train_recipe(
+        recipe or keys.recipe or DEFAULT_RECIPE, [*of_file, *overrides], options, for_sweep=True, written=written
+    )
     if recipe is None and keys.recipe is None:
         base = named_after_cache(base)
     data = {"name": base.name, **{key: value for key, value in stored.items() if key not in {"recipe", "set"}}}
@@ -73,7 +78,10 @@ def read_sweep(
     data["given"] = sorted(set(dotted_keys(given_settings(items, options))))
     if asha and not data.get("asha"):
         data["asha"] = {}
-    return validate(SweepRecipe, data, where=str(file or "options"))
+    axes = {"grid": grid or None, "search.space": grid or None, "search.trials": search}
+    names = {"search.space": "--grid", "search.trials": "--search"}
+    typed = typed_settings((), {**sweep_keys, **axes}, names)
+    return validate(SweepRecipe, data, where=str(file or "options"), typed=typed)
 
 
 def default_folder(sweep: SweepRecipe) -> Path:

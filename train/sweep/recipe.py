@@ -327,7 +327,9 @@ def _recipe(sweep: SweepRecipe, settings: Mapping[str, Any]) -> TrainRecipe:
     for key, value in settings.items():
         if key != "loss":
             set_dotted(data, key, list(value) if isinstance(value, tuple) else value)
-    recipe = validate(TrainRecipe, data, where=f"sweep {sweep.name}")
+    where = f"sweep {sweep.name}"
+    typed = {key: f"{where}, {_short(key, value)}" for key, value in settings.items()}
+    recipe = validate(TrainRecipe, data, where=where, typed=typed)
     if not on_labels and (recipe.loss.needs_targets or not recipe.takes_images_of_cache):
         return recipe
     from cache_tools.reader import TeacherCache

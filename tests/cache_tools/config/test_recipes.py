@@ -61,10 +61,10 @@ def test_a_single_teacher_is_dumped_as_one_and_not_as_a_list() -> None:
         ("teacher.name=x", r"whole list (teacher.name); expected the number of an entry, 0 to 1, where 'name' is"),
         ("teacher.name=x", "Name the entry, as in --set teacher.0.name=…"),
         ("clip.2.name=x", "0 to 1"),
-        ("clip.1.nme=x", "unknown recipe key 'clip.1.nme' (an option of the command or --set). Did you mean 'name'?"),
+        ("clip.1.nme=x", "unknown recipe key 'clip.1.nme' (--set clip.1.nme=x). Did you mean 'name'?"),
         ("teacher.1.weight=2", "'teacher.1.weight'"),
         ("teacher=7", "bad value for 'teacher'"),
-        ("teacher=[]", "(an option of the command or --set); expected Tuple should have at least 1 item"),
+        ("teacher=[]", "(--set teacher=[]); expected Tuple should have at least 1 item"),
         ("fusion.prompt_ensemble=mean", "'embedding', 'logits' or 'probabilities'"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_clip_scale_must_be_above_0(scale: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("fusion.clip_scale=-1", "(fusion.clip_scale); expected model, match or a number above 0; found -1"),
+        ("fusion.clip_scale=-1", "(--set fusion.clip_scale=-1); expected model, match or a number above 0; found -1"),
         ("num_views=0", "greater than 0"),
         ("num_views=many", "integer"),
         ("fusion.teacher_weight=1.5", "less than or equal to 1"),

@@ -116,12 +116,12 @@ def test_recipes_and_the_command_line_load_without_torch() -> None:
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        (["epochs=-1"], {}, r"bad value for 'epochs' \(an option of the command or --set\)"),
-        ([], {"batch_size": 0}, r"bad value for 'batch_size' \(an option of the command or --set\)"),
+        (["epochs=-1"], {}, r"bad value for 'epochs' \(--set epochs=-1\)"),
+        ([], {"batch_size": 0}, r"bad value for 'batch_size' \(--batch-size\)"),
         (
             ["teacher_weight=0.5"],
             {},
-            r"unknown recipe key 'teacher_weight' \(an option .*did you mean 'fusion\.teacher_",
+            r"unknown recipe key 'teacher_weight' \(--set teacher_weight=0\.5\).*did you mean 'fusion\.teacher_",
         ),
         (["learning_rate=0.5"], {}, r"did you mean 'optimiser\.learning_rate'\?"),
         (["warmup_epochs=2"], {}, r"'loss\.warmup_epochs' or 'schedule\.warmup_epochs'\?"),
