@@ -16,6 +16,7 @@ from pathlib import Path
 from cache_tools.console import interrupted_by_signals, print_line
 from cache_tools.errors import CacheError, error_from_data, error_to_data
 from cache_tools.system.processes import command_for
+from cache_tools.system.quiet import quiet_libraries
 from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
@@ -133,7 +134,7 @@ def main() -> None:
     trials = [Trial.model_validate(trial) for trial in job["trials"]]
     halving = None if job["halving"] is None else Halving.model_validate(job["halving"])
     try:
-        with interrupted_by_signals():
+        with interrupted_by_signals(), quiet_libraries():
             train_stream(trials, halving=halving, open_split=image_opener())
     except CacheError as error:
         print_line(f"error: {error}", file=sys.stderr)

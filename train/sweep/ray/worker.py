@@ -19,6 +19,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import EscapedStream
 from cache_tools.errors import CacheError, NotFoundError, StorageError, error_to_data
 from cache_tools.system import named
+from cache_tools.system.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,7 +128,8 @@ def _train(share: Share) -> None:
         trials = [_with_cache(Trial.model_validate(trial), share.caches) for trial in share.trials]
         halving = None if share.halving is None else Halving.model_validate(share.halving)
         _wait_for_locks([trial.folder for trial in trials])
-        train_stream(trials, halving=halving, open_split=image_opener())
+        with quiet_libraries():
+            train_stream(trials, halving=halving, open_split=image_opener())
 
 
 def _with_cache(trial: Trial, caches: Mapping[str, SourceCache]) -> Trial:
