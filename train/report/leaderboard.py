@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from cache_tools.screen import nats
@@ -104,6 +104,9 @@ def leaderboard(comparison: Comparison, anchors: Mapping[TrialRecord, str]) -> s
     more = dict.fromkeys(name for one in comparison.settings for name in one.figures if name.startswith(FIGURE_ON))
     others = [*(_figure_on(name, comparison.figure_name) for name in more), *COLUMNS]
     first = HEADLINE_COLUMNS[comparison.figure]
+    tested = {trial.test_split for trial in comparison.trials if trial.test_split}
+    if more and len(tested) == 1:
+        first = replace(first, hint=f"split {tested.pop()}, last epoch")
     known = [column for column in others if any(column.name in one.figures for one in comparison.settings)]
     table = _Table(comparison, [first, *known], anchors)
     return "\n".join(
@@ -117,7 +120,8 @@ def _figure_on(name: str, figure: str) -> Column:
     """The column of a further test split."""
     split = name.removeprefix(FIGURE_ON)
     header = f"{escape(split)}|{figure} %"
-    return Column(name=name, header=header, text=_percent, largest_first=True, hint=f"split {split}, last epoch")
+    hint = f"split {split}, last epoch"
+    return Column(name=name, header=header, text=_percent, largest_first=True, has_deviation=True, hint=hint)
 
 
 class _Table:

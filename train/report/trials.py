@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from cache_tools.errors import DataError
-from train.report.records import TrialRecord, is_run, known, read_run
+from train.report.records import FIGURE_ON, TrialRecord, is_run, known, read_run
 from train.weights.run_files import TRIALS, TRIALS_TABLE, has_file, read_parquet_file, run_files, write_file
 
 FIGURES = ("top1", "top5", "nll", "ece", "map", "bce")
@@ -22,7 +22,7 @@ COLUMNS = {
     "latency_128_ms": pl.Float64, "top1": pl.Float64, "map": pl.Float64, "gain": pl.Float64, "top5": pl.Float64,
     "nll": pl.Float64, "ece": pl.Float64, "bce": pl.Float64, "best_epoch": pl.Int64, "best_top1": pl.Float64,
     "best_map": pl.Float64, "epochs_done": pl.Int64, "train_s": pl.Float64,
-    "command": pl.String,
+    "test_split": pl.String, "command": pl.String,
 }  # fmt: skip
 _MAX_TRIALS = 1_000_000
 _REQUIRED = ("student", "loss", "seed", "status", "folder")
@@ -40,7 +40,13 @@ def save_table(table: pl.DataFrame, folder: Path) -> None:
 
 def setting_columns(table: pl.DataFrame) -> list[str]:
     """Columns that distinguish settings: student, loss and every other setting but the seed."""
-    return ["student", "loss", *(name for name in table.columns if name not in COLUMNS)]
+    others = [name for name in table.columns if name not in COLUMNS and not name.startswith(FIGURE_ON)]
+    return ["student", "loss", *others]
+
+
+def further_splits(table: pl.DataFrame) -> list[str]:
+    """The test splits but the first that a table has figures of, in the columns `figure on SPLIT`."""
+    return [name.removeprefix(FIGURE_ON) for name in table.columns if name.startswith(FIGURE_ON)]
 
 
 def read_tables(paths: Sequence[Path]) -> tuple[list[Path], pl.DataFrame | None]:
@@ -86,8 +92,9 @@ def read_table(sweep: Path) -> pl.DataFrame:
             expected=f"columns {', '.join(_REQUIRED)}",
             found=f"no {', '.join(missing)}",
         )
+    types = {**COLUMNS, **{f"{FIGURE_ON}{split}": pl.Float64 for split in further_splits(table)}}
     try:
-        table = table.with_columns(pl.col(name).cast(COLUMNS[name]) for name in table.columns if name in COLUMNS)
+        table = table.with_columns(pl.col(name).cast(types[name]) for name in table.columns if name in types)
     except pl.exceptions.PolarsError as error:
         raise DataError("damaged table of trials", where=path, found=str(error).partition("\n")[0]) from error
     problem = _problem(table)
@@ -154,6 +161,7 @@ def _completed(trial: TrialRecord, row: Mapping[str, Any], settings: Sequence[st
 
 def _from_row(row: Mapping[str, Any], settings: Sequence[str]) -> TrialRecord:
     """A trial without a run: it failed before its first epoch, or its folder is gone."""
+    further = [name for name in row if name.startswith(FIGURE_ON)]
     return TrialRecord(
         name="",
         student=row["student"],
@@ -161,8 +169,9 @@ def _from_row(row: Mapping[str, Any], settings: Sequence[str]) -> TrialRecord:
         seed=row["seed"],
         status=row["status"],
         error=row.get("error") or "",
+        test_split=row.get("test_split"),
         command=row.get("command") or "",
-        figures=known({name: row.get(name) for name in _RECORD_FIGURES}),
+        figures=known({name: row.get(name) for name in (*_RECORD_FIGURES, *further)}),
         settings={name: row[name] for name in settings},
         folder=Path(row["folder"]) if row["folder"] else None,
     )

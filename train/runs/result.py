@@ -172,7 +172,7 @@ def _add_student(table: TextTable, result: RunResult, training: str) -> None:
     rows = [(f"{result.student} {training}", result.last), (f"  its {best}", result.best), ("  its EMA", result.ema)]
     for split, figures in result.more_tests.items():
         named = (("last", figures.last), ("best", figures.best), ("EMA", figures.ema))
-        rows += [(_fitted(f"  its {which} on {split}"), evaluation) for which, evaluation in named]
+        rows += [(fitted(f"  its {which} on {split}"), evaluation) for which, evaluation in named]
     for label, evaluation in rows:
         if evaluation is not None:
             table.add_row(label, *_cells(evaluation))
@@ -185,7 +185,7 @@ def _cells(evaluation: Figures) -> tuple[str, ...]:
     return f"{evaluation.top1:.2%}", top5, nats(evaluation.nll), f"{evaluation.ece:.4f}"
 
 
-def _fitted(label: str, width: int = 44) -> str:
+def fitted(label: str, width: int = 44) -> str:
     """A label of at most this width; of a long one, such as a path, the end is shown."""
     return label if len(label) <= width else f"{label[:10]}…{label[len(label) - width + 11 :]}"
 

@@ -12,8 +12,9 @@ import polars as pl
 from train.cost import Cost
 from train.evaluate.multilabel import headline_of
 from train.report.gains import Paired, gains, pairing
+from train.report.records import FIGURE_ON
 from train.report.spread import interval_factor, pareto_front
-from train.report.trials import COLUMNS, FIGURES, setting_columns
+from train.report.trials import COLUMNS, FIGURES, further_splits, setting_columns
 from train.runs.folder import STOPPED, flatten, stored_identity
 from train.runs.metrics import epochs_logged
 from train.runs.outcome import load_failure
@@ -22,6 +23,7 @@ from train.sweep.recipe import Trial
 from train.weights.run_files import has_file
 
 COSTS = ("parameters", "flops", "latency_1_ms", "latency_128_ms")
+STD_ON, INTERVAL_ON = "std on ", "ci95 on "  # of the figure on a further test split
 
 
 def trials_table(trials: Sequence[Trial], costs: dict[str, Cost]) -> pl.DataFrame:
@@ -29,8 +31,9 @@ def trials_table(trials: Sequence[Trial], costs: dict[str, Cost]) -> pl.DataFram
 
     Columns: `trial`, `student`, `loss`, `seed`, one per other setting; `status` (`finished`, `failed`, `stopped`,
     `waiting`), `error`; figures of the last epoch on the test split (null unless finished), costs, and the `command`
-    that trains the trial alone. `gain` is top1 minus that of the same student on labels alone with the same seed, null
-    where the sweep has no such trial.
+    that trains the trial alone. `figure on SPLIT` is the top1 (with several labels the mAP) on a further test split,
+    after the first, `test_split`. `gain` is top1 minus that of the same student on labels alone with the same seed,
+    null where the sweep has no such trial.
 
     Args:
         costs: by student.
@@ -39,7 +42,8 @@ def trials_table(trials: Sequence[Trial], costs: dict[str, Cost]) -> pl.DataFram
     for row, gain in zip(rows, gains([_pairing(*each) for each in zip(trials, rows, strict=True)]), strict=True):
         row["gain"] = gain
     table = pl.DataFrame(rows, infer_schema_length=None)
-    typed = table.with_columns(pl.col(name).cast(dtype) for name, dtype in COLUMNS.items())
+    types = {**COLUMNS, **{f"{FIGURE_ON}{split}": pl.Float64 for split in further_splits(table)}}
+    typed = table.with_columns(pl.col(name).cast(dtype) for name, dtype in types.items())
     return typed.select(*COLUMNS, *(name for name in typed.columns if name not in COLUMNS))
 
 
@@ -47,8 +51,8 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
     """One row per setting over its finished trials: n, mean, standard deviation and half the 95 % interval.
 
     The interval is Student's t over seeds; null for a single seed. `gain` is the mean over the `gain_n` seeds that were
-    also trained on labels alone. `pareto_COST` is true if no other setting has at least the same top-1 (with several
-    labels: mAP) at a lower cost. The best comes first.
+    also trained on labels alone. `std on SPLIT` and `ci95 on SPLIT` belong to `figure on SPLIT`. `pareto_COST` is true
+    if no other setting has at least the same top-1 (with several labels: mAP) at a lower cost. The best comes first.
     """
     finished = table.filter(pl.col("status") == "finished")
     keys = setting_columns(table)
@@ -58,6 +62,11 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
     means = [pl.col(name).mean().alias(name) for name in figures]
     spread = [pl.col(name).std().alias(f"{name}_std") for name in figures]
     costs = [pl.col(name).first() for name in COSTS]
+    splits = further_splits(table)
+    for split in splits:
+        figure = pl.col(f"{FIGURE_ON}{split}")
+        means += [figure.mean(), figure.count().alias(f"_count on {split}")]
+        spread += [figure.std().alias(f"{STD_ON}{split}")]
     groups = finished.group_by(keys, maintain_order=True).agg(
         pl.len().alias("n"), pl.col("gain").count().alias("gain_n"), *means, *spread, *costs, pl.col("train_s").mean()
     )
@@ -66,12 +75,19 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
         (pl.col(f"{name}_std") * pl.col("_gain_factor" if name == "gain" else "_factor")).alias(f"{name}_ci95")
         for name in figures
     )
+    for split in splits:
+        factor = _factors(groups[f"_count on {split}"], "_")
+        groups = groups.with_columns((groups[f"{STD_ON}{split}"] * factor).alias(f"{INTERVAL_ON}{split}"))
     headline = headline_column(groups)
     compared = groups[headline].to_list()
     fronts = [
         pl.Series(f"pareto_{cost}", pareto_front(groups[cost].to_list(), compared), dtype=pl.Boolean) for cost in COSTS
     ]
-    return groups.drop("_factor", "_gain_factor").with_columns(fronts).sort(headline, descending=True, nulls_last=True)
+    return (
+        groups.drop("_factor", "_gain_factor", *(f"_count on {split}" for split in splits))
+        .with_columns(fronts)
+        .sort(headline, descending=True, nulls_last=True)
+    )
 
 
 def headline_column(table: pl.DataFrame) -> str:
@@ -111,6 +127,10 @@ def _row(trial: Trial, cost: Cost | None) -> dict[str, Any]:
         row |= {"epochs_done": result.epochs, "train_s": result.train_s, "parameters": result.parameters}
         row |= {name: getattr(result.last, name, None) for name in FIGURES}
         row |= {"best_epoch": None if result.best_epoch is None else result.best_epoch + 1}
+        row |= {
+            f"{FIGURE_ON}{split}": getattr(more.last, "headline", None) for split, more in result.more_tests.items()
+        }
+        row |= {"test_split": result.test_split}
         row |= {"best_top1": getattr(result.best, "top1", None), "best_map": getattr(result.best, "map", None)}
     elif epochs := epochs_logged(folder):
         row |= {"epochs_done": epochs}

@@ -13,12 +13,14 @@ from cache_tools.screen import TextTable, count, nats, screen_width
 from train.evaluate.multilabel import HEADLINES
 from train.recipe.loss import LABELS_ALONE
 from train.report.comparison import short_names
-from train.report.trials import setting_columns
+from train.report.records import FIGURE_ON
+from train.report.trials import further_splits, setting_columns
 from train.runs.folder import REPORT
+from train.runs.result import fitted
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import SweepResult
 from train.sweep.search_recipe import figure_text
-from train.sweep.table import headline_column
+from train.sweep.table import INTERVAL_ON, STD_ON, headline_column
 
 
 def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
@@ -27,6 +29,7 @@ def sweep_text(result: SweepResult, sweep: SweepRecipe) -> str:
     if not result.settings.is_empty():
         parts += [f"{table.text()}\n" for table in _tables(result.settings)]
         seeds = int(result.settings["n"].max())  # type: ignore[arg-type]
+        parts += [f"{table.text()}\n" for table in _further_tests(result)]
         parts += [note for note in (_note_on_figures(sweep, seeds), _note_on_gains(result, sweep)) if note is not None]
         figure = HEADLINES[headline_column(result.settings)]
         parts.append(
@@ -119,6 +122,22 @@ def _tables(settings: pl.DataFrame) -> list[TextTable]:
     ]
 
 
+def _further_tests(result: SweepResult) -> list[TextTable]:
+    """The table of figures on the test splits after the first; none if there is one test split."""
+    settings, splits = result.settings, further_splits(result.settings)
+    if not splits:
+        return []
+    names = short_names([key for key in setting_columns(settings) if _is_setting(key)])
+    figure = HEADLINES[headline_column(settings)]
+    first = result.trials["test_split"].drop_nulls().unique(maintain_order=True).to_list()
+    title = f"{figure} % on the other test splits; all other figures are of {fitted(', '.join(first), 32)}"
+    table = TextTable([*names.values(), *(fitted(split, 24) for split in splits)], names=len(names), title=title)
+    for row in settings.iter_rows(named=True):
+        cells = [_mean_and_std(row[f"{FIGURE_ON}{split}"], row[f"{STD_ON}{split}"], 100) for split in splits]
+        table.add_row(*(_value(row[key]) for key in names), *cells)
+    return [table]
+
+
 def _table(columns: Mapping[str, Sequence[str]], names: int) -> TextTable:
     table = TextTable(list(columns), names=names)
     for cells in zip(*columns.values(), strict=True):
@@ -146,19 +165,23 @@ def _front(row: Mapping[str, Any]) -> str:
 
 def _is_setting(key: str) -> bool:
     """Whether a column of `over_seeds` is a setting."""
-    return key not in {"n", "gain_n"} and not key.endswith(("_std", "_ci95")) and not key.startswith("pareto_")
+    others = key.endswith(("_std", "_ci95")) or key.startswith(("pareto_", STD_ON, INTERVAL_ON))
+    return key not in {"n", "gain_n"} and not others
 
 
 def _spread(row: Mapping[str, Any], name: str, factor: float | None = None, sign: str = "") -> str:
     """Mean ± standard deviation; in percent or points with a factor, else in nats or as a fraction."""
-    if row[name] is None:
+    return _mean_and_std(row[name], row[f"{name}_std"], factor, sign)
+
+
+def _mean_and_std(mean: float | None, std: float | None, factor: float | None = None, sign: str = "") -> str:
+    if mean is None:
         return "–"
 
     def shown(value: float, sign: str = "") -> str:
         return nats(value) if factor is None else f"{factor * value:{sign}.2f}"
 
-    std = row[f"{name}_std"]
-    return shown(row[name], sign) + ("" if std is None else f" ± {shown(std)}")
+    return shown(mean, sign) + ("" if std is None else f" ± {shown(std)}")
 
 
 def _half_interval(row: Mapping[str, Any], name: str) -> str:
