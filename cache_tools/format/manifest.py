@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from cache_tools.config import Frozen
 from cache_tools.errors import MismatchError
 from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe, Finite, PromptEnsemble
-from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.images.recipe import DatasetRecipe, TestSplits
 from cache_tools.images.sources import SOURCES
 
 CODE = "code"  # in the provenance: the versions of the code that made the cache
@@ -75,6 +75,23 @@ class Manifest(Finite):
         """Accuracies measured before the build; None for a build without preflight."""
         found = self.provenance.get("preflight")
         return found if isinstance(found, dict) else None
+
+    def with_test_split(
+        self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None, folders: Mapping[str, Any] | None
+    ) -> Manifest:
+        """The manifest with other images to test students on; these determine no target.
+
+        Args:
+            preflight: the accuracy of the networks on them, as plain JSON; None keeps the earlier figures.
+            folders: what the folders of the splits hold besides samples, as plain JSON; None keeps what is known.
+        """
+        update: dict[str, Any] = {"dataset": self.dataset.model_copy(update={"test_split": test_split})}
+        if isinstance(built := self.build_recipe.get("dataset"), dict):
+            changed = {"test_split": list(test_split) if isinstance(test_split, tuple) else test_split}
+            update["build_recipe"] = {**self.build_recipe, "dataset": {**built, **changed}}
+        found = {"preflight": preflight and dict(preflight), "folders": folders and dict(folders)}
+        update["provenance"] = {**self.provenance, **{key: value for key, value in found.items() if value}}
+        return self.model_copy(update=update)
 
     @property
     def num_samples(self) -> int:

@@ -9,6 +9,7 @@ block is staged once.
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.console import Progress, storage_error, warn
+from cache_tools.console import Progress, print_line, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
 from cache_tools.files import PARTIAL, SafeFolder, remove_leftover, rename_unless_exists, sync_folder
 from cache_tools.format.commits import BlockId
@@ -26,8 +27,8 @@ from cache_tools.format.manifest import Manifest
 from cache_tools.home.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.home.registry import cache_home, cache_path, is_cache, read_complete_views
 from cache_tools.places import LocalPlace, Place, open_place
-from cache_tools.places.claims import Claims
-from cache_tools.places.metadata import check_same, copy_metadata, manifest_at
+from cache_tools.places.claims import Claims, growing
+from cache_tools.places.metadata import check_same, copy_metadata, manifest_at, refresh_test_split
 from cache_tools.places.transfer import copy_blocks, list_committed
 from cache_tools.store.blocks import LocalBlocks
 from cache_tools.store.group import read_manifest
@@ -75,11 +76,14 @@ def connect(url: str) -> Origin:
     record = OriginRecord(url=url, fingerprint=manifest.fingerprint, views=manifest.num_views)
     if _has_every_view(mirror, manifest):
         nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
-        if read_origin(mirror) is None:
+        before = read_origin(mirror)
+        if before is not None and before.is_mirror:
+            _follow_test_split(mirror, manifest)
+        if before is None:
             with suppress(OSError):  # a read-only home: only opening the URL while offline will fail
                 write_origin(mirror, nothing_to_stage)
         return Origin(mirror, nothing_to_stage)
-    sizes = stage_metadata(place, mirror, manifest)
+    sizes = [*stage_metadata(place, mirror, manifest), *_follow_test_split(mirror, manifest)]
     before = read_origin(mirror)
     if before is None or before.model_copy(update={"complete": False}) != record:
         _write_record(mirror, record)
@@ -271,6 +275,22 @@ def stage_metadata(place: Place, mirror: Path, manifest: Manifest) -> list[int]:
                 "cannot make a mirror here: the place is taken", where=mirror, next_step="remove what is there"
             )
         return sizes
+
+
+def _follow_test_split(mirror: Path, manifest: Manifest) -> list[int]:
+    """Give a mirror the test splits of the cache in the store. A home that is read-only keeps the old ones."""
+    before = read_manifest(mirror).dataset
+    if before.test_split == manifest.dataset.test_split:
+        return []
+    try:
+        with growing(LocalPlace(mirror)):
+            sizes = refresh_test_split(LocalPlace(mirror), manifest)
+    except StorageError as error:
+        warn(f"{error} Students are tested on the split that the mirror names, not on that of the store")
+        return []
+    now, then = (", ".join(dataset.test_splits) or "none" for dataset in (manifest.dataset, before))
+    print_line(f"note: the test split of this cache is now {now} (it was {then})", file=sys.stderr)
+    return sizes
 
 
 @contextmanager

@@ -117,6 +117,25 @@ def restore_metadata(source: Place, target: Place, damaged: Collection[str]) -> 
     return [_put(target, key, data) for key, data in files.items()]
 
 
+def refresh_test_split(target: Place, manifest: Manifest) -> list[int]:
+    """Give the cache at `target` the test splits of the same cache elsewhere, in which they may have been corrected.
+
+    Call it only while no other process changes the manifest at `target` (`places.claims.growing`).
+
+    Returns:
+        sizes of the files written; empty if the test splits are the same.
+
+    Raises:
+        StorageError: storage that is full, read-only or unreachable.
+    """
+    existing = manifest_at(target)
+    if existing.dataset.test_split == manifest.dataset.test_split:
+        return []
+    folders = manifest.provenance.get("folders")
+    fitting = existing.with_test_split(manifest.dataset.test_split, manifest.preflight, folders)
+    return [_put(target, GROUP, json.dumps(_metadata_files(fitting)[GROUP], indent=2).encode())]
+
+
 def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
     """Raise MismatchError unless blocks of the two caches may be mixed."""
     if existing.fingerprint != manifest.fingerprint:

@@ -241,20 +241,9 @@ class CacheWriter:
     def record_test_split(
         self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None, folders: Mapping[str, Any] | None
     ) -> CacheWriter:
-        """Change which images the students of this cache are tested on; it determines no target.
-
-        Args:
-            preflight: the accuracy of the networks on them, as plain JSON; None keeps the earlier figures.
-            folders: what the folders of the splits hold besides samples, as plain JSON; None for no folders.
-        """
+        """Change which images the students of this cache are tested on; see `Manifest.with_test_split`."""
         stored = read_manifest(self.path)  # another process may have grown it
-        update: dict[str, Any] = {"dataset": stored.dataset.model_copy(update={"test_split": test_split})}
-        if isinstance(built := stored.build_recipe.get("dataset"), dict):
-            changed = {"test_split": list(test_split) if isinstance(test_split, tuple) else test_split}
-            update["build_recipe"] = {**stored.build_recipe, "dataset": {**built, **changed}}
-        found = {"preflight": preflight and dict(preflight), "folders": folders and dict(folders)}
-        update["provenance"] = {**stored.provenance, **{key: value for key, value in found.items() if value}}
-        manifest = stored.model_copy(update=update)
+        manifest = stored.with_test_split(test_split, preflight, folders)
         check_limits(manifest, where=self.path)
         with translate_errors(self.path):
             self._group.update_attributes(group_attributes(manifest))

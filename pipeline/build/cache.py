@@ -164,7 +164,7 @@ def _record_test_split(
     before, after = output.manifest.dataset.test_split, recipe.dataset.test_split
     if before == after:
         return
-    preflight = None
+    preflight: Preflight | MultiLabelPreflight | None = None
     if not recipe.preflight_samples:
         for split in recipe.dataset.test_splits:
             open_images(recipe.dataset, split)  # a name that is wrong is not recorded

@@ -21,7 +21,7 @@ from cache_tools.home import registry
 from cache_tools.home.staging import stage_metadata
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.claims import growing
-from cache_tools.places.metadata import copy_metadata, manifest_at
+from cache_tools.places.metadata import copy_metadata, manifest_at, refresh_test_split
 from cache_tools.places.transfer import list_committed
 from cache_tools.store.group import read_manifest
 from cache_tools.store.writer import CacheWriter, check_free
@@ -104,6 +104,7 @@ def _open_mirrored(
             manifest = _manifest_at(place, recipe)
             if manifest is not None:
                 moved += _adopt(place, path, manifest)
+                moved += sum(refresh_test_split(LocalPlace(path), manifest))
             writer = CacheWriter.resume(path, recipe.fingerprint)
             if writer.manifest.num_views < num_views:
                 writer = grow(writer)
@@ -111,6 +112,9 @@ def _open_mirrored(
             moved += sum(copy_metadata(LocalPlace(path), place, manifest))
     else:
         moved += _adopt(place, path, manifest)
+        if read_manifest(path).dataset.test_split != manifest.dataset.test_split:
+            with growing(LocalPlace(path)):
+                moved += sum(refresh_test_split(LocalPlace(path), manifest))
         writer = CacheWriter.resume(path, recipe.fingerprint)
     return MirroredOutput(writer, place, manifest, moved)
 

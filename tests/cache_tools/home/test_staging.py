@@ -219,6 +219,62 @@ def test_reopening_a_remote_cache_shows_its_growth(proxy: FlakyProxy, url: str, 
     np.testing.assert_array_equal(cache.read_array("fused_features", VIEWS), targets["fused_features"][VIEWS])
 
 
+def correct_test_split(local: Path, url: str, split: str | tuple[str, ...] | None) -> None:
+    """What `build-cache --out URL` does with a complete cache whose recipe names other test splits."""
+    found = {"teacher_top1": 0.5, "n": 4, "split": "val"}
+    CacheWriter.resume(local, MANIFEST.fingerprint).record_test_split(split, found, None)
+    open_place(url).put("zarr.json", (local / "zarr.json").read_bytes())
+
+
+@pytest.mark.parametrize("views", [1, VIEWS])
+def test_a_mirror_follows_the_test_split_of_the_store(
+    url: str, local: Path, capfd: pytest.CaptureFixture[str], views: int
+) -> None:
+    mirror = TeacherCache.open(url)
+    for view in range(views):
+        mirror.load_view(view)
+    correct_test_split(local, url, ("val", "v2"))
+    assert TeacherCache.open("tiny").manifest.dataset.test_split == "test", "its name asks no store"
+    capfd.readouterr()
+    for reference in (url, "tiny"):
+        cache = TeacherCache.open(reference)
+        assert cache.manifest == TeacherCache.open(local).manifest
+        assert cache.manifest.preflight == {"teacher_top1": 0.5, "n": 4, "split": "val"}
+        for view in range(VIEWS):
+            assert cache.load_view(view).logits([0, 3]).equal(TeacherCache.open(local).load_view(view).logits([0, 3]))
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note")]
+    assert told == ["note: the test split of this cache is now val, v2 (it was test)"]
+
+
+def test_a_mirror_with_more_views_than_the_store_keeps_them(url: str, local: Path) -> None:
+    mirror = TeacherCache.open(url).path
+    CacheWriter.resume(mirror, MANIFEST.fingerprint).grow(VIEWS + 1)
+    correct_test_split(local, url, None)
+    found = TeacherCache.open(url).manifest
+    assert (found.num_views, found.dataset.test_split) == (VIEWS + 1, None)
+
+
+def test_a_cache_built_here_keeps_its_test_split(url: str, local: Path) -> None:
+    build(registry.cache_path("tiny", MANIFEST.fingerprint), MANIFEST, IMAGES)
+    correct_test_split(local, url, "val")
+    assert TeacherCache.open(url).manifest.dataset.test_split == "test"
+
+
+def test_a_read_only_mirror_is_used_with_a_warning(
+    url: str, local: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for view in range(VIEWS):
+        TeacherCache.open(url).load_view(view)
+    correct_test_split(local, url, "val")
+
+    def refuse(folder: SafeFolder, name: str, data: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder.path / name))
+
+    monkeypatch.setattr(SafeFolder, "put", refuse)
+    assert TeacherCache.open(url).manifest.dataset.test_split == "test"
+    assert "Students are tested on the split that the mirror names" in capfd.readouterr().err
+
+
 def test_blocks_that_only_the_mirror_has_are_readable(proxy: FlakyProxy, tmp_path: Path) -> None:
     """The same recipe, half-built in the store and half-built here."""
     in_store, targets = create(tmp_path / "half.zarr", MANIFEST, IMAGES), tiny_targets(MANIFEST)

@@ -207,3 +207,7 @@ def test_the_preflight_is_stored_and_found_again(root: Path, tmp_path: Path, mon
     assert isinstance(built.preflight, MultiLabelPreflight)
     assert built.manifest.preflight == built.preflight.model_dump(mode="json")
     assert build_cache(recipe).preflight == built.preflight
+    data = recipe.dataset.model_copy(update={"test_split": "test[::2]"})
+    corrected = build_cache(recipe.model_copy(update={"dataset": data})).manifest.preflight
+    assert corrected is not None
+    assert (corrected["split"], corrected["n"], corrected["teacher_map"] > 0) == ("test[::2]", 20, True)
