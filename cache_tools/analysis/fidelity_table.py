@@ -77,7 +77,12 @@ def measure(
         IncompleteError, NotFoundError: the view is missing, or view 0, to which steps are fitted.
         FormatError: a block is damaged, or a spec needs pcodec, which is not installed.
     """
-    require_one_label(cache.recipe.dataset.multi_label, "cache-tools fidelity, which measures a softmax,", cache.path)
+    require_one_label(
+        cache.recipe.dataset.multi_label,
+        "cache-tools fidelity, which measures the gradient of a softmax,",
+        cache.path,
+        "make a copy with `cache-tools recode` and compare the students of both",
+    )
     chosen, left_out = default_codecs(cache.recipe) if not specs else ({}, [])
     chosen |= {spec: codec_spec.codecs_for(spec, cache.recipe) for spec in specs}
     for codecs in chosen.values():

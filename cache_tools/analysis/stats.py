@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.targets import ViewTargets
 
+_FILES = (
+    "summary", "reliability", "classes", "confusions", "disagreement", "stability", "mixed", "samples", "suspicious"
+)  # fmt: skip
 WriteView = Callable[[int, pl.DataFrame], None]  # (view, its table)
 
 
@@ -106,6 +109,11 @@ class TeacherStats:
         columns = ("sample", "label", "class", "rival", "rival_class", "against", "views_against", "views_wrong")
         return wrong.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
 
+    def tables(self) -> dict[str, pl.DataFrame]:
+        """The tables, by the names of their files."""
+        names = ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "mixed", "samples")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self, rows: int = 20) -> dict[str, Any]:
         """Plain JSON, with the `rows` most frequent confusions and the `rows` most suspicious samples."""
         tables = {
@@ -148,9 +156,8 @@ def analyse(
         NotFoundError: there is no such view, or `choice` is given for a fused cache.
         FormatError, DeviceError: as `TeacherCache.load_view`.
     """
-    require_one_label(cache.recipe.dataset.multi_label, "cache-tools stats", cache.path)
-    if not 0.0 < confident < 1.0:
-        raise RecipeError("bad --confident", expected="a probability between 0 and 1", found=confident)
+    require_one_label(cache.recipe.dataset.multi_label, "analyse", cache.path)  # `label_stats` is for the others
+    check_confident(confident)
     check_temperature(temperature)
     chosen = view_numbers(cache, views)
     fusion = (choice or FusionChoice()).resolve(cache)
@@ -168,7 +175,7 @@ def analyse(
             pl.Series(f"{source}_same_top1", same), pl.Series(f"{source}_divergence", divergence)
         )
     return TeacherStats(
-        about=_about(cache, chosen, stream.sources, confident, temperature, fusion),
+        about=about_of(cache, chosen, stream.sources, confident, temperature, fusion),
         summary=sums.summary(),
         reliability=sums.reliability(),
         classes=sums.classes(),
@@ -178,6 +185,14 @@ def analyse(
         mixed=stream.mixed.table(stream.sources),
         samples=samples,
     )
+
+
+class Tables(Protocol):
+    """Statistics that can be written: `TeacherStats` or `label_stats.LabelStats`."""
+
+    def tables(self) -> dict[str, pl.DataFrame]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class StatsFolder:
@@ -197,32 +212,28 @@ class StatsFolder:
 
     def write_view(self, view: int, frame: pl.DataFrame) -> None:
         """Write the table of a view, one row per source and sample, with figures in float32."""
-        if not self._is_cleared:  # not earlier: until here a bad option may end the run
+        self._clear_views()  # not earlier: until here a bad option may end the run
+        small = frame.with_columns(pl.lit(view, pl.Int32).alias("view"), pl.col(pl.Float64).cast(pl.Float32))
+        put_file(self._folder, f"views/view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
+
+    def write(self, stats: Tables) -> None:
+        """Write every table and `stats.json`."""
+        self._clear_views()
+        written = {name: table for name, table in stats.tables().items() if not table.is_empty()}
+        for name in _FILES:
+            if name in written:
+                put_file(self._folder, f"{name}.parquet", _parquet(written[name]))
+            else:
+                self._folder.remove(f"{name}.parquet")
+        put_file(self._folder, "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
+
+    def _clear_views(self) -> None:
+        """Remove the tables of views that an earlier run wrote, once."""
+        if not self._is_cleared:
             for stale in self._folder.names("views"):
                 if re.fullmatch(r"view-[0-9]{4,}\.parquet", stale):
                     self._folder.remove(f"views/{stale}")
             self._is_cleared = True
-        small = frame.with_columns(pl.lit(view, pl.Int32).alias("view"), pl.col(pl.Float64).cast(pl.Float32))
-        put_file(self._folder, f"views/view-{view:04}.parquet", _parquet(small.select("view", pl.exclude("view"))))
-
-    def write(self, stats: TeacherStats) -> None:
-        """Write every table and `stats.json`."""
-        for name in (
-            "summary",
-            "reliability",
-            "classes",
-            "confusions",
-            "disagreement",
-            "stability",
-            "mixed",
-            "samples",
-        ):
-            table: pl.DataFrame = getattr(stats, name)
-            if table.is_empty():
-                self._folder.remove(f"{name}.parquet")
-            else:
-                put_file(self._folder, f"{name}.parquet", _parquet(table))
-        put_file(self._folder, "stats.json", json.dumps(stats.to_dict(), indent=2, ensure_ascii=False).encode())
 
 
 class ViewStream:
@@ -314,8 +325,10 @@ def view_numbers(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int,
     return chosen
 
 
-def label_views(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int, ...]:
-    """`view_numbers`, for figures that need images of one class each.
+def label_views(
+    cache: TeacherCache, views: Iterable[int] | None, why: str = "a fusion is chosen by the labels"
+) -> tuple[int, ...]:
+    """`view_numbers`, for figures that need the labels of single images.
 
     Raises:
         RecipeError: a view mixes two images.
@@ -323,7 +336,7 @@ def label_views(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int, 
     chosen, recipe = view_numbers(cache, views), cache.recipe.views
     if mixed := [view for view in chosen if recipe.mixes(view)]:
         raise RecipeError(
-            "a fusion is chosen by the labels, and these views mix two images (views.mix)",
+            f"{why}, and these views mix two images (views.mix)",
             where=cache.path,
             found=f"view {mixed[0]}" + (f" and {len(mixed) - 1} more" if len(mixed) > 1 else ""),
             next_step="take the clean view: --view 0"
@@ -331,6 +344,12 @@ def label_views(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int, 
             else "use a cache whose views are not mixed",
         )
     return chosen
+
+
+def check_confident(confident: float) -> None:
+    """Raise RecipeError unless this is a probability that tells confident from unsure predictions."""
+    if not 0.0 < confident < 1.0:
+        raise RecipeError("bad --confident", expected="a probability between 0 and 1", found=confident)
 
 
 def check_temperature(temperature: float) -> None:
@@ -378,7 +397,7 @@ def put_file(folder: SafeFolder, name: str, data: Any) -> None:
         raise storage_error(error) from error
 
 
-def _about(
+def about_of(
     cache: TeacherCache,
     views: tuple[int, ...],
     sources: tuple[str, ...],
@@ -386,6 +405,7 @@ def _about(
     temperature: float,
     fusion: Fusion,
 ) -> About:
+    """What statistics are about."""
     dataset = cache.recipe.dataset
     return About(
         path=str(cache.path),

@@ -220,7 +220,12 @@ def _best(surface: npt.NDArray[np.float64], weights: Sequence[float], scales: Se
 def require_choice(cache: TeacherCache) -> None:
     """Raise NotFoundError unless a cache has networks to weigh against each other, each with its own targets."""
     recipe = cache.recipe
-    require_one_label(recipe.dataset.multi_label, "cache-tools tune-fusion", cache.path)
+    require_one_label(
+        recipe.dataset.multi_label,
+        "cache-tools tune-fusion, which maximises the likelihood of a softmax,",
+        cache.path,
+        "compare shares of the teachers by training: --set 'fusion.teacher_weights=[0.7, 0.3]'",
+    )
     if len(recipe.teachers) + len(recipe.clips) == 1:
         name, missing = ("teacher", "CLIP") if recipe.teachers else ("CLIP", "teacher")
         raise NotFoundError(f"there is nothing to tune: the cache has one {name} and no {missing}", where=cache.path)

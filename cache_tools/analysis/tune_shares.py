@@ -101,7 +101,12 @@ def tune_shares(
         RecipeError: weights for more than two networks, too many mixes, or an option out of range.
         IncompleteError, FormatError, DeviceError, NotFoundError: as `TeacherCache.load_view`.
     """
-    require_one_label(cache.recipe.dataset.multi_label, "cache-tools tune-fusion", cache.path)
+    require_one_label(
+        cache.recipe.dataset.multi_label,
+        "cache-tools tune-fusion, which maximises the likelihood of a softmax,",
+        cache.path,
+        "compare shares of the teachers by training: --set 'fusion.teacher_weights=[0.7, 0.3]'",
+    )
     check_temperature(temperature)
     recipe, group = cache.recipe, cache.recipe.only_group
     assert group is not None, "teachers and CLIPs are weighed by tune_fusion"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,9 @@ from cache_tools.cli.options import AsJson, Cache, Device, Temperature, View, pa
 from cache_tools.console import print_json, print_line, print_next
 
 if TYPE_CHECKING:
+    from cache_tools.analysis.stats import StatsFolder
     from cache_tools.reader import TeacherCache
+    from cache_tools.refusion import FusionChoice
 
 
 def stats_command(
@@ -36,7 +38,8 @@ def stats_command(
 ) -> None:
     """Analyse the targets of a cache: accuracy, calibration, classes, disagreement, stability.
 
-    For the teacher, CLIP and their fusion; a fused cache has the fusion only. docs/analysis.md explains each figure.
+    For the teacher, CLIP and their fusion; a fused cache has the fusion only. Where images may have several labels:
+    average precision, cross entropy and calibration of each label. docs/analysis.md explains each figure.
     On images that the teacher was trained on, the teacher looks better than it is.
     """
     from cache_tools.analysis import stats
@@ -48,6 +51,11 @@ def stats_command(
     choice = validate(FusionChoice, options, where="options", typed=typed_settings((), options))
     views, cache = parse_views(view), TeacherCache.open(reference)
     folder = None if out is None else stats.StatsFolder(out)
+    if cache.recipe.dataset.multi_label:
+        _label_stats(cache, views, confident, temperature, choice, device, folder, as_json)
+        if not as_json:
+            print_next("train-student", "--loss", "bce", "--cache", reference)
+        return
     found = stats.analyse(
         cache,
         views,
@@ -74,6 +82,31 @@ def stats_command(
         print_next("cache-tools", "tune-fusion", reference)
     else:
         print_next("train-student", "--cache", reference)
+
+
+def _label_stats(
+    cache: TeacherCache,
+    views: Sequence[int] | None,
+    confident: float,
+    temperature: float,
+    choice: FusionChoice,
+    device: str,
+    folder: StatsFolder | None,
+    as_json: bool,
+) -> None:
+    """`stats` of images with any number of labels: tables, but no plots."""
+    from cache_tools.analysis.label_stats import analyse_labels
+    from cache_tools.analysis.label_stats_text import print_label_stats
+
+    found = analyse_labels(cache, views, confident=confident, temperature=temperature, choice=choice, device=device)
+    if folder is not None:
+        folder.write(found)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    print_label_stats(found)
+    if folder is not None:
+        print_line(f"Tables are in {folder.path}")
 
 
 def tune_command(

@@ -362,13 +362,14 @@ class DatasetIdentity(Extensible):
     reduced: tuple[PositiveInt, PositiveInt] | None = None
 
 
-def require_one_label(multi_label: bool, what: str, where: object) -> None:
+def require_one_label(multi_label: bool, what: str, where: object, next_step: str | None = None) -> None:
     """Raise RecipeError for data whose images have any number of labels; `what` is for images with one."""
     if multi_label:
         raise RecipeError(
             f"{what} is for images with one label each",
             where=where,
             found="images with any number of labels (dataset.labels)",
+            next_step=next_step,
         )
 
 

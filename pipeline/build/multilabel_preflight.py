@@ -66,8 +66,8 @@ def run_multilabel_preflight(
     """
     import torch
 
+    from cache_tools.analysis.average_precision import average_precisions
     from pipeline.networks.ensemble import clean_batches, evenly_spaced, require_finite
-    from train.evaluate.multilabel import average_precisions
 
     index = evenly_spaced(images, limit)
     labels = images.labels[index]
@@ -115,7 +115,7 @@ def run_multilabel_preflight(
 
 
 def _by_chance(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.uint8]) -> list[float]:
-    from train.evaluate.multilabel import average_precisions
+    from cache_tools.analysis.average_precision import average_precisions
 
     generator = np.random.default_rng(0)
     return [_mean(average_precisions(logits, generator.permutation(labels))) for _ in range(SHUFFLES)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from cache_tools.system.devices import float64_device, in_float64
 from pipeline.networks.ensemble import TeacherEnsemble, clean_batches
 from pipeline.networks.stored import load_stored_ensemble
 from train.evaluate.canvas import ImagesInTest
+from train.evaluate.multilabel import multilabel_figures
 from train.runs.stored import StoredRun
 
 _NAMES = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
@@ -44,6 +45,29 @@ class Agreement(Frozen):
     kl: float
     wrong: int
     follows_when_wrong: float | None
+    right_when_wrong: float | None
+
+
+class LabelAgreement(Frozen):
+    """A student compared with one source of targets on `n` images with any number of labels; shares in [0, 1].
+
+    A decision is whether an image has a label: a probability of 0.5 or more. There are images × classes of them.
+
+    Attributes:
+        source: `teacher`; CLIP cannot teach such images.
+        map: mean average precision of the source itself.
+        agreement: share of decisions that are the same.
+        kl: mean KL(source ‖ student) of a decision at temperature 1, in nats.
+        wrong: share of decisions in which the source is wrong.
+        right_when_wrong: share of these in which the student is right; None if there are none.
+    """
+
+    source: str
+    n: int
+    map: float
+    agreement: float
+    kl: float
+    wrong: float
     right_when_wrong: float | None
 
 
@@ -106,13 +130,63 @@ def agreement(
     """
     labels = torch.from_numpy(images.labels).to(student_NC.device)
     sums = torch.zeros(len(ensemble.sources), 6, dtype=torch.float64, device=float64_device(student_NC.device))
-    for index, pixels in clean_batches(images, np.arange(len(images)), batch_size, ensemble.device, tested, for_clip):
-        rows = slice(index[0], index[-1] + 1)
-        sources = ensemble.source_logits(*ensemble.outputs(*pixels))
+    for rows, sources in _source_logits(ensemble, images, batch_size, advance, tested, for_clip):
         sums += torch.stack([_counts(student_NC[rows], source, labels[rows]) for source in sources])
+    return tuple(_figures(_NAMES[name], *row) for name, row in zip(ensemble.sources, sums.tolist(), strict=True))
+
+
+def label_agreement(
+    student_NC: Tensor,
+    ensemble: TeacherEnsemble,
+    images: ImageSet,
+    batch_size: int = 256,
+    advance: Callable[[int], None] | None = None,
+    tested: Preprocessing | None = None,
+    for_clip: ImagesInTest | None = None,
+) -> tuple[LabelAgreement, ...]:
+    """`agreement` on images with any number of labels."""
+    batches = [sources for _, sources in _source_logits(ensemble, images, batch_size, advance, tested, for_clip)]
+    by_source = [torch.cat(list(batch)) for batch in zip(*batches, strict=True)]
+    return tuple(
+        _label_figures(_NAMES[name], student_NC, source, images)
+        for name, source in zip(ensemble.sources, by_source, strict=True)
+    )
+
+
+def _label_figures(name: str, student: Tensor, source: Tensor, images: ImageSet) -> LabelAgreement:
+    student, source = in_float64(student).cpu(), in_float64(source).cpu()
+    labels = torch.from_numpy(images.labels).bool()
+    evaluation, _ = multilabel_figures(source, images.labels, images.class_names)
+    kl = sum(
+        F.logsigmoid(sign * source).exp() * (F.logsigmoid(sign * source) - F.logsigmoid(sign * student))
+        for sign in (1.0, -1.0)
+    )
+    own, other = student >= 0.0, source >= 0.0
+    wrong = other != labels
+    return LabelAgreement(
+        source=name,
+        n=len(images),
+        map=evaluation.map,
+        agreement=float((own == other).double().mean()),
+        kl=float(torch.as_tensor(kl).mean()),
+        wrong=float(wrong.double().mean()),
+        right_when_wrong=float((own == labels)[wrong].double().mean()) if wrong.any() else None,
+    )
+
+
+def _source_logits(
+    ensemble: TeacherEnsemble,
+    images: ImageSet,
+    batch_size: int,
+    advance: Callable[[int], None] | None,
+    tested: Preprocessing | None,
+    for_clip: ImagesInTest | None,
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Batches of images: their rows, and the logits of each source."""
+    for index, pixels in clean_batches(images, np.arange(len(images)), batch_size, ensemble.device, tested, for_clip):
+        yield slice(index[0], index[-1] + 1), ensemble.source_logits(*ensemble.outputs(*pixels))
         if advance is not None:
             advance(len(index))
-    return tuple(_figures(_NAMES[name], *row) for name, row in zip(ensemble.sources, sums.tolist(), strict=True))
 
 
 def _counts(student: Tensor, source: Tensor, labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from cache_tools.files import SafeFolder, output_folder
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import require_one_label
-from pipeline.evaluate.agreement import Agreement, agreement, load_teachers
+from pipeline.evaluate.agreement import Agreement, LabelAgreement, agreement, label_agreement, load_teachers
 from pipeline.evaluate.report import (
     CONFUSION,
     CONFUSION_PICTURE,
@@ -36,6 +36,7 @@ from train.evaluate.canvas import ImagesInTest
 from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused
 from train.evaluate.corruptions import Corrupted, open_corrupted
 from train.evaluate.metrics import Evaluation, evaluate_logits
+from train.evaluate.multilabel import label_figures
 from train.evaluate.shifted import open_shifted
 from train.runs.folder import EVALUATION, EVALUATION_FILES, check_derived
 from train.runs.stored import StoredRun, data_name, open_run
@@ -70,12 +71,12 @@ class _Evaluator:
             self.files = SafeFolder(output_folder(options.out, "evaluation"))
         check_derived(self.files, EVALUATION_FILES)
         self.images = self.run.open_test(card, options.split, options.data_dir, options.download)
-        require_one_label(self.images.multi_label, "evaluate-student", self.run.folder)
+        if self.images.multi_label:
+            self._refuse_parts_of_one_label()
         self.more = [
             self.run.open_test(card, split, options.data_dir, options.download)
             for split in (() if options.split else self.run.dataset.test_splits[1:])
         ]
-        self.labels = torch.from_numpy(np.ascontiguousarray(self.images.labels, np.int64)).to(self.device)
         self.baseline = self._open_baseline(card)
         self.shifted: ImageSet | None = None
         if options.shifted:
@@ -96,12 +97,7 @@ class _Evaluator:
         students = {which: self._student(self.run, which, which) for which in self.run.checkpoints()}
         student = students[self.checkpoint]
         baseline = None if self.baseline is None else self._student(*self.baseline, "baseline")
-        matrix = confusion_matrix(student.logits, self.labels)
-        names = self.images.class_names
-        files: dict[str, bytes] = {
-            CONFUSION: parquet(confusion_frame(matrix, names)),
-            CONFUSION_PICTURE: self._confusion_picture(matrix, student),
-        }
+        files: dict[str, bytes] = {}
         recipe = self.run.recipe
         report = EvaluationReport(
             run=self.run.folder,
@@ -117,8 +113,7 @@ class _Evaluator:
             figures=tuple(entry.figures for entry in students.values()),
             baseline_figures=None if baseline is None else baseline.figures,
             more_splits={images.split: self._figures_on(images) for images in self.more},
-            classes=class_figures(matrix, names),
-            confused=most_confused(matrix, names),
+            **self._classes(student, files),
             robustness=self._robustness(student, baseline, files),
             shifted=self._shifted(student),
             shifted_folder=self.options.shifted,
@@ -130,6 +125,29 @@ class _Evaluator:
         )
         report.save(files, self.files)
         return report
+
+    def _classes(self, student: EvaluatedStudent, files: dict[str, bytes]) -> dict[str, Any]:
+        """The parts of the report about classes: figures of each and, where an image has one, their confusions."""
+        images, names = self.images, self.images.class_names
+        if images.multi_label:
+            return {"classes": (), "confused": (), "labels": label_figures(student.logits, images.labels, names)}
+        labels = torch.from_numpy(np.ascontiguousarray(images.labels, np.int64)).to(self.device)
+        matrix = confusion_matrix(student.logits, labels)
+        files[CONFUSION] = parquet(confusion_frame(matrix, names))
+        files[CONFUSION_PICTURE] = self._confusion_picture(matrix, student)
+        return {"classes": class_figures(matrix, names), "confused": most_confused(matrix, names)}
+
+    def _refuse_parts_of_one_label(self) -> None:
+        """Raise RecipeError for options that need images with one label each."""
+        options = self.options
+        given = {
+            "--robustness": options.robustness,
+            "--robustness-samples": options.robustness_samples is not None,
+            "--corruptions": options.corruptions is not None,
+            "--shifted": options.shifted is not None,
+        }
+        for option, is_given in given.items():
+            require_one_label(is_given, option, self.run.folder)
 
     def _open_baseline(self, card: StudentCard) -> tuple[StoredRun, str] | None:
         """The run that mCE is relative to, and the checkpoint to take from it."""
@@ -201,12 +219,13 @@ class _Evaluator:
         logits = student.predict(self.shifted, self.device, size, precision, title="evaluate shifted images")
         return evaluate_logits(logits, torch.from_numpy(self.shifted.labels).to(self.device))
 
-    def _agreement(self, student: EvaluatedStudent) -> tuple[Agreement, ...] | None:
+    def _agreement(self, student: EvaluatedStudent) -> tuple[Agreement, ...] | tuple[LabelAgreement, ...] | None:
         if self.teachers is None or self.tested is None:
             return None
         (images, tested), for_clip = self.tested
         with Progress("teachers", len(self.images), "images") as progress:
-            return agreement(
+            compare = label_agreement if self.images.multi_label else agreement
+            return compare(
                 student.logits,
                 self.teachers,
                 images,
@@ -219,7 +238,7 @@ class _Evaluator:
         from train.evaluate.confusion import plot_confusion
 
         figures = student.figures
-        title = f"{student.title}, {figures.checkpoint} weights: {figures.evaluation.top1:.2%} of "
+        title = f"{student.title}, {figures.checkpoint} weights: {figures.evaluation.headline:.2%} of "
         images = data_name(student.run.folder, self.images.name)
         title += f"{figures.evaluation.n:,} images right, {images} {self.images.split}"
         return plot_confusion(matrix, self.images.class_names, title)

@@ -11,9 +11,10 @@ from pydantic import Field, PositiveInt
 from cache_tools.config import Frozen
 from cache_tools.files import SafeFolder
 from cache_tools.format.recipe import Precision
-from pipeline.evaluate.agreement import Agreement
+from pipeline.evaluate.agreement import Agreement, LabelAgreement
 from train.evaluate.confusion import ClassFigures, Confusion
 from train.evaluate.metrics import Evaluation
+from train.evaluate.multilabel import Figures, LabelFigures
 from train.evaluate.robustness import RobustnessSummary
 from train.runs.folder import EVALUATION_FILES
 
@@ -58,7 +59,7 @@ class CheckpointFigures(Frozen):
 
     checkpoint: str
     epoch: int
-    evaluation: Evaluation
+    evaluation: Figures
 
 
 class RobustnessReport(Frozen):
@@ -74,6 +75,7 @@ class EvaluationReport(Frozen):
     """The content of `evaluation.json`. All but `figures`, `baseline_figures` and `more_splits` is about `checkpoint`.
 
     `more_splits` has the figures of every checkpoint on further test splits; everything else is about `split`.
+    Where images may have any number of labels, `labels` takes the place of `classes` and `confused`, which are empty.
     `notes` are what a reader of the figures should know, such as classes without test images.
     """
 
@@ -92,10 +94,11 @@ class EvaluationReport(Frozen):
     more_splits: dict[str, tuple[CheckpointFigures, ...]] = Field(default_factory=dict)
     classes: tuple[ClassFigures, ...]
     confused: tuple[Confusion, ...]
+    labels: tuple[LabelFigures, ...] = ()
     robustness: RobustnessReport | None = None
     shifted: Evaluation | None = None
     shifted_folder: Path | None = None
-    teachers: tuple[Agreement, ...] | None = None
+    teachers: tuple[Agreement, ...] | tuple[LabelAgreement, ...] | None = None
     notes: tuple[str, ...] = ()
     precision: Precision
     device: str

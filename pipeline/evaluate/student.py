@@ -17,7 +17,9 @@ from pipeline.evaluate.report import ROBUSTNESS, ROBUSTNESS_PICTURE, CheckpointF
 from train.checkpoints import load_student
 from train.evaluate.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from train.evaluate.metrics import evaluate_logits, predict
+from train.evaluate.multilabel import Figures, multilabel_figures
 from train.evaluate.robustness import RobustnessSummary, robustness, summarise
+from train.recipe.loss import LABELS_ALONE
 from train.runs.stored import StoredRun, data_name
 
 
@@ -35,7 +37,7 @@ class EvaluatedStudent:
     def title(self) -> str:
         """Its name in tables and figures."""
         loss = self.run.recipe.loss_name
-        return f"{self.run.recipe.student} ({'on labels' if loss == 'ce' else loss})"
+        return f"{self.run.recipe.student} ({'on labels' if loss in LABELS_ALONE else loss})"
 
     def predict(
         self, images: ImageSet, device: torch.device, batch_size: int, precision: Precision, title: str
@@ -57,8 +59,11 @@ def evaluate_checkpoint(
     model, card = load_student(run.checkpoint(which), device)
     preprocessing = card.preprocessing(images.image_size)
     logits = _predict(model, preprocessing, images, device, batch_size, precision, title)
-    labels = torch.from_numpy(np.ascontiguousarray(images.labels, np.int64)).to(device)
-    evaluation = evaluate_logits(logits, labels)
+    evaluation: Figures
+    if images.multi_label:
+        evaluation, _ = multilabel_figures(logits, images.labels, images.class_names)
+    else:
+        evaluation = evaluate_logits(logits, torch.from_numpy(np.ascontiguousarray(images.labels, np.int64)).to(device))
     figures = CheckpointFigures(checkpoint=which, epoch=card.epoch, evaluation=evaluation)
     return EvaluatedStudent(run=run, model=model, preprocessing=preprocessing, logits=logits, figures=figures)
 

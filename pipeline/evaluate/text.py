@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 from cache_tools.console import print_line
 from cache_tools.screen import TextTable, nats
+from pipeline.evaluate.agreement import Agreement, LabelAgreement
 from pipeline.evaluate.report import EvaluationReport, RobustnessReport
 from train.evaluate.corruptions import SEVERITIES
-from train.evaluate.metrics import Evaluation
+from train.evaluate.multilabel import Figures, MultiLabelEvaluation
 from train.runs.stored import data_name
 
 _WORST_CLASSES = 10
@@ -25,7 +26,7 @@ def print_report(report: EvaluationReport) -> None:
 
 def _tables(report: EvaluationReport) -> Iterable[TextTable]:
     yield _figures(report)
-    yield _classes(report)
+    yield _labels(report) if report.labels else _classes(report)
     if report.confused:
         yield _confused(report)
     if report.robustness is not None:
@@ -35,7 +36,9 @@ def _tables(report: EvaluationReport) -> Iterable[TextTable]:
 
 
 def _figures(report: EvaluationReport) -> TextTable:
-    titles = ["checkpoint", "images", "top-1", "top-5", "NLL", "ECE", "Brier"]
+    several = isinstance(report.figures[0].evaluation, MultiLabelEvaluation)
+    kinds = ["mAP", "BCE"] if several else ["top-1", "top-5", "NLL", "ECE", "Brier"]
+    titles = ["checkpoint", "images", *kinds]
     images = f"{data_name(report.run, report.dataset)} {report.split}"
     table = TextTable(titles, title=f"{report.student} ({report.loss}) on {images}")
     for row in report.figures:
@@ -51,7 +54,9 @@ def _figures(report: EvaluationReport) -> TextTable:
     return table
 
 
-def _cells(figures: Evaluation) -> tuple[str, ...]:
+def _cells(figures: Figures) -> tuple[str, ...]:
+    if isinstance(figures, MultiLabelEvaluation):
+        return f"{figures.n:,}", f"{figures.map:.2%}", nats(figures.bce)
     return (
         f"{figures.n:,}",
         f"{figures.top1:.2%}",
@@ -70,6 +75,18 @@ def _classes(report: EvaluationReport) -> TextTable:
     table = TextTable(["class", "images", "accuracy", "precision"], title=title)
     for row in worst:
         table.add_row(row.name, f"{row.n:,}", _percent(row.accuracy, 1), _percent(row.precision, 1))
+    return table
+
+
+def _labels(report: EvaluationReport) -> TextTable:
+    known = [row for row in report.labels if row.average_precision is not None]
+    worst = sorted(known, key=lambda row: row.average_precision or 0.0)[:_WORST_CLASSES]
+    all_shown = len(worst) == len(report.labels)
+    title = "Labels" if all_shown else f"The {len(worst)} worst of {len(report.labels)} labels"
+    table = TextTable(["label", "images", "AP", "precision", "recall"], title=title)
+    for row in worst:
+        shares = (_percent(value, 1) for value in (row.average_precision, row.precision, row.recall))
+        table.add_row(row.name, f"{row.n:,}", *shares)
     return table
 
 
@@ -97,11 +114,24 @@ def _robustness(report: RobustnessReport) -> TextTable:
 
 
 def _teachers(report: EvaluationReport) -> TextTable:
+    if report.labels:
+        return _teachers_of_labels(report)
     titles = ["", "top-1", "same prediction", "KL to student", "wrong", "student follows", "student is right"]
     table = TextTable(titles, title="Agreement with the teachers on clean test images")
     for row in report.teachers or ():
+        assert isinstance(row, Agreement), "a report without labels has figures of classes"
         shares = (_percent(row.follows_when_wrong, 1), _percent(row.right_when_wrong, 1))
         table.add_row(row.source, f"{row.top1:.2%}", f"{row.agreement:.2%}", f"{row.kl:.4f}", f"{row.wrong:,}", *shares)
+    return table
+
+
+def _teachers_of_labels(report: EvaluationReport) -> TextTable:
+    titles = ["", "mAP", "same decision", "KL to student", "wrong", "student is right"]
+    table = TextTable(titles, title="Agreement with the teachers on clean test images")
+    for row in report.teachers or ():
+        assert isinstance(row, LabelAgreement), "a report with labels has figures of labels"
+        wrong = (f"{row.wrong:.2%}", _percent(row.right_when_wrong, 1))
+        table.add_row(row.source, f"{row.map:.2%}", f"{row.agreement:.2%}", f"{row.kl:.4f}", *wrong)
     return table
 
 
@@ -121,7 +151,11 @@ def _notes(report: EvaluationReport) -> Iterable[str]:
             missing = len(robust.summary.corruptions) - (robust.summary.relative_corruptions or 0)
             if missing:
                 yield f"Relative mCE leaves out {missing} of 15 corruptions: they do not raise the baseline's error."
-    if report.teachers is not None:
+    if report.labels:
+        yield "AP: average precision; precision and recall count labels of a probability of 0.5 or more."
+    if report.teachers is not None and report.labels:
+        yield "A decision is whether an image has a label. KL is in nats per decision, at temperature 1."
+    elif report.teachers is not None:
         yield "follows, is right: shares of the images that the teacher gets wrong. KL is in nats, at temperature 1."
     best = next((row for row in report.figures if row.checkpoint == "best"), None)
     if best is not None:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from cache_tools.analysis.average_precision import average_precisions
+from cache_tools.config import Frozen
 from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Finite, Preprocessing
 from cache_tools.images.image_set import ImageSet
@@ -32,6 +34,24 @@ class MultiLabelEvaluation(Finite):
     def headline(self) -> float:
         """The figure that runs are compared by."""
         return self.map
+
+
+class LabelFigures(Frozen):
+    """Figures of one label, over the images of a split.
+
+    Attributes:
+        n: images that have the label.
+        average_precision: None for a label that no image has.
+        recall: share of these images to which the network gives the label (probability 0.5 or more); None without any.
+        precision: share of right ones among the images to which it gives the label; None if it gives it to none.
+    """
+
+    label: int
+    name: str
+    n: int
+    average_precision: float | None
+    precision: float | None
+    recall: float | None
 
 
 Figures = Evaluation | MultiLabelEvaluation
@@ -80,23 +100,25 @@ def multilabel_figures(
     return MultiLabelEvaluation(n=len(logits), map=mean, bce=float(bce)), known
 
 
-def average_precisions(scores_NC: npt.NDArray[np.float64], labels_NC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Average precision of each class, [C]; NaN for a class that no sample has.
+def label_figures(
+    logits: Tensor, labels_NC: npt.NDArray[np.uint8], class_names: tuple[str, ...]
+) -> tuple[LabelFigures, ...]:
+    """Figures of each label, in the order of the classes, from logits [N, C]."""
+    scores = logits.double().cpu().numpy()
+    has, given = labels_NC == 1, scores >= 0.0  # a probability of 0.5 or more
+    right = (has & given).sum(axis=0)
 
-    AP = Σ_k (recall_k − recall_{k−1}) · precision_k over the distinct scores, falling, as in scikit-learn: no
-    interpolation, and samples of one score are one step.
-    """
-    return np.array(
-        [_average_precision(scores, labels) for scores, labels in zip(scores_NC.T, labels_NC.T, strict=True)]
+    def share(count: int, of: int) -> float | None:
+        return count / of if of else None
+
+    return tuple(
+        LabelFigures(
+            label=label,
+            name=name,
+            n=int(has[:, label].sum()),
+            average_precision=None if np.isnan(precision) else float(precision),
+            precision=share(int(right[label]), int(given[:, label].sum())),
+            recall=share(int(right[label]), int(has[:, label].sum())),
+        )
+        for label, (name, precision) in enumerate(zip(class_names, average_precisions(scores, labels_NC), strict=True))
     )
-
-
-def _average_precision(scores: npt.NDArray[np.float64], labels: npt.NDArray[np.uint8]) -> float:
-    positives = int(labels.sum())
-    if positives == 0:
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    last_of_score = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
-    hits = np.cumsum(labels[order], dtype=np.int64)[last_of_score]
-    precision = hits / (last_of_score + 1)
-    return float(np.sum(np.diff(hits, prepend=0) * precision) / positives)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zarr
 
+from cache_tools.analysis.average_precision import average_precisions
 from cache_tools.analysis.fidelity_table import measure
 from cache_tools.analysis.stats import analyse
 from cache_tools.analysis.tune import tune_fusion
@@ -25,7 +26,6 @@ from pipeline.build.cache import build_cache
 from pipeline.build.multilabel_preflight import MultiLabelPreflight, run_multilabel_preflight
 from tests.support import multilabel
 from train.checkpoints import load_student
-from train.evaluate.multilabel import average_precisions
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +106,14 @@ def test_codecs_that_keep_the_level_are_allowed(fused: TeacherCache, tmp_path: P
 
 
 def test_statistics_of_one_label_are_refused(components: TeacherCache) -> None:
-    for call in (
-        lambda: analyse(components),
-        lambda: tune_fusion(components, weights=[0.0, 1.0]),
-        lambda: measure(components),
+    for call, words in (
+        (lambda: analyse(components), "^analyse"),
+        (lambda: tune_fusion(components, weights=[0.0, 1.0]), "likelihood of a softmax, .*by training"),
+        (lambda: measure(components), "gradient of a softmax, .*recode"),
     ):
-        with pytest.raises(RecipeError, match="is for images with one label each"):
+        with pytest.raises(RecipeError, match=f"{words}.*") as raised:
             call()
+        assert "is for images with one label each" in str(raised.value)
 
 
 class Teachers:

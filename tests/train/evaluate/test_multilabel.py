@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from cache_tools.analysis.average_precision import average_precisions
 from cache_tools.errors import DataError, DivergedError
-from train.evaluate.multilabel import average_precisions, multilabel_figures
+from train.evaluate.multilabel import multilabel_figures
 
 NAMES = ("cat", "dog", "cow", "emu")
 
