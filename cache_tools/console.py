@@ -233,9 +233,13 @@ def print_line(text: str, *, file: TextIO | None = None) -> None:
     print(printable(text), file=file, flush=True)
 
 
-def print_next(*words: object) -> None:
-    """Print the command that usually follows, quoted for a shell."""
-    print_line(f"next: {shlex.join(str(word) for word in words)}")
+def print_next(*words: object, file: TextIO | None = None) -> None:
+    """Print the command that usually follows, quoted for a shell.
+
+    Args:
+        file: standard error for commands whose output others read line by line.
+    """
+    print_line(f"next: {shlex.join(str(word) for word in words)}", file=file)
 
 
 def warn(message: str) -> None:

@@ -37,6 +37,9 @@ class StudentFit(Frozen):
     kl: dict[str, float]
 
 
+GOOD_G = 0.01
+
+
 class CostTable(Frozen):
     """The result of `measure`, smallest codec first; `reference` names the cache's own codecs, the reference of all."""
 
@@ -54,6 +57,13 @@ class CostTable(Frozen):
     student: StudentFit
     codecs: tuple[CodecCost, ...]
     left_out: tuple[str, ...] = ()
+
+    @property
+    def smallest_good(self) -> CodecCost | None:
+        """The codec of fewest bytes whose KD gradient is off by no more than GOOD_G at every temperature."""
+        known = [cost for cost in self.codecs if cost.bytes is not None and cost.g]
+        good = [cost for cost in known if not cost.g_even_tail and max(cost.g.values()) <= GOOD_G]
+        return min(good, key=lambda cost: cost.bytes or 0.0, default=None)
 
 
 def measure(

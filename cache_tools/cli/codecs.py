@@ -36,7 +36,7 @@ def fidelity_command(
     The reference is the decoded cache, so the error of the cache's own codec does not show. docs/codecs.md
     explains the figures.
     """
-    from cache_tools.analysis.fidelity_table import measure
+    from cache_tools.analysis.fidelity_table import GOOD_G, measure
     from cache_tools.reader import TeacherCache
 
     temperatures = tuple(temperature or (1.0, 4.0))
@@ -49,6 +49,12 @@ def fidelity_command(
     from cache_tools.analysis.fidelity_text import print_costs
 
     print_costs(found)
+    if (best := found.smallest_good) is not None and str(best.codecs) != found.reference:
+        print_line(f"{best.spec} is the smallest that keeps the KD gradient to {GOOD_G:.0%}.")
+        print_next("cache-tools", "recode", reference, "--codec", best.spec)
+    else:
+        print_line(f"No smaller codec keeps the KD gradient to {GOOD_G:.0%}: the cache is best as it is.")
+        print_next("train-student", "--cache", reference)
 
 
 def recode_command(

@@ -137,6 +137,7 @@ def print_details(details: CacheDetails) -> None:
         "dataset",
         f"{record.dataset}, {dataset.num_samples:,} samples, {manifest.num_classes} classes, {height}×{width}",
     )
+    _line("test split", ", ".join(manifest.dataset.test_splits) or "none: students are not evaluated")
     state = "complete" if record.complete else _unfinished(record, manifest)
     _line("views", f"{record.views_done} of {record.views_total} done, {state}")
     _line("view recipe", f"version {recipe.views.version}, base seed {recipe.views.base_seed}, {_ops(recipe.views)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +11,7 @@ import typer
 from cache_tools import units
 from cache_tools.cli import describe
 from cache_tools.cli.options import AsJson, Cache, LocalCache, Yes
-from cache_tools.console import print_json, print_line
+from cache_tools.console import print_json, print_line, print_next
 from cache_tools.errors import StorageError
 from cache_tools.home import registry
 from cache_tools.home.listing import Filters, RemoteRecord, list_remote
@@ -62,10 +64,25 @@ def list_command(
         print_json([record.model_dump(mode="json") | {"complete": record.complete} for record in records])
     elif records:
         describe.print_table(records)
+        _print_next_of_list(records)
     elif filters == Filters():
         print_line(f"No caches in {place}. Run `build-cache` to make one.")
     else:
         print_line(f"No cache in {place} matches.")
+
+
+def _print_next_of_list(records: Sequence[registry.CacheRecord] | Sequence[RemoteRecord]) -> None:
+    """A command for one of the caches, on standard error: scripts read the list line by line."""
+    named = [registry.cache_home() / f"{record.name}-{record.fingerprint[:12]}{registry.SUFFIX}" for record in records]
+    for record, usual in zip(records, named, strict=True):
+        if not record.problem:
+            place = record.path if isinstance(record, registry.CacheRecord) else record.url
+            alone = sum(other.name == record.name for other in records) == 1
+            print_next("cache-tools", "info", record.name if alone and place == usual else place, file=sys.stderr)
+            return
+    broken = next(record for record in records if record.problem)
+    place = broken.path if isinstance(broken, registry.CacheRecord) else broken.url
+    print_next("cache-tools", "verify", place, file=sys.stderr)
 
 
 def info_command(reference: Cache, as_json: AsJson = False) -> None:
@@ -78,6 +95,10 @@ def info_command(reference: Cache, as_json: AsJson = False) -> None:
         print_json(details.model_dump(mode="json"))
     else:
         describe.print_details(details)
+        record = details.record
+        if record.complete or not isinstance(record, registry.CacheRecord) or record.origin is not None:
+            loss = ("--loss", "bce") if details.manifest.recipe.dataset.multi_label else ()
+            print_next("train-student", *loss, "--cache", reference, file=sys.stderr)
 
 
 def path_command(reference: LocalCache) -> None:
@@ -107,8 +128,11 @@ def rm_command(
         print_line(f"{'removing' if yes else 'would remove'} {what}")
         if yes:
             housekeeping.remove(record.path)
-    if not yes:
+    if yes:
+        print_next("cache-tools", "ls")
+    else:
         print("Nothing was removed: add --yes.")
+        print_next("cache-tools", "rm", *references, "--yes")
 
 
 def prune_command(
@@ -128,7 +152,11 @@ def prune_command(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove caches of the cache home by age, use, size or state. Without --yes, only show what would be removed."""
+    """Remove caches of the cache home by age, use, size or state. Without --yes, only show what would be removed.
+
+    --older-than and --unused-for also remove unpacked images that no command has read for that long; they are unpacked
+    again when they are needed.
+    """
     from cache_tools.home import housekeeping
 
     rules = housekeeping.PruneRules(
@@ -141,9 +169,27 @@ def prune_command(
     if as_json:
         caches = [candidate.model_dump(mode="json") for candidate in pruned.candidates]
         leftovers = [str(path) for path in pruned.leftovers]
-        print_json({"removed": yes, "bytes": pruned.bytes_freed, "caches": caches, "leftovers": leftovers})
+        unpacked = [str(path) for path in pruned.unpacked]
+        print_json(
+            {
+                "removed": yes,
+                "bytes": pruned.bytes_freed,
+                "caches": caches,
+                "leftovers": leftovers,
+                "unpacked_images": unpacked,
+            }
+        )
+        return
+    _print_pruned(pruned, rules, dry_run=not yes)
+    given = {"--older-than": older_than, "--unused-for": unused_for, "--keep-size": keep_size}
+    words = [word for option, value in given.items() if value is not None for word in (option, value)]
+    words += ["--incomplete"] if incomplete else []
+    if not words:
+        print_next("cache-tools", "prune", "--unused-for", "60d")
+    elif yes or not (pruned.removed or pruned.leftovers or pruned.unpacked):
+        print_next("cache-tools", "ls")
     else:
-        _print_pruned(pruned, rules, dry_run=not yes)
+        print_next("cache-tools", "prune", *words, "--yes")
 
 
 def _print_pruned(pruned: Pruned, rules: PruneRules, *, dry_run: bool) -> None:
@@ -153,11 +199,15 @@ def _print_pruned(pruned: Pruned, rules: PruneRules, *, dry_run: bool) -> None:
         print_line(f"{verb} {candidate.record.path} ({human_bytes(candidate.record.size_bytes)}; {candidate.reason})")
     for path, size_bytes in pruned.leftovers.items():
         print_line(f"{removed} {path} ({human_bytes(size_bytes)}; left by a killed command)")
+    for path, size_bytes in pruned.unpacked.items():
+        print_line(f"{removed} {path} ({human_bytes(size_bytes)}; unpacked images, not read for that long)")
     if rules == type(rules)():
         print("No rule given: add --older-than, --unused-for, --keep-size or --incomplete.")
     else:
-        hint = ". Add --yes to remove them." if dry_run and (pruned.removed or pruned.leftovers) else ""
-        print_line(f"{len(pruned.removed)} caches, {human_bytes(pruned.bytes_freed)}{hint}")
+        found = pruned.removed or pruned.leftovers or pruned.unpacked
+        hint = ". Add --yes to remove them." if dry_run and found else ""
+        plural = "" if len(pruned.removed) == 1 else "s"
+        print_line(f"{len(pruned.removed)} cache{plural}, {human_bytes(pruned.bytes_freed)}{hint}")
     if rules.keep_bytes is not None and pruned.bytes_left > rules.keep_bytes:
         kept = human_bytes(pruned.bytes_left)
         print_line(f"The cache home is still larger than --keep-size: the caches that were kept take {kept}.")

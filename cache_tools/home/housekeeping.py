@@ -14,6 +14,7 @@ from cache_tools.files import PARTIAL, SafeFolder, find_leftovers, remove_leftov
 from cache_tools.home.origin import origin_file
 from cache_tools.home.registry import CacheRecord, cache_home, is_cache, list_caches, used_file
 from cache_tools.home.sizes import size_and_time
+from cache_tools.images.hf import UNPACKED
 from cache_tools.places import LocalPlace
 from cache_tools.places.claims import EXPIRE_S, HEARTBEAT_S, claims_place, remove_dead_claims
 
@@ -50,11 +51,14 @@ class Pruned(Frozen):
     Attributes:
         candidates: the caches that the rules select, least recently used first.
         leftovers: bytes of each file and folder that killed commands left behind.
+        unpacked: bytes of each file of unpacked images (`images.hf`) that no command has read for as long as the rules
+            say.
         bytes_left: size of the caches that stay.
     """
 
     candidates: tuple[Candidate, ...]
     leftovers: dict[Path, int]
+    unpacked: dict[Path, int]
     bytes_left: int
 
     @property
@@ -64,7 +68,9 @@ class Pruned(Frozen):
 
     @property
     def bytes_freed(self) -> int:
-        return sum(candidate.record.size_bytes for candidate in self.removed) + sum(self.leftovers.values())
+        return sum(candidate.record.size_bytes for candidate in self.removed) + sum(
+            (*self.leftovers.values(), *self.unpacked.values())
+        )
 
 
 def prune(rules: PruneRules, *, dry_run: bool) -> Pruned:
@@ -74,18 +80,20 @@ def prune(rules: PruneRules, *, dry_run: bool) -> Pruned:
         StorageError: no permission, or a cache that came into use just now.
     """
     records = list_caches()
-    found = find_leftovers(cache_home()) if rules.incomplete else []
+    unpacked = cache_home() / UNPACKED
+    found = [*find_leftovers(cache_home()), *find_leftovers(unpacked)] if rules.incomplete else []
     candidates = find_candidates(records, rules)
     removed = {candidate.record.path for candidate in candidates if candidate.kept_because is None}
     pruned = Pruned(
         candidates=tuple(candidates),
-        leftovers={path: size_and_time(path)[0] for path in found},
+        leftovers={path: _bytes(path) for path in found},
+        unpacked=_unread_images(unpacked, rules),
         bytes_left=remaining_bytes(records, removed),
     )
     if not dry_run:
         for candidate in pruned.removed:
             remove(candidate.record.path)
-        remove_leftovers(pruned.leftovers)
+        remove_leftovers([*pruned.leftovers, *pruned.unpacked])
     return pruned
 
 
@@ -156,6 +164,29 @@ def remove_leftovers(paths: Iterable[Path]) -> None:
             continue
         except OSError as error:
             raise storage_error(error) from error
+
+
+def _unread_images(folder: Path, rules: PruneRules) -> dict[Path, int]:
+    """Bytes of each file of unpacked images that the rules select. Their time is that of the last reading."""
+    limits = [limit for limit in (rules.older_than_s, rules.unused_for_s) if limit is not None]
+    if not limits:
+        return {}
+    try:
+        files = SafeFolder(folder)
+        return {
+            folder / entry.name: _bytes(folder / entry.name)
+            for entry in files.entries()
+            if entry.is_file and entry.name.endswith(".arrow") and files.age_s(entry.name) > min(limits)
+        }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file or a whole folder."""
+    folder = SafeFolder(path.parent)
+    status = folder.status(path.name) if folder.is_file(path.name) else None
+    return size_and_time(path)[0] if status is None else status.st_size
 
 
 def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:

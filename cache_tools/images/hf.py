@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -378,6 +379,8 @@ def _as_arrow(file: Path, *columns: str) -> Path:
     identity = json.dumps([str(file.resolve()), status.st_size, status.st_mtime_ns, *columns])
     copy = cache_home() / UNPACKED / f"{hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()}.arrow"
     if copy.is_file():
+        with suppress(OSError):  # its time says when it was last used, for `cache-tools prune`
+            os.utime(copy)
         return copy
     with _reading(file):
         source = parquet.ParquetFile(file)

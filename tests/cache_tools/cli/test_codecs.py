@@ -16,6 +16,7 @@ from cache_tools.home.sizes import INDEX, size_and_time
 from cache_tools.integrity.local import verify
 from cache_tools.reader import TeacherCache
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.next_commands import commands_in
 
 IMAGES = tiny_images()
 
@@ -58,6 +59,24 @@ def test_fidelity_prints_a_line_for_each_codec_and_changes_nothing(home: Path) -
     assert "g T=1" in text
     assert "g T=4" in text
     assert contents(home) == before
+
+
+@pytest.mark.parametrize(
+    ("codecs", "expected"),
+    [
+        (["float32", "float16"], ["cache-tools", "recode", "wide", "--codec", "float16"]),
+        (["float32"], ["train-student", "--cache", "wide"]),  # its own
+    ],
+)
+def test_fidelity_names_the_smallest_good_codec(home: Path, codecs: list[str], expected: list[str]) -> None:
+    run("recode", "digits", "--codec", "float32", "--name", "wide")
+    options = [word for codec in codecs for word in ("--codec", codec)]
+    text = run("fidelity", "wide", *options).stdout
+    found = json.loads(run("fidelity", "wide", *options, "--json").stdout)["codecs"]
+    good = [cost for cost in found if cost["bytes"] is not None and max(cost["g"].values()) <= 0.01]
+    smallest = min(good, key=lambda cost: cost["bytes"])["spec"]
+    assert smallest == (expected[-1] if "--codec" in expected else "(as it is)")
+    assert commands_in(text) == [expected]
 
 
 def test_fidelity_as_json_at_the_temperatures_of_a_run(home: Path) -> None:

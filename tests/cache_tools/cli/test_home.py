@@ -143,7 +143,9 @@ def test_only_the_link_to_a_cache_is_removed(home: Path, tmp_path: Path) -> None
     (home / "link.zarr").symlink_to(home / NAME, target_is_directory=True)
     assert "keeping (a link: the cache is elsewhere)" in run(home, "prune", "--older-than", "0s").stdout
     shown = run(home, "rm", str(home / "link.zarr"), "--yes").stdout
-    assert shown == f"removing the link {home / 'link.zarr'} (the cache stays where it is, in {home / NAME})\n"
+    line, after = shown.splitlines()
+    assert line == f"removing the link {home / 'link.zarr'} (the cache stays where it is, in {home / NAME})"
+    assert after == "next: cache-tools ls"
     assert not (home / "link.zarr").is_symlink()
     assert "sound" in run(home, "verify", "digits").stdout
 
@@ -152,7 +154,7 @@ def test_prune_reports_that_kept_caches_are_too_large(home: Path) -> None:
     (home / "cut.zarr").mkdir()
     (home / "cut.zarr" / "labels").write_bytes(bytes(3000))
     shown = run(home, "prune", "--keep-size", "2KB", "--yes").stdout
-    assert shown.endswith("The cache home is still larger than --keep-size: the caches that were kept take 3.0 KB.\n")
+    assert "The cache home is still larger than --keep-size: the caches that were kept take 3.0 KB.\n" in shown
     assert not (home / NAME).exists()
 
 
@@ -288,6 +290,53 @@ def test_commands_end_with_the_next_one(home: Path, tmp_path: Path) -> None:
     recoded = tmp_path / "re coded.zarr"
     text = run(home, "recode", "digits", "--codec", "float32", "--out", str(recoded)).stdout
     assert commands_in(text) == [["train-student", "--cache", str(recoded)]]
+
+
+def test_a_list_and_a_page_name_the_next_command_beside_their_lines(home: Path, tmp_path: Path) -> None:
+    """On standard error: scripts read the list line by line."""
+    shown = run(home, "ls")
+    assert "next:" not in shown.stdout
+    assert commands_in(shown.stderr) == [["cache-tools", "info", "digits"]]
+    page = run(home, "info", "digits")
+    assert "next:" not in page.stdout
+    assert "test split:" in page.stdout
+    assert commands_in(page.stderr) == [["train-student", "--cache", "digits"]]
+    there = tmp_path / "my share"
+    run(home, "copy", "digits", str(there))
+    assert commands_in(run(home, "ls", str(there)).stderr) == [["cache-tools", "info", str(there / NAME)]]
+    (home / NAME / "commits" / "c.1.2.0").unlink()
+    half = run(home, "info", "digits")
+    assert "half-built: run the same build-cache command" in half.stdout
+    assert commands_in(half.stderr) == []
+    (home / NAME / "zarr.json").write_text("{}")
+    assert commands_in(run(home, "ls").stderr) == [["cache-tools", "verify", str(home / NAME)]]
+
+
+def test_removals_name_the_next_command(home: Path) -> None:
+    assert commands_in(run(home, "rm", "digits").stdout) == [["cache-tools", "rm", "digits", "--yes"]]
+    assert commands_in(run(home, "prune").stdout) == [["cache-tools", "prune", "--unused-for", "60d"]]
+    assert commands_in(run(home, "prune", "--older-than", "9999d").stdout) == [["cache-tools", "ls"]]
+    rules = ["--older-than", "0d", "--unused-for", "0d", "--keep-size", "0B", "--incomplete"]
+    assert commands_in(run(home, "prune", *rules).stdout) == [["cache-tools", "prune", *rules, "--yes"]]
+    assert commands_in(run(home, "rm", "digits", "--yes").stdout) == [["cache-tools", "ls"]]
+
+
+def test_unpacked_images_that_nobody_reads_are_pruned(home: Path) -> None:
+    folder = home / "unpacked-images"
+    folder.mkdir()
+    old, young, other, cut = (folder / name for name in ("a.arrow", "b.arrow", "notes.txt", f".a.{'0a' * 16}.partial"))
+    for file in (old, young, other, cut):
+        file.write_bytes(bytes(1000))
+    for file in (old, other, cut):
+        os.utime(file, (0, 0))
+    assert old.name not in run(home, "prune", "--keep-size", "1GB", "--yes").stdout
+    shown = run(home, "prune", "--unused-for", "60d").stdout
+    assert f"would remove {old} (1.0 KB; unpacked images, not read for that long)" in shown
+    assert "0 caches, 1.0 KB. Add --yes to remove them." in shown
+    found = json.loads(run(home, "prune", "--unused-for", "60d", "--incomplete", "--yes", "--json").stdout)
+    assert (found["unpacked_images"], found["leftovers"], found["bytes"]) == ([str(old)], [str(cut)], 2000)
+    assert {file.name for file in folder.iterdir()} == {young.name, other.name}
+    assert (home / NAME).is_dir()
 
 
 def test_a_damaged_cache_is_repaired_next(home: Path) -> None:
