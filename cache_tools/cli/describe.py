@@ -32,6 +32,7 @@ from cache_tools.screen import TextTable, screen_width
 from cache_tools.store.group import read_manifest
 from cache_tools.units import human_bytes
 
+_BESIDE_SAMPLES = {"left_out": "files left out", "damaged": "damaged images left out"}  # of `FolderSummary.to_json`
 _PIPED_WIDTH = 400  # for grep and awk: a line per cache
 
 
@@ -158,7 +159,10 @@ def print_details(details: CacheDetails) -> None:
     for source in _sources(manifest):
         _line("made from", str(source))
     for key, value in manifest.provenance.items():
-        if key != "source":
+        if key == "folders" and isinstance(value, dict):
+            for split, content in value.items():
+                _line(f"images of {split}", _folder(content))
+        elif key != "source":
             _line(key, _flat(value))
 
 
@@ -246,6 +250,15 @@ def _network(network: TeacherIdentity | ClipIdentity, of: int) -> str:
 def _preprocessing(network: TeacherIdentity | ClipIdentity) -> str:
     size = network.preprocessing.size
     return f"{network.feature_dim} features, " + (f"input {size[0]}×{size[1]}" if size else "input as the canvas is")
+
+
+def _folder(content: Any) -> str:
+    """What a folder of images holds besides samples, in numbers; `--json` has every name."""
+    if not isinstance(content, dict):
+        return _flat(content)
+    counts = {name: len(content[key]) for key, name in _BESIDE_SAMPLES.items() if isinstance(content.get(key), dict)}
+    others = "".join(f", {count:,} {name}" for name, count in counts.items() if count)
+    return f"{_flat(content.get('images'))} in {_flat(content.get('folder'))}{others}"
 
 
 def _flat(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cache_tools.format.manifest import build_command
 from pipeline.build.preflight import Preflight
 from pipeline.cli import _about_fusion
 from tests.support.next_commands import commands_in
@@ -35,6 +36,14 @@ def test_a_cache_of_the_fusion_is_built_again_with_the_two_apart() -> None:
     first, *others = lines("fused", 0.5, 0.9, 0.8)
     assert first == "The fusion is 10.00 points below CLIP alone on these images."
     assert commands_in("\n".join(others)) == [["build-cache", "my photos.yaml", "--store", "components"]]
+
+
+@pytest.mark.parametrize("printed", ["--json", "--plan", "--show-recipe"])
+def test_a_command_that_builds_again_prints_as_usual(printed: str) -> None:
+    for command in (f"build-cache photos/ {printed} --views 4", f"/usr/bin/build-cache photos/ --views 4 {printed}"):
+        again = build_command(manifest("fused", command), "--store", "components")
+        assert again == "build-cache photos/ --views 4 --store components"
+    assert build_command(manifest("fused", f"cache-tools recode x {printed}"), "--store", "components") is None
 
 
 @pytest.mark.parametrize("figures", [(0.7, 0.6, 0.75), (0.7, 0.6, 0.7), (0.9, None, None), (None, 0.9, None)])

@@ -23,7 +23,7 @@ from pipeline.networks.ensemble import load_ensemble
 from pipeline.online import LiveTeachers
 from pipeline.recipe import BuildRecipe
 from pipeline.replay import replay
-from tests.support import tiny_build, tiny_run
+from tests.support import hf_files, tiny_build, tiny_run
 from train.data import open_data
 from train.feed import NoTargets, ResidentFeed, StreamingFeed, open_feed
 from train.run import train_on
@@ -55,8 +55,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(root: Path, name: str, **changes: Any) -> BuildRecipe:
-    dataset = {"name": "folder", "data_dir": str(root / "pictures")}
-    return tiny_build.recipe(root, dataset=dataset, num_views=2, batch_size=64, out=root / name, **changes)
+    settings = {"dataset": {"name": "folder", "data_dir": str(root / "pictures")}, "num_views": 2, "batch_size": 64}
+    return tiny_build.recipe(root, out=root / name, **(settings | changes))
 
 
 def test_a_cache_of_original_pictures_trains_as_live_teachers_do(root: Path) -> None:
@@ -84,6 +84,30 @@ def test_a_cache_of_original_pictures_trains_as_live_teachers_do(root: Path) -> 
     cache.__dict__["manifest"] = cache.manifest.model_copy(update={"canaries": tuple(drifted)})
     with pytest.raises(MismatchError, match="not the pixels that the teachers saw"):
         cache.check_canaries(images)
+
+
+def test_original_pictures_of_a_hugging_face_data_set(root: Path, tmp_path: Path) -> None:
+    """Targets, test images and the student's pixels are those of the folder that the data set was made from."""
+    hf_files.hub_files(hf_files.folder_tables(root / "pictures"), tmp_path / "set")
+    dataset = {"name": "hf", "data_dir": str(tmp_path / "set")}
+    recipes = plan(root, "of-folder", views=STRONG), plan(root, "of-hf", views=STRONG, dataset=dataset)
+    assert [recipe.dataset.image_size for recipe in recipes] == [18, 18]
+    folder, cache = (TeacherCache(build_cache(recipe).path) for recipe in recipes)
+    assert tiny_build.arrays_of(cache.path) == tiny_build.arrays_of(folder.path)
+    assert cache.recipe.views.version == 2
+    report, images = check_images(cache)
+    assert report.sound
+    assert images is not None
+    assert replay(cache, images, 20, device="cpu").sound
+    seen = []
+    for one in (folder, cache):
+        run = tiny_run.recipe(one.path, tmp_path / "unused")
+        data = open_data(run, CPU)
+        feed = data.feed(run, CPU)
+        seen.append([torch.from_numpy(data.tests[0].load(slice(None))), *(batch.pixels for batch in feed.epoch(1))])
+        feed.close()
+    assert len(seen[0]) == len(seen[1]) > 1
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
 def test_networks_get_the_sizes_of_the_recipe(root: Path) -> None:

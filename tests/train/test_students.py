@@ -359,6 +359,14 @@ def test_bad_names_and_options(name: str, options: dict[str, Any], message: str)
         create_student(name, 10, **options)
 
 
+def test_a_folder_is_no_student_but_may_have_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "last.safetensors").write_bytes(b"")
+    for place in (tmp_path, tmp_path / "last.safetensors"):
+        with pytest.raises(RecipeError, match="the name of an architecture, and this is a file or folder") as caught:
+            create_student(str(place), 10)
+        assert str(caught.value).endswith(f"--student ARCHITECTURE --student-weights {place}.")
+
+
 @pytest.mark.parametrize("name", ["resnet8", "timm:resnet10t", "torchvision:resnet18"])
 def test_a_student_needs_at_least_one_class(name: str) -> None:
     with pytest.raises(RecipeError, match="num_classes"):

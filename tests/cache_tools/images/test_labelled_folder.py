@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cache_tools.alignment import aligned
 from cache_tools.errors import DataError, MismatchError
@@ -86,7 +87,13 @@ def test_each_split_may_have_a_table_of_its_own(root: Path) -> None:
         with (root / split / "labels.csv").open("w", newline="") as file:
             csv.writer(file).writerows([[head[0], *head[2:]], *rows_of])
     (root / "labels.csv").unlink()
-    assert open_images(recipe(root), "test").labels.tolist() == expected.tolist()
+    (root / "test" / "notes.txt").write_text("not an image")
+    Image.new("RGB", (8, 8)).save(root / "test" / "unlisted.png")
+    images = open_images(recipe(root), "test")
+    assert images.labels.tolist() == expected.tolist()
+    contents = images.folder_contents()
+    assert contents is not None
+    assert set(contents["left_out"]) == {"notes.txt", "unlisted.png"}, "the table is not one of them"
 
 
 def test_images_may_be_anywhere_below_data_dir(root: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from cache_tools import fusion
+from cache_tools.cli import app
 from cache_tools.errors import (
     CacheError,
     DataError,
@@ -276,6 +278,13 @@ def test_building_again_corrects_the_test_split_and_computes_nothing(
     recorded = tuple(split) if isinstance(split, list) else split
     assert stored.dataset.test_split == recorded
     assert stored.build_recipe["dataset"]["test_split"] == split
+    splits = [split] if isinstance(split, str) else split or []
+    assert list(stored.provenance["folders"]) == ["train", *splits]
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "c.zarr")], env={"COLUMNS": "300"}).stdout.splitlines()
+    (line,) = [line for line in shown if line.startswith("test split:")]
+    assert line.partition(":")[2].strip() == (", ".join(splits) or "none: students are not evaluated")
+    folders = [line.removeprefix("images of ").rpartition(": ")[0] for line in shown if line.startswith("images of ")]
+    assert folders == ["train", *splits]
     assert (stored.fingerprint, stored.recipe) == (built.manifest.fingerprint, built.manifest.recipe)
     assert any("the test split is now" in line and "(it was test)" in line for line in said)
     again: list[str] = []
