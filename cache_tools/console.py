@@ -30,7 +30,7 @@ from cache_tools.system.streams import (
     is_pipe_broken,
     open_missing_streams,
 )
-from cache_tools.units import duration
+from cache_tools.units import counted, duration
 
 if TYPE_CHECKING:
     import torch
@@ -312,7 +312,9 @@ def describe_device(device: torch.device) -> str:
 
     if device.type == "mps":
         return f"{cpu_model()}, MPS"
-    return device_name(device) if device.type == "cuda" else f"{cpu_model()}, {torch.get_num_threads()} threads"
+    return (
+        device_name(device) if device.type == "cuda" else f"{cpu_model()}, {counted(torch.get_num_threads(), 'thread')}"
+    )
 
 
 def cpu_model() -> str:

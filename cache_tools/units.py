@@ -14,6 +14,11 @@ _SIZE = re.compile(r"\s*[0-9]+([.][0-9]+)?\s*([KMGTPE]I?)?B\s*", re.IGNORECASE)
 _DURATION = re.compile(r"\s*([0-9]+(?:[.][0-9]+)?)\s*([smhdw])\s*")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as `1 file` or `2 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def human_bytes(count: int) -> str:
     """Format a size in powers of 1000: `12.3 MB`."""
     return ByteSize(count).human_readable(decimal=True, separator=" ")

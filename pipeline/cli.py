@@ -190,7 +190,7 @@ def _check_images(recipe: BuildRecipe, as_json: bool) -> None:
     from cache_tools.errors import DataError
     from cache_tools.images import open_images
     from cache_tools.images.check import check_new_images, check_splits
-    from cache_tools.images.summary import counted
+    from cache_tools.units import counted
 
     dataset = recipe.dataset.model_copy(update={"on_bad_image": "error"})
     splits = [open_images(dataset, split) for split in (None, *dataset.test_splits)]
@@ -296,7 +296,8 @@ def _next_step(recipe: BuildRecipe, manifest: Manifest, where: str | Path) -> st
     train = f"train-student {recipe.name}" if is_recipe else "train-student"
     train += " --loss bce" if recipe.dataset.labels is not None else ""
     is_unique = len(list(registry.cache_home().glob(f"{recipe.name}-*{registry.SUFFIX}"))) == 1
-    return train if is_recipe and is_unique and recipe.out is None else f"{train} --cache {shlex.quote(str(where))}"
+    in_home = is_unique and recipe.out is None
+    return train if is_recipe and in_home else f"{train} --cache {shlex.quote(recipe.name if in_home else str(where))}"
 
 
 def main() -> None:

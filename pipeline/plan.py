@@ -28,7 +28,7 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
 from cache_tools.refusion import MATCH_SAMPLES
 from cache_tools.system.devices import synchronise
-from cache_tools.units import duration, human_bytes
+from cache_tools.units import counted, duration, human_bytes
 from pipeline.build.cache import resolve
 from pipeline.build.destination import destination
 from pipeline.networks.clip import TEXT_BATCH, Clip
@@ -113,8 +113,8 @@ class Plan(Frozen):
     def __str__(self) -> str:
         takes = f"{duration(self.build_s)} ± {duration(self.build_error_s)}"
         lines = [
-            f"{self.samples:,} images × {self.views} views on {self.device}: {self.targets_per_s:,.1f} images/s "
-            f"through {self.networks}, so building takes {takes}"
+            f"{self.samples:,} images × {counted(self.views, 'view')} on {self.device}: "
+            f"{self.targets_per_s:,.1f} images/s through {self.networks}, so building takes {takes}"
         ]
         if self.loaded_per_s is not None:
             lines.append(
@@ -138,7 +138,7 @@ class Plan(Frozen):
             return "The disk is too small: choose fewer --views, --codec float16, or another --out."
         if self.epochs_to_break_even is None or self.students_to_break_even is None:
             return "The cache saves no time: loading the images takes as long as the networks and the student do."
-        pays_off = f"The cache pays off after {self.epochs_to_break_even} epochs of training"
+        pays_off = f"The cache pays off after {counted(self.epochs_to_break_even, 'epoch')} of training"
         if self.students_to_break_even > 1.0:
             students = f"{np.ceil(self.students_to_break_even):.0f} students of {self.epochs} epochs"
             return (

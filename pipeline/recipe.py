@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -289,6 +290,13 @@ def load_build_recipe(
         data = _folder_recipe(source, settings)
         for key, value in settings:
             set_dotted(data, key, value)
+        if not data.get("teacher") and not data.get("clip"):
+            raise RecipeError(
+                "a cache of this folder needs a teacher, a CLIP or both",
+                where=source,
+                next_step=f"train a teacher with train-student {shlex.quote(source)} --loss ce --out runs/teacher, and "
+                "give it here: --teacher runs/teacher",
+            )
         recipe = validate(BuildRecipe, data, where=source, typed=typed_settings(overrides, options, OPTION_NAMES))
     check_location(recipe.dataset.name, recipe.dataset.data_dir, recipe.dataset.download)
     return recipe

@@ -37,7 +37,7 @@ class StudentFit(Frozen):
     kl: dict[str, float]
 
 
-GOOD_G = 0.01
+GOOD = 0.02
 
 
 class CostTable(Frozen):
@@ -60,9 +60,9 @@ class CostTable(Frozen):
 
     @property
     def smallest_good(self) -> CodecCost | None:
-        """The codec of fewest bytes whose KD gradient is off by no more than GOOD_G at every temperature."""
-        known = [cost for cost in self.codecs if cost.bytes is not None and cost.g]
-        good = [cost for cost in known if not cost.g_even_tail and max(cost.g.values()) <= GOOD_G]
+        """The codec of fewest bytes whose KD gradient, at every temperature, and features are off by at most GOOD."""
+        known = [cost for cost in self.codecs if cost.bytes is not None and cost.g and not cost.g_even_tail]
+        good = [cost for cost in known if max(*cost.g.values(), cost.feature_error or 0.0) <= GOOD]
         return min(good, key=lambda cost: cost.bytes or 0.0, default=None)
 
 

@@ -36,8 +36,9 @@ def stats_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Analyse the targets of a cache: accuracy, calibration, classes, disagreement, stability.
+    """Analyse the targets of a cache. Trains nothing.
 
+    Accuracy, calibration, confusions, disagreement of teacher and CLIP, stability over the views, suspicious labels.
     For the teacher, CLIP and their fusion; a fused cache has the fusion only. Where images may have several labels:
     average precision, cross entropy and calibration of each label. docs/analysis.md explains each figure.
     On images that the teacher was trained on, the teacher looks better than it is.
@@ -135,7 +136,7 @@ def tune_command(
     plot: Annotated[Path | None, typer.Option("--plot", help="Plot the NLL surface to this file (PNG).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Choose teacher weight and CLIP scale by the likelihood of the labels; trains nothing.
+    """Choose teacher weight and CLIP scale by likelihood. Trains nothing.
 
     With several teachers and no CLIP, or several CLIPs and no teacher, it chooses the share of each network. Needs a
     component cache. Choose on images that the teacher was not trained on, such as a cache of

@@ -31,12 +31,13 @@ def fidelity_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what codecs would cost on a cache: bytes, KD gradient, KL, top-1, features. Changes nothing.
+    """Measure what other codecs would cost on a cache. Changes nothing.
 
+    Shows bytes, and the errors of KD gradient, KL, top-1 and features.
     The reference is the decoded cache, so the error of the cache's own codec does not show. docs/codecs.md
     explains the figures.
     """
-    from cache_tools.analysis.fidelity_table import GOOD_G, measure
+    from cache_tools.analysis.fidelity_table import GOOD, measure
     from cache_tools.reader import TeacherCache
 
     temperatures = tuple(temperature or (1.0, 4.0))
@@ -50,10 +51,10 @@ def fidelity_command(
 
     print_costs(found)
     if (best := found.smallest_good) is not None and str(best.codecs) != found.reference:
-        print_line(f"{best.spec} is the smallest that keeps the KD gradient to {GOOD_G:.0%}.")
+        print_line(f"{best.spec} is the smallest that keeps KD gradient and features to {GOOD:.0%}.")
         print_next("cache-tools", "recode", reference, "--codec", best.spec)
     else:
-        print_line(f"No smaller codec keeps the KD gradient to {GOOD_G:.0%}: the cache is best as it is.")
+        print_line(f"No smaller codec keeps KD gradient and features to {GOOD:.0%}: the cache is best as it is.")
         print_next("train-student", "--cache", reference)
 
 

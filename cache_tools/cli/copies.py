@@ -15,7 +15,7 @@ from cache_tools.units import human_bytes
 
 
 def push_command(reference: LocalCache, target: TargetPlace, as_json: AsJson = False) -> None:
-    """Copy a cache to another place: only what is missing there, checked on the way.
+    """Copy a cache to another place: only what is missing there. What is copied is checked on the way.
 
     You can interrupt it: the same command continues. Run it again to bring a copy up to date.
     """
@@ -34,7 +34,7 @@ def pull_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy a cache from another place into the cache home: only what is missing here, checked on the way."""
+    """Copy a cache from another place into the cache home. Only what is missing here is copied, checked on the way."""
     from cache_tools.places.metadata import manifest_at
 
     place = open_place(source)
@@ -47,7 +47,7 @@ def pull_command(
 
 
 def copy_command(source: SourcePlace, target: TargetPlace, as_json: AsJson = False) -> None:
-    """Copy a cache between any two places: only what is missing at the target, checked on the way."""
+    """Copy a cache between any two places. Only what is missing at the target is copied, checked on the way."""
     place = open_place(source) if is_remote(source) else LocalPlace(registry.resolve(source))
     _copy(place, _cache_place(target, place.name), "copy", as_json)
 

@@ -32,7 +32,7 @@ from cache_tools.screen import TextTable, screen_width
 from cache_tools.store.group import read_manifest
 from cache_tools.units import human_bytes
 
-_BESIDE_SAMPLES = {"left_out": "files left out", "damaged": "damaged images left out"}  # of `FolderSummary.to_json`
+_BESIDE_SAMPLES = {"left_out": "left out", "damaged": "damaged and left out"}  # of `FolderSummary.to_json`
 _PIPED_WIDTH = 400  # for grep and awk: a line per cache
 
 
@@ -264,7 +264,7 @@ def _folder(content: Any) -> str:
 def _flat(value: Any) -> str:
     """A provenance value on one line; numbers from 0 to 1 as percentages."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item is not None)
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item not in (None, [], {}))
     if isinstance(value, float) and 0.0 <= value <= 1.0:
         return f"{value:.2%}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -58,7 +58,7 @@ def fuse_command(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Make a fused cache from a component cache with another weight, CLIP scale or set of prompts.
+    """Make a fused cache from a component cache. Teacher weight, CLIP scale and prompts may be others.
 
     You can interrupt it: the same command continues. When the source has grown, it fuses the new blocks.
     """

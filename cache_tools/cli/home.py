@@ -45,7 +45,10 @@ def list_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the caches of the cache home ($TEACHER_CACHE_HOME, or ~/.cache/teacher-cache), a folder or a bucket."""
+    """List the caches of the cache home, a folder or a bucket.
+
+    The cache home is $TEACHER_CACHE_HOME, or ~/.cache/teacher-cache.
+    """
     filters = Filters(
         name=name,
         dataset=dataset,
@@ -74,19 +77,17 @@ def list_command(
 def _print_next_of_list(records: Sequence[registry.CacheRecord] | Sequence[RemoteRecord]) -> None:
     """A command for one of the caches, on standard error: scripts read the list line by line."""
     named = [registry.cache_home() / f"{record.name}-{record.fingerprint[:12]}{registry.SUFFIX}" for record in records]
-    for record, usual in zip(records, named, strict=True):
+    places = [record.path if isinstance(record, registry.CacheRecord) else record.url for record in records]
+    for record, place, usual in zip(records, places, named, strict=True):
         if not record.problem:
-            place = record.path if isinstance(record, registry.CacheRecord) else record.url
             alone = sum(other.name == record.name for other in records) == 1
             print_next("cache-tools", "info", record.name if alone and place == usual else place, file=sys.stderr)
             return
-    broken = next(record for record in records if record.problem)
-    place = broken.path if isinstance(broken, registry.CacheRecord) else broken.url
-    print_next("cache-tools", "verify", place, file=sys.stderr)
+    print_next("cache-tools", "verify", places[0], file=sys.stderr)
 
 
 def info_command(reference: Cache, as_json: AsJson = False) -> None:
-    """Show the recipe, geometry, progress and provenance of a cache. Of a remote cache, nothing is staged."""
+    """Show the recipe, size, progress and provenance of a cache. Of a remote cache, nothing is staged."""
     if is_remote(reference):
         details = describe.describe_remote(open_place(reference))
     else:

@@ -85,7 +85,7 @@ def verify_command(
 
 
 def repair_command(reference: Cache, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Drop the commits of damaged blocks, so that the command that made the cache computes only those again.
+    """Drop the commits of damaged blocks. The command that made the cache then computes only those again.
 
     Damaged array metadata is rewritten from the manifest. Sound blocks are never touched.
     """

@@ -98,6 +98,7 @@ class Changes(BaseModel):
 
 
 Recipe = TypeVar("Recipe", bound=Frozen)
+_FOLDERS_COMPARED = 1000
 
 # Tags of unions. pydantic includes them in the location of an error; the user never wrote them.
 ONE, SEVERAL = "(one)", "(several)"
@@ -205,7 +206,7 @@ def read_recipe(source: str, builtin: Traversable) -> dict[str, Any]:
                 "no such recipe",
                 where=source,
                 expected=f"a YAML file, a folder of images, or one of {', '.join(names)}",
-                next_step=_hint(source, names),
+                next_step=_hint(source, [*names, *_folders_beside(path)]),
             )
         text = (builtin / f"{source}.yaml").read_text(encoding="utf-8")
     data = parse_yaml(text, "recipe is not valid YAML", where=source)
@@ -216,6 +217,15 @@ def read_recipe(source: str, builtin: Traversable) -> dict[str, Any]:
             "recipe is not a mapping", where=source, expected="key: value lines", found=type(data).__name__
         )
     return data
+
+
+def _folders_beside(path: Path) -> list[str]:
+    """The folders where a recipe or folder was looked for, as they would be typed."""
+    try:
+        found = [entry for entry in path.expanduser().parent.iterdir() if entry.is_dir() and entry.name[:1] != "."]
+    except (OSError, RuntimeError, ValueError):
+        return []
+    return [f"{path.parent / entry.name}/" for entry in found[:_FOLDERS_COMPARED]]
 
 
 def _check_values(data: Any, where: str) -> None:

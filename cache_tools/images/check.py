@@ -28,7 +28,8 @@ from cache_tools.images.image_set import KEY_BYTES, ImageSet, sample_key
 from cache_tools.images.index import num_workers
 from cache_tools.images.recipe import IMAGES_VERSION
 from cache_tools.images.result_folders import RESULT_FOLDERS
-from cache_tools.images.summary import HIDDEN, common_root, counted, some_names
+from cache_tools.images.summary import HIDDEN, common_root, some_names
+from cache_tools.units import counted
 
 MEMORY = "checked-images"  # folder in the cache home
 NAMES_LISTED = 20
@@ -304,11 +305,12 @@ def _damaged(root: str, problems: dict[str, str], can_skip: bool) -> DataError:
     found = "; ".join(f"{problem}: {', '.join(names)}" for problem, names in kinds.items())
     if shown < count:
         found += f"; and {count - shown:,} more{_list_file(problems)}"
+    them = "it" if count == 1 else "them"
     return DataError(
         counted(count, "damaged image"),
         where=root,
         found=found,
-        next_step=f"replace or remove them{', or leave them out with --set dataset.on_bad_image=skip' * can_skip}",
+        next_step=f"replace or remove {them}{f', or leave {them} out with --set dataset.on_bad_image=skip' * can_skip}",
     )
 
 

@@ -150,7 +150,7 @@ def _next_step(recipe: DatasetRecipe, split: str, folders: list[str]) -> str:
     near = [name for name in folders if name.lower() in likely.get(split, (split.lower(),))]
     if near:
         setting = "split" if split == recipe.split else "test_split"
-        return f"--set dataset.{setting}={near[0]}"
+        return f"name it: --set dataset.{setting}={near[0]}"
     if split == recipe.test_split:
         return "set dataset.test_split to one of these folders, or to null to train without a test split"
     return (

@@ -21,8 +21,9 @@ from cache_tools.images.index import FileColumn, FileState, FoundFiles, examine
 from cache_tools.images.label_table import PATH_COLUMNS, read_csv
 from cache_tools.images.labels import LABEL_COLUMNS, number_labels
 from cache_tools.images.recipe import DatasetRecipe, is_strange_place
-from cache_tools.images.summary import FolderSummary, counted, some_names
+from cache_tools.images.summary import FolderSummary, some_names
 from cache_tools.system.arguments import expand_user
+from cache_tools.units import counted
 
 if TYPE_CHECKING:
     import numpy as np

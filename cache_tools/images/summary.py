@@ -11,6 +11,7 @@ from typing import Any
 from cache_tools.errors import printable
 from cache_tools.images.formats import DECODERS, no_decoder
 from cache_tools.images.result_folders import RESULT_FOLDERS, count_result_folders
+from cache_tools.units import counted
 
 HIDDEN = "hidden or made by a system"  # why a file is left out
 _NAMES_SHOWN = 3
@@ -84,11 +85,6 @@ def some_names(names: Sequence[str]) -> str:
     """The first of some names, and the number of the others."""
     more = f" and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun, such as `1 file` or `2 files`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def by_reason(files: dict[str, str]) -> list[tuple[str, list[str]]]:

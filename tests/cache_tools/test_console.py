@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 from cache_tools.console import Progress, command, cpu_model, describe_device, device_name, resolve_device, warn
 from cache_tools.errors import DeviceError
+from cache_tools.units import counted
 
 CPU = torch.device("cpu")
 
 
 def test_the_cpu_has_a_name_and_a_description() -> None:
     assert device_name(CPU) == "cpu"  # stored in caches, and compared by a replay
-    assert describe_device(CPU) == f"{cpu_model()}, {torch.get_num_threads()} threads"
+    assert describe_device(CPU) == f"{cpu_model()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def test_the_cpu_model_is_the_architecture_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

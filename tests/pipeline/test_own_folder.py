@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cache_tools.errors import RecipeError
 from pipeline.recipe import load_build_recipe
 from tests.support import tiny_run
+from tests.support.next_commands import parse
 
 
 @pytest.fixture
@@ -25,13 +27,27 @@ def test_a_folder_is_a_recipe_that_lacks_networks(pictures: Path) -> None:
     assert recipe.clips == ()
     with_clip = load_build_recipe("my photos/", [], {"clip.name": "local-dir:package:digits-clip"})
     assert (len(with_clip.teachers), len(with_clip.clips)) == (0, 1)
-    with pytest.raises(RecipeError, match=r"needs a teacher, a CLIP or both \(my-photos\)\..*--teacher"):
+    with pytest.raises(RecipeError, match=r"needs a teacher, a CLIP or both \(my photos\)\..*--teacher"):
         load_build_recipe("my photos")
 
 
 def test_a_folder_without_test_images_is_built_without_them(pictures: Path) -> None:
     recipe = load_build_recipe(str(pictures / "train"), [], {"teacher": {"name": "runs/teacher"}})
     assert (recipe.name, recipe.dataset.test_split) == ("train", None)
+
+
+def test_a_folder_without_a_teacher_says_how_to_get_one(pictures: Path) -> None:
+    with pytest.raises(RecipeError, match="this folder needs a teacher, a CLIP or both") as caught:
+        load_build_recipe("my photos")
+    command = "train-student 'my photos' --loss ce --out runs/teacher"
+    assert f"Train a teacher with {command}, and give it here: --teacher runs/teacher." in str(caught.value)
+    parse(shlex.split(command))
+
+
+@pytest.mark.parametrize("typed", ["my photo", "my_photos", "./my fotos"])
+def test_a_misspelt_folder_is_hinted_at(pictures: Path, typed: str) -> None:
+    with pytest.raises(RecipeError, match=r"no such recipe.*Did you mean 'my photos/'"):
+        load_build_recipe(typed)
 
 
 def test_a_second_folder_is_refused(pictures: Path) -> None:

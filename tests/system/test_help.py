@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from cache_tools.cli import COMMANDS
+from cache_tools.cli import COMMANDS, app
 
 pytestmark = pytest.mark.medium
 
@@ -22,6 +23,14 @@ SLOW |= {"torch", "torchvision", "zarr"}
 def helps() -> list[list[str]]:
     """Each command, and its subcommands, if it has any."""
     return [*([command] for command in SCRIPTS), *(["cache-tools", name] for name in COMMANDS)]
+
+
+def test_the_list_of_commands_is_whole_in_80_columns() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}, terminal_width=80).stdout
+    listed = [line for line in shown.splitlines() if line.split()[:1] and line.split()[0] in COMMANDS]
+    assert len(listed) == len(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+    assert max(map(len, listed)) <= 80
 
 
 @pytest.mark.parametrize("words", helps(), ids=" ".join)

@@ -18,12 +18,13 @@ from train.runs.result import RunResult, figures_of_teachers
 from train.runs.stored import open_run
 
 _FEW_VIEWS, _FEW_EPOCHS = 8, 60
+_UNSETTLED_NLL = 5.0  # nats; that of an even guess among 148 classes
 
 
 def next_steps(result: RunResult) -> list[str]:
     """The lines after the summary of a run."""
     lines = [*_after_a_loss(result), *_as_a_teacher(result)]
-    if isinstance(result.last, Evaluation):  # not for images with several labels
+    if result.last is not None:
         lines.append(f"next: {_command('evaluate-student', result.folder)}")
     return [*lines, f"next: {_command('export-student', result.folder)}"]
 
@@ -85,7 +86,11 @@ def _about_the_run(result: RunResult, recipe: TrainRecipe, manifest: Manifest | 
     def again(suffix: str, *options: object) -> str:
         return _command("train-student", result.folder / RECIPE, *options, "--out", f"{result.folder}-{suffix}")
 
-    steps = [(again("seed", "--seed", result.seed + 1), "another seed: one alone proves little")]
+    steps = []
+    if isinstance(result.last, Evaluation) and result.last.nll > _UNSETTLED_NLL:
+        lower = recipe.optimiser.learning_rate / 5
+        steps.append((again(f"lr{lower:g}", "--lr", f"{lower:g}"), "a lower learning rate: this NLL is very high"))
+    steps += [(again("seed", "--seed", result.seed + 1), "another seed: one alone proves little")]
     if recipe.loss.needs_logits:
         cooler = recipe.loss.temperature / 2 if recipe.loss.temperature > 1.5 else 4.0
         steps.append((again(f"T{cooler:g}", "--set", f"temperature={cooler:g}"), "another temperature"))

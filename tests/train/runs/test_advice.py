@@ -75,6 +75,17 @@ def test_a_negative_result_says_what_to_try(run: Path) -> None:
     assert f"{100 * (0.6667 - 0.7333):+.2f} points" in summary(found)
 
 
+def test_a_very_high_likelihood_asks_for_a_lower_learning_rate(run: Path) -> None:
+    found = result_of(run, 0.5, 0.6)
+    assert found.last is not None
+    assert all("--lr" not in words for words in commands_in("\n".join(next_steps(found))))
+    unsettled = found.model_copy(update={"last": found.last.model_copy(update={"nll": 5.5})})
+    rate = load_train_recipe(str(run / "recipe.yaml")).optimiser.learning_rate / 5
+    first = commands_in("\n".join(next_steps(unsettled)))[0]
+    recipe = str(run / "recipe.yaml")
+    assert first == ["train-student", recipe, "--lr", f"{rate:g}", "--out", f"{run}-lr{rate:g}"]
+
+
 def test_a_fused_cache_is_built_again_with_its_components(run: Path) -> None:
     teachers = {"teacher_top1": 0.4, "clip_top1": 0.8, "fusion_top1": 0.5}
     text = "\n".join(next_steps(result_of(run, 0.5, 0.6, "fused", teachers)))
