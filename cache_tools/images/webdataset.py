@@ -43,8 +43,9 @@ from cache_tools.images.shard_files import (
     open_shard,
     shard_place,
 )
-from cache_tools.images.summary import FolderSummary, counted, some_names
+from cache_tools.images.summary import FolderSummary, some_names
 from cache_tools.images.tar_samples import Samples, read_samples
+from cache_tools.units import counted
 
 if TYPE_CHECKING:
     import polars as pl

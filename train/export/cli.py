@@ -70,8 +70,11 @@ def export_student(
     if as_json:
         print(printable_json(report.model_dump_json(indent=2)))
     else:
-        print(_table(report))
-        print_next("report-students", run if run.is_dir() else run.parent)
+        from train.runs.stored import data_name
+
+        folder = run if run.is_dir() else run.parent
+        print(_table(report, data_name(folder, report.dataset)))
+        print_next("report-students", folder)
 
 
 def _batch_size(text: str) -> int | None:
@@ -85,7 +88,7 @@ def _batch_size(text: str) -> int | None:
         ) from error
 
 
-def _table(report: ExportReport) -> str:
+def _table(report: ExportReport, images: str) -> str:
     lines = [f"{'file':<24}{'size':>12}{'largest difference':>22}{'same top-1':>14}"]
     lines += [
         f"{entry.file:<24}{entry.file_bytes / 1e6:>9.2f} MB{entry.max_difference:>22.2g}{entry.top1_agreement:>14.2%}"
@@ -96,7 +99,7 @@ def _table(report: ExportReport) -> str:
     lines += [
         "",
         f"{report.student}, {report.checkpoint} weights of epoch {report.epoch}, "
-        f"compared on {report.samples:,} images of {report.dataset} {report.split}.",
+        f"compared on {report.samples:,} images of {images} {report.split}.",
         f"Graphs read {kind} [{report.batch_size or 'N'}, 3, {height}, {width}]; see config.json.",
         f"Everything is in {report.folder}",
     ]

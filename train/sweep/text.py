@@ -71,7 +71,12 @@ def _note_on_figures(sweep: SweepRecipe, seeds: int) -> str | None:
         return "Successive halving stopped trials early: use these figures to choose settings, not to report them."
     if sweep.search is not None:
         return None  # the line about the best trial has this warning
-    if seeds > 1:
+    if seeds == 2:
+        return (
+            "Mean ± standard deviation of two seeds; 95 % is half of the interval of the mean (Student's t), which is "
+            "very wide for two. Use --seeds 3 or more."
+        )
+    if seeds > 2:
         return "Mean ± standard deviation over seeds; 95 % is half of the interval of the mean (Student's t)."
     return "One seed: differences may be chance. Use --seeds 3 to see how much figures vary."
 

@@ -298,7 +298,7 @@ def test_the_networks_are_measured_on_the_new_test_split(root: Path, tmp_path: P
     build_cache(recipe)
     measured: list[ImageSet] = []
 
-    def preflight(ensemble: object, images: ImageSet, limit: int, batch_size: int, tested: object) -> Preflight:
+    def preflight(ensemble: object, images: ImageSet, limit: int, batch_size: int, *tested: object) -> Preflight:
         measured.append(images)
         return Preflight(teacher_top1=0.5, clip_top1=0.4, fusion_top1=0.6, split=images.split, n=len(images))
 

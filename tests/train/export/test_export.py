@@ -293,7 +293,7 @@ def test_the_printed_table_and_json(run: Path) -> None:
     for words in (
         "model.torchscript.pt",
         "100.00%",
-        "compared on 5 images of folder test",
+        "compared on 5 images of pictures test",
         "uint8 pixels [N, 3, 16, 16]",
     ):
         assert words in table.stdout

@@ -123,6 +123,13 @@ def test_the_best_figure_of_a_search_is_in_per_cent_if_it_is_an_accuracy(metric:
     assert figure_text(metric, value) == text
 
 
+def test_the_interval_of_two_seeds_is_said_to_be_wide(tmp_path: Path) -> None:
+    two = sweep_text(result(tmp_path / "2", {("vgg8", "kd"): (0.9, 0.8)}), SweepRecipe(name="any", base={}))
+    three = sweep_text(result(tmp_path / "3", {("vgg8", "kd"): (0.9, 0.8, 0.7)}), SweepRecipe(name="any", base={}))
+    assert "very wide for two. Use --seeds 3 or more." in two
+    assert "very wide" not in three
+
+
 def test_a_sweep_ends_with_the_next_commands(tmp_path: Path) -> None:
     folder = tmp_path / "my sweep"
     text = sweep_text(result(folder, FULL), SweepRecipe(name="any", base={}))
