@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from cache_tools.codecs import SparseTargets
-from cache_tools.decoding.service import service_for, start_loading
+from cache_tools.decoding.service import load_canvases, service_for, start_loading
 from cache_tools.errors import RecipeError
 from cache_tools.format.manifest import Fusion
 from cache_tools.images.image_set import ImageSet
@@ -286,8 +286,9 @@ class ResidentFeed(Feed):
         if self.images.resident and self.device.type == "cpu":
             return torch.from_numpy(self.images.load(slice(None)))  # shares the source's memory and is never written
         resident = torch.empty((len(self.images), 3, *self.images.image_size), dtype=torch.uint8, device=self.device)
+        load = load_canvases(self.images)
         for rows in self._pieces():
-            resident[rows] = torch.from_numpy(self.images.load(rows)).to(self.device)
+            resident[rows] = torch.from_numpy(load(rows)).to(self.device)
         return resident
 
     def _pieces(self) -> Iterator[slice]:

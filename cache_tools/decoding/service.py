@@ -1,8 +1,9 @@
 """The decode service: processes that read, check, decode and crop pictures, for builds and for training.
 
 Threads of one interpreter do not scale: PIL decodes without the interpreter lock, but opens pictures and hands out
-their pixels with it, which is a quarter of the time. So four threads are as fast as any number (`benchmarks/decode.py`
-measures both). Processes need a few seconds to start, so small jobs use threads.
+their pixels with it, which is a fifth of the time. So two threads are nearly twice as fast as one
+(`benchmarks/decode.py`), but no number of them is more than five times as fast. Processes need a few seconds to start,
+so small jobs use threads.
 
 The processes start with the first request, serve every one of this process, and end with it. They write pixels into
 shared memory at a fixed place for each picture, so a request costs this process one message for eight pictures and one
@@ -28,16 +29,16 @@ from concurrent.futures import CancelledError, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.decoding.worker import Job, Picture, Task, parts
+from cache_tools.decoding.worker import Answer, Job, Picture, Task, parts
 from cache_tools.errors import DataError, error_from_data
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import ImageSet
-from cache_tools.images.index import num_workers
+from cache_tools.images.index import FileState, num_workers
 from cache_tools.system.processes import command_for
 from cache_tools.views.loading import load_each, needed_pictures
 from cache_tools.views.recipe import ViewRecipe
@@ -73,13 +74,26 @@ def start_loading(
         pin: into page-locked memory, from which a GPU copies without waiting; tensors that are one stay one.
     """
     if service is not None and isinstance(images, EncodedImages):
-        chosen = np.arange(len(images), dtype=np.int64)[rows]
+        chosen = _rows_of(images, rows)
         return partial(service.load(images, chosen, index, wanted).result, pin=pin)
 
     def load() -> list[torch.Tensor]:
         loaded = load_each(images, rows, index, wanted)
         made = {id(pixels): pixels.pin_memory() if pin else pixels for pixels in loaded}
         return [made[id(pixels)] for pixels in loaded]
+
+    return load
+
+
+def load_canvases(images: ImageSet) -> Callable[[slice], npt.NDArray[np.uint8]]:
+    """`images.load`, through the service of this process if there are many images."""
+    service = service_for(images, len(images))
+    if service is None:
+        return images.load
+
+    def load(rows: slice) -> npt.NDArray[np.uint8]:
+        (pixels,) = start_loading(service, images, rows, _rows_of(images, rows), [(ViewRecipe(), 0)], pin=False)()
+        return pixels.numpy()
 
     return load
 
@@ -97,6 +111,7 @@ class DecodeService:
         self._tasks: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._states: weakref.WeakKeyDictionary[EncodedImages, Rows] = weakref.WeakKeyDictionary()
 
     def load(self, images: EncodedImages, rows: Rows, index: Rows, wanted: Wanted) -> Loading:
         """Begin to load what `load_each` does. Any thread may ask; requests are worked on in order."""
@@ -111,11 +126,11 @@ class DecodeService:
         job = Job(images.rules, canvas, () if canvas is not None else tuple(wanted), tuple(shapes))
         region = self._memory.take(sum(map(math.prod, shapes)))
         loading = Loading(job, needed.places, region, self._memory)
-        data, shown = pickle.dumps(job), _rows_of_each(count, taken)
+        data, shown, states = pickle.dumps(job), _rows_of_each(count, taken), self._states_of(images)
         for start in range(0, count, PICTURES_PER_TASK):
             part = slice(start, start + PICTURES_PER_TASK)
             pictures = list(zip(needed.rows[part].tolist(), needed.samples[part].tolist(), shown[part], strict=True))
-            task = _Queued(loading, data, images, pictures, Future())
+            task = _Queued(loading, data, images, states, pictures, Future())
             loading.futures.append(task.future)
             self._tasks.put(task)
         self._start()
@@ -132,6 +147,11 @@ class DecodeService:
                 self._tasks.put(None)
         for thread in threads:
             thread.join()
+
+    def _states_of(self, images: EncodedImages) -> Rows:
+        """The `FileState` of each image whose content was checked, int64 [N, 5]; zeros for the others."""
+        with self._lock:
+            return self._states.setdefault(images, np.zeros((len(images), len(FileState._fields)), np.int64))
 
     def _start(self) -> None:
         with self._lock:
@@ -215,6 +235,7 @@ class _Queued:
     loading: Loading
     job: bytes
     images: EncodedImages
+    states: Rows
     pictures: list[tuple[int, int, tuple[tuple[int, ...], ...]]]
     future: Future[None]
 
@@ -226,7 +247,15 @@ class _Queued:
         """
         images, region = self.images, self.loading.region
         pictures = [
-            Picture(images.source_of(row), images.place_of(row), images.keys[row].tobytes(), sample, shown)
+            Picture(
+                images.source_of(row),
+                images.place_of(row),
+                images.keys[row].tobytes(),
+                FileState._make(self.states[row].tolist()),
+                row,
+                sample,
+                shown,
+            )
             for row, sample, shown in self.pictures
         ]
         return Task(self.job, (region.start, region.size), tuple(pictures))
@@ -268,7 +297,7 @@ class _Worker:
                     self._give_up(process)
                     process = self._start()
                     continue
-                _settle(self._sent.popleft().future, answer)
+                _settle(self._sent.popleft(), answer)
         finally:
             _end(process)
 
@@ -328,6 +357,10 @@ class _Worker:
                     self._tasks.put(one)
 
 
+def _rows_of(images: ImageSet, rows: Rows | slice) -> Rows:
+    return np.arange(len(images), dtype=np.int64)[rows] if isinstance(rows, slice) else rows
+
+
 def _rows_of_each(count: int, taken: Sequence[Rows | None]) -> list[tuple[tuple[int, ...], ...]]:
     """For each of `count` pictures and each part of the result: the rows that show the picture."""
     found: list[list[list[int]]] = [[[] for _ in taken] for _ in range(count)]
@@ -337,13 +370,15 @@ def _rows_of_each(count: int, taken: Sequence[Rows | None]) -> list[tuple[tuple[
     return [tuple(map(tuple, of_picture)) for of_picture in found]
 
 
-def _settle(future: Future[None], answer: dict[str, Any] | None) -> None:
-    if answer is None:
-        future.set_result(None)
-    elif "traceback" in answer:
-        future.set_exception(RuntimeError(answer["traceback"]))
+def _settle(queued: _Queued, answer: Answer) -> None:
+    for row, state in answer.states:
+        queued.states[row] = state
+    if answer.error is None:
+        queued.future.set_result(None)
+    elif "traceback" in answer.error:
+        queued.future.set_exception(RuntimeError(answer.error["traceback"]))
     else:
-        future.set_exception(error_from_data(answer))
+        queued.future.set_exception(error_from_data(answer.error))
 
 
 def _write(process: subprocess.Popen[bytes], message: object) -> None:

@@ -1,6 +1,7 @@
 """A process that decodes pictures. It reads tasks from standard input and writes pixels into shared memory.
 
-It answers each task in order: None, or what went wrong as plain data. It ends when its input ends.
+It answers the tasks in order, and ends when its input ends. Contents are compared with their keys; later only where the
+state of the file is another one, so that the epochs of a run do not hash the same files again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pickle
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy.typing as npt
 from cache_tools.errors import CacheError, error_to_data
 from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
 from cache_tools.images.encoded import check_unchanged
-from cache_tools.images.index import read_image
+from cache_tools.images.index import UNKNOWN, FileState, read_image
 from cache_tools.system.memory import keep_freed_memory
 from cache_tools.views.recipe import ViewRecipe
 
@@ -52,12 +54,16 @@ class Picture(NamedTuple):
         source: its file, or its bytes.
         where: its place, for messages.
         key: of its content.
+        known: the file's state when its content was last found to have this key; zeros if it has not been.
+        row: its place in the image set.
         rows: of each part of the result that show it.
     """
 
     source: str | bytes
     where: str
     key: bytes
+    known: FileState
+    row: int
     sample: int
     rows: tuple[tuple[int, ...], ...]
 
@@ -73,6 +79,18 @@ class Task(NamedTuple):
     job: bytes
     region: tuple[int, int]
     pictures: tuple[Picture, ...]
+
+
+class Answer(NamedTuple):
+    """The states of the files of a task whose contents were found to have their keys; or what went wrong.
+
+    Attributes:
+        states: (row of the picture in the image set, state).
+        error: `error_to_data`, or `traceback` if it is none of ours.
+    """
+
+    states: list[tuple[int, FileState]]
+    error: dict[str, Any] | None = None
 
 
 def parts(memory: npt.NDArray[np.uint8], shapes: Sequence[tuple[int, int, int, int]]) -> list[npt.NDArray[np.uint8]]:
@@ -120,14 +138,13 @@ def _tasks() -> Iterator[Task]:
             return
 
 
-def _answer(task: Task, shared: _Shared) -> dict[str, Any] | None:
+def _answer(task: Task, shared: _Shared) -> Answer:
     try:
-        _load(task, _job(task.job), shared[task.region])
+        return Answer(_load(task, _job(task.job), shared[task.region]))
     except CacheError as error:
-        return error_to_data(error)
+        return Answer([], error_to_data(error))
     except Exception:
-        return {"traceback": traceback.format_exc()}
-    return None
+        return Answer([], {"traceback": traceback.format_exc()})
 
 
 @lru_cache(maxsize=16)
@@ -137,26 +154,45 @@ def _job(data: bytes) -> Job:
         import torch
 
         torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to a decoded picture
     return job
 
 
-def _load(task: Task, job: Job, memory: npt.NDArray[np.uint8]) -> None:
-    made = parts(memory, job.shapes)
+def _load(task: Task, job: Job, memory: npt.NDArray[np.uint8]) -> list[tuple[int, FileState]]:
+    made, states = parts(memory, job.shapes), []
     waiting: list[tuple[Picture, npt.NDArray[np.uint8]]] = []
     for picture in task.pictures:
-        source = picture.source
-        data = read_image(Path(source)) if isinstance(source, str) else source
-        check_unchanged(data, picture.key, picture.where)
+        data, state = _read(picture)
+        if state is not None:
+            states.append((picture.row, state))
         if job.canvas is not None:
             (rows,) = picture.rows
             made[0][list(rows)] = decode_image(data, job.canvas, picture.where, job.rules).transpose(2, 0, 1)
             continue
-        waiting.append((picture, decode_picture(data, picture.where, job.rules).transpose(2, 0, 1)))
+        pixels = decode_picture(data, picture.where, job.rules, writable=False)
+        waiting.append((picture, pixels.transpose(2, 0, 1)))
         if sum(pixels.nbytes for _, pixels in waiting) > HELD_BYTES:
             _crop(waiting, job, made)
             waiting = []
     if waiting:
         _crop(waiting, job, made)
+    return states
+
+
+def _read(picture: Picture) -> tuple[bytes, FileState | None]:
+    """The bytes of a picture, and the state of its file if they have just been checked and it can be told apart."""
+    if isinstance(picture.source, bytes):
+        check_unchanged(picture.source, picture.key, picture.where)
+        return picture.source, None
+    data = read_image(Path(picture.source))
+    try:
+        state = FileState.of(os.stat(picture.source))  # afterwards: a change during reading shows
+    except OSError:
+        state = UNKNOWN
+    if state == picture.known:
+        return data, None
+    check_unchanged(data, picture.key, picture.where)
+    return data, state if state != UNKNOWN and state.is_settled else None
 
 
 def _crop(

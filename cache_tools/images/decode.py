@@ -86,9 +86,15 @@ def decode_image(
     return _decoded(data, where, rules, lambda image: _fit(image, size, interpolation))
 
 
-def decode_picture(data: bytes, where: object, rules: PixelRules = PixelRules()) -> np.ndarray:
-    """Decode an image as `decode_image` does, at its own size, upright: RGB uint8 [H, W, 3]."""
-    return _decoded(data, where, rules, np.array)
+def decode_picture(
+    data: bytes, where: object, rules: PixelRules = PixelRules(), *, writable: bool = True
+) -> np.ndarray:
+    """Decode an image as `decode_image` does, at its own size, upright: RGB uint8 [H, W, 3].
+
+    Args:
+        writable: False saves a copy of the pixels, and gives an array that cannot be written to.
+    """
+    return _decoded(data, where, rules, np.array if writable else np.asarray)
 
 
 def examine_image(data: bytes, rules: PixelRules) -> Finding:

@@ -95,6 +95,11 @@ class FileState(NamedTuple):
             status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev & _INT64, status.st_ino & _INT64
         )
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether a later write would have given other times."""
+        return self.changed_ns < time.time_ns() - YOUNG_NS
+
 
 UNKNOWN = FileState(-1, -1, -1, 0, 0)
 

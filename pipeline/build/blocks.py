@@ -37,7 +37,7 @@ from pipeline.networks.ensemble import NETWORKS, NetworkPixels, TeacherEnsemble,
 LOADED_BATCHES_AHEAD = 3
 TICK_S = 0.5
 VIEWS_AT_ONCE = 16
-GROUP_BYTES = 1 << 30
+GROUP_BYTES = 2 << 30
 
 
 def build_blocks(output: Output, images: ImageSet, ensemble: TeacherEnsemble, batch_size: int) -> int:
@@ -194,8 +194,8 @@ def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
         sizes = {views.seen_by(network).crop_size or images.image_size for network in NETWORKS}
         pixels = sum(3 * height * width for height, width in sizes) * batch_size * (1 if views.mix is None else 2)
     targets_bytes = sum(4 * spec.width for spec in targets(manifest.recipe, manifest.block_rows)) * manifest.block_rows
-    # The batch that is computed and the next one; the blocks that are filled and those that are written.
-    return min(max(GROUP_BYTES // (2 * (pixels + targets_bytes)), 1), VIEWS_AT_ONCE)
+    # Two batches in the memory of the decoding processes and two here; the blocks that are filled, and those written.
+    return min(max(GROUP_BYTES // (4 * pixels + 2 * targets_bytes), 1), VIEWS_AT_ONCE)
 
 
 def _groups_to_compute(

@@ -103,11 +103,12 @@ def test_decoding_is_compared_with_the_bare_decoder() -> None:
     assert process.returncode == 0, errors
     line = json.loads(out)
     for of_clock, s in ((line, line["median_s"]), (line["processor"], line["median_processor_s"])):
-        assert s.keys() == {"service", "bare", "threads", "once", "passes", "decode", "crop"}
+        assert s.keys() == {"service", "first", "bare", "threads", "once", "passes", "decode", "crop"}
         assert all(value > 0 for value in s.values())
         possible = 2 * (s["decode"] + s["crop"]) / (s["decode"] + 2 * s["crop"])
         expected = {
             "throughput": s["bare"] / s["service"],
+            "first_epoch": s["bare"] / s["first"],
             "in_threads": s["bare"] / s["threads"],
             "gain": s["passes"] / s["once"],
             "possible": possible,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from cache_tools.decoding.service import load_canvases
 from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Finite, Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
@@ -71,7 +72,7 @@ def evaluate(
     meter = Meter(device)
     labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64)).to(device)
     with evaluating(model, device, precision):
-        for start, pixels in batches(images.load, len(images), batch_size, device):
+        for start, pixels in batches(load_canvases(images), len(images), batch_size, device):
             meter.update(model(prepare(pixels, preprocessing)), labels[start : start + len(pixels)])
     return meter.compute()
 
@@ -97,7 +98,7 @@ def predict(
         raise DataError("no images to evaluate on", next_step="choose another test split")
     rows = []
     with evaluating(model, device, precision):
-        for _, pixels in batches(images.load, len(images), batch_size, device):
+        for _, pixels in batches(load_canvases(images), len(images), batch_size, device):
             rows.append(model(prepare(pixels, preprocessing)).float())
             if advance is not None:
                 advance(len(pixels))

@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from torch import nn
 
+from cache_tools.decoding.service import load_canvases
 from cache_tools.errors import DataError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images.image_set import ImageSet
@@ -37,7 +38,7 @@ def store_predictions(
         return
     rows = []
     with evaluating(model, device):
-        for _, pixels in batches(images.load, len(images), batch_size, device):
+        for _, pixels in batches(load_canvases(images), len(images), batch_size, device):
             rows.append(model(prepare(pixels, preprocessing)).float().softmax(dim=1).max(dim=1))
     table = {
         "label": np.asarray(images.labels),

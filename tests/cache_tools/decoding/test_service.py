@@ -16,11 +16,14 @@ import pytest
 import torch
 
 from cache_tools.decoding import service as module
-from cache_tools.decoding.service import DecodeService, service_for, start_loading
+from cache_tools.decoding import worker
+from cache_tools.decoding.service import DecodeService, load_canvases, service_for, start_loading
 from cache_tools.errors import DataError
 from cache_tools.images import open_images
-from cache_tools.images.encoded import EncodedImages
+from cache_tools.images.encoded import EncodedImages, check_unchanged
 from cache_tools.images.folder import FolderImages
+from cache_tools.images.image_set import sample_key
+from cache_tools.images.index import FileState
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.views import ViewRecipe, load_each
 from pipeline.build.cache import build_cache
@@ -115,12 +118,12 @@ def test_the_pixels_are_those_of_the_plain_path(
 
 
 def test_memory_is_used_again(root: Path, service: DecodeService) -> None:
-    images, index = opened(root), np.arange(COUNT)
-    service.load(images, index, index, wanted("cropped")).result()
+    images, rows = opened(root), np.arange(COUNT)
+    service.load(images, rows, rows, wanted("cropped")).result()
     before = service._memory._size
     for _ in range(4):
-        service.load(images, index, index, wanted("cropped")).result()
-        abandoned = service.load(images, index[:9], index[:9], wanted("cropped"))
+        service.load(images, rows, rows, wanted("cropped")).result()
+        abandoned = service.load(images, rows[:9], rows[:9], wanted("cropped"))
         del abandoned
     assert service._memory._size <= 2 * before
 
@@ -141,28 +144,55 @@ def test_an_error_names_the_file_as_the_plain_path_does(
         photo(40, 36, 99).save(victim)
     elif damage == "gone":
         victim.unlink()
-    index = np.arange(20)
+    rows = np.arange(20)
     messages = []
     for by in (None, service):
         with pytest.raises(DataError) as caught:
-            start_loading(by, images, index, index, wanted("cropped"), pin=False)()
+            start_loading(by, images, rows, rows, wanted("cropped"), pin=False)()
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert str(victim) in messages[0]
     whole = opened(root)
-    (pixels, *_) = service.load(whole, index, index, wanted("canvases")).result()
-    np.testing.assert_array_equal(pixels.numpy(), whole.load(index))
+    (pixels, *_) = service.load(whole, rows, rows, wanted("canvases")).result()
+    np.testing.assert_array_equal(pixels.numpy(), whole.load(rows))
+
+
+def test_contents_are_hashed_again_only_where_the_file_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.png"
+    photo(40, 36).save(file)
+    data, hashed = file.read_bytes(), []
+
+    def check(data: bytes, key: bytes, where: str) -> None:
+        hashed.append(where)
+        check_unchanged(data, key, where)
+
+    monkeypatch.setattr(worker, "check_unchanged", check)
+    first = worker.Picture(str(file), "here", sample_key(data), FileState(0, 0, 0, 0, 0), 0, 0, ())
+    assert worker._read(first) == (data, None)  # too young to tell a later write apart
+    monkeypatch.setattr("cache_tools.images.index.YOUNG_NS", 0)
+    read, state = worker._read(first)
+    assert read == data
+    assert state == FileState.of(file.stat())
+    again = first._replace(known=state)
+    assert len(hashed) == 2
+    assert worker._read(again) == (data, None)
+    assert len(hashed) == 2
+    file.write_bytes(data[:-1] + b"x")  # of the same size
+    with pytest.raises(DataError, match="image changed since the folder was opened"):
+        worker._read(again)
 
 
 def test_a_killed_process_is_replaced_and_nothing_is_lost(root: Path, service: DecodeService) -> None:
-    images, index = opened(root), np.arange(COUNT)
-    service.load(images, index, index, wanted("cropped")).result()
+    images, rows = opened(root), np.arange(COUNT)
+    service.load(images, rows, rows, wanted("cropped")).result()
     victim = children(os.getpid())[0]
     os.kill(victim, signal.SIGSTOP)  # so that it has tasks when it dies
-    loading = service.load(images, index, index, wanted("cropped"))
+    loading = service.load(images, rows, rows, wanted("cropped"))
     time.sleep(0.2)
     os.kill(victim, signal.SIGKILL)
-    expected = load_each(images, index, index, wanted("cropped"))
+    expected = load_each(images, rows, rows, wanted("cropped"))
     for one, other in zip(loading.result(), expected, strict=True):
         assert torch.equal(one, other)
     assert victim not in children(os.getpid())
@@ -191,15 +221,15 @@ def test_a_picture_that_kills_its_process_is_named(tmp_path: Path, monkeypatch: 
         photo(40, 36, number).save(folder / f"{number}.png")
     with (folder / "4.png").open("ab") as file:
         file.write(b"deadly")
-    images, index = opened(tmp_path / "pictures"), np.arange(10)
+    images, rows = opened(tmp_path / "pictures"), np.arange(10)
     own = DecodeService(1)
     try:
         with pytest.raises(
             DataError, match=r"ended the process that decoded it .*/4\.png.*signal 9, probably for lack"
         ):
-            own.load(images, index, index, wanted("canvases")).result()
-        (pixels, *_) = own.load(images, index[5:], index[5:], wanted("canvases")).result()
-        np.testing.assert_array_equal(pixels.numpy(), images.load(index[5:]))
+            own.load(images, rows, rows, wanted("canvases")).result()
+        (pixels, *_) = own.load(images, rows[5:], rows[5:], wanted("canvases")).result()
+        np.testing.assert_array_equal(pixels.numpy(), images.load(rows[5:]))
     finally:
         own.close()
 
@@ -261,6 +291,19 @@ def test_threads_do_small_jobs_and_images_in_memory(root: Path, monkeypatch: pyt
     assert one is not None
     assert one is service_for(images, 80)
     assert service_for(open_images(DatasetRecipe(name="digits")), 10**9) is None
+
+
+def test_evaluation_loads_the_canvases_of_many_images_with_it(
+    root: Path, service: DecodeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = opened(root)
+    assert load_canvases(images) == images.load
+    monkeypatch.setattr(module, "FROM_PICTURES", 0)
+    monkeypatch.setitem(module._services, os.getpid(), service)
+    load = load_canvases(images)
+    assert load != images.load
+    for rows in (slice(7, 30), slice(40, 99)):
+        np.testing.assert_array_equal(load(rows), images.load(rows))
 
 
 def test_builds_and_training_give_the_same_with_it(

@@ -108,7 +108,7 @@ def test_groups_are_bounded_by_memory_and_images_in_memory_need_none(
     pixels = sum(3 * BATCH * side * side for side, _ in crops) if views.version == 2 else 0
     pixels *= 1 if views.mix is None else 2
     rows = 4 * ROWS * (len(manifest.recipe.dataset.class_names) + manifest.recipe.fusion.feature_dim)
-    monkeypatch.setattr(blocks, "GROUP_BYTES", 7 * 2 * (pixels + rows) + 1)
+    monkeypatch.setattr(blocks, "GROUP_BYTES", 7 * (4 * pixels + 2 * rows) + 1)
     assert views_at_once(manifest, images, BATCH) == 7
     monkeypatch.setattr(blocks, "GROUP_BYTES", 1)
     assert views_at_once(manifest, images, BATCH) == 1
