@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES, MIN_SHARD_BYTES = 1 << 30, 1 << 20
 _VERSION = 1
+_MARK = 2 * tarfile.BLOCKSIZE  # zeros at the end of a tar file, at least
 _AHEAD = 256  # images that are read before they are written
 _ENDINGS = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2", "JPEG XL": "jxl", "PNM": "pnm"}
 
@@ -231,24 +232,25 @@ def _write_split(
             name = f"{split}-{len(sizes):06}.tar"
             samples = Samples()
             with (folder / name).open("xb") as file:
-                while row < len(images) and (not samples.names or file.tell() < shard_bytes):
+                end = 0
+                while row < len(images) and (not samples.names or end < shard_bytes):
                     one, key = next(rows), next(names)
                     label = str(int(images.labels[row]))
                     samples.names.append(f"{key}.{one.ending}")
-                    samples.offsets.append(_add(file, samples.names[-1], one.data))
+                    start, end = _add(file, end, samples.names[-1], one.data)
+                    samples.offsets.append(start)
                     samples.sizes.append(len(one.data))
                     samples.keys.append(one.key)
                     samples.labels.append(label)
                     samples.heights.append(one.height)
                     samples.widths.append(one.width)
-                    _add(file, f"{key}.cls", label.encode())
+                    _, end = _add(file, end, f"{key}.cls", label.encode())
                     count["reduced"] += one.is_reduced
                     count["unreadable"] += not one.height
                     row += 1
                     progress.advance(1)
-                end = 2 * tarfile.BLOCKSIZE
-                file.write(bytes(end + -(file.tell() + end) % tarfile.RECORDSIZE))
-                sizes[name] = file.tell()
+                end += file.write(bytes(_MARK + -(end + _MARK) % tarfile.RECORDSIZE))
+                sizes[name] = end
             tables.append(as_table(name, str(sizes[name]), samples))
     return PackedSplit(len(images), images.content_digest, sizes, **count), tables
 
@@ -331,11 +333,15 @@ def _member_names(images: EncodedImages) -> Iterator[str]:
         yield f"{this}/{stem}"
 
 
-def _add(file: BinaryIO, name: str, data: bytes) -> int:
-    """Append a file to a tar file; returns where its bytes begin. Without times: equal images give equal shards."""
+def _add(file: BinaryIO, end: int, name: str, data: bytes) -> tuple[int, int]:
+    """Append a file to a tar file; returns where its bytes begin, and the new end.
+
+    Equal images give equal shards: no times are stored.
+    """
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    file.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
-    start = file.tell()
-    file.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
-    return start
+    is_plain = name.isascii() and len(name) <= tarfile.LENGTH_NAME
+    header = info.tobuf(tarfile.USTAR_FORMAT if is_plain else tarfile.PAX_FORMAT, "utf-8", "strict")
+    padding = -len(data) % tarfile.BLOCKSIZE
+    file.write(header + data + bytes(padding))
+    return end + len(header), end + len(header) + len(data) + padding

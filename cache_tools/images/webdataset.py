@@ -145,27 +145,20 @@ def index_shards(
     import polars as pl
 
     path = cache_home() / FOLDER / f"{_digest(place, recipe)}.parquet"
-    numbers = {shard.name: number for number, shard in enumerate(shards)}
-    states = pl.DataFrame(
-        {"shard": list(numbers), "state": [shard.state for shard in shards], "number": list(numbers.values())},
-        schema={"shard": pl.String, "state": pl.String, "number": pl.Int64},
-    )
+    states = {shard.name: shard.state for shard in shards}
     stored = _load(path)
+    if stored is not None and _states_of(stored) == states:
+        return _numbered(stored, shards)
     known = _known(stored, states)
-    new = [shard for shard in shards if shard.name not in set(known["shard"].unique())]
+    found = _states_of(known)
+    new = [shard for shard in shards if shard.name not in found]
     if new and recipe.image_column is None and recipe.label_column is None:
         packed = _of_pack(place, new)
-        known = pl.concat([known, packed])
-        new = [shard for shard in new if shard.name not in set(packed["shard"].unique())]
+        known, found = pl.concat([known, packed]), _states_of(packed)
+        new = [shard for shard in new if shard.name not in found]
     table = pl.concat([known, *_read_new(place, new, recipe)])
-    if stored is None or not _same_shards(stored, table):
-        _store(path, table, shards)
-    ordered = table.join(states.select("shard", "number"), on="shard", maintain_order="left")
-    ordered = ordered.sort("number", maintain_order=True).drop("shard").rename({"number": "shard"})
-    out = ordered.filter(pl.col("reason").is_not_null())
-    names = (f"{shards[row['shard']].name}/{row['name']}" for row in out.select("shard", "name").iter_rows(named=True))
-    left_out = dict(zip(names, out["reason"].to_list(), strict=True))
-    return ordered.filter(pl.col("reason").is_null()), left_out
+    _store(path, table, shards)
+    return _numbered(table, shards)
 
 
 def schema() -> dict[str, Any]:
@@ -276,18 +269,38 @@ def _digest(place: ShardPlace, recipe: DatasetRecipe) -> str:
     return hashlib.blake2b(f"shards {text}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _known(stored: pl.DataFrame | None, states: pl.DataFrame) -> pl.DataFrame:
+def _known(stored: pl.DataFrame | None, states: dict[str, str]) -> pl.DataFrame:
     """The rows of an index that are of shards as they are now."""
     import polars as pl
 
     if stored is None:
         return pl.DataFrame(schema=schema())
-    return stored.join(states, on=["shard", "state"], how="semi", maintain_order="left")
+    same = [shard for shard, state in _states_of(stored).items() if states.get(shard) == state]
+    return stored.filter(pl.col("shard").is_in(same))
 
 
-def _same_shards(stored: pl.DataFrame, table: pl.DataFrame) -> bool:
-    some = [each.select("shard", "state").unique().sort("shard", "state") for each in (stored, table)]
-    return some[0].equals(some[1])
+def _states_of(table: pl.DataFrame) -> dict[str, str]:
+    """Shard → state, of the rows of an index; none if a shard has several, as in a damaged one."""
+    pairs = table.select("shard", "state").unique(maintain_order=True).rows()
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else {}
+
+
+def _numbered(table: pl.DataFrame, shards: Sequence[Shard]) -> tuple[pl.DataFrame, dict[str, str]]:
+    """The samples of an index in the order of the shards, by their numbers; and the files that are none."""
+    import polars as pl
+
+    number = {shard.name: number for number, shard in enumerate(shards)}
+    runs = table["shard"].rle().struct  # the rows of a shard follow each other
+    numbers = np.array([number[name] for name in runs.field("value").to_list()], np.int64)
+    rows = np.repeat(numbers, runs.field("len").to_numpy())
+    table = table.drop("shard", "state").with_columns(shard=pl.Series(rows, dtype=pl.Int64))
+    if (np.diff(numbers) < 0).any():
+        table = table.sort("shard", maintain_order=True)
+    if table["reason"].null_count() == len(table):
+        return table, {}
+    out = table.filter(pl.col("reason").is_not_null())
+    names = [f"{shards[shard].name}/{name}" for shard, name in out.select("shard", "name").iter_rows()]
+    return table.filter(pl.col("reason").is_null()), dict(zip(names, out["reason"].to_list(), strict=True))
 
 
 def _of_pack(place: ShardPlace, shards: Sequence[Shard]) -> pl.DataFrame:

@@ -120,6 +120,29 @@ def test_decoding_is_compared_with_the_bare_decoder() -> None:
     assert line["decoder"]["pillow"]
 
 
+@pytest.mark.slow
+def test_opening_many_images_reads_only_what_changed() -> None:
+    process = start("image_index", "--files", "1500", "--rows", "3000")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    line = json.loads(out)
+    openings = {
+        f"{name} {which}": figures
+        for name in ("folder", "list", "pack", "shards")
+        for which, figures in line[name].items()
+        if which != "pack_s"
+    }
+    assert all(figures["s"] > 0 and figures["memory_mb"] >= 0 for figures in openings.values())
+    read = {name: figures["read"] for name, figures in openings.items()}
+    assert read == dict.fromkeys(openings, 0) | {  # of hard links one is read
+        "folder first": 150, "list first": 150, "folder touched": 1, "folder added": 1,
+    }  # fmt: skip
+    images = {name: figures["images"] for name, figures in openings.items()}
+    assert images == dict.fromkeys(openings, 1500) | {
+        "folder added": 1501, "shards first": 3000, "shards second": 3000,
+    }  # fmt: skip
+
+
 def test_an_error_is_one_line_and_exit_code_2():
     process = start("build_overhead", "--set", "num_vews=3")
     out, errors = process.communicate(timeout=300)
