@@ -12,8 +12,10 @@ import pytest
 
 from cache_tools.config import builtin_names, dump_yaml
 from cache_tools.errors import RecipeError
+from cache_tools.images.recipe import DatasetRecipe
 from pipeline.recipe import load_build_recipe
 from train.recipe.loading import builtin_recipes, load_train_recipe
+from train.recipe.settings import with_canvas
 from train.sweep.options import read_sweep
 
 PAIRS = (
@@ -24,7 +26,7 @@ PAIRS = (
     "cifar100-wrn40-2-wrn16-2",
     "cifar100-wrn40-2-wrn40-1",
 )
-NAMES = ("cifar100", *PAIRS, "digits", "fashion-mnist")
+NAMES = ("cifar100", *PAIRS, "digits", "fashion-mnist", "imagenet-1k", "imagenet-1k-fast")
 
 
 def test_built_in_recipes() -> None:
@@ -44,8 +46,9 @@ def test_a_run_on_labels_alone_has_the_views_of_the_cache(name: str) -> None:
     build = load_build_recipe(cache)
     assert cache == build.name
     train = load_train_recipe(name, [], {"loss": {"kind": "ce"}})
-    assert train.dataset == build.dataset
-    assert train.views == build.views
+    assert isinstance(train.dataset, DatasetRecipe)
+    assert with_canvas(train.dataset, train.own_views()) == build.dataset
+    assert train.own_views().seen_by("student") == build.views.seen_by("student")
 
 
 @pytest.mark.parametrize("name", NAMES)
