@@ -311,8 +311,8 @@ def changed_dataset(
         return stored
     built_from, place = stored.name, None if values.get("data_dir") is None else Path(str(values["data_dir"]))
     check_location(stored.name, place, values.get("download") is True)
+    place = place or data_dir
     if other is not None:
-        place = place or data_dir
         has_place = place is not None or (has_image_files(other) and not find_source(other).needs_place)
         if not (stored.has_image_files and has_image_files(other) and has_place):
             raise _other_setting("name", stored.name, other, where)

@@ -11,6 +11,7 @@ from typing import Any
 from cache_tools.errors import printable
 from cache_tools.images.formats import DECODERS, no_decoder
 from cache_tools.images.result_folders import RESULT_FOLDERS, count_result_folders
+from cache_tools.storage import remote_url
 from cache_tools.units import counted
 
 HIDDEN = "hidden or made by a system"  # why a file is left out
@@ -37,6 +38,11 @@ class FolderSummary:
     damaged: dict[str, str] = field(default_factory=dict)
     sub_classes: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def place(self) -> str:
+        """The folder or the URL of the images, for messages."""
+        return remote_url(self.root) or str(self.root)
+
     def lines(self) -> list[str]:
         """What a user should know, one line each; none for an ordinary folder."""
         found = []
@@ -44,27 +50,27 @@ class FolderSummary:
         if files := [(reason, names) for reason, names in kinds if reason not in RESULT_FOLDERS]:
             count = sum(len(names) for _, names in files)
             reasons = "; ".join(f"{len(names):,} {reason} ({some_names(names)})" for reason, names in files)
-            found.append(f"{self.root}: {counted(count, 'file')} of {self.images + count:,} left out: {reasons}")
+            found.append(f"{self.place}: {counted(count, 'file')} of {self.images + count:,} left out: {reasons}")
             helpful = [
                 (name, package) for name, package in DECODERS.items() if no_decoder(name) in self.left_out.values()
             ]
-            found += [f"{self.root}: to read {name} images, install {package}" for name, package in helpful]
+            found += [f"{self.place}: to read {name} images, install {package}" for name, package in helpful]
         if results := [(kind, names) for kind, names in kinds if kind in RESULT_FOLDERS]:
             counts = "; ".join(
                 f"{count_result_folders(len(names), kind)} ({some_names(names)})" for kind, names in results
             )
-            found.append(f"{self.root}: left out: {counts}")
+            found.append(f"{self.place}: left out: {counts}")
         if self.damaged:
             names = "; ".join(f"{reason}: {some_names(names)}" for reason, names in by_reason(self.damaged))
-            found.append(f"{self.root}: {counted(len(self.damaged), 'damaged image')} skipped: {names}")
+            found.append(f"{self.place}: {counted(len(self.damaged), 'damaged image')} skipped: {names}")
         if self.nested:
-            found.append(f"{self.root}: {counted(self.nested, 'image')} in sub-folders of the class folders")
+            found.append(f"{self.place}: {counted(self.nested, 'image')} in sub-folders of the class folders")
         return [printable(line) for line in found]
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data, with every name."""
         return {
-            "folder": printable(str(self.root)),
+            "folder": printable(self.place),
             "images": self.images,
             "nested": self.nested,
             "left_out": {printable(name): reason for name, reason in self.left_out.items()},

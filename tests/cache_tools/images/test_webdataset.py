@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import random
 import re
 import tarfile
 import threading
@@ -33,6 +34,7 @@ from cache_tools.storage import open_place
 from cache_tools.system import named
 from tests.support import shards, tiny_run
 from tests.support.s3_server import has_loopback, new_bucket
+from tests.support.turns import turns
 
 Reads = list[str]
 
@@ -305,6 +307,25 @@ def test_a_damaged_shard_is_one_error(folder: Path, damage: Callable[[bytes], by
     assert "train-000001.tar" in str(caught.value)
 
 
+@pytest.mark.turns
+def test_flipped_bits_are_an_error_or_other_images(pictures: Path, tmp_path: Path) -> None:
+    [path] = shards.write(pictures / "test", tmp_path / "s", "train", label="json")
+    data, rng, refused = path.read_bytes(), random.Random(7), 0
+    for _ in range(turns(40, 2000)):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged[: rng.randrange(len(data)) if rng.random() < 0.2 else None])
+        try:
+            found = opened(path, test_split=None)
+            keys = [sample_key(found.read(row)) for row in range(len(found))]
+            assert keys == [key.tobytes() for key in found.keys]
+            found.load(slice(None))
+        except DataError:
+            refused += 1
+    assert refused > 0
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -388,6 +409,7 @@ def test_shards_of_a_bucket(server: str, pictures: Path, folder: Path, reads: Re
     found = opened(url, **settings)
     assert reads == []  # from the index
     assert pickle.loads(pickle.dumps(found)).read(3) == found.read(3)
+    assert found.folder_contents()["folder"] == url
     assert found.place_of(0) == f"{url}/train-000000.tar/{found.columns['name'][0]}"
     place.put("train-000001.tar", (folder / "test-000000.tar").read_bytes())
     assert len(opened(url, **settings)) == 10

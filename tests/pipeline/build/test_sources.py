@@ -17,9 +17,11 @@ from cache_tools.images.pack import pack_images
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.integrity.images import check_images
 from cache_tools.reader import TeacherCache
+from cache_tools.storage import open_place
 from pipeline.build.cache import build_cache
 from tests.support import shards, tiny_build, tiny_run
 from tests.support.kill_cases import Command, run
+from tests.support.s3_server import new_bucket
 from tests.support.turns import slow
 from train.checkpoints import LAST
 from train.recipe.loading import load_train_recipe
@@ -134,6 +136,22 @@ def test_build_train_and_verify(source: str, root: Path, tmp_path: Path, monkeyp
     assert named.cached_dataset(of_folder.manifest).name == dataset["name"]
     if source in TOLD:
         assert check_images(of_folder, Path(dataset["data_dir"]))[0].problem is None
+
+
+def test_a_pack_in_a_bucket_is_read_there(server: str, root: Path, tmp_path: Path) -> None:
+    pack_images(root / "pictures", tmp_path / "pack")
+    place = open_place(f"s3://{new_bucket()}/pack")
+    for file in (tmp_path / "pack").iterdir():
+        place.put(file.name, file.read_bytes())
+    dataset = {"name": "webdataset", "data_dir": str(place), "image_size": tiny_run.SIDE, "remote_shards": "read"}
+    build_cache(tiny_build.recipe(root, dataset=dataset, num_views=VIEWS, out=tmp_path / "cache.zarr"))
+    assert tiny_build.arrays_of(tmp_path / "cache.zarr") == tiny_build.arrays_of(root / "cache.zarr")
+    cache = TeacherCache.open(tmp_path / "cache.zarr")
+    assert cache.manifest.provenance["folders"]["train"]["folder"] == str(place)
+    assert check_images(cache)[0].problem is None
+    train(root, tmp_path / "run", f"data_dir={place}", "dataset.remote_shards=read")
+    assert outcome(tmp_path / "run") == outcome(root / "run")
+    assert not (tmp_path / "home/shards").exists()
 
 
 def test_train_on_the_labels_of_a_list(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
