@@ -232,7 +232,11 @@ def _sources(manifest: Manifest) -> tuple[Source, ...]:
 
 
 def _ops(views: Any) -> str:
-    ops = " → ".join(op.op for op in views.ops) or "no ops"
+    steps = [op.op for op in views.ops]
+    if views.mix is not None:
+        alphas = {"MixUp": views.mix.mixup_alpha, "CutMix": views.mix.cutmix_alpha}
+        steps.append(" or ".join(f"{name} (α {alpha:g})" for name, alpha in alphas.items() if alpha > 0.0))
+    ops = " → ".join(steps) or "no ops"
     return f"{ops}, view 0 clean" if views.clean_first else ops
 
 

@@ -123,7 +123,8 @@ class DecodeService:
         lengths = [count if places is None else len(places) for places in taken]
         sizes = [recipe.crop_size or images.image_size for recipe, _ in wanted]
         shapes = [(length, 3, *size) for length, size in zip(lengths, sizes, strict=False)]
-        job = Job(images.rules, canvas, () if canvas is not None else tuple(wanted), tuple(shapes))
+        crops = () if canvas is not None else tuple(wanted)
+        job = Job(images.rules, canvas, images.interpolation, crops, tuple(shapes))
         region = self._memory.take(sum(map(math.prod, shapes)))
         loading = Loading(job, needed.places, region, self._memory)
         data, shown, states = pickle.dumps(job), _rows_of_each(count, taken), self._states_of(images)

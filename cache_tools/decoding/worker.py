@@ -37,12 +37,14 @@ class Job(NamedTuple):
 
     Attributes:
         canvas: the side of the canvas to which they are resized; None for crops of the original pictures.
+        interpolation: of that resize.
         wanted: (recipe, view) of each crop.
         shapes: (N, 3, height, width) of the canvases, or of the crops of each view: the parts of the result.
     """
 
     rules: PixelRules
     canvas: int | None
+    interpolation: str
     wanted: tuple[tuple[ViewRecipe, int], ...]
     shapes: tuple[tuple[int, int, int, int], ...]
 
@@ -167,7 +169,8 @@ def _load(task: Task, job: Job, memory: npt.NDArray[np.uint8]) -> list[tuple[int
             states.append((picture.row, state))
         if job.canvas is not None:
             (rows,) = picture.rows
-            made[0][list(rows)] = decode_image(data, job.canvas, picture.where, job.rules).transpose(2, 0, 1)
+            pixels = decode_image(data, job.canvas, picture.where, job.rules, job.interpolation)
+            made[0][list(rows)] = pixels.transpose(2, 0, 1)
             continue
         pixels = decode_picture(data, picture.where, job.rules, writable=False)
         waiting.append((picture, pixels.transpose(2, 0, 1)))

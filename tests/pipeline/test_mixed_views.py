@@ -74,9 +74,11 @@ def live(root: Path, data: Any) -> Any:
 
 
 def test_commands_replay_train_and_resume_mixed_views(root: Path) -> None:
-    verified = invoke("cache-tools", "verify", root / "cache.zarr", "--replay", "60", "--device", "cpu")
+    verified = invoke("cache-tools", "verify", root / "cache.zarr", "--replay", "24", "--device", "cpu")
     assert verified.exit_code == 0, verified.output
-    assert "60 rows computed again" in verified.output
+    assert "24 rows computed again" in verified.output
+    shown = invoke("cache-tools", "info", root / "cache.zarr").stdout
+    assert "rand-augment → MixUp (α 0.8) or CutMix (α 1), view 0 clean" in shown
     options = (
         "--student",
         "resnet8",
@@ -97,7 +99,7 @@ def test_commands_replay_train_and_resume_mixed_views(root: Path) -> None:
 
 
 def test_a_float32_cache_trains_as_live_teachers_do_bit_for_bit(root: Path) -> None:
-    recipe = run(root, "unused")
+    recipe = run(root, "unused", epochs=2, loggers=())  # a clean view and a mixed one
     data = open_data(recipe, CPU)
     weights = []
     for name, source in (("cached", data), ("live", live(root, data))):

@@ -304,6 +304,9 @@ def test_evaluation_loads_the_canvases_of_many_images_with_it(
     assert load != images.load
     for rows in (slice(7, 30), slice(40, 99)):
         np.testing.assert_array_equal(load(rows), images.load(rows))
+    other = images.at(24, "bilinear")
+    np.testing.assert_array_equal(load_canvases(other)(slice(7, 30)), other.load(slice(7, 30)))
+    assert not np.array_equal(other.load(slice(7, 30)), images.at(24).load(slice(7, 30)))
 
 
 def test_builds_and_training_give_the_same_with_it(

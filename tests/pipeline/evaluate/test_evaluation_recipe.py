@@ -164,8 +164,8 @@ def test_teachers_keep_their_own_transform(root: Path) -> None:
     build_cache(plan)
     shown = []
     for name, evaluation in (("plain", {}), ("larger", {"crop": 24})):
-        run = tiny_run.recipe(root / "cache.zarr", root / name, batch_size=12, epochs=1, evaluation=evaluation)
-        train_student(run)
+        changes = {"batch_size": 12, "epochs": 1, "loggers": (), "evaluation": evaluation}
+        train_student(tiny_run.recipe(root / "cache.zarr", root / name, **changes))
         done = invoke("evaluate-student", root / name, "--teachers", "--json")
         assert done.exit_code == 0, done.stderr
         shown.append([row["top1"] for row in json.loads(done.stdout)["teachers"]])
