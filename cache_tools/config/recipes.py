@@ -272,7 +272,10 @@ def _recipe_error(model: type[BaseModel], error: ValidationError, where: str, ty
         message = first["msg"].removeprefix("Value error, ")
         return RecipeError(f"bad value for '{key}'{more}: {message}", where=where)
     return RecipeError(
-        f"bad value for '{key}'{more}", where=where, expected=first["msg"], found=abridged(first.get("input"))
+        f"bad value for '{key}'{more}",
+        where=where,
+        expected=first["msg"].removeprefix("Input should be "),
+        found=abridged(first.get("input")),
     )
 
 

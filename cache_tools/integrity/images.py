@@ -43,8 +43,8 @@ class ImagesCheck(Frozen):
             return f"images: {self.problem}"
         order = "in the order of the cache" if self.same_order else "in another order, matched by their contents"
         return (
-            f"images: {self.dataset}, {self.samples:,} samples {order}; the pixels of {self.canaries} views are those "
-            "that the teachers saw"
+            f"images: {self.dataset}, {self.samples:,} samples {order}; {self.canaries} pairs of sample and view have "
+            "the pixels that the teachers saw"
         )
 
 

@@ -381,7 +381,7 @@ def test_the_command_prints_figures_and_exits_with_1(built: Callable[..., Teache
     cache = built(codec="float32")
     output = run(cache.path, "--replay", 30, "--seed", 4).stdout.splitlines()
     assert output[0].startswith("sound: 6 of 6 blocks")
-    same = "the pixels of 16 views are those that the teachers saw"
+    same = "16 pairs of sample and view have the pixels that the teachers saw"
     assert output[1] == f"images: folder/train, {SAMPLES} samples in the order of the cache; {same}"
     assert output[2] == "replay: 30 rows computed again in float32 on cpu, built on cpu"
     assert output[3].strip().startswith("fused_logits: largest difference ")

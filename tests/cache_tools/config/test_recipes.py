@@ -104,7 +104,8 @@ def test_a_clip_scale_must_be_above_0(scale: str) -> None:
     ("override", "words"),
     [
         ("fusion.clip_scale=-1", "(--set fusion.clip_scale=-1); expected model, match or a number above 0; found -1"),
-        ("num_views=0", "greater than 0"),
+        ("num_views=0", "; expected greater than 0; found 0."),
+        ("store=both", "; expected 'fused' or 'components'; found 'both'."),
         ("num_views=many", "integer"),
         ("fusion.teacher_weight=1.5", "less than or equal to 1"),
         ("store=both", "fused"),
