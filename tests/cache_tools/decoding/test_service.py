@@ -30,6 +30,7 @@ from pipeline.build.cache import build_cache
 from tests.support import tiny_build
 from tests.support.pictures import photo, recipe_for
 from tests.support.tiny_build import arrays_of
+from tests.support.turns import slow
 from train.feed import NoTargets, StreamingFeed
 
 pytestmark = pytest.mark.medium
@@ -186,13 +187,13 @@ def test_contents_are_hashed_again_only_where_the_file_may_have_changed(
 
 def test_a_killed_process_is_replaced_and_nothing_is_lost(root: Path, service: DecodeService) -> None:
     images, rows = opened(root), np.arange(COUNT)
-    service.load(images, rows, rows, wanted("cropped")).result()
+    service.load(images, rows, rows, wanted("canvases")).result()
     victim = children(os.getpid())[0]
     os.kill(victim, signal.SIGSTOP)  # so that it has tasks when it dies
-    loading = service.load(images, rows, rows, wanted("cropped"))
+    loading = service.load(images, rows, rows, wanted("canvases"))
     time.sleep(0.2)
     os.kill(victim, signal.SIGKILL)
-    expected = load_each(images, rows, rows, wanted("cropped"))
+    expected = load_each(images, rows, rows, wanted("canvases"))
     for one, other in zip(loading.result(), expected, strict=True):
         assert torch.equal(one, other)
     assert victim not in children(os.getpid())
@@ -246,30 +247,31 @@ from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.views.recipe import ViewRecipe
 images = open_images(DatasetRecipe(name="folder", data_dir=Path(sys.argv[1]), image_size=32, test_split=None))
 index = np.arange(20)
-loading = DecodeService(2).load(images, index, index, [(ViewRecipe(), 0)])
+loading = DecodeService(1).load(images, index, index, [(ViewRecipe(), 0)])
 wait(loading.futures)
 print("ready", flush=True)
-if sys.argv[2] == "wait":
+if sys.argv[2] != "exit":
     time.sleep(60)
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("end", ["exit", "wait"])
+@pytest.mark.parametrize("end", [slow("exit"), "kill", "interrupt"])
 def test_the_processes_end_with_their_parent(root: Path, end: str) -> None:
-    """When it returns without closing the service, and when it is killed."""
+    """When it returns without closing the service, when it is killed, and when a terminal sends Ctrl-C to its group."""
     code, pipe = [sys.executable, "-c", PARENT, str(root), end], subprocess.PIPE
-    parent = subprocess.Popen(code, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parents[3])
-    assert parent.stdin is not None
+    parent = subprocess.Popen(
+        code, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=Path(__file__).parents[3], process_group=0
+    )
     assert parent.stdout is not None
-    with parent.stdout, parent.stdin:
-        assert parent.stdout.readline() == "ready\n"
-        pids = children(parent.pid)
-        assert len(pids) == 2
-        assert all(os.getpgid(pid) != os.getpgid(parent.pid) for pid in pids), "Ctrl-C reaches them"
-        if end == "wait":
-            parent.kill()
-    assert parent.wait(30) == (0 if end == "exit" else -9)
+    assert parent.stdout.readline() == "ready\n"
+    pids = children(parent.pid)
+    assert len(pids) == 1
+    if end != "exit":
+        os.killpg(parent.pid, {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[end])
+    _, errors = parent.communicate(timeout=60)
+    assert parent.returncode == {"exit": 0, "kill": -signal.SIGKILL, "interrupt": -signal.SIGINT}[end]
+    assert errors.count("Traceback") == (end == "interrupt"), errors  # its own, and none of the processes
     deadline = time.monotonic() + 30
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a process is left"

@@ -25,7 +25,6 @@ VIEWS, ROWS, BATCH, SAMPLES = 4, 16, 12, 50
 CROPPED: dict[str, Any] = {"version": 2, "ops": [{"op": "random-resized-crop", "size": 12}, "flip"]}
 KINDS: dict[str, dict[str, Any]] = {
     "canvases": {"base_seed": 11, "ops": ["pad-crop", "flip"]},
-    "cropped": CROPPED,
     "sized": CROPPED | {"sizes": {"clip": 20}},
     "mixed": CROPPED | {"mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 0.9}},
 }
