@@ -365,18 +365,21 @@ class ViewRecipe(Extensible):
             raise DataError(
                 "sample index out of range", expected=f"below {pairs.count:,}, the samples", found=int(samples.max())
             )
-        partners = pairs.partners(samples)
-        return partners, (partners != samples) & self.mix.draw_gate(self.base_seed, view, pairs.positions(samples) >> 1)
+        positions = pairs.positions(samples)
+        partners = pairs.partners_at(positions)
+        return partners, (partners != samples) & self.mix.draw_gate(self.base_seed, view, positions >> 1)
 
     def _draw_mix(self, samples: Integers, view: int, size: Size) -> dict[str, Integers]:
         """`partner` and the parameters of `MixRecipe.draw` of each sample."""
         assert self.mix is not None, "only called if the view mixes"
-        partners, mixed = self._partners(samples, view)
-        drawn = self.mix.draw(self.base_seed, view, self._pairing(view).positions(samples) >> 1, size)
-        whole = {"own": ONE, "share": ONE}
-        return {"partner": partners} | {
-            name: np.where(mixed, values, whole.get(name, 0)) for name, values in drawn.items()
-        }
+        pairs = self._pairing(view)
+        positions = pairs.positions(samples)
+        partners = pairs.partners_at(positions)
+        drawn = self.mix.draw(self.base_seed, view, positions >> 1, size)
+        if (alone := partners == samples).any():
+            whole = {"own": ONE, "share": ONE}
+            drawn = {name: np.where(alone, whole.get(name, 0), values) for name, values in drawn.items()}
+        return {"partner": partners} | drawn
 
     def _check_partners(self, found: int, samples: Integers, view: int) -> None:
         needed = len(self.with_partners(samples, view))
