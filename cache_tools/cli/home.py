@@ -155,8 +155,8 @@ def prune_command(
 ) -> None:
     """Remove caches of the cache home by age, use, size or state. Without --yes, only show what would be removed.
 
-    --older-than and --unused-for also remove unpacked images that no command has read for that long; they are unpacked
-    again when they are needed.
+    --older-than and --unused-for also remove copies of images that no command has read for that long: images unpacked
+    from Parquet files, and tar shards of object stores. They are made again when they are needed.
     """
     from cache_tools.home import housekeeping
 
@@ -170,14 +170,14 @@ def prune_command(
     if as_json:
         caches = [candidate.model_dump(mode="json") for candidate in pruned.candidates]
         leftovers = [str(path) for path in pruned.leftovers]
-        unpacked = [str(path) for path in pruned.unpacked]
+        copies = [str(path) for path in pruned.image_copies]
         print_json(
             {
                 "removed": yes,
                 "bytes": pruned.bytes_freed,
                 "caches": caches,
                 "leftovers": leftovers,
-                "unpacked_images": unpacked,
+                "image_copies": copies,
             }
         )
         return
@@ -187,7 +187,7 @@ def prune_command(
     words += ["--incomplete"] if incomplete else []
     if not words:
         print_next("cache-tools", "prune", "--unused-for", "60d")
-    elif yes or not (pruned.removed or pruned.leftovers or pruned.unpacked):
+    elif yes or not (pruned.removed or pruned.leftovers or pruned.image_copies):
         print_next("cache-tools", "ls")
     else:
         print_next("cache-tools", "prune", *words, "--yes")
@@ -200,12 +200,12 @@ def _print_pruned(pruned: Pruned, rules: PruneRules, *, dry_run: bool) -> None:
         print_line(f"{verb} {candidate.record.path} ({human_bytes(candidate.record.size_bytes)}; {candidate.reason})")
     for path, size_bytes in pruned.leftovers.items():
         print_line(f"{removed} {path} ({human_bytes(size_bytes)}; left by a killed command)")
-    for path, size_bytes in pruned.unpacked.items():
-        print_line(f"{removed} {path} ({human_bytes(size_bytes)}; unpacked images, not read for that long)")
+    for path, size_bytes in pruned.image_copies.items():
+        print_line(f"{removed} {path} ({human_bytes(size_bytes)}; a copy of images, not read for that long)")
     if rules == type(rules)():
         print("No rule given: add --older-than, --unused-for, --keep-size or --incomplete.")
     else:
-        found = pruned.removed or pruned.leftovers or pruned.unpacked
+        found = pruned.removed or pruned.leftovers or pruned.image_copies
         hint = ". Add --yes to remove them." if dry_run and found else ""
         plural = "" if len(pruned.removed) == 1 else "s"
         print_line(f"{len(pruned.removed)} cache{plural}, {human_bytes(pruned.bytes_freed)}{hint}")

@@ -15,6 +15,7 @@ from cache_tools.home.origin import origin_file
 from cache_tools.home.registry import CacheRecord, cache_home, is_cache, list_caches, used_file
 from cache_tools.home.sizes import size_and_time
 from cache_tools.images.hf import UNPACKED
+from cache_tools.images.shard_files import COPIES
 from cache_tools.places import LocalPlace
 from cache_tools.places.claims import EXPIRE_S, HEARTBEAT_S, claims_place, remove_dead_claims
 
@@ -51,14 +52,14 @@ class Pruned(Frozen):
     Attributes:
         candidates: the caches that the rules select, least recently used first.
         leftovers: bytes of each file and folder that killed commands left behind.
-        unpacked: bytes of each file of unpacked images (`images.hf`) that no command has read for as long as the rules
-            say.
+        image_copies: bytes of each copy of images that no command has read for as long as the rules say: images that
+            were unpacked from Parquet files (`images.hf`), and tar shards of object stores (`images.shard_files`).
         bytes_left: size of the caches that stay.
     """
 
     candidates: tuple[Candidate, ...]
     leftovers: dict[Path, int]
-    unpacked: dict[Path, int]
+    image_copies: dict[Path, int]
     bytes_left: int
 
     @property
@@ -69,7 +70,7 @@ class Pruned(Frozen):
     @property
     def bytes_freed(self) -> int:
         return sum(candidate.record.size_bytes for candidate in self.removed) + sum(
-            (*self.leftovers.values(), *self.unpacked.values())
+            (*self.leftovers.values(), *self.image_copies.values())
         )
 
 
@@ -80,20 +81,24 @@ def prune(rules: PruneRules, *, dry_run: bool) -> Pruned:
         StorageError: no permission, or a cache that came into use just now.
     """
     records = list_caches()
-    unpacked = cache_home() / UNPACKED
-    found = [*find_leftovers(cache_home()), *find_leftovers(unpacked)] if rules.incomplete else []
+    copies = {cache_home() / UNPACKED: ".arrow", cache_home() / COPIES: ".tar"}
+    found = [path for folder in (cache_home(), *copies) for path in find_leftovers(folder)] if rules.incomplete else []
     candidates = find_candidates(records, rules)
     removed = {candidate.record.path for candidate in candidates if candidate.kept_because is None}
     pruned = Pruned(
         candidates=tuple(candidates),
         leftovers={path: _bytes(path) for path in found},
-        unpacked=_unread_images(unpacked, rules),
+        image_copies={
+            path: size
+            for folder, suffix in copies.items()
+            for path, size in _unread_images(folder, suffix, rules).items()
+        },
         bytes_left=remaining_bytes(records, removed),
     )
     if not dry_run:
         for candidate in pruned.removed:
             remove(candidate.record.path)
-        remove_leftovers([*pruned.leftovers, *pruned.unpacked])
+        remove_leftovers([*pruned.leftovers, *pruned.image_copies])
     return pruned
 
 
@@ -166,8 +171,8 @@ def remove_leftovers(paths: Iterable[Path]) -> None:
             raise storage_error(error) from error
 
 
-def _unread_images(folder: Path, rules: PruneRules) -> dict[Path, int]:
-    """Bytes of each file of unpacked images that the rules select. Their time is that of the last reading."""
+def _unread_images(folder: Path, suffix: str, rules: PruneRules) -> dict[Path, int]:
+    """Bytes of each copy of images that the rules select. Their time is that of the last reading."""
     limits = [limit for limit in (rules.older_than_s, rules.unused_for_s) if limit is not None]
     if not limits:
         return {}
@@ -176,7 +181,7 @@ def _unread_images(folder: Path, rules: PruneRules) -> dict[Path, int]:
         return {
             folder / entry.name: _bytes(folder / entry.name)
             for entry in files.entries()
-            if entry.is_file and entry.name.endswith(".arrow") and files.age_s(entry.name) > min(limits)
+            if entry.is_file and entry.name.endswith(suffix) and files.age_s(entry.name) > min(limits)
         }
     except (FileNotFoundError, NotADirectoryError):
         return {}

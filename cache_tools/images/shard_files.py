@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -404,6 +405,9 @@ def _with_copy(place: ShardPlace, shard: Shard) -> Shard:
                 next_step="make room, set TEACHER_CACHE_HOME to another folder, or read from the store: "
                 "--set dataset.remote_shards=read",
             ) from error
+    else:
+        with suppress(OSError):  # a home that is read-only; `prune` takes this as the time of the last reading
+            os.utime(copies.path / name)
     return Shard(shard.name, shard.size, shard.state, copies.path / name)
 
 

@@ -321,20 +321,22 @@ def test_removals_name_the_next_command(home: Path) -> None:
     assert commands_in(run(home, "rm", "digits", "--yes").stdout) == [["cache-tools", "ls"]]
 
 
-def test_unpacked_images_that_nobody_reads_are_pruned(home: Path) -> None:
-    folder = home / "unpacked-images"
+@pytest.mark.parametrize(("place", "suffix"), [("unpacked-images", "arrow"), ("shards", "tar")])
+def test_copies_of_images_that_nobody_reads_are_pruned(home: Path, place: str, suffix: str) -> None:
+    folder = home / place
     folder.mkdir()
-    old, young, other, cut = (folder / name for name in ("a.arrow", "b.arrow", "notes.txt", f".a.{'0a' * 16}.partial"))
+    names = (f"a.{suffix}", f"b.{suffix}", "notes.txt", f".a.{'0a' * 16}.partial")
+    old, young, other, cut = (folder / name for name in names)
     for file in (old, young, other, cut):
         file.write_bytes(bytes(1000))
     for file in (old, other, cut):
         os.utime(file, (0, 0))
     assert old.name not in run(home, "prune", "--keep-size", "1GB", "--yes").stdout
     shown = run(home, "prune", "--unused-for", "60d").stdout
-    assert f"would remove {old} (1.0 KB; unpacked images, not read for that long)" in shown
+    assert f"would remove {old} (1.0 KB; a copy of images, not read for that long)" in shown
     assert "0 caches, 1.0 KB. Add --yes to remove them." in shown
     found = json.loads(run(home, "prune", "--unused-for", "60d", "--incomplete", "--yes", "--json").stdout)
-    assert (found["unpacked_images"], found["leftovers"], found["bytes"]) == ([str(old)], [str(cut)], 2000)
+    assert (found["image_copies"], found["leftovers"], found["bytes"]) == ([str(old)], [str(cut)], 2000)
     assert {file.name for file in folder.iterdir()} == {young.name, other.name}
     assert (home / NAME).is_dir()
 
