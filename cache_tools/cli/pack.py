@@ -36,7 +36,10 @@ def pack_command(
     ] = "sorted",
     as_json: AsJson = False,
 ) -> None:
-    """Pack a folder of images into tar shards with an index, which need one open file instead of a million."""
+    """Pack a folder of images into tar shards.
+
+    An index beside them says where each image lies. A million images then need a few open files instead of a million.
+    """
     # Imported here: --help must answer at once.
     from cache_tools.images.class_names import ORDERS, read_names
     from cache_tools.images.pack import MIN_SHARD_BYTES, pack_images

@@ -138,11 +138,12 @@ def test_the_commands_give_the_losses_that_are_said():
 
 def test_the_commands_give_the_updates_that_are_said():
     *_, block = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    accumulated, smoothed, _ = block.splitlines()
+    layered, accumulated, smoothed, _ = block.splitlines()
     shown = []
-    for line in (accumulated, smoothed):
+    for line in (accumulated, smoothed, layered):
         done = CliRunner().invoke(app, [*shlex.split(line)[1:], "--show-recipe"])
         assert done.exit_code == 0, done.stderr
         shown.append(yaml.safe_load(done.stdout))
     assert (shown[0]["optimiser"]["accumulate"], shown[0]["optimiser"]["clip_grad_norm"]) == (4, 1.0)
     assert (shown[1]["loss"]["label_smoothing"], shown[1]["loss"]["class_weights"]) == (0.1, "balanced")
+    assert (shown[2]["optimiser"]["layer_decay"], shown[2]["optimiser"]["weight_decay_exclusions"]) == (0.75, True)
