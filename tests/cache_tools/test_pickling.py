@@ -23,6 +23,7 @@ from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.s3_server import new_bucket
+from tests.support.turns import slow
 from tests.support.worker_data import EverythingOf
 
 IMAGES = tiny_images()
@@ -46,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("method", "kind"), [("spawn", "fused"), ("spawn", "components"), ("forkserver", "several"), ("fork", "components")]
+    ("method", "kind"),
+    [("spawn", "fused"), slow("spawn", "components"), slow("forkserver", "several"), ("fork", "components")],
 )
 def test_workers_read_what_this_process_reads(folder: Path, method: str, kind: str) -> None:
     data = EverythingOf(TeacherCache.open(folder / kind), IMAGES)

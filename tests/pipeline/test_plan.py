@@ -96,6 +96,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_are_loaded_once_for_several_views(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "BUDGET_S", 0.1)
     recipe = tiny_build.recipe(root, views={"version": 2, "ops": [{"op": "random-resized-crop", "size": 32}]})
     asked: list[int] = []
     start = ensemble.start_loading_pixels
@@ -124,6 +125,7 @@ def test_beside_a_gpu_the_longer_time_counts() -> None:
 
 def test_the_error_is_students_interval_of_the_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock gives every batch a known time; the first ones are a warm-up."""
+    monkeypatch.setattr(planning, "BUDGET_S", 2.0)
     recipe = tiny_build.recipe(root)
     times = [9.0, 9.0, 9.0, 0.5, 0.7, 0.4, 0.6]  # a single image takes long, so batches have one image
     elapsed: list[float] = []

@@ -20,7 +20,7 @@ from tests.system import full_disk
 
 KILLS = turns(2, 8)
 ALWAYS, SLOW = ("recode", "push-s3"), ("build", "grow", "fuse", "push", "build-s3")
-SWEEP_KILLS = turns(2, 10)
+SWEEP_KILLS = turns(1, 10)
 
 pytestmark = [pytest.mark.turns, pytest.mark.timeout(1800)]
 

@@ -43,7 +43,8 @@ def test_an_expired_claim_is_taken_over_by_exactly_one_builder(place: Place) -> 
     claims_place(place).put("0.0.0", foreign)
     with Claims(place, expire_s=3600) as patient:
         assert not patient.claim(BlockId(0, 0))
-    builders = [Claims(place, expire_s=_let_expire(place, "0.0.0")) for _ in range(4)]
+    expire_s = _let_expire(place, "0.0.0")
+    builders = [Claims(place, expire_s=expire_s) for _ in range(4)]
     winners: list[int] = []
 
     def take(number: int) -> None:
