@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,21 @@ def listed(names: Sequence[str]) -> str:
     """Names for a message, the first few of many."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
+
+
+def has_control_character(name: str) -> bool:
+    """Whether a name has a control character or a line break, which a terminal would obey."""
+    return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in name)
+
+
+def names_that_look_the_same(names: Sequence[str]) -> tuple[str, str] | None:
+    """The first two names that differ in spaces or Unicode forms only; None if there are none."""
+    plain: dict[str, str] = {}
+    for name in names:
+        same = plain.setdefault(" ".join(unicodedata.normalize("NFC", name).split()), name)
+        if same != name:
+            return same, name
+    return None
 
 
 def _names_in_json(text: str, where: str) -> Names:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import DataError
-from cache_tools.images.class_names import Names, arrange, describe, listed
+from cache_tools.images.class_names import (
+    Names,
+    arrange,
+    describe,
+    has_control_character,
+    listed,
+    names_that_look_the_same,
+)
 from cache_tools.system.arguments import unprintable
 
 if TYPE_CHECKING:
@@ -77,15 +83,12 @@ def _check_names(names: Names, where: object) -> None:
     if "" in names:
         raise DataError("a class without a name", where=where, found=describe([repr(name) for name in names]))
     for name in names:
-        if unprintable(name) or any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in name):
+        if unprintable(name) or has_control_character(name):
             raise DataError("the name of a class has a control character", where=where, found=ascii(name))
-    plain: dict[str, str] = {}
-    for name in names:
-        same = plain.setdefault(" ".join(unicodedata.normalize("NFC", name).split()), name)
-        if same != name:
-            raise DataError(
-                "two classes have names that look the same",
-                where=where,
-                expected="names that differ in more than spaces and Unicode forms",
-                found=f"{same!a} and {name!a}",
-            )
+    if (same := names_that_look_the_same(names)) is not None:
+        raise DataError(
+            "two classes have names that look the same",
+            where=where,
+            expected="names that differ in more than spaces and Unicode forms",
+            found=f"{same[0]!a} and {same[1]!a}",
+        )

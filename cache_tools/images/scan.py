@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import DataError
-from cache_tools.images.class_names import Names, arrange, describe
+from cache_tools.images.class_names import (
+    Names,
+    arrange,
+    describe,
+    has_control_character,
+    names_that_look_the_same,
+)
 from cache_tools.images.index import UNKNOWN, FileColumn, FileState, FoundFiles, examine, reason_to_leave_out
 from cache_tools.images.result_folders import RESULT_FOLDERS, result_folder_kind
 from cache_tools.images.summary import HIDDEN, FolderSummary, by_reason, some_names
@@ -203,24 +208,21 @@ def _check_class_names(root: Path, names: Sequence[str]) -> None:
                 found=ascii(os.fsencode(name))[1:],
                 next_step="rename it; `convmv -f latin1 -t utf-8 -r --notest FOLDER` converts names from old archives",
             ) from None
-        if any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in name):
+        if has_control_character(name):
             raise DataError(
                 "the name of a class folder has a control character",
                 where=root,
                 found=ascii(name),
                 next_step="rename it",
             )
-    plain: dict[str, str] = {}
-    for name in names:
-        same = plain.setdefault(" ".join(unicodedata.normalize("NFC", name).split()), name)
-        if same != name:
-            raise DataError(
-                "two class folders have names that look the same",
-                where=root,
-                expected="names that differ in more than spaces and Unicode forms",
-                found=f"{same!a} and {name!a}",
-                next_step="move the images of one into the other",
-            )
+    if (same := names_that_look_the_same(names)) is not None:
+        raise DataError(
+            "two class folders have names that look the same",
+            where=root,
+            expected="names that differ in more than spaces and Unicode forms",
+            found=f"{same[0]!a} and {same[1]!a}",
+            next_step="move the images of one into the other",
+        )
 
 
 def _walk(
