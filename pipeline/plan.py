@@ -172,7 +172,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         loading = NOTHING if images.resident else batches.time_loading()
         progress.advance(1)
         step = _student_step(student, recipe, images, device)
-        training = batches.time(lambda pixels, index: step(pixels.teacher, index), STUDENT_BATCH)
+        training = batches.time_student(step)
         progress.advance(1)
         prompts, embedding_s = _prompts(ensemble, device)
         progress.advance(1)
@@ -265,6 +265,15 @@ class _Batches:
             return self._load(index, [1])[0].to(self._device)
 
         return self._time(load, work, batch_size)
+
+    def time_student(self, step: Callable[[torch.Tensor, np.ndarray], object]) -> Rate:
+        """Time steps on the views that a student sees, at its own size; making the views is not timed."""
+        views = self._views.seen_by("student")
+
+        def load(index: np.ndarray) -> torch.Tensor:
+            return views.finish(views.load(self._images, index, index, 1).to(self._device), index, 1)
+
+        return self._time(load, step, STUDENT_BATCH)
 
     def time_loading(self) -> Rate:
         """Time of loading an image for a view, where several views are made of one decode."""

@@ -3,7 +3,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,21 @@ def test_pictures_are_loaded_once_for_several_views(root: Path, monkeypatch: pyt
     assert plan.speedup == pytest.approx((1 / plan.targets_per_s + student_s) / (loading_s + student_s))
     assert f"loading: {plan.loaded_per_s:,.0f} images/s of each view" in str(plan)
     assert plan.prompts == 12 * 3
+
+
+def test_the_student_is_timed_on_its_own_views(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the student's size, and both pictures of a mixed view are one sample of its batch."""
+    views = {"ops": [{"op": "random-resized-crop", "size": 32}], "sizes": {"student": 24}, "mix": {"mixup_alpha": 0.8}}
+    shown: list[tuple[int, ...]] = []
+
+    def step(*_: object) -> Callable[[torch.Tensor, np.ndarray], object]:
+        return lambda pixels, index: shown.append((len(pixels) - len(index), *pixels.shape[1:]))
+
+    monkeypatch.setattr(planning, "BUDGET_S", 0.0)
+    monkeypatch.setattr(planning, "_student_step", step)
+    plan = make_plan(tiny_build.recipe(root, views=views), "resnet8", 1)
+    assert set(shown) == {(0, 3, 24, 24)}
+    assert plan.student_per_s > 0
 
 
 def test_beside_a_gpu_the_longer_time_counts() -> None:
