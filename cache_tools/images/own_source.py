@@ -38,7 +38,7 @@ def open_own(recipe: DatasetRecipe, split: str) -> ImageSet:
     function = own_code.find_function(recipe.name, _PURPOSE)
     own_code.remember(recipe.name)
     try:
-        found = function(recipe, split)
+        found = function(recipe.absolute(), split)  # whose paths below data_dir are then found from any folder
     except CacheError:
         raise
     except Exception as error:  # whatever a user's function raises

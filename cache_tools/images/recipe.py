@@ -319,7 +319,8 @@ def changed_dataset(
         stored = stored.read_by(other, place)
     elif place is not None and "name" not in values:
         stored = stored.at(place)
-    anew = find_source(stored.name).settings if stored.name != built_from else frozenset[str]()
+    # Labels of another source may be numbers, which an order gives names; the names are compared with the cache's.
+    anew = find_source(stored.name).settings | {"class_order"} if stored.name != built_from else frozenset[str]()
     changed = changes.apply_to(stored, where="dataset")
     for key in sorted(values.keys() - FREE_KEYS - {"name"} - anew):
         wanted, found = getattr(changed, key), getattr(stored, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,24 @@ def test_settings_that_the_cache_cannot_have_are_refused(cache: Path, settings: 
 def test_settings_that_the_cache_has_are_accepted(cache: Path, settings: list[str]) -> None:
     recipe = load_train_recipe("digits", settings, {"cache": str(cache), "device": "cpu"})
     assert len(open_data(recipe, CPU).images) == SAMPLES
+
+
+def test_a_list_with_numbers_as_labels_serves_a_cache_of_a_folder(cache: Path, pictures: Path, tmp_path: Path) -> None:
+    files = [file for split in ("train", "test") for file in sorted((pictures / split).glob("*/*"))]
+    rows = [f"{file},{tiny_run.CLASSES.index(file.parent.name)},{file.parts[-3]}" for file in files]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+
+    def opened(order: Sequence[str]) -> int:
+        settings = [
+            "dataset.name=csv",
+            f"dataset.data_dir={tmp_path}/list.csv",
+            f"dataset.class_order=[{','.join(order)}]",
+        ]
+        return len(open_data(load_train_recipe("digits", settings, {"cache": str(cache), "device": "cpu"}), CPU).images)
+
+    assert opened(tiny_run.CLASSES) == SAMPLES
+    with pytest.raises(MismatchError, match="same classes in another order"):
+        opened(tiny_run.CLASSES[::-1])
 
 
 def test_unknown_keys_are_refused_with_a_cache_too(cache: Path) -> None:

@@ -27,6 +27,9 @@ def files(recipe, split):
     found = sorted((Path(recipe.data_dir) / split).glob("*/*"))
     labels = [NAMES.index(file.parent.name) for file in found]
     return [str(file.relative_to(recipe.data_dir)) for file in found], labels, NAMES
+def below_data_dir(recipe, split):
+    found = sorted((Path(recipe.data_dir) / split).glob("*/*"))
+    return found, [NAMES.index(file.parent.name) for file in found], NAMES
 def arrays(recipe, split):
     import numpy as np
     pixels = np.arange(5 * 8 * 8 * 3, dtype=np.uint8).reshape(5, 8, 8, 3)
@@ -61,6 +64,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return tiny_run.write_pictures(tmp_path / "pictures", train=9, test=4)
+
+
+def test_data_dir_may_be_relative(module: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pictures.parent)
+    place = Path(pictures.name)
+    recipe = DatasetRecipe(name=f"{module}:below_data_dir", data_dir=place, image_size=tiny_run.SIDE)
+    assert np.array_equal(open_images(recipe, "train").keys, open_images(tiny_run.dataset(pictures), "train").keys)
 
 
 def test_paths_are_the_images_of_a_folder(module: str, pictures: Path) -> None:
