@@ -69,6 +69,8 @@ class MixRecipe(Frozen):
             raise ValueError("an alpha above 0 for mixup_alpha, cutmix_alpha or both")
         if min(alphas) < 0.01:
             raise ValueError("an alpha of 0, or of 0.01 to 32")
+        if len(alphas) < 2 and self.cutmix_probability != 0.5:
+            raise ValueError("cutmix_probability only where mixup_alpha and cutmix_alpha are both above 0")
         return self
 
     def draw_gate(self, seed: int, view: int, pairs: Integers) -> npt.NDArray[np.bool_]:

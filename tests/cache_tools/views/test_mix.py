@@ -224,6 +224,7 @@ def test_what_a_recipe_without_mixing_stores_is_unchanged() -> None:
         ({"mixup_alpha": 0.001}, "0.01 to 32"),
         ({"mixup_alpha": 33}, "less than or equal to 32"),
         ({"cutmix_alpha": float("nan")}, "finite"),
+        ({"cutmix_alpha": 1.0, "cutmix_probability": 0.3}, "mixup_alpha and cutmix_alpha are both above 0"),
     ],
 )
 def test_recipes_that_cannot_mix_are_refused(mix: dict[str, float], message: str) -> None:
