@@ -117,5 +117,6 @@ def check_unchanged(data: bytes, key: bytes, place: str) -> None:
         raise DataError(
             "image changed since the folder was opened",
             where=place,
-            next_step="run the command again when no program writes to the folder",
+            next_step="run the command again when no program writes to the folder; if a tar shard differs from the "
+            "index that came with it, copy both again",
         )

@@ -18,9 +18,11 @@ from cache_tools.images.class_names import arrange, listed
 from cache_tools.images.decode import PixelRules
 from cache_tools.images.encoded import DEFAULT_IMAGE_SIZE, EncodedImages
 from cache_tools.images.index import FileColumn, read_image
+from cache_tools.images.kinds import source_at
 from cache_tools.images.label_table import has_splits, read_label_table
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.images.scan import scan_folder, scan_listed
+from cache_tools.images.sources import SOURCES
 from cache_tools.system.arguments import expand_user
 
 
@@ -134,6 +136,14 @@ def _split_folder(recipe: DatasetRecipe, split: str) -> Path:
     if root.is_dir() and recipe.test_split is None:
         return root
     folders = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    kind = source_at(root, "folder")
+    if kind in ("csv", "parquet", "webdataset"):
+        raise DataError(
+            f"these are {SOURCES[kind].title}, not a folder of class folders",
+            where=root,
+            expected=f"{root}/{split}/CLASS/IMAGE",
+            next_step=f"--set dataset.name={kind} reads them",
+        )
     raise DataError(
         "image folder not found",
         where=root / split,

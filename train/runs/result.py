@@ -14,7 +14,7 @@ from cache_tools.format.recipe import Finite, Preprocessing
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from cache_tools.screen import TextTable, nats
-from cache_tools.units import duration
+from cache_tools.units import counted, duration
 from train.evaluate.multilabel import HEADLINES, Figures, MultiLabelEvaluation
 from train.recipe.loss import LABELS_ALONE
 from train.runs.folder import MAX_EPOCHS, REPORT, RESULT
@@ -212,7 +212,7 @@ def _notes(result: RunResult) -> list[str]:
             f"{who[:1].upper()}{who[1:]}: {teachers['n']:,} clean images of {split}, when the cache was built."
         )
     notes.append(
-        f"{result.parameters:,} parameters, {result.epochs} epochs of {result.train_samples:,} images, "
+        f"{result.parameters:,} parameters, {counted(result.epochs, 'epoch')} of {result.train_samples:,} images, "
         f"{duration(result.train_s)} of training on {result.environment.get('device', '?')}."
     )
     notes += [f"Note: {note}." for note in result.data_notes]

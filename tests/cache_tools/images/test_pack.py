@@ -61,6 +61,24 @@ def test_a_pack_of_files_as_they_are_is_the_folder(pictures: Path, tmp_path: Pat
     assert (own["name"], own["split"], own["test_split"]) == ("webdataset", "train", "test")
 
 
+def test_a_pack_or_a_list_in_place_of_a_folder_is_named(pictures: Path, tmp_path: Path) -> None:
+    packed(pictures, tmp_path / "pack")
+    (tmp_path / "list.csv").write_text("path,label\n")
+    for place, message in (("pack", "tar shards, not .*name=webdataset"), ("list.csv", "lists .*, not .*name=csv")):
+        with pytest.raises(DataError, match=message):
+            opened(tmp_path / place, name="folder")
+
+
+def test_a_damaged_shard_does_not_ask_for_patience_alone(pictures: Path, tmp_path: Path) -> None:
+    packed(pictures, tmp_path / "pack")
+    shard = tmp_path / "pack" / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1  # in the first image, behind its header
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="tar shard differs from the index"):
+        opened(tmp_path / "pack").load(slice(0, 1))
+
+
 def test_opening_a_pack_reads_no_shard(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(pictures, tmp_path / "pack")
     monkeypatch.setattr(webdataset, "read_samples", None)
