@@ -57,10 +57,25 @@ def hf_marker(folder: Path) -> str | None:
         return "snapshots"
     for pattern in ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow", "default/*/*.parquet"):
         for file in sorted(folder.glob(pattern)):
-            if not file.name.startswith(".") and (file.parent == folder or not has_result_folder(file.parent)):
+            if file.name.startswith(".") or _is_list_of_files(file):
+                continue
+            if file.parent == folder or not has_result_folder(file.parent):
                 return file.relative_to(folder).as_posix()
     found = _prepared_folders(folder)
     return (found[0] / INFO_FILE).relative_to(folder).as_posix() if found else None
+
+
+def _is_list_of_files(file: Path) -> bool:
+    """Whether a Parquet file has paths and no images: a list of the images beside it (`cache_tools.images.listed`)."""
+    import polars as pl
+
+    if file.suffix != ".parquet":
+        return False
+    try:
+        columns = pl.read_parquet_schema(file)
+    except (OSError, pl.exceptions.PolarsError):
+        return False
+    return "path" in columns and not any(kind == pl.Binary or kind.is_nested() for kind in columns.values())
 
 
 def find_hf_files(folder: Path) -> HfFiles:

@@ -229,6 +229,12 @@ def test_the_source_of_a_place_is_told_by_its_files(pictures: Path, tmp_path: Pa
     assert recipe_of(place).title == "all"
 
 
+def test_a_list_beside_class_folders_leaves_them_a_folder(pictures: Path) -> None:
+    write_list(pictures / "list.parquet", rows_of(pictures))
+    assert source_at(pictures, "folder") == "folder"
+    assert source_at(pictures, "parquet") == "parquet"
+
+
 def test_many_rows_are_columns(tmp_path: Path) -> None:
     """Hard links of one file: the opened split holds bytes per sample, and no objects."""
     import tracemalloc
