@@ -35,9 +35,8 @@ def parameter_groups(recipe: OptimiserRecipe, student: nn.Module, objective: nn.
         return [{"params": _trained([*student.parameters(), *objective.parameters()])}]
     unnamed: Callable[[], Collection[str]] = frozenset
     named = getattr(student, "no_weight_decay", unnamed)() if excludes else ()
-    how = {"weight_decay": decay, "weight_decay_exclude_1d": excludes}
     if recipe.layer_decay is None:
-        groups = param_groups_weight_decay(student, no_weight_decay_list=named, **how)
+        groups = param_groups_weight_decay(student, decay, no_weight_decay_list=named)
     elif not hasattr(student, "group_matcher"):
         raise RecipeError(
             "layer decay needs a network whose layers are known",
@@ -47,8 +46,17 @@ def parameter_groups(recipe: OptimiserRecipe, student: nn.Module, objective: nn.
             next_step="leave optimiser.layer_decay out, or choose a --student timm:NAME",
         )
     else:
-        groups = param_groups_layer_decay(student, no_weight_decay_list=named, layer_decay=recipe.layer_decay, **how)
-    return [*groups, *param_groups_weight_decay(objective, **how)]
+        groups = param_groups_layer_decay(
+            student,
+            decay,
+            no_weight_decay_list=named,
+            weight_decay_exclude_1d=excludes,
+            layer_decay=recipe.layer_decay,
+        )
+    if excludes:
+        return [*groups, *param_groups_weight_decay(objective, decay)]
+    own = _trained(objective.parameters())
+    return [*groups, *([{"params": own, "weight_decay": decay}] if own else [])]
 
 
 def create_optimiser(
