@@ -46,10 +46,11 @@ def check_mixed_views(
         )
     if batch_size % 2:
         raise RecipeError(
-            "the two images that a view mixes are in one batch (views.mix)",
+            "an odd batch size parts the two images that a view mixes (views.mix)",
             where=where,
             expected="an even batch_size",
             found=batch_size,
+            next_step=f"choose --batch-size {batch_size + 1}",
         )
 
 

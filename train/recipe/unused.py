@@ -80,6 +80,8 @@ def _unused(recipe: Mapping[str, Any]) -> Iterator[tuple[Iterable[str], str]]:
         yield ["schedule.milestones", "schedule.gamma"], "schedule.name=multistep"
     if schedule["name"] != "cosine":
         yield ["schedule.min_learning_rate"], "schedule.name=cosine"
+    if recipe["optimiser"]["weight_decay"] == 0.0:
+        yield ["optimiser.weight_decay_exclusions"], "an optimiser.weight_decay above 0"
     if recipe["label_fraction"] == 1.0:
         yield ["label_seed"], "a label_fraction below 1"
     uses_logits = has_logits or (has_features and recipe["label_fraction"] < 1.0)

@@ -22,6 +22,7 @@ CE, CRD = named_loss("ce"), named_loss("crd")
     ("settings", "loss", "needs"),
     [
         (["loss.temperature=4"], CE, "a logit term"),
+        (["optimiser.weight_decay=0", "optimiser.weight_decay_exclusions=true"], None, "weight_decay above 0"),
         (["loss.temperature=4"], CRD, "a logit term"),
         (["loss.distill_weight=2"], CE, "loss.kind other than ce"),
         (["loss.dkd_beta=2"], None, "loss.kind=dkd or standardised_dkd"),
@@ -53,6 +54,7 @@ def test_a_setting_without_effect_is_refused(settings: list[str], loss: dict[str
     [
         (["loss.temperature=3", "label_seed=0"], CE),  # the defaults
         (["loss.dkd_beta=2"], named_loss("dkd")),
+        (["optimiser.weight_decay=0.1", "optimiser.weight_decay_exclusions=true"], None),
         (["loss.kind=standardised_dkd", "loss.dkd_alpha=2"], None),
         (["loss.crd_dim=64", "fusion.feature_weight=0.5"], CRD),
         (["fusion.teacher_weight=0.5", "label_fraction=0.5", "label_seed=3"], CRD),  # for the labels that are missing
