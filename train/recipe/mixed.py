@@ -46,7 +46,7 @@ def check_mixed_views(
         )
     if batch_size % 2:
         raise RecipeError(
-            "an odd batch size parts the two images that a view mixes (views.mix)",
+            "an odd batch size separates two images that a view mixes (views.mix)",
             where=where,
             expected="an even batch_size",
             found=batch_size,
