@@ -34,6 +34,13 @@ def write_pictures(root: Path, *, train: int = 50, test: int = 21, seed: int = 0
     return root
 
 
+def write_test_splits(root: Path, *, test: int) -> tuple[Path, list[str]]:
+    """Write pictures, and give three test splits: `test`, a part of it, and a folder somewhere else."""
+    pictures = write_pictures(root / "pictures", train=24, test=test)
+    elsewhere = write_pictures(pictures / "elsewhere", train=3, test=12, seed=4)
+    return pictures, ["test", "test[::2]", str(elsewhere / "test")]
+
+
 def dataset(pictures: Path) -> DatasetRecipe:
     return DatasetRecipe(name="folder", data_dir=pictures, image_size=SIDE)
 

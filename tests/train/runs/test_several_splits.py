@@ -26,16 +26,18 @@ pytestmark = pytest.mark.medium
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tiny_run.write_pictures(tmp_path_factory.mktemp("pictures") / "pictures", train=24, test=9)
-    tiny_run.write_pictures(root / "elsewhere", train=3, test=12, seed=4)
-    return root
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    return tiny_run.write_test_splits(tmp_path_factory.mktemp("pictures"), test=9)
 
 
 @pytest.fixture(scope="module")
-def splits(pictures: Path) -> list[str]:
-    """Two parts of the test split, and a folder of its own somewhere else."""
-    return ["test", "test[::2]", str(pictures / "elsewhere" / "test")]
+def pictures(written: tuple[Path, list[str]]) -> Path:
+    return written[0]
+
+
+@pytest.fixture(scope="module")
+def splits(written: tuple[Path, list[str]]) -> list[str]:
+    return written[1]
 
 
 @pytest.fixture(scope="module")

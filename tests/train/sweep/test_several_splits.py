@@ -30,16 +30,18 @@ T_095 = 12.7062  # Student's t(0.975, 1), from a printed table
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tiny_run.write_pictures(tmp_path_factory.mktemp("pictures") / "pictures", train=24, test=21)
-    tiny_run.write_pictures(root / "elsewhere", train=3, test=12, seed=4)
-    return root
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    return tiny_run.write_test_splits(tmp_path_factory.mktemp("pictures"), test=21)
 
 
 @pytest.fixture(scope="module")
-def splits(pictures: Path) -> list[str]:
-    """The test split, a part of it, and a folder somewhere else with a long name."""
-    return ["test", "test[::2]", str(pictures / "elsewhere" / "test")]
+def pictures(written: tuple[Path, list[str]]) -> Path:
+    return written[0]
+
+
+@pytest.fixture(scope="module")
+def splits(written: tuple[Path, list[str]]) -> list[str]:
+    return written[1]
 
 
 @pytest.fixture(scope="module")
