@@ -16,7 +16,6 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.reader import TeacherCache
 from cache_tools.views import ColourJitter, Flip, MixRecipe, PadCrop, RandomResizedCrop, ViewRecipe
 from tests.support import cache_factory
-from train import feed as feeds
 from train.feed import (
     Batch,
     BatchTargets,
@@ -26,6 +25,7 @@ from train.feed import (
     ResidentFeed,
     StreamingFeed,
     batch_bounds,
+    choice,
     epoch_order,
     mixed_seed,
     open_feed,
@@ -80,7 +80,9 @@ def test_batches_equal_a_plain_reference(cache: TeacherCache, kind: type[Feed], 
     ids=["identity", "crop", "resized"],
 )
 def test_streaming_equals_resident_bit_for_bit(monkeypatch: pytest.MonkeyPatch, views: ViewRecipe, device: str) -> None:
-    monkeypatch.setattr(feeds, "PIECE_BYTES", 20 * 3 * 32 * 32)  # several pieces, none a multiple of the batch
+    monkeypatch.setattr(
+        "train.feed.resident.PIECE_BYTES", 20 * 3 * 32 * 32
+    )  # several pieces, none a multiple of the batch
     images = cache_factory.tiny_images(SAMPLES)
     both = [make(kind, images, views=views, device=torch.device(device)) for kind in (ResidentFeed, StreamingFeed)]
     for epoch in range(3):
@@ -206,7 +208,7 @@ def test_an_abandoned_epoch_leaves_no_threads() -> None:
 
 @pytest.mark.parametrize(("free", "kind"), [(1 << 40, ResidentFeed), (1000, StreamingFeed)])
 def test_free_memory_decides_which_feed_is_opened(monkeypatch: pytest.MonkeyPatch, free: int, kind: type[Feed]) -> None:
-    monkeypatch.setattr(feeds, "free_memory", lambda device: free)
+    monkeypatch.setattr(choice, "free_memory", lambda device: free)
     settings: dict[str, Any] = {"batch_size": 16, "epochs": 1, "seed": 0, "device": CPU}
     feed = open_feed(cache_factory.tiny_images(SAMPLES), ViewRecipe(), None, NoTargets(), **settings)
     assert type(feed) is kind
@@ -218,13 +220,13 @@ def test_the_resident_feed_needs_memory_for_all_pixels_and_one_view(monkeypatch:
     needed = SAMPLES * 3 * (32 * 32 + 24 * 24)
     views = ViewRecipe(ops=(RandomResizedCrop(size=24),))
     for spare, kind in ((2, ResidentFeed), (-2, StreamingFeed)):
-        monkeypatch.setattr(feeds, "free_memory", lambda device, spare=spare: needed / feeds.RESIDENT_SHARE + spare)
+        monkeypatch.setattr(choice, "free_memory", lambda device, spare=spare: needed / choice.RESIDENT_SHARE + spare)
         assert type(open_feed(images, views, None, NoTargets(), **settings)) is kind
 
 
 def test_free_memory_is_plausible() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < feeds.free_memory(CPU) <= total
+    assert 0 < choice.free_memory(CPU) <= total
 
 
 class Recorder:
@@ -288,7 +290,7 @@ def same(one: Batch, other: Batch) -> None:
 @pytest.mark.parametrize("samples", [SAMPLES, SAMPLES - 1])
 def test_mixed_views_are_the_same_in_memory_and_streamed(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
     """Batches of whole pairs, in another order every epoch, although pieces of the resident feed cut pairs in two."""
-    monkeypatch.setattr(feeds, "PIECE_BYTES", 21 * 3 * 32 * 32)
+    monkeypatch.setattr("train.feed.resident.PIECE_BYTES", 21 * 3 * 32 * 32)
     images = cache_factory.tiny_images(samples)
     mix = MixRecipe(mixup_alpha=0.8, cutmix_alpha=1.0)
     views = ViewRecipe(version=2, ops=(PadCrop(), Flip()), mix=mix, clean_first=True).over(samples)

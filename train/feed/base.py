@@ -1,0 +1,155 @@
+"""The batches of every epoch, wherever their pixels come from; the subclasses of `Feed` say from where.
+
+All feeds give the same batches in the same order, bit for bit: order and views are functions of (seed, epoch, sample),
+never of timing. Epoch e shows view e modulo the number of cached views; without a cache every epoch shows a new view.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cache_tools.errors import RecipeError
+from cache_tools.images.image_set import ImageSet
+from cache_tools.views.recipe import ViewRecipe
+from train.feed.batch import Batch, MixedLabels, TargetSource, ViewSource
+from train.labelled import PartialLabels
+
+
+class Feed(ABC):
+    """Batches of one split, epoch by epoch.
+
+    The last batch of an epoch may be short. If it would hold a single sample it is left out, because batch statistics
+    and relational losses need two. The order changes every epoch, so a different sample is left out each time.
+    In a view that mixes its samples the two of a pair follow each other, so that they are in one batch, and the sample
+    without a partner, if their number is odd, comes last.
+
+    Args:
+        num_views: views to cycle through; None shows view e in epoch e.
+        epochs: of the run; no view is fetched for a later one.
+        known: the labels, if only a fraction of them are real; None for the labels of `images`.
+        samples: int64 [N], the numbers of the images in the cache, by which views are drawn and targets are found; None
+            for 0 … N − 1.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views: ViewRecipe,
+        num_views: int | None,
+        targets: TargetSource,
+        *,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        device: torch.device,
+        known: PartialLabels | None = None,
+        samples: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self.images, self.views, self.num_views, self.targets = images, views, num_views, targets
+        self.epochs, self.seed, self.device = epochs, seed, device
+        self.bounds = batch_bounds(len(images), batch_size)
+        labels = images.labels if known is None else known.labels
+        kind = np.int64 if labels.ndim == 1 else np.uint8
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=kind)).to(device)
+        self._labelled = None if known is None else torch.from_numpy(known.labelled).to(device)
+        self._samples = samples
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="next-view")
+        self._fetched: tuple[int, Future[ViewSource]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.bounds)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.bounds[-1][1]
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `first` on; a background thread reads the targets of the next one."""
+        view = self._view_of(epoch)
+        order = self._order(epoch, view)
+        source = self._fetch(view).result()
+        if epoch + 1 < self.epochs:
+            self._fetch(self._view_of(epoch + 1))
+        index = order.to(self.device)
+        samples = index if self._samples is None else torch.from_numpy(self._numbers(order.numpy())).to(self.device)
+        labels = self._labels[index]
+        epoch_labels = labels[: self.samples_per_epoch]
+        labelled = None if self._labelled is None else self._labelled[index]
+        mixed = self._mixed_labels(order.numpy(), view)
+        bounds = self.bounds[first:]
+        for (start, stop), pixels in zip(bounds, self._pixels(order.numpy(), view, bounds), strict=True):
+            rows = index[start:stop]
+            real = None if labelled is None else labelled[start:stop]
+            targets = source.batch(samples[start:stop], pixels)
+            both = None if mixed is None else MixedLabels(*(column[start:stop] for column in mixed))
+            yield Batch(pixels, labels[start:stop], rows, targets, real, start, epoch_labels, both)
+
+    def close(self) -> None:
+        """Stop the background thread. The target source stays open: whoever opened it closes it."""
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+
+    @abstractmethod
+    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """The view's pixels for each of these batches of an epoch, uint8 on the device."""
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers in the cache of rows of the split."""
+        return rows if self._samples is None else self._samples[rows]
+
+    def _order(self, epoch: int, view: int) -> torch.Tensor:
+        if self.views.mixes(view):
+            return pair_order(torch.from_numpy(self.views.pairs(view)), self.seed, epoch)
+        return epoch_order(len(self.images), self.seed, epoch)
+
+    def _mixed_labels(self, rows: np.ndarray, view: int) -> MixedLabels | None:
+        mixing = self.views.mixing(rows, view, self.images.image_size)
+        if mixing is None:
+            return None
+        partner = torch.from_numpy(mixing.partner).to(self.device)
+        return MixedLabels(self._labels[partner], torch.from_numpy(mixing.share).float().to(self.device))
+
+    def _view_of(self, epoch: int) -> int:
+        return epoch if self.num_views is None else epoch % self.num_views
+
+    def _fetch(self, view: int) -> Future[ViewSource]:
+        if self._fetched is None or self._fetched[0] != view:
+            self._fetched = view, self._fetcher.submit(self.targets.view, view)
+        return self._fetched[1]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of the samples in an epoch, int64 [count]: a function of (seed, epoch) alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+
+
+def pair_order(pairs: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+    """The order of samples of which 2k and 2k + 1 are a pair, by a permutation of the pairs; an odd one stays last."""
+    whole = len(pairs) // 2
+    order = epoch_order(whole, seed, epoch)
+    return torch.cat([pairs[: 2 * whole].view(whole, 2)[order].view(-1), pairs[2 * whole :]])
+
+
+def mixed_seed(seed: int, *counters: int) -> int:
+    """Mix a seed of any size and counters into 32 bits, all that torch's CPU generator uses of a seed."""
+    return int(np.random.SeedSequence(seed, spawn_key=counters).generate_state(1)[0])
+
+
+def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each batch of an epoch, without a last batch of one sample.
+
+    Raises:
+        RecipeError: a single sample, too few for a batch.
+    """
+    bounds = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    if batch_size > 1 and bounds[-1][1] - bounds[-1][0] == 1:
+        bounds.pop()
+    if not bounds:
+        raise RecipeError("cannot train on a single sample", expected="at least two images in the split")
+    return bounds
