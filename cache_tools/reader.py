@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,8 +149,9 @@ class TeacherCache:
         features: bool = True,
         verify: bool = True,
         fusion: Fusion | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> ViewTargets:
-        """Read a whole view and copy it to a device as it is stored; batches are decoded there.
+        """Read a whole view, or some blocks of it, and copy it to a device as it is stored; batches are decoded there.
 
         Copies to CUDA start from pinned memory on the current stream and are not waited for.
 
@@ -157,9 +159,11 @@ class TeacherCache:
             logits, features: which fused targets to load. The components of a component cache are always loaded.
             verify: compare the data with the digests in the commits.
             fusion: how to fuse a component cache (`FusionChoice(…).resolve(cache)`); by default as it was built.
+            blocks: numbers of the blocks to read (rows `manifest.block(number)` each); the targets then have the rows
+                of these blocks alone, one block after the other. The rows equal those of the whole view bit for bit.
 
         Raises:
-            IncompleteError: the view is not completely built.
+            IncompleteError: the view, or one of the blocks, is not completely built.
             FormatError: stored bytes are damaged or missing, or differ from what was committed.
             NotFoundError: no such view.
             DeviceError: no such device.
@@ -170,15 +174,13 @@ class TeacherCache:
         fusion = fusion or Fusion.stored(self.manifest)
         wanted = {"fused_logits": logits, "fused_features": features}
         specs = {name: spec for name, spec in self.targets.items() if wanted.get(name, True)}
-        all_blocks = range(self.manifest.num_blocks)
-        self._blocks.require(view, all_blocks)
-        if fusion.clip_view is not None:
-            self._blocks.require(fusion.clip_view, all_blocks)
+        chosen = list(range(self.manifest.num_blocks) if blocks is None else blocks)
+        self.require_view(view, fusion, chosen)
         arrays = {}
         for spec in specs.values():
             source = spec.view_to_read(view, fusion.clip_view)
             for array in spec.arrays:
-                rows = self._load(array.name, source, pin=target_device.type == "cuda", verify=verify)
+                rows = self._load(array.name, source, chosen, pin=target_device.type == "cuda", verify=verify)
                 arrays[array.name] = rows.to(target_device, non_blocking=True)
 
         def move(constants: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -189,7 +191,8 @@ class TeacherCache:
             return FusedView(view, arrays, move(constants), specs)
         constants = fusion_constants(fusion, self.recipe, self._tensor)
         components = ComponentView(view, arrays, move(constants), specs, fusion)
-        return components.fuse(logits=logits, features=features)
+        sizes = [len(range(self.num_samples)[self.manifest.block(block)]) for block in chosen]
+        return components.fuse(logits=logits, features=features, sizes=sizes)
 
     def read_array(self, name: str, view: int, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Rows of one target, [rows, width] float32: plain zarr reads and the codec, the reference for `load_view`.
@@ -252,6 +255,23 @@ class TeacherCache:
         """Raise IncompleteError unless every view is built."""
         self._blocks.require_all()
 
+    def require_view(self, view: int, fusion: Fusion | None = None, blocks: Sequence[int] | None = None) -> None:
+        """Make sure that a view, or some blocks of it, can be read, and the view that `fusion` takes CLIP's from.
+
+        Raises:
+            IncompleteError: not completely built.
+            NotFoundError: no such view or block.
+        """
+        count = self.manifest.num_blocks
+        wanted = np.arange(count) if blocks is None else np.unique(np.asarray(blocks, dtype=np.int64))
+        if len(wanted) and (wanted[0] < 0 or wanted[-1] >= count):
+            found = wanted[0] if wanted[0] < 0 else wanted[-1]
+            raise NotFoundError("no such block", where=self.path, expected=f"0 to {count - 1}", found=found)
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        for source in dict.fromkeys((view, view if fusion is None or fusion.clip_view is None else fusion.clip_view)):
+            for run in runs:
+                self._blocks.require(source, range(int(run[0]), int(run[-1]) + 1))
+
     def check_dataset(self, images: ImageSet) -> None:
         """Raise MismatchError, naming the difference, unless the cache was built from these samples in this order."""
         alignment.check_dataset(self, images)
@@ -278,12 +298,12 @@ class TeacherCache:
 
         return torch.from_numpy(self.constant(name))
 
-    def _load(self, name: str, view: int, *, pin: bool, verify: bool) -> torch.Tensor:
+    def _load(self, name: str, view: int, blocks: Sequence[int], *, pin: bool, verify: bool) -> torch.Tensor:
         from cache_tools.store.loading import load_array
 
-        column = 1 + list(self._specs).index(name)
-        digests = self._blocks.digests[view, :, column].tolist() if verify else None
-        return load_array(self._arrays[name], self._specs[name], self.manifest, self.path, view, digests, pin=pin)
+        array, spec, column = self._arrays[name], self._specs[name], 1 + list(self._specs).index(name)
+        digests = self._blocks.digests[view, blocks, column].tolist() if verify else None
+        return load_array(array, spec, self.manifest, self.path, view, blocks, digests, pin=pin)
 
 
 def _reopen(kind: type[TeacherCache], path: Path, origin: Origin | None, fingerprint: str) -> TeacherCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Self
 
 import numpy as np
@@ -152,14 +153,19 @@ class ComponentView(ViewTargets):
 
     fusion: Fusion
 
-    def fuse(self, *, logits: bool = True, features: bool = True) -> ComponentView:
-        """The same view with fused targets, computed once for all samples, in float32."""
-        pieces = [slice(start, start + FUSE_ROWS) for start in range(0, len(self), FUSE_ROWS)]
+    def fuse(self, *, logits: bool = True, features: bool = True, sizes: Sequence[int] | None = None) -> ComponentView:
+        """The same view with fused targets, computed once for all samples, in float32.
+
+        Args:
+            sizes: of the blocks that the rows come from; None for a single one. Blocks are fused separately, because
+                the last bits of a matrix product may depend on its number of rows.
+        """
+        pieces = _pieces([len(self)] if sizes is None else sizes)
         fused = {}
         if logits:
-            fused["fused_logits"] = torch.cat([self._fuse_logits(rows) for rows in pieces])
+            fused["fused_logits"] = _filled(len(self), pieces, self._fuse_logits)
         if features:
-            fused["fused_features"] = torch.cat([self._fuse_features(rows) for rows in pieces])
+            fused["fused_features"] = _filled(len(self), pieces, self._fuse_features)
         return replace(self, arrays={**fused, **self.arrays})
 
     def teacher_features(self, index: Index, network: int = 0) -> torch.Tensor:
@@ -249,6 +255,26 @@ def fusion_constants(
             prompts = fusion.prompt_embeddings(text_features_PCD, resolved.prompt_ensemble)
             constants[array_name("prompts", number)] = prompts
     return constants
+
+
+def _pieces(sizes: Sequence[int]) -> list[slice]:
+    """Slices of consecutive blocks of these sizes, each of at most FUSE_ROWS rows of one block."""
+    starts = [stop - size for stop, size in zip(accumulate(sizes), sizes, strict=True)]
+    return [
+        slice(start + first, start + min(first + FUSE_ROWS, size))
+        for start, size in zip(starts, sizes, strict=True)
+        for first in range(0, size, FUSE_ROWS)
+    ]
+
+
+def _filled(count: int, pieces: Sequence[slice], compute: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """The rows that `compute` gives for each piece, in one tensor."""
+    rows: torch.Tensor | None = None
+    for piece in pieces:
+        part = compute(piece)
+        rows = part.new_empty((count, part.shape[1])) if rows is None else rows
+        rows[piece] = part
+    return torch.empty(0, 0) if rows is None else rows
 
 
 def take(rows: torch.Tensor, index: Index) -> torch.Tensor:

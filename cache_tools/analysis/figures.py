@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 TOP_K = 5
@@ -21,8 +22,79 @@ def row_chunks(num_samples: int, num_classes: int, numbers: int = CHUNK_NUMBERS)
         yield slice(start, min(start + rows, num_samples))
 
 
+class OtherClasses:
+    """The softmax of each row without its label, from which all figures of a row follow; one exponential per number.
+
+    With label y, e_c = exp(z_c − z_r) for c ≠ y and e_y = 0, where r is the rival, the class with the largest logit but
+    y (the lowest number of several). No e is above 1 and e_r is 1, so nothing overflows or vanishes, however confident
+    a teacher is. The probabilities of all classes are p_y = exp(g − L) and p_c = e_c · exp(−L), with g = z_y − z_r and
+    L = ln(exp(g) + Σ e).
+
+    Args:
+        logits_NC: of any floating type, of two classes or more.
+        labels_N: int64.
+
+    Attributes:
+        labels, rival: int64 [N].
+        gap: float64 [N], g.
+        e: float64 [N, C].
+        below: float64 [N, C], z_c − z_r.
+        log_sum: float64 [N], L.
+        sums, norms: float64 [N], Σ e and √(Σ e²).
+    """
+
+    def __init__(self, logits_NC: torch.Tensor, labels_N: torch.Tensor) -> None:
+        label = labels_N[:, None]
+        logits = logits_NC.to(torch.float64, copy=True)
+        own = logits.gather(1, label)
+        largest, self.rival = logits.scatter_(1, label, -torch.inf).max(dim=1)
+        self.labels = labels_N
+        self.below = logits.scatter_(1, label, own).sub_(largest[:, None])
+        self.gap = self.below.gather(1, label)[:, 0]
+        self.e = self.below.exp().scatter_(1, label, 0.0)
+        self.sums = self.e.sum(dim=1)
+        self.norms = torch.linalg.vector_norm(self.e, dim=1)
+        self.log_sum = torch.logaddexp(self.gap, self.sums.log())
+
+    def figures(self) -> dict[str, torch.Tensor]:
+        """As `sample_figures`."""
+        scale = (-self.log_sum).exp()
+        nll = torch.logaddexp(torch.zeros_like(self.gap), self.sums.log() - self.gap)
+        label_probability, against = (-nll).exp(), scale
+        others = self.sums * scale  # 1 − p_y, without its cancellation
+        is_top = (self.gap > 0.0) | ((self.gap == 0.0) & (self.labels < self.rival))
+        figures = {
+            "top1": torch.where(is_top, self.labels, self.rival),
+            "right": is_top,
+            "confidence": torch.where(is_top, label_probability, against),
+            "label_probability": label_probability,
+            "nll": nll,
+            "brier": (self.norms * scale).square() + others.square(),
+            "entropy": label_probability * nll + others * self.log_sum - scale * _row_dots(self.e, self.below),
+            "rival": self.rival,
+            "against": against,
+        }
+        if self.e.shape[1] > TOP_K:
+            figures["in_top5"] = self._in_top(is_top)
+        return figures
+
+    def probabilities(self) -> torch.Tensor:
+        """p, float64 [N, C]."""
+        p = self.e * (-self.log_sum).exp()[:, None]
+        return p.scatter_(1, self.labels[:, None], (self.gap - self.log_sum).exp()[:, None])
+
+    def _in_top(self, is_top: torch.Tensor) -> torch.Tensor:
+        """Whether fewer than TOP_K classes have a larger logit than the label; counted only where some do."""
+        found, rows = torch.ones_like(is_top), torch.nonzero(~is_top)[:, 0]
+        found[rows] = (self.below[rows] > self.gap[rows, None]).sum(dim=1, dtype=torch.int32) < TOP_K
+        return found
+
+
 def sample_figures(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """Figures of each row of p = softmax(logits), for label y; natural logarithms.
+
+    Of classes with the same logit, the one with the lowest number counts as the larger; the label is among the top five
+    if fewer than five classes have a larger logit.
 
     Args:
         logits_NC: of any floating type, already divided by the temperature.
@@ -33,26 +105,14 @@ def sample_figures(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> dict[str,
         `confidence` max p, `label_probability` p_y, `nll` −ln p_y, `brier` Σ_c (p_c − 1[c=y])² (0 to 2),
         `entropy` −Σ p ln p, `rival` (the most probable class other than y, int64) and `against`, its probability.
     """
-    log_p = logits_NC.double().log_softmax(dim=1)
-    p = log_p.exp()
-    label = labels_N[:, None]
-    best = log_p.topk(min(TOP_K, p.shape[1]), dim=1).indices
-    label_probability = p.gather(1, label)[:, 0]
-    against, rival = p.scatter(1, label, -1.0).max(dim=1)
-    figures = {
-        "top1": best[:, 0],
-        "right": best[:, 0] == labels_N,
-        "confidence": p.gather(1, best[:, :1])[:, 0],
-        "label_probability": label_probability,
-        "nll": -log_p.gather(1, label)[:, 0],
-        "brier": (p * p).sum(dim=1) + 1.0 - 2.0 * label_probability,
-        "entropy": entropy(p),
-        "rival": rival,
-        "against": against,
-    }
-    if p.shape[1] > TOP_K:
-        figures["in_top5"] = (best == label).any(dim=1)
-    return figures
+    return OtherClasses(logits_NC, labels_N).figures()
+
+
+def _row_dots(a_NC: torch.Tensor, b_NC: torch.Tensor) -> torch.Tensor:
+    """Σ_c a_c b_c of each row; on the CPU by numpy, which needs no temporary array."""
+    if a_NC.device.type != "cpu":
+        return torch.linalg.vecdot(a_NC, b_NC)
+    return torch.from_numpy(np.einsum("nc,nc->n", a_NC.numpy(), b_NC.numpy()))
 
 
 def entropy(p_NC: torch.Tensor) -> torch.Tensor:
@@ -61,9 +121,16 @@ def entropy(p_NC: torch.Tensor) -> torch.Tensor:
     return terms.sum(dim=1)
 
 
-def js_divergence(p_NC: torch.Tensor, q_NC: torch.Tensor) -> torch.Tensor:
-    """Jensen–Shannon divergence per row, H((p+q)/2) − (H(p) + H(q))/2, in nats: 0 for equal rows, at most ln 2."""
-    return (entropy((p_NC + q_NC) / 2) - (entropy(p_NC) + entropy(q_NC)) / 2).clamp_min(0.0)
+def js_divergence(
+    p_NC: torch.Tensor, q_NC: torch.Tensor, entropies: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Jensen–Shannon divergence per row, H((p+q)/2) − (H(p) + H(q))/2, in nats: 0 for equal rows, at most ln 2.
+
+    Args:
+        entropies: of p and q, where they are known.
+    """
+    of_p, of_q = (entropy(p_NC), entropy(q_NC)) if entropies is None else entropies
+    return (entropy((p_NC + q_NC) / 2) - (of_p + of_q) / 2).clamp_min(0.0)
 
 
 class NonTargetConsistency:
@@ -72,7 +139,7 @@ class NonTargetConsistency:
     For a sample i of class y, q_i is its softmax with the class y removed and renormalised:
     q_ic = p_ic / (1 − p_iy) for c ≠ y, which is the softmax of the other logits. Over the n samples of a class
 
-        consistency = 1 / (n (n − 1)) · Σ_{i≠j} cos(q_i, q_j) = (‖Σ_i u_i‖² − Σ_i ‖u_i‖²) / (n (n − 1))
+        consistency = 1 / (n (n − 1)) · Σ_{i≠j} cos(q_i, q_j) = (‖Σ_i u_i‖² − n) / (n (n − 1))
 
     with u_i = q_i / ‖q_i‖, so one vector sum per class suffices: O(N·C) instead of O(N²·C). It is undefined for a class
     with fewer than two samples, and for two classes, where a single non-target class remains.
@@ -80,22 +147,23 @@ class NonTargetConsistency:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self._sums = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
-        self._squares = torch.zeros(num_classes, dtype=torch.float64, device=device)
         self._counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
 
     def add(self, logits_NC: torch.Tensor, labels_N: torch.Tensor) -> None:
         """Add samples of a view; the logits are already divided by the temperature."""
-        # Mask before the softmax: for a confident teacher, 1 − p_y has too few digits to divide by.
-        others = logits_NC.double().scatter(1, labels_N[:, None], -torch.inf)
-        unit = torch.nn.functional.normalize(others.softmax(dim=1), dim=1)
-        self._sums.index_add_(0, labels_N, unit)
-        self._squares.index_add_(0, labels_N, (unit * unit).sum(dim=1))
-        self._counts.index_add_(0, labels_N, torch.ones_like(labels_N, dtype=torch.float64))
+        self.add_rows(OtherClasses(logits_NC, labels_N))
+
+    def add_rows(self, others: OtherClasses) -> None:
+        """As `add`. Uses up `others.e`: call it last."""
+        # q and e have the same direction. For a confident teacher, 1 − p_y has too few digits to divide by.
+        unit, labels = others.e.div_(others.norms[:, None]), others.labels
+        self._sums.index_add_(0, labels, unit)
+        self._counts += torch.bincount(labels, minlength=len(self._counts))
 
     def compute(self) -> torch.Tensor:
         """[C] float64 on the CPU, NaN where it is undefined."""
         n = self._counts
-        value = ((self._sums**2).sum(dim=1) - self._squares) / (n * (n - 1))
+        value = ((self._sums**2).sum(dim=1) - n) / (n * (n - 1))
         undefined = (n < 2) | (len(n) < 3)
         return value.masked_fill(undefined, torch.nan).cpu()
 

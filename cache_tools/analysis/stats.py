@@ -19,8 +19,10 @@ import polars as pl
 import torch
 
 from cache_tools.analysis import tables
-from cache_tools.analysis.figures import NonTargetConsistency, Stability, js_divergence, row_chunks, sample_figures
+from cache_tools.analysis.figures import NonTargetConsistency, OtherClasses, Stability, js_divergence, row_chunks
 from cache_tools.analysis.mixed import MixedSums
+from cache_tools.analysis.pieces import view_pieces
+from cache_tools.analysis.tables import SampleColumns
 from cache_tools.config import Frozen
 from cache_tools.console import Progress, resolve_device, storage_error
 from cache_tools.errors import IncompleteError, RecipeError
@@ -141,7 +143,8 @@ def analyse(
 ) -> TeacherStats:
     """Read the views of a cache one after the other and compute the statistics of the targets.
 
-    Needs memory for one view and its table, and for one [N, C] float32 array per source if there are several views.
+    Reads a few blocks at a time. Needs memory for the table of one view (about 100 bytes per sample and source), and
+    for one [N, C] float32 array per source if there are several views.
 
     Args:
         views: None for all complete views.
@@ -255,16 +258,19 @@ class ViewStream:
         self._stability = {name: Stability(cache.num_samples, cache.num_classes, device) for name in compared}
 
     def read(self, view: int, progress: Progress) -> tuple[pl.DataFrame, Mapping[str, npt.NDArray[np.float64]]]:
-        """Read a view; return its `tables.sample_table` and the consistency [C] of each source."""
-        targets = self._cache.load_view(view, self._device, features=False, fusion=self._fusion)
-        consistency = {name: NonTargetConsistency(self._cache.num_classes, self._device) for name in self.sources}
-        pieces = []
-        for rows in self._chunks():
-            pieces.append(self._rows(view, targets, rows, consistency))
-            progress.advance(rows.stop - rows.start, f"view {view}")
+        """Read a view; return its table (`SampleColumns.table`) and the consistency [C] of each source."""
+        cache = self._cache
+        consistency = {name: NonTargetConsistency(cache.num_classes, self._device) for name in self.sources}
+        columns = SampleColumns(cache.num_samples)
+        for first, targets in view_pieces(cache, view, self._device, self._fusion):
+            for inside in row_chunks(len(targets), cache.num_classes):
+                rows = slice(first + inside.start, first + inside.stop)
+                self._add(view, targets, rows, inside, consistency, columns)
+                progress.advance(rows.stop - rows.start, f"view {view}")
         for stability in self._stability.values():
             stability.next_view()
-        return pl.concat(pieces), {name: value.compute().numpy() for name, value in consistency.items()}
+        table = columns.table(cache.labels.astype(np.int32))
+        return table, {name: value.compute().numpy() for name, value in consistency.items()}
 
     def stability(self) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
         """Source → (same top-1 in all views, divergence) per sample [N]; empty for a single view."""
@@ -283,21 +289,32 @@ class ViewStream:
         rival, against = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
         return {"rival": rival, "against": against}
 
-    def _rows(
-        self, view: int, targets: ViewTargets, rows: slice, consistency: Mapping[str, NonTargetConsistency]
-    ) -> pl.DataFrame:
-        labels, figures, p, by_source = self._labels[rows], {}, {}, {}
+    def _add(
+        self,
+        view: int,
+        targets: ViewTargets,
+        rows: slice,
+        inside: slice,
+        consistency: Mapping[str, NonTargetConsistency],
+        columns: SampleColumns,
+    ) -> None:
+        """Add the figures of samples `rows`, which are the rows `inside` of the targets."""
+        labels, figures, by_source, others = self._labels[rows], {}, {}, {}
         for name in self.sources:
-            own = self._logits(targets, name, rows)
-            by_source[name] = logits = own.double() / self._temperature
-            p[name] = logits.softmax(dim=1)
-            figures[name] = sample_figures(logits, labels)
-            consistency[name].add(logits, labels)
-            if name in self._stability:
-                self._stability[name].add(rows, p[name], figures[name]["top1"], figures[name]["entropy"])
+            by_source[name] = logits = self._logits(targets, name, inside).double() / self._temperature
+            others[name] = OtherClasses(logits, labels)
+            figures[name] = others[name].figures()
+        divergence = None
+        if len(self.sources) > 1:
+            p, q = (others[name].probabilities() for name in ("teacher", "clip"))
+            divergence = js_divergence(p, q, (figures["teacher"]["entropy"], figures["clip"]["entropy"]))
+        for name, stability in self._stability.items():
+            top1, entropy = figures[name]["top1"], figures[name]["entropy"]
+            stability.add(rows, others[name].probabilities(), top1, entropy)
         self.mixed.add(view, rows, by_source)
-        divergence = js_divergence(p["teacher"], p["clip"]) if len(p) > 1 else None
-        return tables.sample_table(rows, labels, figures, divergence)
+        for name, meter in consistency.items():
+            meter.add_rows(others[name])
+        columns.add(rows, figures, divergence)
 
     def _logits(self, targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
         """Logits [B, C]; several networks are mixed, and CLIP's are scaled."""

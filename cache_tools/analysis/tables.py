@@ -14,32 +14,56 @@ CALIBRATION_BINS = 15
 QUADRANTS = ("confident_right", "unsure_right", "unsure_wrong", "confident_wrong")
 
 
-def sample_table(
-    rows: slice,
-    labels: torch.Tensor,
-    figures: Mapping[str, Mapping[str, torch.Tensor]],
-    divergence: torch.Tensor | None,
-) -> pl.DataFrame:
-    """The table of some samples of a view: one row per source and sample.
+class SampleColumns:
+    """The figures of the samples of a view, filled in piece by piece.
+
+    The arrays are made by the first piece and kept: many small ones between large temporary ones would leave holes in
+    the memory of the process.
 
     Args:
-        rows: the samples.
-        figures: source → `sample_figures`.
-        divergence: of teacher and CLIP, repeated for every source; None if the cache does not have both separately.
+        count: samples of the view.
     """
-    shared = {
-        "sample": np.arange(rows.start, rows.stop, dtype=np.int32),
-        "label": labels.cpu().numpy().astype(np.int32),
-    }
-    if divergence is not None:
-        shared["teacher_clip_divergence"] = divergence.cpu().numpy()
-    tables = []
-    for source, by_name in figures.items():
-        columns = {name: values.cpu().numpy() for name, values in by_name.items()}
-        classes = {name: columns[name].astype(np.int32) for name in ("top1", "rival")}
-        table = pl.DataFrame({**shared, **columns, **classes})
-        tables.append(table.select(pl.lit(source).alias("source"), pl.all()))
-    return pl.concat(tables)
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._columns: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        self._divergence: npt.NDArray[np.float64] | None = None
+
+    def add(
+        self, rows: slice, figures: Mapping[str, Mapping[str, torch.Tensor]], divergence: torch.Tensor | None
+    ) -> None:
+        """Add some samples.
+
+        Args:
+            rows: the samples.
+            figures: source → `sample_figures`.
+            divergence: of teacher and CLIP; None if the cache does not have both separately.
+        """
+        for source, by_name in figures.items():
+            columns = self._columns.setdefault(source, {})
+            for name, values in by_name.items():
+                if name not in columns:
+                    kind = np.int32 if name in ("top1", "rival") else values.cpu().numpy().dtype
+                    columns[name] = np.empty(self._count, kind)
+                columns[name][rows] = values.cpu().numpy()
+        if divergence is not None:
+            if self._divergence is None:
+                self._divergence = np.empty(self._count)
+            self._divergence[rows] = divergence.cpu().numpy()
+
+    def table(self, labels: npt.NDArray[np.int32]) -> pl.DataFrame:
+        """One row per source and sample, the samples of each source in their order, with their labels [N].
+
+        The divergence of teacher and CLIP is repeated for every source.
+        """
+        shared: dict[str, npt.NDArray[Any]] = {"sample": np.arange(self._count, dtype=np.int32), "label": labels}
+        if self._divergence is not None:
+            shared["teacher_clip_divergence"] = self._divergence
+        tables = [
+            pl.DataFrame({**shared, **columns}).select(pl.lit(source).alias("source"), pl.all())
+            for source, columns in self._columns.items()
+        ]
+        return pl.concat(tables)
 
 
 def bin_sums(frame: pl.DataFrame) -> pl.DataFrame:
@@ -124,7 +148,7 @@ class Sums:
         self._predicted: list[pl.Series] = []
 
     def add(self, view: int, frame: pl.DataFrame, consistency: Mapping[str, npt.NDArray[np.float64]]) -> None:
-        """Add the `sample_table` of a view, and source → consistency of the classes [C] (NaN if undefined)."""
+        """Add the table of a view (`SampleColumns.table`), and source → consistency of the classes [C] (or NaN)."""
         number = pl.lit(view, pl.Int32).alias("view")
         bins = bin_sums(frame)
         sums = summary(frame, self._confident)

@@ -47,10 +47,12 @@ def stats_command(
     from cache_tools.config import typed_settings, validate
     from cache_tools.reader import TeacherCache
     from cache_tools.refusion import FusionChoice
+    from cache_tools.system.memory import keep_freed_memory
 
     options = {"teacher_weight": teacher_weight, "clip_scale": parse_clip_scale(clip_scale)}
     choice = validate(FusionChoice, options, where="options", typed=typed_settings((), options))
     views, cache = parse_views(view), TeacherCache.open(reference)
+    keep_freed_memory()
     folder = None if out is None else stats.StatsFolder(out)
     if cache.recipe.dataset.multi_label:
         _label_stats(cache, views, confident, temperature, choice, device, folder, as_json)
@@ -144,10 +146,12 @@ def tune_command(
     """
     from cache_tools.analysis import stats, tune, tune_grid
     from cache_tools.reader import TeacherCache
+    from cache_tools.system.memory import keep_freed_memory
 
     if plot is not None:  # fail before the work starts if the plot cannot be written
         stats.make_folder(plot.parent)
     cache = TeacherCache.open(reference)
+    keep_freed_memory()
     tune.require_choice(cache)
     if cache.recipe.only_group is not None:
         _refuse(

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,33 @@ def test_a_resident_view_equals_plain_reads(caches: dict[str, TeacherCache], kin
             plain = np.stack([cache.read_array("fused_logits", view, slice(row, row + 1))[0] for row in rows])
             np.testing.assert_array_equal(targets.logits(rows).numpy(), plain.astype(np.float32))
         np.testing.assert_array_equal(targets.features(order), cache.read_array("fused_features", view)[order])
+
+
+@pytest.mark.parametrize("kind", ["fused", "components", "logits", "several", "probabilities"])
+@pytest.mark.parametrize("blocks", [[0], [4], [3, 0, 4], range(1, 3), range(5)])
+def test_blocks_of_a_view_equal_its_rows(caches: dict[str, TeacherCache], kind: str, blocks: Sequence[int]) -> None:
+    """75 samples in blocks of 16, the last one short; in the order asked for, bit for bit."""
+    cache = caches[kind]
+    whole, part = cache.load_view(1), cache.load_view(1, blocks=blocks)
+    rows = np.concatenate([np.arange(75)[cache.manifest.block(block)] for block in blocks])
+    assert len(part) == len(rows)
+    assert part.logits(slice(None)).equal(whole.logits(rows))
+    assert part.features(slice(None)).equal(whole.features(rows))
+    if kind != "fused":
+        for one, other in zip(part.component_features(slice(None)), whole.component_features(rows), strict=True):
+            assert one.equal(other)
+
+
+def test_blocks_that_are_not_there_are_refused(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
+    for block in (-1, 5):
+        with pytest.raises(NotFoundError, match=f"0 to 4.*{block}"):
+            caches["fused"].load_view(0, blocks=[0, block])
+    writer = create(tmp_path / "half", MANIFEST, IMAGES)
+    write(writer, tiny_targets(MANIFEST), [(0, 2), (0, 4)])
+    half = TeacherCache(tmp_path / "half")
+    assert len(half.load_view(0, blocks=[4, 2])) == 16 + 11
+    with pytest.raises(IncompleteError, match="3 missing"):
+        half.load_view(0, blocks=[4, 3, 2])
 
 
 @pytest.mark.parametrize("kind", ["components", "logits", "several", "probabilities"])

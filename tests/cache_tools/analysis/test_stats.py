@@ -22,9 +22,11 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cache_tools.analysis.figures import NonTargetConsistency, Stability, entropy, js_divergence, row_chunks
+from cache_tools.analysis.pieces import view_pieces
 from cache_tools.analysis.stats import StatsFolder, TeacherStats, analyse
 from cache_tools.analysis.stats_text import print_stats
 from cache_tools.errors import IncompleteError, NotFoundError, RecipeError, StorageError
+from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
@@ -334,6 +336,16 @@ def test_the_size_of_the_row_chunks_does_not_matter(
     cache: TeacherCache, stats: TeacherStats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cache_tools.analysis.stats.row_chunks", lambda n, c: row_chunks(n, c, numbers=50))
+    again = analyse(cache, confident=CONFIDENT, choice=CHOICE)
+    for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
+        polars.testing.assert_frame_equal(getattr(again, name), getattr(stats, name))
+
+
+def test_the_number_of_blocks_read_at_a_time_does_not_matter(
+    cache: TeacherCache, stats: TeacherStats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache_tools.analysis.pieces.PIECE_NUMBERS", 16 * CLASSES)
+    assert len(list(view_pieces(cache, 0, torch.device("cpu"), Fusion.stored(cache.manifest)))) == 4
     again = analyse(cache, confident=CONFIDENT, choice=CHOICE)
     for name in ("summary", "reliability", "classes", "confusions", "disagreement", "stability", "samples"):
         polars.testing.assert_frame_equal(getattr(again, name), getattr(stats, name))
