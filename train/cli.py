@@ -15,10 +15,13 @@ from train.options import (
     CheckpointEvery,
     DataDir,
     Device,
+    DeviceMemory,
     Download,
     Epochs,
+    HostMemory,
     OptionalRecipe,
     Overrides,
+    PixelDisk,
     Precision,
     ResultAsJson,
     ShowRecipe,
@@ -96,6 +99,9 @@ def train_student(
         typer.Option(help="Also train the same student on labels alone and compare."),
     ] = None,
     checkpoint_every_minutes: CheckpointEvery = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    pixel_disk: PixelDisk = None,
     log: Annotated[
         str | None,
         typer.Option(
@@ -154,6 +160,9 @@ def train_student(
         "download": True if download else None,
         "compare_with_labels": compare_with_labels,
         "checkpoint_every_minutes": checkpoint_every_minutes,
+        "pixels.device_memory": device_memory,
+        "pixels.host_memory": host_memory,
+        "pixels.disk": pixel_disk,
         "loggers": None if log is None else [name.strip() for name in log.split(",") if name.strip() != "none"],
     }
     loaded = load_train_recipe(recipe or DEFAULT_RECIPE, overrides or (), options)

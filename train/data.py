@@ -30,6 +30,7 @@ from train.recipe import TrainRecipe
 from train.recipe.evaluation import EvaluationRecipe
 from train.recipe.loss import LossRecipe
 from train.recipe.mixed import check_mixed_part
+from train.recipe.pixels import PixelRecipe
 
 Opener = Callable[[DatasetRecipe, str | None], ImageSet]
 """Opens a split of a dataset, like `open_images`; None for the split that the recipe trains on."""
@@ -134,8 +135,12 @@ class TrainingData:
             samples=None,
         )
 
-    def feed(self, recipe: TrainRecipe, device: torch.device) -> Feed:
-        """The batches of a run."""
+    def feed(self, recipe: TrainRecipe, device: torch.device, pixels: PixelRecipe | None = None) -> Feed:
+        """The batches of a run.
+
+        Args:
+            pixels: where they are kept, if not as the recipe says.
+        """
         return open_feed(
             self.images,
             self.views,
@@ -147,6 +152,7 @@ class TrainingData:
             device=device,
             known=self.known,
             samples=self.samples,
+            pixels=recipe.pixels if pixels is None else pixels,
         )
 
 

@@ -27,6 +27,22 @@ CheckpointEvery = Annotated[
     float | None,
     typer.Option("--checkpoint-every-minutes", help="Also store a state inside epochs that often, for long epochs."),
 ]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory", metavar="SIZE", help="For pixels, of the training device. Default: 60 % of what is free."
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option("--host-memory", metavar="SIZE", help="For pixels, of this machine. Default: 60 % of what is free."),
+]
+PixelDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--pixel-disk", metavar="SIZE", help="For decoded pixels in the cache home, such as 20GB. Default: none."
+    ),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")]
 ForwardBatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]

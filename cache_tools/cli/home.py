@@ -156,7 +156,7 @@ def prune_command(
     """Remove caches of the cache home by age, use, size or state. Without --yes, only show what would be removed.
 
     --older-than and --unused-for also remove copies of images that no command has read for that long: images unpacked
-    from Parquet files, and tar shards of object stores. They are made again when they are needed.
+    from Parquet files, tar shards of object stores, and decoded pixels. They are made again when they are needed.
     """
     from cache_tools.home import housekeeping
 

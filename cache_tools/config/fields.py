@@ -11,6 +11,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from cache_tools.errors import RecipeError
+from cache_tools.units import num_bytes
+
 MAX_COUNT = 10**9
 MAX_VIEWS = 1 << 21
 MAX_WIDTH = 1 << 16
@@ -31,6 +34,16 @@ def _path(value: Any) -> Any:
     return value
 
 
+def _size(value: Any) -> Any:
+    """Text as options have it, or a number of bytes, as recipes are stored."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return 0 if value.strip() == "0" else num_bytes(value)
+    except RecipeError as error:
+        raise PydanticCustomError("size", "a size such as 20GB or 500MB, or 0") from error
+
+
 _NUMBER = BeforeValidator(_number)
 
 Whole = Annotated[int, _NUMBER]
@@ -39,6 +52,8 @@ CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MAX_COUNT)]
 ViewCount = Annotated[int, _NUMBER, Field(gt=0, le=MAX_VIEWS)]
 Width = Annotated[int, _NUMBER, Field(gt=0, le=MAX_WIDTH)]
 Seed = Annotated[int, _NUMBER, Field(ge=0, lt=1 << 63)]
+
+NumBytes = Annotated[int, _NUMBER, BeforeValidator(_size), Field(ge=0, lt=1 << 63)]
 
 Number = Annotated[float, _NUMBER, Field(allow_inf_nan=False)]
 Positive = Annotated[float, _NUMBER, Field(gt=0.0, allow_inf_nan=False)]

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cache_tools.decoding.pixel_file import PackedImages
 from cache_tools.decoding.worker import Answer, Job, Picture, Task, parts
 from cache_tools.errors import DataError, error_from_data
 from cache_tools.images.encoded import EncodedImages
@@ -56,11 +57,13 @@ Rows = npt.NDArray[np.int64]
 
 
 def service_for(images: ImageSet, pictures: int) -> DecodeService | None:
-    """The service of this process for a job that decodes so many pictures; None if threads do.
+    """The service of this process for a job that decodes or crops so many pictures; None if threads do.
 
     It starts no process before the first request.
     """
     if not isinstance(images, EncodedImages) or pictures < FROM_PICTURES or os.name == "nt":
+        return None
+    if isinstance(images, PackedImages) and images.canvases:  # there is nothing to compute
         return None
     return _service_of(os.getpid())
 
@@ -249,7 +252,7 @@ class _Queued:
         images, region = self.images, self.loading.region
         pictures = [
             Picture(
-                images.source_of(row),
+                images.place_in_file(row) if isinstance(images, PackedImages) else images.source_of(row),
                 images.place_of(row),
                 images.keys[row].tobytes(),
                 FileState._make(self.states[row].tolist()),

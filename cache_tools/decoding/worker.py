@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cache_tools.decoding.pixel_file import PackedPicture, read_picture
 from cache_tools.errors import CacheError, error_to_data
 from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
 from cache_tools.images.encoded import check_unchanged
@@ -53,7 +54,7 @@ class Picture(NamedTuple):
     """A picture of a request.
 
     Attributes:
-        source: its file, or its bytes.
+        source: its file, its bytes, or its place in a pixel file.
         where: its place, for messages.
         key: of its content.
         known: the file's state when its content was last found to have this key; zeros if it has not been.
@@ -61,7 +62,7 @@ class Picture(NamedTuple):
         rows: of each part of the result that show it.
     """
 
-    source: str | bytes
+    source: str | bytes | PackedPicture
     where: str
     key: bytes
     known: FileState
@@ -164,16 +165,16 @@ def _load(task: Task, job: Job, memory: npt.NDArray[np.uint8]) -> list[tuple[int
     made, states = parts(memory, job.shapes), []
     waiting: list[tuple[Picture, npt.NDArray[np.uint8]]] = []
     for picture in task.pictures:
-        data, state = _read(picture)
-        if state is not None:
-            states.append((picture.row, state))
         if job.canvas is not None:
+            data, state = _read(picture)
             (rows,) = picture.rows
             pixels = decode_image(data, job.canvas, picture.where, job.rules, job.interpolation)
             made[0][list(rows)] = pixels.transpose(2, 0, 1)
-            continue
-        pixels = decode_picture(data, picture.where, job.rules, writable=False)
-        waiting.append((picture, pixels.transpose(2, 0, 1)))
+        else:
+            pixels, state = _read_pixels(picture, job)
+            waiting.append((picture, pixels.transpose(2, 0, 1)))
+        if state is not None:
+            states.append((picture.row, state))
         if sum(pixels.nbytes for _, pixels in waiting) > HELD_BYTES:
             _crop(waiting, job, made)
             waiting = []
@@ -182,8 +183,17 @@ def _load(task: Task, job: Job, memory: npt.NDArray[np.uint8]) -> list[tuple[int
     return states
 
 
+def _read_pixels(picture: Picture, job: Job) -> tuple[npt.NDArray[np.uint8], FileState | None]:
+    """A picture at its own size, uint8 [H, W, 3], and the state of its file as `_read` gives it."""
+    if isinstance(picture.source, PackedPicture):
+        return read_picture(picture.source, picture.known)
+    data, state = _read(picture)
+    return decode_picture(data, picture.where, job.rules, writable=False), state
+
+
 def _read(picture: Picture) -> tuple[bytes, FileState | None]:
     """The bytes of a picture, and the state of its file if they have just been checked and it can be told apart."""
+    assert not isinstance(picture.source, PackedPicture), "it has no bytes"
     if isinstance(picture.source, bytes):
         check_unchanged(picture.source, picture.key, picture.where)
         return picture.source, None

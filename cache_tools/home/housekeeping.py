@@ -9,6 +9,8 @@ from pathlib import Path
 
 from cache_tools.config import Frozen
 from cache_tools.console import storage_error
+from cache_tools.decoding.pixel_file import FOLDER as PIXELS
+from cache_tools.decoding.pixel_file import SUFFIX
 from cache_tools.errors import StorageError
 from cache_tools.files import PARTIAL, SafeFolder, find_leftovers, remove_leftover, sync_folder
 from cache_tools.home.origin import origin_file
@@ -19,6 +21,7 @@ from cache_tools.images.shard_files import COPIES
 from cache_tools.places import LocalPlace
 from cache_tools.places.claims import EXPIRE_S, HEARTBEAT_S, claims_place, remove_dead_claims
 
+_COPIES = {UNPACKED: ".arrow", COPIES: ".tar", PIXELS: SUFFIX}  # folder in the cache home → ending
 RENEWED_S = HEARTBEAT_S + 5.0  # within this time, a living process renews its claims
 
 
@@ -53,7 +56,8 @@ class Pruned(Frozen):
         candidates: the caches that the rules select, least recently used first.
         leftovers: bytes of each file and folder that killed commands left behind.
         image_copies: bytes of each copy of images that no command has read for as long as the rules say: images that
-            were unpacked from Parquet files (`images.hf`), and tar shards of object stores (`images.shard_files`).
+            were unpacked from Parquet files (`images.hf`), tar shards of object stores (`images.shard_files`), and
+            decoded pixels (`decoding.pixel_file`).
         bytes_left: size of the caches that stay.
     """
 
@@ -81,7 +85,7 @@ def prune(rules: PruneRules, *, dry_run: bool) -> Pruned:
         StorageError: no permission, or a cache that came into use just now.
     """
     records = list_caches()
-    copies = {cache_home() / UNPACKED: ".arrow", cache_home() / COPIES: ".tar"}
+    copies = {cache_home() / folder: suffix for folder, suffix in _COPIES.items()}
     found = [path for folder in (cache_home(), *copies) for path in find_leftovers(folder)] if rules.incomplete else []
     candidates = find_candidates(records, rules)
     removed = {candidate.record.path for candidate in candidates if candidate.kept_because is None}

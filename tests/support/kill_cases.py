@@ -329,6 +329,7 @@ _SEARCH = {"losses": [], "search": {"trials": 2, "space": {"lr": [0.01, 0.1]}}}
 _SWEEP = "sweep-students --sweep sweep.yaml --workers 1 --out sweep"
 _LS, _VERIFY = _command("cache-tools ls"), _command("cache-tools verify tiny")
 _ON_LABELS = "--student resnet8 --epochs 1 --loss ce --device cpu --set dataset.image_size=16 --set loggers=[]"
+_ON_DISK = "--device-memory 0 --host-memory 0 --pixel-disk 1MB"
 _EXPORT = "export-student run --format safetensors"
 
 CASES = [
@@ -376,6 +377,7 @@ CASES = [
     KillCase("ls", _caches_in_home, _LS, (_LS,)),
     _run("train", _to_train(compare_with_labels=True, ema_decay=0.9, epochs=1), "train-student train.yaml"),
     _run("train-inside", _to_train(epochs=2), "train-student train.yaml --checkpoint-every-minutes 1e-9"),
+    _run("train-pixels", _to_train(epochs=1), f"train-student train.yaml {_ON_DISK}"),
     _run("train-folder", _pictures_and_cache, f"train-student pictures {_ON_LABELS} --out run"),
     _run("overwrite", _trained_otherwise, "train-student train.yaml --overwrite"),
     _sweep("sweep", _to_sweep()),

@@ -22,14 +22,15 @@ BUILD = ["--views", "--seed", "--teacher-weight", "--batch-size", "--store", "--
 TRAIN = [
     "--epochs", "--batch-size", "--accumulate", "--lr", "--clip-grad-norm", "--label-smoothing", "--class-weights",
     "--views", "--teacher-weight", "--clip-scale", "--label-fraction", "--checkpoint-every-minutes", "--precision",
-    "--seed", "--log",
+    "--seed", "--log", "--device-memory", "--host-memory", "--pixel-disk",
 ]  # fmt: skip
+SWEEP = ["--epochs", "--seeds", "--name", "--checkpoint-every-minutes", "--pixel-disk"]
 EVALUATE = ["--batch-size", "--robustness-samples", "--workers", "--precision", "--checkpoint"]
 EXPORT = ["--samples", "--tolerance", "--format", "--weights", "--input", "--batch-size"]
 CASES = [
     *(("build-cache", [], option) for option in BUILD),
     *(("train-student", [], option) for option in TRAIN),
-    *(("sweep-students", [], option) for option in ["--epochs", "--seeds", "--name", "--checkpoint-every-minutes"]),
+    *(("sweep-students", [], option) for option in SWEEP),
     *(("evaluate-student", ["run"], option) for option in EVALUATE),
     *(("export-student", ["run"], option) for option in EXPORT),
     *(("cache-tools", [name, "cache"], "--teacher-weight") for name in ("stats", "fuse")),

@@ -21,15 +21,16 @@ from train.feed import (
     BatchTargets,
     CachedTargets,
     Feed,
+    HostFeed,
     NoTargets,
     ResidentFeed,
     StreamingFeed,
     batch_bounds,
-    choice,
     epoch_order,
     mixed_seed,
     open_feed,
     pair_order,
+    tiers,
 )
 
 CPU = torch.device("cpu")
@@ -206,9 +207,9 @@ def test_an_abandoned_epoch_leaves_no_threads() -> None:
     assert not [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith(ours)]
 
 
-@pytest.mark.parametrize(("free", "kind"), [(1 << 40, ResidentFeed), (1000, StreamingFeed)])
+@pytest.mark.parametrize(("free", "kind"), [(1 << 40, ResidentFeed), (1000, HostFeed)])
 def test_free_memory_decides_which_feed_is_opened(monkeypatch: pytest.MonkeyPatch, free: int, kind: type[Feed]) -> None:
-    monkeypatch.setattr(choice, "free_memory", lambda device: free)
+    monkeypatch.setattr(tiers, "free_memory", lambda device: free)
     settings: dict[str, Any] = {"batch_size": 16, "epochs": 1, "seed": 0, "device": CPU}
     feed = open_feed(cache_factory.tiny_images(SAMPLES), ViewRecipe(), None, NoTargets(), **settings)
     assert type(feed) is kind
@@ -219,14 +220,14 @@ def test_the_resident_feed_needs_memory_for_all_pixels_and_one_view(monkeypatch:
     settings: dict[str, Any] = {"batch_size": 16, "epochs": 1, "seed": 0, "device": CPU}
     needed = SAMPLES * 3 * (32 * 32 + 24 * 24)
     views = ViewRecipe(ops=(RandomResizedCrop(size=24),))
-    for spare, kind in ((2, ResidentFeed), (-2, StreamingFeed)):
-        monkeypatch.setattr(choice, "free_memory", lambda device, spare=spare: needed / choice.RESIDENT_SHARE + spare)
+    for spare, kind in ((2, ResidentFeed), (-2, HostFeed)):
+        monkeypatch.setattr(tiers, "free_memory", lambda device, spare=spare: needed / tiers.MEMORY_SHARE + spare)
         assert type(open_feed(images, views, None, NoTargets(), **settings)) is kind
 
 
 def test_free_memory_is_plausible() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < choice.free_memory(CPU) <= total
+    assert 0 < tiers.free_memory(CPU) <= total
 
 
 class Recorder:

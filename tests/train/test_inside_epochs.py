@@ -15,7 +15,7 @@ from cache_tools.errors import RecipeError
 from tests.support import tiny_run
 from tests.support.tiny_run import same_runs
 from train import checkpoints
-from train.feed import ResidentFeed, StreamingFeed, choice, epoch_order
+from train.feed import ResidentFeed, StreamingFeed, epoch_order, tiers
 from train.loop import Learner
 from train.recipe import TrainRecipe
 from train.run import Run, train_student
@@ -72,7 +72,7 @@ def test_a_run_stopped_inside_epochs_ends_as_one_that_was_not(
     if kind == "labels alone":
         changes |= {"dataset": tiny_run.dataset(pictures).model_dump()}
     if kind == "streamed":
-        monkeypatch.setattr(choice, "free_memory", lambda device: 0)
+        monkeypatch.setattr(tiers, "free_memory", lambda device: 0)
     train_student(always(cache, tmp_path / "whole", checkpoint_every_minutes=None, **changes))
     for count in (3, 4):  # in the first epoch, then, two steps before the end of it, in the second one
         with monkeypatch.context() as patch:
@@ -212,7 +212,7 @@ def test_an_epoch_goes_on_from_any_batch(cache: Path, monkeypatch: pytest.Monkey
     whole = list(data.feed(recipe, torch.device("cpu")).epoch(1))
     order = epoch_order(50, recipe.seed, 1)
     for memory, kind in ((1 << 40, ResidentFeed), (0, StreamingFeed)):
-        monkeypatch.setattr(choice, "free_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(tiers, "free_memory", lambda device, memory=memory: memory)
         for first in range(STEPS + 1):
             made = data.feed(recipe, torch.device("cpu"))
             assert isinstance(made, kind)

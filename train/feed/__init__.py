@@ -1,28 +1,32 @@
-"""The batches of every epoch: pixels, labels, sample indices and targets, from device memory or streamed."""
+"""The batches of every epoch: pixels, labels, sample indices and targets, from memory, a file or the decoder."""
 
 from train.feed.base import Feed, batch_bounds, epoch_order, mixed_seed, pair_order
 from train.feed.batch import Batch, BatchTargets, MixedLabels, NoTargets, TargetSource, ViewSource
-from train.feed.choice import RESIDENT_SHARE, free_memory, open_feed
-from train.feed.resident import ResidentFeed
+from train.feed.resident import HostFeed, ResidentFeed
 from train.feed.streaming import StreamingFeed
 from train.feed.targets import CachedTargets, CachedView
+from train.feed.tiers import MEMORY_SHARE, Tier, choose_tier, free_memory, memory_shares, open_feed
 
 __all__ = [
-    "RESIDENT_SHARE",
+    "MEMORY_SHARE",
     "Batch",
     "BatchTargets",
     "CachedTargets",
     "CachedView",
     "Feed",
+    "HostFeed",
     "MixedLabels",
     "NoTargets",
     "ResidentFeed",
     "StreamingFeed",
     "TargetSource",
+    "Tier",
     "ViewSource",
     "batch_bounds",
+    "choose_tier",
     "epoch_order",
     "free_memory",
+    "memory_shares",
     "mixed_seed",
     "open_feed",
     "pair_order",

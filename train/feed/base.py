@@ -29,6 +29,9 @@ class Feed(ABC):
     In a view that mixes its samples the two of a pair follow each other, so that they are in one batch, and the sample
     without a partner, if their number is odd, comes last.
 
+    Attributes:
+        served: one line for users on where the pixels are; None if nobody chose that.
+
     Args:
         num_views: views to cycle through; None shows view e in epoch e.
         epochs: of the run; no view is fetched for a later one.
@@ -61,6 +64,7 @@ class Feed(ABC):
         self._samples = samples
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="next-view")
         self._fetched: tuple[int, Future[ViewSource]] | None = None
+        self.served: str | None = None
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,16 +1,22 @@
-"""Pixels from the memory of the training device."""
+"""Pixels from memory: of the training device, or of the machine, from where they go to the device batch by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
+from cache_tools.console import Progress
 from cache_tools.decoding.service import load_canvases
+from cache_tools.images.arrays import ArrayImages
+from cache_tools.images.image_set import ImageSet
 from train.feed.base import Feed
+from train.feed.streaming import StreamingFeed
 
 PIECE_BYTES = 32 << 20
+PROGRESS_FROM = 5000  # images; fewer are loaded in seconds
 
 
 class ResidentFeed(Feed):
@@ -20,10 +26,10 @@ class ResidentFeed(Feed):
 
     def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         if self._resident is None:
-            self._resident = self._load_all()
+            self._resident = load_all(self.images, self.device)
         size = self.views.output_size(self.images.image_size)
         pixels = torch.empty((len(order), 3, *size), dtype=torch.uint8, device=self.device)
-        for piece in self._pieces():
+        for piece in pieces(self.images):
             rows = order[piece]
             shown = self.views.with_partners(rows, view) if self.views.mixes(view) else rows
             chosen = self._resident.index_select(0, torch.from_numpy(shown).to(self.device))
@@ -31,17 +37,43 @@ class ResidentFeed(Feed):
         for start, stop in bounds:
             yield pixels[start:stop]
 
-    def _load_all(self) -> torch.Tensor:
-        if self.images.resident and self.device.type == "cpu":
-            return torch.from_numpy(self.images.load(slice(None)))  # shares the source's memory and is never written
-        resident = torch.empty((len(self.images), 3, *self.images.image_size), dtype=torch.uint8, device=self.device)
-        load = load_canvases(self.images)
-        for rows in self._pieces():
-            resident[rows] = torch.from_numpy(load(rows)).to(self.device)
-        return resident
 
-    def _pieces(self) -> Iterator[slice]:
-        """All rows, in pieces small enough to keep temporary tensors small."""
-        height, width = self.images.image_size
-        rows, count = max(PIECE_BYTES // (3 * height * width), 1), len(self.images)
-        return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+class HostFeed(StreamingFeed):
+    """All canvases of the split in the memory of the machine, from where batches go to the device as they are needed.
+
+    The memory is not page-locked, because only a batch that has been gathered is copied.
+    """
+
+    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        if not self.images.resident:
+            self.images = _in_memory(self.images)
+        return super()._pixels(order, view, bounds)
+
+
+def load_all(images: ImageSet, device: torch.device) -> torch.Tensor:
+    """The canvases of all images, uint8 [N, 3, H, W] on a device."""
+    if images.resident and device.type == "cpu":
+        return torch.from_numpy(images.load(slice(None)))  # shares the source's memory and is never written
+    resident = torch.empty((len(images), 3, *images.image_size), dtype=torch.uint8, device=device)
+    load = load_canvases(images)
+    is_long = len(images) >= PROGRESS_FROM and not images.resident
+    with Progress("load images", len(images), "images") if is_long else nullcontext() as progress:
+        for rows in pieces(images):
+            resident[rows] = torch.from_numpy(load(rows)).to(device)
+            if progress is not None:
+                progress.advance(rows.stop - rows.start)
+    return resident
+
+
+def pieces(images: ImageSet) -> Iterator[slice]:
+    """All rows, in pieces small enough to keep temporary tensors small."""
+    height, width = images.image_size
+    rows, count = max(PIECE_BYTES // (3 * height * width), 1), len(images)
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def _in_memory(images: ImageSet) -> ArrayImages:
+    """The same images as an array of their canvases."""
+    names = ("name", "split", "class_names", "labels", "keys", "image_size")
+    canvases = load_all(images, torch.device("cpu")).numpy()
+    return ArrayImages(**{name: getattr(images, name) for name in names}, pixels=canvases)

@@ -38,6 +38,7 @@ OPTION_NAMES = {
     "num_views": "--views",
     "optimiser.learning_rate": "--lr",
     "loggers": "--log",
+    "pixels.disk": "--pixel-disk",
     "views.base_seed": "--seed",
     "teacher.weights": "--teacher-checkpoint",
     "clip.name": "--clip",

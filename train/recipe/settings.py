@@ -22,13 +22,14 @@ from train.recipe.evaluation import EvaluationRecipe
 from train.recipe.loss import LossRecipe, needs_targets
 from train.recipe.mixed import check_mixed_views
 from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
+from train.recipe.pixels import PixelRecipe
 from train.recipe.student_names import canonical_student_name
 from train.weights.names import files_digest, is_path
 
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 _NO_EFFECT_ON_RESULT = {
     *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
-    "checkpoint_every_minutes",
+    *("checkpoint_every_minutes", "pixels"),
 }
 
 
@@ -68,9 +69,10 @@ class TrainRecipe(Extensible):
         device, out: where the run is trained, and the folder where it is stored.
         checkpoint_every_minutes: store a state inside epochs that often, for long epochs; None stores one after each
             epoch only. The result does not depend on it.
+        pixels: where the pixels of the training images are kept. The result does not depend on it.
     """
 
-    added = frozenset({"student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation"})
+    added = frozenset({"student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"})
 
     name: Name
     cache: str | None = None
@@ -111,6 +113,7 @@ class TrainRecipe(Extensible):
     device: str = "auto"
     out: PlacePath | None = None
     checkpoint_every_minutes: Positive | None = None
+    pixels: PixelRecipe = PixelRecipe()
 
     @model_validator(mode="before")
     @classmethod

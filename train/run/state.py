@@ -46,6 +46,7 @@ class Run:
         begun: the checkpoint inside the next epoch; None to start it from its first batch.
         best_epoch: the one with the highest test top-1 (mAP with several labels) so far, counted from 0; None before
             the first evaluation.
+        pixels: where the pixels are, one line for users.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Run:
         path: Path,
         digest: str,
         steps_per_epoch: int,
+        *,
+        pixels: str | None = None,
     ) -> None:
-        self.data, self.recipe, self.device, self.path = data, recipe, device, path
+        self.data, self.recipe, self.device, self.path, self.pixels = data, recipe, device, path, pixels
         self.learner = _create_learner(data, recipe, device, steps_per_epoch)
         self.card = _create_card(data, recipe, digest)
         self.history: list[dict[str, Any]] = []
@@ -169,6 +172,7 @@ class Run:
             environment=_environment(self.device),
             command=command_line(),
             data_notes=self.data.notes(),
+            pixels=self.pixels,
         )
         draw_curves(result)
         result.save()

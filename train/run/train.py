@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from cache_tools.config import dump_yaml
-from cache_tools.console import Progress, resolve_device
+from cache_tools.console import Progress, print_line, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.reader import TeacherCache
 from cache_tools.system.memory import drop_tracebacks
@@ -75,7 +76,8 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
             return finished
         feed = data.feed(recipe, device)
         with closing(feed), explain_out_of_memory(recipe, device):
-            run = Run(data, recipe, device, path, digest, feed.steps_per_epoch)
+            print_served(feed)
+            run = Run(data, recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served)
             [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
             if isinstance(outcome, Exception):
                 raise outcome
@@ -163,6 +165,12 @@ def claimed_run(data: TrainingData, recipe: TrainRecipe, *, overwrite: bool = Fa
                 source = json.dumps(_describe_cache(data.cache), indent=2, ensure_ascii=False)
                 write_file(path / folder.CACHE, source.encode())
         yield path, digest
+
+
+def print_served(feed: Feed) -> None:
+    """Print where the pixels of a run are, on standard error."""
+    if feed.served is not None:
+        print_line(feed.served, file=sys.stderr)
 
 
 def run_device(recipe: TrainRecipe) -> torch.device:

@@ -67,6 +67,7 @@ class RunResult(Finite):
         environment: versions, device, threads.
         command: the last command line.
         data_notes: what a user should know of the folders of images, such as files that are left out.
+        pixels: where the pixels of the training images were, when the last epoch was trained.
     """
 
     name: str
@@ -94,6 +95,7 @@ class RunResult(Finite):
     environment: dict[str, str]
     command: str
     data_notes: tuple[str, ...] = ()
+    pixels: str | None = None
 
     @property
     def gain_over_labels(self) -> float | None:

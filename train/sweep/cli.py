@@ -12,7 +12,7 @@ import typer
 from cache_tools.console import command, print_line
 from cache_tools.errors import RecipeError
 from cache_tools.system.memory import keep_freed_memory
-from train.options import Cache, CheckpointEvery, DataDir, Device, Epochs
+from train.options import Cache, CheckpointEvery, DataDir, Device, DeviceMemory, Epochs, HostMemory, PixelDisk
 
 if TYPE_CHECKING:
     from train.sweep.recipe import SweepRecipe
@@ -80,6 +80,9 @@ def sweep_students(
         typer.Option("--ray-gpus", min=0.01, help="GPUs per Ray worker; 0.5 puts two workers on a GPU. Default: 1."),
     ] = None,
     checkpoint_every_minutes: CheckpointEvery = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    pixel_disk: PixelDisk = None,
     device: Device = None,
     data_dir: DataDir = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the sweep. Default: the recipe's.")] = None,
@@ -111,6 +114,9 @@ def sweep_students(
         "cache": cache,
         "epochs": epochs,
         "checkpoint_every_minutes": checkpoint_every_minutes,
+        "pixels.device_memory": device_memory,
+        "pixels.host_memory": host_memory,
+        "pixels.disk": pixel_disk,
         "device": device,
         "data_dir": str(data_dir) if data_dir else None,
     }

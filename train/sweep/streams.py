@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from cache_tools.reader import TeacherCache
 from cache_tools.system.memory import drop_tracebacks, release_memory
 from cache_tools.views.recipe import ViewRecipe
 from train.data import Opener, TrainingData, open_data
-from train.feed import CachedTargets, Feed, open_feed
+from train.feed import CachedTargets, Feed, memory_shares
 from train.loop import explain_out_of_memory, repeatable
-from train.run import Run, claimed_run, run_device, train_group
+from train.recipe.pixels import PixelRecipe
+from train.run import Run, claimed_run, print_served, run_device, train_group
 from train.runs.outcome import Failure, is_settled
 from train.runs.result import RunResult
 from train.sweep.halving import Halving
@@ -49,25 +51,33 @@ def batch_streams(trials: Sequence[Trial]) -> list[list[Trial]]:
     return [group for stream in streams.values() for group in _by_targets(stream)]
 
 
-def train_stream(trials: Sequence[Trial], *, halving: Halving | None = None, open_split: Opener = open_images) -> None:
+def train_stream(
+    trials: Sequence[Trial],
+    *,
+    halving: Halving | None = None,
+    open_split: Opener = open_images,
+    workers: tuple[int, int] = (1, 1),
+) -> None:
     """Train the trials of one batch stream, each in its folder; a failed trial leaves `failed.json` there.
 
     Args:
         trials: one group of `batch_streams`.
         halving: stops trials early; None trains all of them to the end.
         open_split: opens the images of a split.
+        workers: processes like this one on the same machine, and on the same device, which share their memory.
 
     Raises:
         CacheError: an error that concerns all of them: no such cache, other images than the cache's, a full disk.
     """
     device = run_device(trials[0].recipe)
+    pixels = memory_shares(trials[0].recipe.pixels, device, *workers)
     opened = [(trial, open_data(trial.recipe, device, open_split)) for trial in trials]
     lead = next((data for _, data in opened if data.cache is not None), opened[0][1])
     together = [one for one in opened if _has_same_images(one[1], lead)]
     apart = [one for one in opened if not _has_same_images(one[1], lead)]
-    _train(together, lead, device, halving)
+    _train(together, lead, device, halving, pixels)
     for trial, data in apart:  # on labels alone, with a dataset in another order than the cache
-        _train([(trial, data)], data, device, halving)
+        _train([(trial, data)], data, device, halving, pixels)
 
 
 def image_opener() -> Opener:
@@ -124,12 +134,18 @@ def _by_targets(trials: Sequence[Trial]) -> list[list[Trial]]:
     return [sorted([*first, *without_targets], key=lambda trial: trial.number), *others]
 
 
-def _train(opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.device, halving: Halving | None) -> None:
+def _train(
+    opened: Sequence[_OpenTrial],
+    lead: TrainingData,
+    device: torch.device,
+    halving: Halving | None,
+    pixels: PixelRecipe,
+) -> None:
     """Train trials side by side, and those that ran out of memory again, fewer at a time."""
     waiting = [opened]
     while waiting:
         group = waiting.pop(0)
-        out_of_memory = _train_side_by_side(group, lead, device, halving)
+        out_of_memory = _train_side_by_side(group, lead, device, halving, pixels)
         if out_of_memory:
             names = ", ".join(trial.name for trial, _ in out_of_memory)
             warn(f"too little memory for {len(group)} trials side by side, later and fewer at a time: {names}")
@@ -140,7 +156,11 @@ def _train(opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.devic
 
 
 def _train_side_by_side(
-    opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.device, halving: Halving | None
+    opened: Sequence[_OpenTrial],
+    lead: TrainingData,
+    device: torch.device,
+    halving: Halving | None,
+    pixels: PixelRecipe,
 ) -> list[_OpenTrial]:
     """Train trials on one stream and save the failures.
 
@@ -152,19 +172,9 @@ def _train_side_by_side(
     failures: list[tuple[_OpenTrial, Exception]] = []
     with ExitStack() as stack:
         stack.enter_context(repeatable(device, first.deterministic))
-        feed = open_feed(
-            lead.images,
-            lead.views,
-            lead.num_views,
-            targets,
-            batch_size=first.batch_size,
-            epochs=first.epochs,
-            seed=first.seed,
-            device=device,
-            known=lead.known,
-            samples=lead.samples,
-        )
+        feed = replace(lead, targets=targets).feed(first, device, pixels)
         stack.callback(feed.close)
+        print_served(feed)
         runs: list[tuple[_OpenTrial, Run]] = []
         for trial, data in opened:
             path, digest = stack.enter_context(claimed_run(data, trial.recipe))
@@ -172,7 +182,7 @@ def _train_side_by_side(
                 continue
             try:
                 with explain_out_of_memory(trial.recipe, device):
-                    run = Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch)
+                    run = Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served)
                 runs.append(((trial, data), run))
             except Exception as error:  # no such student, no memory
                 failures.append(((trial, data), drop_tracebacks(error)))

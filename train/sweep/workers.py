@@ -64,6 +64,7 @@ class ProcessEngine:
         job = {
             "halving": None if halving is None else halving.model_dump(mode="json"),
             "trials": [trial.model_dump(mode="json") for trial in share],
+            "workers": self._count,
         }
         with open(self._logs / "workers.log", "ab") as log:
             process = subprocess.Popen(
@@ -135,7 +136,7 @@ def main() -> None:
     halving = None if job["halving"] is None else Halving.model_validate(job["halving"])
     try:
         with interrupted_by_signals(), quiet_libraries():
-            train_stream(trials, halving=halving, open_split=image_opener())
+            train_stream(trials, halving=halving, open_split=image_opener(), workers=(job["workers"], job["workers"]))
     except CacheError as error:
         print_line(f"error: {error}", file=sys.stderr)
         print(json.dumps(error_to_data(error)), file=errors, flush=True)

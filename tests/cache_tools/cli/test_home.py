@@ -321,7 +321,7 @@ def test_removals_name_the_next_command(home: Path) -> None:
     assert commands_in(run(home, "rm", "digits", "--yes").stdout) == [["cache-tools", "ls"]]
 
 
-@pytest.mark.parametrize(("place", "suffix"), [("unpacked-images", "arrow"), ("shards", "tar")])
+@pytest.mark.parametrize(("place", "suffix"), [("unpacked-images", "arrow"), ("shards", "tar"), ("pixels", "pixels")])
 def test_copies_of_images_that_nobody_reads_are_pruned(home: Path, place: str, suffix: str) -> None:
     folder = home / place
     folder.mkdir()

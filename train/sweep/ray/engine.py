@@ -128,7 +128,8 @@ class RayEngine:
         self, shares: Sequence[Sequence[Trial]], halving: Halving | None, gpus: float, count: int
     ) -> dict[str, Any]:
         caches: dict[str, SourceCache] = {}
-        prepared = [self._share(number, share, halving, caches) for number, share in enumerate(shares)]
+        workers = min(count, max(1, *self._fitting(gpus))), math.ceil(1 / gpus) if gpus else 1
+        prepared = [self._share(number, share, halving, caches, workers) for number, share in enumerate(shares)]
         return {
             "shares": [share.model_dump_json() for share in prepared],
             "cpus": self._threads,
@@ -138,7 +139,12 @@ class RayEngine:
         }
 
     def _share(
-        self, number: int, trials: Iterable[Trial], halving: Halving | None, caches: dict[str, SourceCache]
+        self,
+        number: int,
+        trials: Iterable[Trial],
+        halving: Halving | None,
+        caches: dict[str, SourceCache],
+        workers: tuple[int, int],
     ) -> Share:
         absolute = [_with_absolute_paths(trial) for trial in trials]
         names = {trial.recipe.cache for trial in absolute if trial.recipe.cache and not is_remote(trial.recipe.cache)}
@@ -157,6 +163,7 @@ class RayEngine:
             working_folder=Path.cwd(),
             host=socket.gethostname(),
             caches={name: caches[name] for name in names},
+            workers=workers,
         )
 
     def _uses_gpus(self, trials: Sequence[Trial]) -> bool:
@@ -169,10 +176,15 @@ class RayEngine:
         has_gpus = any(node["gpus"] > 0 for node in self.nodes)
         return "cuda" in devices or ("auto" in devices and has_gpus)
 
+    def _fitting(self, gpus: float) -> list[int]:
+        """Number of shares at a time on each node."""
+        return [
+            int(min(node["cpus"] // self._threads, node["gpus"] / gpus if gpus else math.inf)) for node in self.nodes
+        ]
+
     def _room(self, gpus: float) -> int:
         """Number of shares at a time."""
-        fits = [min(node["cpus"] // self._threads, node["gpus"] / gpus if gpus else math.inf) for node in self.nodes]
-        room = sum(int(each) for each in fits)
+        room = sum(self._fitting(gpus))
         if self._workers is None and room == 0:
             raise DeviceError(
                 "no node of the Ray cluster has room for a trial",

@@ -56,6 +56,7 @@ class Share(Frozen):
         working_folder: in which the sweep was started; used if the node has it.
         host: on which the sweep was started.
         caches: by their name in the recipes.
+        workers: at most so many on one machine, and on one device.
     """
 
     trials: tuple[dict[str, Any], ...]
@@ -67,6 +68,7 @@ class Share(Frozen):
     working_folder: Path
     host: str
     caches: dict[str, SourceCache]
+    workers: tuple[int, int] = (1, 1)
 
 
 def probe(folder: str, token: str) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def _train(share: Share) -> None:
         halving = None if share.halving is None else Halving.model_validate(share.halving)
         _wait_for_locks([trial.folder for trial in trials])
         with quiet_libraries():
-            train_stream(trials, halving=halving, open_split=image_opener())
+            train_stream(trials, halving=halving, open_split=image_opener(), workers=share.workers)
 
 
 def _with_cache(trial: Trial, caches: Mapping[str, SourceCache]) -> Trial:
