@@ -24,6 +24,7 @@ from cache_tools.places import is_remote
 from cache_tools.store.blocks import LocalBlocks
 from cache_tools.store.group import RESTORE, check_chunks, open_array, open_group, read_manifest, translate_errors
 from cache_tools.store.whole import StoredConstants, check_whole_arrays, read_samples
+from cache_tools.system.devices import copy_to
 
 if TYPE_CHECKING:
     import torch
@@ -181,7 +182,7 @@ class TeacherCache:
             source = spec.view_to_read(view, fusion.clip_view)
             for array in spec.arrays:
                 rows = self._load(array.name, source, chosen, pin=target_device.type == "cuda", verify=verify)
-                arrays[array.name] = rows.to(target_device, non_blocking=True)
+                arrays[array.name] = copy_to(rows, target_device)
 
         def move(constants: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(target_device) for name, tensor in constants.items()}

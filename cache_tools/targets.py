@@ -18,6 +18,7 @@ from cache_tools.errors import NotFoundError
 from cache_tools.format.arrays import TargetSpec, array_name, constant_shapes
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
+from cache_tools.system.devices import copy_to
 
 # Rows fused at once when a component cache is loaded: keeps the float32 temporaries small.
 FUSE_ROWS = 8192
@@ -101,8 +102,10 @@ class ViewTargets:
     def to(self, device: torch.device | str) -> Self:
         """The same targets on another device."""
 
+        target = torch.device(device)
+
         def move(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            return {name: copy_to(tensor, target) for name, tensor in tensors.items()}
 
         return replace(self, arrays=move(self.arrays), constants=move(self.constants))
 

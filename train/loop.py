@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cache_tools.errors import DivergedError
+from cache_tools.errors import DivergedError, RecipeError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.preprocess import prepare
 from cache_tools.system.devices import in_float64
@@ -113,6 +113,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
         self._has_gradients = False  # of the first batches of an update
+        self._stream: torch.cuda.Stream | None = None
         self.means = _Means()
 
     def begin_epoch(self, epoch: int) -> None:
@@ -161,6 +162,13 @@ class Learner:
         )
 
     @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """A CUDA stream of its own, the same in every epoch: torch reuses freed memory on the same stream only."""
+        if self._stream is None and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate of the last update; with layer decay, that of the classifier."""
         return float(max(group["lr"] for group in self.optimiser.param_groups))
@@ -180,7 +188,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
         self.objective.load_state_dict(state["objective"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimiser.load_state_dict(_with_settings_of(self.optimiser, state["optimiser"]))
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
@@ -219,6 +227,15 @@ class Learner:
         return torch.autocast(self.device.type, precision, enabled=precision is not torch.float32)
 
 
+def _with_settings_of(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A stored state with the settings of this optimiser. A run of the CPU, whose kernels differ, may go on on CUDA.
+
+    They are functions of the recipe and the device, and the learning rate one of the number of updates.
+    """
+    groups = zip(optimiser.param_groups, state["param_groups"], strict=True)
+    return {**state, "param_groups": [{**own, "params": stored["params"]} for own, stored in groups]}
+
+
 def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     """The input of a student: float32 [B, 3, H, W] in channels_last."""
     return prepare(batch.pixels.contiguous(memory_format=torch.channels_last), preprocessing)
@@ -229,7 +246,8 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
     """Make torch repeatable inside the context; its settings and random state are restored on exit.
 
     Runs on the CPU always repeat (same machine, same number of threads). Runs on CUDA repeat only if `deterministic`:
-    otherwise cuDNN may choose the quickest algorithm.
+    otherwise cuDNN may choose the quickest algorithm. Where an operation cannot repeat on CUDA, torch then raises an
+    error (`explain_failure`).
     """
     cuda = device.type == "cuda"
     strict = deterministic or not cuda
@@ -244,7 +262,7 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark,
     )
     try:
-        torch.use_deterministic_algorithms(strict, warn_only=True)
+        torch.use_deterministic_algorithms(strict, warn_only=not cuda)
         debugging.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each tensor
         torch.backends.cudnn.benchmark = not strict
         yield
@@ -255,13 +273,30 @@ def repeatable(device: torch.device, deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[3]
 
 
-def explain_out_of_memory(recipe: TrainRecipe, device: torch.device) -> AbstractContextManager[None]:
-    """Inside, running out of memory raises an OutOfMemoryError that names the student and says what to change."""
+@contextmanager
+def explain_failure(recipe: TrainRecipe, device: torch.device) -> Iterator[None]:
+    """Inside, failures of torch that a user can do something about become errors that say what.
+
+    Raises:
+        OutOfMemoryError: too little memory; names the student.
+        RecipeError: `deterministic`, and an operation that has no deterministic kernel on CUDA.
+    """
     next_step = (
         "train with a smaller --batch-size (--accumulate N keeps updates as large) or student, "
         "or where there is more memory"
     )
-    return raise_on_out_of_memory(f"{recipe.student} on {device}", next_step)
+    try:
+        with raise_on_out_of_memory(f"{recipe.student} on {device}", next_step):
+            yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise RecipeError(
+            "the run cannot repeat bit for bit: an operation has no deterministic kernel",
+            where=f"{recipe.student} on {device}",
+            found=str(error).split(" does not ")[0][:200],
+            next_step="train with --set deterministic=false, choose another student or loss, or train on the CPU",
+        ) from error
 
 
 class _Participant:
@@ -275,7 +310,7 @@ class _Participant:
         self._learner, self._device, self._alone = learner, learner.device, alone
         self._error: Exception | None = None
         # With a stream each, the kernels of small students fill the gaps that the others leave.
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" and not alone else None
+        self._stream = None if alone else learner.stream
         self.done = 0
         learner.begin_epoch(epoch)
         if begun is not None:
@@ -288,7 +323,7 @@ class _Participant:
         """Make a step on each batch of a turn, unless an earlier one failed."""
         if self._error is not None or not turn:
             return
-        explained = explain_out_of_memory(self._learner.recipe, self._device)
+        explained = explain_failure(self._learner.recipe, self._device)
         try:
             with self._own_random_state(), self._own_stream(turn), explained:
                 for batch, inputs in turn:

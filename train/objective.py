@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
+from cache_tools.system.devices import seeded_on_cpu
 from train import losses
 from train.feed import Batch
 from train.losses.contrastive import Components, ContrastiveTerm
@@ -97,8 +98,7 @@ class Objective(nn.Module):
         self.projector: nn.Module = nn.Identity()
         self.contrast: ContrastiveTerm | None = None
         self.components = components if recipe.uses_components else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded_on_cpu(seed):
             if self.components is not None:
                 self.contrast = ContrastiveTerm(recipe, student_dim, self.components, labels, seed)
             elif recipe.needs_features and target_dim is not None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache_tools.system.devices import seeded_on_cpu
+
 BATCH = 128
 LEARNING_RATE = 1e-3
 
@@ -70,9 +72,7 @@ def fit_student(
         hidden: width of a ReLU layer; None for a linear student.
     """
     inputs_ND = (inputs_ND - inputs_ND.mean(dim=0)) / (inputs_ND.std(dim=0) + 1e-6)
-    devices = [inputs_ND.device] if inputs_ND.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded_on_cpu(seed), torch.enable_grad():
         student = _network(inputs_ND.shape[1], hidden, targets_NC.shape[1]).to(inputs_ND.device)
         optimiser = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
         logits_at = {}

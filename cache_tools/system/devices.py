@@ -1,11 +1,32 @@
-"""What differs between devices: float64, which Apple's MPS does not have, and waiting for queued work."""
+"""What differs between devices: copies, float64, which Apple's MPS does not have, seeds, and waiting for work."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device. The host goes on before the copy is finished only from pinned memory to CUDA.
+
+    Any other copy that is not waited for may be read too early, or be made of memory that has other contents by then.
+    """
+    to_cuda = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.to(device, non_blocking=to_cuda and tensor.is_pinned())
+
+
+@contextmanager
+def seeded_on_cpu(seed: int) -> Iterator[None]:
+    """Inside, the CPU's random numbers are those of a seed. Afterwards they go on; no other device changes."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:

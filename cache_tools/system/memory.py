@@ -20,7 +20,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # torch raises a plain RuntimeError when an allocation on the CPU or inside a CUDA library fails, and Python does where
 # there is no memory for the stack of a thread.
 _ALLOCATION_FAILED = re.compile(
-    "out of memory|allocate memory|enough memory|alloc_failed|can't start new thread", re.IGNORECASE
+    "out of memory|allocate memory|enough memory|alloc_failed|can't start new thread"
+    "|unable to find an engine",  # cuDNN: no algorithm has room for its workspace
+    re.IGNORECASE,
 )
 _LARGEST_KEPT, _MOST_KEPT = 1 << 30, (1 << 31) - 1
 

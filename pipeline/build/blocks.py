@@ -257,7 +257,7 @@ def _copy_event(device: torch.device) -> torch.cuda.Event | None:
     """An event behind the block's last copy to the host; None on a CPU, where copies are synchronous."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps
     event.record(torch.cuda.current_stream(device))
     return event
 

@@ -28,6 +28,7 @@ from cache_tools.fusion import (
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.refusion import MATCH_SAMPLES
+from cache_tools.system.devices import copy_to
 from cache_tools.views.recipe import Network, ViewRecipe
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
@@ -295,7 +296,7 @@ class NetworkPixels(NamedTuple):
     clip: torch.Tensor | None
 
     def to(self, device: torch.device) -> NetworkPixels:
-        moved = [None if pixels is None else pixels.to(device, non_blocking=True) for pixels in self]
+        moved = [None if pixels is None else copy_to(pixels, device) for pixels in self]
         return NetworkPixels(*moved)  # type: ignore[arg-type]
 
 

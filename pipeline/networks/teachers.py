@@ -15,6 +15,7 @@ from cache_tools import fusion
 from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
+from cache_tools.system.devices import seeded_on_cpu
 from pipeline.networks.pretrained import library_preprocessing, load_pretrained, timm_preprocessing
 from pipeline.networks.references import FOLDER_PREFIX, LIBRARIES, is_file_reference, resolve_path
 from pipeline.networks.teacher_classes import TeacherClasses, classes_of_file, match_classes
@@ -245,8 +246,7 @@ def _own_with_weights(spec: TeacherSpec, names: tuple[str, ...], normalisation: 
     networks = []
     classes = match_classes(names, spec.classes, [], where=spec.name)
     for seed in (0, 1):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded_on_cpu(seed):
             networks.append(create_student(spec.name, classes.total))
     if weights_digest(networks[0]) != weights_digest(networks[1]):
         raise WeightsError(

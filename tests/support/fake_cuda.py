@@ -47,12 +47,14 @@ class Transfer(NamedTuple):
         to: `cuda` or `cpu`.
         non_blocking: whether the host goes on before the copy is finished.
         pinned: whether the memory of the host is page-locked, as such a copy needs.
+        stream: the CUDA stream that was current.
     """
 
     phase: str
     to: str
     non_blocking: bool
     pinned: bool
+    stream: object
 
     @property
     def is_safe(self) -> bool:
@@ -130,7 +132,9 @@ class Watch(TorchDispatchMode):
         if source.device.type == target.device.type:
             return
         host = source if target.is_cuda else target
-        self.transfers.append(Transfer(self.phase, target.device.type, non_blocking, self._gpu.is_pinned(host)))
+        self.transfers.append(
+            Transfer(self.phase, target.device.type, non_blocking, self._gpu.is_pinned(host), self._gpu.stream)
+        )
 
 
 def _is_view(func: Any, name: str) -> bool:
@@ -144,7 +148,7 @@ class _Stream:
     """A stream that keeps the order of the host."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        FakeGpu.current().streams += 1
+        FakeGpu.active().streams += 1
         self.device, self.cuda_stream, self.priority = DEVICE, 0, 0
 
     def wait_stream(self, other: object) -> None: ...
@@ -162,7 +166,7 @@ class _Stream:
 
 class _Event:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        FakeGpu.current().events.append(kwargs)
+        FakeGpu.active().events.append(kwargs)
 
     def record(self, stream: object = None) -> None: ...
 
@@ -197,9 +201,10 @@ class FakeGpu:
     def __post_init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.watches: list[Watch] = []
+        self.stream = self.default_stream = object()
 
     @classmethod
-    def current(cls) -> FakeGpu:
+    def active(cls) -> FakeGpu:
         assert _active, "a stream or an event outside of fake_cuda"
         return _active[-1]
 
@@ -213,6 +218,15 @@ class FakeGpu:
                 yield watch
         finally:
             self.watches.pop()
+
+    @contextlib.contextmanager
+    def current(self, stream: object) -> Iterator[None]:
+        """Inside, this is the current stream."""
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def pin(self, tensor: Tensor) -> Tensor:
         tensor._is_pinned_here = True  # type: ignore[attr-defined]
@@ -263,7 +277,7 @@ def real(function: Callable[..., Any]) -> Callable[..., Any]:
 def _replacements(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
     cuda, generator, empty, zeros = torch.cuda, torch.Generator, torch.empty, torch.zeros
     state = torch.get_rng_state()
-    current = _Stream()
+    gpu.stream = gpu.default_stream = _Stream()
     gpu.streams = 0
 
     def pinning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -290,8 +304,8 @@ def _replacements(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
         (cuda, "synchronize", lambda device=None: None),
         (cuda, "Stream", _Stream),
         (cuda, "Event", _Event),
-        (cuda, "current_stream", lambda device=None: current),
-        (cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (cuda, "current_stream", lambda device=None: gpu.stream),
+        (cuda, "stream", gpu.current),
         (cuda, "get_rng_state", lambda device=None: state),
         (cuda, "set_rng_state", lambda state, device=None: None),
         (torch, "Generator", lambda device="cpu": generator()),
@@ -396,10 +410,12 @@ def _backward(loss: Any) -> None:
 
 
 def _submit(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-    """Do the work at once in this thread: a mode of torch holds for one thread only."""
+    """Do the work at once, because a mode of torch holds for one thread only, but on the stream of a new thread."""
     future: Future[Any] = Future()
+    gpu = FakeGpu.active()
     try:
-        future.set_result(function(*args, **kwargs))
+        with gpu.current(gpu.default_stream):
+            future.set_result(function(*args, **kwargs))
     except BaseException as error:
         future.set_exception(error)
     return future

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from cache_tools.errors import RecipeError
+from cache_tools.system.devices import copy_to, seeded_on_cpu
+from cache_tools.targets import FusedView
 from tests.support.fake_cuda import DEVICE, fake_cuda
-from tests.support.fake_learner import PREPROCESSING, RUNS, count_step, make, pretended
-from train.feed import ResidentFeed, StreamingFeed
-from train.loop import model_inputs
-from train.recipe.loss import LOSSES
+from tests.support.fake_learner import PREPROCESSING, RUNS, count_step, make, make_recipe, pretended
+from train.feed import ResidentFeed, StreamingFeed, free_memory
+from train.loop import explain_failure, model_inputs, repeatable, train_epoch
+from train.objective import Objective
+from train.recipe.loss import LOSSES, LossRecipe
 
 # Kernels of a step: they may fall and never rise.
 BUDGETS = {"KD": 117, "RichKD": 319, "KD, bfloat16": 144, "KD, EMA": 128, "KD, MobileNetV2": 404}
@@ -72,6 +78,94 @@ def test_an_epoch_copies_from_pinned_memory_or_waits(kind: Any) -> None:
         feed.close()
     assert watch.transfers
     assert [transfer for transfer in watch.transfers if not transfer.is_safe] == []
+
+
+@pytest.mark.parametrize("kind", [ResidentFeed, StreamingFeed])
+def test_threads_of_the_feed_work_on_the_stream_of_the_caller(kind: Any) -> None:
+    with pretended() as gpu:
+        side: Any = torch.cuda.Stream(gpu.device)
+        with gpu.watch() as watch, torch.cuda.stream(side):
+            _, feed = make(gpu, LOSSES["kd"], kind=kind, **SMALL)
+            list(feed.epoch(0))
+            feed.close()
+    assert {transfer.stream for transfer in watch.transfers} == {side}
+
+
+def test_a_learner_has_one_stream_for_all_epochs() -> None:
+    with pretended() as gpu:
+        first, feed = make(gpu, LOSSES["kd"], **SMALL)
+        second, _ = make(gpu, LOSSES["kd"], **SMALL)
+        with mock.patch("train.loop._Means.compute", return_value={}):
+            for epoch in range(2):
+                assert train_epoch([first, second], feed, epoch, lambda count: None) == [{}, {}]
+        feed.close()
+    assert gpu.streams == 2
+
+
+def test_a_run_of_the_cpu_goes_on_with_fused_kernels() -> None:
+    with pretended() as gpu:
+        learner, feed = make(gpu, LOSSES["kd"], **SMALL, optimiser={"name": "adamw"})
+        count_step(gpu, learner, feed, steps=1)
+        state = copy.copy(learner.state_dict())
+        groups = [{**group, "fused": None, "lr": 0.5} for group in state["optimiser"]["param_groups"]]
+        steps = {
+            number: {name: values.to("cpu") for name, values in one.items()}
+            for number, one in state["optimiser"]["state"].items()
+        }
+        learner.load_state_dict({**state, "optimiser": {"state": steps, "param_groups": groups}})
+        (group,) = learner.optimiser.param_groups
+        assert group["fused"] is True
+        assert group["lr"] != 0.5, "the rate is a function of the number of updates"
+        assert {value.device for one in learner.optimiser.state.values() for value in one.values()} == {gpu.device}
+        feed.close()
+
+
+def test_free_memory_has_what_torch_holds_and_does_not_use() -> None:
+    with fake_cuda() as gpu:
+        gpu.free_bytes, gpu.reserved_bytes, gpu.allocated_bytes = 1000, 500, 200
+        assert free_memory(gpu.device) == 1300
+
+
+@pytest.mark.parametrize("there", ["cuda:0", "cpu"])
+def test_targets_move_between_devices_without_being_read_too_early(there: str) -> None:
+    with fake_cuda() as gpu, gpu.watch() as watch:
+        here = torch.device("cpu" if there == "cuda:0" else "cuda:0")
+        rows = torch.zeros(4, 3).to(here)
+        targets = FusedView(0, {"fused_logits": rows}, {}, {}).to(there)
+    assert targets.device == torch.device(there)
+    assert [transfer for transfer in watch.transfers if not transfer.is_safe] == []
+
+
+def test_only_copies_of_pinned_memory_are_not_waited_for() -> None:
+    with fake_cuda() as gpu, gpu.watch() as watch:
+        copy_to(torch.ones(3), gpu.device)
+        there = copy_to(torch.ones(3).pin_memory(), gpu.device)
+        copy_to(there, torch.device("cpu"))
+    assert [transfer.non_blocking for transfer in watch.transfers] == [False, True, False]
+
+
+def test_a_seed_on_the_cpu_leaves_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the generators of CUDA are seeded"))
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    before = torch.get_rng_state()
+    with seeded_on_cpu(5):
+        drawn = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    Objective(LossRecipe(feature="mse"), 4, 6, 3, 5, torch.arange(5) % 3)
+
+
+def test_an_operation_that_cannot_repeat_stops_a_deterministic_run() -> None:
+    recipe = make_recipe(LOSSES["kd"], deterministic=True)
+    device = torch.device("cuda:0")
+    with fake_cuda(), repeatable(device, True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    with (
+        pytest.raises(RecipeError, match=r"cannot repeat bit for bit.*adaptive_max.*deterministic=false"),
+        explain_failure(recipe, device),
+    ):
+        raise RuntimeError("adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but …")
 
 
 # the pretended GPU itself

@@ -17,7 +17,7 @@ from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Finite, Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
-from cache_tools.system.devices import float64_device
+from cache_tools.system.devices import copy_to, float64_device
 
 CALIBRATION_BINS = 15
 TOP_K = 5
@@ -223,4 +223,4 @@ def batches(
             pixels = upcoming.result()
             if start + batch_size < count:
                 upcoming = pool.submit(fetch, start + batch_size)
-            yield start, pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            yield start, copy_to(pixels, device).contiguous(memory_format=torch.channels_last)

@@ -7,8 +7,9 @@ never of timing. Epoch e shows view e modulo the number of cached views; without
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.views.recipe import ViewRecipe
 from train.feed.batch import Batch, MixedLabels, TargetSource, ViewSource
 from train.labelled import PartialLabels
+
+Value = TypeVar("Value")
 
 
 class Feed(ABC):
@@ -124,8 +127,24 @@ class Feed(ABC):
 
     def _fetch(self, view: int) -> Future[ViewSource]:
         if self._fetched is None or self._fetched[0] != view:
-            self._fetched = view, self._fetcher.submit(self.targets.view, view)
+            self._fetched = view, self._fetcher.submit(in_current_stream(self.device, self.targets.view), view)
         return self._fetched[1]
+
+
+def in_current_stream(device: torch.device, function: Callable[..., Value]) -> Callable[..., Value]:
+    """A function whose work on CUDA joins the stream that is current now, whichever thread calls it.
+
+    So what another thread makes needs no synchronisation: work that is launched later on this stream runs after it.
+    """
+    if device.type != "cuda":
+        return function
+    stream = torch.cuda.current_stream(device)
+
+    def call(*args: Any) -> Value:
+        with torch.cuda.stream(stream):
+            return function(*args)
+
+    return call
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:

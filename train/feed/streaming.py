@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from cache_tools.decoding.service import service_for, start_loading
-from train.feed.base import Feed
+from cache_tools.system.devices import copy_to
+from train.feed.base import Feed, in_current_stream
 
 STREAM_DEPTH = 4
 
@@ -28,6 +29,7 @@ class StreamingFeed(Feed):
         pending: deque[Future[torch.Tensor]] = deque()
         upcoming = iter(bounds)
         service = service_for(self.images, len(self.images) * self.epochs)
+        finish = in_current_stream(self.device, self._finish)
         with ThreadPoolExecutor(1, thread_name_prefix="pixels") as pool:
             try:
                 for _ in bounds:
@@ -36,7 +38,7 @@ class StreamingFeed(Feed):
                         numbers = self._numbers(rows)
                         on_gpu = self.device.type == "cuda"
                         load = start_loading(service, self.images, rows, numbers, [(self.views, view)], pin=on_gpu)
-                        pending.append(pool.submit(self._finish, load, numbers, view))
+                        pending.append(pool.submit(finish, load, numbers, view))
                     yield pending.popleft().result()
             finally:
                 for future in pending:
@@ -44,6 +46,4 @@ class StreamingFeed(Feed):
 
     def _finish(self, load: Callable[[], list[torch.Tensor]], numbers: np.ndarray, view: int) -> torch.Tensor:
         (pixels,) = load()
-        if self.device.type == "cuda":
-            pixels = pixels.to(self.device, non_blocking=True)
-        return self.views.finish(pixels, numbers, view)
+        return self.views.finish(copy_to(pixels, self.device), numbers, view)

@@ -125,7 +125,8 @@ def memory_shares(pixels: PixelRecipe, device: torch.device, on_host: int, on_de
 def free_memory(device: torch.device) -> int:
     """Free memory of a device, in bytes; on the CPU at most what the control group leaves."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch has it, and gives it
+        return torch.cuda.mem_get_info(device)[0] + unused
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():

@@ -20,7 +20,7 @@ from cache_tools.system.memory import drop_tracebacks
 from train.data import TrainingData, open_data, with_cached_images
 from train.evaluate.multilabel import HEADLINES
 from train.feed import Feed
-from train.loop import EpochState, explain_out_of_memory, repeatable, train_epoch
+from train.loop import EpochState, explain_failure, repeatable, train_epoch
 from train.recipe import TrainRecipe, recipe_digest
 from train.report.html import write_report
 from train.run.state import Run, command_line, draw_curves
@@ -75,7 +75,7 @@ def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, o
             read_predictions(path)
             return finished
         feed = data.feed(recipe, device)
-        with closing(feed), explain_out_of_memory(recipe, device):
+        with closing(feed), explain_failure(recipe, device):
             print_served(feed)
             run = Run(data, recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served)
             [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
@@ -212,7 +212,7 @@ def _value_or_error(run: Run, work: Callable[[], Value], alone: bool) -> Value |
         Its value, or an error that concerns this run only, such as divergence or too little memory.
     """
     try:
-        with explain_out_of_memory(run.recipe, run.device):
+        with explain_failure(run.recipe, run.device):
             return work()
     except (StorageError, OSError):
         raise

@@ -27,7 +27,7 @@ from cache_tools.system.memory import drop_tracebacks, release_memory
 from cache_tools.views.recipe import ViewRecipe
 from train.data import Opener, TrainingData, open_data
 from train.feed import CachedTargets, Feed, memory_shares
-from train.loop import explain_out_of_memory, repeatable
+from train.loop import explain_failure, repeatable
 from train.recipe.pixels import PixelRecipe
 from train.run import Run, claimed_run, print_served, run_device, train_group
 from train.runs.outcome import Failure, is_settled
@@ -181,7 +181,7 @@ def _train_side_by_side(
             if is_settled(path):
                 continue
             try:
-                with explain_out_of_memory(trial.recipe, device):
+                with explain_failure(trial.recipe, device):
                     run = Run(data, trial.recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served)
                 runs.append(((trial, data), run))
             except Exception as error:  # no such student, no memory

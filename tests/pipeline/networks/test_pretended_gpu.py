@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cache_tools.format.manifest import Fusion, Manifest
-from pipeline.build.blocks import LoadedBatch, _compute, _host_buffers
+from pipeline.build.blocks import LoadedBatch, _compute, _copy_event, _host_buffers
 from pipeline.networks.clip import Clip
 from pipeline.networks.ensemble import NetworkPixels, TeacherEnsemble
 from pipeline.networks.teachers import Teacher
@@ -58,5 +58,7 @@ def test_a_batch_is_computed_without_waiting(store: str, precision: str) -> None
         _compute(LoadedBatch(0, 0, samples, pixels), manifest, ensemble, buffers)
         with gpu.watch() as watch:
             _compute(LoadedBatch(1, 0, samples, pixels), manifest, ensemble, buffers)
+        assert _copy_event(gpu.device) is not None
+        assert gpu.events == [{"blocking": True}], "a thread that waits spins"
     assert all(transfer.pinned for transfer in watch.transfers), "a copy from or to memory that is not page-locked"
     assert [transfer.to for transfer in watch.transfers].count("cpu") == len(buffers)
