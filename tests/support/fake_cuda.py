@@ -391,7 +391,8 @@ def _backward(loss: Any) -> None:
             if given is not None and hasattr(node, "variable"):  # its gradient is kept, not copied
                 node.variable.grad = given[0] if node.variable.grad is None else node.variable.grad.add_(given[0])
                 given = None
-            results = (None,) * len(node.next_functions) if given is None else node(*given)
+            call = getattr(node, "apply", node)  # of a function in Python, or of torch's own
+            results = (None,) * len(node.next_functions) if given is None else call(*given)
             results = results if isinstance(results, tuple) else (results,)
             for (following, place), gradient in zip(node.next_functions, results, strict=False):
                 if following is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache_tools.errors import RecipeError
-from train.losses.numerics import full_precision, unit_rows
+from train.losses.numerics import SHORT, full_precision
 from train.recipe.loss import LossRecipe
 
 # One matrix product with the whole memory beats gathering [B, K + 1, dim] rows up to about this many samples per
 # negative; with the reference's setting (50 000 samples, 16 384 negatives) it is about fifteen times faster on a CPU.
 DENSE_RATIO = 64
+_BITS_32 = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B1  # 2³² over the golden ratio, odd: its multiples visit all 32-bit numbers, evenly
 
 
 class Components(NamedTuple):
@@ -36,8 +38,11 @@ class ContrastiveTerm(nn.Module):
     """CRD between student and targets, each with a learned linear embedding [RichKD's feature term].
 
     v_s = normalise(E_s f_s) and v_F = normalise(Σ_k w_k normalise(E_k f_k)); for a teacher and CLIP the weights are α
-    and 1 − α. With a single target v_F is its embedding, as in CRD. Negatives are a function of (seed, step).
+    and 1 − α. With a single target v_F is its embedding, as in CRD. Negatives are a function of (seed, step, sample),
+    the same on every device.
     """
+
+    step: Tensor
 
     def __init__(
         self, recipe: LossRecipe, student_dim: int, targets: Components, labels: Tensor | np.ndarray, seed: int
@@ -51,8 +56,9 @@ class ContrastiveTerm(nn.Module):
         self.memory = ContrastiveMemory(
             len(labels), recipe.crd_dim, negatives, recipe.crd_temperature, recipe.crd_momentum, seed=seed
         )
-        self.sampler = NegativeSampler(labels, negatives)
-        self.seed, self.step = seed, 0
+        self.sampler = NegativeSampler(labels, negatives, seed)
+        # On the device, so that no step depends on the host; in the state as `get_extra_state` gives it.
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, student_features: Tensor, target_features: Sequence[Tensor], index: Tensor) -> Tensor:
         """The loss of one step; in training mode it also updates the memories and the step count.
@@ -62,27 +68,27 @@ class ContrastiveTerm(nn.Module):
             target_features: [B, width] of each network, in the order of `targets`.
             index: int64 [B], distinct samples.
         """
-        seed = int(np.random.SeedSequence(self.seed, spawn_key=(self.step,)).generate_state(1)[0])
-        contrast_index = self.sampler(index, torch.Generator(index.device).manual_seed(seed))
-        student_unit = unit_rows(self.embed_student(student_features))
-        self.step += self.training
+        contrast_index = self.sampler(index, self.step)
+        student_unit = _unit(self.embed_student(student_features))
+        if self.training:
+            self.step.add_(1)
         return self.memory(student_unit, self._target_unit(target_features), index, contrast_index)
 
     def get_extra_state(self) -> Tensor:
-        """The step count. It is used, and so kept, on the host."""
-        return torch.tensor(self.step)
+        """The step count."""
+        return self.step.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.step = int(state)
+        self.step.copy_(state)
 
     def _target_unit(self, features: Sequence[Tensor]) -> Tensor:
-        units = [
-            unit_rows(embed(features[number])) for embed, number in zip(self.embed_targets, self.mixed, strict=True)
-        ]
+        units = [_unit(embed(features[number])) for embed, number in zip(self.embed_targets, self.mixed, strict=True)]
         if len(units) == 1:
             return units[0]
-        mix = torch.stack([weight * unit for weight, unit in zip(self.weights, units, strict=True)]).sum(dim=0)
-        return unit_rows(mix)
+        mix = self.weights[0] * units[0]
+        for weight, unit in zip(self.weights[1:], units[1:], strict=True):
+            mix = torch.add(mix, unit, alpha=weight)
+        return _unit(mix)
 
 
 class ContrastiveMemory(nn.Module):
@@ -138,64 +144,69 @@ class ContrastiveMemory(nn.Module):
             contrast_index: int64 [B, K + 1], first column `index`, the rest negatives (see `NegativeSampler`).
         """
         assert contrast_index.shape == (len(index), self.negatives + 1), "contrast_index must be [B, negatives + 1]"
-        sides = [
-            _similarities(self.memory_target, student_unit, contrast_index) / self.temperature,
-            _similarities(self.memory_student, target_unit, contrast_index) / self.temperature,
-        ]
-        log_normaliser = self._log_normaliser(sides)
-        loss = sum(
-            (self._side(scores - log_z) for scores, log_z in zip(sides, log_normaliser, strict=True)), torch.zeros(())
-        )
+        by_side = (self.memory_target, student_unit), (self.memory_student, target_unit)
+        scores = torch.stack([_similarities(memory, unit, contrast_index) for memory, unit in by_side])
+        scores = scores / self.temperature
+        log_normaliser = self._log_normaliser(scores)
+        loss = self._loss(scores - log_normaliser[:, None, None])
         if self.training:
             self.log_normaliser.copy_(log_normaliser)
-            self._update(self.memory_student, student_unit, index)
-            self._update(self.memory_target, target_unit, index)
+            self._update(student_unit, target_unit, index)
         return loss
 
     @torch.no_grad()
-    def _log_normaliser(self, sides: list[Tensor]) -> Tensor:
-        """log Z of each side: the stored one or, if there is none yet (NaN), this batch's. No branch, no sync."""
-        first = torch.stack([torch.logsumexp(scores, dim=(0, 1)) for scores in sides])
-        first = first + math.log(self.num_samples / sides[0].numel())
+    def _log_normaliser(self, scores: Tensor) -> Tensor:
+        """log Z of each side [2]: the stored one or, if there is none yet (NaN), this batch's. No branch, no sync."""
+        first = torch.logsumexp(scores, dim=(1, 2)) + math.log(self.num_samples / scores[0].numel())
         return torch.where(self.log_normaliser.isnan(), first.to(self.log_normaliser), self.log_normaliser)
 
-    def _side(self, log_p: Tensor) -> Tensor:
-        """One side's loss from log P [B, K + 1]: log(1 + c/P) = softplus(log c − log P), and likewise for negatives."""
-        chance = self.negatives / self.num_samples
+    def _loss(self, log_p: Tensor) -> Tensor:
+        """The loss from log P [2, B, K + 1]: log(1 + c/P) = softplus(log c − log P), and likewise for negatives."""
+        chance, batch = self.negatives / self.num_samples, log_p.shape[1]
         log_c = math.log(chance + 1e-7)
-        positive = F.softplus(log_c - log_p[:, 0]).sum()
-        negative = F.softplus(log_p[:, 1:] - log_c).sum() + log_p[:, 1:].numel() * (log_c - math.log(chance))
-        return (positive + negative) / len(log_p)
+        positive = F.softplus(log_c - log_p[..., 0]).sum()
+        negative = F.softplus(log_p[..., 1:] - log_c).sum()
+        rest = log_p.shape[0] * self.negatives * (log_c - math.log(chance))
+        return (positive + negative) / batch + rest
 
     @torch.no_grad()
-    def _update(self, memory: Tensor, unit: Tensor, index: Tensor) -> None:
-        mixed = self.momentum * memory[index] + (1.0 - self.momentum) * unit
-        memory.index_copy_(0, index, unit_rows(mixed).to(memory.dtype))
+    def _update(self, student_unit: Tensor, target_unit: Tensor, index: Tensor) -> None:
+        before = torch.stack([memory.index_select(0, index) for memory in (self.memory_student, self.memory_target)])
+        units = torch.stack([student_unit, target_unit]).to(before.dtype)
+        mixed = _unit(torch.lerp(units, before, self.momentum))
+        self.memory_student.index_copy_(0, index, mixed[0])
+        self.memory_target.index_copy_(0, index, mixed[1])
 
 
 class NegativeSampler(nn.Module):
     """Draws K negatives of other classes for every sample of a batch, on the device and without waiting for it.
 
-    The samples of other classes, in class order, are divided into K strata of equal size (± 1). One sample is drawn
-    from each, and a random rotation per row evens out the ± 1. So negatives are distinct, and every sample of another
-    class is drawn with the same probability: the loss, a sum over negatives, has the same expectation as with the
-    reference's uniform choice without replacement. The difference is that negatives are spread evenly over the classes,
-    which lowers the variance. If there are fewer than K samples of other classes, they repeat evenly.
+    The samples of other classes, in class order, are divided into K strata of equal size (± 1). A step draws one place
+    in each stratum, and every sample turns these places round by an amount of its own. So negatives are distinct, and
+    every sample of another class is drawn with the same probability: the loss, a sum over negatives, has the same
+    expectation as with the reference's uniform choice without replacement. The difference is that negatives are spread
+    evenly over the classes, which lowers the variance. If there are fewer than K samples of other classes, they repeat
+    evenly.
+
+    All draws are integers from a hash of (seed, step, stratum) and (seed, step, sample): no generator, and the same
+    numbers on every device.
 
     Args:
         labels: int [N], the labels of all training samples.
         negatives: K.
+        seed: of the draws.
 
     Raises:
         RecipeError: all samples have the same class, so there are no negatives.
     """
 
-    labels: Tensor
     by_class: Tensor
-    first: Tensor
-    count: Tensor
+    samples: Tensor
+    strata: Tensor
+    first_place: Tensor
+    places: Tensor
 
-    def __init__(self, labels: Tensor | np.ndarray, negatives: int) -> None:
+    def __init__(self, labels: Tensor | np.ndarray, negatives: int, seed: int = 0) -> None:
         super().__init__()
         labels = torch.as_tensor(labels).to("cpu", torch.int64)
         count = torch.bincount(labels)
@@ -205,25 +216,68 @@ class NegativeSampler(nn.Module):
                 found="one class",
                 next_step="choose another loss.feature",
             )
-        self.negatives, self.num_samples = negatives, len(labels)
-        # Not stored in checkpoints, because they are functions of the labels, which the cache has.
-        self.register_buffer("labels", labels, persistent=False)
-        self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
-        self.register_buffer("first", count.cumsum(0) - count, persistent=False)
-        self.register_buffer("count", count, persistent=False)
+        self.negatives = negatives
+        others = len(labels) - count
+        # Classes of the same size have the same strata.
+        sizes, group = torch.unique(others, return_inverse=True)
+        stratum = torch.arange(negatives)[None]
+        first_place = stratum * sizes[:, None] // negatives
+        starts = np.random.SeedSequence(seed).generate_state(negatives + len(labels))
+        hashed = torch.from_numpy(starts.astype(np.int64))
+        # Not stored in checkpoints, because they are functions of the seed and of the labels, which the cache has.
+        own = {
+            # Twice in a row: the others of a class follow it, and go on at the beginning.
+            "by_class": labels.argsort(stable=True).repeat(2),
+            # Of each sample: the group of its class, the number of others, the place after its class, its hash.
+            "samples": torch.stack([group[labels], others[labels], count.cumsum(0)[labels], hashed[negatives:]], dim=1),
+            "strata": hashed[:negatives],
+            "first_place": first_place.to(torch.int32),
+            "places": ((stratum + 1) * sizes[:, None] // negatives - first_place).clamp_min(1).to(torch.int32),
+        }
+        for name, tensor in own.items():
+            self.register_buffer(name, tensor, persistent=False)
 
-    def forward(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """contrast_index int64 [B, K + 1]: `index`, then the negatives. `generator` is on the device of `index`."""
-        label = self.labels[index][:, None]
-        count = self.count[label]
-        others = self.num_samples - count
-        stratum = torch.arange(self.negatives, device=index.device)[None]
-        start = stratum * others // self.negatives
-        width = ((stratum + 1) * others // self.negatives - start).clamp_min(1)
-        place = start + _random_below(width, start.shape, generator)
-        place = (place + _random_below(others, others.shape, generator)) % others
-        place = place + count * (place >= self.first[label])  # skip the sample's own class
+    def forward(self, index: Tensor, step: Tensor) -> Tensor:
+        """contrast_index int64 [B, K + 1]: `index`, then the negatives.
+
+        Args:
+            index: int64 [B].
+            step: int64 scalar, at least 0 and less than 2³¹.
+        """
+        group, others, after, hashed = self.samples.index_select(0, index).unbind(1)
+        bits = _hash(torch.cat([self.strata, hashed]) + step * _GOLDEN)
+        drawn = self.first_place + (bits[: self.negatives] * self.places >> 31)
+        turn = bits[self.negatives :] * others >> 31
+        place = drawn.index_select(0, group) + turn[:, None]
+        place = torch.where(place >= others[:, None], place - others[:, None], place) + after[:, None]
         return torch.cat([index[:, None], self.by_class[place]], dim=1)
+
+
+class _Unit(torch.autograd.Function):
+    """`unit_rows` with a gradient of four kernels: (g − u (u · g)) / length.
+
+    A vector without a direction is returned unchanged, and so is its gradient, but for a term below 1e-24.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+        length = torch.where(length > SHORT, length, 1.0)
+        unit = vectors / length
+        ctx.save_for_backward(unit, length)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        unit, length = ctx.saved_tensors
+        (gradient,) = gradients
+        along = (unit * gradient).sum(dim=-1, keepdim=True)
+        return torch.addcmul(gradient, unit, along, value=-1.0) / length
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    unit: Tensor = _Unit.apply(vectors)
+    return unit
 
 
 def _fewest_negatives(labels: Tensor | np.ndarray) -> int:
@@ -240,7 +294,9 @@ def _similarities(memory: Tensor, unit: Tensor, contrast_index: Tensor) -> Tenso
     return torch.einsum("bkd,bd->bk", memory[contrast_index], unit)
 
 
-def _random_below(bound: Tensor, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-    """int64 uniform in [0, bound) by multiply-high of 31 random bits; bound < 2**31."""
-    bits = torch.randint(0, 1 << 31, shape, generator=generator, device=bound.device)
-    return (bits * bound) >> 31
+def _hash(numbers: Tensor) -> Tensor:
+    """31 random bits for each of these int64 numbers from 0: a hash of 32 bits, in products below 2⁶³."""
+    x = numbers & _BITS_32
+    x = (x ^ x >> 16) * 0x21F0AAAD & _BITS_32
+    x = (x ^ x >> 15) * 0x735A2D97 & _BITS_32
+    return x >> 1

@@ -12,7 +12,7 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 _HALF = {torch.float16, torch.bfloat16}
-_SHORT = 1e-12
+SHORT = 1e-12
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -40,7 +40,7 @@ def unit_rows(vectors: Tensor) -> Tensor:
     too large.
     """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / torch.where(length > _SHORT, length, torch.ones_like(length))
+    return vectors / torch.where(length > SHORT, length, torch.ones_like(length))
 
 
 def _widen(value: Any) -> Any:

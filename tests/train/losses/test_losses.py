@@ -357,7 +357,7 @@ def test_crd_equals_slow_formula_and_its_gradient_is_its_derivative() -> None:
     memory = losses.ContrastiveMemory(n, dim, k, temperature, 0.5, seed=5).double().eval()
     labels = torch.arange(n) % 3
     index = torch.tensor([3, 29, 0, 14])
-    contrast = losses.NegativeSampler(labels, k)(index, torch.Generator().manual_seed(0))
+    contrast = losses.NegativeSampler(labels, k)(index, torch.tensor(0))
     student, target = unit64(batch, dim, seed=1), unit64(batch, dim, seed=2)
 
     expected, chance = 0.0, k / n
@@ -389,7 +389,7 @@ def test_crd_state_resumes_exactly() -> None:
     labels = torch.arange(40) % 4
     sampler = losses.NegativeSampler(labels, 10)
     index = torch.arange(0, 40, 5)
-    contrast = sampler(index, torch.Generator().manual_seed(0))
+    contrast = sampler(index, torch.tensor(0))
     units = [(unit64(8, 6, seed=k).float(), unit64(8, 6, seed=9 + k).float()) for k in range(4)]
     straight = losses.ContrastiveMemory(40, 6, 10, seed=1)
     outputs = [straight(s, t, index, contrast) for s, t in units]
@@ -407,9 +407,8 @@ def test_crd_state_resumes_exactly() -> None:
 
 
 def draws(labels: Tensor, negatives: int, index: Tensor, times: int) -> Tensor:
-    sampler = losses.NegativeSampler(labels, negatives)
-    generator = torch.Generator().manual_seed(7)
-    return torch.stack([sampler(index, generator) for _ in range(times)])
+    sampler = losses.NegativeSampler(labels, negatives, seed=7)
+    return torch.stack([sampler(index, torch.tensor(step)) for step in range(times)])
 
 
 def test_negatives_are_distinct_samples_of_other_classes() -> None:
@@ -435,6 +434,34 @@ def test_every_sample_of_another_class_is_equally_likely() -> None:
         assert ((counts[others] - times * share).abs() < 4.5 * spread).all()
 
 
+def test_negatives_equal_a_slow_formula_sample_by_sample() -> None:
+    """In Python's whole numbers, one sample at a time: they depend on (seed, step, sample), not on the batch."""
+    labels = torch.tensor([1, 0, 2, 1, 1, 0, 2, 3, 3, 1, 0, 2, 2, 2, 1])
+    k, seed, n = 7, 5, len(labels)
+    starts = [int(start) for start in np.random.SeedSequence(seed).generate_state(k + n)]
+    by_class = sorted(range(n), key=lambda sample: int(labels[sample]))  # stable
+
+    def bits(start: int, step: int) -> int:
+        x = (start + step * 0x9E3779B1) % 2**32
+        x = (x ^ (x >> 16)) * 0x21F0AAAD % 2**32
+        x = (x ^ (x >> 15)) * 0x735A2D97 % 2**32
+        return x >> 1
+
+    sampler = losses.NegativeSampler(labels, k, seed)
+    for step in (0, 1, 70_000):
+        for sample in range(n):
+            place = max(number for number, each in enumerate(by_class) if labels[each] == labels[sample]) + 1
+            others = [each for each in by_class[place:] + by_class[:place] if labels[each] != labels[sample]]
+            turn = (bits(starts[k + sample], step) * len(others)) >> 31
+            expected = [sample]
+            for stratum in range(k):
+                low, high = stratum * len(others) // k, (stratum + 1) * len(others) // k
+                drawn = low + (bits(starts[stratum], step) * max(high - low, 1) >> 31)
+                expected.append(others[(drawn + turn) % len(others)])
+            index = torch.tensor([(sample + 1) % n, sample])
+            assert sampler(index, torch.tensor(step))[1].tolist() == expected
+
+
 def test_too_few_other_samples_repeat_evenly() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1])
     for contrast in draws(labels, 6, torch.tensor([0]), times=20):
@@ -458,9 +485,10 @@ def test_losses_on_cuda_equal_the_cpu_and_never_wait() -> None:
     try:
         values = {name: case(on_gpu, on_gpu["student_logits"]) for name, case in LOGIT_CASES.items()}
         values |= {name: case(on_gpu, on_gpu["student_features"]) for name, case in FEATURE_CASES.items()}
-        contrast = sampler(index, torch.Generator("cuda").manual_seed(0))
+        contrast = sampler(index, torch.tensor(3, device="cuda"))
         memory(unit, unit, index, contrast)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(contrast.cpu(), sampler.cpu()(index.cpu(), torch.tensor(3))), "other negatives on CUDA"
     for name, value in values.items():
         assert_near(value.cpu(), data[f"{name}.loss"], 1e-5)
