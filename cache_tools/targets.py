@@ -99,6 +99,10 @@ class ViewTargets:
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
+    def at(self, index: Index) -> Self:
+        """The targets of these samples alone, as stored, renumbered from 0."""
+        return replace(self, arrays=gather(self.arrays, index))
+
     def to(self, device: torch.device | str) -> Self:
         """The same targets on another device."""
 
@@ -258,6 +262,12 @@ def fusion_constants(
             prompts = fusion.prompt_embeddings(text_features_PCD, resolved.prompt_ensemble)
             constants[array_name("prompts", number)] = prompts
     return constants
+
+
+def joined(parts: Sequence[ViewTargets]) -> ViewTargets:
+    """The rows of parts of one view, one part after the other, as stored."""
+    arrays = {name: torch.cat([part.arrays[name] for part in parts]) for name in parts[0].arrays}
+    return replace(parts[0], arrays=arrays)
 
 
 def _pieces(sizes: Sequence[int]) -> list[slice]:

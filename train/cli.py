@@ -25,6 +25,7 @@ from train.options import (
     Precision,
     ResultAsJson,
     ShowRecipe,
+    ShuffleWindow,
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -98,6 +99,7 @@ def train_student(
         bool | None,
         typer.Option(help="Also train the same student on labels alone and compare."),
     ] = None,
+    shuffle_window: ShuffleWindow = None,
     checkpoint_every_minutes: CheckpointEvery = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
@@ -159,6 +161,7 @@ def train_student(
         "data_dir": str(data_dir) if data_dir else None,
         "download": True if download else None,
         "compare_with_labels": compare_with_labels,
+        "shuffle_window": shuffle_window,
         "checkpoint_every_minutes": checkpoint_every_minutes,
         "pixels.device_memory": device_memory,
         "pixels.host_memory": host_memory,

@@ -153,6 +153,7 @@ class TrainingData:
             known=self.known,
             samples=self.samples,
             pixels=recipe.pixels if pixels is None else pixels,
+            window=recipe.shuffle_window,
         )
 
 

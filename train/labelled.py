@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cache_tools import philox
+from cache_tools.analysis.figures import row_chunks
+from cache_tools.analysis.pieces import view_pieces
 from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
 
@@ -61,6 +64,9 @@ def partial_labels(
         return None
     labelled = np.zeros(len(labels), np.bool_)
     labelled[labelled_rows(labels, fraction, seed)] = True
-    targets = cache.load_view(0, features=False, fusion=fusion)
-    largest = targets.logits(slice(None) if samples is None else samples).argmax(dim=1).numpy()
-    return PartialLabels(np.where(labelled, labels, largest).astype(np.int64), labelled)
+    largest = np.empty(cache.num_samples, np.int64)
+    for first, targets in view_pieces(cache, 0, torch.device("cpu"), fusion):
+        for rows in row_chunks(len(targets), cache.num_classes):
+            largest[first + rows.start : first + rows.stop] = targets.logits(rows).argmax(dim=1).numpy()
+    chosen = largest if samples is None else largest[samples]
+    return PartialLabels(np.where(labelled, labels, chosen).astype(np.int64), labelled)

@@ -43,6 +43,12 @@ PixelDisk = Annotated[
         "--pixel-disk", metavar="SIZE", help="For decoded pixels in the cache home, such as 20GB. Default: none."
     ),
 ]
+ShuffleWindow = Annotated[
+    int | None,
+    typer.Option(
+        "--shuffle-window", help="Shuffle within so many blocks of the cache at a time, for views beyond memory."
+    ),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")]
 ForwardBatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]

@@ -107,5 +107,5 @@ def _allocate(shape: tuple[int, int], dtype: torch.dtype, pin: bool, where: Path
             "a view does not fit into memory",
             where=where,
             expected=f"{shape[0] * shape[1] * dtype.itemsize / 1e9:,.1f} GB",
-            next_step="use a machine with more memory, or a cache of fewer samples",
+            next_step="train with --shuffle-window 64 or less, or use a machine with more memory",
         ) from error

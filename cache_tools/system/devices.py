@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+Value = TypeVar("Value")
 
 
 def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -17,6 +19,24 @@ def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     to_cuda = device.type == "cuda" and tensor.device.type == "cpu"
     return tensor.to(device, non_blocking=to_cuda and tensor.is_pinned())
+
+
+def in_current_stream(device: torch.device, function: Callable[..., Value]) -> Callable[..., Value]:
+    """A function whose work on CUDA joins the stream that is current now, whichever thread calls it.
+
+    So what another thread makes needs no synchronisation: work that is launched later on this stream runs after it.
+    """
+    if device.type != "cuda":
+        return function
+    import torch
+
+    stream = torch.cuda.current_stream(device)
+
+    def call(*args: Any) -> Value:
+        with torch.cuda.stream(stream):
+            return function(*args)
+
+    return call
 
 
 @contextmanager

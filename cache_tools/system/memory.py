@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache_tools.errors import OutOfMemoryError
@@ -56,6 +58,28 @@ def release_memory(device: torch.device) -> None:
         import torch
 
         torch.mps.empty_cache()
+
+
+def free_memory(device: torch.device) -> int:
+    """Free memory of a device, in bytes; on the CPU at most what the control group leaves."""
+    if device.type == "cuda":
+        import torch
+
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch has it, and gives it
+        return torch.cuda.mem_get_info(device)[0] + unused
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (text := (group / "memory.max").read_text().strip()) != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(
+            stat["inactive_file"]
+        )  # without the page cache, which shrinks on demand
+        available = min(available, int(text) - used)
+    return max(available, 0)
 
 
 def drop_tracebacks(error: Exception) -> Exception:

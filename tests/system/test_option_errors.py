@@ -22,9 +22,9 @@ BUILD = ["--views", "--seed", "--teacher-weight", "--batch-size", "--store", "--
 TRAIN = [
     "--epochs", "--batch-size", "--accumulate", "--lr", "--clip-grad-norm", "--label-smoothing", "--class-weights",
     "--views", "--teacher-weight", "--clip-scale", "--label-fraction", "--checkpoint-every-minutes", "--precision",
-    "--seed", "--log", "--device-memory", "--host-memory", "--pixel-disk",
+    "--seed", "--log", "--device-memory", "--host-memory", "--pixel-disk", "--shuffle-window",
 ]  # fmt: skip
-SWEEP = ["--epochs", "--seeds", "--name", "--checkpoint-every-minutes", "--pixel-disk"]
+SWEEP = ["--epochs", "--seeds", "--name", "--checkpoint-every-minutes", "--pixel-disk", "--shuffle-window"]
 EVALUATE = ["--batch-size", "--robustness-samples", "--workers", "--precision", "--checkpoint"]
 EXPORT = ["--samples", "--tolerance", "--format", "--weights", "--input", "--batch-size"]
 CASES = [

@@ -11,10 +11,11 @@ import torch
 
 from cache_tools.errors import RecipeError
 from cache_tools.system.devices import copy_to, seeded_on_cpu
+from cache_tools.system.memory import free_memory
 from cache_tools.targets import FusedView
 from tests.support.fake_cuda import DEVICE, fake_cuda
 from tests.support.fake_learner import PREPROCESSING, RUNS, count_step, make, make_recipe, pretended
-from train.feed import ResidentFeed, StreamingFeed, free_memory
+from train.feed import ResidentFeed, StreamingFeed
 from train.loop import explain_failure, model_inputs, repeatable, train_epoch
 from train.objective import Objective
 from train.recipe.loss import LOSSES, LossRecipe

@@ -7,9 +7,7 @@ never of timing. Epoch e shows view e modulo the number of cached views; without
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +16,9 @@ import torch
 from cache_tools.errors import RecipeError
 from cache_tools.images.image_set import ImageSet
 from cache_tools.views.recipe import ViewRecipe
-from train.feed.batch import Batch, MixedLabels, TargetSource, ViewSource
+from train.feed.batch import Batch, MixedLabels, TargetSource
+from train.feed.windows import EpochTargets, TargetReader, Window, blocks_of, permutation
 from train.labelled import PartialLabels
-
-Value = TypeVar("Value")
 
 
 class Feed(ABC):
@@ -41,6 +38,9 @@ class Feed(ABC):
         known: the labels, if only a fraction of them are real; None for the labels of `images`.
         samples: int64 [N], the numbers of the images in the cache, by which views are drawn and targets are found; None
             for 0 … N − 1.
+        window: number of blocks of the cache whose targets are in memory together (see `train.feed.windows`); None for
+            whole views.
+        read_ahead: read the targets that follow while others are in use.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Feed(ABC):
         device: torch.device,
         known: PartialLabels | None = None,
         samples: npt.NDArray[np.int64] | None = None,
+        window: int | None = None,
+        read_ahead: bool = True,
     ) -> None:
         self.images, self.views, self.num_views, self.targets = images, views, num_views, targets
         self.epochs, self.seed, self.device = epochs, seed, device
@@ -65,8 +67,8 @@ class Feed(ABC):
         self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=kind)).to(device)
         self._labelled = None if known is None else torch.from_numpy(known.labelled).to(device)
         self._samples = samples
-        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="next-view")
-        self._fetched: tuple[int, Future[ViewSource]] | None = None
+        self._blocks = None if window is None else blocks_of(targets, window, len(images), samples)
+        self._reader = TargetReader(targets, device, ahead=read_ahead)
         self.served: str | None = None
 
     @property
@@ -78,12 +80,11 @@ class Feed(ABC):
         return self.bounds[-1][1]
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `first` on; a background thread reads the targets of the next one."""
+        """The batches of an epoch from number `first` on; a background thread reads the targets that follow."""
         view = self._view_of(epoch)
-        order = self._order(epoch, view)
-        source = self._fetch(view).result()
-        if epoch + 1 < self.epochs:
-            self._fetch(self._view_of(epoch + 1))
+        order, windows = self._order(epoch, view)
+        following = self._first_window(epoch + 1) if epoch + 1 < self.epochs else None
+        source = EpochTargets(self._reader, self.targets, windows, following)
         index = order.to(self.device)
         samples = index if self._samples is None else torch.from_numpy(self._numbers(order.numpy())).to(self.device)
         labels = self._labels[index]
@@ -94,13 +95,13 @@ class Feed(ABC):
         for (start, stop), pixels in zip(bounds, self._pixels(order.numpy(), view, bounds), strict=True):
             rows = index[start:stop]
             real = None if labelled is None else labelled[start:stop]
-            targets = source.batch(samples[start:stop], pixels)
+            targets = source.batch(start, stop, samples[start:stop], pixels)
             both = None if mixed is None else MixedLabels(*(column[start:stop] for column in mixed))
             yield Batch(pixels, labels[start:stop], rows, targets, real, start, epoch_labels, both)
 
     def close(self) -> None:
         """Stop the background thread. The target source stays open: whoever opened it closes it."""
-        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
 
     @abstractmethod
     def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
@@ -110,10 +111,24 @@ class Feed(ABC):
         """The numbers in the cache of rows of the split."""
         return rows if self._samples is None else self._samples[rows]
 
-    def _order(self, epoch: int, view: int) -> torch.Tensor:
+    def _order(self, epoch: int, view: int) -> tuple[torch.Tensor, list[Window]]:
+        """The order of the samples in an epoch, and its windows."""
+        whole = [Window(len(self.images), view, None)]
         if self.views.mixes(view):
-            return pair_order(torch.from_numpy(self.views.pairs(view)), self.seed, epoch)
-        return epoch_order(len(self.images), self.seed, epoch)
+            if self._blocks is not None:
+                raise RecipeError(
+                    "a shuffle window would separate the two images that a view mixes (views.mix)",
+                    where=f"--shuffle-window {self._blocks.window}",
+                    next_step="leave it out",
+                )
+            return pair_order(torch.from_numpy(self.views.pairs(view)), self.seed, epoch), whole
+        if self._blocks is not None:
+            return self._blocks.order(self.seed, epoch, view)
+        return epoch_order(len(self.images), self.seed, epoch), whole
+
+    def _first_window(self, epoch: int) -> Window:
+        view = self._view_of(epoch)
+        return Window(0, view, None) if self._blocks is None else self._blocks.first(self.seed, epoch, view)
 
     def _mixed_labels(self, rows: np.ndarray, view: int) -> MixedLabels | None:
         mixing = self.views.mixing(rows, view, self.images.image_size)
@@ -125,31 +140,10 @@ class Feed(ABC):
     def _view_of(self, epoch: int) -> int:
         return epoch if self.num_views is None else epoch % self.num_views
 
-    def _fetch(self, view: int) -> Future[ViewSource]:
-        if self._fetched is None or self._fetched[0] != view:
-            self._fetched = view, self._fetcher.submit(in_current_stream(self.device, self.targets.view), view)
-        return self._fetched[1]
-
-
-def in_current_stream(device: torch.device, function: Callable[..., Value]) -> Callable[..., Value]:
-    """A function whose work on CUDA joins the stream that is current now, whichever thread calls it.
-
-    So what another thread makes needs no synchronisation: work that is launched later on this stream runs after it.
-    """
-    if device.type != "cuda":
-        return function
-    stream = torch.cuda.current_stream(device)
-
-    def call(*args: Any) -> Value:
-        with torch.cuda.stream(stream):
-            return function(*args)
-
-    return call
-
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of the samples in an epoch, int64 [count]: a function of (seed, epoch) alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+    return permutation(count, seed, epoch)
 
 
 def pair_order(pairs: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
@@ -157,11 +151,6 @@ def pair_order(pairs: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
     whole = len(pairs) // 2
     order = epoch_order(whole, seed, epoch)
     return torch.cat([pairs[: 2 * whole].view(whole, 2)[order].view(-1), pairs[2 * whole :]])
-
-
-def mixed_seed(seed: int, *counters: int) -> int:
-    """Mix a seed of any size and counters into 32 bits, all that torch's CPU generator uses of a seed."""
-    return int(np.random.SeedSequence(seed, spawn_key=counters).generate_state(1)[0])
 
 
 def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -63,6 +64,35 @@ class TargetSource(Protocol):
     def view(self, view: int) -> ViewSource: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class WindowSource(TargetSource, Protocol):
+    """Targets that can be read in blocks, such as those of a cache.
+
+    Attributes:
+        num_samples: of the cache.
+        block_rows: samples in a block.
+        row_bytes: memory of the targets of a sample on the device.
+    """
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def block_rows(self) -> int: ...
+
+    @property
+    def row_bytes(self) -> int: ...
+
+    def window(self, view: int, blocks: Sequence[int]) -> ViewSource:
+        """The targets of some blocks of a view, for samples of these blocks. May be called from a background thread."""
+
+    def take(self, source: Any, index: torch.Tensor) -> Any:
+        """The rows of samples `index` of a `window`, as they are stored."""
+
+    def batch_of(self, parts: Sequence[Any]) -> BatchTargets:
+        """The targets of rows that `take` has given, one part after the other."""
 
 
 class NoTargets:

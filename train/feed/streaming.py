@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from cache_tools.decoding.service import service_for, start_loading
-from cache_tools.system.devices import copy_to
-from train.feed.base import Feed, in_current_stream
+from cache_tools.system.devices import copy_to, in_current_stream
+from train.feed.base import Feed
 
 STREAM_DEPTH = 4
 

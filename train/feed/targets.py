@@ -1,13 +1,16 @@
-"""The targets of a cache, a whole view at a time, in memory on the training device."""
+"""The targets of a cache, in memory on the training device: a whole view at a time, or a window of blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from cache_tools.codecs import SparseTargets
 from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
-from cache_tools.targets import ViewTargets
+from cache_tools.targets import ViewTargets, joined
 from train.feed.batch import BatchTargets
 
 
@@ -22,11 +25,11 @@ class CachedView:
         components: bool = False,
         sparse_temperature: float | None = None,
     ) -> None:
-        self._targets, self._logits, self._features, self._components = targets, logits, features, components
+        self.targets, self._logits, self._features, self._components = targets, logits, features, components
         self._sparse_temperature = sparse_temperature
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
-        targets = self._targets
+        targets = self.targets
         return BatchTargets(
             self._batch_logits(index) if self._logits else None,
             targets.features(index) if self._features else None,
@@ -35,12 +38,34 @@ class CachedView:
 
     def _batch_logits(self, index: torch.Tensor) -> torch.Tensor | SparseTargets:
         if self._sparse_temperature is None:
-            return self._targets.logits(index)
-        return self._targets.sparse_logits(index, self._sparse_temperature)
+            return self.targets.logits(index)
+        return self.targets.sparse_logits(index, self._sparse_temperature)
+
+
+class CachedWindow:
+    """Some blocks of one view of a cache, in memory on the training device.
+
+    Args:
+        view: has the rows of these blocks alone, one block after the other.
+        firsts: int64 [blocks of the cache], on the device: the row of `view` where each of them begins.
+    """
+
+    def __init__(self, view: CachedView, firsts: torch.Tensor, block_rows: int) -> None:
+        self._view, self._firsts, self._block_rows = view, firsts, block_rows
+
+    def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
+        return self._view.batch(self._rows(index), pixels_NCHW_u8)
+
+    def take(self, index: torch.Tensor) -> ViewTargets:
+        """The targets of samples `index`, as stored."""
+        return self._view.targets.at(self._rows(index))
+
+    def _rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self._firsts[index // self._block_rows] + index % self._block_rows
 
 
 class CachedTargets:
-    """The targets of a cache, read a whole view at a time, and only the arrays that the loss uses.
+    """The targets of a cache, and only the arrays that the loss uses.
 
     Args:
         sparse_temperature: gives top-k targets as stored, for a loss at this temperature; None for dense logits.
@@ -60,10 +85,51 @@ class CachedTargets:
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
         self._components, self._fusion, self.sparse_temperature = components, fusion, sparse_temperature
 
+    @property
+    def num_samples(self) -> int:
+        return self._cache.num_samples
+
+    @property
+    def block_rows(self) -> int:
+        return self._cache.manifest.block_rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of the targets of a sample: the arrays as stored and, for a component cache, the fused targets."""
+        wanted, recipe = {"fused_logits": self._logits, "fused_features": self._features}, self._cache.recipe
+        specs = [spec for name, spec in self._cache.targets.items() if wanted.get(name, True)]
+        stored = sum(array.stored.row_bytes for spec in specs for array in spec.arrays)
+        if recipe.store == "fused":
+            return stored
+        fused = self._logits * len(recipe.dataset.class_names) + self._features * recipe.fusion.feature_dim
+        return stored + torch.float32.itemsize * fused
+
     def view(self, view: int) -> CachedView:
+        return self._load(view, None)
+
+    def window(self, view: int, blocks: Sequence[int]) -> CachedWindow:
+        manifest = self._cache.manifest
+        firsts = np.zeros(manifest.num_blocks, np.int64)
+        sizes = [place.stop - place.start for place in map(manifest.block, blocks)]
+        firsts[list(blocks)] = np.cumsum([0, *sizes[:-1]])
+        return CachedWindow(self._load(view, blocks), torch.from_numpy(firsts).to(self._device), manifest.block_rows)
+
+    def take(self, source: CachedWindow, index: torch.Tensor) -> ViewTargets:
+        return source.take(index)
+
+    def batch_of(self, parts: Sequence[ViewTargets]) -> BatchTargets:
+        # Decoded together: a kernel may sum a row in another order in a batch of another size.
+        targets = joined(parts)
+        everything = torch.arange(len(targets), device=targets.device)
+        return self._with_choices(targets).batch(everything, torch.empty(0))
+
+    def _load(self, view: int, blocks: Sequence[int] | None) -> CachedView:
         targets = self._cache.load_view(
-            view, self._device, logits=self._logits, features=self._features, fusion=self._fusion
+            view, self._device, logits=self._logits, features=self._features, fusion=self._fusion, blocks=blocks
         )
+        return self._with_choices(targets)
+
+    def _with_choices(self, targets: ViewTargets) -> CachedView:
         return CachedView(targets, self._logits, self._features, self._components, self.sparse_temperature)
 
     def close(self) -> None:

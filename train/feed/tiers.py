@@ -5,8 +5,6 @@ The first of these that has room serves them. Batches are the same, bit for bit,
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,12 +14,14 @@ import torch
 from cache_tools.decoding.packing import NoRoomError, find_packed, make_packed, option_size, packed_bytes
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import ImageSet
+from cache_tools.system.memory import free_memory
 from cache_tools.units import human_bytes
 from cache_tools.views.recipe import ViewRecipe
 from train.feed.base import Feed
 from train.feed.batch import TargetSource
 from train.feed.resident import HostFeed, ResidentFeed
 from train.feed.streaming import StreamingFeed
+from train.feed.windows import target_memory
 from train.labelled import PartialLabels
 from train.recipe.pixels import PixelRecipe
 
@@ -57,9 +57,16 @@ def open_feed(
     known: PartialLabels | None = None,
     samples: npt.NDArray[np.int64] | None = None,
     pixels: PixelRecipe = _DEFAULTS,
+    window: int | None = None,
 ) -> Feed:
-    """The feed of the first tier that has room for the pixels; see `choose_tier`."""
-    tier = choose_tier(images, views, device, pixels)
+    """The feed of the first tier that has room for the pixels, beside the targets; see `choose_tier`.
+
+    Raises:
+        OutOfMemoryError: the targets of a view, or of a window of blocks, do not fit into memory.
+        DataError, StorageError: as `choose_tier`.
+    """
+    needed = target_memory(targets, window, device, views=num_views, epochs=epochs)
+    tier = choose_tier(images, views, device, pixels, reserved=needed.num_bytes)
     feed = tier.feed(
         tier.images,
         views,
@@ -71,16 +78,23 @@ def open_feed(
         device=device,
         known=known,
         samples=samples,
+        window=window,
+        read_ahead=needed.read_ahead,
     )
     feed.served = tier.reason
     return feed
 
 
-def choose_tier(images: ImageSet, views: ViewRecipe, device: torch.device, pixels: PixelRecipe) -> Tier:
+def choose_tier(
+    images: ImageSet, views: ViewRecipe, device: torch.device, pixels: PixelRecipe, *, reserved: int = 0
+) -> Tier:
     """The first tier that has room for the pixels. To make a pixel file takes as long as to decode all images once.
 
     Device memory holds the canvases and one view of them, host memory the canvases. Views that crop the original
     pictures of files need these, at their own sizes, which only a pixel file holds.
+
+    Args:
+        reserved: bytes of the device that other tensors, such as the targets, will take.
 
     Raises:
         DataError, StorageError: as `make_packed`.
@@ -88,7 +102,7 @@ def choose_tier(images: ImageSet, views: ViewRecipe, device: torch.device, pixel
     encoded = images if isinstance(images, EncodedImages) else None
     canvases = images.resident or views.box_op is None
     packed = None if encoded is None or pixels.disk == 0 else find_packed(encoded, canvases=canvases)
-    if canvases and (tier := _in_memory(images, packed or images, views, device, pixels)) is not None:
+    if canvases and (tier := _in_memory(images, packed or images, views, device, pixels, reserved)) is not None:
         return tier
     if encoded is None:
         return Tier("decode", StreamingFeed, images, "pixels: loaded again in every epoch")
@@ -122,28 +136,8 @@ def memory_shares(pixels: PixelRecipe, device: torch.device, on_host: int, on_de
     )
 
 
-def free_memory(device: torch.device) -> int:
-    """Free memory of a device, in bytes; on the CPU at most what the control group leaves."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch has it, and gives it
-        return torch.cuda.mem_get_info(device)[0] + unused
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").is_file() and (text := (group / "memory.max").read_text().strip()) != "max":
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(
-            stat["inactive_file"]
-        )  # without the page cache, which shrinks on demand
-        available = min(available, int(text) - used)
-    return max(available, 0)
-
-
 def _in_memory(
-    images: ImageSet, source: ImageSet, views: ViewRecipe, device: torch.device, pixels: PixelRecipe
+    images: ImageSet, source: ImageSet, views: ViewRecipe, device: torch.device, pixels: PixelRecipe, reserved: int
 ) -> Tier | None:
     """A tier in memory; None if neither has room.
 
@@ -153,18 +147,18 @@ def _in_memory(
     (height, width), size = images.image_size, views.output_size(images.image_size)
     canvases, view = 3 * len(images) * height * width, 3 * len(images) * size[0] * size[1]
     is_shared = images.resident and device.type == "cpu"  # then the feed uses the source's own memory
-    needed, budget = view + (0 if is_shared else canvases), _budget(pixels.device_memory, device)
+    needed, budget = view + (0 if is_shared else canvases), _budget(pixels.device_memory, device, reserved)
     where = "memory" if device.type == "cpu" else "device memory"
     if needed <= budget:
         return Tier(
             "device", ResidentFeed, source, f"pixels: in {where} ({human_bytes(needed)}, with one view of them)"
         )
-    if not images.resident and canvases > _budget(pixels.host_memory, CPU):
+    if not images.resident and canvases > _budget(pixels.host_memory, CPU, reserved if device.type == "cpu" else 0):
         return None
     why = f"with one view of them {human_bytes(needed)}, where {where} may hold {human_bytes(budget)}"
     host = "memory" if device.type == "cpu" else "host memory"
     return Tier("host", HostFeed, source, f"pixels: in {host}, viewed batch by batch ({human_bytes(canvases)}; {why})")
 
 
-def _budget(given: int | None, device: torch.device) -> int:
-    return int(MEMORY_SHARE * free_memory(device)) if given is None else given
+def _budget(given: int | None, device: torch.device, reserved: int = 0) -> int:
+    return int(MEMORY_SHARE * max(free_memory(device) - reserved, 0)) if given is None else given

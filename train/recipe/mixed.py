@@ -20,13 +20,14 @@ def check_mixed_views(
     loss: LossRecipe,
     label_fraction: float,
     batch_size: int,
+    shuffle_window: int | None,
 ) -> None:
     """Raise RecipeError if a run has settings for images with one label each, and its views mix two.
 
     Args:
         views, num_views: of the run or of its cache.
         where: the recipe or the cache, for the error.
-        loss, label_fraction, batch_size: of the run.
+        loss, label_fraction, batch_size, shuffle_window: of the run.
     """
     if not shows_mixed_views(views, num_views):
         return
@@ -43,6 +44,14 @@ def check_mixed_views(
             expected="a loss of ce, kd or standardised_kd, with any feature term but crd, and all labels",
             found=", ".join(found),
             next_step="choose --loss kd, or a cache whose views are not mixed",
+        )
+    if shuffle_window is not None:
+        raise RecipeError(
+            "a shuffle window separates two images that a view mixes (views.mix): they lie in different blocks",
+            where=where,
+            expected="no shuffle_window",
+            found=shuffle_window,
+            next_step="leave --shuffle-window out, or use a cache whose views are not mixed",
         )
     if batch_size % 2:
         raise RecipeError(

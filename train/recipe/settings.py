@@ -59,6 +59,8 @@ class TrainRecipe(Extensible):
             pretrained tag of timm or torchvision (`pretrained` for the default one). A classifier for other classes is
             replaced by a new one.
         student_weights_key: where they are in a checkpoint that holds several, dotted: `state_dict`, `ema.module`.
+        shuffle_window: blocks of the cache whose targets are in memory together: each epoch shuffles the blocks, then
+            the samples inside each window of so many blocks. None shuffles all samples, and needs memory for a view.
         evaluation: how test images are resized and cropped; by default for the size of the views.
         ema_decay: of an exponential moving average of the weights, None for none.
         evaluate_every: epochs between evaluations on the test split; the last epoch is always evaluated.
@@ -72,7 +74,12 @@ class TrainRecipe(Extensible):
         pixels: where the pixels of the training images are kept. The result does not depend on it.
     """
 
-    added = frozenset({"student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"})
+    added = frozenset(
+        {
+            *("student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"),
+            "shuffle_window",
+        }
+    )
 
     name: Name
     cache: str | None = None
@@ -103,6 +110,7 @@ class TrainRecipe(Extensible):
     epochs: Count = 240
     batch_size: Count = 64
     seed: Seed = 0
+    shuffle_window: Count | None = None
     precision: Precision = "float32"
     ema_decay: Annotated[Positive, Field(lt=1.0)] | None = None
     evaluate_every: Count = 1
@@ -193,7 +201,13 @@ class TrainRecipe(Extensible):
     def check_mixed_views(self, views: ViewRecipe, num_views: int | None, where: object) -> None:
         """Raise RecipeError if these views mix images, and a setting of the run needs images of one class."""
         check_mixed_views(
-            views, num_views, where, loss=self.loss, label_fraction=self.label_fraction, batch_size=self.batch_size
+            views,
+            num_views,
+            where,
+            loss=self.loss,
+            label_fraction=self.label_fraction,
+            batch_size=self.batch_size,
+            shuffle_window=self.shuffle_window,
         )
 
     @property
@@ -282,6 +296,7 @@ class TrainRecipe(Extensible):
             "num_views": num_views,
             "loss": self.loss.on_labels(),
             "compare_with_labels": False,
+            "shuffle_window": None,
         }
         return self.model_copy(update=changes)
 

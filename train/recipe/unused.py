@@ -88,6 +88,7 @@ def _unused(recipe: Mapping[str, Any]) -> Iterator[tuple[Iterable[str], str]]:
     if not uses_logits and not has_features:
         yield [f"fusion.{key}" for key in recipe["fusion"]], "a loss with targets"
         yield ["compare_with_labels"], "a loss with targets: this run is one on labels alone"
+        yield ["shuffle_window"], "a loss with targets: a window is a number of blocks of cached targets"
     elif not uses_logits:
         yield _below("fusion", _FUSION_OF_LOGITS), "a loss with a logit term"
     elif not has_features:

@@ -12,7 +12,17 @@ import typer
 from cache_tools.console import command, print_line
 from cache_tools.errors import RecipeError
 from cache_tools.system.memory import keep_freed_memory
-from train.options import Cache, CheckpointEvery, DataDir, Device, DeviceMemory, Epochs, HostMemory, PixelDisk
+from train.options import (
+    Cache,
+    CheckpointEvery,
+    DataDir,
+    Device,
+    DeviceMemory,
+    Epochs,
+    HostMemory,
+    PixelDisk,
+    ShuffleWindow,
+)
 
 if TYPE_CHECKING:
     from train.sweep.recipe import SweepRecipe
@@ -79,6 +89,7 @@ def sweep_students(
         float | None,
         typer.Option("--ray-gpus", min=0.01, help="GPUs per Ray worker; 0.5 puts two workers on a GPU. Default: 1."),
     ] = None,
+    shuffle_window: ShuffleWindow = None,
     checkpoint_every_minutes: CheckpointEvery = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
@@ -113,6 +124,7 @@ def sweep_students(
     options = {
         "cache": cache,
         "epochs": epochs,
+        "shuffle_window": shuffle_window,
         "checkpoint_every_minutes": checkpoint_every_minutes,
         "pixels.device_memory": device_memory,
         "pixels.host_memory": host_memory,

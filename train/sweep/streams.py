@@ -110,6 +110,7 @@ def _stream_key(trial: Trial, manifests: dict[str, Manifest]) -> str:
         recipe.epochs,
         recipe.batch_size,
         recipe.seed,
+        recipe.shuffle_window,
         recipe.device,
         recipe.deterministic,
         (recipe.label_fraction, recipe.label_seed, recipe.label_fraction < 1.0 and recipe.loss.needs_targets),

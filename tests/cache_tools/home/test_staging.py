@@ -93,6 +93,16 @@ def test_a_remote_cache_reads_as_the_local_one(url: str, local: Path, home: Path
         )
 
 
+def test_blocks_of_a_remote_view_equal_those_of_a_local_one(url: str, local: Path) -> None:
+    remote, reference = TeacherCache.open(url), TeacherCache.open(local)
+    blocks = [BLOCKS - 1, 0]
+    assert (
+        remote.load_view(1, blocks=blocks)
+        .logits(slice(None))
+        .equal(reference.load_view(1, blocks=blocks).logits(slice(None)))
+    )
+
+
 def test_views_are_staged_when_they_are_needed(proxy: FlakyProxy, url: str) -> None:
     cache = TeacherCache.open(url)
     cache.require_complete()
