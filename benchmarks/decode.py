@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from side_by_side import Cost, Rounds, Times, interleaved, prepared_device, ratios, report
+from side_by_side import Cost, Rounds, Times, interleaved, prepared_device, processor_s, ratios, report
 
 from cache_tools.console import command
 from cache_tools.decoding.service import DecodeService, start_loading
@@ -132,7 +132,7 @@ def _pictures(folder: Path, count: int) -> FolderImages:
 
 def _load(service: DecodeService | None, images: FolderImages, recipe: ViewRecipe, views: Sequence[int]) -> Cost:
     """Load these views of all pictures, with one request ahead as in a build."""
-    start, processor_s = time.perf_counter(), _processor_s()
+    start, before_s = time.perf_counter(), processor_s()
     wanted, ahead = [(recipe, view) for view in views], None
     for first in range(0, len(images), REQUEST):
         index = np.arange(first, min(first + REQUEST, len(images)))
@@ -142,7 +142,7 @@ def _load(service: DecodeService | None, images: FolderImages, recipe: ViewRecip
         ahead = load
     assert ahead is not None, "there are pictures"
     ahead()
-    return Cost(time.perf_counter() - start, _processor_s() - processor_s)
+    return Cost(time.perf_counter() - start, processor_s() - before_s)
 
 
 def _passes(service: DecodeService, images: FolderImages, recipe: ViewRecipe, views: Sequence[int]) -> Cost:
@@ -178,13 +178,13 @@ class _Bare:
             end.recv()
 
     def cost(self, number: int) -> Cost:
-        start, processor_s = time.perf_counter(), _processor_s()
+        start, before_s = time.perf_counter(), processor_s()
         for end in self._ends:
             end.send(number)
         measured = [end.recv() for end in self._ends]
         wall, processor = (_Parts(*np.sum(parts, axis=0).tolist()) for parts in zip(*measured, strict=True))
         self.parts.append((wall, processor))
-        return Cost(time.perf_counter() - start, _processor_s() - processor_s)
+        return Cost(time.perf_counter() - start, processor_s() - before_s)
 
     def close(self) -> None:
         for end in self._ends:
@@ -213,20 +213,6 @@ def _loop(end: Connection, files: Sequence[str], recipe: ViewRecipe) -> None:
 
 def _decode(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def _processor_s() -> float:
-    """Processor time of this process and of the processes that it has started, all threads."""
-    total = time.process_time()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and entry.name != str(os.getpid()):
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended meanwhile
-                continue
-            if int(fields[1]) == os.getpid():
-                total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -64,13 +66,31 @@ def prepared_device(name: str, threads: int | None) -> torch.device:
     return resolve_device(name)
 
 
-def cost(work: Callable[[], object], device: torch.device) -> Cost:
-    """The cost of `work`, including all of its work on the device and excluding earlier queued work."""
+def cost(work: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.process_time) -> Cost:
+    """The cost of `work`, including all of its work on the device and excluding earlier queued work.
+
+    Args:
+        clock: of processor time; `processor_s` includes the processes that this one has started.
+    """
     _synchronise(device)
-    start, processor = time.perf_counter(), time.process_time()
+    start, processor = time.perf_counter(), clock()
     work()
     _synchronise(device)
-    return Cost(time.perf_counter() - start, time.process_time() - processor)
+    return Cost(time.perf_counter() - start, clock() - processor)
+
+
+def processor_s() -> float:
+    """Processor time of this process and of the processes that it has started, all threads."""
+    total = time.process_time()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended meanwhile
+                continue
+            if int(fields[1]) == os.getpid():
+                total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def interleaved(variants: Mapping[str, Callable[[int], Cost]], rounds: int) -> Costs:

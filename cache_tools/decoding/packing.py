@@ -53,11 +53,12 @@ def find_packed(images: EncodedImages, *, canvases: bool) -> PackedImages | None
         canvases: whether their canvases are needed, or the pictures at their own size.
     """
     settings = pixel_settings(images, canvases=canvases)
-    prefix, own = f"{_digest(json.dumps(settings, sort_keys=True).encode())}-", _name(images, settings)
+    prefix = f"{_digest(json.dumps(settings, sort_keys=True).encode())}-"
     try:
         names = [name for name in pixel_files().names() if name.startswith(prefix) and name.endswith(SUFFIX)]
     except OSError:  # there are none, or the home cannot be read
         return None
+    own = _name(images, settings) if len(names) > 1 else ""
     for name in sorted(names, key=lambda name: name != own):
         try:
             file = PixelFile(name)

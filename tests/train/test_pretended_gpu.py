@@ -15,7 +15,7 @@ from cache_tools.system.memory import free_memory
 from cache_tools.targets import FusedView
 from tests.support.fake_cuda import DEVICE, fake_cuda
 from tests.support.fake_learner import PREPROCESSING, RUNS, count_step, make, make_recipe, pretended
-from train.feed import ResidentFeed, StreamingFeed
+from train.feed import HostFeed, ResidentFeed, StreamingFeed
 from train.loop import explain_failure, model_inputs, repeatable, train_epoch
 from train.objective import Objective
 from train.recipe.loss import LOSSES, LossRecipe
@@ -68,7 +68,7 @@ def test_other_settings_run_without_a_copy_or_a_wait(name: str) -> None:
         feed.close()
 
 
-@pytest.mark.parametrize("kind", [ResidentFeed, StreamingFeed])
+@pytest.mark.parametrize("kind", [ResidentFeed, HostFeed, StreamingFeed])
 def test_an_epoch_copies_from_pinned_memory_or_waits(kind: Any) -> None:
     with pretended() as gpu:
         learner, feed = make(gpu, LOSSES["kd"], kind=kind, **SMALL)

@@ -240,3 +240,21 @@ def test_the_command_takes_sizes_and_tells_where_the_pixels_are(cache: Path, tmp
         done = run.invoke(app, [*plan, "--pixel-disk", bad], catch_exceptions=False)
         assert done.exit_code == 2
         assert f"(--pixel-disk); expected a size such as 20GB or 500MB, or 0; found '{bad}'" in done.stderr
+
+
+def test_the_processes_of_a_sweep_take_their_shares(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.sweep import streams
+    from train.sweep.recipe import Trial
+
+    given: list[PixelRecipe] = []
+    monkeypatch.setattr(streams, "_train", lambda opened, lead, device, halving, pixels: given.append(pixels))
+    run = recipe(cache, tmp_path, "decode").model_copy(update={"pixels": PixelRecipe(host_memory=100)})
+    trial = Trial(number=0, settings={}, recipe=run)
+    for workers in ((1, 1), (4, 2)):
+        streams.train_stream([trial], workers=workers)
+    monkeypatch.setattr(tiers, "free_memory", lambda device: 1000)
+    assert given[0] == run.pixels
+    assert given[1].host_memory == 25
+    assert given[1].device_memory is not None

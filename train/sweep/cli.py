@@ -187,6 +187,7 @@ def _run(
                     "trials": result.trials.to_dicts(),
                     "settings": result.settings.to_dicts(),
                     "best": result.best and result.best._asdict(),
+                    "pixels": result.pixels,
                 }
             )
         )

@@ -53,12 +53,17 @@ Engine = Callable[[Sequence[Sequence[Trial]], Halving | None], None]
 
 
 class SweepResult(NamedTuple):
-    """The result of a sweep: its `trials_table`, the table's `over_seeds`, and the best trial of a search."""
+    """The result of a sweep: its `trials_table`, the table's `over_seeds`, and the best trial of a search.
+
+    Attributes:
+        pixels: where the pixels of its trials were, one line for each place.
+    """
 
     folder: Path
     trials: pl.DataFrame
     settings: pl.DataFrame
     best: Best | None = None
+    pixels: tuple[str, ...] = ()
 
 
 def run_sweep(
@@ -111,8 +116,11 @@ def run_sweep(
     results = [load_result(trial.folder) for trial in trials]
     for note in dict.fromkeys(note for result in results if result is not None for note in result.notes):
         say(f"note: {note}")
+    pixels = tuple(dict.fromkeys(result.pixels for result in results if result is not None and result.pixels))
+    for line in pixels if engine is not None else ():  # the processes have printed it to their logs
+        say(line)
     write_report([], folder / REPORT, trials=table, title=f"Sweep {sweep.name}")
-    return SweepResult(folder, table, over_seeds(table), best)
+    return SweepResult(folder, table, over_seeds(table), best, pixels)
 
 
 def train_in_process(streams: Sequence[Sequence[Trial]], halving: Halving | None) -> None:

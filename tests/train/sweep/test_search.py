@@ -271,6 +271,8 @@ def test_the_command_resumes_after_sigkill(cache: Path, tmp_path: Path) -> None:
     assert rows[0] == rows[1]
     assert [row["status"] for row in rows[0]] == ["finished"] * 4
     assert printed[0]["best"]["trial"] == printed[1]["best"]["trial"]
+    assert printed[0]["pixels"] == printed[1]["pixels"]
+    assert [line.split(" (")[0] for line in printed[0]["pixels"]] == ["pixels: in memory"]
 
     command = printed[0]["best"]["command"].split()
     assert command[0] == "sweep-students"

@@ -35,8 +35,10 @@ def test_warnings_of_libraries_are_not_in_the_log(cache: Path, tmp_path: Path, m
     sweep = SweepRecipe(name="tiny", base=base, students=("noisy_nets:student",))
     (trial,) = make_trials(sweep, tmp_path)
     ProcessEngine(1, tmp_path)([[trial]], None)
-    assert load_result(trial.folder) is not None
+    result = load_result(trial.folder)
+    assert result is not None
     log = (tmp_path / "workers.log").read_text()
+    assert f"{result.pixels}\n" in log
     assert "timm has an error" in log
     assert "a library warns" not in log
     assert "timm warns" not in log
