@@ -138,11 +138,11 @@ class Objective(nn.Module):
         """
         recipe, terms = self.recipe, {}
         if recipe.ce_weight > 0.0:
-            terms["loss_ce"] = recipe.ce_weight * self._cross_entropy(student_logits, batch, update_labels)
+            terms["loss_ce"] = _weighted(recipe.ce_weight, self._cross_entropy(student_logits, batch, update_labels))
         if recipe.needs_logits:
             terms["loss_logit"] = self.logit_weight * self._logit_term(student_logits, batch)
         if recipe.needs_features:
-            terms["loss_feature"] = recipe.feature_weight * self._feature_term(student_features, batch)
+            terms["loss_feature"] = _weighted(recipe.feature_weight, self._feature_term(student_features, batch))
         return {
             "loss": torch.stack(list(terms.values())).sum(),
             **{name: term.detach() for name, term in terms.items()},
@@ -185,6 +185,10 @@ class Objective(nn.Module):
         if self.contrast is not None:
             return self.contrast(student_features, (target_features,), batch.index)
         return FEATURE_TERMS[self.recipe.feature](self.recipe, self.projector(student_features), target_features)
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    return term if weight == 1.0 else weight * term
 
 
 def _check_targets(

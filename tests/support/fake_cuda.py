@@ -372,7 +372,7 @@ def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return memo[id(tensor)]
 
 
-def _backward(loss: Any) -> None:
+def _backward(loss: Any, gradient: Tensor | None = None) -> None:
     """`Tensor.backward`, node by node: the engine of torch asks the driver, which is not there."""
     waiting: Counter[Any] = Counter()
     nodes: list[Any] = [loss.grad_fn]
@@ -382,7 +382,7 @@ def _backward(loss: Any) -> None:
                 if following not in waiting:
                     nodes.append(following)
                 waiting[following] += 1
-    gradients: dict[Any, list[Any]] = {loss.grad_fn: [torch.ones_like(loss)]}
+    gradients: dict[Any, list[Any]] = {loss.grad_fn: [torch.ones_like(loss) if gradient is None else gradient]}
     ready: list[Any] = [loss.grad_fn]
     with torch.no_grad():
         while ready:

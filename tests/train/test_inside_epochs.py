@@ -94,7 +94,7 @@ def test_students_that_train_together_may_have_stopped_at_different_batches(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between the checkpoints of two students; the one that is ahead then waits for the others."""
-    monkeypatch.setattr("train.loop.BATCHES_PER_TURN", 1)
+    monkeypatch.setattr("train.loop.epoch.BATCHES_PER_TURN", 1)
 
     def sweep(minutes: float | None) -> SweepRecipe:
         base = always(cache, Path("unused"), checkpoint_every_minutes=minutes, ema_decay=0.9).model_dump(mode="json")

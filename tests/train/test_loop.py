@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.reader import TeacherCache
 from tests.support import cache_factory, tiny_run
-from train import loop
 from train.data import open_data
 from train.feed import CachedTargets, Feed, ResidentFeed, epoch_order, mixed_seed
 from train.loop import Learner, repeatable, train_epoch
+from train.loop import epoch as epoch_module
+from train.loop.average import WeightAverage
 from train.objective import Objective
 from train.optim import create_optimiser, create_schedule
 from train.recipe import TrainRecipe
@@ -213,6 +215,27 @@ def test_the_average_of_weights_equals_its_definition(cache: TeacherCache) -> No
             torch.testing.assert_close(value, average[key], rtol=1e-4, atol=1e-6)
 
 
+def test_the_average_of_weights_equals_timms_bit_for_bit() -> None:
+    """With buffers, counters of batches, and the warm-up."""
+    torch.manual_seed(0)
+    student, twin = Dropping(), Dropping()
+    twin.load_state_dict(student.state_dict())
+    ours, timms = WeightAverage(student, 0.7), ModelEmaV3(twin, 0.7, use_warmup=True)
+    for number in range(1, 9):
+        for network in (student, twin):
+            torch.manual_seed(number)
+            with torch.no_grad():
+                network(torch.randn(4, 3, 8, 8))  # batch statistics
+                for parameter in network.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+        ours.update(number)
+        timms.update(twin, number)
+        assert ours.decay_of(number) == timms.get_decay(number)
+        if number % 4 == 0:  # the counters are copied when the average is read
+            assert_same(dict(ours.module.state_dict()), dict(timms.module.state_dict()))
+    assert int(ours.module.get_buffer("norm.num_batches_tracked")) == 8
+
+
 def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache) -> None:
     seen: list[torch.dtype] = []
     loss = {"kind": "kd", "feature": "mse"}
@@ -338,8 +361,8 @@ def test_turns_have_a_limited_size_which_changes_no_weights(
 ) -> None:
     alone, (weights,) = train_together(cache_path, 1)
     assert alone == [16, 16, 16, 2], "a student on its own takes no turns"
-    monkeypatch.setattr(loop, "BATCHES_PER_TURN", batches)
-    monkeypatch.setattr(loop, "BYTES_PER_TURN", size)
+    monkeypatch.setattr(epoch_module, "BATCHES_PER_TURN", batches)
+    monkeypatch.setattr(epoch_module, "BYTES_PER_TURN", size)
     turns, (first, second) = train_together(cache_path, 2)
     assert turns == expected
     assert all(torch.equal(first[name], weights[name]) for name in weights)

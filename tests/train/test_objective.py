@@ -18,7 +18,7 @@ from cache_tools.config import validate
 from cache_tools.errors import RecipeError
 from train import losses
 from train.feed import Batch, BatchTargets, MixedLabels
-from train.loop import _Means
+from train.loop import Sums
 from train.losses.contrastive import Components
 from train.losses.numerics import unit_rows
 from train.objective import FEATURE_TERMS, LOGIT_TERMS, Objective
@@ -368,7 +368,7 @@ def test_labels_of_mixed_samples_are_mixed(smoothing: float) -> None:
 def test_top1_of_mixed_samples_counts_the_shares_of_their_labels() -> None:
     logits, _, batch = make_step(4)
     partner, share = batch.labels.roll(1), torch.linspace(0.0, 1.0, 8)
-    means = _Means()
+    means = Sums()
     means.add({"loss": logits.sum()}, logits, batch.labels, MixedLabels(partner, share))
     best = logits.argmax(1)
     slow = [

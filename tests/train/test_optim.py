@@ -214,17 +214,17 @@ def test_an_overflow_in_a_batch_leaves_out_its_whole_update() -> None:
         assert torch.equal(parameter, same)
 
 
-def test_the_average_follows_updates_and_not_batches() -> None:
+def test_the_average_follows_updates_and_not_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = make_learner(make_recipe(8, 3, ema_decay=0.9))
     assert learner.average is not None
     counts: list[int] = []
     update = learner.average.update
 
-    def count(model: nn.Module, step: int) -> None:
-        counts.append(step)
-        update(model, step)
+    def count(number: int) -> None:
+        counts.append(number)
+        update(number)
 
-    learner.average.update = count
+    monkeypatch.setattr(learner.average, "update", count)
     train(learner, make_feed(learner.recipe), 0)
     assert counts == [1, 2, 3]
 

@@ -28,7 +28,9 @@ class ResidentFeed(Feed):
         if self._resident is None:
             self._resident = load_all(self.images, self.device)
         size = self.views.output_size(self.images.image_size)
-        pixels = torch.empty((len(order), 3, *size), dtype=torch.uint8, device=self.device)
+        # In the order in memory that convolutions want: a batch of it is not copied again.
+        shape, layout = (len(order), 3, *size), torch.channels_last
+        pixels = torch.empty(shape, dtype=torch.uint8, device=self.device, memory_format=layout)
         for piece in pieces(self.images):
             rows = order[piece]
             shown = self.views.with_partners(rows, view) if self.views.mixes(view) else rows

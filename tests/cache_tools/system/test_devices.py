@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache_tools.system.devices import float64_device, in_float64, synchronise
 from pipeline.evaluate.agreement import _counts
-from train.loop import _Means
+from train.loop import Sums
 
 MPS, CPU = torch.device("mps"), torch.device("cpu")
 
@@ -34,7 +34,7 @@ def rows(*shape: int) -> torch.Tensor:
 def test_sums_in_float64_are_made_on_the_cpu() -> None:
     with FakeTensorMode(), NoFloat64():
         labels = torch.empty(4, dtype=torch.int64, device=MPS)
-        means = _Means()
+        means = Sums()
         for _ in range(2):
             means.add({"loss": rows()}, rows(4, 3), labels)
         sums = means.state_dict()["sums"]

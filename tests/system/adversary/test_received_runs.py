@@ -134,7 +134,7 @@ def begin(recipe: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "save_state", save_and_stop)
-        patch.setattr("train.loop.BYTES_PER_TURN", 1)
+        patch.setattr("train.loop.epoch.BYTES_PER_TURN", 1)
         with pytest.raises(KeyboardInterrupt):
             train_student(recipe.model_copy(update={"checkpoint_every_minutes": 1e-9}))
 

@@ -127,7 +127,7 @@ def test_bad_sweeps_are_refused(cache: Path, tmp_path: Path, changes: dict[str, 
 
 def test_a_trial_equals_a_single_run_bit_for_bit(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train dropout, CRD, labels alone and another network side by side, then each alone by its stored recipe."""
-    monkeypatch.setattr("train.loop.BATCHES_PER_TURN", 3)  # several turns per epoch, a short one at the end
+    monkeypatch.setattr("train.loop.epoch.BATCHES_PER_TURN", 3)  # several turns per epoch, a short one at the end
     recipe = sweep(
         cache,
         students=(),
@@ -183,7 +183,7 @@ def test_a_diverging_trial_and_one_out_of_memory_affect_no_others(
 def test_a_trial_out_of_memory_beside_others_is_trained_alone(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import train.loop as loop
+    import train.loop.epoch as loop
     import train.zoo.wrn as zoo
 
     forward = zoo.WideResNet.forward

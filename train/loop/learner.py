@@ -1,0 +1,182 @@
+"""A student with all that trains it, and the training step: batch, forward, loss, backward, update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache_tools.errors import DivergedError
+from cache_tools.format.recipe import Preprocessing
+from cache_tools.preprocess import prepare
+from train.feed import Batch, mixed_seed
+from train.loop.average import WeightAverage
+from train.loop.sums import Sums
+from train.objective import Objective
+from train.optim import create_optimiser, create_schedule, parameter_groups, trained_parameters, update_of
+from train.recipe import TrainRecipe
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Learner:
+    """A student with its objective, optimiser, schedule, average and gradient scaler.
+
+    Args:
+        student: moved to `device`; its weights stay as they are.
+        steps_per_epoch: batches per epoch; the schedule counts updates, each of one or several batches.
+
+    Attributes:
+        updates: number of updates of the weights so far.
+        means: running sums of the figures of the epoch.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        student: nn.Module,
+        objective: Objective,
+        preprocessing: Preprocessing,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.device, self.preprocessing = recipe, device, preprocessing
+        # channels_last: tensor cores want it, and on the CPU it is a fifth quicker in float32 and bfloat16.
+        self.student = student.to(device).to(memory_format=torch.channels_last)
+        self.objective = objective.to(device)
+        self.optimiser = create_optimiser(recipe.optimiser, parameter_groups(recipe.optimiser, student, objective))
+        updates_per_epoch = math.ceil(steps_per_epoch / recipe.optimiser.accumulate)
+        self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, updates_per_epoch)
+        self.average = WeightAverage(self.student, recipe.ema_decay) if recipe.ema_decay else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        self.updates = 0
+        self._has_gradients = False  # of the first batches of an update
+        self._one = torch.ones((), device=device)  # the gradient of the loss, which torch makes in each step otherwise
+        self._stream: torch.cuda.Stream | None = None
+        self.means = Sums()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare for the steps of an epoch, and seed the global random generators."""
+        torch.manual_seed(mixed_seed(self.recipe.seed, epoch, 1))  # dropout and the like: a function of the epoch
+        self.student.train()
+        self.objective.train()
+        self.objective.set_epoch(epoch)
+        self.means = Sums()
+
+    def step(self, batch: Batch, inputs_NCHW: Tensor) -> None:
+        """Forward, loss, backward, and, on the last batch of an update, the update.
+
+        Args:
+            inputs_NCHW: `model_inputs` of the batch.
+        """
+        update = update_of(batch, self.recipe.batch_size, self.recipe.optimiser.accumulate)
+        self.schedule.step_update(self.updates)
+        with self._autocast():
+            logits, features = self._forward(inputs_NCHW)
+        terms = self.objective(logits, features, batch, update.labels)
+        if update.is_first:
+            self.optimiser.zero_grad(set_to_none=True)
+        loss = terms["loss"] if update.share == 1.0 else update.share * terms["loss"]
+        self.scaler.scale(loss).backward(self._one)
+        self._has_gradients = not update.is_last
+        if update.is_last:
+            self._update()
+        self.means.add(terms, logits, batch.labels, batch.mixed)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Means over the epoch's samples, as in `train_epoch`.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        means = self.means.compute()
+        if all(map(math.isfinite, means.values())):
+            return means
+        raise DivergedError(
+            "the training diverged: the loss is not a finite number",
+            where=f"epoch {epoch + 1}",
+            found=", ".join(f"{name} {value:g}" for name, value in means.items() if name != "train_top1"),
+            next_step="train with a lower --lr, --clip-grad-norm 1, a warm-up (--set schedule.warmup_epochs=1) or "
+            "--precision float32",
+        )
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """A CUDA stream of its own, the same in every epoch: torch reuses freed memory on the same stream only."""
+        if self._stream is None and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the last update; with layer decay, that of the classifier."""
+        return float(max(group["lr"] for group in self.optimiser.param_groups))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on; the schedule and all random numbers are functions of counters."""
+        return {
+            "student": self.student.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "updates": self.updates,
+            "gradients": self._gradients(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimiser.load_state_dict(_with_settings_of(self.optimiser, state["optimiser"]))
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.updates = state["updates"]
+        gradients = state.get("gradients")  # states of earlier versions have none
+        self._has_gradients = gradients is not None
+        if gradients is not None:
+            for parameter, gradient in zip(trained_parameters(self.optimiser), gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+    def _update(self) -> None:
+        """Change the weights by the gradients of the update's batches."""
+        if (largest_norm := self.recipe.optimiser.clip_grad_norm) is not None:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(trained_parameters(self.optimiser), largest_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.updates += 1
+        if self.average is not None:
+            self.average.update(self.updates)
+
+    def _gradients(self) -> list[Tensor | None] | None:
+        """The gradients of an update's first batches; None between two updates."""
+        return [parameter.grad for parameter in trained_parameters(self.optimiser)] if self._has_gradients else None
+
+    def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C], and the classifier's input [B, D] if the loss has a feature term."""
+        if not self.recipe.loss.needs_features:
+            return self.student(inputs), None
+        student: Any = self.student  # timm's interface, which nn.Module does not declare
+        maps = student.forward_features(inputs)
+        return student.forward_head(maps), student.forward_head(maps, pre_logits=True)
+
+    def _autocast(self) -> torch.autocast:
+        precision = _PRECISIONS[self.recipe.precision]
+        return torch.autocast(self.device.type, precision, enabled=precision is not torch.float32)
+
+
+def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
+    """The input of a student: float32 [B, 3, H, W] in channels_last."""
+    return prepare(batch.pixels.contiguous(memory_format=torch.channels_last), preprocessing)
+
+
+def _with_settings_of(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A stored state with the settings of this optimiser. A run of the CPU, whose kernels differ, may go on on CUDA.
+
+    They are functions of the recipe and the device, and the learning rate one of the number of updates.
+    """
+    groups = zip(optimiser.param_groups, state["param_groups"], strict=True)
+    return {**state, "param_groups": [{**own, "params": stored["params"]} for own, stored in groups]}

@@ -1,0 +1,57 @@
+"""Running sums of the figures of an epoch, on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache_tools.system.devices import float64_device
+from train.feed import MixedLabels
+
+
+class Sums:
+    """Running sums of the loss terms and of right answers, on the device; read once per epoch.
+
+    torchmetrics' MeanMetric would do the same in a metric per term, at several times the cost for every step.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._names: list[str] = []
+        self._sums: Tensor | None = None  # float64; created by the first step, on its CUDA stream
+
+    def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor, mixed: MixedLabels | None = None) -> None:
+        """Add the figures of a batch: batch means, each times the number of its samples."""
+        figures = {name: term.detach() for name, term in terms.items()}
+        if labels.ndim == 1:  # of several labels none is the right one
+            figures["train_top1"] = _share_of_right(logits.detach().argmax(1), labels, mixed)
+        values = torch.stack(list(figures.values()))
+        device = float64_device(values.device)
+        if self._sums is None:
+            self._sums = torch.zeros(len(values), dtype=torch.float64, device=device)
+        elif self._sums.device != device:  # of a checkpoint
+            self._sums = self._sums.to(device)
+        # A float32 times a number of samples is exact in float64: one rounding for each addition.
+        self._sums.add_(values.to(device), alpha=len(labels))
+        self._names, self._count = list(figures), self._count + len(labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count, "names": self._names, "sums": None if self._sums is None else self._sums.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        sums = state["sums"]
+        self._count, self._names, self._sums = state["count"], state["names"], None if sums is None else sums.double()
+
+    def compute(self) -> dict[str, float]:
+        """The means over all samples. It waits for the device."""
+        assert self._sums is not None, "an epoch has steps"
+        return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
+
+
+def _share_of_right(top1: Tensor, labels: Tensor, mixed: MixedLabels | None) -> Tensor:
+    right = top1 == labels
+    if mixed is None:
+        return right.mean(dtype=torch.float32)
+    return torch.lerp((top1 == mixed.partner).float(), right.float(), mixed.share).mean()
