@@ -34,6 +34,12 @@ def pack_command(
     class_order: Annotated[
         str, typer.Option("--class-order", help="sorted, natural, case-blind, reversed, or a file of class names.")
     ] = "sorted",
+    on_bad_image: Annotated[
+        str,
+        typer.Option(
+            "--on-bad-image", help="error, or skip: decode every image, and leave out those that are damaged."
+        ),
+    ] = "error",
     as_json: AsJson = False,
 ) -> None:
     """Pack a folder of images into tar shards.
@@ -48,6 +54,8 @@ def pack_command(
         raise RecipeError("--quality is for images that --max-side makes smaller", where="--quality")
     if sub_folders not in {None, "merge", "classes"}:
         raise RecipeError("bad --sub-folders", expected="merge or classes", found=sub_folders)
+    if on_bad_image not in {"error", "skip"}:
+        raise RecipeError("bad --on-bad-image", expected="error or skip", found=on_bad_image)
     shard_bytes = units.num_bytes(shard_size)
     if shard_bytes < MIN_SHARD_BYTES:
         raise RecipeError("bad --shard-size", expected="at least 1MB", found=shard_size)
@@ -60,6 +68,7 @@ def pack_command(
         shard_bytes=shard_bytes,
         sub_folders=sub_folders,  # type: ignore[arg-type]
         class_order=order if isinstance(order, str) else tuple(order),
+        skip_damaged=on_bad_image == "skip",
     )
     if as_json:
         print_json(pack.to_json())

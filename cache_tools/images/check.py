@@ -32,17 +32,18 @@ from cache_tools.images.summary import HIDDEN, common_root, some_names
 from cache_tools.units import counted
 
 MEMORY = "checked-images"  # folder in the cache home
+SKIP_SETTING = "--set dataset.on_bad_image=skip"
 NAMES_LISTED = 20
 MIN_FULL_RANGE = 1 << 14  # if no 16-bit image of a data set reaches it, the data have 14 bits or fewer
 _MAX_LISTED_CHARACTERS = 1000
 _ORDINARY_REASONS = RESULT_FOLDERS | {HIDDEN}  # to leave out a file, which say nothing about images
 
 
-def check_images(*splits: ImageSet | None, can_skip: bool = True) -> None:
+def check_images(*splits: ImageSet | None, skip_setting: str | None = SKIP_SETTING) -> None:
     """Decode every image of these splits once; None and images in memory pass.
 
     Args:
-        can_skip: the command has the setting `dataset.on_bad_image`.
+        skip_setting: the option of the command that leaves out damaged images; None if it has none.
 
     Raises:
         DataError: lists the images that cannot be decoded, of all splits together, or names their undeclared range.
@@ -51,7 +52,7 @@ def check_images(*splits: ImageSet | None, can_skip: bool = True) -> None:
     found = [(images, row, finding) for images in folders for row, finding in findings(images).items()]
     damaged = {images.place_of(row): finding.problem for images, row, finding in found if finding.problem}
     if damaged:
-        raise _damaged(common_root(images.summary.root for images in folders), damaged, can_skip)
+        raise _damaged(common_root(images.summary.root for images in folders), damaged, skip_setting)
     unknown = [(finding.kind, finding.unknown_range) for _, _, finding in found if finding.unknown_range]
     if unknown:
         raise _unknown_range(folders, unknown, "whose range is not declared")
@@ -285,7 +286,7 @@ def _as_items(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
 
 
-def _damaged(root: str, problems: dict[str, str], can_skip: bool) -> DataError:
+def _damaged(root: str, problems: dict[str, str], skip_setting: str | None) -> DataError:
     """The error that lists damaged images: up to 20 in the message, all of them in a file.
 
     Names are whole paths if these are short enough, else paths below `root`.
@@ -306,11 +307,12 @@ def _damaged(root: str, problems: dict[str, str], can_skip: bool) -> DataError:
     if shown < count:
         found += f"; and {count - shown:,} more{_list_file(problems)}"
     them = "it" if count == 1 else "them"
+    skip = "" if skip_setting is None else f", or leave {them} out with {skip_setting}"
     return DataError(
         counted(count, "damaged image"),
         where=root,
         found=found,
-        next_step=f"replace or remove {them}{f', or leave {them} out with --set dataset.on_bad_image=skip' * can_skip}",
+        next_step=f"replace or remove {them}{skip}",
     )
 
 

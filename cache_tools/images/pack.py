@@ -22,7 +22,7 @@ from cache_tools.errors import DataError, RecipeError, StorageError
 from cache_tools.files import PARTIAL, rename_unless_exists, sync_tree
 from cache_tools.files.safe import find_leftovers, remove_leftover
 from cache_tools.images import open_images
-from cache_tools.images.check import check_classes, check_images
+from cache_tools.images.check import check_classes, check_images, without_damaged
 from cache_tools.images.classes import with_classes
 from cache_tools.images.decode import PixelRules, decode_picture, whole_images_only
 from cache_tools.images.encoded import EncodedImages, check_unchanged
@@ -95,6 +95,7 @@ def pack_images(
     shard_bytes: int = SHARD_BYTES,
     sub_folders: Literal["merge", "classes"] | None = None,
     class_order: str | tuple[str, ...] = "sorted",
+    skip_damaged: bool = False,
 ) -> Pack:
     """Pack the splits of a folder of class folders, or of a Hugging Face data set. `out` appears whole or not at all.
 
@@ -104,19 +105,22 @@ def pack_images(
         quality: of these JPEG files, 1 to 100.
         shard_bytes: a shard that is larger is followed by another.
         sub_folders, class_order: see `DatasetRecipe`.
+        skip_damaged: leave out images that cannot be decoded, which takes as long as decoding all of them.
 
     Raises:
-        DataError: not such a folder, or images that cannot be decoded, with `max_side`.
+        DataError: not such a folder, or images that cannot be decoded, with `max_side` and without `skip_damaged`.
         StorageError: something else is at `out`.
     """
     folder, out = expand_user(folder), expand_user(out)
     splits = _open_splits(folder, sub_folders, class_order)
+    if skip_damaged:
+        splits = {name: _without_damaged(images) for name, images in splits.items()}
     reduced = None if max_side is None else (max_side, quality)
     notes = tuple(note for images in splits.values() for note in images.notes())
     if (found := _existing(out, splits, reduced)) is not None:
         return replace(found, notes=notes)
     if reduced is not None:
-        check_images(*splits.values(), can_skip=False)
+        check_images(*splits.values(), skip_setting="--on-bad-image skip")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     for leftover in find_leftovers(out.absolute().parent, f".{out.name}."):
         remove_leftover(leftover)
@@ -163,6 +167,12 @@ def _open_splits(
         opened[name] = with_classes(images, opened[first].class_names) if opened else images
     check_classes(opened[first])
     return opened
+
+
+def _without_damaged(images: EncodedImages) -> EncodedImages:
+    rest = without_damaged(images)
+    assert isinstance(rest, EncodedImages)
+    return rest
 
 
 def _existing(out: Path, splits: dict[str, EncodedImages], reduced: tuple[int, int] | None) -> Pack | None:

@@ -36,7 +36,7 @@ def open_shifted(folder: Path | str, class_names: Sequence[str], image_size: tup
         raise DataError("image folders need a square canvas", where=folder, found=f"{image_size}")
     recipe = DatasetRecipe(name="folder", data_dir=folder, test_split=None, image_size=image_size[0])
     images = open_images(recipe.absolute(), "all")
-    check_images(images, can_skip=False)
+    check_images(images, skip_setting=None)
     known = {_plain(name): label for label, name in enumerate(class_names)}
     unknown = [name for name in images.class_names if _plain(name) not in known]
     if unknown or len(known) < len(class_names):

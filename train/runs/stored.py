@@ -102,7 +102,7 @@ class StoredRun:
         evaluation = self.recipe.evaluation
         if not (for_teachers or evaluation.is_default):
             images = images.at(sizes_in_test(evaluation, views, images.image_size)[1], evaluation.interpolation)
-        check_images(images, can_skip=False)
+        check_images(images, skip_setting=None)
         return with_classes(images, card.class_names)
 
     def tests_of_teachers(self, card: StudentCard, images: ImageSet) -> tuple[ImagesInTest, ImagesInTest | None]:

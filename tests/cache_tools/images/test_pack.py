@@ -257,3 +257,25 @@ def test_several_labels_are_refused(pictures: Path, tmp_path: Path) -> None:
     hf_files.save_one(table, tmp_path / "m", "train")
     with pytest.raises(RecipeError, match="only images with one label each"):
         packed(tmp_path / "m", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("max_side", [None, 8])
+def test_damaged_images_can_be_left_out(pictures: Path, tmp_path: Path, max_side: int | None) -> None:
+    """The pack holds what `on_bad_image: skip` would use of the folder, and names what is missing."""
+    damaged = [pictures / "train" / "red" / "002.png", pictures / "test" / "blue" / "000.png"]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:200])
+    command = ["pack-images", str(pictures), str(tmp_path / "pack"), *(["--max-side", "8"] if max_side else [])]
+    if max_side is not None:
+        refused = CliRunner().invoke(app, command)
+        assert refused.exit_code == 2
+        assert all(path.name in refused.stderr for path in damaged)
+        assert "--on-bad-image skip" in refused.stderr
+    done = CliRunner().invoke(app, [*command, "--on-bad-image", "skip"])
+    assert done.exit_code == 0, done.stderr
+    assert all(path.name in done.stdout for path in damaged)
+    assert "train: 8 images" in done.stdout
+    if max_side is None:
+        found, wanted = opened(tmp_path / "pack"), opened(pictures, name="folder", on_bad_image="skip")
+        assert found.content_digest == wanted.content_digest
+    assert CliRunner().invoke(app, [*command, "--on-bad-image", "hide"]).exit_code == 2

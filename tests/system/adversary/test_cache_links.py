@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from cache_tools.cli import app as cache_tools
 from cache_tools.format.manifest import Manifest
-from cache_tools.images import open_images
 from cache_tools.places.claims import Claims
 from cache_tools.store.group import read_manifest
 from cache_tools.store.writer import CacheWriter
+from pipeline.build.cache import build_cache as build
 from pipeline.build.destination import Destination
 from pipeline.build.open_output import open_output
-from tests.support import cache_factory, tiny_run
+from pipeline.cli import app as build_cache
+from tests.support import cache_factory, tiny_build
 from train.cli import app as train_student
 
 UUID = "0a" * 16
@@ -114,9 +116,9 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
 class Case:
     """A home with a hostile cache, a sound cache with one more view, and what lies outside."""
 
-    def __init__(self, root: Path, sound: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, sound: Path, recipe: Path, manifest: Manifest) -> None:
         self.home, self.outside, self.new, self.sound = root / "home", root / "outside", root / "new", sound
-        self.manifest = manifest
+        self.recipe, self.manifest = recipe, manifest
         self.cache = self.home / f"tiny-{manifest.fingerprint[:12]}.zarr"
 
     def plant(self, place: Place, kind: str) -> None:
@@ -146,6 +148,7 @@ class Case:
         """The exit code of a command; tracebacks and hangs are raised."""
         cache, new = str(self.cache), self.new / "new.zarr"
         commands: dict[str, tuple[Any, list[str]]] = {
+            "build": (build_cache, [str(self.recipe), "--views", str(VIEWS + 1)]),
             "ls": (cache_tools, ["ls"]),
             "ls folder": (cache_tools, ["ls", str(self.home), "--json"]),
             "info": (cache_tools, ["info", cache]),
@@ -202,7 +205,7 @@ class Case:
 
 COMMANDS = (
     "ls", "ls folder", "info", "verify", "repair", "rm", "prune", "copy", "copy into", "push", "pull", "pull into",
-    "recode", "fuse", "stats", "train", "grow",
+    "recode", "fuse", "stats", "train", "grow", "build",
 )  # fmt: skip
 ALL = [
     (place, kind, command)
@@ -213,34 +216,33 @@ ALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of components, of one view more than the hostile one."""
-    root = tmp_path_factory.mktemp("sound")
-    pictures = tiny_run.write_pictures(root / "pictures")
-    return tiny_run.write_cache(root / "sound.zarr", pictures, num_views=VIEWS + 1, store="components")
+class Received(NamedTuple):
+    """A cache home as it was before links were planted, a sound cache of one view more, and the recipe of both."""
+
+    home: Path
+    sound: Path
+    recipe: Path
 
 
 @pytest.fixture(scope="module")
-def received(sound: Path) -> Path:
-    """A cache home, as it was before links were planted."""
-    home = sound.parent / "received"
-    manifest = read_manifest(sound)
-    images: Any = open_images(tiny_run.dataset(sound.parent / "pictures"), "train")
-    fewer = manifest.model_copy(
-        update={"num_views": VIEWS, "canaries": tuple(each for each in manifest.canaries if each.view < VIEWS)}
-    )
-    cache_factory.build(home / f"tiny-{manifest.fingerprint[:12]}.zarr", fewer, images)
-    return home
+def received(tmp_path_factory: pytest.TempPathFactory) -> Received:
+    root = tiny_build.prepare(tmp_path_factory.mktemp("received"), train=50)
+    recipe = tiny_build.recipe(root, num_views=VIEWS, store="components", out=None)
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEACHER_CACHE_HOME", str(root / "home"))
+        build(recipe)
+        sound = build(recipe.model_copy(update={"num_views": VIEWS + 1, "out": root / "sound.zarr"})).path
+    return Received(root / "home", sound, root / "recipe.yaml")
 
 
 @pytest.fixture
-def make_case(tmp_path: Path, sound: Path, received: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Case]:
+def make_case(tmp_path: Path, received: Received, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Case]:
     def make() -> Case:
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
-        case = Case(tmp_path, sound, read_manifest(sound))
-        shutil.copytree(received, case.home)
+        case = Case(tmp_path, received.sound, received.recipe, read_manifest(received.sound))
+        shutil.copytree(received.home, case.home)
         monkeypatch.setenv("TEACHER_CACHE_HOME", str(case.home))
         return case
 
@@ -264,7 +266,10 @@ def test_commands_and_links(command: str, make_case: Callable[[], Case]) -> None
     rng = random.Random(command)
     own = [each for each in ALL if each[2] == command]
     stopped = [(place, kind, _) for place, kind, _ in own if command in PLACES[place].stops and kind != "hard"]
-    for case in (*rng.sample(stopped, min(1, len(stopped))), *rng.sample(own, 0 if command == "train" else 1)):
+    for case in (
+        *rng.sample(stopped, min(1, len(stopped))),
+        *rng.sample(own, 0 if command in {"train", "build"} else 1),
+    ):
         check(make_case(), *case)
 
 
