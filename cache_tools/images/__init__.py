@@ -11,8 +11,8 @@ import re
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from cache_tools.errors import DataError
-from cache_tools.images.recipe import DatasetRecipe
+from cache_tools.errors import DataError, RecipeError
+from cache_tools.images.recipe import DatasetIdentity, DatasetRecipe
 from cache_tools.images.sources import find_source
 from cache_tools.lazy import np
 
@@ -37,7 +37,15 @@ def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
 
     Raises:
         DataError: there is no such split, the part is empty, or a class has no image.
+        RecipeError: a cache's `recipe.dataset`, which identifies images and does not say where they are.
     """
+    if isinstance(recipe, DatasetIdentity):
+        raise RecipeError(
+            "the identity of a dataset does not say where its images are",
+            where="open_images",
+            expected="a DatasetRecipe, such as cache.manifest.dataset",
+            found="the DatasetIdentity of a cache's recipe",
+        )
     wanted = split or recipe.split
     images = _open_split(recipe, whole_split(wanted))
     if recipe.on_bad_image == "skip":

@@ -90,5 +90,5 @@ def _files(
 
 def _wrong(recipe: DatasetRecipe, found: str) -> DataError:
     return DataError(
-        "the function that opens the images returns no images", where=recipe.name, expected=_EXPECTED, found=found
+        "the function that opens the images returns something else", where=recipe.name, expected=_EXPECTED, found=found
     )

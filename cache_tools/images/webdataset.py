@@ -40,6 +40,7 @@ from cache_tools.images.shard_files import (
     ShardPlace,
     ShardReader,
     find_shards,
+    is_pattern,
     open_shard,
     shard_place,
 )
@@ -96,6 +97,7 @@ def open_webdataset(recipe: DatasetRecipe, split: str) -> ShardImages:
         DataError: no shards, damaged ones, samples without a label, or labels of no class.
     """
     assert recipe.data_dir is not None  # validated by the recipe
+    _check_test_split(recipe, split)
     place = shard_place(recipe.data_dir, split)
     shards = find_shards(place, copies=recipe.remote_shards == "copy")
     table, left_out = index_shards(place, shards, recipe)
@@ -133,6 +135,21 @@ def open_webdataset(recipe: DatasetRecipe, split: str) -> ShardImages:
         columns=table.select("name", "shard", "offset", "size").rechunk(),
         reduced=pack_record(place).get("reduced"),
     )
+
+
+def _check_test_split(recipe: DatasetRecipe, split: str) -> None:
+    """Raise DataError for a test split whose images would be those of training, as a pattern names one split."""
+    assert recipe.data_dir is not None
+    whole = recipe.split.partition("[")[0]
+    if is_pattern(recipe.data_dir) and not is_pattern(split) and split.partition("[")[0] != whole:
+        raise DataError(
+            "a pattern of shards is one split",
+            where=recipe.data_dir,
+            expected="a test split with shards of its own",
+            found=f"dataset.test_split={split}",
+            next_step="set dataset.test_split to a pattern such as test-*.tar, to a part such as "
+            f"{whole}[80%:], or to null",
+        )
 
 
 def index_shards(

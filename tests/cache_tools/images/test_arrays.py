@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torchvision import datasets
 
-from cache_tools.errors import DataError
+from cache_tools.errors import DataError, RecipeError
 from cache_tools.images import arrays, open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
@@ -325,3 +325,10 @@ def test_damaged_and_missing_cifar_are_reported(cifar: Any, tmp_path: Path) -> N
         open_images(recipe)
     with pytest.raises(DataError, match=r"not found.*--data-dir"):
         open_images(recipe.model_copy(update={"data_dir": tmp_path / "elsewhere"}))
+
+
+def test_the_identity_of_a_dataset_is_not_opened() -> None:
+    """It is what a cache's recipe has, and has no place."""
+    identity: Any = open_images(DatasetRecipe(name="digits")).identity()
+    with pytest.raises(RecipeError, match=r"does not say where its images are.*cache\.manifest\.dataset"):
+        open_images(identity)

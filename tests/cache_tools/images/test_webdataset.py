@@ -114,6 +114,15 @@ def test_patterns_of_shards(pictures: Path, folder: Path, pattern: str) -> None:
     assert len(open_images(recipe, "test-*.tar[1:]")) == 3
 
 
+def test_a_pattern_of_shards_has_no_test_split_of_its_own(pictures: Path, folder: Path) -> None:
+    """A word as the test split would test on the training shards."""
+    recipe = recipe_of(folder / "train-*.tar")
+    assert len(open_images(recipe)) == 9
+    with pytest.raises(DataError, match=r"a pattern of shards is one split.*test_split=test.*test-\*\.tar"):
+        open_images(recipe, "test")
+    assert len(open_images(recipe, "train[:3]")) == 3
+
+
 def test_shards_may_be_in_folders_of_their_split(pictures: Path, folder: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "nested" / split).mkdir(parents=True)

@@ -1,0 +1,227 @@
+"""How many cached views equal a fresh view in every epoch? The runs behind the section of docs/results.md.
+
+Two sets of images: crops of 14 photographs of scikit-image and scikit-learn (training from their left half, test from
+their right one), and Fashion-MNIST. Weak views are shifts and flips; strong ones are random resized crops, RandAugment
+and CutMix. The teacher is a resnet20 that was trained on labels, on more images than the student sees.
+
+    python examples/views_study.py prepare
+    python examples/views_study.py train [--part photos-weak-300]
+    python examples/views_study.py report
+
+Every sweep continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+import yaml
+from PIL import Image
+
+from cache_tools.console import command, print_line
+from train.runs.result import load_result
+
+ROOT = Path("runs/views-study")
+SIDE, SEEDS = 24, 5
+SAMPLES = {"photos": 280, "fashion": 250}
+EPOCHS = {30: (1, 4, 16, 30), 300: (1, 4, 16, 64, 300)}
+PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "moon",
+          "motorcycle_left", "rocket")  # fmt: skip
+WEAK: list[dict[str, Any]] = [{"op": "pad-crop", "padding": 2}, {"op": "flip"}]
+STRONG: list[dict[str, Any]] = [
+    {"op": "random-resized-crop", "size": SIDE, "scale": [0.25, 1.0]},
+    {"op": "flip"},
+    {"op": "rand-augment", "policy": "rand-m6-n1-mstd0.5"},
+]
+VIEWS: dict[str, dict[str, Any]] = {
+    "weak": {"base_seed": 0, "ops": WEAK},
+    "strong": {"version": 2, "base_seed": 0, "ops": STRONG, "mix": {"cutmix_alpha": 1.0, "probability": 0.5}},
+}
+DATASETS: dict[str, dict[str, Any]] = {
+    "photos": {"name": "folder", "data_dir": str(ROOT / "photos"), "image_size": SIDE},
+    "fashion": {"name": "fashion-mnist"},
+}
+RESULTS = Path("benchmarks/results/views-study.jsonl")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Part(NamedTuple):
+    """A sweep: the numbers of cached views and the seeds, for one set of images, kind of views and number of epochs."""
+
+    images: str
+    views: str
+    epochs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.images}-{self.views}-{self.epochs}"
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "sweeps" / self.name
+
+
+PARTS = [Part(*part) for part in product(DATASETS, VIEWS, EPOCHS)]
+
+
+@app.command()
+@command
+def prepare() -> None:
+    """Write the photographs, train the teachers, and build the four caches."""
+    write_photos(ROOT / "photos", per_class=200)
+    for images, dataset in DATASETS.items():
+        recipe = ROOT / f"{images}-teacher.yaml"
+        whole = dataset if images == "photos" else {**dataset, "split": "train[:6000]", "test_split": "test[:1000]"}
+        write_recipe(recipe, {
+            "name": f"{images}-teacher", "dataset": whole, "views": VIEWS["weak"], "student": "resnet20",
+            "loss": {"kind": "ce"}, "epochs": 12, "batch_size": 64, "optimiser": {"learning_rate": 0.1},
+        })  # fmt: skip
+        teacher = ROOT / f"{images}-teacher"
+        run("train-student", recipe, "--out", teacher)
+        for views in VIEWS:
+            build = ROOT / f"{images}-{views}.yaml"
+            write_recipe(build, {
+                "name": f"{images}-{views}", "dataset": {**whole, "split": part_of(images)}, "views": VIEWS[views],
+                "num_views": max(EPOCHS), "teacher": {"name": str(teacher)}, "clip": None,
+                "out": str(ROOT / f"{images}-{views}.zarr"),
+            })  # fmt: skip
+            run("build-cache", build)
+
+
+@app.command()
+@command
+def train(
+    part: Annotated[list[str] | None, typer.Option("--part", help="Only this part; may be repeated.")] = None,
+) -> None:
+    """Train all students of all parts, those of few epochs first."""
+    for each in sorted(PARTS, key=lambda one: one.epochs):
+        if part and each.name not in part:
+            continue
+        recipe = each.folder.with_suffix(".yaml")
+        write_recipe(recipe, {
+            "name": each.name, "cache": str(ROOT / f"{each.images}-{each.views}.zarr"), "student": "resnet8",
+            "loss": {"kind": "kd", "distill_weight": 1.0, "temperature": 2.0}, "optimiser": {"learning_rate": 0.1},
+            "schedule": {"name": "cosine", "warmup_epochs": 2}, "epochs": each.epochs, "batch_size": 50,
+            "evaluate_every": each.epochs, "compare_with_labels": False,
+        })  # fmt: skip
+        views = ",".join(map(str, EPOCHS[each.epochs]))
+        run("sweep-students", recipe, "--grid", f"num_views={views}", "--seeds", SEEDS, "--workers", 1, "--out",
+            each.folder)  # fmt: skip
+
+
+@app.command()
+@command
+def report() -> None:
+    """Write a line per run to the results, print a table, and draw docs/cached-views.png."""
+    runs = [figures for part in PARTS if part.folder.exists() for figures in read_runs(part)]
+    RESULTS.write_text("".join(json.dumps(figures) + "\n" for figures in runs))
+    for part in PARTS:
+        own = [figures for figures in runs if figures["part"] == part.name]
+        if own:
+            print_line(table_row(part, own))
+    draw(runs, Path("docs/cached-views.png"))
+
+
+def read_runs(part: Part) -> list[dict[str, Any]]:
+    """Top-1 and NLL on the test images after the last epoch, for each finished run of a part."""
+    found = []
+    for folder in sorted((part.folder / "trials").iterdir()):
+        result = load_result(folder)
+        if result is None or result.last is None:
+            continue
+        settings = yaml.safe_load((folder / "recipe.yaml").read_text())
+        figures = {"top1": result.last.top1, "nll": result.last.nll}
+        found.append({"part": part.name, "views": settings["num_views"], "seed": result.seed, **figures})
+    return found
+
+
+def table_row(part: Part, runs: list[dict[str, Any]]) -> str:
+    """Mean ± sample standard deviation per number of views, and the difference from fresh views seed by seed."""
+    fresh = {figures["seed"]: figures["top1"] for figures in runs if figures["views"] == part.epochs}
+    cells = []
+    for views in EPOCHS[part.epochs]:
+        top1 = {figures["seed"]: 100 * figures["top1"] for figures in runs if figures["views"] == views}
+        if len(top1) < 2:
+            continue
+        gains = [value - 100 * fresh[seed] for seed, value in top1.items() if seed in fresh]
+        text = f"{views}: {statistics.mean(top1.values()):.2f} ± {statistics.stdev(top1.values()):.2f}"
+        if views != part.epochs and len(gains) > 1:
+            text += f" ({statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f})"
+        cells.append(text)
+    return f"{part.name} | " + " | ".join(cells)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Top-1 against the number of cached views: a line per part, with standard deviations over seeds."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, images in zip(axes, DATASETS, strict=True):
+        for colour, part in enumerate(part for part in PARTS if part.images == images):
+            groups: dict[int, list[float]] = {}
+            for each in runs:
+                if each["part"] == part.name:
+                    groups.setdefault(each["views"], []).append(100 * each["top1"])
+            groups = {views: values for views, values in sorted(groups.items()) if len(values) > 1}
+            if groups:
+                label = f"{part.views} views, {part.epochs} epochs"
+                means = [statistics.mean(values) for values in groups.values()]
+                spread = [statistics.stdev(values) for values in groups.values()]
+                axis.errorbar(list(groups), means, spread, label=label, color=f"C{colour}", marker="o", capsize=3)
+        axis.set(xscale="log", xlabel="cached views", ylabel="top-1, %", title=images)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def part_of(images: str) -> str:
+    """Every so many-th training image, so that all classes are there."""
+    if images == "fashion":
+        return f"train[:{SAMPLES['fashion']}]"
+    count = len(list((ROOT / "photos" / "train").rglob("*.png")))
+    return f"train[::{count // SAMPLES['photos']}]"
+
+
+def write_photos(root: Path, per_class: int) -> None:
+    """Random square crops of 48 to 160 pixels at SIDE pixels, training from the left half and test from the right."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    samples = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+    rng = np.random.default_rng(0)
+    for name in (*PHOTOS, *samples):
+        picture = samples.get(name)
+        if picture is None:
+            picture = np.asarray(Image.open(next(Path(data.__path__[0]).glob(f"{name}.*"))).convert("RGB"))
+        middle = picture.shape[1] // 2
+        for split, half in (("train", picture[:, :middle]), ("test", picture[:, middle:])):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(per_class if split == "train" else per_class // 4):
+                size = int(rng.integers(48, min(160, *half.shape[:2]) + 1))
+                top, left = (int(rng.integers(0, length - size + 1)) for length in half.shape[:2])
+                crop = Image.fromarray(half[top : top + size, left : left + size])
+                crop.resize((SIDE, SIDE), Image.Resampling.BILINEAR).save(folder / f"{number:03}.png")
+
+
+def write_recipe(path: Path, settings: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def run(*words: object) -> None:
+    """Run one of the project's commands; its output goes to the screen."""
+    program, *arguments = map(str, words)
+    if subprocess.run([str(Path(sys.executable).with_name(program)), *arguments]).returncode:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app()
