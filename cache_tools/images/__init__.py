@@ -39,7 +39,8 @@ def open_images(recipe: DatasetRecipe, split: str | None = None) -> ImageSet:
         DataError: there is no such split, the part is empty, or a class has no image.
         RecipeError: a cache's `recipe.dataset`, which identifies images and does not say where they are.
     """
-    if isinstance(recipe, DatasetIdentity):
+    given: object = recipe
+    if isinstance(given, DatasetIdentity):
         raise RecipeError(
             "the identity of a dataset does not say where its images are",
             where="open_images",

@@ -1,4 +1,7 @@
-"""Training from a cache equals training with live teachers: bit for bit in float32, closely in float16."""
+"""Training from a cache equals training with live teachers: bit for bit in float32, closely in float16.
+
+`make test` does this with a quarter of the digits, `make test-slow` with all of them.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ from pipeline.build.cache import build_cache
 from pipeline.networks.ensemble import load_ensemble
 from pipeline.online import LiveTeachers
 from pipeline.recipe import load_build_recipe
+from tests.support.turns import LONG
 from train.data import TrainingData, open_data
 from train.recipe import TrainRecipe
 from train.run import train_on
 
-pytestmark = pytest.mark.medium
+pytestmark = [pytest.mark.medium, pytest.mark.turns]
+
+SPLIT = "train" if LONG else "train[::4]"
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 64  # any size of at least 16: below, matrix products take another path and differ in the last bit
@@ -31,7 +37,7 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("online")
     for dtype in ("float32", "float16"):
         options = {"num_views": 2, "preflight_samples": 0, "codec": dtype, "out": str(root / dtype), "device": "cpu"}
-        build_cache(load_build_recipe("digits", (), options))
+        build_cache(load_build_recipe("digits", [f"dataset.split={SPLIT}"], options))
     return root
 
 

@@ -31,6 +31,7 @@ from pipeline.build.cache import build_cache
 from pipeline.replay import Comparison, replay, tolerance_of
 from tests.support import tiny_build
 from tests.support.tiny_clip import make_folder
+from tests.support.turns import some
 
 pytestmark = pytest.mark.medium
 
@@ -73,8 +74,19 @@ def again(cache: TeacherCache, count: int = ROWS, **options: Any) -> Replay:
 # What passes
 
 
-@pytest.mark.parametrize("store", ["fused", "components"])
-@pytest.mark.parametrize("codec", ["float32", "float16", "compact", "top-k"])
+@pytest.mark.parametrize(
+    ("store", "codec"),
+    some(
+        [
+            ("fused", "float16"),
+            ("components", "compact"),
+            ("fused", "top-k"),
+            *(("fused", codec) for codec in ("float32", "compact")),
+            *(("components", codec) for codec in ("float32", "float16", "top-k")),
+        ],
+        3,
+    ),
+)
 def test_an_untouched_cache_passes(built: Callable[..., TeacherCache], store: str, codec: str) -> None:
     """The batches differ from those of the build, so nearly all bits are the same, but not all."""
     cache = built(store=store, codec=codec)
@@ -239,7 +251,7 @@ def one_per_cent(rows: dict[str, np.ndarray]) -> None:
         (one_per_cent, "fused_logits", ROWS),
     ],
 )
-@pytest.mark.parametrize("codec", ["float32", "float16"])
+@pytest.mark.parametrize("codec", some(["float16", "float32"], 1))
 def test_wrong_numbers_with_right_checksums_are_found(
     built: Callable[..., TeacherCache], tmp_path: Path, change: Any, target: str, wrong: int, codec: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -18,3 +19,9 @@ def turns(short: int, long: int) -> int:
 def slow(*values: Any) -> Any:
     """Parameters of a test that only `make test-slow` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def some(values: Iterable[Any], keep: int) -> list[Any]:
+    """Parameters of a test: `make test` runs it with the first `keep` of them, `make test-slow` with the rest."""
+    chosen = list(values)
+    return [*chosen[:keep], *(slow(*each) if isinstance(each, tuple) else slow(each) for each in chosen[keep:])]

@@ -21,6 +21,7 @@ from cache_tools.derive.recode import recode
 from cache_tools.errors import FormatError, IncompleteError, NotFoundError, RecipeError
 from cache_tools.reader import TeacherCache
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.turns import some
 from train.losses.tail import kd_tail
 
 HAS_PCODEC = importlib.util.find_spec("pcodec") is not None
@@ -88,7 +89,7 @@ def relative(decoded: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(("store", "spec"), CASES)
+@pytest.mark.parametrize(("store", "spec"), some(CASES, 5))
 def test_bytes_equal_the_size_of_the_files(
     tables: dict[str, CostTable], recoded: dict[Any, TeacherCache], store: str, spec: str
 ) -> None:
@@ -127,7 +128,7 @@ def test_rows_of_a_larger_cache_cost_about_as_much(caches: dict[str, TeacherCach
 # Errors
 
 
-@pytest.mark.parametrize(("store", "spec"), CASES)
+@pytest.mark.parametrize(("store", "spec"), some(CASES, 5))
 def test_errors_against_a_slow_reference(
     caches: dict[str, TeacherCache],
     tables: dict[str, CostTable],
@@ -157,7 +158,7 @@ def test_errors_against_a_slow_reference(
     )
 
 
-@pytest.mark.parametrize(("store", "spec"), CASES)
+@pytest.mark.parametrize(("store", "spec"), some(CASES, 5))
 def test_errors_of_each_stored_target(
     caches: dict[str, TeacherCache],
     tables: dict[str, CostTable],

@@ -38,6 +38,7 @@ from cache_tools.store.writer import CacheWriter
 from pipeline.build.cache import build_cache
 from tests.support import cache_factory, tiny_build
 from tests.support.tiny_clip import make_folder
+from tests.support.turns import some
 
 pytestmark = pytest.mark.medium
 
@@ -92,7 +93,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", some(CHOICES, 5), ids=str)
 def test_rows_equal_those_that_training_on_the_components_sees(
     several: TeacherCache, tmp_path: Path, choice: dict[str, Any]
 ) -> None:

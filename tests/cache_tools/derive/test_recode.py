@@ -37,6 +37,7 @@ from tests.support.cache_factory import (
     tiny_targets,
     write,
 )
+from tests.support.turns import some
 
 pytestmark = pytest.mark.medium
 
@@ -79,7 +80,7 @@ def softmax(rows: np.ndarray) -> np.ndarray:
 # Numbers
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", some(SPECS, 4))
 def test_decoded_numbers_are_within_the_bound_of_their_codec(source: TeacherCache, spec: str, tmp_path: Path) -> None:
     done = convert(source, spec, tmp_path / "c")
     made = TeacherCache.open(tmp_path / "c")
@@ -118,7 +119,7 @@ def test_float32_in_other_blocks_is_exact(source: TeacherCache, tmp_path: Path) 
         assert verify(made.path).sound
 
 
-@pytest.mark.parametrize("spec", ["compact", "coarse", "row-step"])
+@pytest.mark.parametrize("spec", some(["compact", "coarse", "row-step"], 1))
 def test_a_float32_cache_recoded_is_the_cache_that_a_build_writes(
     source: TeacherCache, spec: str, tmp_path: Path
 ) -> None:
@@ -205,18 +206,21 @@ def test_the_default_path_is_in_the_cache_home(
 
 @pytest.mark.parametrize(
     ("first", "second", "warned"),
-    [
-        ("float16", "float32", True),
-        ("coarse", "compact", True),
-        ("compact", "coarse", False),
-        ("compact", "float16", True),
-        ("float16", "compact", False),
-        ("float16", "float16", False),
-        ("fixed-step:step=1/4", "fixed-step:step=1/64", True),
-        ("fixed-step:step=1/64", "fixed-step:step=1/4", False),
-        ("top-k", "row-step", True),
-        ("row-step", "top-k", False),
-    ],
+    some(
+        [
+            ("float16", "float32", True),
+            ("compact", "coarse", False),
+            ("coarse", "compact", True),
+            ("compact", "float16", True),
+            ("float16", "compact", False),
+            ("float16", "float16", False),
+            ("fixed-step:step=1/4", "fixed-step:step=1/64", True),
+            ("fixed-step:step=1/64", "fixed-step:step=1/4", False),
+            ("top-k", "row-step", True),
+            ("row-step", "top-k", False),
+        ],
+        3,
+    ),
 )
 def test_a_finer_codec_gives_a_warning(first: str, second: str, warned: bool, tmp_path: Path) -> None:
     build(tmp_path / "a", tiny_manifest(IMAGES, codec="float32"), IMAGES)

@@ -22,7 +22,7 @@ from pipeline.build.cache import build_cache
 from tests.support import shards, tiny_build, tiny_run
 from tests.support.kill_cases import Command, run
 from tests.support.s3_server import new_bucket
-from tests.support.turns import slow
+from tests.support.turns import some
 from train.checkpoints import LAST
 from train.recipe.loading import load_train_recipe
 from train.run import train_student
@@ -114,7 +114,7 @@ SOURCES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("source", [*(name for name in SOURCES if name != "parquet"), slow("parquet")])
+@pytest.mark.parametrize("source", some(["csv", "pack", "own", "webdataset", "food101", "parquet"], 3))
 def test_build_train_and_verify(source: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.syspath_prepend(tmp_path)

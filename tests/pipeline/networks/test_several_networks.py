@@ -26,6 +26,7 @@ from tests.support import tiny_build, tiny_run
 from tests.support.fusion_by_hand import clip_row, fused_by_hand, mean, unit
 from tests.support.tiny_build import arrays_of, constant_teacher
 from tests.support.tiny_clip import make_folder
+from tests.support.turns import some
 from train.data import open_data
 from train.run import train_student
 
@@ -83,7 +84,7 @@ def caches(root: Path) -> dict[str, TeacherCache]:
     return {name: TeacherCache.open(path) for name, path in paths.items()}
 
 
-@pytest.mark.parametrize("ensemble", ["embedding", "probabilities"])
+@pytest.mark.parametrize("ensemble", some(["embedding", "probabilities"], 1))
 def test_rows_equal_the_outputs_of_four_networks_fused_by_hand(
     root: Path, caches: dict[str, TeacherCache], ensemble: str
 ) -> None:
