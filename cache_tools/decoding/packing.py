@@ -12,19 +12,20 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cache_tools.console import Progress, print_line, storage_error, warn
+from cache_tools.decoding.packed import PackedImages
 from cache_tools.decoding.pixel_file import (
     SUFFIX,
-    PackedImages,
-    PixelFile,
     TooLargeError,
     file_bytes,
+    open_pixel_file,
+    pixel_file_in_memory,
     pixel_files,
     unique_rows,
     write_pixel_file,
@@ -33,7 +34,7 @@ from cache_tools.decoding.service import load_canvases
 from cache_tools.errors import FormatError
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.formats import decoder_versions, register_decoders
-from cache_tools.images.index import num_workers
+from cache_tools.images.index import PROGRESS_FROM_FILES, num_workers
 from cache_tools.units import human_bytes
 
 AT_ONCE = 64  # pictures that are decoded before they are written
@@ -61,7 +62,7 @@ def find_packed(images: EncodedImages, *, canvases: bool) -> PackedImages | None
     own = _name(images, settings) if len(names) > 1 else ""
     for name in sorted(names, key=lambda name: name != own):
         try:
-            file = PixelFile(name)
+            file = open_pixel_file(name)
         except FormatError as error:
             warn(f"{error}")
             continue
@@ -103,6 +104,22 @@ def make_packed(images: EncodedImages, *, canvases: bool, budget: int) -> Packed
     found = find_packed(images, canvases=canvases)
     assert found is not None, "it has just been written"
     return found
+
+
+def pack_in_memory(images: EncodedImages) -> PackedImages | None:
+    """The pictures of images at their own size, decoded into memory; None where they take more than `packed_bytes`."""
+    rows = unique_rows(images.keys)
+    settings, limit = pixel_settings(images, canvases=False), packed_bytes(images, canvases=False)
+    is_long = len(rows) >= PROGRESS_FROM_FILES
+    with Progress("load images", len(rows), "images") if is_long else nullcontext() as progress:
+        pictures = _decoded(images, rows, progress, canvases=False)
+        try:
+            file = pixel_file_in_memory(settings, images.keys[rows], pictures, limit=limit + limit // 4)
+        except TooLargeError:
+            return None
+    places = file.places_of(images.keys)
+    assert places is not None, "it has all of them"
+    return PackedImages.of(images, file, places, canvases=False)
 
 
 def packed_bytes(images: EncodedImages, *, canvases: bool) -> int:
@@ -151,20 +168,18 @@ def _make(images: EncodedImages, *, canvases: bool, budget: int) -> None:
 
 
 def _decoded(
-    images: EncodedImages, rows: npt.NDArray[np.int64], progress: Progress, *, canvases: bool
+    images: EncodedImages, rows: npt.NDArray[np.int64], progress: Progress | None, *, canvases: bool
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The pictures of these rows, one after the other, as a pixel file holds them."""
-    if canvases:
-        part = images if len(rows) == len(images) else images.subset(rows)
-        load = load_canvases(part)
-        for start in range(0, len(rows), AT_ONCE):
-            yield from load(slice(start, start + AT_ONCE))
-            progress.advance(min(AT_ONCE, len(rows) - start))
-        return
+    load = load_canvases(images if len(rows) == len(images) else images.subset(rows)) if canvases else None
     for start in range(0, len(rows), AT_ONCE):
-        some = images.pictures(rows[start : start + AT_ONCE])
-        yield from (picture.transpose(1, 2, 0) for picture in some)
-        progress.advance(len(some))
+        if load is not None:
+            yield from load(slice(start, start + AT_ONCE))
+        else:
+            pictures = images.pictures(rows[start : start + AT_ONCE])
+            yield from (picture.transpose(1, 2, 0) for picture in pictures)
+        if progress is not None:
+            progress.advance(min(AT_ONCE, len(rows) - start))
 
 
 @contextmanager

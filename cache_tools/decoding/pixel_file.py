@@ -1,4 +1,4 @@
-"""Decoded pixels of a split in one file of the cache home, a pixel file, and an image set that reads them from there.
+"""Decoded pixels of a split in one file of the cache home: a pixel file.
 
 A pixel file holds the pictures one after the other, at the size of a canvas (uint8 [3, H, W]) or at their own (uint8
 [H, W, 3]), and then an index: content keys, sizes, places and checksums. It appears in the cache home when it is
@@ -17,22 +17,22 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cache_tools.errors import DataError, FormatError
 from cache_tools.files import SafeFolder, cache_home
-from cache_tools.images.encoded import EncodedImages
-from cache_tools.images.image_set import KEY_BYTES, Interpolation
+from cache_tools.images.decode import MAX_PIXELS
+from cache_tools.images.image_set import KEY_BYTES
 from cache_tools.images.index import FileState
 
 FOLDER, SUFFIX = "pixels", ".pixels"  # in the cache home
 _MAGIC, _VERSION, _START = b"TCPIXELS", 1, 4096
 _GOES_ON = "run the same command again: it opens the file that is there now, or goes on without one"
+_OF_PROCESSES = "/proc/"
 _READERS = 4  # threads; more than one for files that are not in the page cache
 _READ_ALONE = 4 << 20  # bytes that are not worth the threads
 
@@ -98,16 +98,15 @@ class PixelFile:
     """An open pixel file. Any thread may read from it.
 
     Args:
-        name: of the file in the folder of pixel files.
+        file: closed with this object.
+        path: under which another process opens it.
 
     Raises:
-        FileNotFoundError: no such file.
         FormatError: it is damaged, or of another version.
     """
 
-    def __init__(self, name: str) -> None:
-        self.path = pixel_files().path.absolute() / name
-        self._file = pixel_files().open_read(name)
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self.path = file, path
         try:
             self.size_bytes, self.settings, self.index = self._read_index()
         except BaseException:
@@ -189,69 +188,23 @@ class PixelFile:
             index = PixelIndex.from_bytes(data, count)
             lengths = 3 * index.sizes.astype(np.int64).prod(axis=1)
             ends = index.starts + lengths
-            if index.sizes.min() < 1 or index.starts[0] != _START or ends[-1] != start:
+            if (
+                index.sizes.min() < 1
+                or index.sizes.max() > MAX_PIXELS
+                or index.starts[0] != _START
+                or ends[-1] != start
+            ):
                 raise ValueError("pictures outside of the file")
             if (ends[:-1] != index.starts[1:]).any():
                 raise ValueError("pictures that overlap")
             return size, dict(header["settings"]), index
-        except (ValueError, LookupError, TypeError, struct.error) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
             raise FormatError(
                 "a damaged pixel file, or one of another version",
                 where=self.path,
                 found=error,
                 next_step="remove it: it is made again where --pixel-disk allows it",
             ) from error
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PackedImages(EncodedImages):
-    """Images whose pixels are read from a pixel file instead of being decoded; the same pixels.
-
-    Attributes:
-        source: the same images as they were opened.
-        file: that holds their canvases, or their pictures at their own size.
-        places: int64 [N], of each image in the index of the file.
-        canvases: whether the file holds canvases.
-    """
-
-    source: EncodedImages
-    file: PixelFile
-    places: Integers
-    canvases: bool
-
-    @classmethod
-    def of(cls, source: EncodedImages, file: PixelFile, places: Integers, *, canvases: bool) -> PackedImages:
-        shared = {field.name: getattr(source, field.name) for field in fields(EncodedImages)}
-        return cls(**shared, source=source, file=file, places=places, canvases=canvases)
-
-    def place_in_file(self, sample: int) -> PackedPicture:
-        """What another process needs to read a picture from the file."""
-        return self.file.place(int(self.places[sample]))
-
-    def read(self, sample: int) -> bytes:
-        return self.source.read(sample)
-
-    def name_of(self, sample: int) -> str:
-        return self.source.name_of(sample)
-
-    def load(self, index: np.ndarray | slice) -> np.ndarray:
-        if not self.canvases:
-            return self.source.load(index)
-        places = self.places[index]
-        pixels = np.empty((len(places), 3, *self.image_size), np.uint8)
-        self.file.read_canvases(places, pixels)
-        return pixels
-
-    def pictures(self, index: np.ndarray | slice) -> list[np.ndarray]:
-        if self.canvases:
-            return self.source.pictures(index)
-        return [picture.transpose(2, 0, 1) for picture in self.file.pictures(self.places[index])]
-
-    def at(self, side: int, interpolation: Interpolation = "bicubic") -> Self:
-        return self.source.at(side, interpolation)  # type: ignore[return-value]
-
-    def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
-        return {"source": self.source.subset(rows), "places": self.places[rows]}
 
 
 def file_bytes(count: int, pixel_bytes: int) -> int:
@@ -270,6 +223,16 @@ def pixel_files() -> SafeFolder:
     return SafeFolder(cache_home()).below(FOLDER)
 
 
+def open_pixel_file(name: str) -> PixelFile:
+    """Open a file in the folder of pixel files.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FormatError: it is damaged, or of another version.
+    """
+    return PixelFile(pixel_files().open_read(name), pixel_files().path.absolute() / name)
+
+
 def write_pixel_file(
     name: str, settings: Mapping[str, Any], keys: Bytes, pictures: Iterator[Bytes], *, limit: int
 ) -> None:
@@ -285,27 +248,26 @@ def write_pixel_file(
         TooLargeError: it would take more. Nothing is left.
         OSError: as `SafeFolder.replaced_durably`.
     """
-    sizes, starts = np.empty((len(keys), 2), np.int32), np.empty(len(keys), np.int64)
-    checksums, is_canvas = np.empty(len(keys), np.uint32), settings["kind"] == "canvas"
     with pixel_files().replaced_durably(name) as file:
-        file.write(bytes(_START))
-        place, after = _START, len(keys) * _ROW_BYTES
-        for row, pixels in zip(range(len(keys)), pictures, strict=True):
-            data = np.ascontiguousarray(pixels).reshape(-1).data
-            if place + data.nbytes + after > limit:
-                raise TooLargeError
-            sizes[row], starts[row] = pixels.shape[1:] if is_canvas else pixels.shape[:2], place
-            checksums[row] = zlib.crc32(data)
-            file.write(data)
-            place += data.nbytes
-        index = PixelIndex(keys, sizes, starts, checksums).to_bytes()
-        file.write(index)
-        digest = hashlib.blake2b(index, digest_size=16).hexdigest()
-        header = {"version": _VERSION, "count": len(keys), "index_start": place, "index_digest": digest}
-        encoded = json.dumps(header | {"settings": settings}).encode()
-        assert len(encoded) <= _START - len(_MAGIC) - 4, "settings are small"
+        _write(file, settings, keys, pictures, limit)
+
+
+def pixel_file_in_memory(
+    settings: Mapping[str, Any], keys: Bytes, pictures: Iterator[Bytes], *, limit: int
+) -> PixelFile:
+    """A pixel file without a name in memory, which is free again when the object is gone, or the process.
+
+    Arguments and errors are those of `write_pixel_file`.
+    """
+    file = os.fdopen(os.memfd_create("pixels"), "w+b")
+    try:
+        _write(file, settings, keys, pictures, limit)
+        file.flush()
         file.seek(0)
-        file.write(_MAGIC + struct.pack("<I", len(encoded)) + encoded)
+    except BaseException:
+        file.close()
+        raise
+    return PixelFile(file, Path(f"{_OF_PROCESSES}{os.getpid()}/fd/{file.fileno()}"))
 
 
 def read_picture(picture: PackedPicture, known: FileState) -> tuple[Bytes, FileState]:
@@ -317,15 +279,20 @@ def read_picture(picture: PackedPicture, known: FileState) -> tuple[Bytes, FileS
     Raises:
         DataError: the file is gone or damaged.
     """
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    in_memory = picture.file.startswith(_OF_PROCESSES)  # opened each time, so that the memory can become free
     try:
-        file = _opened(picture.file, picture.inode)
-        state = FileState.of(os.fstat(file))
+        file = os.open(picture.file, os.O_RDONLY) if in_memory else _opened(picture.file, picture.inode)
+        try:
+            state = FileState.of(os.fstat(file))
+            _read_whole(file, pixels.reshape(1, -1), picture.start, picture.file)
+        finally:
+            if in_memory:
+                os.close(file)
     except OSError as error:
         raise DataError(
             "cannot read a pixel file", where=picture.file, found=error.strerror or error, next_step=_GOES_ON
         ) from error
-    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
-    _read_whole(file, pixels.reshape(1, -1), picture.start, picture.file)
     if state != known and zlib.crc32(pixels.data) != picture.checksum:
         raise _damaged(picture.file, f"other pixels than were written, from byte {picture.start}")
     return pixels, state
@@ -338,6 +305,29 @@ def _opened(file: str, inode: tuple[int, int]) -> int:
         if _inode_of(opened.fileno()) != inode:
             raise DataError("another process has replaced a pixel file", where=path, next_step=_GOES_ON)
         return os.dup(opened.fileno())
+
+
+def _write(file: BinaryIO, settings: Mapping[str, Any], keys: Bytes, pictures: Iterator[Bytes], limit: int) -> None:
+    sizes, starts = np.empty((len(keys), 2), np.int32), np.empty(len(keys), np.int64)
+    checksums, is_canvas = np.empty(len(keys), np.uint32), settings["kind"] == "canvas"
+    file.write(bytes(_START))
+    place, after = _START, len(keys) * _ROW_BYTES
+    for row, pixels in zip(range(len(keys)), pictures, strict=True):
+        data = np.ascontiguousarray(pixels).reshape(-1).data
+        if place + data.nbytes + after > limit:
+            raise TooLargeError
+        sizes[row], starts[row] = pixels.shape[1:] if is_canvas else pixels.shape[:2], place
+        checksums[row] = zlib.crc32(data)
+        file.write(data)
+        place += data.nbytes
+    index = PixelIndex(keys, sizes, starts, checksums).to_bytes()
+    file.write(index)
+    digest = hashlib.blake2b(index, digest_size=16).hexdigest()
+    header = {"version": _VERSION, "count": len(keys), "index_start": place, "index_digest": digest}
+    encoded = json.dumps(header | {"settings": settings}).encode()
+    assert len(encoded) <= _START - len(_MAGIC) - 4, "settings are small"
+    file.seek(0)
+    file.write(_MAGIC + struct.pack("<I", len(encoded)) + encoded)
 
 
 def _inode_of(file: int) -> tuple[int, int]:

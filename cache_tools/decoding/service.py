@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.decoding.pixel_file import PackedImages
+from cache_tools.decoding.packed import PackedImages
 from cache_tools.decoding.worker import Answer, Job, Picture, Task, parts
 from cache_tools.errors import DataError, error_from_data
 from cache_tools.images.encoded import EncodedImages

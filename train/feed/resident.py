@@ -8,10 +8,13 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from cache_tools.console import Progress
+from cache_tools.console import Progress, warn
+from cache_tools.decoding.packing import pack_in_memory
 from cache_tools.decoding.service import load_canvases
 from cache_tools.images.arrays import ArrayImages
+from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import ImageSet
+from cache_tools.views.recipe import ViewRecipe
 from train.feed.base import Feed
 from train.feed.streaming import StreamingFeed
 
@@ -41,14 +44,18 @@ class ResidentFeed(Feed):
 
 
 class HostFeed(StreamingFeed):
-    """All canvases of the split in the memory of the machine, from where batches go to the device as they are needed.
+    """All images of the split in the memory of the machine, from where batches go to the device as they are needed.
 
-    The memory is not page-locked, because only a batch that has been gathered is copied.
+    It holds their canvases, or where views crop the original pictures, these. The memory is not page-locked, because
+    only a batch that has been gathered is copied.
     """
 
+    _is_loaded = False
+
     def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        if not self.images.resident:
-            self.images = _in_memory(self.images)
+        if not self._is_loaded and not self.images.resident:
+            self.images = _in_memory(self.images, self.views)
+        self._is_loaded = True
         return super()._pixels(order, view, bounds)
 
 
@@ -74,8 +81,13 @@ def pieces(images: ImageSet) -> Iterator[slice]:
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
-def _in_memory(images: ImageSet) -> ArrayImages:
-    """The same images as an array of their canvases."""
-    names = ("name", "split", "class_names", "labels", "keys", "image_size")
-    canvases = load_all(images, torch.device("cpu")).numpy()
-    return ArrayImages(**{name: getattr(images, name) for name in names}, pixels=canvases)
+def _in_memory(images: ImageSet, views: ViewRecipe) -> ImageSet:
+    """The same images, from memory."""
+    if views.box_op is None:
+        names = ("name", "split", "class_names", "labels", "keys", "image_size")
+        canvases = load_all(images, torch.device("cpu")).numpy()
+        return ArrayImages(**{name: getattr(images, name) for name in names}, pixels=canvases)
+    assert isinstance(images, EncodedImages), "others are in memory"
+    if (packed := pack_in_memory(images)) is None:
+        warn("the pictures take more memory than a part of them promised: they are decoded in every epoch")
+    return packed or images

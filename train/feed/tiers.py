@@ -5,6 +5,7 @@ The first of these that has room serves them. Batches are the same, bit for bit,
 
 from __future__ import annotations
 
+import os
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def open_feed(
         DataError, StorageError: as `choose_tier`.
     """
     needed = target_memory(targets, window, device, views=num_views, epochs=epochs)
-    tier = choose_tier(images, views, device, pixels, reserved=needed.num_bytes)
+    tier = choose_tier(images, views, device, pixels, reserved=needed.num_bytes, epochs=epochs)
     feed = tier.feed(
         tier.images,
         views,
@@ -86,15 +87,22 @@ def open_feed(
 
 
 def choose_tier(
-    images: ImageSet, views: ViewRecipe, device: torch.device, pixels: PixelRecipe, *, reserved: int = 0
+    images: ImageSet,
+    views: ViewRecipe,
+    device: torch.device,
+    pixels: PixelRecipe,
+    *,
+    reserved: int = 0,
+    epochs: int | None = None,
 ) -> Tier:
     """The first tier that has room for the pixels. To make a pixel file takes as long as to decode all images once.
 
     Device memory holds the canvases and one view of them, host memory the canvases. Views that crop the original
-    pictures of files need these, at their own sizes, which only a pixel file holds.
+    pictures of files need these, at their own sizes, which host memory or a pixel file holds.
 
     Args:
         reserved: bytes of the device that other tensors, such as the targets, will take.
+        epochs: of the run; for a single one pictures are not decoded before it begins. None for many.
 
     Raises:
         DataError, StorageError: as `make_packed`.
@@ -106,6 +114,12 @@ def choose_tier(
         return tier
     if encoded is None:
         return Tier("decode", StreamingFeed, images, "pixels: loaded again in every epoch")
+    if packed is None and not canvases and epochs != 1 and hasattr(os, "memfd_create"):
+        size = packed_bytes(encoded, canvases=False)
+        if size <= _budget(pixels.host_memory, CPU, reserved if device.type == "cpu" else 0):
+            where = "memory" if device.type == "cpu" else "host memory"
+            text = f"pixels: in {where}, cropped batch by batch (about {human_bytes(size)})"
+            return Tier("host", HostFeed, images, text)
     try:
         if packed is None and pixels.disk:
             packed = make_packed(encoded, canvases=canvases, budget=pixels.disk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import pytest
 import torch
 
 from cache_tools.decoding import packing, pixel_file
-from cache_tools.decoding.packing import NoRoomError, find_packed, make_packed, packed_bytes
-from cache_tools.decoding.pixel_file import PackedImages, PixelFile, pixel_files, read_picture
+from cache_tools.decoding.packed import PackedImages
+from cache_tools.decoding.packing import NoRoomError, find_packed, make_packed, pack_in_memory, packed_bytes
+from cache_tools.decoding.pixel_file import open_pixel_file, pixel_files, read_picture
 from cache_tools.decoding.service import DecodeService, service_for, start_loading
 from cache_tools.errors import DataError, FormatError, StorageError
 from cache_tools.images import open_images
@@ -80,6 +82,15 @@ def test_pixels_are_those_of_decoding(
     assert find_packed(images, canvases=not canvases) is None
 
 
+def test_pictures_in_memory_are_those_of_decoding(images: FolderImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack_in_memory(images)
+    assert packed is not None
+    same_pixels(packed, images)
+    assert not pixel_files().path.exists(), "nothing is on the disk"
+    monkeypatch.setattr(packing, "packed_bytes", lambda *_, **__: 1000)
+    assert pack_in_memory(images) is None
+
+
 def test_parts_of_a_split_use_the_file_of_the_whole(images: FolderImages) -> None:
     whole = make_packed(images, canvases=False, budget=BUDGET)
     part = images.subset(np.array([7, 3, 21, 22]))
@@ -127,7 +138,19 @@ def empty(data: bytearray) -> None:
     data.clear()
 
 
-@pytest.mark.parametrize("damage", [damaged_header, damaged_index, cut, empty])
+def nested(data: bytearray) -> None:
+    data[8:4096] = (4084).to_bytes(4, "little") + b"[" * 4084
+
+
+def endless(data: bytearray) -> None:
+    data[12:4096] = re.sub(rb'"count": [0-9]+', b'"count": 1e999', data[12:4096])[:4084]
+
+
+def of_another_version(data: bytearray) -> None:
+    data[12:4096] = data[12:4096].replace(b'"version": 1', b'"version": 7')
+
+
+@pytest.mark.parametrize("damage", [damaged_header, damaged_index, cut, empty, nested, endless, of_another_version])
 def test_a_damaged_file_is_made_again(
     images: FolderImages, damage: Callable[[bytearray], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +159,7 @@ def test_a_damaged_file_is_made_again(
     damage(data)
     path.write_bytes(data)
     with pytest.raises(FormatError, match=r"damaged pixel file.*Remove it"):
-        PixelFile(path.name)
+        open_pixel_file(path.name)
     capsys.readouterr()
     assert find_packed(images, canvases=True) is None
     assert "warning: a damaged pixel file" in capsys.readouterr().err
@@ -291,6 +314,10 @@ def test_processes_crop_the_pictures_of_a_file(images: FolderImages) -> None:
             (found,) = start_loading(service, packed, rows, rows, [(views, view)], pin=False)()
             assert torch.equal(found, expected)
         assert service._states_of(packed)[4].any(), "its state was reported"
+        memory = pack_in_memory(images)
+        assert memory is not None
+        (found,) = start_loading(service, memory, rows, rows, [(views, 1)], pin=False)()
+        assert torch.equal(found, expected)
         packed.file.path.unlink()
         make_packed(images, canvases=False, budget=BUDGET)
         lost = replace(packed)  # whose file is not the one that is there now
