@@ -72,10 +72,11 @@ class ImageSet(ABC):
     @cached_property
     def content_digest(self) -> str:
         """32 hex digits over keys, labels and class names: equal if samples, order and labels are equal."""
-        names = json.dumps(self.class_names, ensure_ascii=True).encode()
-        labels = self.labels if self.multi_label else self.labels.astype("<i8")
-        parts = (self.keys.tobytes(), labels.tobytes(), names)
-        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+        labels = np.ascontiguousarray(self.labels, dtype=None if self.multi_label else "<i8")
+        digest = hashlib.blake2b(np.ascontiguousarray(self.keys).data, digest_size=16)
+        digest.update(labels.data)
+        digest.update(json.dumps(self.class_names, ensure_ascii=True).encode())
+        return digest.hexdigest()
 
     def subset(self, rows: slice | np.ndarray, split: str | None = None) -> Self:
         """The samples at `rows` (int indices or a slice), renumbered from 0; `split` renames the split."""

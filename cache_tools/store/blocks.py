@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.errors import FormatError, IncompleteError, NotFoundError, UnsafeFileError
+from cache_tools.errors import CacheError, FormatError, IncompleteError, NotFoundError, UnsafeFileError
 from cache_tools.files import SafeFolder
 from cache_tools.format import commits
 from cache_tools.format.manifest import Manifest
@@ -103,6 +103,9 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
     if not ids:
         return found
     views, blocks = np.array(ids).T
+    if (read := _read_sound(SafeFolder(path), ids, columns)) is not None:
+        found[views, blocks] = read
+        return found
     try:
         with translate_errors(folder):
             if len(ids) == manifest.num_views * manifest.num_blocks:
@@ -114,6 +117,27 @@ def read_commits(table: zarr.Array[Any], path: Path, manifest: Manifest) -> npt.
         if damaged is None:
             raise
         raise damaged from error
+    return found
+
+
+def _read_sound(folder: SafeFolder, ids: list[commits.BlockId], columns: int) -> npt.NDArray[np.uint64] | None:
+    """The commits of these blocks, uint64 [blocks, columns]; None if the file of one is not sound.
+
+    A file is little-endian numbers and their crc32c: `check_array` has compared the codecs. zarr takes a millisecond
+    for each, and reads them again where one is not sound, for its error.
+    """
+    from google_crc32c import value as crc32c
+
+    found = np.empty((len(ids), columns), np.uint64)
+    size = found[0].nbytes
+    try:
+        for number, block in enumerate(ids):
+            data = folder.read_bytes(block.commit_key, size + 4)
+            if len(data) != size + 4 or crc32c(data[:size]) != int.from_bytes(data[size:], "little"):
+                return None
+            found[number] = np.frombuffer(data, "<u8", columns)
+    except (CacheError, OSError):
+        return None
     return found
 
 

@@ -97,6 +97,21 @@ def test_asha_measures_the_cost_of_stopping_early(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_large_caches_are_measured_by_row() -> None:
+    process = start("scale", "--rows", "600,2000", "--classes", "8", "--window", "2", "--rounds", "1", "--threads", "1")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    line = json.loads(out)
+    assert (line["rows"], line["classes"], line["window"], line["block_rows"]) == ([600, 2000], 8, 2, 128)
+    for table in (line["seconds"], line["processor_seconds"], line["memory_mb"]):
+        assert table.keys() == {"open", "start", "whole", "stats"}
+        assert all(by_size.keys() == {"600", "2000"} for by_size in table.values())
+    for name, seconds in line["seconds"].items():
+        ratio = seconds["2000"]["median"] / 2000 / (seconds["600"]["median"] / 600)
+        assert line["per_row"][name] == {"2000/600": pytest.approx(ratio, rel=0.05)}
+
+
+@pytest.mark.slow
 def test_decoding_is_compared_with_the_bare_decoder() -> None:
     process = start("decode", "--pictures", "150", "--size", "64", "--views", "2", "--workers", "1", "--rounds", "1")
     out, errors = process.communicate(timeout=300)
