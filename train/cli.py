@@ -13,6 +13,7 @@ from cache_tools.system.memory import keep_freed_memory
 from train.options import (
     Cache,
     CheckpointEvery,
+    Compile,
     DataDir,
     Device,
     DeviceMemory,
@@ -101,6 +102,7 @@ def train_student(
     ] = None,
     shuffle_window: ShuffleWindow = None,
     checkpoint_every_minutes: CheckpointEvery = None,
+    compile_mode: Compile = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     pixel_disk: PixelDisk = None,
@@ -163,6 +165,7 @@ def train_student(
         "compare_with_labels": compare_with_labels,
         "shuffle_window": shuffle_window,
         "checkpoint_every_minutes": checkpoint_every_minutes,
+        "compile": compile_mode,
         "pixels.device_memory": device_memory,
         "pixels.host_memory": host_memory,
         "pixels.disk": pixel_disk,

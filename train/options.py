@@ -27,6 +27,12 @@ CheckpointEvery = Annotated[
     float | None,
     typer.Option("--checkpoint-every-minutes", help="Also store a state inside epochs that often, for long epochs."),
 ]
+Compile = Annotated[
+    str | None,
+    typer.Option(
+        "--compile", help="auto (off), off, model (torch.compile of student and loss) or step (CUDA graphs of updates)."
+    ),
+]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(

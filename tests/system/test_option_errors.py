@@ -23,8 +23,9 @@ TRAIN = [
     "--epochs", "--batch-size", "--accumulate", "--lr", "--clip-grad-norm", "--label-smoothing", "--class-weights",
     "--views", "--teacher-weight", "--clip-scale", "--label-fraction", "--checkpoint-every-minutes", "--precision",
     "--seed", "--log", "--device-memory", "--host-memory", "--pixel-disk", "--shuffle-window",
+    "--compile",
 ]  # fmt: skip
-SWEEP = ["--epochs", "--seeds", "--name", "--checkpoint-every-minutes", "--pixel-disk", "--shuffle-window"]
+SWEEP = ["--epochs", "--seeds", "--name", "--checkpoint-every-minutes", "--pixel-disk", "--shuffle-window", "--compile"]
 EVALUATE = ["--batch-size", "--robustness-samples", "--workers", "--precision", "--checkpoint"]
 EXPORT = ["--samples", "--tolerance", "--format", "--weights", "--input", "--batch-size"]
 CASES = [

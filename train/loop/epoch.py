@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.system.memory import drop_tracebacks
 from train.feed import Batch, Feed
+from train.loop.graph import TensorEpochs
 from train.loop.learner import Learner, model_inputs
 from train.loop.repeat import explain_failure, random_state, set_random_state
 
@@ -62,6 +64,11 @@ def train_epoch(
     ]
     batches = BATCHES_PER_TURN if not alone and feed.device.type == "cpu" else 1
     done = min(participant.done for participant in participants)
+    if learners[0].recipe.compile == "step":
+        assert alone, "a captured step has batches of its own"
+        (participant,) = participants
+        participant.train_captured(feed, epoch, advance, save)
+        return [participant.outcome(epoch)]
     for turn in _turns(feed.epoch(epoch, done), learners[0].preprocessing, batches):
         for participant in participants:
             participant.train(turn[max(participant.done - done, 0) :])
@@ -102,6 +109,28 @@ class _Participant:
                 for batch, inputs in turn:
                     self._learner.step(batch, inputs)
             self.done += len(turn)
+        except Exception as error:
+            self._fail(error)
+
+    def train_captured(self, feed: Feed, epoch: int, advance: Callable[[int], None], save: Save | None) -> None:
+        """Make the rest of an epoch's updates as CUDA graphs; an update that has begun is finished without one."""
+        learner = self._learner
+
+        def after(done: int) -> None:
+            self.done = done
+            if save is not None and done < feed.steps_per_epoch:
+                save(lambda: [self.state()])
+
+        begun = -self.done % learner.recipe.optimiser.accumulate
+        for turn in _turns(islice(feed.epoch(epoch, self.done), begun), learner.preprocessing, 1):
+            self.train(turn)
+            advance(sum(len(batch.labels) for batch, _ in turn))
+        if self._error is not None:
+            return
+        try:
+            with explain_failure(learner.recipe, self._device):
+                learner.captured = learner.captured or TensorEpochs(learner, feed, capture=self._device.type == "cuda")
+                learner.captured.train(epoch, self.done, advance, after)
         except Exception as error:
             self._fail(error)
 

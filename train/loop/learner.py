@@ -15,7 +15,7 @@ from train.feed import Batch, mixed_seed
 from train.loop.average import WeightAverage
 from train.loop.sums import Sums
 from train.objective import Objective
-from train.optim import create_optimiser, create_schedule, parameter_groups, trained_parameters, update_of
+from train.optim import Update, create_optimiser, create_schedule, parameter_groups, trained_parameters, update_of
 from train.recipe import TrainRecipe
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +56,10 @@ class Learner:
         self._one = torch.ones((), device=device)  # the gradient of the loss, which torch makes in each step otherwise
         self._stream: torch.cuda.Stream | None = None
         self.means = Sums()
+        if recipe.compile == "model":
+            # One program for whole batches, and one for a shorter last one.
+            self._terms = torch.compile(self._terms, dynamic=False)  # type: ignore[method-assign]
+        self.captured: Any = None  # its `graph.TensorEpochs`, from the first epoch on
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for the steps of an epoch, and seed the global random generators."""
@@ -63,24 +67,30 @@ class Learner:
         self.student.train()
         self.objective.train()
         self.objective.set_epoch(epoch)
-        self.means = Sums()
+        self.means.clear()
 
     def step(self, batch: Batch, inputs_NCHW: Tensor) -> None:
-        """Forward, loss, backward, and, on the last batch of an update, the update.
+        """Train on a batch, at the learning rate of its update.
 
         Args:
             inputs_NCHW: `model_inputs` of the batch.
         """
         update = update_of(batch, self.recipe.batch_size, self.recipe.optimiser.accumulate)
         self.schedule.step_update(self.updates)
-        with self._autocast():
-            logits, features = self._forward(inputs_NCHW)
-        terms = self.objective(logits, features, batch, update.labels)
+        self.train_on(batch, inputs_NCHW, update)
+        self._has_gradients = not update.is_last
+        if update.is_last:
+            self.updates += 1
+            if self.average is not None:
+                self.average.update(self.updates)
+
+    def train_on(self, batch: Batch, inputs_NCHW: Tensor, update: Update) -> None:
+        """Forward, loss, backward, and on the last batch of an update new weights. It reads tensors only."""
+        terms, logits = self._terms(inputs_NCHW, batch, update.labels)
         if update.is_first:
             self.optimiser.zero_grad(set_to_none=True)
         loss = terms["loss"] if update.share == 1.0 else update.share * terms["loss"]
         self.scaler.scale(loss).backward(self._one)
-        self._has_gradients = not update.is_last
         if update.is_last:
             self._update()
         self.means.add(terms, logits, batch.labels, batch.mixed)
@@ -119,7 +129,7 @@ class Learner:
         return {
             "student": self.student.state_dict(),
             "objective": self.objective.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": _with_plain_rates(self.optimiser.state_dict()),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
             "updates": self.updates,
@@ -147,9 +157,20 @@ class Learner:
             nn.utils.clip_grad_norm_(trained_parameters(self.optimiser), largest_norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self.updates += 1
-        if self.average is not None:
-            self.average.update(self.updates)
+
+    def rates(self, first: int, count: int) -> list[list[float]]:
+        """The learning rate of each group of parameters in `count` updates from `first` on."""
+        rows = []
+        for update in range(first, first + count):
+            self.schedule.step_update(update)
+            rows.append([float(group["lr"]) for group in self.optimiser.param_groups])
+        return rows
+
+    def _terms(self, inputs: Tensor, batch: Batch, update_labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the loss, and the logits. `--compile model` compiles this."""
+        with self._autocast():
+            logits, features = self._forward(inputs)
+        return self.objective(logits, features, batch, update_labels), logits
 
     def _gradients(self) -> list[Tensor | None] | None:
         """The gradients of an update's first batches; None between two updates."""
@@ -171,6 +192,11 @@ class Learner:
 def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     """The input of a student: float32 [B, 3, H, W] in channels_last."""
     return prepare(batch.pixels.contiguous(memory_format=torch.channels_last), preprocessing)
+
+
+def _with_plain_rates(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimiser whose learning rates may be in tensors (`train.loop.graph`)."""
+    return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
 
 
 def _with_settings_of(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

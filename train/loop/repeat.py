@@ -53,6 +53,7 @@ def explain_failure(recipe: TrainRecipe, device: torch.device) -> Iterator[None]
 
     Raises:
         OutOfMemoryError: too little memory; names the student.
+        RecipeError: `compile: model`, and the student or the loss cannot be compiled here.
         RecipeError: `deterministic`, and an operation that has no deterministic kernel on CUDA.
     """
     next_step = (
@@ -63,6 +64,13 @@ def explain_failure(recipe: TrainRecipe, device: torch.device) -> Iterator[None]
         with raise_on_out_of_memory(f"{recipe.student} on {device}", next_step):
             yield
     except RuntimeError as error:
+        if recipe.compile == "model" and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RecipeError(
+                "the student and its loss cannot be compiled",
+                where=f"{recipe.student} on {device}, --compile model",
+                found=(str(error).splitlines() or [type(error).__name__])[0][:200],
+                next_step="train with --compile off",
+            ) from error
         if "does not have a deterministic implementation" not in str(error):
             raise
         raise RecipeError(

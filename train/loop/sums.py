@@ -15,12 +15,21 @@ class Sums:
     """Running sums of the loss terms and of right answers, on the device; read once per epoch.
 
     torchmetrics' MeanMetric would do the same in a metric per term, at several times the cost for every step.
+
+    Attributes:
+        count: number of samples.
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
         self._names: list[str] = []
         self._sums: Tensor | None = None  # float64; created by the first step, on its CUDA stream
+
+    def clear(self) -> None:
+        """Begin again, with the sums in the same memory."""
+        self.count = 0
+        if self._sums is not None:
+            self._sums.zero_()
 
     def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor, mixed: MixedLabels | None = None) -> None:
         """Add the figures of a batch: batch means, each times the number of its samples."""
@@ -35,19 +44,19 @@ class Sums:
             self._sums = self._sums.to(device)
         # A float32 times a number of samples is exact in float64: one rounding for each addition.
         self._sums.add_(values.to(device), alpha=len(labels))
-        self._names, self._count = list(figures), self._count + len(labels)
+        self._names, self.count = list(figures), self.count + len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self._count, "names": self._names, "sums": None if self._sums is None else self._sums.clone()}
+        return {"count": self.count, "names": self._names, "sums": None if self._sums is None else self._sums.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         sums = state["sums"]
-        self._count, self._names, self._sums = state["count"], state["names"], None if sums is None else sums.double()
+        self.count, self._names, self._sums = state["count"], state["names"], None if sums is None else sums.double()
 
     def compute(self) -> dict[str, float]:
         """The means over all samples. It waits for the device."""
         assert self._sums is not None, "an epoch has steps"
-        return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
+        return dict(zip(self._names, (self._sums / self.count).tolist(), strict=True))
 
 
 def _share_of_right(top1: Tensor, labels: Tensor, mixed: MixedLabels | None) -> Tensor:

@@ -26,10 +26,11 @@ from train.recipe.pixels import PixelRecipe
 from train.recipe.student_names import canonical_student_name
 from train.weights.names import files_digest, is_path
 
+Compile = Literal["auto", "off", "model", "step"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 _NO_EFFECT_ON_RESULT = {
     *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
-    *("checkpoint_every_minutes", "pixels"),
+    *("checkpoint_every_minutes", "pixels", "compile"),
 }
 
 
@@ -66,6 +67,9 @@ class TrainRecipe(Extensible):
         evaluate_every: epochs between evaluations on the test split; the last epoch is always evaluated.
         deterministic: deterministic kernels on CUDA too, which costs some speed. On the CPU a run always repeats
             bit for bit on the same machine with the same number of threads.
+        compile: how a step is run: `off`, operation by operation; `model`, student and loss compiled by torch.compile;
+            `step`, whole updates recorded as CUDA graphs; `auto` is `off`. A setting of the machine: a run of another
+            one is resumed, and results differ by rounding. The result's `environment` has it.
         compare_with_labels: then also train the same student in the same way on labels alone.
         loggers: the experiment trackers that follow the run; None for TensorBoard if it is installed.
         device, out: where the run is trained, and the folder where it is stored.
@@ -77,7 +81,7 @@ class TrainRecipe(Extensible):
     added = frozenset(
         {
             *("student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"),
-            "shuffle_window",
+            *("shuffle_window", "compile"),
         }
     )
 
@@ -116,6 +120,7 @@ class TrainRecipe(Extensible):
     evaluate_every: Count = 1
     evaluation: EvaluationRecipe = EvaluationRecipe()
     deterministic: bool = False
+    compile: Compile = "auto"
     compare_with_labels: bool = False
     loggers: tuple[LoggerName, ...] | None = None
     device: str = "auto"

@@ -169,7 +169,7 @@ class Run:
             teachers=self.teachers,
             notes=missing_notes(*self.data.tests),
             train_s=sum(row["train_s"] for row in self.history),
-            environment=_environment(self.device),
+            environment=_environment(self.device, self.recipe.compile),
             command=command_line(),
             data_notes=self.data.notes(),
             pixels=self.pixels,
@@ -299,8 +299,9 @@ def _evaluation(row: dict[str, Any], prefix: str, kind: type[Figures]) -> Figure
     return None if figures["n"] is None else kind.model_validate(figures)
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def _environment(device: torch.device, compiled: str) -> dict[str, str]:
     return {
+        **({"compile": compiled} if compiled not in {"auto", "off"} else {}),
         "device": describe_device(device),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "timm", "numpy", "zarr")},

@@ -178,7 +178,7 @@ def run_device(recipe: TrainRecipe) -> torch.device:
 
     Raises:
         DeviceError: no such device.
-        RecipeError: a device that cannot train in this precision.
+        RecipeError: a device that cannot train in this precision, or a step that cannot be compiled or captured.
     """
     device = resolve_device(recipe.device)
     if recipe.precision == "float16" and device.type != "cuda":
@@ -186,6 +186,19 @@ def run_device(recipe: TrainRecipe) -> torch.device:
             "float16 training needs CUDA",
             where=f"--device {recipe.device}",
             next_step="use --precision bfloat16 or float32 on the CPU",
+        )
+    if recipe.compile == "step" and (device.type != "cuda" or recipe.precision == "float16"):
+        raise RecipeError(
+            "a captured step needs CUDA, in float32 or bfloat16",
+            where=f"--compile step, --device {recipe.device}, --precision {recipe.precision}",
+            next_step="use --compile model or off",
+        )
+    if recipe.compile == "model" and recipe.loss.needs_features and recipe.loss.feature == "crd":
+        # torch 2.14's inductor leaves out the copy of the memories, which are then changed before backward reads them.
+        raise RecipeError(
+            "torch compiles the gradients of crd wrongly",
+            where="--compile model, loss.feature: crd",
+            next_step="use --compile off",
         )
     return device
 

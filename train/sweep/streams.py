@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from cache_tools.console import warn
-from cache_tools.errors import CacheError, DivergedError, OutOfMemoryError
+from cache_tools.errors import CacheError, DivergedError, OutOfMemoryError, RecipeError
 from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
@@ -70,6 +70,12 @@ def train_stream(
         CacheError: an error that concerns all of them: no such cache, other images than the cache's, a full disk.
     """
     device = run_device(trials[0].recipe)
+    if trials[0].recipe.compile == "step":
+        raise RecipeError(
+            "the trials of a sweep share their batches, and a captured step has batches of its own",
+            where="--compile step",
+            next_step="use --compile model or off in a sweep",
+        )
     pixels = memory_shares(trials[0].recipe.pixels, device, *workers)
     opened = [(trial, open_data(trial.recipe, device, open_split)) for trial in trials]
     lead = next((data for _, data in opened if data.cache is not None), opened[0][1])

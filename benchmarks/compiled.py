@@ -1,0 +1,109 @@
+"""`--compile model` against the eager step, and the eager step against bare updates of the same student.
+
+    python benchmarks/compiled.py --student resnet8x4
+    python benchmarks/compiled.py --student MobileNetV2 --rounds 9
+
+`compiled` and `eager` are epochs of distillation from a cache; `bare` is the same student with CE alone on tensors that
+are already there: forward, loss, backward, SGD. The first compilation is not in the times; `compile_s` has it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from side_by_side import (
+    Cost,
+    Dataset,
+    Device,
+    Overrides,
+    Rounds,
+    Threads,
+    Times,
+    cost,
+    interleaved,
+    prepared_device,
+    ratios,
+    report,
+)
+from students import Epochs, build, new_student, opened, train_recipe
+
+from cache_tools.console import command
+from train.feed import CachedTargets, NoTargets
+from train.loop import model_inputs, repeatable
+
+CLOCK = "whole epochs: the next view, its pixels, every batch and update; bare: the updates alone"
+
+
+@command
+def main(
+    dataset: Dataset = "digits",
+    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "resnet8x4",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    rounds: Rounds = 9,
+    device_name: Device = "auto",
+    threads: Threads = None,
+    overrides: Overrides = None,
+) -> None:
+    """An epoch with a compiled step over one with an eager step, and over bare updates."""
+    device = prepared_device(device_name, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        build(dataset, overrides, 2, device, cache)
+        recipe = train_recipe(cache, student, batch_size, rounds, device)
+        data = opened(recipe, device)
+        assert data.cache is not None
+        kept = CachedTargets(data.cache, device, logits=True, features=False)
+        runs = {
+            mode: Epochs(data, recipe.model_copy(update={"compile": mode}), kept, recipe.loss, device)
+            for mode in ("off", "model")
+        }
+        bare = _Bare(data, recipe, device)
+        start = time.perf_counter()
+        with repeatable(device, deterministic=False):
+            runs["model"].cost(0)
+            compile_s = time.perf_counter() - start
+            variants = {"eager": runs["off"].cost, "compiled": runs["model"].cost, "bare": bare.cost}
+            costs = interleaved(variants, rounds)
+        for epochs in runs.values():
+            epochs.close()
+    settings = {"student": student, "batch_size": batch_size, "compile_s": round(compile_s, 1)}
+    report("compiled", _figures, costs, settings, CLOCK, device)
+
+
+class _Bare:
+    """Updates of the student alone, on the batches of one epoch."""
+
+    def __init__(self, data: Any, recipe: Any, device: torch.device) -> None:
+        self._device = device
+        self._student = new_student(data, recipe).to(device).to(memory_format=torch.channels_last).train()
+        self._optimiser = torch.optim.SGD(self._student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+        epochs = Epochs(data, recipe, NoTargets(), recipe.loss.on_labels(), device)
+        self._batches = [(model_inputs(batch, data.preprocessing), batch.labels) for batch in epochs.feed.epoch(0)]
+        epochs.close()
+
+    def cost(self, number: int) -> Cost:
+        return cost(self._epoch, self._device)
+
+    def _epoch(self) -> None:
+        for inputs, labels in self._batches:
+            self._optimiser.zero_grad(set_to_none=True)
+            F.cross_entropy(self._student(inputs), labels).backward()
+            self._optimiser.step()
+
+
+def _figures(times: Times) -> dict[str, dict[str, float]]:
+    return {
+        "compiled_over_eager": ratios(times["compiled"], times["eager"]),
+        "compiled_over_bare": ratios(times["compiled"], times["bare"]),
+        "eager_over_bare": ratios(times["eager"], times["bare"]),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
