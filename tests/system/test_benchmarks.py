@@ -5,6 +5,7 @@ These tests do not check times: the scripts measure them on an idle machine.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -133,6 +134,27 @@ def test_decoding_is_compared_with_the_bare_decoder() -> None:
             assert of_clock[name]["median"] == pytest.approx(value, rel=2e-3)  # of one round
     assert (line["n"], line["workers"], line["views"], line["rounds"]) == (150, 1, 2, 1)
     assert line["decoder"]["pillow"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs scikit-image's photos")
+@pytest.mark.parametrize("canvases", [False, True])
+def test_packed_pixels_are_compared_with_the_bare_student(canvases: bool) -> None:
+    options = ("--pictures", "40", "--size", "32", "--batch-size", "16", "--student", "resnet8", "--rounds", "1")
+    process = start("packed_pixels", *options, *(["--canvases"] if canvases else []), "--device", "cpu")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    line = json.loads(out)
+    for of_clock, s in ((line, line["median_s"]), (line["processor"], line["median_processor_s"])):
+        assert s.keys() == {"bare", "packed", "decoded"}
+        expected = {
+            "throughput": s["bare"] / s["packed"],
+            "decoded": s["bare"] / s["decoded"],
+            "gain": s["decoded"] / s["packed"],
+        }
+        for name, value in expected.items():
+            assert of_clock[name]["median"] == pytest.approx(value, rel=2e-3)  # of one round
+    assert (line["n"], line["size"], line["batch_size"], line["rounds"]) == (40, 32, 16, 1)
 
 
 @pytest.mark.slow
