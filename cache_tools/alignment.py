@@ -102,19 +102,12 @@ def rows_in_cache(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int6
     """
     difference = _class_difference(cache.class_names, images.class_names) or _size_difference(cache, images)
     difference = difference or _pixel_difference(cache, images)
-    places: dict[tuple[bytes, int], list[int]] = {}
-    for row in range(cache.num_samples - 1, -1, -1):
-        places.setdefault((cache.sample_keys[row].tobytes(), int(cache.labels[row])), []).append(row)
-    rows: list[int] = []
-    for image in range(len(images)):
-        free = places.get((images.keys[image].tobytes(), int(images.labels[image])))
-        if difference is None and not free:
-            difference = _Difference(
-                "an image is not in the cache", f"some of its {cache.num_samples:,} images", _name(images, image)
-            )
-        if difference is not None or not free:
-            break
-        rows.append(free.pop())
+    rows = np.empty(0, np.int64)
+    if difference is None:
+        rows = _copies_in_cache(cache, images)
+        if (rows < 0).any():
+            found = _name(images, int(np.argmax(rows < 0)))
+            difference = _Difference("an image is not in the cache", f"some of its {cache.num_samples:,} images", found)
     if difference is not None:
         raise MismatchError(
             f"these are not images of the cache: {difference.what}",
@@ -123,7 +116,7 @@ def rows_in_cache(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int6
             found=difference.found,
             next_step="choose images that are in the cache, or build a cache of these",
         )
-    return np.array(rows, np.int64)
+    return rows
 
 
 def open_cached(
@@ -361,6 +354,29 @@ def _matching_rows(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int
         return None
     rows = np.empty(len(of_images), np.int64)
     rows[of_cache] = of_images
+    return rows
+
+
+def _copies_in_cache(cache: CachedSamples, images: ImageSet) -> npt.NDArray[np.int64]:
+    """The row of the cache with the content and label of each image, of n copies the n-th; −1 where there is none."""
+    keys = np.concatenate([cache.sample_keys, images.keys])
+    labels = np.concatenate([cache.labels, images.labels])
+    # Of equal ones the rows of the cache come first, as the sort is stable, then the images.
+    order = _sort_by_content(keys, labels)
+    is_new = np.ones(len(order), np.bool_)
+    by_row = labels.reshape(len(labels), -1)
+    is_new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1) | (by_row[order[1:]] != by_row[order[:-1]]).any(
+        axis=1
+    )
+    starts = np.flatnonzero(is_new)
+    group = np.cumsum(is_new) - 1
+    held = np.bincount(group[order < cache.num_samples], minlength=len(starts))
+    places = np.flatnonzero(order >= cache.num_samples)
+    first, count = starts[group[places]], held[group[places]]
+    copy = places - first - count
+    rows = np.full(len(images), -1, np.int64)
+    has = copy < count
+    rows[order[places[has]] - cache.num_samples] = order[first[has] + copy[has]]
     return rows
 
 

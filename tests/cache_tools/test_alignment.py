@@ -1,12 +1,16 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cache_tools.alignment import MAX_CANARIES, aligned, make_canaries, pixel_digest, rows_in_cache
+from cache_tools.alignment import MAX_CANARIES, _copies_in_cache, aligned, make_canaries, pixel_digest, rows_in_cache
 from cache_tools.errors import MismatchError
 from cache_tools.format import commits
 from cache_tools.images.arrays import ArrayImages
@@ -204,6 +208,29 @@ def test_a_change_besides_the_order_is_still_refused(cache: TeacherCache, change
 def test_rows_in_the_cache_are_found_in_any_order(cache: TeacherCache) -> None:
     rows = np.random.default_rng(3).permutation(75)[:20]
     np.testing.assert_array_equal(rows_in_cache(cache, IMAGES.subset(rows)), rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(held=st.integers(1, 40), given_=st.integers(1, 40), different=st.integers(1, 20), seed=st.integers(0, 99))
+def test_copies_are_matched_one_by_one(held: int, given_: int, different: int, seed: int) -> None:
+    """Random copies of a few images, against a list of free rows for each content and label."""
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 256, (different, 16), dtype=np.uint8)
+
+    def drawn(count: int) -> Any:
+        chosen = keys[rng.integers(0, different, count)]
+        return replace(tiny_images(count), keys=chosen, labels=rng.integers(0, 2, count))
+
+    cached, images = drawn(held), drawn(given_)
+    free: dict[tuple[bytes, int], list[int]] = {}
+    for row in range(held):
+        free.setdefault((cached.keys[row].tobytes(), int(cached.labels[row])), []).append(row)
+    expected = []
+    for key, label in zip(images.keys, images.labels, strict=True):
+        rows = free.get((key.tobytes(), int(label)))
+        expected.append(rows.pop(0) if rows else -1)
+    cache: Any = SimpleNamespace(num_samples=held, sample_keys=cached.keys, labels=cached.labels)
+    assert _copies_in_cache(cache, images).tolist() == expected
 
 
 def test_copies_in_a_part_get_rows_of_their_own(tmp_path: Path) -> None:
