@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast test-slow test-oldest constraints-oldest check docs dist clean help
+.PHONY: demo gpu test test-fast test-slow test-oldest constraints-oldest check docs dist clean help
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,14 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 constraints-oldest: $(STAMP) ## write constraints-oldest.txt again, after a change of dependencies
 	$(BIN)/uv pip compile --quiet --upgrade --resolution lowest-direct --extra dev --python-version 3.11 \
 		--no-annotate --custom-compile-command 'make constraints-oldest' pyproject.toml --output-file constraints-oldest.txt
+
+gpu: $(STAMP) ## on a machine with CUDA: the tests that need it, and the benchmarks of training, in benchmarks/results/
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
+	$(BIN)/pytest -m cuda
+	@mkdir -p benchmarks/results
+	for run in "target_overhead --device cuda" "build_overhead --device cuda" "online_vs_cached --device cuda" \
+		"sweep_cost --device cuda" "compiled --device cuda"; do \
+		$(BIN)/python benchmarks/$${run%% *}.py $$(echo "$$run " | cut -d' ' -f2-) >> benchmarks/results/gpu.jsonl || exit 1; done
 
 docs: $(STAMP) ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

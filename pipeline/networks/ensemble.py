@@ -32,6 +32,7 @@ from cache_tools.system.devices import copy_to
 from cache_tools.views.recipe import Network, ViewRecipe
 from pipeline.networks.clip import Clip, ClipOutput, load_clip
 from pipeline.networks.teachers import Teacher, TeacherOutput, load_teacher
+from pipeline.networks.weights import quick_kernels
 from pipeline.recipe import ClipSpec, TeacherSpec, listed, shares
 from train.evaluate.canvas import ImagesInTest, as_tested
 
@@ -104,9 +105,10 @@ class TeacherEnsemble:
         for_clip = pixels_NCHW_u8 if clip_pixels_NCHW_u8 is None else clip_pixels_NCHW_u8
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            clips = tuple(clip(for_clip) for clip in self.clips)
-        teachers = tuple(teacher(pixels_NCHW_u8) for teacher in self.teachers)
+        with quick_kernels(self.device):
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                clips = tuple(clip(for_clip) for clip in self.clips)
+            teachers = tuple(teacher(pixels_NCHW_u8) for teacher in self.teachers)
         if stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(stream)

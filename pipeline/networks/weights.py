@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -36,6 +38,25 @@ def freeze(network: nn.Module, device: torch.device) -> nn.Module:
 def as_network_input(images_NCHW: torch.Tensor) -> torch.Tensor:
     """The images in the memory format that `freeze` chose for the weights."""
     return images_NCHW.contiguous(memory_format=torch.channels_last) if images_NCHW.is_cuda else images_NCHW
+
+
+@contextmanager
+def quick_kernels(device: torch.device) -> Iterator[None]:
+    """Inside, on CUDA, cuDNN looks for its quickest algorithms, and float32 matrix products use TF32, as it does.
+
+    Not in a run that asks for deterministic kernels. Nothing changes on other devices.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def mixed_precision(device: torch.device, precision: Precision) -> torch.autocast:

@@ -17,7 +17,32 @@ from pipeline.networks.teachers import Teacher
 from pipeline.networks.weights import freeze
 from tests.support import cache_factory
 from tests.support.fake_cuda import FakeGpu, fake_cuda
+from train.loop import repeatable
 from train.students import create_student
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_forward_passes_use_quick_kernels_unless_a_run_must_repeat(deterministic: bool) -> None:
+    seen: list[tuple[bool, str]] = []
+
+    def look(module: nn.Module, inputs: object) -> None:
+        seen.append(kernels())
+
+    def kernels() -> tuple[bool, str]:
+        return torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+
+    images = cache_factory.tiny_images(4)
+    manifest, before = cache_factory.tiny_manifest(images, teacher_dim=64), kernels()
+    with fake_cuda() as gpu:
+        ensemble = make_ensemble(gpu, manifest, "float32")
+        for network in (*ensemble.teachers, *ensemble.clips):
+            network.register_forward_pre_hook(look)
+        with repeatable(gpu.device, deterministic):
+            inside = kernels()
+            ensemble.outputs(torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=gpu.device))
+            assert kernels() == inside
+    assert kernels() == before
+    assert seen == [inside if deterministic else (True, "high")] * 2
 
 
 class ImageTower(nn.Module):
