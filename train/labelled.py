@@ -11,6 +11,7 @@ import torch
 from cache_tools import philox
 from cache_tools.analysis.figures import row_chunks
 from cache_tools.analysis.pieces import view_pieces
+from cache_tools.console import Progress
 from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
 
@@ -65,8 +66,10 @@ def partial_labels(
     labelled = np.zeros(len(labels), np.bool_)
     labelled[labelled_rows(labels, fraction, seed)] = True
     largest = np.empty(cache.num_samples, np.int64)
-    for first, targets in view_pieces(cache, 0, torch.device("cpu"), fusion):
-        for rows in row_chunks(len(targets), cache.num_classes):
-            largest[first + rows.start : first + rows.stop] = targets.logits(rows).argmax(dim=1).numpy()
+    with Progress("labels from targets", cache.num_samples, "samples") as progress:
+        for first, targets in view_pieces(cache, 0, torch.device("cpu"), fusion):
+            for rows in row_chunks(len(targets), cache.num_classes):
+                largest[first + rows.start : first + rows.stop] = targets.logits(rows).argmax(dim=1).numpy()
+                progress.advance(rows.stop - rows.start)
     chosen = largest if samples is None else largest[samples]
     return PartialLabels(np.where(labelled, labels, chosen).astype(np.int64), labelled)
