@@ -24,6 +24,7 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
 from cache_tools.system.memory import drop_tracebacks, release_memory
+from cache_tools.units import counted
 from cache_tools.views.recipe import ViewRecipe
 from train.data import Opener, TrainingData, open_data
 from train.feed import CachedTargets, Feed, memory_shares
@@ -210,7 +211,7 @@ def _outcomes(runs: Sequence[Run], feed: Feed, halving: Halving | None) -> list[
     if not runs:
         return []
     names = ", ".join(dict.fromkeys(run.recipe.student for run in runs))
-    title = f"{len(runs)} trials, seed {runs[0].recipe.seed}: {names}"[:72]
+    title = f"{counted(len(runs), 'trial')}, seed {runs[0].recipe.seed}: {names}"[:72]
     return train_group(runs, feed, title, stop=None if halving is None else halving.stop)
 
 
