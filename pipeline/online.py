@@ -23,7 +23,8 @@ class LiveTeachers:
 
     def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
         """Float32 targets of uint8 view pixels: fused logits [B, C], fused features [B, D], each network's features."""
-        teachers, clips = self._ensemble.outputs(pixels_NCHW_u8)
+        # In the order in memory that a build has: other kernels round otherwise.
+        teachers, clips = self._ensemble.outputs(pixels_NCHW_u8.contiguous())
         logits, features = self._ensemble.fuse(teachers, clips)
         components = [teacher.features for teacher in teachers] + [clip.features for clip in clips]
         # Cloned out of inference mode: the loss uses them while it records gradients.

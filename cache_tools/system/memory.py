@@ -23,7 +23,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # there is no memory for the stack of a thread.
 _ALLOCATION_FAILED = re.compile(
     "out of memory|allocate memory|enough memory|alloc_failed|can't start new thread"
-    "|unable to find an engine",  # cuDNN: no algorithm has room for its workspace
+    "|unable to find an engine"  # cuDNN: no algorithm has room for its workspace
+    "|could not create a primitive$",  # oneDNN: no room for the code of a kernel
     re.IGNORECASE,
 )
 _LARGEST_KEPT, _MOST_KEPT = 1 << 30, (1 << 31) - 1

@@ -48,6 +48,8 @@ def test_nothing_changes_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch
     [
         (MemoryError(), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),

@@ -31,12 +31,13 @@ import train.run.train
 from tests.support.shortcuts import take_shortcuts
 from tests.support import tiny_run
 from train.cli import app
+from train.loop import Learner
 
 os.chdir(sys.argv[1])
 os.environ["TEACHER_CACHE_HOME"] = str(Path("home").absolute())
 recipe = tiny_run.recipe(Path("tiny.zarr").absolute(), Path("run").absolute(), epochs=2, loggers=())
 Path("train.yaml").write_text(recipe.model_dump_json())
-train_epoch = train.run.train.train_epoch
+train_epoch, step = train.run.train.train_epoch, Learner.step
 
 
 def killed(learners, feed, epoch, *args, **kwargs):
@@ -45,19 +46,19 @@ def killed(learners, feed, epoch, *args, **kwargs):
     return train_epoch(learners, feed, epoch, *args, **kwargs)
 
 
-def short_of_memory(*args, **kwargs):
+def short_of_memory(learner, *args):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
     try:
-        return train_epoch(*args, **kwargs)
+        return step(learner, *args)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def start(out, epochs=train_epoch):
+def start(out, epochs=train_epoch, steps=step):
     child = os.fork()
     if child == 0:
-        train.run.train.train_epoch = epochs
+        train.run.train.train_epoch, Learner.step = epochs, steps
         code = 0
         with pytest.MonkeyPatch.context() as patch:
             take_shortcuts(patch)
@@ -70,7 +71,7 @@ def start(out, epochs=train_epoch):
     return os.waitstatus_to_exitcode(status)
 
 
-codes = [start("run", killed), start("run", short_of_memory), start("run"), start("clean")]
+codes = [start("run", killed), start("run", steps=short_of_memory), start("run"), start("clean")]
 assert codes == [-signal.SIGKILL, 2, 0, 0], codes
 """
 
