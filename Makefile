@@ -13,7 +13,7 @@ help: ## list these targets
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,examples]'
 	@touch $@
 
 demo: $(STAMP) ## build the embedded cache and train a student from it

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "CacheError",
+    "CachedDataset",
     "TeacherCache",
     "ViewRecipe",
     "ViewTargets",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from cache_tools.views import ViewRecipe
     from pipeline.build import build_cache
     from pipeline.evaluate import evaluate_student
+    from teacher_cache.datasets import CachedDataset
     from train import losses
     from train.checkpoints import load_student
     from train.cost import measure
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CacheError": "cache_tools.errors",
+    "CachedDataset": "teacher_cache.datasets",
     "TeacherCache": "cache_tools.reader",
     "ViewRecipe": "cache_tools.views.recipe",
     "ViewTargets": "cache_tools.targets",

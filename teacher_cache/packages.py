@@ -23,6 +23,7 @@ NEEDS = {
     "cache_tools": ("cache_tools",),
     "train": ("cache_tools", "train"),
     "pipeline": ("cache_tools", "train", "pipeline"),
+    "teacher_cache": ("cache_tools", "train"),
 }
 
 

@@ -59,6 +59,7 @@ def tiny_manifest(
     clip_weights: tuple[float, ...] = (1.0,),
     fusion: FusionRecipe | None = None,
     codec: PresetName | TargetCodecs = "float16",
+    views: ViewRecipe = VIEWS,
     **recipe: Any,
 ) -> Manifest:
     """A manifest for `images`; `recipe` goes to CacheRecipe (store, precision).
@@ -70,7 +71,7 @@ def tiny_manifest(
     words = tuple(name.replace("_", " ") for name in images.class_names)
     resolved = CacheRecipe(
         dataset=images.identity(),
-        views=VIEWS,
+        views=views,
         teachers=tuple(
             TeacherIdentity(
                 architecture="tiny_teacher",
@@ -110,7 +111,7 @@ def tiny_manifest(
         num_views=num_views,
         block_rows=block_rows,
         clip_scales=tuple(clip.logit_scale for clip in resolved.clips),
-        canaries=make_canaries(VIEWS, images, num_views) if canaries else (),
+        canaries=make_canaries(views.over(len(images)), images, num_views) if canaries else (),
         provenance={"preflight": {"teacher_top1": 0.75, "clip_top1": 0.5, "n": 64}, "command": "build-cache tiny"},
     )
     constants = tiny_constants(manifest)

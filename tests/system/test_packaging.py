@@ -52,7 +52,9 @@ def test_oldest_versions_are_the_lower_bounds() -> None:
         canonicalize_name(name): Version(version)
         for name, version in (line.split("==") for line in lines if "==" in line)
     }
-    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    extras = PROJECT["project"]["optional-dependencies"]
+    # Not that of the examples: transformers asks for newer versions of our own dependencies.
+    groups = [PROJECT["project"]["dependencies"], *(extras[name] for name in extras if name != "examples")]
     requirements = [Requirement(text) for group in groups for text in group]
     bounds = {
         canonicalize_name(requirement.name): Version(specifier.version)
