@@ -93,6 +93,22 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
+def run_app(app: Callable[[], object]) -> None:
+    """Run a typer app. What typer prints itself, such as help, ends like the output of a command."""
+    try:
+        app()
+    except SystemExit as end:  # typer's own answer to a reader that has gone is 1
+        if end.code == 1 and is_pipe_broken():
+            discard_output()
+            raise SystemExit(BROKEN_PIPE) from None
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        discard_output()
+        exit_with(str(storage_error(error)), 2)
+
+
 class EscapedStream:
     """A text stream that escapes everything in what is written but printable characters and line ends.
 

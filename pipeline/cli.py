@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache_tools.console import command, print_line
+from cache_tools.console import command, print_line, run_app
 from cache_tools.system.memory import keep_freed_memory
 from train.options import (
     DataDir,
@@ -302,7 +302,7 @@ def _next_step(recipe: BuildRecipe, manifest: Manifest, where: str | Path) -> st
 
 def main() -> None:
     """Entry point of the `build-cache` command."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.console import command, print_json, print_line
+from cache_tools.console import command, print_json, print_line, run_app
 from cache_tools.errors import printable
 from cache_tools.system.memory import keep_freed_memory
 from train.options import (
@@ -206,7 +206,7 @@ def _number_or_name(text: str | None) -> str | float | None:
 
 def main() -> None:
     """Entry point of `train-student`."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

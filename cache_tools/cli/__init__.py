@@ -20,7 +20,7 @@ from cache_tools.cli.fuse import fuse_command
 from cache_tools.cli.home import info_command, list_command, path_command, prune_command, rm_command
 from cache_tools.cli.integrity import repair_command, verify_command
 from cache_tools.cli.pack import pack_command
-from cache_tools.console import command
+from cache_tools.console import command, run_app
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "ls": list_command,
@@ -61,7 +61,7 @@ for _name, _function in COMMANDS.items():
 
 def main() -> None:
     """Entry point of `cache-tools`."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

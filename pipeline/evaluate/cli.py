@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.console import command, printable_json
+from cache_tools.console import command, printable_json, run_app
 from cache_tools.system.memory import keep_freed_memory
 from train.options import DataDir, Device, Download, ForwardBatchSize, ReportAsJson, RunArgument
 
@@ -115,7 +115,7 @@ def evaluate_student(
 
 def main() -> None:
     """Entry point of `evaluate-student`."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_tools.console import command, print_next, printable_json
+from cache_tools.console import command, print_next, printable_json, run_app
 from cache_tools.errors import RecipeError, printable
 from train.options import DataDir, ReportAsJson, RunArgument
 
@@ -108,7 +108,7 @@ def _table(report: ExportReport, images: str) -> str:
 
 def main() -> None:
     """Entry point of `export-student`."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

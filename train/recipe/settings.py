@@ -181,7 +181,7 @@ class TrainRecipe(Extensible):
                 where=self.name,
                 next_step="add `dataset: {name: …}` to the recipe, or --set dataset.name=…",
             )
-        if round(1 / self.label_fraction) * self.epochs > MAX_COUNT:
+        if self.epochs > MAX_COUNT * self.label_fraction:
             raise RecipeError(
                 "so small a part of the labels needs too many epochs on labels alone",
                 where="label_fraction",

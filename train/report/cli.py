@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cache_tools.console import command, print_line
+from cache_tools.console import command, print_line, run_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -47,7 +47,7 @@ def report_students(
 
 def main() -> None:
     """Entry point of `report-students`."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cache_tools.console import command, print_line
+from cache_tools.console import command, print_line, run_app
 from cache_tools.errors import RecipeError
 from cache_tools.system.memory import keep_freed_memory
 from train.options import (
@@ -207,7 +207,7 @@ def _words(option: str, text: str) -> list[str]:
 
 def main() -> None:
     """Entry point of `sweep-students`."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":
