@@ -99,7 +99,9 @@ def _about_the_run(result: RunResult, recipe: TrainRecipe, manifest: Manifest | 
         steps.append((again(f"{longer}-epochs", "--epochs", longer), "more epochs"))
     if manifest is not None and manifest.num_views < _FEW_VIEWS:
         more = build_command(manifest, "--views", str(4 * manifest.num_views))
-        steps += [] if more is None else [(more, "more views, then train again")]
+        if more is not None:
+            moved = [] if recipe.data_dir is None else ["--data-dir", recipe.data_dir]
+            steps.append((f"{more} {_command(*moved)}".rstrip(), "more views, then train again"))
     return steps
 
 

@@ -75,6 +75,15 @@ def test_a_negative_result_says_what_to_try(run: Path) -> None:
     assert f"{100 * (0.6667 - 0.7333):+.2f} points" in summary(found)
 
 
+def test_more_views_are_made_of_the_images_that_the_run_used(run: Path) -> None:
+    found = result_of(run, 0.5, 0.6)
+    stored = run / "recipe.yaml"
+    stored.write_text(stored.read_text().replace("data_dir: null", "data_dir: /data/my photos"))
+    *_, views, _, _ = commands_in("\n".join(next_steps(found)))
+    moved = ["--data-dir", "/data/my photos"]
+    assert views == ["build-cache", "photos.yaml", "--device", "cpu", "--views", "12", *moved]
+
+
 def test_a_very_high_likelihood_asks_for_a_lower_learning_rate(run: Path) -> None:
     found = result_of(run, 0.5, 0.6)
     assert found.last is not None
