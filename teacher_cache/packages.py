@@ -12,7 +12,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -31,8 +30,8 @@ class ShadowedError(ImportError):
     """A module of the user, already imported, has the name of a package of teacher-cache."""
 
 
-class OwnPackages(MetaPathFinder):
-    """Finds the packages in `names` in ROOT, and nothing else."""
+class OwnPackages:
+    """An import hook that finds the packages in `names` in ROOT, and nothing else."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()

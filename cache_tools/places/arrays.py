@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache_tools.errors import FormatError, UnsafeFileError
 from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format.digests import RESTORE_ARRAY, WholeArrays, whole_arrays
 from cache_tools.format.layout import ArrayLayout, Layouts, array_layouts
 from cache_tools.format.manifest import Manifest
+from cache_tools.lazy import np
 from cache_tools.places import Place
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 GROUP = "zarr.json"
 WORKERS = 8

@@ -183,6 +183,7 @@ def test_ls_and_info_import_no_slow_package(home: Path, arguments: list[str]) ->
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
     assert "cache_tools" in imported
     assert not imported & {"torch", "sklearn", "torchvision", "open_clip", "timm", "matplotlib", "polars", "zarr"}
+    assert arguments != ["ls"] or "numpy" not in imported
 
 
 OPENED = """
