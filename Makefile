@@ -3,17 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := dev,examples
 
 OLDEST := .venv-oldest
 
-.PHONY: demo gpu test test-fast test-slow test-oldest constraints-oldest check docs dist clean help
+# The tests start hundreds of processes. Each would compile our modules again, and pytest would rewrite every test file.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Compile on all cores, which pip does on one. Tests of packages are left out, and files for other Pythons do not compile.
+define install
+$(1)/bin/python -m pip install --quiet --no-compile $(2)
+-$(1)/bin/python -m compileall -qq -j 0 -x '/tests?/' $(1)/lib
+endef
+
+.PHONY: demo gpu test run-tests test-fast test-slow test-oldest constraints-oldest check docs dist clean help
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,examples]'
+	$(call install,$(VENV),--editable '.[$(EXTRAS)]')
 	@touch $@
 
 demo: $(STAMP) ## build the embedded cache and train a student from it
@@ -23,7 +33,11 @@ demo: $(STAMP) ## build the embedded cache and train a student from it
 # One worker more than there are cores: many tests wait for processes and servers that they have started.
 PYTEST = $(BIN)/pytest -n $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)") --dist worksteal
 
-test: check ## static checks, and all tests but those marked `slow`
+# Together, because mypy uses one core.
+test: $(STAMP) ## static checks, and all tests but those marked `slow`
+	$(MAKE) --jobs=2 check run-tests
+
+run-tests: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 test-fast: $(STAMP) ## before each commit: the tests that take under a second, which have no marker `medium`, `turns` or `slow`
@@ -39,7 +53,7 @@ test-oldest: $(OLDEST)/.installed ## the tests of `make test` with the lowest ve
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	$(call install,$(OLDEST),--constraint constraints-oldest.txt --editable '.[dev]')
 	@touch $@
 
 constraints-oldest: $(STAMP) ## write constraints-oldest.txt again, after a change of dependencies

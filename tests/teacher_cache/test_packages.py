@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +79,7 @@ def test_a_folder_without_init_is_named(
 
 
 def test_commands_forget_what_is_already_imported(finder: packages.OwnPackages) -> None:
+    importlib.import_module("cache_tools.errors")
     for name in ("train", "train.models", "pipeline"):
         sys.modules[name] = ModuleType(name)
     packages.claim("pipeline", evict=True)
