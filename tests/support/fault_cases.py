@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,12 +57,10 @@ class Case:
 
     def run(self, target: str) -> None:
         """Run the command in this process."""
-        from cache_tools.cli import app as cache_tools
-        from pipeline.cli import app as build_cache
-
         os.environ["TEACHER_CACHE_HOME"] = str(self.root / "homes" / target.rpartition("/")[2])  # for its mirror
         program, *arguments = self.command(target)
-        {"build-cache": build_cache, "cache-tools": cache_tools}[program](arguments, standalone_mode=False)
+        module = {"build-cache": "pipeline.cli", "cache-tools": "cache_tools.cli"}[program]
+        importlib.import_module(module).app(arguments, standalone_mode=False)
 
     def new_target(self, number: int | None) -> str:
         """Prepare a target; None is for the undisturbed run."""
@@ -334,30 +332,46 @@ def prepared(name: str, folder: Path, in_child: InChild, *, places: Path | None 
         yield case if places is None else replace(case, places=str(places))
 
 
-def import_everything() -> None:
-    """Import what the commands import, without opening files or starting threads."""
-    for module in (
-        "obstore",
-        "open_clip",
-        "timm",
-        "torch",
-        "cache_tools.cli",
-        "cache_tools.derive.fuse",
-        "cache_tools.derive.recode",
-        "cache_tools.integrity.local",
-        "cache_tools.places.transfer",
-        "pipeline.build.cache",
-        "pipeline.cli",
-        "tests.support.cache_factory",
-        "tests.support.shortcuts",
-        "tests.support.tiny_build",
-        "tests.support.tiny_run",
-        "train.report.html",
-        "train.sweep.cli",
-        "train.sweep.run",
-    ):
+# What commands import, also late in a run.
+_FOR_CACHES = (
+    "obstore",
+    "torch",
+    "zarr",
+    "cache_tools.cli",
+    "cache_tools.derive.fuse",
+    "cache_tools.derive.recode",
+    "cache_tools.integrity.local",
+    "cache_tools.places.transfer",
+    "tests.support.cache_factory",
+)
+_FOR_BUILDS = ("open_clip", "timm", "pipeline.build.cache", "pipeline.cli", "tests.support.tiny_build")
+_FOR_STUDENTS = (
+    "matplotlib.figure",
+    "timm",
+    "torchmetrics.classification",
+    "tests.support.shortcuts",
+    "tests.support.tiny_run",
+    "train.report.html",
+    "train.sweep.cli",
+    "train.sweep.run",
+)
+
+
+def import_modules(*, builds: bool, students: bool) -> None:
+    """Import what commands on caches import, without opening files or starting threads.
+
+    Args:
+        builds, students: also what builds import, and what commands on students import, which takes seconds.
+    """
+    for module in (*_FOR_CACHES, *(_FOR_BUILDS if builds else ()), *(_FOR_STUDENTS if students else ())):
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)
+
+
+def import_for(names: Iterable[str]) -> None:
+    """Import what some of `CASES` need."""
+    chosen = set(names)
+    import_modules(builds=bool(chosen & {"build", "grow", "build-s3"}), students="sweep" in chosen)
 
 
 def _build_recipe(root: Path, in_child: InChild) -> str:

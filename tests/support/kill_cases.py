@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.in_process import MODULES
 
 PARTIAL = ".partial"
 # Times, and what is made of them; everything else must be equal.
@@ -62,10 +65,11 @@ class KillCase:
 
 def run(command: Command) -> dict[str, Any]:
     """Run a command in this process; its exit code, and the traceback of an error that it did not report itself."""
-    from tests.support.shortcuts import take_shortcuts
-
     with pytest.MonkeyPatch.context() as patch:
-        take_shortcuts(patch)
+        if command.program not in ("build-cache", "cache-tools"):
+            from tests.support.shortcuts import take_shortcuts  # imports what trains
+
+            take_shortcuts(patch)
         try:
             _application(command.program)(list(command.arguments), standalone_mode=False)
         except SystemExit as leaving:
@@ -76,23 +80,7 @@ def run(command: Command) -> dict[str, Any]:
 
 
 def _application(program: str) -> Any:
-    from cache_tools.cli import app as cache_tools
-    from pipeline.cli import app as build_cache
-    from pipeline.evaluate.cli import app as evaluate_student
-    from train.cli import app as train_student
-    from train.export.cli import app as export_student
-    from train.report.cli import app as report_students
-    from train.sweep.cli import app as sweep_students
-
-    return {
-        "build-cache": build_cache,
-        "cache-tools": cache_tools,
-        "evaluate-student": evaluate_student,
-        "export-student": export_student,
-        "report-students": report_students,
-        "sweep-students": sweep_students,
-        "train-student": train_student,
-    }[program]
+    return importlib.import_module(MODULES[program]).app
 
 
 def contents(folder: Path, ignored: str | None = None) -> dict[str, str]:

@@ -84,7 +84,7 @@ def disturb(case: Case, moment: tuple[str, str, int], disk: Path) -> dict[str, A
 
 def run(folder: Path, disk: Path, names: list[str]) -> int:
     """Every moment of some cases; gives the number of problems."""
-    fault_cases.import_everything()
+    fault_cases.import_for(names)
     lines = []
     for name in names:
         with fault_cases.prepared(name, folder, in_child, places=disk) as case:

@@ -180,6 +180,7 @@ def test_opening_many_images_reads_only_what_changed() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_and_exit_code_2():
     process = start("build_overhead", "--set", "num_vews=3")
     out, errors = process.communicate(timeout=300)

@@ -19,8 +19,8 @@ from tests.support.turns import LONG, slow, turns
 from tests.system import full_disk
 
 KILLS = turns(2, 8)
-ALWAYS, SLOW = ("recode", "push-s3"), ("build", "grow", "fuse", "push", "build-s3")
-SWEEP_KILLS = turns(1, 10)
+ALWAYS, SLOW = ("recode",), ("build", "grow", "fuse", "push", "push-s3", "build-s3")
+SWEEP_KILLS = 10
 
 pytestmark = [pytest.mark.turns, pytest.mark.timeout(1800)]
 
@@ -67,6 +67,7 @@ def test_there_are_fifty_kills(killed: list[dict[str, Any]]) -> None:
         assert total["refused"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_results_of_an_undisturbed_one() -> None:
     """The same table, weights and page."""
     *lines, total = run_script("faults.py", "--kills", str(SWEEP_KILLS), "--of", "sweep")

@@ -27,7 +27,7 @@ from train.cli import app as train_student
 
 pytestmark = pytest.mark.turns
 
-FLIPS, CRASHES = turns(25, 75), turns(3, 8)
+FLIPS, CRASHES = turns(10, 75), turns(2, 8)
 IMAGES = tiny_images(14, 4)
 CACHES: dict[str, dict[str, Any]] = {
     "fused": {},
@@ -92,7 +92,7 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path, kind: str) -> No
             harmless += 1
             assert json.loads(file.read_bytes()) == json.loads(before), where  # white space
         file.write_bytes(before)
-    assert harmless < FLIPS // 10
+    assert harmless < max(2, FLIPS // 10)
     assert verify(cache).sound
 
 

@@ -51,7 +51,7 @@ from tests.support.hostile import (
     with_doubled_key,
     with_right_digests,
 )
-from tests.support.turns import turns
+from tests.support.turns import slow, turns
 
 TIMES = int(os.environ.get("TEACHER_CACHE_FUZZ", "1"))
 pytestmark = pytest.mark.turns
@@ -435,7 +435,7 @@ def test_the_long_turn_has_two_thousand_cases() -> None:
 # No code is run
 
 
-@pytest.mark.parametrize("kind", ["fused", "components"])
+@pytest.mark.parametrize("kind", ["fused", slow("components")])
 def test_nothing_is_unpickled(victims: dict[str, Victim], tmp_path: Path, kind: str) -> None:
     """A pickle in place of every file, with metadata that name pickle as the codec."""
     planted = tmp_path / "planted"

@@ -27,6 +27,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+import torchmetrics.classification  # here, because every child would import it
 import train.run.train
 from tests.support.shortcuts import take_shortcuts
 from tests.support import tiny_run
@@ -76,7 +77,7 @@ assert codes == [-signal.SIGKILL, 2, 0, 0], codes
 """
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
 def test_memory_that_ends_is_one_clear_error_and_the_run_goes_on_later(tmp_path: Path) -> None:
     tiny_run.write_cache(tmp_path / "tiny.zarr", tiny_run.write_pictures(tmp_path / "pictures", train=20, test=9))
