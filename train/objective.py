@@ -142,9 +142,9 @@ class Objective(nn.Module):
         if recipe.needs_logits:
             terms["loss_logit"] = self.logit_weight * self._logit_term(student_logits, batch)
         if recipe.needs_features:
-            terms["loss_feature"] = _weighted(recipe.feature_weight, self._feature_term(student_features, batch))
+            terms["loss_feature"] = self._feature_term(student_features, batch)
         return {
-            "loss": torch.stack(list(terms.values())).sum(),
+            "loss": _added(*terms.values()),
             **{name: term.detach() for name, term in terms.items()},
         }
 
@@ -184,11 +184,18 @@ class Objective(nn.Module):
         assert target_features is not None, "the feed left out the target features"
         if self.contrast is not None:
             return self.contrast(student_features, (target_features,), batch.index)
-        return FEATURE_TERMS[self.recipe.feature](self.recipe, self.projector(student_features), target_features)
+        term = FEATURE_TERMS[self.recipe.feature](self.recipe, self.projector(student_features), target_features)
+        return _weighted(self.recipe.feature_weight, term)
 
 
 def _weighted(weight: float, term: Tensor) -> Tensor:
     return term if weight == 1.0 else weight * term
+
+
+def _added(first: Tensor, *others: Tensor) -> Tensor:
+    for other in others:
+        first = first + other
+    return first
 
 
 def _check_targets(

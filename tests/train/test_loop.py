@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -24,6 +25,7 @@ from train.feed import CachedTargets, Feed, ResidentFeed, epoch_order, mixed_see
 from train.loop import Learner, repeatable, train_epoch
 from train.loop import epoch as epoch_module
 from train.loop.average import WeightAverage
+from train.loop.learner import BatchCounters
 from train.objective import Objective
 from train.optim import create_optimiser, create_schedule
 from train.recipe import TrainRecipe
@@ -234,6 +236,53 @@ def test_the_average_of_weights_equals_timms_bit_for_bit() -> None:
         if number % 4 == 0:  # the counters are copied when the average is read
             assert_same(dict(ours.module.state_dict()), dict(timms.module.state_dict()))
     assert int(ours.module.get_buffer("norm.num_batches_tracked")) == 8
+
+
+class ManyNorms(nn.Module):
+    """Batch norms of every kind: shared, without momentum, at rest, without statistics, never called, timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.act = nn.BatchNorm2d(3), nn.BatchNorm2d(3), BatchNormAct2d(3)
+        self.cumulative, self.untracked = nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, track_running_stats=False)
+        self.unused, self.resting = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.untracked(self.cumulative(self.act(self.first(images))))
+        return self.shared(self.resting(self.shared(maps)))
+
+
+def test_batches_are_counted_together_as_every_batch_norm_counts_them() -> None:
+    ours, theirs = ManyNorms(), ManyNorms()
+    counters = BatchCounters(ours.modules())
+    for number in range(3):
+        images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(number))
+        with counters.counting():
+            mine = ours(images)
+        assert torch.equal(mine, theirs(images))
+        assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert int(ours.shared.num_batches_tracked or 0) == 6
+    with pytest.raises(RuntimeError, match="running_mean"), counters.counting():
+        ours(torch.randn(2, 4, 4, 4))
+    assert isinstance(ours.first.num_batches_tracked, torch.Tensor), "a failed step leaves the counters in place"
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": True}, {"name": "adamw", "learning_rate": 1e-3}])
+def test_an_update_of_a_small_network_at_once_has_the_bits_of_one_by_one(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    small, large = [[nn.Parameter(torch.ones(5, 3)), nn.Parameter(torch.ones(7))] for _ in range(2)]
+    at_once = create_optimiser(OptimiserRecipe(**settings), small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.optim.FEW_PARAMETERS", 21)
+        one_by_one = create_optimiser(OptimiserRecipe(**settings), large)
+    assert (at_once.param_groups[0]["foreach"], one_by_one.param_groups[0]["foreach"]) == (True, None)
+    for _ in range(4):
+        for a, b in zip(small, large, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        at_once.step()
+        one_by_one.step()
+        assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
 
 
 def test_bfloat16_keeps_weights_and_losses_in_float32(cache: TeacherCache) -> None:

@@ -100,6 +100,7 @@ class TensorEpochs:
         self._table.copy_(torch.tensor(rows, dtype=torch.float64))
         for number, group in enumerate(learner.optimiser.param_groups):
             group["lr"] = self._row[0, number]
+            group["foreach"] = None  # on the CPU it takes no rate in a tensor; on CUDA the optimiser is fused
 
     def _update_of(self, sizes: tuple[int, ...]) -> Callable[[], None]:
         """The update of batches of these sizes; all that it reads and writes are tensors."""

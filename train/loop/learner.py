@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from cache_tools.errors import DivergedError
@@ -18,6 +21,7 @@ from train.objective import Objective
 from train.optim import Update, create_optimiser, create_schedule, parameter_groups, trained_parameters, update_of
 from train.recipe import TrainRecipe
 
+_COUNTING = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d}
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,12 +51,15 @@ class Learner:
         self.student = student.to(device).to(memory_format=torch.channels_last)
         self.objective = objective.to(device)
         self.optimiser = create_optimiser(recipe.optimiser, parameter_groups(recipe.optimiser, student, objective))
+        self._trained = trained_parameters(self.optimiser)
         updates_per_epoch = math.ceil(steps_per_epoch / recipe.optimiser.accumulate)
         self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, updates_per_epoch)
         self.average = WeightAverage(self.student, recipe.ema_decay) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
         self._has_gradients = False  # of the first batches of an update
+        # A compiler makes counting nearly free, and would compile again for every number that it sees in Python.
+        self._counters = BatchCounters([] if recipe.compile == "model" else self.student.modules())
         self._one = torch.ones((), device=device)  # the gradient of the loss, which torch makes in each step otherwise
         self._stream: torch.cuda.Stream | None = None
         self.means = Sums()
@@ -88,7 +95,8 @@ class Learner:
         """Forward, loss, backward, and on the last batch of an update new weights. It reads tensors only."""
         terms, logits = self._terms(inputs_NCHW, batch, update.labels)
         if update.is_first:
-            self.optimiser.zero_grad(set_to_none=True)
+            for parameter in self._trained:  # as the optimiser's `zero_grad`, without its hooks
+                parameter.grad = None
         loss = terms["loss"] if update.share == 1.0 else update.share * terms["loss"]
         self.scaler.scale(loss).backward(self._one)
         if update.is_last:
@@ -129,7 +137,7 @@ class Learner:
         return {
             "student": self.student.state_dict(),
             "objective": self.objective.state_dict(),
-            "optimiser": _with_plain_rates(self.optimiser.state_dict()),
+            "optimiser": _as_stored(self.optimiser.state_dict()),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
             "updates": self.updates,
@@ -147,14 +155,14 @@ class Learner:
         gradients = state.get("gradients")  # states of earlier versions have none
         self._has_gradients = gradients is not None
         if gradients is not None:
-            for parameter, gradient in zip(trained_parameters(self.optimiser), gradients, strict=True):
+            for parameter, gradient in zip(self._trained, gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
     def _update(self) -> None:
         """Change the weights by the gradients of the update's batches."""
         if (largest_norm := self.recipe.optimiser.clip_grad_norm) is not None:
             self.scaler.unscale_(self.optimiser)
-            nn.utils.clip_grad_norm_(trained_parameters(self.optimiser), largest_norm)
+            nn.utils.clip_grad_norm_(self._trained, largest_norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
@@ -174,19 +182,59 @@ class Learner:
 
     def _gradients(self) -> list[Tensor | None] | None:
         """The gradients of an update's first batches; None between two updates."""
-        return [parameter.grad for parameter in trained_parameters(self.optimiser)] if self._has_gradients else None
+        return [parameter.grad for parameter in self._trained] if self._has_gradients else None
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, C], and the classifier's input [B, D] if the loss has a feature term."""
-        if not self.recipe.loss.needs_features:
-            return self.student(inputs), None
-        student: Any = self.student  # timm's interface, which nn.Module does not declare
-        maps = student.forward_features(inputs)
-        return student.forward_head(maps), student.forward_head(maps, pre_logits=True)
+        with self._counters.counting():
+            if not self.recipe.loss.needs_features:
+                return self.student(inputs), None
+            student: Any = self.student  # timm's interface, which nn.Module does not declare
+            maps = student.forward_features(inputs)
+            return student.forward_head(maps), student.forward_head(maps, pre_logits=True)
 
     def _autocast(self) -> torch.autocast:
         precision = _PRECISIONS[self.recipe.precision]
         return torch.autocast(self.device.type, precision, enabled=precision is not torch.float32)
+
+
+class BatchCounters:
+    """The counters of batches in the batch norms of a student, added to in one kernel instead of one for each.
+
+    torch itself reads them only where a batch norm has no momentum; those count for themselves.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        norms: list[Any] = [module for module in modules if type(module) in _COUNTING]
+        found = [(norm, norm._buffers["num_batches_tracked"]) for norm in norms if norm.momentum is not None]
+        self._counts = [(norm._buffers, counter, _Count()) for norm, counter in found if counter is not None]
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, the batch norms count in Python."""
+        if not self._counts:
+            yield
+            return
+        try:
+            for buffers, _, count in self._counts:
+                count.value = 0
+                buffers["num_batches_tracked"] = count
+            yield
+        finally:
+            for buffers, counter, _ in self._counts:
+                buffers["num_batches_tracked"] = counter
+        called = [(counter, count.value) for _, counter, count in self._counts if count.value]
+        if called:
+            torch._foreach_add_([counter for counter, _ in called], [value for _, value in called])
+
+
+class _Count:
+    """Takes the place of a counter that a batch norm adds to."""
+
+    value = 0
+
+    def add_(self, more: int) -> None:
+        self.value += more
 
 
 def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
@@ -194,9 +242,10 @@ def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     return prepare(batch.pixels.contiguous(memory_format=torch.channels_last), preprocessing)
 
 
-def _with_plain_rates(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimiser whose learning rates may be in tensors (`train.loop.graph`)."""
-    return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+def _as_stored(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimiser, whatever its calls: learning rates may be in tensors (`train.loop.graph`)."""
+    groups = [{**group, "lr": float(group["lr"]), "foreach": None} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def _with_settings_of(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -33,10 +33,10 @@ class Sums:
 
     def add(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor, mixed: MixedLabels | None = None) -> None:
         """Add the figures of a batch: batch means, each times the number of its samples."""
-        figures = {name: term.detach() for name, term in terms.items()}
+        figures = dict(terms)
         if labels.ndim == 1:  # of several labels none is the right one
-            figures["train_top1"] = _share_of_right(logits.detach().argmax(1), labels, mixed)
-        values = torch.stack(list(figures.values()))
+            figures["train_top1"] = _share_of_right(logits.argmax(1), labels, mixed)
+        values = torch.stack(list(figures.values())).detach()
         device = float64_device(values.device)
         if self._sums is None:
             self._sums = torch.zeros(len(values), dtype=torch.float64, device=device)

@@ -54,14 +54,20 @@ class ContrastiveTerm(nn.Module):
         self.embed_student = nn.Linear(student_dim, recipe.crd_dim)
         self.embed_targets = nn.ModuleList(nn.Linear(targets.widths[number], recipe.crd_dim) for number in self.mixed)
         self.memory = ContrastiveMemory(
-            len(labels), recipe.crd_dim, negatives, recipe.crd_temperature, recipe.crd_momentum, seed=seed
+            len(labels),
+            recipe.crd_dim,
+            negatives,
+            recipe.crd_temperature,
+            recipe.crd_momentum,
+            weight=recipe.feature_weight,
+            seed=seed,
         )
         self.sampler = NegativeSampler(labels, negatives, seed)
         # On the device, so that no step depends on the host; in the state as `get_extra_state` gives it.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, student_features: Tensor, target_features: Sequence[Tensor], index: Tensor) -> Tensor:
-        """The loss of one step; in training mode it also updates the memories and the step count.
+        """The weighted loss of one step; in training mode it also updates the memories and the step count.
 
         Args:
             student_features: [B, student_dim].
@@ -69,10 +75,11 @@ class ContrastiveTerm(nn.Module):
             index: int64 [B], distinct samples.
         """
         contrast_index = self.sampler(index, self.step)
-        student_unit = _unit(self.embed_student(student_features))
+        # Of the same width, so all of them become unit vectors together.
+        units = _unit(torch.stack([self.embed_student(student_features), *self._embedded(target_features)])).unbind(0)
         if self.training:
             self.step.add_(1)
-        return self.memory(student_unit, self._target_unit(target_features), index, contrast_index)
+        return self.memory(units[0], self._mix(units[1:]), index, contrast_index)
 
     def get_extra_state(self) -> Tensor:
         """The step count."""
@@ -81,8 +88,10 @@ class ContrastiveTerm(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.step.copy_(state)
 
-    def _target_unit(self, features: Sequence[Tensor]) -> Tensor:
-        units = [_unit(embed(features[number])) for embed, number in zip(self.embed_targets, self.mixed, strict=True)]
+    def _embedded(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [embed(features[number]) for embed, number in zip(self.embed_targets, self.mixed, strict=True)]
+
+    def _mix(self, units: Sequence[Tensor]) -> Tensor:
         if len(units) == 1:
             return units[0]
         mix = self.weights[0] * units[0]
@@ -103,17 +112,22 @@ class ContrastiveMemory(nn.Module):
     log P, so no temperature overflows. A training step ends with
     memory[index] = normalise(momentum · memory[index] + (1 − momentum) · v); in eval mode nothing changes.
 
+    The gradient is computed with the loss, from the memories before this update: a backward pass would need a copy of
+    them, and several times as many operations.
+
     Args:
         num_samples: n, the training samples; `index` runs over them.
         dim: width of the embeddings.
         negatives: K, per sample.
         temperature, momentum: 0.07 and 0.5 in the reference.
+        weight: of the loss.
         seed: of the memories' initial values, uniform with variance 1 / dim.
     """
 
     memory_student: Tensor
     memory_target: Tensor
     log_normaliser: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -123,6 +137,7 @@ class ContrastiveMemory(nn.Module):
         temperature: float = 0.07,
         momentum: float = 0.5,
         *,
+        weight: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -133,10 +148,12 @@ class ContrastiveMemory(nn.Module):
         for name in ("memory_student", "memory_target"):
             self.register_buffer(name, (torch.rand(num_samples, dim, generator=generator) * 2.0 - 1.0) * bound)
         self.register_buffer("log_normaliser", torch.full((2,), torch.nan))
+        self.register_buffer("weight", torch.tensor(weight), persistent=False)
+        self._is_normalised = False  # known without asking the device
 
     @full_precision
     def forward(self, student_unit: Tensor, target_unit: Tensor, index: Tensor, contrast_index: Tensor) -> Tensor:
-        """The loss of one step, both sides; a training step also updates the memories.
+        """The weighted loss of one step, both sides; a training step also updates the memories.
 
         Args:
             student_unit, target_unit: [B, dim] rows of length 1; both receive gradients.
@@ -144,34 +161,57 @@ class ContrastiveMemory(nn.Module):
             contrast_index: int64 [B, K + 1], first column `index`, the rest negatives (see `NegativeSampler`).
         """
         assert contrast_index.shape == (len(index), self.negatives + 1), "contrast_index must be [B, negatives + 1]"
-        by_side = (self.memory_target, student_unit), (self.memory_student, target_unit)
-        scores = torch.stack([_similarities(memory, unit, contrast_index) for memory, unit in by_side])
-        scores = scores / self.temperature
-        log_normaliser = self._log_normaliser(scores)
-        loss = self._loss(scores - log_normaliser[:, None, None])
+        has_gradient = torch.is_grad_enabled() and (student_unit.requires_grad or target_unit.requires_grad)
+        with torch.no_grad():
+            memories, units = (self.memory_target, self.memory_student), (student_unit, target_unit)
+            similarities, rows = _similarities(memories, units, contrast_index)
+            log_p = similarities.div_(self.temperature)
+            log_normaliser = self.log_normaliser
+            if not self._is_normalised:
+                log_normaliser = self._first_normaliser(log_p)
+                if self.training:
+                    self.log_normaliser.copy_(log_normaliser)
+                    self._is_normalised = True
+            log_p = log_p.sub_(log_normaliser[:, None, None])
+            loss, gradient = self._loss(log_p, has_gradient)
+            if gradient is not None:
+                gradients = _gradients(memories, rows, contrast_index, gradient.div_(self.temperature))
+        if gradient is not None:
+            loss = _Differentiated.apply(loss, *gradients, student_unit, target_unit)
         if self.training:
-            self.log_normaliser.copy_(log_normaliser)
             self._update(student_unit, target_unit, index)
         return loss
 
-    @torch.no_grad()
-    def _log_normaliser(self, scores: Tensor) -> Tensor:
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._is_normalised = not bool(self.log_normaliser.isnan().any())
+
+    def _first_normaliser(self, scores: Tensor) -> Tensor:
         """log Z of each side [2]: the stored one or, if there is none yet (NaN), this batch's. No branch, no sync."""
         first = torch.logsumexp(scores, dim=(1, 2)) + math.log(self.num_samples / scores[0].numel())
         return torch.where(self.log_normaliser.isnan(), first.to(self.log_normaliser), self.log_normaliser)
 
-    def _loss(self, log_p: Tensor) -> Tensor:
-        """The loss from log P [2, B, K + 1]: log(1 + c/P) = softplus(log c − log P), and likewise for negatives."""
+    def _loss(self, log_p: Tensor, has_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss from log P [2, B, K + 1], and its gradient.
+
+        log(1 + c/P) = softplus(log c − log P), and likewise for negatives.
+        """
         chance, batch = self.negatives / self.num_samples, log_p.shape[1]
         log_c = math.log(chance + 1e-7)
-        positive = F.softplus(log_c - log_p[..., 0]).sum()
-        negative = F.softplus(log_p[..., 1:] - log_c).sum()
+        positive, negative = log_c - log_p[..., :1], log_p[..., 1:] - log_c
         rest = log_p.shape[0] * self.negatives * (log_c - math.log(chance))
-        return (positive + negative) / batch + rest
+        loss = self.weight * ((F.softplus(positive).sum() + F.softplus(negative).sum()) / batch + rest)
+        if not has_gradient:
+            return loss, None
+        share = self.weight / batch
+        slopes = [torch.ops.aten.softplus_backward(share, part, 1.0, 20.0) for part in (positive, negative)]
+        return loss, torch.cat([slopes[0].neg_(), slopes[1]], dim=2)
 
     @torch.no_grad()
     def _update(self, student_unit: Tensor, target_unit: Tensor, index: Tensor) -> None:
-        before = torch.stack([memory.index_select(0, index) for memory in (self.memory_student, self.memory_target)])
+        before = self.memory_student.new_empty(2, *student_unit.shape)
+        for memory, rows in zip((self.memory_student, self.memory_target), before.unbind(0), strict=True):
+            torch.index_select(memory, 0, index, out=rows)
         units = torch.stack([student_unit, target_unit]).to(before.dtype)
         mixed = _unit(torch.lerp(units, before, self.momentum))
         self.memory_student.index_copy_(0, index, mixed[0])
@@ -222,17 +262,23 @@ class NegativeSampler(nn.Module):
         sizes, group = torch.unique(others, return_inverse=True)
         stratum = torch.arange(negatives)[None]
         first_place = stratum * sizes[:, None] // negatives
+        places = ((stratum + 1) * sizes[:, None] // negatives - first_place).clamp_min(1)
+        after = count.cumsum(0)
         starts = np.random.SeedSequence(seed).generate_state(negatives + len(labels))
         hashed = torch.from_numpy(starts.astype(np.int64))
         # Not stored in checkpoints, because they are functions of the seed and of the labels, which the cache has.
         own = {
             # Twice in a row: the others of a class follow it, and go on at the beginning.
             "by_class": labels.argsort(stable=True).repeat(2),
-            # Of each sample: the group of its class, the number of others, the place after its class, its hash.
-            "samples": torch.stack([group[labels], others[labels], count.cumsum(0)[labels], hashed[negatives:]], dim=1),
-            "strata": hashed[:negatives],
+            # Of each sample: where its hash starts, the number of others, the place after its class and that less the
+            # number of others, the group of its class.
+            "samples": torch.stack(
+                [hashed[negatives:], others[labels], after[labels], (after - others)[labels], group[labels]], dim=1
+            ),
+            # Of each stratum: where its hash starts, and its places in the first group.
+            "strata": torch.stack([hashed[:negatives], places[0]], dim=1),
             "first_place": first_place.to(torch.int32),
-            "places": ((stratum + 1) * sizes[:, None] // negatives - first_place).clamp_min(1).to(torch.int32),
+            "places": places.to(torch.int32),
         }
         for name, tensor in own.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -244,12 +290,21 @@ class NegativeSampler(nn.Module):
             index: int64 [B].
             step: int64 scalar, at least 0 and less than 2³¹.
         """
-        group, others, after, hashed = self.samples.index_select(0, index).unbind(1)
-        bits = _hash(torch.cat([self.strata, hashed]) + step * _GOLDEN)
-        drawn = self.first_place + (bits[: self.negatives] * self.places >> 31)
-        turn = bits[self.negatives :] * others >> 31
-        place = drawn.index_select(0, group) + turn[:, None]
-        place = torch.where(place >= others[:, None], place - others[:, None], place) + after[:, None]
+        samples = self.samples.index_select(0, index)
+        draws = torch.cat([self.strata, samples[:, :2]])
+        bits, (others, after, again, group) = (
+            _hash(torch.add(draws[:, 0], step, alpha=_GOLDEN)),
+            samples[:, 1:].unbind(1),
+        )
+        if len(self.places) == 1:
+            drawn, turn = (bits * draws[:, 1] >> 31).split([self.negatives, len(index)])
+            place = drawn + self.first_place + turn[:, None]
+        else:
+            drawn = self.first_place + (bits[: self.negatives] * self.places >> 31)
+            turn = bits[self.negatives :] * others >> 31
+            place = drawn.index_select(0, group) + turn[:, None]
+        # Past the last of the others they go on with the first.
+        place = place + torch.where(place >= others[:, None], again[:, None], after[:, None])
         return torch.cat([index[:, None], self.by_class[place]], dim=1)
 
 
@@ -262,7 +317,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        length = torch.where(length > SHORT, length, 1.0)
+        length = F.threshold(length, SHORT, 1.0)
         unit = vectors / length
         ctx.save_for_backward(unit, length)
         return unit
@@ -286,12 +341,42 @@ def _fewest_negatives(labels: Tensor | np.ndarray) -> int:
     return max(len(labels) - int(counts.max()), 1)
 
 
-def _similarities(memory: Tensor, unit: Tensor, contrast_index: Tensor) -> Tensor:
-    """memory[contrast_index] · unit, [B, K + 1]."""
-    if len(memory) <= DENSE_RATIO * contrast_index.shape[1]:
-        # A copy, because the memory is updated in place before the backward pass needs these values.
-        return (unit @ memory.clone().T).gather(1, contrast_index)
-    return torch.einsum("bkd,bd->bk", memory[contrast_index], unit)
+def _similarities(
+    memories: Sequence[Tensor], units: Sequence[Tensor], contrast_index: Tensor
+) -> tuple[Tensor, list[Tensor] | None]:
+    """memory[contrast_index] · unit of both sides, [2, B, K + 1], and these rows, if they had to be gathered."""
+    if len(memories[0]) <= DENSE_RATIO * contrast_index.shape[1]:
+        similarities = units[0].new_empty(2, *contrast_index.shape)
+        for memory, unit, side in zip(memories, units, similarities.unbind(0), strict=True):
+            torch.gather(unit @ memory.T, 1, contrast_index, out=side)
+        return similarities, None
+    rows = [memory[contrast_index] for memory in memories]
+    sides = [torch.einsum("bkd,bd->bk", row, unit) for row, unit in zip(rows, units, strict=True)]
+    return torch.stack(sides), rows
+
+
+def _gradients(
+    memories: Sequence[Tensor], rows: list[Tensor] | None, contrast_index: Tensor, gradient: Tensor
+) -> list[Tensor]:
+    """The gradients of the unit vectors, from that of `_similarities`."""
+    if rows is not None:
+        return [torch.einsum("bkd,bk->bd", row, side) for row, side in zip(rows, gradient.unbind(0), strict=True)]
+    dense = gradient.new_zeros(*gradient.shape[:2], len(memories[0]))
+    dense.scatter_add_(2, contrast_index.expand_as(gradient), gradient)
+    return [side @ memory for side, memory in zip(dense.unbind(0), memories, strict=True)]
+
+
+class _Differentiated(torch.autograd.Function):
+    """A loss whose gradients with respect to two tensors are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, first: Tensor, second: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *torch._foreach_mul(list(ctx.saved_tensors), gradients[0])
 
 
 def _hash(numbers: Tensor) -> Tensor:

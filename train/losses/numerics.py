@@ -24,10 +24,12 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        kind = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         wide_args = [_widen(value) for value in args]
-        wide_kwargs = {name: _widen(value) for name, value in kwargs.items()}
-        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        with torch.autocast(device.type, enabled=False):
+        wide_kwargs = {name: _widen(value) for name, value in kwargs.items()} if kwargs else kwargs
+        if not torch.is_autocast_enabled(kind):  # also inside another loss: entering a context takes its time
+            return function(*wide_args, **wide_kwargs)
+        with torch.autocast(kind, enabled=False):
             return function(*wide_args, **wide_kwargs)
 
     return wrapper

@@ -193,13 +193,6 @@ def run_device(recipe: TrainRecipe) -> torch.device:
             where=f"--compile step, --device {recipe.device}, --precision {recipe.precision}",
             next_step="use --compile model or off",
         )
-    if recipe.compile == "model" and recipe.loss.needs_features and recipe.loss.feature == "crd":
-        # torch 2.14's inductor leaves out the copy of the memories, which are then changed before backward reads them.
-        raise RecipeError(
-            "torch compiles the gradients of crd wrongly",
-            where="--compile model, loss.feature: crd",
-            next_step="use --compile off",
-        )
     return device
 
 

@@ -375,6 +375,37 @@ def test_crd_equals_slow_formula_and_its_gradient_is_its_derivative() -> None:
     assert torch.autograd.gradcheck(lambda s, t: memory(s, t, index, contrast), both)
 
 
+@pytest.mark.parametrize("dense_ratio", [0, 1000])
+def test_the_gradient_of_crd_is_that_of_its_formula(dense_ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own derivatives of the formula, in the first step and later; no copy of a memory is made for it."""
+    monkeypatch.setattr(contrastive, "DENSE_RATIO", dense_ratio)
+    n, k, temperature, weight = 30, 9, 0.1, 0.7
+    memory = losses.ContrastiveMemory(n, 3, k, temperature, 0.5, weight=weight, seed=5).double()
+    sampler = losses.NegativeSampler(torch.arange(n) % 3, k)
+    for step in range(3):
+        index = torch.arange(4) + 4 * step
+        contrast = sampler(index, torch.tensor(step))
+        units = [unit64(4, 3, seed=10 * step + side).requires_grad_() for side in range(2)]
+        sides = []
+        for bank, unit in zip((memory.memory_target.clone(), memory.memory_student.clone()), units, strict=True):
+            scores = torch.einsum("bkd,bd->bk", bank[contrast], unit) / temperature
+            sides.append(scores)
+        first = torch.stack([scores.logsumexp((0, 1)) + math.log(n / scores.numel()) for scores in sides]).detach()
+        log_z = first if step == 0 else memory.log_normaliser.clone()
+        expected = torch.zeros((), dtype=torch.float64)
+        for scores, normaliser in zip(sides, log_z, strict=True):
+            p, chance = (scores - normaliser).exp(), k / n
+            right = (p[:, 0] / (p[:, 0] + chance + 1e-7)).log().sum()
+            expected = expected - weight * (right + (chance / (p[:, 1:] + chance + 1e-7)).log().sum()) / 4
+        wanted = torch.autograd.grad(expected, units)
+        loss = memory(*units, index, contrast)
+        assert_near(loss.detach(), expected.detach(), 1e-7)  # the weight is a float32
+        for ours, theirs in zip(torch.autograd.grad(3.0 * loss, units), wanted, strict=True):
+            assert_near(ours, 3.0 * theirs, 1e-6)
+    with torch.no_grad():
+        assert not memory(*units, index, contrast).requires_grad
+
+
 def test_crd_is_finite_where_exp_overflows() -> None:
     memory = losses.ContrastiveMemory(20, 4, 6, temperature=1e-3)
     unit = unit64(3, 4, seed=0).float()
