@@ -93,6 +93,16 @@ def build_cache(
     ] = None,
     device: Device = None,
     batch_size: ForwardBatchSize = None,
+    views_at_once: Annotated[
+        int | None,
+        typer.Option(
+            "--views-at-once",
+            min=1,
+            max=16,
+            help="Views built together from one decoding of the images. 1 completes one view after the other, for "
+            "students that follow the build. Default: up to 16.",
+        ),
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     precision: Precision = None,
@@ -142,6 +152,7 @@ def build_cache(
         "out": out,
         "device": device,
         "batch_size": batch_size,
+        "views_at_once": views_at_once,
         "dataset.data_dir": str(data_dir) if data_dir else None,
         "dataset.download": True if download else None,
         "precision": precision,

@@ -50,6 +50,9 @@ OutputNames = Annotated[
 ]
 
 
+MAX_VIEWS_AT_ONCE = 16
+
+
 class TeacherSpec(Extensible):
     """A conventional teacher and its weights.
 
@@ -149,13 +152,13 @@ class BuildRecipe(Extensible):
     are always tuples. Without a CLIP the weights in `fusion` become 1, without a teacher 0.
     `codec` is a preset (`cache_tools.codecs.presets.resolve_codecs`), or a codec for the logits and one for the
     features.
-    `batch_size`, `block_rows`, `device` and `out` (a folder, or the URL of an object store) determine how and where the
-    work is done. `evaluation` is the transform of test images for the preflight, and for `train-student` if it is given
-    this recipe: the networks see the part of each image that it takes, at their own sizes. All other fields determine
-    the values.
+    `batch_size`, `block_rows`, `views_at_once`, `device` and `out` (a folder, or the URL of an object store) determine
+    how and where the work is done. `evaluation` is the transform of test images for the preflight, and for
+    `train-student` if it is given this recipe: the networks see the part of each image that it takes, at their own
+    sizes. All other fields determine the values.
     """
 
-    added = frozenset({"evaluation"})
+    added = frozenset({"evaluation", "views_at_once"})
 
     name: Name
     dataset: DatasetRecipe
@@ -169,6 +172,7 @@ class BuildRecipe(Extensible):
     precision: Precision = "float32"
     batch_size: Count = 256
     block_rows: Count | None = None
+    views_at_once: Annotated[Count, Field(le=MAX_VIEWS_AT_ONCE)] | None = None
     preflight_samples: CountOrZero = 2000
     evaluation: EvaluationRecipe = EvaluationRecipe()
     device: str = "auto"

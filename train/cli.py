@@ -103,6 +103,10 @@ def train_student(
     shuffle_window: ShuffleWindow = None,
     checkpoint_every_minutes: CheckpointEvery = None,
     compile_mode: Compile = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Train while the cache is still being built: each epoch waits for its view."),
+    ] = False,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     pixel_disk: PixelDisk = None,
@@ -166,6 +170,7 @@ def train_student(
         "shuffle_window": shuffle_window,
         "checkpoint_every_minutes": checkpoint_every_minutes,
         "compile": compile_mode,
+        "follow": True if follow else None,
         "pixels.device_memory": device_memory,
         "pixels.host_memory": host_memory,
         "pixels.disk": pixel_disk,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.views.recipe import ViewRecipe
 from train.evaluate.canvas import chosen_preprocessing, evaluation_preprocessing, sizes_in_test
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
+from train.feed.following import Follower, wait_for_cache
 from train.labelled import PartialLabels, labelled_rows, partial_labels
 from train.losses.contrastive import Components
 from train.recipe import TrainRecipe
@@ -235,8 +237,11 @@ def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
 
 def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) -> TrainingData:
     assert recipe.cache is not None, "a recipe with targets has a cache"
-    cache = TeacherCache.open(recipe.cache)
-    cache.require_complete()
+    if recipe.follow:
+        cache = wait_for_cache(recipe.cache, partial(TeacherCache.open, recipe.cache))
+    else:
+        cache = TeacherCache.open(recipe.cache)
+        cache.require_complete()
     cache.check_arrays()
     registry.mark_used(cache.path)
     views, num_views = cache.recipe.views, _num_views(cache, recipe)
@@ -267,6 +272,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
             components=components is not None,
             fusion=fusion,
             sparse_temperature=_sparse_temperature(cache, loss),
+            follower=Follower(cache, fusion) if recipe.follow else None,
         ),
         target_dim=cache.recipe.fusion.feature_dim,
         components=components,

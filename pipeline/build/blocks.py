@@ -7,8 +7,9 @@ the next blocks that nobody else has claimed.
 
 Images that are decoded are decoded once for all missing views of their rows: the loading thread takes these blocks
 together, and loads every batch for all of them. Each block is still committed on its own. A group has up to
-VIEWS_AT_ONCE views, and fewer where their pixels and targets would take more than GROUP_BYTES. Images in memory cost
-nothing to load again, so their views are built one after the other.
+MAX_VIEWS_AT_ONCE views, and fewer where their pixels and targets would take more than GROUP_BYTES. Images in memory
+cost nothing to load again, so their views are built one after the other. `views_at_once` of the recipe sets another
+number: with fewer, the first views are complete earlier, for students that follow the build.
 """
 
 from __future__ import annotations
@@ -33,15 +34,20 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
 from pipeline.build.output import Output
 from pipeline.networks.ensemble import NETWORKS, NetworkPixels, TeacherEnsemble, finish_pixels, start_loading_pixels
+from pipeline.recipe import MAX_VIEWS_AT_ONCE
 
 LOADED_BATCHES_AHEAD = 3
 TICK_S = 0.5
-VIEWS_AT_ONCE = 16
 GROUP_BYTES = 2 << 30
 
 
-def build_blocks(output: Output, images: ImageSet, ensemble: TeacherEnsemble, batch_size: int) -> int:
+def build_blocks(
+    output: Output, images: ImageSet, ensemble: TeacherEnsemble, batch_size: int, at_once: int | None = None
+) -> int:
     """Compute and commit all missing blocks, together with any other builders of the same cache.
+
+    Args:
+        at_once: number of views that are built together; None to choose it.
 
     Returns:
         the number of images, (sample, view) pairs, that this builder computed.
@@ -53,7 +59,7 @@ def build_blocks(output: Output, images: ImageSet, ensemble: TeacherEnsemble, ba
     count = 0
     with output.building():
         while missing := output.missing_blocks():  # repeats only if a builder stalled and another took over its block
-            count += _build(output, missing, images, ensemble, batch_size)
+            count += _build(output, missing, images, ensemble, batch_size, at_once)
     return count
 
 
@@ -154,13 +160,21 @@ class BatchLoader:
         return False
 
 
-def _build(output: Output, missing: list[BlockId], images: ImageSet, ensemble: TeacherEnsemble, batch_size: int) -> int:
+def _build(
+    output: Output,
+    missing: list[BlockId],
+    images: ImageSet,
+    ensemble: TeacherEnsemble,
+    batch_size: int,
+    at_once: int | None,
+) -> int:
     manifest, claims, on_cuda = output.manifest, Claims(output.place), ensemble.device.type == "cuda"
     total, left = manifest.num_views * manifest.num_samples, sum(_num_rows(manifest, block) for _, block in missing)
     pending: deque[Future[int]] = deque()
     count = reported = 0
     buffers: dict[BlockId, dict[str, torch.Tensor]] = {}
-    groups = _groups_to_compute(output, claims, missing, views_at_once(manifest, images, batch_size))
+    at_once = at_once or views_at_once(manifest, images, batch_size)
+    groups = _groups_to_compute(output, claims, missing, at_once)
     service = service_for(images, sum(_num_rows(manifest, block) for block in {block for _, block in missing}))
     with (  # exited in reverse order: claims are released after the writes, which also ends the loader's wait
         BatchLoader(images, manifest, groups, batch_size, pin=on_cuda, service=service) as batches,
@@ -195,15 +209,15 @@ def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
         pixels = sum(3 * height * width for height, width in sizes) * batch_size * (1 if views.mix is None else 2)
     targets_bytes = sum(4 * spec.width for spec in targets(manifest.recipe, manifest.block_rows)) * manifest.block_rows
     # Two batches in the memory of the decoding processes and two here; the blocks that are filled, and those written.
-    return min(max(GROUP_BYTES // (4 * pixels + 2 * targets_bytes), 1), VIEWS_AT_ONCE)
+    return min(max(GROUP_BYTES // (4 * pixels + 2 * targets_bytes), 1), MAX_VIEWS_AT_ONCE)
 
 
 def _groups_to_compute(
     output: Output, claims: Claims, missing: list[BlockId], at_once: int
 ) -> Iterator[Sequence[BlockId]]:
     """Claim the blocks to compute, group by group, in the loading thread."""
-    if at_once > 1:
-        missing = sorted(missing, key=lambda block: (block.block, block.view))
+    # The first `at_once` views of all rows, then the next: every view is complete as early as can be.
+    missing = sorted(missing, key=lambda block: (block.view // at_once, block.block, block.view))
     for group in claims.share_groups(missing, output.committed_blocks, output.is_committed, at_once=at_once):
         left = []
         for block in group:

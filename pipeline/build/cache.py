@@ -149,7 +149,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     start = time.monotonic()
-    count = build_blocks(output, images, ensemble, recipe.batch_size)
+    count = build_blocks(output, images, ensemble, recipe.batch_size, recipe.views_at_once)
     return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
 
 

@@ -95,6 +95,14 @@ class WindowSource(TargetSource, Protocol):
         """The targets of rows that `take` has given, one part after the other."""
 
 
+@runtime_checkable
+class WaitingSource(Protocol):
+    """Targets that may not be there yet: `view` and `window` wait for them."""
+
+    def stop_waiting(self) -> None:
+        """End `view` and `window` where they wait, with an error. May be called from any thread."""
+
+
 class NoTargets:
     """The target source of training on labels alone."""
 

@@ -12,6 +12,7 @@ from cache_tools.format.manifest import Fusion
 from cache_tools.reader import TeacherCache
 from cache_tools.targets import ViewTargets, joined
 from train.feed.batch import BatchTargets
+from train.feed.following import Follower
 
 
 class CachedView:
@@ -69,6 +70,7 @@ class CachedTargets:
 
     Args:
         sparse_temperature: gives top-k targets as stored, for a loss at this temperature; None for dense logits.
+        follower: waits for views that are not built yet; None if all are.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class CachedTargets:
         components: bool = False,
         fusion: Fusion | None = None,
         sparse_temperature: float | None = None,
+        follower: Follower | None = None,
     ) -> None:
+        self._follower = follower
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
         self._components, self._fusion, self.sparse_temperature = components, fusion, sparse_temperature
 
@@ -123,7 +127,13 @@ class CachedTargets:
         everything = torch.arange(len(targets), device=targets.device)
         return self._with_choices(targets).batch(everything, torch.empty(0))
 
+    def stop_waiting(self) -> None:
+        if self._follower is not None:
+            self._follower.stop()
+
     def _load(self, view: int, blocks: Sequence[int] | None) -> CachedView:
+        if self._follower is not None:
+            self._follower.wait(view, blocks)
         targets = self._cache.load_view(
             view, self._device, logits=self._logits, features=self._features, fusion=self._fusion, blocks=blocks
         )

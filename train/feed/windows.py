@@ -22,7 +22,7 @@ from cache_tools.errors import OutOfMemoryError, RecipeError
 from cache_tools.system.devices import in_current_stream
 from cache_tools.system.memory import free_memory
 from cache_tools.units import human_bytes
-from train.feed.batch import BatchTargets, TargetSource, ViewSource, WindowSource
+from train.feed.batch import BatchTargets, TargetSource, ViewSource, WaitingSource, WindowSource
 
 TARGETS_SHARE = 0.8
 """Of the free memory, for the targets in use and those that are read meanwhile."""
@@ -140,6 +140,8 @@ class TargetReader:
 
     def close(self) -> None:
         """Stop the background thread."""
+        if isinstance(self._targets, WaitingSource):
+            self._targets.stop_waiting()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._held = {}
 

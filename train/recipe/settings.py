@@ -30,7 +30,7 @@ Compile = Literal["auto", "off", "model", "step"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 _NO_EFFECT_ON_RESULT = {
     *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
-    *("checkpoint_every_minutes", "pixels", "compile"),
+    *("checkpoint_every_minutes", "pixels", "compile", "follow"),
 }
 
 
@@ -76,12 +76,14 @@ class TrainRecipe(Extensible):
         checkpoint_every_minutes: store a state inside epochs that often, for long epochs; None stores one after each
             epoch only. The result does not depend on it.
         pixels: where the pixels of the training images are kept. The result does not depend on it.
+        follow: train from a cache that is still being built: each epoch waits for its view. The result does not depend
+            on it.
     """
 
     added = frozenset(
         {
             *("student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"),
-            *("shuffle_window", "compile"),
+            *("shuffle_window", "compile", "follow"),
         }
     )
 
@@ -121,6 +123,7 @@ class TrainRecipe(Extensible):
     evaluation: EvaluationRecipe = EvaluationRecipe()
     deterministic: bool = False
     compile: Compile = "auto"
+    follow: bool = False
     compare_with_labels: bool = False
     loggers: tuple[LoggerName, ...] | None = None
     device: str = "auto"
@@ -166,6 +169,16 @@ class TrainRecipe(Extensible):
             }
         return {**data, "views": ViewRecipe() if views is None else views}
 
+    def _check_follows(self) -> None:
+        if not self.loss.needs_targets:
+            raise RecipeError("a run on labels alone has no cache to follow", where="follow", next_step="leave it out")
+        if self.label_fraction < 1.0:
+            raise RecipeError(
+                "a fraction of the labels needs the predictions of a complete cache for the others",
+                where=f"follow, label_fraction: {self.label_fraction:g}",
+                next_step="wait for the build, or use all labels",
+            )
+
     @model_validator(mode="after")
     def _has_something_to_learn_from(self) -> TrainRecipe:
         if self.loss.needs_targets and self.cache is None:
@@ -181,6 +194,8 @@ class TrainRecipe(Extensible):
                 where=self.name,
                 next_step="add `dataset: {name: …}` to the recipe, or --set dataset.name=…",
             )
+        if self.follow:
+            self._check_follows()
         if self.epochs > MAX_COUNT * self.label_fraction:
             raise RecipeError(
                 "so small a part of the labels needs too many epochs on labels alone",
@@ -302,6 +317,7 @@ class TrainRecipe(Extensible):
             "loss": self.loss.on_labels(),
             "compare_with_labels": False,
             "shuffle_window": None,
+            "follow": False,
         }
         return self.model_copy(update=changes)
 

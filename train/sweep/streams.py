@@ -77,6 +77,12 @@ def train_stream(
             where="--compile step",
             next_step="use --compile model or off in a sweep",
         )
+    if trials[0].recipe.follow:
+        raise RecipeError(
+            "the trials of a sweep need a complete cache",
+            where="follow",
+            next_step="leave it out, or train one student",
+        )
     pixels = memory_shares(trials[0].recipe.pixels, device, *workers)
     opened = [(trial, open_data(trial.recipe, device, open_split)) for trial in trials]
     lead = next((data for _, data in opened if data.cache is not None), opened[0][1])

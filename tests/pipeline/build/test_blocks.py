@@ -14,10 +14,12 @@ from cache_tools.images import open_images
 from cache_tools.images.folder import FolderImages
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
+from cache_tools.store.writer import CacheWriter
 from pipeline.build import blocks
 from pipeline.build.blocks import BatchLoader, LoadedBatch, views_at_once
 from pipeline.build.cache import build_cache
 from pipeline.networks.ensemble import load_pixels
+from pipeline.recipe import MAX_VIEWS_AT_ONCE
 from tests.support import tiny_build
 from tests.support.tiny_build import arrays_of
 
@@ -90,18 +92,30 @@ def test_a_group_decodes_every_picture_once_and_loads_what_each_view_alone_does(
 def test_the_bytes_are_those_of_a_build_view_by_view(
     root: Path, built: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "VIEWS_AT_ONCE", 1)
-    recipe = tiny_build.recipe(
-        root, views=built.recipe.views, num_views=VIEWS, block_rows=ROWS, batch_size=BATCH, out=tmp_path / "c"
-    )
-    assert arrays_of(build_cache(recipe).path) == arrays_of(built.path)
+    """With `views_at_once` every view is committed before the next one begins."""
+    stored, order = CacheWriter.write_block, list[int]()
+
+    def record(self: CacheWriter, view: int, *rest: Any, **options: Any) -> None:
+        order.append(view)
+        stored(self, view, *rest, **options)
+
+    monkeypatch.setattr(CacheWriter, "write_block", record)
+    settings = {"views": built.recipe.views, "num_views": VIEWS, "block_rows": ROWS, "batch_size": BATCH}
+    alone = build_cache(tiny_build.recipe(root, **settings, views_at_once=1, out=tmp_path / "c"))
+    assert arrays_of(alone.path) == arrays_of(built.path)
+    assert order == sorted(order)
+    order.clear()
+    pairs = build_cache(tiny_build.recipe(root, **settings, views_at_once=2, out=tmp_path / "d"))
+    assert arrays_of(pairs.path) == arrays_of(built.path)
+    assert [view // 2 for view in order] == sorted(view // 2 for view in order)
+    assert order != sorted(order)
 
 
 def test_groups_are_bounded_by_memory_and_images_in_memory_need_none(
     built: TeacherCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, images = built.manifest, open_images(built.manifest.dataset)
-    assert views_at_once(manifest, images, BATCH) == blocks.VIEWS_AT_ONCE
+    assert views_at_once(manifest, images, BATCH) == MAX_VIEWS_AT_ONCE
     views = built.recipe.views
     crops = {views.seen_by(network).output_size((16, 16)) for network in ("teacher", "clip")}
     pixels = sum(3 * BATCH * side * side for side, _ in crops) if views.version == 2 else 0
