@@ -125,6 +125,11 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     identity = resolve(recipe, images, ensemble)
     if identity.codecs.caution:
         say(f"note: {identity.codecs.caution}")
+    if recipe.num_views > 1 and not recipe.views.ops and recipe.views.mix is None:
+        say(
+            f"note: all {recipe.num_views} views show the same pixels, because views.ops is empty: set it (such as "
+            "--set views.ops=[pad-crop,flip]), or build one view (--views 1)"
+        )
     where = destination(recipe, identity.fingerprint)
     output = open_output(
         where,

@@ -78,6 +78,19 @@ def test_views_differ_and_the_manifest_is_complete(root: Path, built: TeacherCac
     assert built.class_names == tiny_run.CLASSES
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_noted"),
+    [({"views": {}}, True), ({"views": {}, "num_views": 1}, False), ({}, False)],
+    ids=["same views", "one view", "views"],
+)
+def test_views_that_show_the_same_pixels_are_noted(root: Path, tmp_path: Path, changes: dict, is_noted: bool):
+    said: list[str] = []
+    build_cache(tiny_build.recipe(root, out=tmp_path / "cache", **changes), said.append)
+    noted = [line for line in said if "views show the same pixels, because views.ops is empty" in line]
+    assert len(noted) == is_noted
+    assert all(line.startswith("note: all 3 views") for line in noted)
+
+
 def test_components_give_the_fused_targets(root: Path, built: TeacherCache):
     build_cache(tiny_build.recipe(root, store="components", out=root / "components.zarr"))
     components = TeacherCache.open(root / "components.zarr")
