@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from cache_tools import alignment
 from cache_tools.console import resolve_device
-from cache_tools.errors import FormatError, MismatchError, NotFoundError
+from cache_tools.errors import FormatError, MismatchError, NotFoundError, printable
 from cache_tools.format import commits
 from cache_tools.format.arrays import targets
 from cache_tools.format.layout import array_layouts
@@ -283,6 +284,40 @@ class TeacherCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (type(self), self.path.absolute(), self.origin, self.manifest.fingerprint)
+
+    def describe(self) -> str:
+        """What is in the cache, a line for each thing; `cache-tools info` says more."""
+        rows = self._description()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows)
+
+    def _repr_html_(self) -> str:
+        """The description as a table, for notebooks."""
+        rows = "".join(
+            f'<tr><th scope="row" style="text-align:left">{name}</th>'
+            f'<td style="text-align:left">{escape(printable(text))}</td></tr>'
+            for name, text in self._description()
+        )
+        return f"<table><caption>TeacherCache</caption><tbody>{rows}</tbody></table>"
+
+    def _description(self) -> list[tuple[str, str]]:
+        recipe, dataset, shape = self.recipe, self.recipe.dataset, f"{self.num_views} × {self.num_samples:,}"
+        height, width = dataset.image_size
+        rows = [
+            ("cache", f"{self.manifest.name}, {self.path}"),
+            ("fingerprint", self.manifest.fingerprint[:12]),
+            (
+                "images",
+                f"{dataset.name}/{dataset.split}: {self.num_samples:,}, {self.num_classes:,} classes, {height}×{width}",
+            ),
+            ("views", f"{len(self.complete_views)} of {self.num_views} complete"),
+            *(("teacher", teacher.architecture) for teacher in recipe.teachers),
+            *(("CLIP", clip.architecture) for clip in recipe.clips),
+        ]
+        for spec in self.targets.values():
+            stored = " + ".join(array.stored.dtype for array in spec.arrays)
+            rows.append((spec.name, f"{shape} × {spec.width:,}, {spec.codec.codec} ({stored})"))
+        return rows
 
     def __repr__(self) -> str:
         return (

@@ -50,6 +50,25 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TeacherCache]:
     return {name: TeacherCache.open(folder / name) for name in kinds}
 
 
+def test_a_cache_describes_itself(caches: dict[str, TeacherCache], tmp_path: Path) -> None:
+    cache = caches["several"]
+    lines = dict(line.split("  ", 1) for line in cache.describe().splitlines())
+    assert {name: text.strip() for name, text in lines.items()}["images"] == "digits/train: 75, 5 classes, 32×32"
+    assert cache.describe().count("\nteacher  ") == cache.describe().count("\nCLIP  ") == 2
+    assert "clip_features" in lines
+    assert "3 × 75 × 10, float16 (float16)" in lines["clip_features"]
+    page = cache._repr_html_()
+    assert page.count("<tr>") == len(cache.describe().splitlines())
+    assert "3 of 3 complete" in page
+    images = tiny_images()
+    hostile = tiny_manifest(images, name="x").model_copy(update={"name": "<script>\x1b[31m"})
+    build(tmp_path / "hostile", hostile, images)
+    text = TeacherCache.open(tmp_path / "hostile")._repr_html_() + TeacherCache.open(tmp_path / "hostile").describe()
+    assert "<script>\\x1b[31m" in text
+    assert "&lt;script&gt;" in text
+    assert "\x1b" not in text
+
+
 # The format is open
 
 
