@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, ParamSpec, Self, Tex
 from cache_tools.errors import CacheError, DeviceError, StorageError, printable
 from cache_tools.system.arguments import check_arguments, path, require_current_folder
 from cache_tools.system.quiet import quiet_libraries
+from cache_tools.system.ranks import own_rank
 from cache_tools.system.streams import (
     BROKEN_PIPE,
     discard_output,
@@ -276,6 +277,8 @@ def storage_error(error: OSError) -> StorageError:
 def resolve_device(name: str, *, needs_float64: bool = False) -> torch.device:
     """The torch device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` is CUDA where there is a GPU, else the CPU.
 
+    Of several ranks on a machine each gets a CUDA device of its own, unless the name has a number.
+
     Args:
         needs_float64: refuse a device without float64.
 
@@ -285,7 +288,7 @@ def resolve_device(name: str, *, needs_float64: bool = False) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -301,6 +304,16 @@ def resolve_device(name: str, *, needs_float64: bool = False) -> torch.device:
                 found=f"{count} CUDA device(s) on this machine",
                 next_step="use --device cpu, or a machine with a CUDA build of torch and a GPU",
             )
+        if ":" not in name and (rank := own_rank()).local_count > 1:
+            if rank.local_count > count:
+                raise DeviceError(
+                    "more processes than CUDA devices",
+                    where=name,
+                    expected=f"at most {count} processes on this machine",
+                    found=rank.local_count,
+                    next_step=f"start torchrun with --nproc-per-node {count}",
+                )
+            return torch.device("cuda", rank.local)
     if device.type == "mps":
         if not torch.backends.mps.is_available():
             built = torch.backends.mps.is_built()

@@ -109,6 +109,10 @@ class OutOfMemoryError(DeviceError):
     """The process or the device ran out of memory."""
 
 
+class RankLostError(CacheError):
+    """Another process of the same work has ended."""
+
+
 class DivergedError(CacheError):
     """The loss or the logits are NaN or infinite."""
 

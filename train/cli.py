@@ -10,6 +10,7 @@ import typer
 from cache_tools.console import command, print_json, print_line, run_app
 from cache_tools.errors import printable
 from cache_tools.system.memory import keep_freed_memory
+from cache_tools.system.ranks import speaks_for_all
 from train.options import (
     Cache,
     CheckpointEvery,
@@ -27,6 +28,7 @@ from train.options import (
     ResultAsJson,
     ShowRecipe,
     ShuffleWindow,
+    SyncBatchNorm,
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -34,6 +36,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 @command
+@speaks_for_all
 def train_student(
     recipe: OptionalRecipe = None,
     cache: Cache = None,
@@ -107,6 +110,7 @@ def train_student(
         bool,
         typer.Option("--follow", help="Train while the cache is still being built: each epoch waits for its view."),
     ] = False,
+    sync_batchnorm: SyncBatchNorm = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     pixel_disk: PixelDisk = None,
@@ -133,6 +137,7 @@ def train_student(
     With a folder of images: from the cache of its name, or with --loss ce from its labels.
     You can interrupt it at any time: the same command resumes after the last finished epoch, or from the last
     checkpoint inside the next one (--checkpoint-every-minutes).
+    torchrun --no-python --nproc-per-node 4 train-student … trains one student on four GPUs.
     """
     # Imported here, as everything slow below: --help must answer at once.
     if list_students:
@@ -171,6 +176,7 @@ def train_student(
         "checkpoint_every_minutes": checkpoint_every_minutes,
         "compile": compile_mode,
         "follow": True if follow else None,
+        "sync_batchnorm": sync_batchnorm,
         "pixels.device_memory": device_memory,
         "pixels.host_memory": host_memory,
         "pixels.disk": pixel_disk,

@@ -22,6 +22,7 @@ from cache_tools.images.classes import shared_notes, training_notes, with_classe
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
+from cache_tools.system.ranks import ALONE, Rank
 from cache_tools.views.recipe import ViewRecipe
 from train.evaluate.canvas import chosen_preprocessing, evaluation_preprocessing, sizes_in_test
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
@@ -137,11 +138,14 @@ class TrainingData:
             samples=None,
         )
 
-    def feed(self, recipe: TrainRecipe, device: torch.device, pixels: PixelRecipe | None = None) -> Feed:
+    def feed(
+        self, recipe: TrainRecipe, device: torch.device, pixels: PixelRecipe | None = None, rank: Rank = ALONE
+    ) -> Feed:
         """The batches of a run.
 
         Args:
             pixels: where they are kept, if not as the recipe says.
+            rank: of several that train together, and have a part of every batch each.
         """
         return open_feed(
             self.images,
@@ -156,6 +160,7 @@ class TrainingData:
             samples=self.samples,
             pixels=recipe.pixels if pixels is None else pixels,
             window=recipe.shuffle_window,
+            rank=rank,
         )
 
 

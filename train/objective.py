@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from cache_tools.codecs import SparseTargets
 from cache_tools.errors import RecipeError
 from cache_tools.system.devices import seeded_on_cpu
+from cache_tools.system.joined import Joined
 from train import losses
 from train.feed import Batch
-from train.losses.contrastive import Components, ContrastiveTerm
+from train.losses.contrastive import Components, ContrastiveTerm, Gather
 from train.losses.numerics import full_precision
 from train.losses.tail import kd_tail
 from train.recipe.loss import LossRecipe
@@ -45,6 +47,8 @@ FEATURE_TERMS: dict[str, Callable[[LossRecipe, Tensor, Tensor], Tensor]] = {
     ),
     "pkt": lambda recipe, student, target: losses.pkt(student, target),
 }
+COMPARE_SAMPLES = frozenset({"rkd", "pkt"})
+"""Feature terms that compare the samples of a batch with each other."""
 
 
 class Objective(nn.Module):
@@ -90,6 +94,7 @@ class Objective(nn.Module):
         _check_targets(recipe, has_logits, target_dim is not None, components is not None, num_classes)
         assert len(labels) == num_samples, "one label per training sample"
         self.recipe = recipe
+        self.ranks: Joined | None = None  # that train together; terms that compare samples compare those of all
         # A tensor on the device: a compiled step is not compiled again when it changes.
         self.register_buffer("logit_weight", torch.tensor(0.0), persistent=False)
         self.set_epoch(0)
@@ -177,15 +182,25 @@ class Objective(nn.Module):
 
     def _feature_term(self, student_features: Tensor | None, batch: Batch) -> Tensor:
         assert student_features is not None, "the loop left out the student's features"
+        gather = self._gather(batch)
         if self.contrast is not None and self.components is not None:
             assert batch.targets.components is not None, "the feed left out the networks' own features"
-            return self.contrast(student_features, batch.targets.components, batch.index)
+            return self.contrast(student_features, batch.targets.components, batch.index, gather)
         target_features = batch.targets.features
         assert target_features is not None, "the feed left out the target features"
         if self.contrast is not None:
-            return self.contrast(student_features, (target_features,), batch.index)
-        term = FEATURE_TERMS[self.recipe.feature](self.recipe, self.projector(student_features), target_features)
+            return self.contrast(student_features, (target_features,), batch.index, gather)
+        student_features = self.projector(student_features)
+        if gather is not None and self.recipe.feature in COMPARE_SAMPLES:
+            student_features, target_features = gather(student_features), gather(target_features)
+        term = FEATURE_TERMS[self.recipe.feature](self.recipe, student_features, target_features)
         return _weighted(self.recipe.feature_weight, term)
+
+    def _gather(self, batch: Batch) -> Gather | None:
+        """Collects rows of the batch from all ranks, with their gradients; None in one process."""
+        if self.ranks is None or batch.sizes is None:
+            return None
+        return partial(self.ranks.gather, sizes=batch.sizes)
 
 
 def _weighted(weight: float, term: Tensor) -> Tensor:

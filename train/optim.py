@@ -103,6 +103,7 @@ class Update(NamedTuple):
         is_first, is_last: of the batches of the update.
         share: the batch's samples as a fraction of the update's. The sum of share · batch mean is the mean over all
             samples of the update, also where its last batch is short, or where an epoch ends before it is complete.
+            On several ranks it is a rank's fraction times their number, because their gradients are averaged.
         labels: of all samples of the update; None if they are the batch's.
     """
 
@@ -117,14 +118,14 @@ WHOLE_UPDATE = Update()
 
 def update_of(batch: Batch, batch_size: int, accumulate: int) -> Update:
     """The update that a batch belongs to, if each takes `accumulate` batches; the last of an epoch may take fewer."""
-    if accumulate == 1:
+    if accumulate == 1 and batch.sizes is None:
         return WHOLE_UPDATE
     assert batch.epoch_labels is not None, "a feed gives the labels of the epoch"
-    samples, count = len(batch.epoch_labels), len(batch.labels)
+    samples, ranks = len(batch.epoch_labels), 1 if batch.sizes is None else len(batch.sizes)
     first = batch.start - batch.start % (accumulate * batch_size)
     last = min(first + accumulate * batch_size, samples)
-    is_last = batch.start + count == last
-    return Update(batch.start == first, is_last, count / (last - first), batch.epoch_labels[first:last])
+    is_last, share = batch.start + batch.samples == last, ranks * len(batch.labels) / (last - first)
+    return Update(batch.start == first, is_last, share, batch.epoch_labels[first:last])
 
 
 def trained_parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:

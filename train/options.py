@@ -33,6 +33,13 @@ Compile = Annotated[
         "--compile", help="auto (off), off, model (torch.compile of student and loss) or step (CUDA graphs of updates)."
     ),
 ]
+SyncBatchNorm = Annotated[
+    bool | None,
+    typer.Option(
+        "--sync-batchnorm/--no-sync-batchnorm",
+        help="Under torchrun: batch statistics of the whole batch, not of each process's part.",
+    ),
+]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(

@@ -67,13 +67,14 @@ def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def command_lines() -> Iterator[tuple[str, list[str]]]:
-    """(document, words) of every shell line in the documents, continuation lines joined."""
+    """(document, words) of every shell line in the documents, continuation lines joined; of torchrun its command."""
     for document in DOCUMENTS:
         for block in fenced(document, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.partition(" #")[0].split("&&"):
                     if part.split() and not part.lstrip().startswith("#"):
-                        yield document.name, part.split()
+                        words = part.split()
+                        yield document.name, words[words.index("--") + 1 :] if words[0] == "torchrun" else words
 
 
 @pytest.fixture(scope="session")

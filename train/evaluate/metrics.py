@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -18,6 +18,7 @@ from cache_tools.format.recipe import Finite, Precision, Preprocessing
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
 from cache_tools.system.devices import copy_to, float64_device
+from cache_tools.system.joined import Joined
 
 CALIBRATION_BINS = 15
 TOP_K = 5
@@ -55,6 +56,7 @@ def evaluate(
     device: torch.device,
     batch_size: int = 512,
     precision: Precision = "float32",
+    ranks: Joined | None = None,
 ) -> Evaluation:
     """Evaluate a network on a split's clean images (no views).
 
@@ -64,6 +66,7 @@ def evaluate(
     Args:
         model: on `device`; pixels prepared by `preprocessing` → logits [B, C].
         precision: of the forward passes (autocast); the figures are always computed in float32 and above.
+        ranks: that evaluate together: each has a part of the batches, and all return the figures of the whole split.
 
     Raises:
         DivergedError: logits that are not finite.
@@ -71,9 +74,12 @@ def evaluate(
     """
     meter = Meter(device)
     labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64)).to(device)
+    rows = _own_rows(len(images), batch_size, ranks)
     with evaluating(model, device, precision):
-        for start, pixels in batches(load_canvases(images), len(images), batch_size, device):
+        for start, pixels in batches(load_canvases(images), rows, batch_size, device):
             meter.update(model(prepare(pixels, preprocessing)), labels[start : start + len(pixels)])
+        if ranks is not None:
+            meter = Meter.sum_of(ranks.collect(meter.on_cpu()))
     return meter.compute()
 
 
@@ -85,11 +91,13 @@ def predict(
     batch_size: int = 512,
     precision: Precision = "float32",
     advance: Callable[[int], None] | None = None,
+    ranks: Joined | None = None,
 ) -> Tensor:
     """Logits of all clean images of a split, float32 [N, C] on `device`.
 
     Args:
         advance: called after each batch with its number of images.
+        ranks: that share the batches; all return all logits.
 
     Raises:
         DataError: a split without images, or an image that cannot be decoded.
@@ -98,10 +106,12 @@ def predict(
         raise DataError("no images to evaluate on", next_step="choose another test split")
     rows = []
     with evaluating(model, device, precision):
-        for _, pixels in batches(load_canvases(images), len(images), batch_size, device):
+        for _, pixels in batches(load_canvases(images), _own_rows(len(images), batch_size, ranks), batch_size, device):
             rows.append(model(prepare(pixels, preprocessing)).float())
             if advance is not None:
                 advance(len(pixels))
+    if ranks is not None:
+        rows = [part.to(device) for part in ranks.collect(torch.cat(rows).cpu() if rows else None) if part is not None]
     return torch.cat(rows)
 
 
@@ -173,16 +183,47 @@ class Meter:
             brier=float(self._brier) / self._count,
         )
 
+    def on_cpu(self) -> Meter:
+        """The same sums on the CPU, from where other processes can take them."""
+        self._device = torch.device("cpu")
+        for name, value in vars(self).items():
+            if hasattr(value, "to"):  # tensors, and the metrics of torchmetrics
+                setattr(self, name, value.to(self._device))
+        return self
+
+    @classmethod
+    def sum_of(cls, meters: Sequence[Meter]) -> Meter:
+        """The meter of all samples that some meters on the CPU have seen."""
+        total, *others = sorted(meters, key=lambda meter: meter._count == 0)  # those without samples last
+        for other in others:
+            if other._count:
+                total._add(other)
+        return total
+
+    def _add(self, other: Meter) -> None:
+        self._count += other._count
+        self._nll, self._brier = self._nll + other._nll, self._brier + other._brier
+        self._finite = self._finite & other._finite
+        pairs = (self._top1, other._top1), (self._ece, other._ece), (self._top5, other._top5)
+        for metric, of_other in pairs:
+            if metric is not None and of_other is not None:
+                metric.merge_state(of_other)
+
     def _create_metrics(self, num_classes: int) -> None:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
         def accuracy(top_k: int) -> MulticlassAccuracy:
-            metric = MulticlassAccuracy(num_classes, top_k=top_k, average="micro", validate_args=False)
+            # Several ranks add up their meters themselves (`sum_of`).
+            metric = MulticlassAccuracy(
+                num_classes, top_k=top_k, average="micro", validate_args=False, sync_on_compute=False
+            )
             return metric.to(self._device)
 
         self._top1 = accuracy(1)
         self._top5 = accuracy(TOP_K) if num_classes > TOP_K else None
-        calibration = MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, validate_args=False)
+        calibration = MulticlassCalibrationError(
+            num_classes, n_bins=CALIBRATION_BINS, validate_args=False, sync_on_compute=False
+        )
         self._ece = calibration.to(self._device)
 
 
@@ -201,7 +242,7 @@ def evaluating(model: nn.Module, device: torch.device, precision: Precision = "f
 
 
 def batches(
-    load: Callable[[slice], np.ndarray], count: int, batch_size: int, device: torch.device
+    load: Callable[[slice], np.ndarray], rows: range, batch_size: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
     """Batches in order, as (first row, uint8 pixels [B, 3, H, W] on the device); the next one is loaded meanwhile.
 
@@ -209,18 +250,27 @@ def batches(
 
     Args:
         load: rows → uint8 [B, 3, H, W]; called in another thread.
+        rows: consecutive ones.
     """
 
     def fetch(start: int) -> Tensor:
-        pixels = torch.from_numpy(load(slice(start, min(start + batch_size, count))))
+        pixels = torch.from_numpy(load(slice(start, min(start + batch_size, rows.stop))))
         return pixels.pin_memory() if device.type == "cuda" else pixels
 
-    starts = range(0, count, batch_size)
+    starts = range(rows.start, rows.stop, batch_size)
     with ThreadPoolExecutor(1, thread_name_prefix="evaluate") as pool:
-        upcoming = pool.submit(fetch, 0) if starts else None
+        upcoming = pool.submit(fetch, starts[0]) if starts else None
         for start in starts:
             assert upcoming is not None
             pixels = upcoming.result()
-            if start + batch_size < count:
+            if start + batch_size < rows.stop:
                 upcoming = pool.submit(fetch, start + batch_size)
             yield start, copy_to(pixels, device).contiguous(memory_format=torch.channels_last)
+
+
+def _own_rows(count: int, batch_size: int, ranks: Joined | None) -> range:
+    """The rows that this rank evaluates: whole batches, so that each has the logits that one process computes."""
+    if ranks is None:
+        return range(count)
+    first, last = ranks.rank.part(0, -(-count // batch_size))
+    return range(first * batch_size, min(last * batch_size, count))

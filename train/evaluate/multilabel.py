@@ -14,6 +14,7 @@ from cache_tools.config import Frozen
 from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Finite, Preprocessing
 from cache_tools.images.image_set import ImageSet
+from cache_tools.system.joined import Joined
 from train.evaluate.metrics import Evaluation, predict
 
 
@@ -67,7 +68,11 @@ def headline_of(multi_label: bool) -> str:
 
 
 def evaluate_multilabel(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    ranks: Joined | None = None,
 ) -> tuple[MultiLabelEvaluation, dict[str, float]]:
     """Evaluate a network on a split's clean images; its figures, and the average precision of each class with images.
 
@@ -75,7 +80,7 @@ def evaluate_multilabel(
         DivergedError: logits that are not finite.
         DataError: a split without images or without labels, or an image that cannot be decoded.
     """
-    logits = predict(model, images, preprocessing, device)
+    logits = predict(model, images, preprocessing, device, ranks=ranks)
     return multilabel_figures(logits, images.labels, images.class_names)
 
 

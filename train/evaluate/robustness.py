@@ -94,7 +94,7 @@ def robustness(
             for severity in SEVERITIES:
                 meter = Meter(device)
                 load = corrupted.loader(name, severity)
-                for start, pixels in batches(load, len(corrupted), batch_size, device):
+                for start, pixels in batches(load, range(len(corrupted)), batch_size, device):
                     meter.update(model(prepare(pixels, preprocessing)), labels[start : start + len(pixels)])
                     if advance is not None:
                         advance(len(pixels), name)

@@ -15,6 +15,7 @@ import torch
 
 from cache_tools.errors import RecipeError
 from cache_tools.images.image_set import ImageSet
+from cache_tools.system.ranks import ALONE, Rank
 from cache_tools.views.recipe import ViewRecipe
 from train.feed.batch import Batch, MixedLabels, TargetSource
 from train.feed.windows import EpochTargets, TargetReader, Window, blocks_of, permutation
@@ -41,6 +42,8 @@ class Feed(ABC):
         window: number of blocks of the cache whose targets are in memory together (see `train.feed.windows`); None for
             whole views.
         read_ahead: read the targets that follow while others are in use.
+        rank: of several that train together. All have the same batches, and each the pixels, labels and targets of its
+            part of every batch.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class Feed(ABC):
         samples: npt.NDArray[np.int64] | None = None,
         window: int | None = None,
         read_ahead: bool = True,
+        rank: Rank = ALONE,
     ) -> None:
+        self.rank = rank
         self.images, self.views, self.num_views, self.targets = images, views, num_views, targets
         self.epochs, self.seed, self.device = epochs, seed, device
         self.bounds = batch_bounds(len(images), batch_size)
@@ -68,7 +73,7 @@ class Feed(ABC):
         self._labelled = None if known is None else torch.from_numpy(known.labelled).to(device)
         self._samples = samples
         self._blocks = None if window is None else blocks_of(targets, window, len(images), samples)
-        self._reader = TargetReader(targets, device, ahead=read_ahead)
+        self._reader = TargetReader(targets, device, self._own_samples, ahead=read_ahead)
         self.served: str | None = None
 
     @property
@@ -91,17 +96,32 @@ class Feed(ABC):
         epoch_labels = labels[: self.samples_per_epoch]
         labelled = None if self._labelled is None else self._labelled[index]
         mixed = self._mixed_labels(order.numpy(), view)
-        bounds = self.bounds[first:]
-        for (start, stop), pixels in zip(bounds, self._pixels(order.numpy(), view, bounds), strict=True):
+        bounds, rank = self.bounds[first:], self.rank
+        own = [rank.part(*bound) for bound in bounds]
+        for bound, (start, stop), pixels in zip(bounds, own, self._own_pixels(order.numpy(), view, own), strict=True):
             rows = index[start:stop]
             real = None if labelled is None else labelled[start:stop]
             targets = source.batch(start, stop, samples[start:stop], pixels)
             both = None if mixed is None else MixedLabels(*(column[start:stop] for column in mixed))
-            yield Batch(pixels, labels[start:stop], rows, targets, real, start, epoch_labels, both)
+            sizes = None if rank.is_alone else rank.sizes(bound[1] - bound[0])
+            yield Batch(pixels, labels[start:stop], rows, targets, real, bound[0], epoch_labels, both, sizes)
 
     def close(self) -> None:
         """Stop the background thread. The target source stays open: whoever opened it closes it."""
         self._reader.close()
+
+    def _own_pixels(self, order: np.ndarray, view: int, own: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """The pixels of the parts of batches that are this rank's."""
+        if self.rank.is_alone or not own:
+            return self._pixels(order, view, own)
+        stops = np.cumsum([stop - start for start, stop in own]).tolist()
+        order = np.concatenate([order[start:stop] for start, stop in own])
+        return self._pixels(order, view, list(zip([0, *stops[:-1]], stops, strict=True)))
+
+    def _own_samples(self, epoch: int) -> np.ndarray:
+        """The numbers in the cache of all samples that this rank trains on in an epoch."""
+        order = self._order(epoch, self._view_of(epoch))[0].numpy()
+        return self._numbers(np.concatenate([order[slice(*self.rank.part(*bound))] for bound in self.bounds]))
 
     @abstractmethod
     def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
@@ -113,7 +133,7 @@ class Feed(ABC):
 
     def _order(self, epoch: int, view: int) -> tuple[torch.Tensor, list[Window]]:
         """The order of the samples in an epoch, and its windows."""
-        whole = [Window(len(self.images), view, None)]
+        whole = [self._whole(epoch, view)]
         if self.views.mixes(view):
             if self._blocks is not None:
                 raise RecipeError(
@@ -128,7 +148,11 @@ class Feed(ABC):
 
     def _first_window(self, epoch: int) -> Window:
         view = self._view_of(epoch)
-        return Window(0, view, None) if self._blocks is None else self._blocks.first(self.seed, epoch, view)
+        return self._whole(epoch, view) if self._blocks is None else self._blocks.first(self.seed, epoch, view)
+
+    def _whole(self, epoch: int, view: int) -> Window:
+        """A whole view, or of several ranks the rows that this one needs in the epoch."""
+        return Window(len(self.images), view, None, None if self.rank.is_alone else epoch)
 
     def _mixed_labels(self, rows: np.ndarray, view: int) -> MixedLabels | None:
         mixing = self.views.mixing(rows, view, self.images.image_size)

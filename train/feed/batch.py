@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cache_tools.codecs import SparseTargets
@@ -49,6 +51,12 @@ class Batch:
     start: int = 0  # place of the first sample in the epoch's order
     epoch_labels: torch.Tensor | None = None  # int64, the labels of all samples of the epoch, in its order
     mixed: MixedLabels | None = None  # of a view that mixes its samples
+    sizes: tuple[int, ...] | None = None  # of several ranks: the samples of each; the tensors have those of one
+
+    @property
+    def samples(self) -> int:
+        """The samples of the batch, over all ranks."""
+        return len(self.labels) if self.sizes is None else sum(self.sizes)
 
 
 class ViewSource(Protocol):
@@ -101,6 +109,14 @@ class WaitingSource(Protocol):
 
     def stop_waiting(self) -> None:
         """End `view` and `window` where they wait, with an error. May be called from any thread."""
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Targets of which a rank can take the rows of its own samples alone."""
+
+    def rows(self, view: int, samples: npt.NDArray[np.int64]) -> ViewSource:
+        """The targets of some samples of a view. May be called from a background thread."""
 
 
 class NoTargets:

@@ -34,7 +34,7 @@ class ResidentFeed(Feed):
         # In the order in memory that convolutions want: a batch of it is not copied again.
         shape, layout = (len(order), 3, *size), torch.channels_last
         pixels = torch.empty(shape, dtype=torch.uint8, device=self.device, memory_format=layout)
-        for piece in pieces(self.images):
+        for piece in pieces(self.images, len(order)):
             rows = order[piece]
             shown = self.views.with_partners(rows, view) if self.views.mixes(view) else rows
             chosen = self._resident.index_select(0, torch.from_numpy(shown).to(self.device))
@@ -67,17 +67,17 @@ def load_all(images: ImageSet, device: torch.device) -> torch.Tensor:
     load = load_canvases(images)
     is_long = len(images) >= PROGRESS_FROM and not images.resident
     with Progress("load images", len(images), "images") if is_long else nullcontext() as progress:
-        for rows in pieces(images):
+        for rows in pieces(images, len(images)):
             resident[rows] = torch.from_numpy(load(rows)).to(device)
             if progress is not None:
                 progress.advance(rows.stop - rows.start)
     return resident
 
 
-def pieces(images: ImageSet) -> Iterator[slice]:
-    """All rows, in pieces small enough to keep temporary tensors small."""
+def pieces(images: ImageSet, count: int) -> Iterator[slice]:
+    """So many rows, in pieces small enough to keep temporary tensors small."""
     height, width = images.image_size
-    rows, count = max(PIECE_BYTES // (3 * height * width), 1), len(images)
+    rows = max(PIECE_BYTES // (3 * height * width), 1)
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 

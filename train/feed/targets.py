@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cache_tools.codecs import SparseTargets
@@ -13,6 +15,8 @@ from cache_tools.reader import TeacherCache
 from cache_tools.targets import ViewTargets, joined
 from train.feed.batch import BatchTargets
 from train.feed.following import Follower
+
+READ_BYTES = 256 << 20  # of the blocks that are read at once where a rank keeps a part of their rows
 
 
 class CachedView:
@@ -65,6 +69,21 @@ class CachedWindow:
         return self._firsts[index // self._block_rows] + index % self._block_rows
 
 
+class CachedRows:
+    """Some samples of one view of a cache, in memory on the training device.
+
+    Args:
+        view: has the rows of these samples alone, in their order.
+        samples: int64, ascending, on the device.
+    """
+
+    def __init__(self, view: CachedView, samples: torch.Tensor) -> None:
+        self.view, self._samples = view, samples
+
+    def batch(self, index: torch.Tensor, pixels_NCHW_u8: torch.Tensor) -> BatchTargets:
+        return self.view.batch(torch.searchsorted(self._samples, index), pixels_NCHW_u8)
+
+
 class CachedTargets:
     """The targets of a cache, and only the arrays that the loss uses.
 
@@ -112,11 +131,29 @@ class CachedTargets:
         return self._load(view, None)
 
     def window(self, view: int, blocks: Sequence[int]) -> CachedWindow:
-        manifest = self._cache.manifest
-        firsts = np.zeros(manifest.num_blocks, np.int64)
-        sizes = [place.stop - place.start for place in map(manifest.block, blocks)]
-        firsts[list(blocks)] = np.cumsum([0, *sizes[:-1]])
-        return CachedWindow(self._load(view, blocks), torch.from_numpy(firsts).to(self._device), manifest.block_rows)
+        part, firsts = self._window(view, blocks)
+        return CachedWindow(part, firsts.to(self._device), self.block_rows)
+
+    def rows(self, view: int, samples: npt.NDArray[np.int64]) -> CachedRows:
+        """Every block of the view is read, a few at a time, and only the rows of these samples are kept."""
+        size, ascending = self.block_rows, np.sort(samples)
+        at_once = max(READ_BYTES // (size * self.row_bytes), 1)
+        blocks = np.unique(ascending // size)
+        kept: dict[str, torch.Tensor] = {}
+        done = 0
+        for first in range(0, len(blocks), at_once):
+            chosen = blocks[first : first + at_once].tolist()
+            part, firsts = self._window(view, chosen)
+            stop = int(np.searchsorted(ascending, (chosen[-1] + 1) * size))
+            rows = torch.from_numpy(ascending[done:stop])
+            taken = part.targets.at((firsts[rows // size] + rows % size).to(self._device))
+            for name, values in taken.arrays.items():
+                if name not in kept:
+                    kept[name] = values.new_empty((len(ascending), *values.shape[1:]))
+                kept[name][done:stop] = values
+            done = stop
+        whole = replace(taken, arrays=kept)
+        return CachedRows(self._with_choices(whole), torch.from_numpy(ascending).to(self._device))
 
     def take(self, source: CachedWindow, index: torch.Tensor) -> ViewTargets:
         return source.take(index)
@@ -130,6 +167,14 @@ class CachedTargets:
     def stop_waiting(self) -> None:
         if self._follower is not None:
             self._follower.stop()
+
+    def _window(self, view: int, blocks: Sequence[int]) -> tuple[CachedView, torch.Tensor]:
+        """Some blocks, one after the other, and by the number of a block the row where it begins."""
+        manifest = self._cache.manifest
+        firsts = np.zeros(manifest.num_blocks, np.int64)
+        sizes = [place.stop - place.start for place in map(manifest.block, blocks)]
+        firsts[list(blocks)] = np.cumsum([0, *sizes[:-1]])
+        return self._load(view, blocks), torch.from_numpy(firsts)
 
     def _load(self, view: int, blocks: Sequence[int] | None) -> CachedView:
         if self._follower is not None:

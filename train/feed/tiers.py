@@ -16,6 +16,7 @@ from cache_tools.decoding.packing import NoRoomError, find_packed, make_packed, 
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import ImageSet
 from cache_tools.system.memory import free_memory
+from cache_tools.system.ranks import ALONE, Rank
 from cache_tools.units import human_bytes
 from cache_tools.views.recipe import ViewRecipe
 from train.feed.base import Feed
@@ -59,14 +60,19 @@ def open_feed(
     samples: npt.NDArray[np.int64] | None = None,
     pixels: PixelRecipe = _DEFAULTS,
     window: int | None = None,
+    rank: Rank = ALONE,
 ) -> Feed:
     """The feed of the first tier that has room for the pixels, beside the targets; see `choose_tier`.
+
+    Args:
+        rank: of several that train together; those of one machine share its memory.
 
     Raises:
         OutOfMemoryError: the targets of a view, or of a window of blocks, do not fit into memory.
         DataError, StorageError: as `choose_tier`.
     """
-    needed = target_memory(targets, window, device, views=num_views, epochs=epochs)
+    needed = target_memory(targets, window, device, views=num_views, epochs=epochs, rank=rank)
+    pixels = memory_shares(pixels, device, rank.local_count, 1)
     tier = choose_tier(images, views, device, pixels, reserved=needed.num_bytes, epochs=epochs)
     feed = tier.feed(
         tier.images,
@@ -81,6 +87,7 @@ def open_feed(
         samples=samples,
         window=window,
         read_ahead=needed.read_ahead,
+        rank=rank,
     )
     feed.served = tier.reason
     return feed

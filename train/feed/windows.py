@@ -21,12 +21,17 @@ import torch
 from cache_tools.errors import OutOfMemoryError, RecipeError
 from cache_tools.system.devices import in_current_stream
 from cache_tools.system.memory import free_memory
+from cache_tools.system.ranks import ALONE, Rank
 from cache_tools.units import human_bytes
-from train.feed.batch import BatchTargets, TargetSource, ViewSource, WaitingSource, WindowSource
+from train.feed.batch import BatchTargets, RowSource, TargetSource, ViewSource, WaitingSource, WindowSource
 
 TARGETS_SHARE = 0.8
 """Of the free memory, for the targets in use and those that are read meanwhile."""
 _MOST_WINDOW = 1 << 20
+
+
+_Key = tuple[int, tuple[int, ...] | None, int | None]
+"""Of a `Window`, without its place."""
 
 
 class Window(NamedTuple):
@@ -36,11 +41,13 @@ class Window(NamedTuple):
         stop: the place in the epoch's order where it ends.
         view: whose targets it needs.
         blocks: the blocks of the view that it needs; None for the whole view.
+        epoch: of several ranks without a shuffle window: the epoch for whose samples it needs targets; None for all.
     """
 
     stop: int
     view: int
     blocks: tuple[int, ...] | None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +126,21 @@ class TargetReader:
     Args:
         targets: where they come from; `view` and `window` are called from a background thread.
         device: of the targets.
+        own_samples: epoch → the numbers in the cache of the samples that this rank needs in it.
         ahead: read the next window while one is in use; else each is read when it is needed, and memory holds one.
     """
 
-    def __init__(self, targets: TargetSource, device: torch.device, *, ahead: bool = True) -> None:
-        self._targets, self._device, self._ahead = targets, device, ahead
+    def __init__(
+        self,
+        targets: TargetSource,
+        device: torch.device,
+        own_samples: Callable[[int], npt.NDArray[np.int64]],
+        *,
+        ahead: bool = True,
+    ) -> None:
+        self._targets, self._device, self._own_samples, self._ahead = targets, device, own_samples, ahead
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-view")
-        self._held: dict[tuple[int, tuple[int, ...] | None], Future[ViewSource]] = {}
+        self._held: dict[_Key, Future[ViewSource]] = {}
 
     def use(self, window: Window, following: Window | None) -> ViewSource:
         """The targets of a window. Gives up those of all but the following, and begins to read that."""
@@ -145,16 +160,21 @@ class TargetReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._held = {}
 
-    def _begin(self, key: tuple[int, tuple[int, ...] | None]) -> Future[ViewSource]:
+    def _begin(self, key: _Key) -> Future[ViewSource]:
         if key not in self._held:
-            view, blocks = key
-            if blocks is None:
-                read: Callable[[], ViewSource] = partial(self._targets.view, view)
+            view, blocks, epoch = key
+            if blocks is None and epoch is not None and isinstance(self._targets, RowSource):
+                read: Callable[[], ViewSource] = partial(self._read_own, self._targets, view, epoch)
+            elif blocks is None:
+                read = partial(self._targets.view, view)
             else:
                 assert isinstance(self._targets, WindowSource), "only a source with blocks has windows"
                 read = partial(self._targets.window, view, blocks)
             self._held[key] = self._pool.submit(in_current_stream(self._device, read))
         return self._held[key]
+
+    def _read_own(self, targets: RowSource, view: int, epoch: int) -> ViewSource:
+        return targets.rows(view, self._own_samples(epoch))
 
 
 class EpochTargets:
@@ -214,12 +234,19 @@ class TargetMemory(NamedTuple):
 
 
 def target_memory(
-    targets: TargetSource, window: int | None, device: torch.device, *, views: int | None, epochs: int
+    targets: TargetSource,
+    window: int | None,
+    device: torch.device,
+    *,
+    views: int | None,
+    epochs: int,
+    rank: Rank = ALONE,
 ) -> TargetMemory:
     """What the targets take. Where two windows (two views without a window) do not fit, the next is not read ahead.
 
     Args:
         views, epochs: of the run.
+        rank: of several that share the rows of a view, and on the CPU the memory of their machine.
 
     Raises:
         OutOfMemoryError: not even one fits; names a window that would.
@@ -230,10 +257,12 @@ def target_memory(
     wanted = targets.num_samples * targets.row_bytes
     if window is not None:
         wanted = min(wanted, window * block_bytes)
-    usable = int(TARGETS_SHARE * free_memory(device))
+    elif isinstance(targets, RowSource):
+        wanted = wanted // rank.count
+    usable = int(TARGETS_SHARE * free_memory(device)) // (rank.local_count if device.type == "cpu" else 1)
     if wanted > usable:
         raise _too_large(window, wanted, usable, usable // (2 * block_bytes))
-    if window is None and (views == 1 or epochs == 1):
+    if window is None and ((views == 1 and rank.is_alone) or epochs == 1):
         return TargetMemory(wanted, read_ahead=True)
     read_ahead = 2 * wanted <= usable
     return TargetMemory(2 * wanted if read_ahead else wanted, read_ahead)

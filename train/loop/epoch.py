@@ -72,9 +72,11 @@ def train_epoch(
     for turn in _turns(feed.epoch(epoch, done), learners[0].preprocessing, batches):
         for participant in participants:
             participant.train(turn[max(participant.done - done, 0) :])
-        advance(sum(len(batch.labels) for batch, _ in turn))
+        advance(sum(batch.samples for batch, _ in turn))
         done += len(turn)
-        if save is not None and done < feed.steps_per_epoch:
+        if all(participant.has_failed for participant in participants):
+            break
+        if save is not None and done < feed.steps_per_epoch and _may_save(learners):
             save(lambda: [participant.state() for participant in participants])
     return [participant.outcome(epoch) for participant in participants]
 
@@ -96,8 +98,13 @@ class _Participant:
         if begun is not None:
             self.done = begun["batches"]
             learner.means.load_state_dict(begun["means"])
-            set_random_state(self._device, begun["random"])
+            if begun["random"] is not None:
+                set_random_state(self._device, begun["random"])
         self._random_state = None if alone else random_state(self._device)
+
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
 
     def train(self, turn: Turn) -> None:
         """Make a step on each batch of a turn, unless an earlier one failed."""
@@ -139,11 +146,13 @@ class _Participant:
         if self._error is not None:
             return None
         self._join()
+        self._learner.meet()
         return {
             "learner": self._learner.state_dict(),
             "batches": self.done,
             "means": self._learner.means.state_dict(),
             "random": self._random_state or random_state(self._device),
+            **_random_of_ranks(self._learner),
         }
 
     def outcome(self, epoch: int) -> EpochOutcome:
@@ -187,6 +196,18 @@ class _Participant:
             yield
         for tensor in _tensors(turn):  # made on the stream of the feed, used on this one
             tensor.record_stream(self._stream)
+
+
+def _may_save(learners: Sequence[Learner]) -> bool:
+    """Whether a state can be stored now. Of several ranks, each has its own gradients inside an update."""
+    return not any(learner.ranks is not None and learner.is_inside_update for learner in learners)
+
+
+def _random_of_ranks(learner: Learner) -> EpochState:
+    if learner.ranks is None:
+        return {}
+    states = [state.cpu() for state in random_state(learner.device)]
+    return {"random_of_ranks": learner.ranks.collect(states)}
 
 
 def _turns(batches: Iterable[Batch], preprocessing: Preprocessing, most: int) -> Iterator[Turn]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from cache_tools.errors import DivergedError
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.preprocess import prepare
+from cache_tools.system.joined import Joined
 from train.feed import Batch, mixed_seed
 from train.loop.average import WeightAverage
+from train.loop.batch_norm import average_statistics
 from train.loop.sums import Sums
 from train.objective import Objective
 from train.optim import Update, create_optimiser, create_schedule, parameter_groups, trained_parameters, update_of
@@ -67,10 +69,18 @@ class Learner:
             # One program for whole batches, and one for a shorter last one.
             self._terms = torch.compile(self._terms, dynamic=False)  # type: ignore[method-assign]
         self.captured: Any = None  # its `graph.TensorEpochs`, from the first epoch on
+        self.ranks: Joined | None = None
+        self._parallel: nn.parallel.DistributedDataParallel | None = None
+
+    def join(self, ranks: Joined) -> None:
+        """Train together with other ranks from now on. The first step takes the weights of rank 0."""
+        self.ranks = self.objective.ranks = ranks
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for the steps of an epoch, and seed the global random generators."""
-        torch.manual_seed(mixed_seed(self.recipe.seed, epoch, 1))  # dropout and the like: a function of the epoch
+        # Dropout and the like are a function of the epoch, and of the rank.
+        own = () if self.ranks is None or self.ranks.rank.is_first else (self.ranks.rank.number,)
+        torch.manual_seed(mixed_seed(self.recipe.seed, epoch, 1, *own))
         self.student.train()
         self.objective.train()
         self.objective.set_epoch(epoch)
@@ -84,7 +94,10 @@ class Learner:
         """
         update = update_of(batch, self.recipe.batch_size, self.recipe.optimiser.accumulate)
         self.schedule.step_update(self.updates)
-        self.train_on(batch, inputs_NCHW, update)
+        if self.ranks is None:
+            self.train_on(batch, inputs_NCHW, update)
+        else:
+            self._train_with_others(batch, inputs_NCHW, update)
         self._has_gradients = not update.is_last
         if update.is_last:
             self.updates += 1
@@ -93,7 +106,7 @@ class Learner:
 
     def train_on(self, batch: Batch, inputs_NCHW: Tensor, update: Update) -> None:
         """Forward, loss, backward, and on the last batch of an update new weights. It reads tensors only."""
-        terms, logits = self._terms(inputs_NCHW, batch, update.labels)
+        terms, logits = (self._parallel or self._terms)(inputs_NCHW, batch, update.labels)
         if update.is_first:
             for parameter in self._trained:  # as the optimiser's `zero_grad`, without its hooks
                 parameter.grad = None
@@ -109,7 +122,9 @@ class Learner:
         Raises:
             DivergedError: one of them is not finite.
         """
-        means = self.means.compute()
+        means = self.means.compute(self.ranks)
+        if self.ranks is not None:
+            self._average_statistics(self.ranks)
         if all(map(math.isfinite, means.values())):
             return means
         raise DivergedError(
@@ -131,6 +146,18 @@ class Learner:
     def learning_rate(self) -> float:
         """The learning rate of the last update; with layer decay, that of the classifier."""
         return float(max(group["lr"] for group in self.optimiser.param_groups))
+
+    @property
+    def is_inside_update(self) -> bool:
+        """Whether it has gradients of the first batches of an update."""
+        return self._has_gradients
+
+    def meet(self) -> None:
+        """Bring what each rank has for itself, sums and statistics, into the state of rank 0."""
+        if self.ranks is not None:
+            assert not self._has_gradients, "each rank has its own gradients inside an update"
+            self.means.add_up(self.ranks)
+            self._average_statistics(self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on; the schedule and all random numbers are functions of counters."""
@@ -173,6 +200,36 @@ class Learner:
             self.schedule.step_update(update)
             rows.append([float(group["lr"]) for group in self.optimiser.param_groups])
         return rows
+
+    def _train_with_others(self, batch: Batch, inputs_NCHW: Tensor, update: Update) -> None:
+        """`train_on` with a part of each batch on every rank; gradients meet on the last batch of an update."""
+        if self._parallel is None:
+            assert self.ranks is not None, "others to train with"
+            unused = self._has_unused_weights(inputs_NCHW[:2])
+            self._parallel = self.ranks.parallel(_StudentAndLoss(self, self._terms), some_unused=unused)
+        with nullcontext() if update.is_last else self._parallel.no_sync():
+            self.train_on(batch, inputs_NCHW, update)
+
+    def _has_unused_weights(self, inputs: Tensor) -> bool:
+        """Whether the loss does not depend on some of the student's weights. Found in eval mode; nothing changes."""
+        loss, modes = self.recipe.loss, {module: module.training for module in self.student.modules()}
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
+        self.student.eval()
+        try:
+            with torch.enable_grad(), self._autocast():
+                logits, features = self._forward(inputs)
+            used = [logits] if loss.ce_weight > 0.0 or loss.needs_logits else []
+            used += [] if features is None else [features]
+            gradients = torch.autograd.grad([each.sum() for each in used], weights, allow_unused=True)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return any(gradient is None for gradient in gradients)
+
+    def _average_statistics(self, ranks: Joined) -> None:
+        average_statistics(self.student, ranks)
+        if self.average is not None:
+            average_statistics(self.average.module, ranks)
 
     def _terms(self, inputs: Tensor, batch: Batch, update_labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of the loss, and the logits. `--compile model` compiles this."""
@@ -235,6 +292,17 @@ class _Count:
 
     def add_(self, more: int) -> None:
         self.value += more
+
+
+class _StudentAndLoss(nn.Module):
+    """All trained weights of a learner in one module, whose forward pass is the loss."""
+
+    def __init__(self, learner: Learner, terms: Callable[..., tuple[dict[str, Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.student, self.objective, self._terms = learner.student, learner.objective, terms
+
+    def forward(self, inputs: Tensor, batch: Batch, update_labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        return self._terms(inputs, batch, update_labels)
 
 
 def model_inputs(batch: Batch, preprocessing: Preprocessing) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cache_tools.system.devices import float64_device
+from cache_tools.system.joined import Joined
 from train.feed import MixedLabels
 
 
@@ -53,10 +54,21 @@ class Sums:
         sums = state["sums"]
         self.count, self._names, self._sums = state["count"], state["names"], None if sums is None else sums.double()
 
-    def compute(self) -> dict[str, float]:
-        """The means over all samples. It waits for the device."""
+    def add_up(self, ranks: Joined) -> None:
+        """Make the sums of rank 0 those of all ranks, and the others' nothing."""
+        if self._sums is not None:
+            total = ranks.add(torch.cat([self._sums, self._sums.new_full((1,), self.count)]))
+            self.count = int(total[-1]) if ranks.rank.is_first else 0
+            self._sums = total[:-1] if ranks.rank.is_first else torch.zeros_like(self._sums)
+
+    def compute(self, ranks: Joined | None = None) -> dict[str, float]:
+        """The means over all samples, also over those of all ranks. It waits for the device."""
         assert self._sums is not None, "an epoch has steps"
-        return dict(zip(self._names, (self._sums / self.count).tolist(), strict=True))
+        sums, count = self._sums, self.count
+        if ranks is not None:
+            *values, count = ranks.add(torch.cat([sums, sums.new_full((1,), count)])).tolist()
+            sums = sums.new_tensor(values)
+        return dict(zip(self._names, (sums / count).tolist(), strict=True))
 
 
 def _share_of_right(top1: Tensor, labels: Tensor, mixed: MixedLabels | None) -> Tensor:

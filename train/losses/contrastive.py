@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,10 @@ from train.recipe.loss import LossRecipe
 DENSE_RATIO = 64
 _BITS_32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B1  # 2³² over the golden ratio, odd: its multiples visit all 32-bit numbers, evenly
+
+
+Gather = Callable[[Tensor], Tensor]
+"""A rank's rows of a batch → those of all ranks, in the order of the batch."""
 
 
 class Components(NamedTuple):
@@ -66,20 +70,27 @@ class ContrastiveTerm(nn.Module):
         # On the device, so that no step depends on the host; in the state as `get_extra_state` gives it.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, student_features: Tensor, target_features: Sequence[Tensor], index: Tensor) -> Tensor:
+    def forward(
+        self,
+        student_features: Tensor,
+        target_features: Sequence[Tensor],
+        index: Tensor,
+        gather: Gather | None = None,
+    ) -> Tensor:
         """The weighted loss of one step; in training mode it also updates the memories and the step count.
 
         Args:
             student_features: [B, student_dim].
             target_features: [B, width] of each network, in the order of `targets`.
             index: int64 [B], distinct samples.
+            gather: of several ranks, whose memories stay equal.
         """
         contrast_index = self.sampler(index, self.step)
         # Of the same width, so all of them become unit vectors together.
         units = _unit(torch.stack([self.embed_student(student_features), *self._embedded(target_features)])).unbind(0)
         if self.training:
             self.step.add_(1)
-        return self.memory(units[0], self._mix(units[1:]), index, contrast_index)
+        return self.memory(units[0], self._mix(units[1:]), index, contrast_index, gather)
 
     def get_extra_state(self) -> Tensor:
         """The step count."""
@@ -152,13 +163,21 @@ class ContrastiveMemory(nn.Module):
         self._is_normalised = False  # known without asking the device
 
     @full_precision
-    def forward(self, student_unit: Tensor, target_unit: Tensor, index: Tensor, contrast_index: Tensor) -> Tensor:
+    def forward(
+        self,
+        student_unit: Tensor,
+        target_unit: Tensor,
+        index: Tensor,
+        contrast_index: Tensor,
+        gather: Gather | None = None,
+    ) -> Tensor:
         """The weighted loss of one step, both sides; a training step also updates the memories.
 
         Args:
             student_unit, target_unit: [B, dim] rows of length 1; both receive gradients.
             index: int64 [B], distinct samples.
             contrast_index: int64 [B, K + 1], first column `index`, the rest negatives (see `NegativeSampler`).
+            gather: of several ranks, each with a part of the batch: Z and the memories are those of the whole batch.
         """
         assert contrast_index.shape == (len(index), self.negatives + 1), "contrast_index must be [B, negatives + 1]"
         has_gradient = torch.is_grad_enabled() and (student_unit.requires_grad or target_unit.requires_grad)
@@ -168,7 +187,7 @@ class ContrastiveMemory(nn.Module):
             log_p = similarities.div_(self.temperature)
             log_normaliser = self.log_normaliser
             if not self._is_normalised:
-                log_normaliser = self._first_normaliser(log_p)
+                log_normaliser = self._first_normaliser(log_p, gather)
                 if self.training:
                     self.log_normaliser.copy_(log_normaliser)
                     self._is_normalised = True
@@ -179,6 +198,10 @@ class ContrastiveMemory(nn.Module):
         if gradient is not None:
             loss = _Differentiated.apply(loss, *gradients, student_unit, target_unit)
         if self.training:
+            if gather is not None:
+                student_unit, target_unit, index = (
+                    gather(rows.detach()) for rows in (student_unit, target_unit, index)
+                )
             self._update(student_unit, target_unit, index)
         return loss
 
@@ -186,9 +209,13 @@ class ContrastiveMemory(nn.Module):
         super()._load_from_state_dict(*args)
         self._is_normalised = not bool(self.log_normaliser.isnan().any())
 
-    def _first_normaliser(self, scores: Tensor) -> Tensor:
+    def _first_normaliser(self, scores: Tensor, gather: Gather | None) -> Tensor:
         """log Z of each side [2]: the stored one or, if there is none yet (NaN), this batch's. No branch, no sync."""
-        first = torch.logsumexp(scores, dim=(1, 2)) + math.log(self.num_samples / scores[0].numel())
+        if gather is None:
+            first = torch.logsumexp(scores, dim=(1, 2)) + math.log(self.num_samples / scores[0].numel())
+        else:
+            rows = gather(torch.logsumexp(scores, dim=2).T)  # [B, 2]
+            first = torch.logsumexp(rows, dim=0) + math.log(self.num_samples / (len(rows) * scores.shape[2]))
         return torch.where(self.log_normaliser.isnan(), first.to(self.log_normaliser), self.log_normaliser)
 
     def _loss(self, log_p: Tensor, has_gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,7 @@ Compile = Literal["auto", "off", "model", "step"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 _NO_EFFECT_ON_RESULT = {
     *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
-    *("checkpoint_every_minutes", "pixels", "compile", "follow"),
+    *("checkpoint_every_minutes", "pixels", "compile", "follow", "sync_batchnorm"),
 }
 
 
@@ -70,6 +70,8 @@ class TrainRecipe(Extensible):
         compile: how a step is run: `off`, operation by operation; `model`, student and loss compiled by torch.compile;
             `step`, whole updates recorded as CUDA graphs; `auto` is `off`. A setting of the machine: a run of another
             one is resumed, and results differ by rounding. The result's `environment` has it.
+        sync_batchnorm: of several ranks: batch norms take the statistics of the whole batch, as one process does, and
+            not of each rank's part. A setting of the machine, like `compile`; in one process it changes nothing.
         compare_with_labels: then also train the same student in the same way on labels alone.
         loggers: the experiment trackers that follow the run; None for TensorBoard if it is installed.
         device, out: where the run is trained, and the folder where it is stored.
@@ -83,7 +85,7 @@ class TrainRecipe(Extensible):
     added = frozenset(
         {
             *("student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"),
-            *("shuffle_window", "compile", "follow"),
+            *("shuffle_window", "compile", "follow", "sync_batchnorm"),
         }
     )
 
@@ -124,6 +126,7 @@ class TrainRecipe(Extensible):
     deterministic: bool = False
     compile: Compile = "auto"
     follow: bool = False
+    sync_batchnorm: bool = False
     compare_with_labels: bool = False
     loggers: tuple[LoggerName, ...] | None = None
     device: str = "auto"

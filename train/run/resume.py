@@ -86,6 +86,10 @@ def check_inside(state: Mapping[str, Any], learner: Learner, batches: int, devic
     plain = isinstance(sums, Tensor) and _is_plain(sums) and sums.is_floating_point()
     _require(plain and sums.shape == (len(names),), "the sums of the figures")
     _check_random(state["random"], device)
+    of_ranks = state.get("random_of_ranks", [])
+    _require(isinstance(of_ranks, list), "the random numbers of ranks")
+    for states in of_ranks:
+        _check_random(states, device)
 
 
 def _names_of_means(learner: Learner) -> list[str]:

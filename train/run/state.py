@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cache_tools.console import describe_device, print_line, warn
 from cache_tools.errors import WeightsError
 from cache_tools.images.classes import missing_notes
 from cache_tools.images.image_set import ImageSet
+from cache_tools.system.joined import Joined
 from train import checkpoints
 from train.checkpoints import StudentCard
 from train.cost import check_images, count_parameters
@@ -25,9 +27,11 @@ from train.evaluate.multilabel import Figures, MultiLabelEvaluation, evaluate_mu
 from train.feed import Feed
 from train.initial import check_outputs, first_student
 from train.loop import EpochState, Learner
+from train.loop.batch_norm import synchronised
 from train.losses.class_weights import class_weights
 from train.objective import Objective
 from train.recipe import TrainRecipe
+from train.run.ranks import environment_of_ranks, part_of_rank, tensors_on_cpu
 from train.run.resume import check_history, check_inside, check_learner, state_bytes
 from train.runs import folder
 from train.runs.curves import plot_curves
@@ -59,17 +63,28 @@ class Run:
         steps_per_epoch: int,
         *,
         pixels: str | None = None,
+        ranks: Joined | None = None,
     ) -> None:
         self.data, self.recipe, self.device, self.path, self.pixels = data, recipe, device, path, pixels
-        self.learner = _create_learner(data, recipe, device, steps_per_epoch)
+        self._ranks = ranks
+        self.learner = _create_learner(data, recipe, device, steps_per_epoch, ranks)
         self.card = _create_card(data, recipe, digest)
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
         self.teachers = None if data.cache is None else kept_figures(recipe.fusion, data.cache)
-        self._load_state()
-        self.begun = self._load_checkpoint(steps_per_epoch)
-        if self.begun is not None:
-            self.learner.load_state_dict(self.begun.pop("learner"))
+        self.begun: EpochState | None = None
+        if self.writes:
+            self._load_state()
+            self.begun = self._load_checkpoint(steps_per_epoch)
+            if self.begun is not None:
+                self.learner.load_state_dict(self.begun.pop("learner"))
+        if ranks is not None:
+            self._join(ranks)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of the run: alone, or the first of several ranks."""
+        return self._ranks is None or self._ranks.rank.is_first
 
     def save_checkpoint(self, state: EpochState, train_s: float) -> None:
         """Store a state inside the current epoch.
@@ -77,12 +92,23 @@ class Run:
         Args:
             train_s: time of training in this epoch so far.
         """
+        if not self.writes:
+            return
         inside = {**state, "epoch": len(self.history), "train_s": train_s}
         checkpoints.save_state(self.path / folder.CHECKPOINT, inside)
 
     def samples_begun(self, feed: Feed) -> int:
         """Number of samples of the current epoch that the run has been trained on."""
         return 0 if self.begun is None else feed.bounds[self.begun["batches"] - 1][1]
+
+    def _join(self, ranks: Joined) -> None:
+        """Continue with the other ranks from what rank 0 has read."""
+        own = (self.learner.state_dict(), self.history, self.best_epoch, self.begun)
+        learner, self.history, self.best_epoch, begun = ranks.from_first(lambda: tensors_on_cpu(own))
+        if not self.writes:
+            self.learner.load_state_dict(learner)
+        self.begun = None if begun is None else part_of_rank(begun, ranks.rank)
+        self.learner.join(ranks)
 
     def _load_state(self) -> None:
         """Load the state after the last finished epoch, if there is one."""
@@ -169,7 +195,7 @@ class Run:
             teachers=self.teachers,
             notes=missing_notes(*self.data.tests),
             train_s=sum(row["train_s"] for row in self.history),
-            environment=_environment(self.device, self.recipe.compile),
+            environment=_environment(self.device, self.recipe.compile, self._ranks, self.learner.student),
             command=command_line(),
             data_notes=self.data.notes(),
             pixels=self.pixels,
@@ -195,7 +221,7 @@ class Run:
             for number, test in enumerate(self.data.tests or (None,)):
                 measured: dict[str, Any] = dict.fromkeys(kind.model_fields)
                 if due and test is not None:
-                    measured = _measure(model, test, self.data, self.device)[0].model_dump()
+                    measured = _measure(model, test, self.data, self.device, self._ranks)[0].model_dump()
                 figures |= {f"{_columns(prefix, number)}_{name}": value for name, value in measured.items()}
         return figures
 
@@ -213,12 +239,15 @@ class Run:
         figure = row[column]
         if figure is not None and (self.best_epoch is None or figure > self.history[self.best_epoch][column]):
             self.best_epoch = row["epoch"]
-            card = self.card.model_copy(update={"epoch": row["epoch"] + 1})
-            checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
+            if self.writes:
+                card = self.card.model_copy(update={"epoch": row["epoch"] + 1})
+                checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
+        self.begun = None
+        if not self.writes:
+            return
         state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
         checkpoints.save_state(self.path / folder.STATE, state)
         remove_file(self.path / folder.CHECKPOINT)
-        self.begun = None
 
 
 def draw_curves(result: RunResult) -> None:
@@ -236,16 +265,21 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _create_learner(data: TrainingData, recipe: TrainRecipe, device: torch.device, steps_per_epoch: int) -> Learner:
+def _create_learner(
+    data: TrainingData, recipe: TrainRecipe, device: torch.device, steps_per_epoch: int, ranks: Joined | None
+) -> Learner:
     torch.manual_seed(recipe.seed)  # weights are drawn on the CPU, so they are the same on every device
     num_classes = len(data.images.class_names)
-    student, notes = first_student(recipe, num_classes)
+    with nullcontext() if ranks is None else ranks.first_here_before_others():  # it may download weights
+        student, notes = first_student(recipe, num_classes)
     check_images(student.eval(), data.view_size)
     if data.test_size != data.view_size:
         check_images(student, data.test_size, "set evaluation.crop to the size that the student expects")
     check_outputs(student, recipe, num_classes, data.view_size)
     for note in notes:
         print_line(f"note: {recipe.student} {note}", file=sys.stderr)
+    if ranks is not None and recipe.sync_batchnorm:
+        student = synchronised(student, device)
     objective = Objective(
         recipe.loss,
         student.num_features,
@@ -286,12 +320,12 @@ def _evaluation_class(data: TrainingData) -> type[Figures]:
 
 
 def _measure(
-    model: nn.Module, test: ImageSet, data: TrainingData, device: torch.device
+    model: nn.Module, test: ImageSet, data: TrainingData, device: torch.device, ranks: Joined | None = None
 ) -> tuple[Figures, dict[str, float]]:
     """The figures of a test split and, for several labels, the average precision of each class."""
     if data.images.multi_label:
-        return evaluate_multilabel(model, test, data.test_preprocessing, device)
-    return evaluate(model, test, data.test_preprocessing, device), {}
+        return evaluate_multilabel(model, test, data.test_preprocessing, device, ranks)
+    return evaluate(model, test, data.test_preprocessing, device, ranks=ranks), {}
 
 
 def _evaluation(row: dict[str, Any], prefix: str, kind: type[Figures]) -> Figures | None:
@@ -299,8 +333,9 @@ def _evaluation(row: dict[str, Any], prefix: str, kind: type[Figures]) -> Figure
     return None if figures["n"] is None else kind.model_validate(figures)
 
 
-def _environment(device: torch.device, compiled: str) -> dict[str, str]:
+def _environment(device: torch.device, compiled: str, ranks: Joined | None, student: nn.Module) -> dict[str, str]:
     return {
+        **environment_of_ranks(ranks, student),
         **({"compile": compiled} if compiled not in {"auto", "off"} else {}),
         "device": describe_device(device),
         "python": platform.python_version(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +16,16 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import Progress, print_line, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.reader import TeacherCache
+from cache_tools.system.joined import Joined, joined_ranks
 from cache_tools.system.memory import drop_tracebacks
+from cache_tools.system.ranks import ALONE
 from train.data import TrainingData, open_data, with_cached_images
 from train.evaluate.multilabel import HEADLINES
 from train.feed import Feed
 from train.loop import EpochState, explain_failure, repeatable, train_epoch
 from train.recipe import TrainRecipe, recipe_digest
 from train.report.html import write_report
+from train.run.ranks import check_batches, check_ranks
 from train.run.state import Run, command_line, draw_curves
 from train.runs import folder, trackers
 from train.runs.epoch_clock import EpochClock
@@ -48,45 +51,87 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
         CacheError: a problem with recipe, device, cache, images, storage, divergence or memory.
     """
     device = run_device(recipe)
-    recipe = with_cached_images(recipe)
-    trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
-    data = open_data(recipe, device)
+    check_ranks(recipe, device)
+    with joined_ranks(device) as ranks:
+        return _train_student(recipe, device, ranks, overwrite)
+
+
+def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | None, overwrite: bool) -> RunResult:
+    with nullcontext() if ranks is None else ranks.first_here_before_others():  # it may download or index images
+        recipe = with_cached_images(recipe)
+        trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
+        data = open_data(recipe, device)
     try:
-        result = train_on(data, recipe, device, overwrite=overwrite)
+        result = train_on(data, recipe, device, overwrite=overwrite, ranks=ranks)
     finally:
         data.targets.close()
     if recipe.compare_with_labels and recipe.loss.needs_targets and (result.labels_only is None or overwrite):
         assert data.num_views is not None, "a run with targets has a number of views"
         on_labels = recipe.on_labels(data.dataset, data.views, data.num_views)
         on_labels = on_labels.model_copy(update={"out": result.folder / folder.LABELS_ONLY})
-        baseline = train_on(data.labels_only(), on_labels, device, overwrite=overwrite)
+        baseline = train_on(data.labels_only(), on_labels, device, overwrite=overwrite, ranks=ranks)
         result = result.model_copy(update={"labels_only": baseline, "command": command_line()})
-        draw_curves(result)
-        result.save()
-    write_report([result.folder], result.folder / folder.REPORT)
+        if ranks is None or ranks.rank.is_first:
+            draw_curves(result)
+            result.save()
+    if ranks is None or ranks.rank.is_first:
+        write_report([result.folder], result.folder / folder.REPORT)
     return result
 
 
-def train_on(data: TrainingData, recipe: TrainRecipe, device: torch.device, *, overwrite: bool = False) -> RunResult:
-    """`train_student` on data that are already open (from a cache or from live teachers), without the comparison."""
-    with claimed_run(data, recipe, overwrite=overwrite) as (path, digest), repeatable(device, recipe.deterministic):
-        if (finished := load_result(path)) is not None:
-            read_metrics(path)  # for its curves and its page: fail before anything else is trained
-            read_predictions(path)
+def train_on(
+    data: TrainingData,
+    recipe: TrainRecipe,
+    device: torch.device,
+    *,
+    overwrite: bool = False,
+    ranks: Joined | None = None,
+) -> RunResult:
+    """`train_student` on data that are already open (from a cache or from live teachers), without the comparison.
+
+    Args:
+        ranks: that train together. Rank 0 has the folder of the run; all return its result.
+    """
+    with (
+        _claimed_by_first(data, recipe, overwrite, ranks) as (path, digest, finished),
+        repeatable(device, recipe.deterministic),
+    ):
+        if finished is not None:
             return finished
-        feed = data.feed(recipe, device)
+        with nullcontext() if ranks is None else ranks.first_here_before_others():  # it may make a file of pixels
+            feed = data.feed(recipe, device, rank=ALONE if ranks is None else ranks.rank)
         with closing(feed), explain_failure(recipe, device):
             print_served(feed)
-            run = Run(data, recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served)
-            [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})")
+            run = Run(data, recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served, ranks=ranks)
+            if ranks is not None:
+                check_batches(feed.bounds, run.learner.student, ranks.rank)
+            [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})", ranks=ranks)
             if isinstance(outcome, Exception):
                 raise outcome
-        assert outcome is not None, "a run without a stop rule trains to its last epoch"
+        if ranks is not None:
+            outcome = ranks.from_first(lambda: outcome)
+        assert isinstance(outcome, RunResult), "a run without a stop rule trains to its last epoch"
         return outcome
 
 
+@contextmanager
+def _claimed_by_first(
+    data: TrainingData, recipe: TrainRecipe, overwrite: bool, ranks: Joined | None
+) -> Iterator[tuple[Path, str, RunResult | None]]:
+    """`claimed_run`, of several ranks by the first; also the result of a run that is finished."""
+    if ranks is not None and not ranks.rank.is_first:
+        yield ranks.from_first(lambda: (Path(), "", None))
+        return
+    with claimed_run(data, recipe, overwrite=overwrite) as (path, digest):
+        if (finished := load_result(path)) is not None:
+            read_metrics(path)  # for its curves and its page: fail before anything else is trained
+            read_predictions(path)
+        claimed = path, digest, finished
+        yield claimed if ranks is None else ranks.from_first(lambda: claimed)
+
+
 def train_group(
-    runs: Sequence[Run], feed: Feed, title: str, *, stop: StopRule | None = None
+    runs: Sequence[Run], feed: Feed, title: str, *, stop: StopRule | None = None, ranks: Joined | None = None
 ) -> list[RunResult | Exception | None]:
     """Train the remaining epochs of every run; runs that are ahead wait for the others.
 
@@ -94,9 +139,11 @@ def train_group(
         runs: of one batch stream (see `loop.train_epoch`) and with the same number of epochs.
         title: of the progress bar.
         stop: called before every epoch.
+        ranks: that train a single run together.
 
     Returns:
-        For each run its result, None if `stop` named it, or the error that ended it; an error ends its own run only.
+        For each run its result, None if `stop` named it or if another rank has its folder, or the error that ended it;
+        an error ends its own run only.
 
     Raises:
         StorageError, OSError: the files of a run cannot be written.
@@ -106,7 +153,7 @@ def train_group(
     first = min(len(run.history) for run in runs)
     outcomes: dict[Run, RunResult | Exception | None] = {}
     with ExitStack() as stack:
-        logs = {run: stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs}
+        logs = {run: stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs if run.writes}
         done = first * samples + min(run.samples_begun(feed) for run in runs if len(run.history) == first)
         progress = stack.enter_context(Progress(title, epochs * samples, "images", done=done))
         clock = EpochClock(run.recipe.checkpoint_every_minutes for run in runs)
@@ -125,7 +172,7 @@ def train_group(
                 epoch,
                 progress.advance,
                 begun=[run.begun for run in training],
-                save=partial(_save_if_due, training, clock) if clock.stores_checkpoints else None,
+                save=partial(_save_if_due, training, clock, ranks) if clock.stores_checkpoints else None,
             )
             times = clock.train_s()
             for run, mean, train_s in zip(training, means, times, strict=True):
@@ -136,13 +183,16 @@ def train_group(
                 if isinstance(row, Exception):
                     outcomes[run] = row
                     continue
-                logs[run].write(run.history)
+                if run in logs:
+                    logs[run].write(run.history)
                 progress.advance(0, _note(row, epochs))
         for run, log in logs.items():
             if run not in outcomes:
                 result = _value_or_error(run, run.finish, alone)
                 outcomes[run] = result if isinstance(result, Exception) else log.finish(result)
-    return [outcomes[run] for run in runs]
+    if ranks is not None:
+        ranks.close_vote()
+    return [outcomes.get(run) for run in runs]
 
 
 @contextmanager
@@ -196,9 +246,15 @@ def run_device(recipe: TrainRecipe) -> torch.device:
     return device
 
 
-def _save_if_due(training: Sequence[Run], clock: EpochClock, states: Callable[[], list[EpochState | None]]) -> None:
-    """Store the states of runs inside an epoch, if it is time."""
-    if clock.is_due():
+def _save_if_due(
+    training: Sequence[Run],
+    clock: EpochClock,
+    ranks: Joined | None,
+    states: Callable[[], list[EpochState | None]],
+) -> None:
+    """Store the states of runs inside an epoch, if it is time. Of several ranks all do so after the same step."""
+    is_due = clock.is_due()
+    if bool(ranks.vote(is_due)) if ranks is not None else is_due:
         for run, state, train_s in zip(training, states(), clock.train_s(), strict=True):
             if state is not None:
                 run.save_checkpoint(state, train_s)

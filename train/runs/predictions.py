@@ -38,7 +38,7 @@ def store_predictions(
         return
     rows = []
     with evaluating(model, device):
-        for _, pixels in batches(load_canvases(images), len(images), batch_size, device):
+        for _, pixels in batches(load_canvases(images), range(len(images)), batch_size, device):
             rows.append(model(prepare(pixels, preprocessing)).float().softmax(dim=1).max(dim=1))
     table = {
         "label": np.asarray(images.labels),

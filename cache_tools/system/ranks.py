@@ -1,0 +1,152 @@
+"""Which of several processes this one is, where torchrun has started them to do one piece of work together.
+
+torchrun says it in the environment: RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. A process without them, and one
+of a world of one, is alone, and nothing changes for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import wraps
+from itertools import pairwise
+from typing import ParamSpec
+
+from cache_tools.errors import CacheError, RankLostError, RecipeError
+
+P = ParamSpec("P")
+STORE_TIMEOUT_S = 5.0
+_MOST_RANKS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of the processes of a piece of work.
+
+    Attributes:
+        number: from 0 to count − 1, over all machines.
+        count: of all processes.
+        local: number of this process on its machine; it chooses the CUDA device.
+        local_count: processes on this machine.
+    """
+
+    number: int = 0
+    count: int = 1
+    local: int = 0
+    local_count: int = 1
+
+    @property
+    def is_alone(self) -> bool:
+        return self.count == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes for all."""
+        return self.number == 0
+
+    def part(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's part of consecutive items, (start, stop). Parts follow each other, and differ by one at most."""
+        length = stop - start
+        return start + self.number * length // self.count, start + (self.number + 1) * length // self.count
+
+    def sizes(self, length: int) -> tuple[int, ...]:
+        """The sizes of the parts of all ranks."""
+        bounds = [number * length // self.count for number in range(self.count + 1)]
+        return tuple(stop - start for start, stop in pairwise(bounds))
+
+
+ALONE = Rank()
+
+
+def own_rank() -> Rank:
+    """The rank of this process.
+
+    Raises:
+        RecipeError: variables in the environment that make no sense together.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(name) for name in names):
+        return ALONE
+    number, count = _number("RANK"), _number("WORLD_SIZE")
+    local, local_count = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    if not (number < count <= _MOST_RANKS and local < local_count <= count):
+        raise RecipeError(
+            "the ranks in the environment make no sense",
+            where="RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE",
+            expected="RANK below WORLD_SIZE, LOCAL_RANK below LOCAL_WORLD_SIZE",
+            found=f"{number}, {count}, {local}, {local_count}",
+            next_step="start the processes with torchrun",
+        )
+    return Rank(number, count, local, local_count) if count > 1 else ALONE
+
+
+def speaks_for_all(function: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a command that several ranks run together: one of them prints.
+
+    Rank 0 prints everything, the others nothing. An error that several ranks meet is printed once, by whoever is first.
+    """
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        with one_voice(own_rank()):
+            function(*args, **kwargs)
+
+    return wrapper
+
+
+@contextmanager
+def one_voice(rank: Rank) -> Iterator[None]:
+    """`speaks_for_all`, as a context."""
+    if rank.is_alone:
+        yield
+        return
+    try:
+        if rank.is_first:
+            yield
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+    except CacheError as error:
+        if _is_printed(error, rank):
+            raise SystemExit(2) from None
+        raise
+    except KeyboardInterrupt as stopped:
+        if rank.is_first:
+            raise
+        raise SystemExit(128 + getattr(stopped, "number", 2)) from None
+
+
+def _is_printed(error: CacheError, rank: Rank) -> bool:
+    """Whether another rank prints this error, or one that explains it."""
+    import hashlib
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    text = hashlib.sha256(str(error).encode()).hexdigest()
+    try:
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S), wait_for_workers=False)
+        if isinstance(error, RankLostError) and store.add(f"errors/{attempt}", 0):
+            return True
+        store.add(f"errors/{attempt}", 1)
+        return bool(store.add(f"errors/{attempt}/{text}", 1) > 1)
+    except (RuntimeError, ValueError, OSError):  # the store was rank 0's, which has ended
+        return rank.local > 0
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isascii() or not text.isdecimal():
+        raise RecipeError(
+            "a rank is a number",
+            where=f"{name} in the environment",
+            found=text,
+            next_step="start the processes with torchrun",
+        )
+    return int(text[:12])
