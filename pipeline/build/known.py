@@ -11,6 +11,7 @@ that code (`CODE_VERSIONS`). Changes of docstrings, messages or speed do not.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -91,13 +92,18 @@ def inputs_digest(recipe: BuildRecipe) -> str | None:
         return None
     inputs = {
         "code": CODE_VERSIONS,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": _versions(),
         "recipe": recipe.model_dump(mode="json", include=_VALUE_FIELDS),
     }
     digest = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16)
     for path in files:
         digest.update(path.name.encode() + b"\0" + hashlib.blake2b(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+@functools.cache  # each looks for the metadata of a package in every folder of sys.path
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
 
 
 def _candidates(recipe: BuildRecipe) -> Iterator[Finished]:

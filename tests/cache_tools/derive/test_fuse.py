@@ -93,7 +93,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("choice", some(CHOICES, 5), ids=str)
+@pytest.mark.parametrize("choice", some(CHOICES, 3), ids=str)
 def test_rows_equal_those_that_training_on_the_components_sees(
     several: TeacherCache, tmp_path: Path, choice: dict[str, Any]
 ) -> None:

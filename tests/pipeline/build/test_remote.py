@@ -37,7 +37,7 @@ from tests.support.flaky_proxy import flaky_proxy
 from tests.support.s3_server import new_bucket
 from tests.support.tiny_build import arrays_of
 
-SAMPLES, VIEWS, ROWS = 60, 4, 16
+SAMPLES, VIEWS, ROWS = 60, 4, 20
 
 
 @pytest.fixture(scope="module")

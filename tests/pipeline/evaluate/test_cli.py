@@ -18,9 +18,11 @@ from pipeline.build.cache import build_cache
 from pipeline.evaluate.cli import app
 from tests.support import corrupted_folder, tiny_build, tiny_run
 from train.checkpoints import load_student
+from train.evaluate.confusion import plot_confusion
 from train.evaluate.corruptions import CORRUPTIONS, open_corrupted
 from train.evaluate.metrics import evaluate
 from train.evaluate.robustness import robustness
+from train.evaluate.robustness_plot import plot_robustness
 from train.run import train_student
 
 pytestmark = pytest.mark.medium
@@ -40,6 +42,13 @@ def root(tmp_path_factory) -> Path:
     labels = open_images(tiny_run.dataset(root / "pictures"), "test").labels
     corrupted_folder.write(root / "corrupted", labels, tiny_run.SIDE)
     return root
+
+
+@pytest.fixture
+def real_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations of this test draw their plots."""
+    monkeypatch.setattr("train.evaluate.confusion.plot_confusion", plot_confusion)
+    monkeypatch.setattr("train.evaluate.robustness_plot.plot_robustness", plot_robustness)
 
 
 @pytest.fixture
@@ -66,12 +75,14 @@ def test_a_plain_evaluation(run: Path, root: Path):
     assert [row["n"] for row in report["classes"]] == np.bincount(images.labels).tolist()
 
 
+@pytest.mark.usefixtures("real_plots")
 def test_robustness_relative_to_the_twin_of_the_run(run: Path, root: Path):
     done = invoke(run, "--corruptions", root / "corrupted", "--json")
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert {path.name for path in (run / "evaluation").iterdir()} == FILES | PICTURES
+    assert all((run / "evaluation" / f"{name}.png").stat().st_size > 10_000 for name in ("confusion", "robustness"))
     table = pl.read_parquet(run / "evaluation" / "robustness.parquet")
     images = open_images(tiny_run.dataset(root / "pictures"), "test")
     corrupted = open_corrupted(root / "corrupted", images.labels)

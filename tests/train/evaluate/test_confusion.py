@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 
+from tests.support.turns import some
 from train.evaluate.confusion import class_figures, confusion_frame, confusion_matrix, most_confused, plot_confusion
 
 NAMES = ("cat", "dog", "owl", "yak")
@@ -61,7 +62,7 @@ def test_confusions_are_sorted_by_count_then_share() -> None:
     assert most_confused(np.diag([3, 4]), ("a", "b")) == ()
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("classes", some([10, 2, 100], 1))
 def test_the_plot_is_a_png_that_is_not_empty(classes: int) -> None:
     rng = np.random.default_rng(classes)
     matrix = rng.poisson(0.3, (classes, classes)) + 20 * np.eye(classes, dtype=np.int64)

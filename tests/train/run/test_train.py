@@ -29,6 +29,7 @@ from cache_tools.images import open_images
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.tiny_run import same_runs
+from tests.support.turns import some
 from train import checkpoints
 from train.checkpoints import BEST, EMA, LAST, load_student, read_card
 from train.data import open_data
@@ -113,7 +114,7 @@ def test_a_run_without_tensorboard(monkeypatch: pytest.MonkeyPatch, cache: Path,
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("loss", [{"kind": "ce"}, {"kind": "dkd", "feature": "crd"}], ids=["ce", "dkd+crd"])
+@pytest.mark.parametrize("loss", some([{"kind": "dkd", "feature": "crd"}, {"kind": "ce"}], 1), ids=["dkd+crd", "ce"])
 def test_the_same_recipe_gives_the_same_files(
     cache: Path, pictures: Path, tmp_path: Path, loss: dict[str, Any]
 ) -> None:
@@ -126,7 +127,9 @@ def test_the_same_recipe_gives_the_same_files(
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("moment", ["before the first state", "between best and state", "after a state", "at the end"])
+@pytest.mark.parametrize(
+    "moment", some(["between best and state", "at the end", "before the first state", "after a state"], 2)
+)
 def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, moment: str) -> None:
     loss = {"kind": "kd", "feature": "crd", "label_smoothing": 0.1, "class_weights": "balanced"}
     optimiser = {"learning_rate": 0.05, "accumulate": 3, "clip_grad_norm": 1.0}
