@@ -69,7 +69,9 @@ def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | No
         assert data.num_views is not None, "a run with targets has a number of views"
         on_labels = recipe.on_labels(data.dataset, data.views, data.num_views)
         on_labels = on_labels.model_copy(update={"out": result.folder / folder.LABELS_ONLY})
-        baseline = train_on(data.labels_only(), on_labels, device, overwrite=overwrite, ranks=ranks)
+        baseline = train_on(
+            data.labels_only(), on_labels, device, overwrite=overwrite, ranks=ranks, printed=result.pixels
+        )
         result = result.model_copy(update={"labels_only": baseline, "command": command_line()})
         if ranks is None or ranks.rank.is_first:
             draw_curves(result)
@@ -86,11 +88,13 @@ def train_on(
     *,
     overwrite: bool = False,
     ranks: Joined | None = None,
+    printed: str | None = None,
 ) -> RunResult:
     """`train_student` on data that are already open (from a cache or from live teachers), without the comparison.
 
     Args:
         ranks: that train together. Rank 0 has the folder of the run; all return its result.
+        printed: the line on where the pixels are that was printed last; it is not repeated.
     """
     with (
         _claimed_by_first(data, recipe, overwrite, ranks) as (path, digest, finished),
@@ -101,7 +105,8 @@ def train_on(
         with nullcontext() if ranks is None else ranks.first_here_before_others():  # it may make a file of pixels
             feed = data.feed(recipe, device, rank=ALONE if ranks is None else ranks.rank)
         with closing(feed), explain_failure(recipe, device):
-            print_served(feed)
+            if feed.served != printed:
+                print_served(feed)
             run = Run(data, recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served, ranks=ranks)
             if ranks is not None:
                 check_batches(feed.bounds, run.learner.student, ranks.rank)

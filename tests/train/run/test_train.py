@@ -230,8 +230,11 @@ def test_a_finished_run_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, ca
 
 
 @pytest.mark.medium
-def test_comparison_with_labels_is_the_same_run_on_labels(cache: Path, pictures: Path, tmp_path: Path) -> None:
+def test_comparison_with_labels_is_the_same_run_on_labels(
+    cache: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = train_student(tiny_run.recipe(cache, tmp_path / "run", compare_with_labels=True))
+    assert capsys.readouterr().err.count("pixels: in memory") == 1
     assert result.labels_only is not None
     assert result.labels_only.folder == tmp_path / "run" / "labels-only"
     views = TeacherCache.open(cache)
