@@ -15,9 +15,9 @@ LIGHT_BLUE, LIGHT_ORANGE = "#8CCBF0", "#F2C667"
 INK, DARK_GREY, GREY, LIGHT_GREY, GRID = "#222222", "#666666", "#8a8a8a", "#c8c8c8", "#e3e3e3"
 
 # By source of the predictions; markers and order carry the same information as the colours.
-COLOURS = {"teacher": BLUE, "clip": ORANGE, "fusion": GREEN}
-MARKERS = {"teacher": "s", "clip": "^", "fusion": "o"}
-LABELS = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion"}
+COLOURS = {"teacher": BLUE, "clip": ORANGE, "fusion": GREEN, "student": PURPLE}
+MARKERS = {"teacher": "s", "clip": "^", "fusion": "o", "student": "D"}
+LABELS = {"teacher": "teacher", "clip": "CLIP", "fusion": "fusion", "student": "student"}
 
 
 def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
@@ -29,6 +29,17 @@ def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
     figure.suptitle(f"{plain(title)}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, linespacing=1.3)
     figure.text(0.01, 1.0 - 0.36 / height, plain(subtitle), ha="left", va="top", fontsize=9.5, color=DARK_GREY)
     return figure
+
+
+def new_canvas(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of `width` × `height` inches at 140 dpi, and its invisible axes in inches from the top left corner."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=140)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    return figure, axes
 
 
 def style_axes(axes: Any, *, grid: str = "y") -> None:

@@ -1,12 +1,13 @@
 """Functions that run a network, found by name: `cache_tools` itself runs none, but some of its commands need one.
 
-They are entry points of the group `teacher_cache.plugins`. pyproject.toml declares those of `pipeline`:
+They are entry points of the group `teacher_cache.plugins`. pyproject.toml declares those of `pipeline` and `train`:
 
 | name | function |
 |---|---|
 | `templates` | `(name_or_file) -> tuple of prompt templates` |
 | `text-features` | `(manifest, templates, device) -> float32 [P, C, D] of each CLIP`, checked against its identity |
 | `replay` | `(cache, images, …) -> Replay`: rows computed again with the teachers, compared with the stored ones |
+| `student` | `(run, class_names, view_size, device) -> Student`: a trained student that gives logits of views |
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def load(name: str) -> Any:
         raise NotFoundError(
             "the plugin that runs this network is not installed",
             where=f"{GROUP}: {name}",
-            expected="the package pipeline of teacher-cache",
+            expected="the packages pipeline and train of teacher-cache",
             found=", ".join(installed) or "no plugins",
             next_step="reinstall teacher-cache with pip",
         )

@@ -8,6 +8,7 @@ _MODULES = {
     "template_set": "pipeline.networks.prompts",
     "text_features": "pipeline.networks.stored",
     "replay": "pipeline.replay",
+    "open_student": "train.runs.student",
 }
 
 

@@ -32,7 +32,7 @@ from cache_tools.format.recipe import CacheRecipe
 from cache_tools.images.recipe import require_one_label
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
-from cache_tools.targets import ViewTargets
+from cache_tools.targets import Index, ViewTargets
 
 _FILES = (
     "summary", "reliability", "classes", "confusions", "disagreement", "stability", "mixed", "samples", "suspicious"
@@ -110,6 +110,21 @@ class TeacherStats:
         wrong = self.samples.filter(pl.col("views_wrong") > 0)
         columns = ("sample", "label", "class", "rival", "rival_class", "against", "views_against", "views_wrong")
         return wrong.sort(["against", "sample"], descending=[True, False]).head(count).select(columns)
+
+    def classes_by_gain(self) -> pl.DataFrame:
+        """The classes, those first that the fusion helps most: by its gain over the teacher, or else by accuracy."""
+        has_gains = len(self.about.sources) > 1
+        by = "gain_over_teacher" if has_gains else f"{self.about.main}_accuracy"
+        return self.classes.sort(by, descending=True, nulls_last=True)
+
+    def gains(self, count: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """The `count` classes that the fusion helps most, and those that it hurts most, the most extreme ones first.
+
+        By its gain over the teacher, as `classes_by_gain`; classes without gain or loss are in neither. For caches with
+        teacher and CLIP.
+        """
+        gain, rows = pl.col("gain_over_teacher"), self.classes_by_gain()
+        return rows.filter(gain > 0).head(count), rows.filter(gain < 0).reverse().head(count)
 
     def tables(self) -> dict[str, pl.DataFrame]:
         """The tables, by the names of their files."""
@@ -301,7 +316,8 @@ class ViewStream:
         """Add the figures of samples `rows`, which are the rows `inside` of the targets."""
         labels, figures, by_source, others = self._labels[rows], {}, {}, {}
         for name in self.sources:
-            by_source[name] = logits = self._logits(targets, name, inside).double() / self._temperature
+            logits = source_logits(targets, name, self.sources[-1], inside).double() / self._temperature
+            by_source[name] = logits
             others[name] = OtherClasses(logits, labels)
             figures[name] = others[name].figures()
         divergence = None
@@ -316,14 +332,15 @@ class ViewStream:
             meter.add_rows(others[name])
         columns.add(rows, figures, divergence)
 
-    def _logits(self, targets: ViewTargets, source: str, rows: slice) -> torch.Tensor:
-        """Logits [B, C]; several networks are mixed, and CLIP's are scaled."""
-        if source == self.sources[-1]:
-            return targets.logits(rows)
-        return targets.teacher_logits(rows) if source == "teacher" else targets.clip_logits(rows)
-
     def _chunks(self) -> list[slice]:
         return list(row_chunks(self._cache.num_samples, self._cache.num_classes))
+
+
+def source_logits(targets: ViewTargets, source: str, main: str, rows: Index) -> torch.Tensor:
+    """Logits [B, C] of one of `sources_of`, `main` the last of them; several networks are mixed, CLIP's are scaled."""
+    if source == main:
+        return targets.logits(rows)
+    return targets.teacher_logits(rows) if source == "teacher" else targets.clip_logits(rows)
 
 
 def view_numbers(cache: TeacherCache, views: Iterable[int] | None) -> tuple[int, ...]:

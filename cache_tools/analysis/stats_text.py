@@ -30,22 +30,30 @@ def print_stats(stats: TeacherStats) -> None:
 
 def heading(about: About) -> str:
     """The cache and the settings, in a few lines."""
+    confident = f"softmax at temperature {about.temperature:g}; confident: probability ≥ {about.confident:g}"
+    return "\n".join([data_line(about), targets_line(about), confident, *fused_note(about)])
+
+
+def data_line(about: About) -> str:
+    """The data, the cache and the analysed views."""
     views = f"view {about.views[0]}" if len(about.views) == 1 else f"{len(about.views)} views"
-    lines = [
+    return (
         f"{printable(about.dataset)}, cache {about.fingerprint[:12]}: {about.num_samples:,} samples × {views}, "
-        f"{len(about.class_names)} classes",
-        _targets(about),
-        f"softmax at temperature {about.temperature:g}; confident: probability ≥ {about.confident:g}",
+        f"{len(about.class_names)} classes"
+    )
+
+
+def fused_note(about: About) -> list[str]:
+    """A line for a cache that does not have teacher and CLIP separately; empty for others."""
+    if about.sources != ("fusion",):
+        return []
+    return [
+        "This cache has the fusion only (store: fused), not teacher and CLIP separately; "
+        "build one with --set store=components to compare them."
     ]
-    if about.sources == ("fusion",):
-        lines.append(
-            "This cache has the fusion only (store: fused), not teacher and CLIP separately; "
-            "build one with --set store=components to compare them."
-        )
-    return "\n".join(lines)
 
 
-def _targets(about: About) -> str:
+def targets_line(about: About) -> str:
     """What students learn from: the fusion, or one group alone."""
     scales = " and ".join(f"{scale:g}" for scale in about.clip_scales)
     clip = f"CLIP's logits: {scales} · cosine"
@@ -148,8 +156,7 @@ def _reliability(stats: TeacherStats) -> TextTable:
 def _classes(stats: TeacherStats) -> Iterable[TextTable]:
     """Accuracies, then consistencies, of all classes or of those with the largest and smallest gains."""
     sources = stats.about.sources
-    others, main = sources[:-1], stats.about.main
-    rows = stats.classes.sort("gain_over_teacher" if others else f"{main}_accuracy", descending=True, nulls_last=True)
+    others, rows = sources[:-1], stats.classes_by_gain()
     half = _MOST_CLASSES // 2
     pieces = [rows] if len(rows) <= _MOST_CLASSES else [rows.head(half), rows.tail(half)]
     titles = ["samples", *[f"{LABELS[s]} top-1" for s in sources], *[f"gain over {LABELS[s]}" for s in others]]

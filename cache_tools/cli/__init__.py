@@ -20,6 +20,7 @@ from cache_tools.cli.fuse import fuse_command
 from cache_tools.cli.home import info_command, list_command, path_command, prune_command, rm_command
 from cache_tools.cli.integrity import repair_command, verify_command
 from cache_tools.cli.pack import pack_command
+from cache_tools.cli.show import show_command
 from cache_tools.console import command, run_app
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify_command,
     "repair": repair_command,
     "stats": stats_command,
+    "show": show_command,
     "tune-fusion": tune_command,
     "fidelity": fidelity_command,
     "recode": recode_command,

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,11 @@ CASES = [
         "report", _trained(epochs=1), _command("report-students run"), (_command("evaluate-student run --out other"),)
     ),
     KillCase("stats", _random_cache(store="components"), _command("cache-tools stats source.zarr --out stats")),
+    KillCase(
+        "show",
+        partial(_pictures_and_cache, store="components"),
+        _command("cache-tools show tiny.zarr --count 2 --view 0 --out sheets/show.html"),
+    ),
     KillCase(
         "tune",
         _random_cache(store="components"),

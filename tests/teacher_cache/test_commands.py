@@ -114,4 +114,5 @@ def test_plugins_import_our_packages(python: Python) -> None:
         "pipeline.networks.prompts",
         "pipeline.networks.stored",
         "pipeline.replay",
+        "train.runs.student",
     }

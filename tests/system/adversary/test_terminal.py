@@ -79,6 +79,7 @@ def shown(result: Any) -> str:
     [
         ["ls"], ["ls", "--json"], ["info", "{cache}"], ["info", "{cache}", "--json"], ["verify", "{cache}"],
         ["verify", "{cache}", "--images"], ["stats", "{cache}"], ["stats", "{cache}", "--json"],
+        ["show", "{cache}"], ["show", "{cache}", "--disagree", "--json"], ["show", "{cache}", "--class", HOSTILE],
         ["fidelity", "{cache}", "--codec", "float16"], ["fidelity", "{cache}", "--codec", "float16", "--json"],
         ["tune-fusion", "{cache}"], ["path", "{cache}"], ["rm", "{cache}"], ["prune", "--older-than", "0s"],
         ["repair", "{cache}"], ["info", f"no such {HOSTILE}"], ["copy", "{cache}", "{new}"],
