@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,11 +51,18 @@ def proxy(server: str, home: Path) -> Iterator[FlakyProxy]:
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete cache, for copying only."""
+    path = tmp_path_factory.mktemp("built") / "local.zarr"
+    build(path, MANIFEST, IMAGES)
+    return path
+
+
 @pytest.fixture
-def local(tmp_path: Path) -> Path:
+def local(tmp_path: Path, built: Path) -> Path:
     """A complete cache on this disk, not in the home."""
-    build(tmp_path / "local.zarr", MANIFEST, IMAGES)
-    return tmp_path / "local.zarr"
+    return Path(shutil.copytree(built, tmp_path / "local.zarr"))
 
 
 @pytest.fixture
