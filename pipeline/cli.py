@@ -13,6 +13,7 @@ import typer
 
 from cache_tools.console import command, print_line, run_app
 from cache_tools.system.memory import keep_freed_memory
+from cache_tools.system.ranks import speaks_for_all
 from train.options import (
     DataDir,
     Device,
@@ -43,6 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 @command
+@speaks_for_all
 def build_cache(
     recipe: RecipeArgument = "digits",
     views: Annotated[
@@ -263,12 +265,16 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
             "bytes_moved": result.bytes_moved,
             "preflight": result.preflight.model_dump() if result.preflight else None,
             "folders": result.folders,
+            **({"images_of_ranks": result.images_of_ranks} if result.images_of_ranks else {}),
         }
         print(json.dumps(summary))
         return
     if result.images:
         took = f"{duration(result.elapsed_s)} ({rate:,.0f} images/s)"
         print_line(f"computed {result.images:,} images, each view counted, in {took}")
+    if result.images_of_ranks:
+        shares = ("not ended" if count is None else f"{count:,} images" for count in result.images_of_ranks)
+        print_line("; ".join(f"rank {number}: {share}" for number, share in enumerate(shares)))
     if result.url:
         print_line(f"{human_bytes(result.bytes_moved)} moved; the local mirror is {result.path}")
     plural = "" if manifest.num_views == 1 else "s"

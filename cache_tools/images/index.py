@@ -24,6 +24,7 @@ from cache_tools.errors import DataError, FormatError, UnsafeFileError
 from cache_tools.files import SafeFolder, cache_home
 from cache_tools.images.formats import CAMERA_RAW, EXTENSIONS, HEAD_BYTES, identify, is_decodable, no_decoder
 from cache_tools.images.image_set import KEY_BYTES, sample_key
+from cache_tools.system.ranks import own_rank
 
 if TYPE_CHECKING:
     import polars as pl
@@ -201,8 +202,9 @@ def reason_to_leave_out(path: Path) -> str | None:
 
 
 def num_workers() -> int:
-    """Threads for reading and decoding."""
-    return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Threads for reading and decoding; the ranks of a machine share its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(32, max(cores // own_rank().local_count, 1))
 
 
 class _Content(NamedTuple):

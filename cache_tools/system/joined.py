@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cache_tools.errors import DeviceError, RankLostError
-from cache_tools.system.ranks import Rank, own_rank
+from cache_tools.system.ranks import Rank, own_rank, store_of_attempt
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=12)
@@ -40,7 +40,8 @@ def joined_ranks(device: torch.device) -> Iterator[Joined | None]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store = store_of_attempt(rank, "joined")
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank.number, world_size=rank.count)
         yield Joined(rank)
         dist.destroy_process_group()
     except RuntimeError as error:

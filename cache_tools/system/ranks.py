@@ -7,16 +7,21 @@ of a world of one, is alone, and nothing changes for it.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 from cache_tools.errors import CacheError, RankLostError, RecipeError
 
+if TYPE_CHECKING:
+    from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
 P = ParamSpec("P")
+PATIENCE_S = 300.0
 STORE_TIMEOUT_S = 5.0
 _MOST_RANKS = 1 << 20
 
@@ -118,18 +123,77 @@ def one_voice(rank: Rank) -> Iterator[None]:
         raise SystemExit(128 + getattr(stopped, "number", 2)) from None
 
 
-def _is_printed(error: CacheError, rank: Rank) -> bool:
-    """Whether another rank prints this error, or one that explains it."""
-    import hashlib
+class Meeting:
+    """Where ranks that work on their own tell each other how far they are, without a group of processes.
+
+    Args:
+        rank: of several.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank, self._store = rank, store_of_attempt(rank, "meeting")
+
+    def announce(self, name: str, value: str = "") -> None:
+        """Tell all others that this rank has done something."""
+        self._store.set(f"{name}/{self._rank.number}", value)
+
+    def wait_for(self, name: str, number: int, patience_s: float = float("inf")) -> str | None:
+        """What a rank has announced under a name; None if it has not within the time."""
+        key, end_s, pause_s = f"{name}/{number}", time.monotonic() + patience_s, 0.01
+        try:
+            while not self._store.check([key]):  # its own `wait` would not hear a signal
+                if time.monotonic() > end_s:
+                    return None
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.5)
+            return bytes(self._store.get(key)).decode()
+        except RuntimeError as error:  # the store was rank 0's
+            raise RankLostError(
+                "rank 0 has ended",
+                where=f"rank {self._rank.number} of {self._rank.count}",
+                next_step="see why in its output, then start all ranks again",
+            ) from error
+
+
+def store_of_attempt(rank: Rank, name: str) -> Store:
+    """A part of the store that ranks share. Where torchrun starts them again, they find nothing of the last attempt."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    return PrefixStore(f"{name}/{_attempt()}", _store(rank, PATIENCE_S))
+
+
+def _attempt() -> str:
+    """How often torchrun has started these ranks again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _store(rank: Rank | None, patience_s: float) -> TCPStore:
+    """The store of torchrun or, where something else has started the ranks, of rank 0.
+
+    Args:
+        rank: None for one that only looks whether there is a store.
+    """
     from datetime import timedelta
 
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    text = hashlib.sha256(str(error).encode()).hexdigest()
+    serves = rank is not None and rank.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=serves,
+        timeout=timedelta(seconds=patience_s),
+        wait_for_workers=False,
+    )
+
+
+def _is_printed(error: CacheError, rank: Rank) -> bool:
+    """Whether another rank prints this error, or one that explains it."""
+    import hashlib
+
+    attempt, text = _attempt(), hashlib.sha256(str(error).encode()).hexdigest()
     try:
-        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S), wait_for_workers=False)
+        store = _store(None, STORE_TIMEOUT_S)
         if isinstance(error, RankLostError) and store.add(f"errors/{attempt}", 0):
             return True
         store.add(f"errors/{attempt}", 1)

@@ -34,6 +34,7 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
 from cache_tools.places.claims import remove_dead_claims
+from cache_tools.system.ranks import Meeting, own_rank
 from pipeline.build.destination import destination
 from pipeline.build.known import CODE_VERSIONS, INPUTS, find_finished, inputs_digest
 from pipeline.build.multilabel_preflight import MultiLabelPreflight, run_multilabel_preflight
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from cache_tools.store.writer import CacheWriter
     from pipeline.build.output import Output
     from pipeline.networks.ensemble import TeacherEnsemble
+
+SHARES_WITHIN_S = 120.0
+"""How long rank 0 waits for the others' figures after its own last block; they end within seconds of each other."""
 
 Identity = TypeVar("Identity", TeacherIdentity, ClipIdentity)
 
@@ -56,6 +60,7 @@ class BuildResult(NamedTuple):
         images: (sample, view) pairs that this run computed. `elapsed_s` is the time of the build loop alone.
         bytes_moved: to and from the object store.
         folders: split → what its folder holds besides samples (`FolderSummary.to_json`).
+        images_of_ranks: what each of several ranks computed, known to the first; None for one that has not ended.
     """
 
     path: Path
@@ -66,10 +71,13 @@ class BuildResult(NamedTuple):
     elapsed_s: float = 0.0
     bytes_moved: int = 0
     folders: dict[str, Any] | None = None
+    images_of_ranks: tuple[int | None, ...] = ()
 
 
 def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: None) -> BuildResult:
     """Build the cache of a recipe. Continues an earlier run, and shares the work with other builders of the cache.
+
+    Of several ranks the first creates the cache, while the others load their networks and wait.
 
     Args:
         recipe: what to build; it goes to `recipe.out` or else into the cache home.
@@ -77,6 +85,31 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
 
     Raises:
         CacheError: a problem with data, weights, device or storage, or another recipe's cache in the same place.
+    """
+    rank = own_rank()
+    if rank.is_alone:
+        return _build_cache(recipe, say, None)
+    meeting = Meeting(rank)
+    result = _build_cache(recipe, say, None if rank.is_first else meeting, created=lambda: meeting.announce("created"))
+    meeting.announce("created")  # also where it was complete before
+    meeting.announce("images", str(result.images))
+    if not rank.is_first:
+        return result
+    counts = [meeting.wait_for("images", number, SHARES_WITHIN_S) for number in range(rank.count)]
+    return result._replace(images_of_ranks=tuple(None if count is None else int(count) for count in counts))
+
+
+def _build_cache(
+    recipe: BuildRecipe,
+    say: Callable[[str], None],
+    meeting: Meeting | None,
+    created: Callable[[], None] = lambda: None,
+) -> BuildResult:
+    """`build_cache` in one process.
+
+    Args:
+        meeting: where rank 0 announces that the cache is created; None if this process creates it.
+        created: called when the cache is ready for blocks.
     """
     if (bad := text_not_unicode(recipe.model_dump(mode="json"))) is not None:
         key, text = bad
@@ -130,6 +163,8 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
             f"note: all {recipe.num_views} views show the same pixels, because views.ops is empty: set it (such as "
             "--set views.ops=[pad-crop,flip]), or build one view (--views 1)"
         )
+    if meeting is not None:
+        meeting.wait_for("created", 0)
     where = destination(recipe, identity.fingerprint)
     output = open_output(
         where,
@@ -139,6 +174,7 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
         grow=lambda writer: _grow(writer, recipe, images, ensemble),
     )
     _record_test_split(output, recipe, splits, ensemble, say)
+    created()
     manifest = output.manifest
     result = BuildResult(
         *where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(splits)
