@@ -12,30 +12,26 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
-import torch.nn.functional as F
 import typer
 from side_by_side import (
-    Cost,
     Dataset,
     Device,
     Overrides,
     Rounds,
     Threads,
     Times,
-    cost,
     interleaved,
     prepared_device,
     ratios,
     report,
 )
-from students import Epochs, build, new_student, opened, train_recipe
+from students import BareUpdates, Epochs, build, opened, train_recipe
 
 from cache_tools.console import command
-from train.feed import CachedTargets, NoTargets
-from train.loop import model_inputs, repeatable
+from train.feed import CachedTargets
+from train.loop import repeatable
 
 CLOCK = "whole epochs: the next view, its pixels, every batch and update; bare: the updates alone"
 
@@ -63,7 +59,7 @@ def main(
             mode: Epochs(data, recipe.model_copy(update={"compile": mode}), kept, recipe.loss, device)
             for mode in ("off", "model")
         }
-        bare = _Bare(data, recipe, device)
+        bare = BareUpdates(data, recipe, device)
         start = time.perf_counter()
         with repeatable(device, deterministic=False):
             runs["model"].cost(0)
@@ -74,27 +70,6 @@ def main(
             epochs.close()
     settings = {"student": student, "batch_size": batch_size, "compile_s": round(compile_s, 1)}
     report("compiled", _figures, costs, settings, CLOCK, device)
-
-
-class _Bare:
-    """Updates of the student alone, on the batches of one epoch."""
-
-    def __init__(self, data: Any, recipe: Any, device: torch.device) -> None:
-        self._device = device
-        self._student = new_student(data, recipe).to(device).to(memory_format=torch.channels_last).train()
-        self._optimiser = torch.optim.SGD(self._student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-        epochs = Epochs(data, recipe, NoTargets(), recipe.loss.on_labels(), device)
-        self._batches = [(model_inputs(batch, data.preprocessing), batch.labels) for batch in epochs.feed.epoch(0)]
-        epochs.close()
-
-    def cost(self, number: int) -> Cost:
-        return cost(self._epoch, self._device)
-
-    def _epoch(self) -> None:
-        for inputs, labels in self._batches:
-            self._optimiser.zero_grad(set_to_none=True)
-            F.cross_entropy(self._student(inputs), labels).backward()
-            self._optimiser.step()
 
 
 def _figures(times: Times) -> dict[str, dict[str, float]]:

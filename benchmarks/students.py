@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from side_by_side import Cost, cost
 
 from cache_tools.format.manifest import Fusion
@@ -14,8 +15,8 @@ from cache_tools.reader import TeacherCache
 from pipeline.build.cache import build_cache
 from pipeline.recipe import BuildRecipe, load_build_recipe
 from train.data import TrainingData, open_data
-from train.feed import Feed, TargetSource
-from train.loop import Learner, train_epoch
+from train.feed import Feed, NoTargets, TargetSource
+from train.loop import Learner, model_inputs, train_epoch
 from train.objective import Objective
 from train.recipe import TrainRecipe
 from train.recipe.loss import LossRecipe
@@ -73,6 +74,31 @@ class Epochs:
 
     def close(self) -> None:
         self.feed.close()
+
+
+class BareUpdates:
+    """Updates of a student alone, with CE in plain torch, on the batches of one epoch.
+
+    Attributes:
+        batches: the inputs [B, 3, H, W], float32 in channels_last, and the labels of each batch.
+    """
+
+    def __init__(self, data: TrainingData, recipe: TrainRecipe, device: torch.device) -> None:
+        self._device = device
+        self._student = new_student(data, recipe).to(device).to(memory_format=torch.channels_last).train()
+        self._optimiser = torch.optim.SGD(self._student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+        epochs = Epochs(data, recipe, NoTargets(), recipe.loss.on_labels(), device)
+        self.batches = [(model_inputs(batch, data.preprocessing), batch.labels) for batch in epochs.feed.epoch(0)]
+        epochs.close()
+
+    def cost(self, number: int) -> Cost:
+        return cost(self._epoch, self._device)
+
+    def _epoch(self) -> None:
+        for inputs, labels in self.batches:
+            self._optimiser.zero_grad(set_to_none=True)
+            F.cross_entropy(self._student(inputs), labels).backward()
+            self._optimiser.step()
 
 
 def new_student(data: TrainingData, recipe: TrainRecipe) -> Any:

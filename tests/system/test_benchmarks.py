@@ -187,3 +187,63 @@ def test_an_error_is_one_line_and_exit_code_2():
     assert (process.returncode, out) == (2, "")
     assert errors.startswith("error: ")
     assert len(errors.splitlines()) == 1
+
+
+STAND_IN = {
+    "__init__.py": "",
+    "engine/__init__.py": "",
+    "distillers/__init__.py": "",
+    "engine/trainer.py": """
+class AverageMeter: ...
+class BaseTrainer:
+    def __init__(self, name, distiller, loader, validation, cfg):
+        self.distiller = distiller
+        assert (cfg.SOLVER.TYPE, cfg.SOLVER.LR_DECAY_STAGES, cfg.LOG.WANDB) == ("SGD", [], False)
+    def train_iter(self, data, epoch, meters):
+        image, target, index = data
+        assert image.cuda(non_blocking=True) is image
+        self.distiller(image=image.float(), target=target)
+""",
+    "distillers/KD.py": """
+from torch import nn
+class KD(nn.Module):
+    def __init__(self, student, teacher, cfg):
+        super().__init__()
+        self.student, self.teacher, self.temperature = student, teacher, cfg.KD.TEMPERATURE
+    def forward(self, image, target):
+        (student, _), (teacher, _) = self.student(image), self.teacher(image)
+        assert student.shape == teacher.shape == (len(target), 10)
+""",
+}
+
+
+@pytest.mark.slow
+def test_loops_of_others_run_from_their_clones_and_those_that_are_absent_have_no_figures(tmp_path: Path) -> None:
+    for name, code in STAND_IN.items():
+        file = tmp_path / "mdistiller" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code)
+    small = ("--set", "dataset.split=test", "--rounds", "1", "--threads", "1", "--device", "cpu")
+    process = start("peers", *small, "--student", "resnet8", "--teacher", "resnet8", "--mdistiller", str(tmp_path))
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    line = json.loads(out)
+    seconds = line["median_s"]
+    assert seconds.keys() == {"bare", "ours", "mdistiller"}
+    assert line["mdistiller_over_bare"]["median"] == pytest.approx(seconds["mdistiller"] / seconds["bare"], rel=2e-3)
+    assert line["mdistiller_over_ours"]["median"] == pytest.approx(seconds["mdistiller"] / seconds["ours"], rel=2e-3)
+    assert line["torchdistill_over_bare"] is line["torchdistill_over_ours"] is None
+    assert line["images"] == SAMPLES
+
+
+def test_a_folder_without_the_code_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "torchdistill").mkdir()
+    (tmp_path / "torchdistill" / "__init__.py").write_text("")
+    empty, damaged = (start("peers", f"--{name}", str(tmp_path)) for name in ("mdistiller", "torchdistill"))
+    out, errors = empty.communicate(timeout=300)
+    assert (empty.returncode, out) == (2, "")
+    assert "not a clone of this project" in errors
+    out, errors = damaged.communicate(timeout=300)
+    assert (damaged.returncode, out) == (2, "")
+    assert "No module named 'torchdistill.core'" in errors
+    assert "Traceback" not in errors
