@@ -108,7 +108,7 @@ def figure_text(shown: Shown, sample: ShownSample) -> str | None:
     name = FIGURES[shown.choice.order]
     if sample.suspicion is None:
         return f"{name} {sample.figure:.3f}"
-    said = printable(str(sample.suspicion["rival_class"]))
+    said = cut(str(sample.suspicion["rival_class"]), 24)
     views = f"{sample.suspicion['views_against']} of {counted(len(shown.about.views), 'view')}"
     return f"{LABELS[shown.about.sources[-1]]} says {said}: {name} {sample.figure:.3f}, top-1 in {views}"
 

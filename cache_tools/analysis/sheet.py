@@ -37,7 +37,8 @@ _SMALL = 96  # pictures up to this side are shown pixel by pixel
 _ENCODINGS = ((_SMALL, None), (288, 88), (224, 85), (160, 80), (112, 75), (72, 70), (48, 60))
 
 # Of the PNG, in inches.
-_MARGIN, _PICTURE, _SOURCE, _GAP, _LINE, _BAR = 0.25, 1.05, 1.3, 0.12, 0.18, 0.165
+_MARGIN, _PICTURE, _SOURCE, _GAP, _LINE, _BAR, _NUMBER = 0.25, 1.05, 1.3, 0.12, 0.18, 0.165, 0.3
+_HEADING = 0.085  # of a letter
 _ROW = 2 * _LINE + 5 * _BAR + 0.34
 
 
@@ -73,7 +74,7 @@ def draw_sheet(shown: Shown) -> Any:
     for number, sample in enumerate(shown.samples):
         y = top + _ROW * number
         axes.plot((_MARGIN, width - _MARGIN), (y - 0.08, y - 0.08), color=DARK_GREY, linewidth=0.4)
-        axes.text(_MARGIN, y, plain(_heading(shown, sample)), va="top", fontsize=9, fontweight="bold", color=INK)
+        axes.text(_MARGIN, y, plain(_heading(shown, sample, width)), va="top", fontsize=9, fontweight="bold", color=INK)
         for place, view in enumerate(sample.views):
             _draw_view(axes, _MARGIN + place * cell, y + _LINE + 0.03, sample, view, names)
     axes.set(xlim=(0, width), ylim=(figure.get_figheight(), 0))
@@ -147,15 +148,19 @@ def _draw_opinion(
         )
         style = {"va": "center", "fontsize": 7, "color": INK, "fontweight": "bold" if number == label else "normal"}
         middle = top + _BAR * 0.42
-        axes.text(x + 0.03, middle, plain(cut(names[number], 15)), **style)
+        name = axes.text(x + 0.03, middle, plain(cut(names[number], 13 if number == label else 15)), **style)
+        name.set_clip_path(Rectangle((x, top), _SOURCE - _NUMBER, _BAR, transform=axes.transData))
         axes.text(x + _SOURCE, middle, f"{p:.2f}", ha="right", **style)
 
 
-def _heading(shown: Shown, sample: ShownSample) -> str:
-    parts = [f"sample {sample.sample}", *([] if sample.name is None else [cut_file(sample.name, 60)])]
-    parts.append(f"label: {cut(shown.about.class_names[sample.label], 40)}")
+def _heading(shown: Shown, sample: ShownSample, width: float) -> str:
+    """Number, label, figure and file of a sample, on a sheet of `width` inches."""
+    parts = [f"sample {sample.sample}", f"label: {cut(shown.about.class_names[sample.label], 24)}"]
     if (figure := figure_text(shown, sample)) is not None:
         parts.append(figure)
+    if sample.name is not None:
+        left = int((width - 2 * _MARGIN) / _HEADING) - sum(len(part) + 3 for part in parts)
+        parts.append(cut_file(sample.name, max(left, 12)))
     return " · ".join(parts)
 
 

@@ -150,6 +150,8 @@ def _views(text: str | None) -> list[int] | None:
     if text is None or text == "all":
         return None
     numbers = [part.strip() for part in text.split(",")]
-    if not all(number.isdecimal() for number in numbers) or len(set(map(int, numbers))) < len(numbers):
+    if not all(number.isdecimal() and len(number) < 10 for number in numbers) or len(set(map(int, numbers))) < len(
+        numbers
+    ):
         raise RecipeError("bad --view", expected="different numbers of views with commas, or all", found=text)
     return [int(number) for number in numbers]

@@ -126,6 +126,31 @@ def test_png_names_classes_probabilities_and_verdicts(shown: Shown) -> None:
     assert {CLASSES[each.label] for each in shown.samples} <= bold, "the label is marked"
 
 
+@pytest.mark.medium
+def test_png_text_stays_in_its_place(shown: Shown) -> None:
+    """Long names of classes and files: no name reaches its probability, no line the edge of the sheet."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    long = tuple(f"{letter} WWWWWWWWWWWW name of a mammal" for letter in CLASSES)
+    about = shown.about.model_copy(update={"class_names": long})
+    row = {"rival_class": "academic gown, academic robe", "views_against": 2}
+    name = "academic_gown, academic robe, judge's robe/n000018_photograph.jpeg"
+    samples = [dataclasses.replace(each, label=0, name=name, suspicion=row) for each in shown.samples[:1]]
+    named = dataclasses.replace(shown, samples=tuple(samples), choice=Choice("suspicious"))
+    figure = sheet.draw_sheet(named)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts if text.get_text()]
+    assert max(box.x1 for box in boxes) <= figure.get_figwidth() * 140
+    figure = sheet.draw_sheet(dataclasses.replace(named, about=about))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    small = [text for text in figure.axes[0].texts if text.get_fontsize() == 7]
+    assert len(small) == 2 * 2 * 3 * 5
+    for text, p in zip(small[::2], small[1::2], strict=True):
+        clip = text.get_clip_box()
+        assert clip is not None
+        assert clip.x1 < p.get_window_extent(renderer).x0, (text.get_text(), p.get_text())
+
+
 def test_page_says_everything_and_loads_nothing(shown: Shown, tmp_path: Path) -> None:
     sheet.write_sheet(shown, tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))

@@ -106,6 +106,7 @@ def test_view_all_shows_all(cache: TeacherCache) -> None:
         (["--view", "0,0"], "bad --view"),
         (["--view", "1,x"], "bad --view"),
         (["--view", "9"], "no such view"),
+        (["--view", "9" * 5000], "bad --view"),
         (["--out", "sheet.pdf"], "ends in .png or .html"),
         (["--temperature", "0"], "bad --temperature"),
         (["--count", "500", "--view", "all", "--data-dir", "nowhere"], "not found"),
