@@ -69,7 +69,8 @@ def explain_failure(recipe: TrainRecipe, device: torch.device) -> Iterator[None]
                 "the student and its loss cannot be compiled",
                 where=f"{recipe.student} on {device}, --compile model",
                 found=(str(error).splitlines() or [type(error).__name__])[0][:200],
-                next_step="train with --compile off",
+                next_step="train with --compile off; if an earlier compilation was killed, delete what it left first "
+                "(TORCHINDUCTOR_CACHE_DIR, by default torchinductor_USER among the temporary files)",
             ) from error
         if "does not have a deterministic implementation" not in str(error):
             raise
