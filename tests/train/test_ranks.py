@@ -105,7 +105,9 @@ def compare(training: TrainRecipe, root: Path, count: int) -> None:
     tables = [metrics(root / name) for name in ("alone", "shared")]
     assert tables[0].keys() == tables[1].keys()
     for column, values in tables[0].items():
-        assert values == pytest.approx(tables[1][column], abs=2e-4, rel=2e-4), column
+        # Rounding decides where two classes are within 1e-5 of each other: one sample of the 21 in the test split.
+        margin = 1.01 / 21 if column.endswith("top1") else 2e-4
+        assert values == pytest.approx(tables[1][column], abs=margin, rel=2e-4), column
 
 
 def metrics(folder: Path) -> dict[str, list[float]]:
