@@ -111,10 +111,10 @@ def _thousand(targets: Targets, photos: Photos) -> Iterator[dict[str, Any]]:
         yield through_head(targets, photos, FeatureSteps(resolution=resolution), aware=True)
     arrays, features = rotated(photos.features, 16.0)
     logits = torch.from_numpy(features @ photos.weight.T + photos.bias)
-    yield _row(targets, {"rival": "principal components", "steps_per_deviation": 16}, _stored_bytes(arrays), logits)
+    yield _row(targets, {"rival": "principal components", "steps_per_deviation": 16}, stored_bytes(arrays), logits)
     for k in (100, 10, 5):
         arrays, logits = top_smoothed(targets.logits, k)
-        yield _row(targets, {"rival": f"top-{k}, even tail"}, _stored_bytes(arrays), logits)
+        yield _row(targets, {"rival": f"top-{k}, even tail"}, stored_bytes(arrays), logits)
     for probability in (2e-3, 1e-3, 5e-4):
         codec = TopK(num_classes=1000, min_probability=probability)
         yield sparse(targets, codec, "≤ 134 B, g ≤ 5 % at T = 1")
@@ -204,7 +204,7 @@ def _encoded(
     start = time.process_time()
     stored = codec.encode(values, constants)
     encode_us = (time.process_time() - start) / len(values) * 1e6
-    size = _stored_bytes([(array, stored[array.suffix]) for array in codec.arrays(values.shape[1])])
+    size = stored_bytes([(array, stored[array.suffix]) for array in codec.arrays(values.shape[1])])
     tensors = {suffix: torch.from_numpy(array) for suffix, array in stored.items()}
     fixed = {suffix: torch.from_numpy(array) for suffix, array in constants.items()}
     index = torch.from_numpy(np.random.default_rng(0).permutation(len(values))[:BATCH])
@@ -217,7 +217,7 @@ def _encoded(
     return size, stored, {name: round(value, 2) for name, value in times.items()}
 
 
-def _stored_bytes(arrays: Arrays) -> float:
+def stored_bytes(arrays: Arrays) -> float:
     """Bytes per row of what zarr writes: chunks of (1, rows, width), rows a power of two, at most 8 MiB."""
     total = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from cache_tools import fusion
-from cache_tools.codecs import SparseTargets, TopK
+from cache_tools.codecs import SparseCodec, SparseTargets
 from cache_tools.codecs.base import gather
 from cache_tools.errors import NotFoundError
 from cache_tools.format.arrays import TargetSpec, array_name, constant_shapes
@@ -55,13 +55,15 @@ class ViewTargets:
         return self._rows("fused_features", index)
 
     def sparse_logits(self, index: Index, temperature: float) -> SparseTargets:
-        """The part of the fused distribution that a top-k cache stores, for `train.losses.tail.kd_tail`.
+        """The classes of the fused distribution that a sparse codec stores, for `train.losses.tail.kd_tail`.
 
         Raises:
-            NotFoundError: fused logits that are not stored as top-k.
-            FormatError: top-k targets of another temperature.
+            NotFoundError: fused logits that are not stored as `top-k` or `sampled`.
+            FormatError: sparse targets of another temperature.
         """
-        raise NotFoundError("these targets are not sparse", where=f"view {self.view}", expected="a top-k codec")
+        raise NotFoundError(
+            "these targets are not sparse", where=f"view {self.view}", expected="top-k or sampled logits"
+        )
 
     def teacher_features(self, index: Index, network: int = 0) -> torch.Tensor:
         """Features [B, Dt] of one teacher; component caches only."""
@@ -144,7 +146,7 @@ class FusedView(ViewTargets):
 
     def sparse_logits(self, index: Index, temperature: float) -> SparseTargets:
         spec = self.specs.get("fused_logits")
-        if spec is None or not isinstance(spec.codec, TopK):
+        if spec is None or not isinstance(spec.codec, SparseCodec):
             return super().sparse_logits(index, temperature)
         return spec.codec.sparse(self._parts(spec), index, temperature=temperature)
 

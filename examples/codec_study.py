@@ -2,16 +2,18 @@
 
 All caches are recoded from two float32 caches, so their targets come from the same forward passes. Every run sees
 60 000 images (3 epochs) in bfloat16. The temperature is 4, where small probabilities count most. top-k is only meant
-for temperature 1: it is trained there and compared with float32 at 1.
+for temperature 1: it is trained there and compared with float32 at 1. `--sampled` adds `sampled` targets of 8 and 32
+draws at both temperatures, and top-k of five classes at 4.
 
-    python examples/codec_study.py caches
-    python examples/codec_study.py train [--shard 0/2]
-    python examples/codec_study.py table
+    python examples/codec_study.py caches [--sampled]
+    python examples/codec_study.py train [--sampled] [--shard 0/2]
+    python examples/codec_study.py table [--sampled]
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +45,9 @@ class Variant(NamedTuple):
 
     @property
     def cache(self) -> str:
-        return SOURCES[self.store] if self.codec is None else f"{SOURCES[self.store]}-{self.codec}"
+        if self.codec is None:
+            return SOURCES[self.store]
+        return f"{SOURCES[self.store]}-{re.sub('[^a-z0-9]+', '-', self.codec)}"
 
     @property
     def name(self) -> str:
@@ -55,20 +59,25 @@ VARIANTS = (
     *(Variant("components", codec, 4.0) for codec in (None, "dense", "coarse")),
     *(Variant("fused", codec, 1.0) for codec in (None, "compact", "top-k")),
 )
+SAMPLED_VARIANTS = (
+    *(Variant("fused", f"sampled:draws={draws},temperature={t}", float(t)) for t in (4, 1) for draws in (8, 32)),
+    Variant("fused", "top-k:max_classes=5,temperature=4", 4.0),
+)
+WithSampled = Annotated[bool, typer.Option("--sampled", help="Also the variants of sampled targets.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
 @command
-def caches() -> None:
+def caches(sampled: WithSampled = False) -> None:
     """Build both sources and recode them."""
     for store, name in SOURCES.items():
         changes = (f"name={name}", f"dataset.split=train[:{SAMPLES}]")
         options = [word for change in changes for word in ("--set", change)]
         options += ["--store", store, "--codec", "float32", "--views", str(VIEWS)]
         subprocess.run([sys.executable, "-m", "pipeline.cli", "fashion-mnist", *options], check=True)
-    for variant in VARIANTS:
+    for variant in _variants(sampled):
         if variant.codec is not None:
             recode = ["recode", SOURCES[variant.store], "--codec", variant.codec, "--name", variant.cache]
             subprocess.run([sys.executable, "-m", "cache_tools.cli", *recode], check=True)
@@ -78,11 +87,12 @@ def caches() -> None:
 @command
 def train(
     shard: Annotated[str, typer.Option("--shard", help="i/n: train every n-th run, starting at the i-th.")] = "0/1",
+    sampled: WithSampled = False,
 ) -> None:
     """Train all unfinished runs, seed by seed."""
     keep_freed_memory()
     number, count = (int(word) for word in shard.split("/"))
-    for seed, variant in [(seed, variant) for seed in SEEDS for variant in VARIANTS][number::count]:
+    for seed, variant in [(seed, variant) for seed in SEEDS for variant in _variants(sampled)][number::count]:
         folder, device = _folder(variant, seed), resolve_device("cpu")
         if load_result(folder) is not None:
             continue
@@ -104,9 +114,12 @@ def train(
 
 @app.command()
 @command
-def table(as_json: Annotated[bool, typer.Option("--json", help="One JSON line per variant.")] = False) -> None:
+def table(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per variant.")] = False,
+    sampled: WithSampled = False,
+) -> None:
     """Print top-1 of every variant, mean ± std, and its difference from float32 with the same seed and store."""
-    scores = {variant: _scores(variant) for variant in VARIANTS}
+    scores = {variant: _scores(variant) for variant in _variants(sampled)}
     for variant, top1 in scores.items():
         exact = scores[Variant(variant.store, None, variant.temperature)]
         seeds = sorted(top1.keys() & exact.keys())
@@ -126,8 +139,12 @@ def table(as_json: Annotated[bool, typer.Option("--json", help="One JSON line pe
             print(f"{variant.name:<32} {row['bytes']:>7} B  {figures}")
 
 
+def _variants(sampled: bool) -> tuple[Variant, ...]:
+    return (*VARIANTS, *SAMPLED_VARIANTS) if sampled else VARIANTS
+
+
 def _folder(variant: Variant, seed: int) -> Path:
-    return RUNS / f"{variant.name.replace(' ', '').replace(',', '-').replace('=', '')}-{seed}"
+    return RUNS / f"{variant.name.replace(' ', '').replace(',', '-').replace('=', '').replace(':', '-')}-{seed}"
 
 
 def _scores(variant: Variant) -> dict[int, float]:

@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_tools.codecs import Codec, TopK
+from cache_tools.codecs import Codec, SparseCodec
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.console import Progress, device_name, resolve_device
 from cache_tools.derive.block_reader import BlockReader, Rows
@@ -160,9 +160,9 @@ class Comparison:
         )
 
     def _comparable(self, rows: npt.NDArray[np.float32]) -> Float64Rows:
-        """The numbers themselves; probabilities for top-k, which does not store the logits of the tail."""
+        """The numbers themselves; probabilities for sparse codecs, which store few of the logits."""
         wide = rows.astype(np.float64)
-        if not isinstance(self._codec, TopK):
+        if not isinstance(self._codec, SparseCodec):
             return wide
         powers = np.exp((wide - wide.max(axis=1, keepdims=True)) / self._codec.temperature)
         probabilities: Float64Rows = powers / powers.sum(axis=1, keepdims=True)

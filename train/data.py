@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cache_tools.alignment import aligned, open_cached, rows_in_cache
-from cache_tools.codecs import TopK
+from cache_tools.codecs import SparseCodec
 from cache_tools.errors import MismatchError, NotFoundError, RecipeError
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import Preprocessing
@@ -365,19 +365,19 @@ def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Compon
 
 
 def _sparse_temperature(cache: TeacherCache, loss: LossRecipe) -> float | None:
-    """The temperature of the cache's top-k targets; None for dense targets.
+    """The temperature of the cache's sparse targets; None for dense targets.
 
     Raises:
-        RecipeError: a loss of another kind or temperature than the top-k targets allow.
+        RecipeError: a loss of another kind or temperature than the sparse targets allow.
     """
     spec = cache.targets.get("fused_logits")
-    if spec is None or not isinstance(spec.codec, TopK) or not loss.needs_logits:
+    if spec is None or not isinstance(spec.codec, SparseCodec) or not loss.needs_logits:
         return None
     stored = spec.codec.temperature
     if loss.kind == "kd" and loss.temperature == stored:
         return stored
     raise RecipeError(
-        "top-k targets hold the largest classes and the mass of all others, at one temperature",
+        f"{spec.codec.codec} targets hold the probabilities of some classes, at one temperature",
         where=cache.path,
         expected=f"loss.kind=kd, loss.temperature={stored:g}",
         found=f"loss.kind={loss.kind}, loss.temperature={loss.temperature:g}",

@@ -176,7 +176,7 @@ class Objective(nn.Module):
         target, recipe = batch.targets.logits, self.recipe
         assert target is not None, "the feed left out the target logits"
         if isinstance(target, SparseTargets):
-            assert recipe.kind == "kd", "open_data refuses other losses on top-k targets"
+            assert recipe.kind == "kd", "open_data refuses other losses on sparse targets"
             return kd_tail(student_logits, target.classes, target.log_p, target.log_tail, recipe.temperature)
         return LOGIT_TERMS[recipe.kind](recipe, student_logits, target, batch.labels)
 

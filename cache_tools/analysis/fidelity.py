@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache_tools.codecs import SparseTargets
 from cache_tools.system.devices import seeded_on_cpu
 
 BATCH = 128
@@ -23,7 +25,7 @@ def gradient_error(target_NC: Tensor, decoded_NC: Tensor, student_NC: Tensor, te
     ∇ = T · (softmax(student/T) − softmax(decoded/T)) / B and ∇₀ the same with the float32 targets, so that
     g = ‖p − p₀‖ / ‖q − p₀‖. It grows as the student gets closer to its targets.
     """
-    p, decoded_p, q = (_softmax(logits, temperature) for logits in (target_NC, decoded_NC, student_NC))
+    p, decoded_p, q = (softmax(logits, temperature) for logits in (target_NC, decoded_NC, student_NC))
     return float((decoded_p - p).norm() / (q - p).norm())
 
 
@@ -33,16 +35,63 @@ def tail_gradient_error(target_NC: Tensor, known_NC: Tensor, student_NC: Tensor,
     Args:
         known_NC: stored probabilities [B, C]; 0 for the classes of the tail.
     """
-    p, q, known = _softmax(target_NC, temperature), _softmax(student_NC, temperature), known_NC.double()
+    p, q, known = softmax(target_NC, temperature), softmax(student_NC, temperature), known_NC.double()
     tail = known == 0
     rest = (1.0 - known.sum(dim=1, keepdim=True)).clamp_min(0.0)
     q_tail = (q * tail).sum(dim=1, keepdim=True).clamp_min(1e-300)
     return float((known + tail * q * rest / q_tail - p).norm() / (q - p).norm())
 
 
+class Spread(NamedTuple):
+    """How far stored probabilities are from the true ones over several resamplings: norms over all rows at once.
+
+    Attributes:
+        bias: of the mean error of all resamplings.
+        bias_error: the standard error of that mean: what the bias would be by chance if there were none.
+        noise: the standard deviation of one resampling.
+    """
+
+    bias: float
+    bias_error: float
+    noise: float
+
+
+def resampled_spread(resampled: Iterable[Tensor], p_NC: Tensor) -> Spread:
+    """Bias and noise of stored probabilities [B, C] against `p_NC`, from two or more resamplings.
+
+    Divide by `gradient_norm` for the bias and noise of the KD gradient, which is linear in the probabilities.
+    """
+    total, squares, count = torch.zeros_like(p_NC), 0.0, 0
+    for probabilities in resampled:
+        error = probabilities - p_NC
+        total += error
+        squares += float(error.square().sum())
+        count += 1
+    mean = total / count
+    variance = max(0.0, squares - count * float(mean.square().sum())) / (count - 1)
+    return Spread(float(mean.norm()), (variance / count) ** 0.5, variance**0.5)
+
+
+def gradient_norm(target_NC: Tensor, student_NC: Tensor, temperature: float) -> float:
+    """‖q − p₀‖: the KD gradient with exact targets is T / B of that."""
+    return float((softmax(student_NC, temperature) - softmax(target_NC, temperature)).norm())
+
+
+def softmax(logits_NC: Tensor, temperature: float) -> Tensor:
+    """Probabilities [B, C] in float64."""
+    return (logits_NC.double() / temperature).softmax(dim=1)
+
+
+def sparse_probabilities(targets: SparseTargets, num_classes: int) -> Tensor:
+    """Probabilities [B, C] in float64 of the stored classes, 0 for all others, renormalised as in `kd_tail`."""
+    joint = torch.cat([targets.log_p, targets.log_tail[:, None]], dim=1).double().softmax(dim=1)[:, :-1]
+    p_NC = torch.zeros(len(joint), num_classes + 1, dtype=torch.float64, device=joint.device)
+    return p_NC.scatter_(1, targets.classes, joint)[:, :num_classes]
+
+
 def divergence(target_NC: Tensor, decoded_NC: Tensor, temperature: float) -> float:
     """Mean KL(target ‖ decoded) of the softened distributions, in nats."""
-    log_p, log_decoded = (_softmax(logits, temperature).log() for logits in (target_NC, decoded_NC))
+    log_p, log_decoded = (softmax(logits, temperature).log() for logits in (target_NC, decoded_NC))
     return float((log_p.exp() * (log_p - log_decoded)).nan_to_num(0.0).sum(dim=1).mean())
 
 
@@ -87,10 +136,6 @@ def fit_student(
                 with torch.no_grad():
                     logits_at[step] = student(inputs_ND)
     return logits_at
-
-
-def _softmax(logits_NC: Tensor, temperature: float) -> Tensor:
-    return (logits_NC.double() / temperature).softmax(dim=1)
 
 
 def _network(width: int, hidden: int | None, classes: int) -> torch.nn.Module:

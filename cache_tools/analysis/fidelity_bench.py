@@ -18,7 +18,7 @@ from pydantic import Field
 
 from cache_tools.analysis import fidelity
 from cache_tools.analysis.fidelity import fit_student
-from cache_tools.codecs import SparseTargets, TopK
+from cache_tools.codecs import Sampled, SparseCodec, SparseTargets, TopK
 from cache_tools.codecs.presets import TargetCodecs, target_kind
 from cache_tools.config import Frozen
 from cache_tools.derive.block_reader import BlockReader, Rows, Stored
@@ -34,6 +34,8 @@ from cache_tools.store.encoding import sample_rows
 from cache_tools.targets import ComponentView, FusedView, ViewTargets, fusion_constants
 
 STAGES = (100, 200)
+RESAMPLINGS = 32  # of a sampled codec; of at most so many rows and numbers
+RESAMPLED_ROWS, RESAMPLED_NUMBERS = 1024, 1 << 20
 EVERYTHING = slice(None)
 
 
@@ -59,12 +61,15 @@ class CodecCost(Frozen):
         spec: as typed by the user.
         problem: why the cache cannot be stored with these codecs.
         bytes: per (image, view), of all targets.
-        g: relative error of the KD gradient with respect to the student's logits, by `STEPS@TEMPERATURE`. For top-k,
-            that of its own loss (`train.losses.tail.kd_tail`), which exists only at the codec's temperature.
-        g_even_tail: for top-k, g of a dense loss on logits with an even tail.
+        g: relative error of the KD gradient with respect to the student's logits, by `STEPS@TEMPERATURE`. For top-k and
+            sampled, that of their own loss (`train.losses.tail.kd_tail`), which exists only at the codec's temperature.
+        g_even_tail: for top-k and sampled, g of a dense loss on logits with an even tail.
+        g_bias, g_noise: the two parts of g of their own loss: the error of the mean gradient over all seeds, and the
+            standard deviation around it. For top-k all of g is bias. For sampled, both come from `resamplings` seeds on
+            at most 1024 rows, and `g_bias_error` is the bias that so few seeds show by chance if there is none.
         kl: KL(cache ‖ decoded) by temperature, in nats.
         feature_error, largest_feature_error: of the fused features, as in `TargetCost`.
-        captured_mass, classes_kept: for top-k, means over rows.
+        classes_kept: for top-k and sampled, mean over rows; captured_mass: of these classes, for top-k.
         caution: a warning about these codecs at these temperatures.
     """
 
@@ -75,6 +80,10 @@ class CodecCost(Frozen):
     targets: dict[str, TargetCost] = Field(default_factory=dict)
     g: dict[str, float] = Field(default_factory=dict)
     g_even_tail: dict[str, float] = Field(default_factory=dict)
+    g_bias: dict[str, float] = Field(default_factory=dict)
+    g_bias_error: dict[str, float] = Field(default_factory=dict)
+    g_noise: dict[str, float] = Field(default_factory=dict)
+    resamplings: int | None = None
     kl: dict[str, float] = Field(default_factory=dict)
     top1_agreement: float | None = None
     feature_error: float | None = None
@@ -108,7 +117,7 @@ class Bench:
         try:
             constants = recoded_constants(self.source, recipe, lambda: self._fit_sample)
             with warnings.catch_warnings():  # the table has the same caution
-                warnings.filterwarnings("ignore", "top-k targets at temperature")
+                warnings.filterwarnings("ignore", "(top-k|sampled) targets at temperature")
                 stored = Recoder(self.source, recipe, constants).stored(self._stored)
         except FormatError as error:
             return CodecCost(spec=spec, codecs=codecs, problem=str(error), caution=caution)
@@ -138,28 +147,53 @@ class Bench:
             for t in self.temperatures
         }
         for spec in targets(recipe, 1):
-            if isinstance(spec.codec, TopK):
+            if isinstance(spec.codec, SparseCodec):
                 parts = {array.suffix: stored[array.name] for array in spec.arrays}
                 return self._sparse_gradients(spec, spec.codec.sparse(parts), dense)
         return {"g": dense}
 
     def _sparse_gradients(self, spec: TargetSpec, known: SparseTargets, dense: dict[str, float]) -> dict[str, Any]:
-        assert isinstance(spec.codec, TopK)
-        p_NC = _probabilities(known, spec.width)
-        figures: dict[str, Any] = {
-            "captured_mass": float(p_NC.sum(dim=1).mean()),
-            "classes_kept": float((known.classes < spec.width).double().sum(dim=1).mean()),
-        }
+        assert isinstance(spec.codec, SparseCodec)
+        p_NC = fidelity.sparse_probabilities(known, spec.width)
+        kept = float((known.classes < spec.width).double().sum(dim=1).mean())
+        figures: dict[str, Any] = {"classes_kept": kept}
+        if isinstance(spec.codec, TopK):
+            figures["captured_mass"] = float(p_NC.sum(dim=1).mean())
         if spec.name != "fused_logits":  # fused as dense logits
             return {**figures, "g": dense}
+        figures["g_even_tail"] = dense
         t = spec.codec.temperature
-        own = {}
-        if t in self.temperatures and not isinstance(self.source.cache.targets[spec.name].codec, TopK):
-            own = {
-                f"{stage}@{t:g}": fidelity.tail_gradient_error(self.logits, p_NC, student, t)
-                for stage, student in self.students.items()
-            }
-        return {**figures, "g": own, "g_even_tail": dense}
+        if t not in self.temperatures or isinstance(self.source.cache.targets[spec.name].codec, SparseCodec):
+            return figures
+        own = {
+            f"{stage}@{t:g}": fidelity.tail_gradient_error(self.logits, p_NC, student, t)
+            for stage, student in self.students.items()
+        }
+        if isinstance(spec.codec, Sampled):
+            return {**figures, "g": own, **self._resampled(spec.codec)}
+        nothing = dict.fromkeys(own, 0.0)
+        return {**figures, "g": own, "g_bias": own, "g_bias_error": nothing, "g_noise": nothing}
+
+    def _resampled(self, codec: Sampled) -> dict[str, Any]:
+        """Bias and noise of a codec's gradient, from draws of several seeds."""
+        t, classes = codec.temperature, self.logits.shape[1]
+        rows = sample_rows(len(self.logits), max(16, min(RESAMPLED_ROWS, RESAMPLED_NUMBERS // classes)))
+        logits = self.logits[rows]
+        drawn = (
+            fidelity.sparse_probabilities(seeded.sparse(seeded.encode(logits.numpy())), classes)
+            for seeded in (codec.model_copy(update={"seed": seed}) for seed in range(RESAMPLINGS))
+        )
+        spread = fidelity.resampled_spread(drawn, fidelity.softmax(logits, t))
+        norms = {
+            f"{stage}@{t:g}": fidelity.gradient_norm(logits, student[rows], t)
+            for stage, student in self.students.items()
+        }
+        return {
+            "g_bias": {key: spread.bias / norm for key, norm in norms.items()},
+            "g_bias_error": {key: spread.bias_error / norm for key, norm in norms.items()},
+            "g_noise": {key: spread.noise / norm for key, norm in norms.items()},
+            "resamplings": RESAMPLINGS,
+        }
 
     def _target_costs(self, recipe: CacheRecipe, stored: Stored, constants: Rows) -> dict[str, TargetCost]:
         costs, samples = {}, self.source.cache.num_samples
@@ -209,18 +243,11 @@ def stored_bytes(target: TargetSpec, array: ArraySpec, values: npt.NDArray[Any],
     return sum(len(data) for key, data in files.items() if key.startswith(f"{array.name}/c"))
 
 
-def _probabilities(known: SparseTargets, classes: int) -> torch.Tensor:
-    """Probabilities [S, C] float64 from top-k, 0 in the tail, renormalised against rounding as in `kd_tail`."""
-    joint = torch.cat([known.log_p, known.log_tail[:, None]], dim=1).double().softmax(dim=1)[:, :-1]
-    p = torch.zeros(len(joint), classes + 1, dtype=torch.float64)
-    return p.scatter_(1, known.classes, joint)[:, :classes]
-
-
 def _relative(decoded: torch.Tensor, truth: torch.Tensor) -> float:
     spread = (truth - truth.mean(dim=0)).double().norm()
     return float((decoded - truth).double().norm() / spread.clamp_min(1e-30))
 
 
 def _caution(codec: Any, recipe: CacheRecipe, temperatures: Sequence[float]) -> str | None:
-    used = any(isinstance(spec.codec, TopK) for spec in targets(recipe, 1))
+    used = any(isinstance(spec.codec, SparseCodec) for spec in targets(recipe, 1))
     return codec.caution(max(temperatures)) if used else None

@@ -9,7 +9,7 @@ import numpy as np
 from cache_tools.analysis import fidelity
 from cache_tools.analysis.fidelity_bench import Bench, CodecCost
 from cache_tools.codecs.presets import TargetCodecs
-from cache_tools.codecs.top_k import MAX_CLASSES
+from cache_tools.codecs.sparse import MAX_CLASSES
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.derive import codec_spec

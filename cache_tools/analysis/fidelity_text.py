@@ -73,6 +73,22 @@ def _gradient(cost: CodecCost, temperature: float) -> str:
     return percent(own) if own is not None or even is None else f"{percent(even)} even"
 
 
+def _bias_and_noise(cost: CodecCost, temperatures: tuple[float, ...]) -> list[str]:
+    """The parts of g of a loss on sparse targets."""
+    notes = []
+    for t in temperatures:
+        bias, chance, noise = (_worst(errors, t) for errors in (cost.g_bias, cost.g_bias_error, cost.g_noise))
+        if cost.resamplings is not None and bias is not None:
+            notes.append(
+                f"{cost.spec}: g T={t:g} is noise, {percent(noise)} in one view; bias {percent(bias)}, where "
+                f"{percent(chance)} is chance (mean of {cost.resamplings} resamplings). A student that sees V views "
+                "averages it over V views"
+            )
+        elif bias is not None:
+            notes.append(f"{cost.spec}: g T={t:g} is bias alone, the same in every epoch")
+    return notes
+
+
 def _worst(errors: Mapping[str, float], temperature: float) -> float | None:
     return max((error for key, error in errors.items() if key.endswith(f"@{temperature:g}")), default=None)
 
@@ -88,15 +104,17 @@ def _notes(costs: CostTable) -> list[str]:
         notes.append(
             "Samples are evenly spaced. If neighbours are alike (folders by class), real files are a little smaller."
         )
-    if "top-k logits" in costs.reference:
-        notes.append("The cache holds top-k logits, so the reference has an even tail itself.")
+    notes += [
+        f"The cache holds {codec} logits, so the reference has an even tail itself."
+        for codec in ("top-k", "sampled")
+        if f"{codec} logits" in costs.reference
+    ]
     for cost in costs.codecs:
-        if cost.captured_mass is not None and cost.classes_kept is not None:
-            kept = (
-                f"keeps {cost.classes_kept:.1f} classes of a row on average, {percent(cost.captured_mass)} of the mass"
-            )
+        if cost.classes_kept is not None:
+            mass = "" if cost.captured_mass is None else f", {percent(cost.captured_mass)} of the mass"
             even = "; even: a dense loss that spreads the rest evenly" if cost.g_even_tail else ""
-            notes.append(f"{cost.spec}: {kept}{even}")
+            notes.append(f"{cost.spec}: keeps {cost.classes_kept:.1f} classes of a row on average{mass}{even}")
+        notes += _bias_and_noise(cost, costs.temperatures)
     notes += [f"{cost.spec}: cannot store this cache: {cost.problem}" for cost in costs.codecs if cost.problem]
     notes += [f"warning: {caution}" for caution in dict.fromkeys(cost.caution for cost in costs.codecs) if caution]
     if costs.left_out:

@@ -84,7 +84,7 @@ def recode_command(
     cache = TeacherCache.open(reference)
     codecs, label = codec_spec.choose(cache.recipe, codec, logits, features)
     with warnings.catch_warnings():  # printed below, once
-        warnings.filterwarnings("ignore", "top-k targets at temperature")
+        warnings.filterwarnings("ignore", "(top-k|sampled) targets at temperature")
         done = recode(cache, codecs, name or f"{cache.manifest.name}-{label}", local_folder(out), block_rows=block_rows)
     for caution in filter(None, (done.caution, codecs.caution)):
         warn(caution)

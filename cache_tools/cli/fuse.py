@@ -78,7 +78,7 @@ def fuse_command(
     }
     choice = validate(FusionChoice, options, where="options", typed=typed_settings((), options))
     with warnings.catch_warnings():  # printed below, once
-        warnings.filterwarnings("ignore", "top-k targets at temperature")
+        warnings.filterwarnings("ignore", "(top-k|sampled) targets at temperature")
         done = fuse(
             TeacherCache.open(reference),
             choice,

@@ -8,6 +8,7 @@
 | `companded` | logits: `reference: max` for few classes, `mean` for many | 1; 2 before packing |
 | `feature-steps` | features whose linear head is in the cache, which turns them into logits | 2 before packing |
 | `top-k` | logits of thousands of classes at temperature 1; opt-in | none for most classes |
+| `sampled` | logits of thousands of classes at one temperature: unbiased, noisy; opt-in | none for most classes |
 
 `benchmarks/codec_table.py` measures their bytes and gradient errors on real arrays. Every zarr v3 reader opens arrays
 that are not packed with pcodec.
@@ -22,7 +23,9 @@ from pydantic import Field
 from cache_tools.codecs.base import NO_CONSTANTS, Codec, Constants, Pack, StoredArray
 from cache_tools.codecs.dense import Companded, FixedStep, Float16, Float32, RowStep
 from cache_tools.codecs.features import FeatureSteps
-from cache_tools.codecs.top_k import SparseTargets, TopK
+from cache_tools.codecs.sampled import Sampled
+from cache_tools.codecs.sparse import SparseCodec, SparseTargets
+from cache_tools.codecs.top_k import TopK
 from cache_tools.config import Frozen, validate
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "Float32",
     "Pack",
     "RowStep",
+    "Sampled",
+    "SparseCodec",
     "SparseTargets",
     "StoredArray",
     "TopK",
@@ -48,7 +53,7 @@ __all__ = [
 CODECS_VERSION = 1  # raise when a codec stores other bytes for the same rows; see pipeline/build/known.py
 
 AnyCodec = Annotated[
-    Float16 | Float32 | FixedStep | RowStep | Companded | FeatureSteps | TopK, Field(discriminator="codec")
+    Float16 | Float32 | FixedStep | RowStep | Companded | FeatureSteps | TopK | Sampled, Field(discriminator="codec")
 ]
 CODECS: dict[str, type[Codec]] = {
     "float16": Float16,
@@ -58,6 +63,7 @@ CODECS: dict[str, type[Codec]] = {
     "companded": Companded,
     "feature-steps": FeatureSteps,
     "top-k": TopK,
+    "sampled": Sampled,
 }
 
 

@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cache_tools.codecs.base import (
-    FILL_VALUES,
-    NO_CONSTANTS,
-    Codec,
-    Constants,
-    Encoded,
-    Rows,
-    Stored,
-    StoredArray,
-    gather,
+from cache_tools.codecs.base import FILL_VALUES, NO_CONSTANTS, Constants, Encoded, Rows, StoredArray
+from cache_tools.codecs.sparse import (
+    MAX_CLASSES,
+    NOTHING,
+    SparseCodec,
+    SparseTargets,
+    class_numbers,
+    class_places,
+    log_softmax,
+    log_sum,
 )
-from cache_tools.errors import FormatError
 from cache_tools.lazy import np
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-NOTHING = -1e30  # the logarithm of probability 0: finite, and its exp is 0 in every precision
 PAD = 255
-MAX_CLASSES = 32767
 
 
-class SparseTargets(NamedTuple):
-    """Rows of teacher distributions at the codec's temperature, with the probabilities of some classes.
-
-    Attributes:
-        classes: int64 [B, K], ascending; C where a row has fewer than K.
-        log_p: float32 [B, K], log-probabilities; −1e30 where a row has fewer.
-        log_tail: float32 [B], log of the probability of all other classes together; −1e30 where there are none.
-    """
-
-    classes: torch.Tensor
-    log_p: torch.Tensor
-    log_tail: torch.Tensor
-
-
-class TopK(Codec):
+class TopK(SparseCodec):
     """The classes with at least `min_probability`, at most `max_classes` of them, and the mass of all others.
 
     Opt-in: at temperatures above 1 most of the mass lies in the tail, and the student gets no gradient from how the
@@ -52,7 +35,8 @@ class TopK(Codec):
     logits with an even tail.
 
     For a given total number of kept classes, one threshold for all rows keeps more of the gradient than a fixed share
-    of mass per row: rows with a wide spread need the most classes and add the least.
+    of mass per row: rows with a wide spread need the most classes and add the least. The error is the same each time,
+    a bias; `sampled` has none, and noise instead.
 
     Stored arrays: ascending class numbers as gaps to the previous class (the first to −1; 0 for no class);
     log-probabilities as uint8 companded steps, code = round((1 − p^(1/spread)) · spread/step), 255 for no class; the
@@ -71,8 +55,6 @@ class TopK(Codec):
     max_classes: PositiveInt = Field(512, le=MAX_CLASSES)
     step: float = Field(1 / 80, gt=0.0, lt=float("inf"))
     spread: float = Field(2.0, gt=0.0, lt=float("inf"))
-    temperature: float = Field(1.0, gt=0.0, lt=float("inf"))
-    num_classes: PositiveInt | None = Field(None, le=MAX_CLASSES)
 
     @model_validator(mode="after")
     def _levels_fit(self) -> TopK:
@@ -90,22 +72,6 @@ class TopK(Codec):
             "cent at 4); dense codecs keep both below 1 %"
         )
 
-    def for_width(self, width: int) -> TopK:
-        """The codec of rows of `width` classes.
-
-        Raises:
-            FormatError: int16 gaps cannot number so many classes.
-        """
-        if width > MAX_CLASSES:
-            raise FormatError(
-                "too many classes for top-k",
-                where="codec",
-                expected=f"at most {MAX_CLASSES:,}",
-                found=f"{width:,}",
-                next_step="choose another codec, such as compact",
-            )
-        return TopK.model_validate(self.model_dump() | {"num_classes": width})
-
     def arrays(self, width: int) -> tuple[StoredArray, ...]:
         stored = min(self.max_classes, width)
         attributes: dict[str, float | int | str] = {
@@ -121,50 +87,19 @@ class TopK(Codec):
         )
 
     def _encode(self, rows: Rows, constants: Constants, where: str) -> Encoded:
-        log_p = _log_softmax(rows.astype(np.float64) / self.temperature)
+        log_p = log_softmax(rows.astype(np.float64) / self.temperature)
         kept = self._kept(log_p)
-        log_tail = _log_sum(np.where(kept, NOTHING, log_p))
+        log_tail = log_sum(np.where(kept, NOTHING, log_p))
         codes = np.minimum(np.rint(-self._levels * np.expm1(log_p / self.spread)), self._largest)
         width = min(self.max_classes, self._classes)
-        gaps = np.zeros((len(rows), width), np.int16)
+        gaps, row, column, rank = class_places(kept, width)
         stored = np.full((len(rows), width), PAD, np.uint8)
-        row, column = np.nonzero(kept)  # ordered by row, then by class
-        rank = (np.cumsum(kept, axis=1) - 1)[row, column]
-        before = np.where(rank == 0, -1, np.concatenate([[-1], column[:-1]]))
-        gaps[row, rank] = column - before
         stored[row, rank] = codes[row, column]
         return {"": stored, "_gaps": gaps, "_tail": log_tail.astype(np.float32)}
 
-    def sparse(self, stored: Stored, index: Any = None, *, temperature: float | None = None) -> SparseTargets:
-        """The arguments of `train.losses.kd_tail` for the rows at `index`, or all.
-
-        Args:
-            temperature: of the loss; None for the codec's.
-
-        Raises:
-            FormatError: the temperature is not the codec's, so the mass of the tail is unknown.
-        """
-        if temperature is not None and temperature != self.temperature:
-            raise FormatError(
-                "top-k targets are for one temperature",
-                expected=self.temperature,
-                found=temperature,
-                next_step="train at that temperature, or store dense targets",
-            )
-        return self._sparse(gather(stored, index))
-
-    def _decode(self, parts: Mapping[str, torch.Tensor], constants: Constants) -> torch.Tensor:
-        """Mean-centred logits [B, C] with an even tail: softmax(logits / temperature) are the probabilities."""
-        targets = self._sparse(parts)
-        missing = (self._classes - (targets.classes < self._classes).sum(dim=1)).clamp_min(1)
-        even = targets.log_tail - missing.log()
-        dense = even[:, None].repeat(1, self._classes + 1)
-        logits = dense.scatter_(1, targets.classes, targets.log_p)[:, :-1] * self.temperature
-        return logits - logits.mean(dim=1, keepdim=True)
-
     def error_bound(self, values: npt.NDArray[Any], constants: Constants = NO_CONSTANTS) -> npt.NDArray[np.float64]:
         """A bound for the probabilities of `sparse`, not for logits: half a step for a kept class, p for any other."""
-        log_p = _log_softmax(np.asarray(values, dtype=np.float64) / self.temperature)
+        log_p = log_softmax(np.asarray(values, dtype=np.float64) / self.temperature)
         root = np.exp(log_p / self.spread)
         half_cell = (root + 0.5 / self._levels) ** self.spread - root**self.spread
         clamped = ((self._levels - self._largest + 0.5) / self._levels) ** self.spread
@@ -173,18 +108,14 @@ class TopK(Codec):
     def _sparse(self, parts: Mapping[str, torch.Tensor]) -> SparseTargets:
         import torch
 
-        gaps = parts["_gaps"].long()
-        classes = torch.where(gaps > 0, gaps.cumsum(dim=1) - 1, self._classes)
+        classes = class_numbers(parts["_gaps"], self._classes)
         log_p = torch.log1p(parts[""].float() / -self._levels) * self.spread
-        return SparseTargets(classes, torch.where(gaps > 0, log_p, NOTHING), parts["_tail"].float().squeeze(1))
+        log_p = torch.where(classes < self._classes, log_p, NOTHING)
+        return SparseTargets(classes, log_p, parts["_tail"].float().squeeze(1))
 
-    def _width(self, constants: Constants, where: str) -> int:
-        return self._classes
-
-    @property
-    def _classes(self) -> int:
-        assert self.num_classes is not None, "top-k needs for_width"
-        return self.num_classes
+    def _log_rest(self, targets: SparseTargets) -> torch.Tensor:
+        """The stored mass of the tail, so that softmax(logits / temperature) are the probabilities."""
+        return targets.log_tail
 
     @property
     def _levels(self) -> float:
@@ -203,14 +134,3 @@ class TopK(Codec):
         enough = log_p >= (np.log(self.min_probability) if self.min_probability > 0 else -np.inf)
         kept: npt.NDArray[np.bool_] = (rank == 0) | (enough & (rank < self.max_classes))
         return kept
-
-
-def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return logits - _log_sum(logits)
-
-
-def _log_sum(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Log-sum-exp of each row, [B, 1]; NOTHING for a row of NOTHING."""
-    largest = logits.max(axis=1, keepdims=True)
-    total = largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
-    return np.where(largest <= NOTHING, NOTHING, total)

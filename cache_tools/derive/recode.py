@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.codecs import Codec, TopK
+from cache_tools.codecs import Codec, SparseCodec
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.derive.base import Convert, Derived, derive, derived_manifest, require_same_constants
 from cache_tools.derive.block_reader import BlockReader, Rows, Stored
@@ -116,7 +116,7 @@ class Recoder:
         finer = []
         for name, rows in self._source.decode(sample, self._changed).items():
             old, new = self._source.cache.targets[name].codec, self._specs[name].codec
-            if isinstance(old, TopK) or (not isinstance(new, TopK) and self._is_finer(name, rows)):
+            if isinstance(old, SparseCodec) or (not isinstance(new, SparseCodec) and self._is_finer(name, rows)):
                 finer.append(f"{name} from {old.codec} to {new.codec}")
         if not finer:
             return None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-from cache_tools.codecs import Companded, TopK
+from cache_tools.codecs import Companded, SparseCodec
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.config import Extensible, Frozen
 from cache_tools.config.fields import Number, Seed, Share, Width
@@ -195,7 +195,7 @@ class CacheRecipe(Frozen):
 
 def check_codec(codecs: TargetCodecs, *, multi_label: bool) -> None:
     """Raise RecipeError if a codec drops what a sigmoid sees of the logits: the shift of a row, or small logits."""
-    if multi_label and isinstance(codecs.logits, Companded | TopK):
+    if multi_label and isinstance(codecs.logits, Companded | SparseCodec):
         raise RecipeError(
             "this codec keeps only what a softmax sees of the logits, not their level",
             where=f"codec {codecs.logits.codec}",

@@ -22,7 +22,7 @@ class TargetReplay(Frozen):
     """One target: stored rows compared with recomputed rows that went through the same codec.
 
     Attributes:
-        largest, mean: of the absolute differences; differences of probabilities where the codec is `top-k`.
+        largest, mean: of the absolute differences; differences of probabilities for `top-k` and `sampled`.
         spread: root mean square of the recomputed numbers about their mean, the scale for judging differences.
         identical: share of the numbers that are bit-identical.
         tolerance: root mean square difference that a row may have beyond the codec's own error, in spreads.

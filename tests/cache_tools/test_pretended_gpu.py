@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache_tools.codecs import Codec, Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, TopK
+from cache_tools.codecs import Codec, Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, Sampled, TopK
 from cache_tools.views import (
     ColourJitter,
     Flip,
@@ -33,6 +33,7 @@ CODECS: list[Codec] = [
     FeatureSteps(),
     FeatureSteps(spread="column"),
     TopK(num_classes=20),
+    Sampled(num_classes=20),
 ]
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cache_tools.cli import app
-from cache_tools.codecs import Float32, TopK
-from cache_tools.codecs.presets import resolve_codecs
+from cache_tools.codecs import Float32, Sampled, TopK
+from cache_tools.codecs.presets import TargetCodecs, resolve_codecs
 from cache_tools.derive.fuse import fuse
 from cache_tools.derive.recode import recode
 from cache_tools.errors import IncompleteError, NotFoundError, WeightsError
@@ -163,7 +163,7 @@ def test_a_fused_copy_is_replayed_through_its_source(built: Callable[..., Teache
     assert [target.wrong_rows for target in again(lied).targets] == [2, 0]
 
 
-@pytest.mark.parametrize("codec", ["compact", "top-k", "row-step"])
+@pytest.mark.parametrize("codec", ["compact", "top-k", "row-step", "sampled:draws=64"])
 def test_a_converted_copy_is_replayed(built: Callable[..., TeacherCache], tmp_path: Path, codec: str) -> None:
     from cache_tools.derive.codec_spec import codecs_for
 
@@ -273,7 +273,7 @@ def test_another_fusion_than_the_manifest_has_is_found(built: Callable[..., Teac
     assert [target.sound for target in found.targets] == [False, True]
 
 
-@pytest.mark.parametrize("codec", ["compact", "top-k"])
+@pytest.mark.parametrize("codec", ["compact", "top-k", TargetCodecs(logits=Sampled(draws=64))])
 def test_swapped_rows_are_found_through_a_coarse_codec(
     built: Callable[..., TeacherCache], root: Path, tmp_path: Path, codec: Any
 ) -> None:

@@ -27,6 +27,7 @@ JUNK: Sequence[Any] = (
     "", "x", "0", "3", "\0", "\ud800", "\x1b[2J", "../../../etc", "/", "a/b", "é" * 300, "x" * 20_000, "nan", "pickle",
     [], [[]], [None], [1, 2, 3], [-1], [1 << 40], {}, {"a": 1}, {"op": "x"}, {"codec": "float32"}, {"codec": "pickle"},
     {"codec": "companded", "step": 1e-300}, {"codec": "top-k", "num_classes": 1 << 40}, {"name": "numcodecs.pickle"},
+    {"codec": "sampled", "draws": 8, "seed": 1 << 70},
     DEEP,
 )  # fmt: skip
 CODECS: Sequence[Any] = (

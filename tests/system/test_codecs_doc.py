@@ -19,6 +19,7 @@ from tests.support.cache_factory import build, tiny_images, tiny_manifest
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/codecs.md").read_text()
 LINES = [json.loads(line) for line in (ROOT / "benchmarks/results/codec-table.jsonl").read_text().splitlines()]
+KEYS = ("bias", "noise", "g_weights")
 TARGETS = {"1000 classes": "imagenet-1000", "100 classes": "imagenet-100-every-tenth", "10 classes": "fashion-mnist-10"}
 
 
@@ -79,6 +80,30 @@ def test_every_figure_is_of_the_recorded_run(
         if figures == (size, at_1, at_4) and (pack in packed or line["codec"].get("reference") == "max"):
             matching.append(line)
     assert len(matching) == 1
+
+
+def test_every_figure_of_sampled_targets_is_of_the_recorded_run() -> None:
+    (line,) = (ROOT / "benchmarks/results/sampled-targets.jsonl").read_text().splitlines()
+    run = json.loads(line)
+    (table,) = (rows for rows in tables().values() if rows[0][0] == "at T")
+    assert len(table) == 15
+    for at, kept, size, *errors in table[1:]:
+        number = re.findall(r"[0-9.]+", kept)[0]
+        matching = [
+            [
+                f"{row['bytes']:g}",
+                *(shown(row[key], like) for key, like in zip(KEYS, errors, strict=True) if like != "0"),
+            ]
+            for row in run["rows"]
+            if f"{row['codec']['temperature']:g}" == at
+            and ("rival" in row) == ("independent" in kept)
+            and ("top-k" in kept) == (row["codec"]["codec"] == "top-k")
+            and float(number) in {row["codec"].get(key) for key in ("draws", "max_classes", "min_probability")}
+        ]
+        assert [size, *(error for error in errors if error != "0")] in matching, kept
+    chance = {test["temperature"]: (test["bias_to_chance"], test["gradient_z"]) for test in run["tests"]}
+    assert all(f"{bias:.2f}" == "1.00" for bias, _ in chance.values())
+    assert f"it is −{-chance[1][1]:.1f} of its standard errors at T = 1 and −{-chance[4][1]:.1f} at T = 4" in TEXT
 
 
 def test_presets_and_codecs_are_all_there_with_their_defaults() -> None:

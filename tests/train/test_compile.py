@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache_tools.codecs import Codec, Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, TopK
+from cache_tools.codecs import Codec, Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, Sampled, TopK
 from cache_tools.errors import RecipeError
 from cache_tools.reader import TeacherCache
 from tests.support import cache_factory, tiny_run
@@ -23,7 +23,7 @@ from train.run import run_device, train_student
 CPU = torch.device("cpu")
 CODECS: list[Codec] = [
     Float16(), Float32(), FixedStep(), RowStep(), Companded(), Companded(reference="mean"), FeatureSteps(),
-    TopK(num_classes=20),
+    TopK(num_classes=20), Sampled(num_classes=20),
 ]  # fmt: skip
 KINDS = ("ce", "kd", "dkd", "standardised_kd", "standardised_dkd")
 FEATURES = ("none", "mse", "cosine", "rkd", "pkt", "crd")

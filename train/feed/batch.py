@@ -17,7 +17,7 @@ class BatchTargets(NamedTuple):
     """The targets of a batch, float32; None for those that the loss does not use.
 
     Attributes:
-        logits: fused, [B, C], or sparse for a cache of top-k targets (see `CachedTargets.sparse_temperature`).
+        logits: fused, [B, C], or sparse for a cache of sparse targets (see `CachedTargets.sparse_temperature`).
         features: fused, [B, D].
         components: the features of each network [B, ·], teachers before CLIPs.
     """

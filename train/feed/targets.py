@@ -88,7 +88,7 @@ class CachedTargets:
     """The targets of a cache, and only the arrays that the loss uses.
 
     Args:
-        sparse_temperature: gives top-k targets as stored, for a loss at this temperature; None for dense logits.
+        sparse_temperature: gives sparse targets as stored, for a loss at this temperature; None for dense logits.
         follower: waits for views that are not built yet; None if all are.
     """
 

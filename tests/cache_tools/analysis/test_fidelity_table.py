@@ -14,7 +14,7 @@ import torch
 from cache_tools.analysis.fidelity_bench import STAGES, Bench, CodecCost
 from cache_tools.analysis.fidelity_table import AS_IT_IS, CostTable, default_codecs, measure
 from cache_tools.analysis.fidelity_text import print_costs
-from cache_tools.codecs.top_k import MAX_CLASSES
+from cache_tools.codecs.sparse import MAX_CLASSES
 from cache_tools.derive.block_reader import BlockReader
 from cache_tools.derive.codec_spec import codecs_for
 from cache_tools.derive.recode import recode
@@ -27,13 +27,14 @@ from train.losses.tail import kd_tail
 HAS_PCODEC = importlib.util.find_spec("pcodec") is not None
 IMAGES = tiny_images(num_classes=7)
 TEMPERATURES = (1.0, 3.0)
+SAMPLED = "sampled:draws=8,temperature=3"
 STORES: dict[str, dict[str, Any]] = {
     "fused": {"store": "fused"},
     "components": {"store": "components"},
     "mixed": {"store": "components", "teacher_weights": (0.3, 0.7), "clip_weights": (0.5, 0.5)},
 }
 SPECS = {
-    "fused": ["float16", "compact", "row-step", "fixed-step:step=1/4+", "top-k:max_classes=3", "top-k"],
+    "fused": ["float16", "compact", "row-step", "fixed-step:step=1/4+", "top-k:max_classes=3", "top-k", SAMPLED],
     "components": ["float16", "compact", "row-step", "feature-steps:resolution=3"],
     "mixed": ["compact", "coarse", "top-k:max_classes=3", "fixed-step+feature-steps:resolution=3"],
 }
@@ -196,6 +197,32 @@ def test_top_k_is_measured_with_its_own_loss(
     assert cost.classes_kept == pytest.approx(float(kept.sum(dim=1).double().mean()))
 
 
+def test_bias_and_noise_are_told_apart(
+    caches: dict[str, TeacherCache], tables: dict[str, CostTable], recoded: dict[Any, TeacherCache]
+) -> None:
+    """Against stored caches of several seeds, with the gradients of `kd_tail` by autograd."""
+    top_k, sampled = cost_of(tables["fused"], "top-k"), cost_of(tables["fused"], SAMPLED)
+    assert top_k.g_bias == top_k.g
+    assert set(top_k.g_noise.values()) == set(top_k.g_bias_error.values()) == {0.0}
+    assert top_k.resamplings is None
+    assert sampled.captured_mass is None
+    assert sampled.g.keys() == sampled.g_noise.keys() == {f"{stage}@3" for stage in STAGES}
+    truth = caches["fused"].load_view(1).logits(slice(None))
+    sparse = recoded["fused", SAMPLED].load_view(1).sparse_logits(slice(None), 3.0)
+    for stage, student in Bench(BlockReader(caches["fused"]), 1, 75, TEMPERATURES).students.items():
+        student = student.clone().requires_grad_()
+        (found,) = torch.autograd.grad(kd_tail(student, *sparse, 3.0), student)
+        exact = 3.0 * (softmax(student.detach().numpy(), 3.0) - softmax(truth.numpy(), 3.0)) / 75
+        size = float(np.linalg.norm(exact))
+        assert sampled.g[f"{stage}@3"] == pytest.approx(float(np.linalg.norm(found.numpy() - exact)) / size, rel=1e-3)
+        scaled = 8 * softmax(truth.numpy(), 3.0)
+        noise = np.sqrt(((scaled % 1) * (1 - scaled % 1)).sum()) / 8 * 3.0 / 75 / size
+        assert sampled.g_noise[f"{stage}@3"] == pytest.approx(float(noise), rel=0.05)
+        assert sampled.g_bias_error[f"{stage}@3"] == pytest.approx(float(noise) / 32**0.5, rel=0.05)
+        assert 0.7 * sampled.g_bias_error[f"{stage}@3"] < sampled.g_bias[f"{stage}@3"]
+        assert sampled.g_bias[f"{stage}@3"] < 1.3 * sampled.g_bias_error[f"{stage}@3"]
+
+
 def test_top_k_in_a_component_cache_is_dense_when_it_is_fused(tables: dict[str, CostTable]) -> None:
     cost = cost_of(tables["mixed"], "top-k:max_classes=3")
     assert len(cost.g) == 4
@@ -316,4 +343,8 @@ def test_the_text_has_every_figure_and_note(
         assert f"{100 * max(cost_of(table, 'top-k').g.values()):.2f} %" in text
         assert f"{100 * cost_of(table, 'top-k').g_even_tail['200@3']:.2f} % even" in text
         assert "% of the mass" in text
+        assert f"{SAMPLED}: keeps " in text
+        assert f"{SAMPLED}: g T=3 is noise, " in text
+        assert "(mean of 32 resamplings)" in text
+        assert "top-k: g T=1 is bias alone" in text
     assert json.loads(table.model_dump_json())["codecs"][0]["bytes"] == table.codecs[0].bytes

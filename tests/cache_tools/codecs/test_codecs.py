@@ -26,6 +26,8 @@ from cache_tools.codecs import (
     Float16,
     Float32,
     RowStep,
+    Sampled,
+    SparseCodec,
     TopK,
     parse_codec,
 )
@@ -46,9 +48,11 @@ NATIVE: list[Codec] = [
     FeatureSteps(spread="column", resolution=4.0),
     TopK(num_classes=WIDTH),
     TopK(num_classes=WIDTH, max_classes=4, min_probability=0.01),
+    Sampled(num_classes=WIDTH),
+    Sampled(num_classes=WIDTH, draws=8, temperature=4.0),
 ]
 DENSE = [FixedStep(pack="pcodec"), Companded(reference="mean", pack="pcodec"), FeatureSteps(pack="pcodec")]
-ELEMENTWISE = [codec for codec in NATIVE if codec.codec not in {"companded", "top-k"}]  # type: ignore[attr-defined]
+ELEMENTWISE = [codec for codec in NATIVE if not isinstance(codec, Companded | SparseCodec)]
 LOGITS = hnp.arrays(np.float32, (5, WIDTH), elements=st.floats(-18.0, 18.0, width=32))
 
 
@@ -133,7 +137,7 @@ def test_any_numbers_are_stored_within_bounds_or_refused(codec: Codec, values: n
         return
     decoded = codec.decode(stored, fitted).numpy().astype(np.float64)
     assert np.isfinite(decoded).all()
-    if not isinstance(codec, TopK):
+    if not isinstance(codec, SparseCodec):
         rows = values.astype(np.float32)
         truth = centred(rows) if isinstance(codec, Companded) else rows
         assert (np.abs(decoded - truth) <= codec.error_bound(rows, fitted) + 1e-6 * np.abs(truth).max()).all()
@@ -189,6 +193,10 @@ def test_a_name_stands_for_the_codec_with_its_defaults() -> None:
         ({"codec": "companded", "pack": "pcodec"}, "reference=mean"),
         ({"codec": "top-k", "max_classes": 40000}, "32767"),
         ({"codec": "top-k", "step": 1e-6}, "spread/step must be"),
+        ({"codec": "sampled", "draws": 7}, "greater than or equal to 8"),
+        ({"codec": "sampled", "draws": 256}, "less than or equal to 255"),
+        ({"codec": "sampled", "seed": -1}, "seed"),
+        ({"codec": "sampled", "max_classes": 5}, "max_classes"),
         ({"step": 1}, "codec"),
         (7, "codec"),
     ],

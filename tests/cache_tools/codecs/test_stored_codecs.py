@@ -10,7 +10,7 @@ import pytest
 import torch
 import zarr
 
-from cache_tools.codecs import FeatureSteps, FixedStep, Float32, RowStep, TopK
+from cache_tools.codecs import FeatureSteps, FixedStep, Float32, RowStep, Sampled, SparseCodec, TopK
 from cache_tools.codecs.presets import PRESETS, TargetCodecs, resolve_codecs
 from cache_tools.errors import FormatError, NotFoundError, RecipeError
 from cache_tools.format.arrays import targets
@@ -28,6 +28,7 @@ IMAGES = tiny_images()
 CHOICES: dict[str, Any] = {
     **{name: name for name in PRESETS},
     "row-step": TargetCodecs(logits=RowStep(), features=RowStep()),
+    "sampled": TargetCodecs(logits=Sampled()),
     "fixed-step": TargetCodecs(logits=FixedStep(), features=FixedStep(pack="pcodec")),
 }
 
@@ -48,7 +49,7 @@ def test_every_way_of_reading_gives_the_decoded_rows(tmp_path: Path, choice: str
             assert plain.dtype == np.float32
             rows = getattr(resident, {"fused_logits": "logits", "fused_features": "features"}.get(name, name))(order)
             np.testing.assert_array_equal(rows.numpy(), plain[order])
-            if not isinstance(spec.codec, TopK):
+            if not isinstance(spec.codec, SparseCodec):
                 values = written[name][view].astype(np.float64)
                 shift = values.mean(axis=1, keepdims=True) if spec.codec.codec == "companded" else 0.0
                 bound = spec.codec.error_bound(values, encoder.constants[name])
@@ -141,15 +142,21 @@ def test_presets_and_their_limits() -> None:
     assert str(chosen) == "companded logits, float16 features"
     with pytest.raises(RecipeError, match="no such codec"):
         resolve_codecs("zip", 10)  # type: ignore[arg-type]
-    for wrong in ({"logits": "feature-steps"}, {"features": "top-k"}, {"features": "companded"}):
+    for wrong in (
+        {"logits": "feature-steps"},
+        {"features": "top-k"},
+        {"features": "sampled"},
+        {"features": "companded"},
+    ):
         with pytest.raises(ValueError, match=r"for features there are|are for features"):
             TargetCodecs.model_validate(wrong)
     assert "gradient" in str(TargetCodecs(logits=TopK(temperature=4.0)).caution)
     assert TargetCodecs(logits=TopK()).caution is None
 
 
-def test_top_k_targets_are_read_sparse(tmp_path: Path) -> None:
-    build(tmp_path / "cache", tiny_manifest(IMAGES, codec="top-k"), IMAGES)
+@pytest.mark.parametrize("codec", [TopK(), Sampled()], ids=lambda codec: codec.codec)
+def test_sparse_targets_are_read_as_stored(tmp_path: Path, codec: SparseCodec) -> None:
+    build(tmp_path / "cache", tiny_manifest(IMAGES, codec=TargetCodecs(logits=codec)), IMAGES)
     cache = TeacherCache.open(tmp_path / "cache")
     resident = cache.load_view(0)
     found = resident.sparse_logits([3, 1], 1.0)

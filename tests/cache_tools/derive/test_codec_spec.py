@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cache_tools.codecs import Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, TopK
+from cache_tools.codecs import Companded, FeatureSteps, FixedStep, Float16, Float32, RowStep, Sampled, TopK
 from cache_tools.codecs.presets import PRESETS, TargetCodecs, resolve_codecs
 from cache_tools.derive.codec_spec import choose, codecs_for, kinds
 from cache_tools.errors import RecipeError
@@ -45,6 +45,7 @@ def test_presets_are_those_of_a_build(preset: str, recipe: CacheRecipe) -> None:
             Float32(),
         ),
         ("top-k:min_probability=1e-3,max_classes=3", TopK(min_probability=1e-3, max_classes=3), Float32()),
+        ("sampled:draws=64,temperature=4,seed=3", Sampled(draws=64, temperature=4.0, seed=3), Float32()),
         ("feature-steps:resolution=8", Float32(), FeatureSteps(resolution=8.0)),
         ("fixed-step+", FixedStep(), Float32()),
         ("+feature-steps:spread=column", Float32(), FeatureSteps(spread="column")),
@@ -73,6 +74,8 @@ def test_codecs_of_targets_that_are_not_stored_stay() -> None:
         ("fixed-step:step=2020-13-45", "step"),
         ("fixed-step:step=-1", "greater than 0"),
         ("companded:spread=100", "spread/step must be"),
+        ("sampled:draws=4", "greater than or equal to 8"),
+        ("float16+sampled", "sampled is for logits"),
         ("companded+companded", "companded is for logits"),
         ("feature-steps+float16", "feature-steps are for features"),
         ("float16+float16+float16", "no such codec"),

@@ -13,7 +13,7 @@ import pytest
 
 import cache_tools.files
 from cache_tools.alignment import make_canaries
-from cache_tools.codecs import Companded, FeatureSteps, TopK
+from cache_tools.codecs import Companded, FeatureSteps, SparseCodec
 from cache_tools.derive.base import CODE_VERSIONS
 from cache_tools.derive.block_reader import BlockReader
 from cache_tools.derive.codec_spec import codecs_for
@@ -47,7 +47,17 @@ STORES: dict[str, dict[str, Any]] = {
     "components": {"store": "components"},
     "mixed": {"store": "components", "teacher_weights": (0.3, 0.7), "clip_weights": (0.5, 0.5)},
 }
-SPECS = ["compact", "dense", "float32", "float16", "coarse", "top-k", "row-step", "fixed-step:step=1/16"]
+SPECS = [
+    "compact",
+    "dense",
+    "float32",
+    "float16",
+    "coarse",
+    "top-k",
+    "row-step",
+    "fixed-step:step=1/16",
+    "sampled:draws=8+float16",
+]
 
 
 # `mixed` has all that `components` has.
@@ -92,7 +102,7 @@ def test_decoded_numbers_are_within_the_bound_of_their_codec(source: TeacherCach
         for view in range(3):
             values, decoded = (cache.read_array(name, view) for cache in (source, made))
             bound = target.codec.error_bound(values, held[name])
-            if isinstance(target.codec, TopK):  # its bound is on the probabilities that it keeps
+            if isinstance(target.codec, SparseCodec):  # its bound is on the probabilities that it keeps
                 sparse = target.codec.sparse({a.suffix: made.read_stored(a.name, view) for a in target.arrays})
                 rows, places = np.nonzero(sparse.classes.numpy() < 5)
                 classes = sparse.classes.numpy()[rows, places]
@@ -219,6 +229,8 @@ def test_the_default_path_is_in_the_cache_home(
             ("fixed-step:step=1/64", "fixed-step:step=1/4", False),
             ("top-k", "row-step", True),
             ("row-step", "top-k", False),
+            ("sampled", "row-step", True),
+            ("float16", "sampled:temperature=4", False),
         ],
         3,
     ),

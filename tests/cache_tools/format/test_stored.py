@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_tools.codecs.presets import PRESETS, PresetName, resolve_codecs
-from cache_tools.codecs.top_k import MAX_CLASSES
+from cache_tools.codecs.sparse import MAX_CLASSES
 from cache_tools.config import Frozen
 from cache_tools.errors import FormatError, NotFoundError, UnknownFormatError
 from cache_tools.format.arrays import CHUNK_BYTES, array_name, constant_shapes, default_block_rows, target_arrays

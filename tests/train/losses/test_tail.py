@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from cache_tools.codecs import TopK
+from cache_tools.codecs import Sampled, TopK
 from train import losses
 from train.losses.tail import kd_tail
 
@@ -94,6 +94,21 @@ def test_never_negative_and_always_finite(target: np.ndarray, student: np.ndarra
         assert torch.isfinite(loss)
         assert logits.grad is not None
         assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_gradient_of_sampled_targets_is_linear_in_their_counts(temperature: float) -> None:
+    """T · (q − counts / draws) / B. Counts have the right mean (tests of the codec), so this gradient has."""
+    target, student = random_logits(seed=12), random_logits(seed=13).double().requires_grad_()
+    codec = Sampled(num_classes=CLASSES, draws=8, temperature=temperature)
+    stored = codec.encode(target.numpy())
+    parts = codec.sparse(stored)
+    counts = torch.zeros(len(target), CLASSES + 1, dtype=torch.float64)
+    counts = counts.scatter_(1, parts.classes, torch.from_numpy(stored[""]).double())[:, :CLASSES]
+    assert (counts == 0).any()
+    (gradient,) = torch.autograd.grad(kd_tail(student, *parts, temperature), student)
+    expected = temperature * ((student / temperature).softmax(dim=1) - counts / 8) / len(target)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_a_student_that_agrees_has_no_gradient() -> None:
