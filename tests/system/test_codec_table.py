@@ -1,6 +1,6 @@
-"""benchmarks/codec_table.py runs as its README says and prints a JSON line per codec, on small random features.
+"""benchmarks/codec_table.py and sampled_targets.py run as their README says, on small random features.
 
-The script's own limits are for the real arrays. These tests check what holds for any arrays. One test computes four
+The scripts' own limits are for the real arrays. These tests check what holds for any arrays. One test computes four
 views with the real network.
 """
 
@@ -29,9 +29,9 @@ pytestmark = [
 ]
 
 
-def run(*options: str | Path) -> list[dict[str, Any]]:
+def run(script: str, *options: str | Path) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "codec_table.py", *options],
+        [sys.executable, BENCHMARKS / script, *options],
         cwd="/",
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -43,7 +43,8 @@ def run(*options: str | Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs of a network, as the scripts save them."""
     folder = tmp_path_factory.mktemp("table")
     generator = np.random.default_rng(0)
     kinds = generator.standard_normal((4, WIDTH))
@@ -55,9 +56,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         bias=np.zeros(1000, np.float32),
         pixels=generator.random((VIEWS, 768)).astype(np.float32),
     )
+    return folder / "photos.npz"
+
+
+@pytest.fixture(scope="module")
+def rows(photos: Path) -> list[dict[str, Any]]:
+    folder = photos.parent
     options = {"out": folder / "digits", "preflight_samples": 0, "num_views": 2, "device": "cpu"}
     build_cache(load_build_recipe("digits", ["dataset.split=test"], options))
-    return run("--views", str(VIEWS), "--saved", folder / "photos.npz", "--cache", folder / "digits")
+    return run("codec_table.py", "--views", str(VIEWS), "--saved", photos, "--cache", folder / "digits")
 
 
 def row_of(rows: list[dict[str, Any]], targets: str, codec: str, **fields: Any) -> dict[str, Any]:
@@ -117,6 +124,33 @@ def test_more_classes_give_a_smaller_error(rows: list[dict[str, Any]]) -> None:
         assert fewer["bytes"] < more["bytes"]
         assert fewer["g_even_tail"]["100@1"] > more["g_even_tail"]["100@1"]
         assert fewer["captured_mass"] < more["captured_mass"]
+
+
+def test_sampled_targets_have_noise_and_no_bias(photos: Path) -> None:
+    (found,) = run(
+        "sampled_targets.py", "--views", "64", "--tested-views", "32", "--resamplings", "60", "--saved", photos
+    )
+    assert found["views"] == 64
+    by_kind: dict[Any, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        kind = (row["codec"]["temperature"], row["codec"]["codec"], "rival" in row)
+        by_kind.setdefault(kind, []).append(row)
+    sizes = {("top-k", False): 2, ("sampled", False): 6, ("sampled", True): 1}
+    expected = {(t, *kind): count for t in (1.0, 4.0) for kind, count in sizes.items()}
+    assert {kind: len(group) for kind, group in by_kind.items()} == expected
+    for t in (1.0, 4.0):
+        sampled, (rival,) = by_kind[t, "sampled", False], by_kind[t, "sampled", True]
+        assert all(row["noise"] == 0 and row["bias"] == row["g"] > 0 for row in by_kind[t, "top-k", False])
+        assert all(row["g"] == pytest.approx(row["noise"], rel=0.2) for row in sampled)
+        assert all(row["bias"] == pytest.approx(row["chance"], rel=0.2) for row in sampled)
+        for fewer, more in itertools.pairwise(sampled):
+            assert fewer["bytes"] < more["bytes"]
+            assert fewer["noise"] > more["noise"]
+        assert sampled[2]["noise"] < 1.01 * rival["noise"], "32 draws each"
+    for test in found["tests"]:
+        assert test["bias_to_chance"] == pytest.approx(1.0, abs=0.1)
+        assert abs(test["squared_bias_z"]) < 4
+        assert abs(test["gradient_z"]) < 4
 
 
 @pytest.mark.skipif(

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cache_tools.cli import app as cache_tools
-from cache_tools.codecs import FeatureSteps, FixedStep, RowStep
+from cache_tools.codecs import FeatureSteps, FixedStep, RowStep, Sampled
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.config import dump_yaml
 from cache_tools.errors import CacheError
@@ -35,6 +35,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "compact": {"codec": "compact"},
     "dense components": {"codec": "dense", "store": "components"},
     "top-k": {"codec": "top-k"},
+    "sampled": {"codec": TargetCodecs(logits=Sampled())},
     "steps": {"codec": TargetCodecs(logits=RowStep(), features=FeatureSteps())},
     "fixed": {"codec": TargetCodecs(logits=FixedStep(pack="pcodec"), features=FixedStep())},
 }
@@ -106,7 +107,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_pictures(tmp_path_factory.mktemp("pictures"), train=20, test=6)
 
 
-@pytest.mark.parametrize("kind", ["fused", slow("dense components"), slow("top-k")])
+@pytest.mark.parametrize("kind", ["fused", slow("dense components"), slow("top-k"), slow("sampled")])
 def test_no_student_trains_on_a_flipped_bit(tmp_path: Path, pictures: Path, kind: str) -> None:
     """Training ends with exit code 2, or with the same weights as on the sound cache if it did not read the bit."""
     cache = tiny_run.write_cache(tmp_path / "cache", pictures, num_views=2, block_rows=8, **CACHES[kind])
