@@ -8,6 +8,7 @@ import functools
 import inspect
 import io
 import json
+import os
 import platform
 import shlex
 import signal
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 LINE_EVERY_S = 10.0
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
-REPEATED_S = 2.0
+REPEATED_S, GRACE_S = 2.0, 4.0
+OUT_OF_TIME = 75
+"""Exit code of a command that --max-minutes has ended: EX_TEMPFAIL, run it again."""
 _FIRST_STEPS = {  # next steps by error number
     errno.ENOENT: "check the path",
     errno.ENOSPC: "free some space",
@@ -76,7 +79,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             except CacheError as error:
                 exit_with(str(error), 2)
             except Stopped as stopped:
-                exit_with(f"Stopped by {stopped.name}. Run the same command again to resume.", 128 + stopped.number)
+                exit_with(f"{stopped.reason}. Run the same command again to resume.", stopped.code)
             except KeyboardInterrupt:
                 exit_with("Interrupted. Run the same command again to resume.", 130)
             except OSError as error:
@@ -175,16 +178,76 @@ def _with_checked_path(parameter: inspect.Parameter) -> inspect.Parameter:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end. Everything that cleans up after Ctrl-C cleans up after it."""
+    """A signal, or a limit of time, that ends the process. Everything that cleans up after Ctrl-C cleans up after it.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number, self.name = number, signal.Signals(number).name
+    Attributes:
+        reason: for people.
+        code: exit code of the command.
+    """
+
+    def __init__(self, reason: str, code: int) -> None:
+        super().__init__(reason, code)
+        self.reason, self.code = reason, code
+
+    @classmethod
+    def by_signal(cls, number: int) -> Stopped:
+        return cls(f"Stopped by {signal.Signals(number).name}", 128 + number)
+
+
+class StopRequest:
+    """Lets work end where nothing is lost: it looks at `pending` there, and raises what that gives.
+
+    Inside `deferred` the first signal only makes a request. If the work does not end within GRACE_S, or another signal
+    comes, it is interrupted wherever it is. The limit of time counts from the making of this object.
+
+    Args:
+        max_minutes: the limit; None for none.
+    """
+
+    _active: ClassVar[StopRequest | None] = None
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self._max_minutes = max_minutes
+        self._end_s = float("inf") if max_minutes is None else time.monotonic() + 60.0 * max_minutes
+        self._signal: int | None = None
+        self._insists: threading.Timer | None = None
+
+    @property
+    def pending(self) -> Stopped | None:
+        if self._signal is not None:
+            return Stopped.by_signal(self._signal)
+        if time.monotonic() >= self._end_s:
+            return Stopped(f"Stopped after --max-minutes {self._max_minutes:g}", OUT_OF_TIME)
+        return None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, the first signal makes a request instead of an interruption."""
+        before, StopRequest._active = StopRequest._active, self
+        try:
+            yield
+        finally:
+            StopRequest._active = before
+            if self._insists is not None:
+                self._insists.cancel()
+
+    @classmethod
+    def take(cls, number: int) -> bool:
+        """Make a request of a signal; whether there is work that may still answer it."""
+        self = cls._active
+        if self is None or self._signal is not None:
+            return False
+        self._signal = number
+        self._insists = threading.Timer(GRACE_S, os.kill, (os.getpid(), number))
+        self._insists.daemon = True
+        self._insists.start()
+        return True
 
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM (Slurm, Kubernetes, `kill`) and SIGHUP (a lost terminal) end a command as Ctrl-C does.
+    """Let SIGTERM (Slurm, Kubernetes, `kill`), SIGUSR1 (Slurm's `--signal`) and SIGHUP (a lost terminal) end a command
+    as Ctrl-C does, or make a `StopRequest`.
 
     A scheduler may send the same signal several times at once: those that follow within REPEATED_S are ignored, so that
     the process can clean up. Signals that the caller ignores or handles, as `nohup` does, stay as they are.
@@ -194,10 +257,10 @@ def interrupted_by_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal last_s
         before_s, last_s = last_s, time.monotonic()
-        if last_s - before_s > REPEATED_S:
-            raise Stopped(number)
+        if last_s - before_s > REPEATED_S and not StopRequest.take(number):
+            raise Stopped.by_signal(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
     in_main = threading.current_thread() is threading.main_thread()  # Python handles signals there only
     numbers = [number for number in numbers if in_main and signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:

@@ -29,7 +29,7 @@ from cache_tools.config import (
     typed_settings,
     validate,
 )
-from cache_tools.config.fields import Count, CountOrZero, Name, Number, Share, ViewCount
+from cache_tools.config.fields import Count, CountOrZero, Name, Number, Positive, Share, ViewCount
 from cache_tools.errors import RecipeError
 from cache_tools.format.recipe import FusionRecipe, Precision, Store, check_codec
 from cache_tools.images.class_names import IMAGENETS, ORDERS, read_names
@@ -152,13 +152,13 @@ class BuildRecipe(Extensible):
     are always tuples. Without a CLIP the weights in `fusion` become 1, without a teacher 0.
     `codec` is a preset (`cache_tools.codecs.presets.resolve_codecs`), or a codec for the logits and one for the
     features.
-    `batch_size`, `block_rows`, `views_at_once`, `device` and `out` (a folder, or the URL of an object store) determine
-    how and where the work is done. `evaluation` is the transform of test images for the preflight, and for
-    `train-student` if it is given this recipe: the networks see the part of each image that it takes, at their own
+    `batch_size`, `block_rows`, `views_at_once`, `max_minutes`, `device` and `out` (a folder, or the URL of an object
+    store) determine how and where the work is done. `evaluation` is the transform of test images for the preflight, and
+    for `train-student` if it is given this recipe: the networks see the part of each image that it takes, at their own
     sizes. All other fields determine the values.
     """
 
-    added = frozenset({"evaluation", "views_at_once"})
+    added = frozenset({"evaluation", "views_at_once", "max_minutes"})
 
     name: Name
     dataset: DatasetRecipe
@@ -173,6 +173,7 @@ class BuildRecipe(Extensible):
     batch_size: Count = 256
     block_rows: Count | None = None
     views_at_once: Annotated[Count, Field(le=MAX_VIEWS_AT_ONCE)] | None = None
+    max_minutes: Positive | None = None
     preflight_samples: CountOrZero = 2000
     evaluation: EvaluationRecipe = EvaluationRecipe()
     device: str = "auto"

@@ -21,6 +21,7 @@ from train.options import (
     Download,
     Epochs,
     HostMemory,
+    MaxMinutes,
     OptionalRecipe,
     Overrides,
     PixelDisk,
@@ -105,6 +106,7 @@ def train_student(
     ] = None,
     shuffle_window: ShuffleWindow = None,
     checkpoint_every_minutes: CheckpointEvery = None,
+    max_minutes: MaxMinutes = None,
     compile_mode: Compile = None,
     follow: Annotated[
         bool,
@@ -174,6 +176,7 @@ def train_student(
         "compare_with_labels": compare_with_labels,
         "shuffle_window": shuffle_window,
         "checkpoint_every_minutes": checkpoint_every_minutes,
+        "max_minutes": max_minutes,
         "compile": compile_mode,
         "follow": True if follow else None,
         "sync_batchnorm": sync_batchnorm,

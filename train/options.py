@@ -27,6 +27,13 @@ CheckpointEvery = Annotated[
     float | None,
     typer.Option("--checkpoint-every-minutes", help="Also store a state inside epochs that often, for long epochs."),
 ]
+MaxMinutes = Annotated[
+    float | None,
+    typer.Option(
+        "--max-minutes",
+        help="End after so many minutes, with exit code 75; nothing is lost, and the same command goes on.",
+    ),
+]
 Compile = Annotated[
     str | None,
     typer.Option(

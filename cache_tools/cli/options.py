@@ -42,7 +42,7 @@ def parse_views(text: str) -> list[int] | None:
     """The value of `--view`; None for all views."""
     if text == "all":
         return None
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 10:
         raise RecipeError("bad --view", expected="the number of a view, or all", found=text)
     return [int(text)]
 

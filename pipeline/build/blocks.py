@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from cache_tools.codecs import Float16
-from cache_tools.console import Progress
+from cache_tools.console import Progress, StopRequest
 from cache_tools.decoding.service import DecodeService, service_for
 from cache_tools.format.arrays import targets
 from cache_tools.format.commits import BlockId
@@ -42,12 +42,18 @@ GROUP_BYTES = 2 << 30
 
 
 def build_blocks(
-    output: Output, images: ImageSet, ensemble: TeacherEnsemble, batch_size: int, at_once: int | None = None
+    output: Output,
+    images: ImageSet,
+    ensemble: TeacherEnsemble,
+    batch_size: int,
+    at_once: int | None = None,
+    request: StopRequest | None = None,
 ) -> int:
     """Compute and commit all missing blocks, together with any other builders of the same cache.
 
     Args:
         at_once: number of views that are built together; None to choose it.
+        request: its limit of time ends the build between two batches.
 
     Returns:
         the number of images, (sample, view) pairs, that this builder computed.
@@ -59,7 +65,7 @@ def build_blocks(
     count = 0
     with output.building():
         while missing := output.missing_blocks():  # repeats only if a builder stalled and another took over its block
-            count += _build(output, missing, images, ensemble, batch_size, at_once)
+            count += _build(output, missing, images, ensemble, batch_size, at_once, request)
     return count
 
 
@@ -167,6 +173,7 @@ def _build(
     ensemble: TeacherEnsemble,
     batch_size: int,
     at_once: int | None,
+    request: StopRequest | None,
 ) -> int:
     manifest, claims, on_cuda = output.manifest, Claims(output.place), ensemble.device.type == "cuda"
     total, left = manifest.num_views * manifest.num_samples, sum(_num_rows(manifest, block) for _, block in missing)
@@ -183,6 +190,8 @@ def _build(
         Progress("build", total, "images", done=total - left) as progress,
     ):
         for batch in batches:
+            if request is not None and (stopped := request.pending) is not None:
+                raise stopped
             if batch is not None:
                 rows, block = manifest.block(batch.block), BlockId(batch.view, batch.block)
                 if batch.samples[0] == rows.start:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from cache_tools.alignment import check_manifest_canaries, make_canaries
 from cache_tools.codecs.presets import resolve_codecs
-from cache_tools.console import device_name, resolve_device
+from cache_tools.console import StopRequest, device_name, resolve_device
 from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.manifest import CODE, DECODER, Manifest, check_code_versions
@@ -111,6 +111,7 @@ def _build_cache(
         meeting: where rank 0 announces that the cache is created; None if this process creates it.
         created: called when the cache is ready for blocks.
     """
+    request = StopRequest(recipe.max_minutes)
     if (bad := text_not_unicode(recipe.model_dump(mode="json"))) is not None:
         key, text = bad
         raise RecipeError("text that is not UTF-8, which a cache cannot store", where=key, found=text)
@@ -190,7 +191,7 @@ def _build_cache(
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     start = time.monotonic()
-    count = build_blocks(output, images, ensemble, recipe.batch_size, recipe.views_at_once)
+    count = build_blocks(output, images, ensemble, recipe.batch_size, recipe.views_at_once, request)
     return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
 
 

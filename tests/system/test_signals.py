@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.system import processes as processes_module
 from tests.support import tiny_build, tiny_run
 from tests.support.child import Child
+from tests.support.turns import turns
 from train.run import train_student
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
@@ -68,6 +70,14 @@ def wait_for(there: Callable[[], object], patience_s: float = PATIENCE_S) -> Non
         time.sleep(0.01)
 
 
+def wait_for_change(file: Path) -> None:
+    def changed_ns() -> int:
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    before_ns = changed_ns()
+    wait_for(lambda: changed_ns() != before_ns)
+
+
 def run(command: str, *arguments: object) -> None:
     with started(command, *arguments) as process:
         _, printed = process.communicate(timeout=PATIENCE_S)
@@ -104,6 +114,32 @@ def test_a_run_resumes_and_ends_as_one_that_was_not_stopped(files: Path, tmp_pat
     train_student(recipe.model_copy(update={"out": tmp_path / "whole"}))
     one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))
     assert all(one[name].equal(other[name]) for name in other)
+
+
+@pytest.mark.medium
+@pytest.mark.turns
+def test_a_run_stores_a_checkpoint_when_it_is_told_to_end(files: Path, tmp_path: Path) -> None:
+    """At random instants of one long epoch: the exit code, the time until the end, and the same result afterwards."""
+    count = turns(1, 10)
+    recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path / "run", epochs=12 * count, batch_size=2, loggers=())
+    recipe = recipe.model_copy(update={"evaluate_every": recipe.epochs})
+    (tmp_path / "run.yaml").write_text(dump_yaml(recipe))
+    rng, state = random.Random(0), tmp_path / "run/state.pt"
+    for number in range(count):
+        chosen = (signal.SIGUSR1, signal.SIGTERM)[number % 2]
+        with started("train-student", tmp_path / "run.yaml") as training:
+            wait_for_change(state)
+            time.sleep(rng.random() * 0.3)
+            told_s = time.monotonic()
+            training.send_signal(chosen)
+            _, printed = training.communicate(timeout=PATIENCE_S)
+            assert training.returncode == 128 + chosen, printed
+            assert time.monotonic() - told_s < END_S
+        assert printed.splitlines()[-1] == f"Stopped by {chosen.name}. Run the same command again to resume."
+        assert {path.name for path in (tmp_path / "run").iterdir()} & {"checkpoint.pt", "state.pt"}
+    run("train-student", tmp_path / "run.yaml")
+    train_student(recipe.model_copy(update={"out": tmp_path / "whole"}))
+    tiny_run.same_runs(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.medium), *SLOW_SIGNALS])

@@ -30,7 +30,7 @@ Compile = Literal["auto", "off", "model", "step"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 _NO_EFFECT_ON_RESULT = {
     *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
-    *("checkpoint_every_minutes", "pixels", "compile", "follow", "sync_batchnorm"),
+    *("checkpoint_every_minutes", "max_minutes", "pixels", "compile", "follow", "sync_batchnorm"),
 }
 
 
@@ -77,6 +77,7 @@ class TrainRecipe(Extensible):
         device, out: where the run is trained, and the folder where it is stored.
         checkpoint_every_minutes: store a state inside epochs that often, for long epochs; None stores one after each
             epoch only. The result does not depend on it.
+        max_minutes: end after so many minutes, with a checkpoint; None for no limit.
         pixels: where the pixels of the training images are kept. The result does not depend on it.
         follow: train from a cache that is still being built: each epoch waits for its view. The result does not depend
             on it.
@@ -85,7 +86,7 @@ class TrainRecipe(Extensible):
     added = frozenset(
         {
             *("student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"),
-            *("shuffle_window", "compile", "follow", "sync_batchnorm"),
+            *("shuffle_window", "compile", "follow", "sync_batchnorm", "max_minutes"),
         }
     )
 
@@ -132,6 +133,7 @@ class TrainRecipe(Extensible):
     device: str = "auto"
     out: PlacePath | None = None
     checkpoint_every_minutes: Positive | None = None
+    max_minutes: Positive | None = None
     pixels: PixelRecipe = PixelRecipe()
 
     @model_validator(mode="before")

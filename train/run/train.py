@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from cache_tools.config import dump_yaml
-from cache_tools.console import Progress, print_line, resolve_device
+from cache_tools.console import OUT_OF_TIME, Progress, Stopped, StopRequest, print_line, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.reader import TeacherCache
 from cache_tools.system.joined import Joined, joined_ranks
@@ -39,6 +39,10 @@ StopRule = Callable[[int, Sequence[Path]], set[Path]]
 """(number of finished epochs, folders of the runs that are to continue) → folders of those that stop instead."""
 
 
+_END = 2
+"""In votes of ranks: store a checkpoint and end. 1 is a checkpoint alone, 0 nothing."""
+
+
 def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
     """Train a student, resume an interrupted run of the same recipe, or return the result of a finished one.
 
@@ -57,12 +61,13 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
 
 
 def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | None, overwrite: bool) -> RunResult:
+    request = StopRequest(recipe.max_minutes)
     with nullcontext() if ranks is None else ranks.first_here_before_others():  # it may download or index images
         recipe = with_cached_images(recipe)
         trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
         data = open_data(recipe, device)
     try:
-        result = train_on(data, recipe, device, overwrite=overwrite, ranks=ranks)
+        result = train_on(data, recipe, device, overwrite=overwrite, ranks=ranks, request=request)
     finally:
         data.targets.close()
     if recipe.compare_with_labels and recipe.loss.needs_targets and (result.labels_only is None or overwrite):
@@ -70,7 +75,13 @@ def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | No
         on_labels = recipe.on_labels(data.dataset, data.views, data.num_views)
         on_labels = on_labels.model_copy(update={"out": result.folder / folder.LABELS_ONLY})
         baseline = train_on(
-            data.labels_only(), on_labels, device, overwrite=overwrite, ranks=ranks, printed=result.pixels
+            data.labels_only(),
+            on_labels,
+            device,
+            overwrite=overwrite,
+            ranks=ranks,
+            printed=result.pixels,
+            request=request,
         )
         result = result.model_copy(update={"labels_only": baseline, "command": command_line()})
         if ranks is None or ranks.rank.is_first:
@@ -89,12 +100,14 @@ def train_on(
     overwrite: bool = False,
     ranks: Joined | None = None,
     printed: str | None = None,
+    request: StopRequest | None = None,
 ) -> RunResult:
     """`train_student` on data that are already open (from a cache or from live teachers), without the comparison.
 
     Args:
         ranks: that train together. Rank 0 has the folder of the run; all return its result.
         printed: the line on where the pixels are that was printed last; it is not repeated.
+        request: ends the run inside an epoch, after a checkpoint.
     """
     with (
         _claimed_by_first(data, recipe, overwrite, ranks) as (path, digest, finished),
@@ -110,7 +123,8 @@ def train_on(
             run = Run(data, recipe, device, path, digest, feed.steps_per_epoch, pixels=feed.served, ranks=ranks)
             if ranks is not None:
                 check_batches(feed.bounds, run.learner.student, ranks.rank)
-            [outcome] = train_group([run], feed, f"train {recipe.student} ({recipe.loss_name})", ranks=ranks)
+            title = f"train {recipe.student} ({recipe.loss_name})"
+            [outcome] = train_group([run], feed, title, ranks=ranks, request=request)
             if isinstance(outcome, Exception):
                 raise outcome
         if ranks is not None:
@@ -136,7 +150,13 @@ def _claimed_by_first(
 
 
 def train_group(
-    runs: Sequence[Run], feed: Feed, title: str, *, stop: StopRule | None = None, ranks: Joined | None = None
+    runs: Sequence[Run],
+    feed: Feed,
+    title: str,
+    *,
+    stop: StopRule | None = None,
+    ranks: Joined | None = None,
+    request: StopRequest | None = None,
 ) -> list[RunResult | Exception | None]:
     """Train the remaining epochs of every run; runs that are ahead wait for the others.
 
@@ -145,6 +165,7 @@ def train_group(
         title: of the progress bar.
         stop: called before every epoch.
         ranks: that train a single run together.
+        request: a signal or a limit of time stores a checkpoint and ends the training; None to be interrupted.
 
     Returns:
         For each run its result, None if `stop` named it or if another rank has its folder, or the error that ended it;
@@ -152,6 +173,7 @@ def train_group(
 
     Raises:
         StorageError, OSError: the files of a run cannot be written.
+        Stopped: as `request` says.
     """
     alone = len(runs) == 1
     samples, epochs = feed.samples_per_epoch, runs[0].recipe.epochs
@@ -162,6 +184,8 @@ def train_group(
         done = first * samples + min(run.samples_begun(feed) for run in runs if len(run.history) == first)
         progress = stack.enter_context(Progress(title, epochs * samples, "images", done=done))
         clock = EpochClock(run.recipe.checkpoint_every_minutes for run in runs)
+        if request is not None:
+            stack.enter_context(request.deferred())
         for epoch in range(first, epochs):
             training = [run for run in runs if len(run.history) == epoch and run not in outcomes]
             if stop is not None and training:
@@ -177,7 +201,9 @@ def train_group(
                 epoch,
                 progress.advance,
                 begun=[run.begun for run in training],
-                save=partial(_save_if_due, training, clock, ranks) if clock.stores_checkpoints else None,
+                save=partial(_save_if_due, training, clock, ranks, request)
+                if clock.stores_checkpoints or request is not None
+                else None,
             )
             times = clock.train_s()
             for run, mean, train_s in zip(training, means, times, strict=True):
@@ -191,6 +217,8 @@ def train_group(
                 if run in logs:
                     logs[run].write(run.history)
                 progress.advance(0, _note(row, epochs))
+            if epoch + 1 < epochs:
+                _stop_if_asked(ranks, request)
         for run, log in logs.items():
             if run not in outcomes:
                 result = _value_or_error(run, run.finish, alone)
@@ -255,15 +283,33 @@ def _save_if_due(
     training: Sequence[Run],
     clock: EpochClock,
     ranks: Joined | None,
+    request: StopRequest | None,
     states: Callable[[], list[EpochState | None]],
 ) -> None:
-    """Store the states of runs inside an epoch, if it is time. Of several ranks all do so after the same step."""
-    is_due = clock.is_due()
-    if bool(ranks.vote(is_due)) if ranks is not None else is_due:
-        for run, state, train_s in zip(training, states(), clock.train_s(), strict=True):
-            if state is not None:
-                run.save_checkpoint(state, train_s)
-        clock.restart()
+    """Store the states of runs inside an epoch, if it is time or the process is asked to end, which it then does.
+
+    Of several ranks all do so after the same step.
+    """
+    stopped = None if request is None else request.pending
+    wanted = _END if stopped is not None else int(clock.is_due())
+    if ranks is not None:
+        wanted = ranks.vote(wanted)
+    if not wanted:
+        return
+    for run, state, train_s in zip(training, states(), clock.train_s(), strict=True):
+        if state is not None:
+            run.save_checkpoint(state, train_s)
+    clock.restart()
+    if wanted == _END:
+        raise stopped or Stopped("Stopped with the other ranks", OUT_OF_TIME)
+
+
+def _stop_if_asked(ranks: Joined | None, request: StopRequest | None) -> None:
+    """End the process between two epochs, if it is asked to."""
+    stopped = None if request is None else request.pending
+    asked = [stopped] if ranks is None else ranks.collect(stopped and (stopped.reason, stopped.code))
+    if any(asked):
+        raise stopped or Stopped("Stopped with the other ranks", OUT_OF_TIME)
 
 
 def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
