@@ -17,7 +17,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import storage_error
 from cache_tools.errors import CacheError, NotFoundError, RecipeError, StorageError, UnknownFormatError, printable
 from cache_tools.files import HOME_VARIABLE as HOME_VARIABLE
-from cache_tools.files import SafeFolder
+from cache_tools.files import SafeFolder, find_leftovers, remove_leftover
 from cache_tools.files import cache_home as cache_home
 from cache_tools.format import commits
 from cache_tools.format.manifest import Manifest
@@ -219,6 +219,8 @@ def mark_used(path: Path) -> None:
     try:
         file = used_file(path)
         SafeFolder(file.parent).put(file.name, b"", durable=False)
+        for leftover in find_leftovers(file.parent, f"{file.name}."):  # of a command that was killed here
+            remove_leftover(leftover)
     except OSError:  # on a read-only share, its owner decides what is pruned
         return
 

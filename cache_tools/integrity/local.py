@@ -23,7 +23,7 @@ from pydantic import Field
 from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.errors import CacheError, FormatError, UnsafeFileError
-from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
+from cache_tools.files import MAX_METADATA_BYTES, SafeFolder, remove_leftovers
 from cache_tools.format import commits
 from cache_tools.format.arrays import ArraySpec, target_arrays
 from cache_tools.format.commits import BlockId
@@ -155,6 +155,7 @@ def repair(path: Path, verification: Verification) -> Repair:
 
     The command that made the cache then computes only the dropped blocks.
     """
+    remove_leftovers(path)
     folder = SafeFolder(path)
     dropped, rewritten = set(), []
     for problem in verification.problems:

@@ -163,6 +163,7 @@ class Run:
 
     def finish(self) -> RunResult:
         """Write the files of a finished run."""
+        remove_file(self.path / folder.CHECKPOINT)  # left by a process that was killed just after the last commit
         card = self.card.model_copy(update={"epoch": len(self.history)})
         checkpoints.save_student(self.path / checkpoints.LAST, self.learner.student, card)
         if self.learner.average is not None:

@@ -73,10 +73,12 @@ def test_the_first_signal_is_a_request_and_the_second_an_interruption(monkeypatc
     request = StopRequest()
     with interrupted_by_signals():
         with request.deferred():
-            assert request.pending is None
+            before = request.pending
             signal.raise_signal(signal.SIGTERM)
-            assert request.pending is not None
-            assert (request.pending.reason, request.pending.code) == ("Stopped by SIGTERM", 143)
+            after = request.pending
+            assert before is None
+            assert after is not None
+            assert (after.reason, after.code) == ("Stopped by SIGTERM", 143)
             with pytest.raises(Stopped, match="SIGUSR1"):
                 signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(Stopped, match="SIGTERM"):  # nothing is deferred any more
