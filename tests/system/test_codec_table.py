@@ -1,4 +1,4 @@
-"""benchmarks/codec_table.py and sampled_targets.py run as their README says, on small random features.
+"""benchmarks/codec_table.py, sampled_targets.py, sampled_students.py run as their README says, on random features.
 
 The scripts' own limits are for the real arrays. These tests check what holds for any arrays. One test computes four
 views with the real network.
@@ -151,6 +151,15 @@ def test_sampled_targets_have_noise_and_no_bias(photos: Path) -> None:
         assert test["bias_to_chance"] == pytest.approx(1.0, abs=0.1)
         assert abs(test["squared_bias_z"]) < 4
         assert abs(test["gradient_z"]) < 4
+
+
+def test_noise_that_is_drawn_again_hurts_students_less(photos: Path) -> None:
+    options = ("--views", "128", "--seeds", "2", "--steps", "40", "--saved", photos)
+    (found,) = run("sampled_students.py", "--temperature", "4", *options)
+    assert len(found["kl_mean_std"]) == 5
+    once, often = (found["kl_mean_std"][f"sampled, 32 draws, V={times}"][0] for times in (1, 8))
+    assert often < once
+    assert all(mean > 0 and deviation >= 0 for mean, deviation in found["kl_mean_std"].values())
 
 
 @pytest.mark.skipif(

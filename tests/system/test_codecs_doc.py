@@ -106,6 +106,16 @@ def test_every_figure_of_sampled_targets_is_of_the_recorded_run() -> None:
     assert f"it is −{-chance[1][1]:.1f} of its standard errors at T = 1 and −{-chance[4][1]:.1f} at T = 4" in TEXT
 
 
+def test_every_figure_of_the_students_is_of_the_recorded_run() -> None:
+    lines = (ROOT / "benchmarks/results/sampled-students.jsonl").read_text().splitlines()
+    (table,) = (rows for rows in tables().values() if rows[0][0] == "T of the students")
+    assert len(lines) == len(table) - 1 == 2
+    for line, (at, *cells) in zip(map(json.loads, lines), table[1:], strict=True):
+        assert (f"{line['temperature']:g}", line["seeds"]) == (at, 5)
+        assert [name.strip("`") for name in table[0][1:]] == list(line["kl_mean_std"])
+        assert cells == [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in line["kl_mean_std"].values()]
+
+
 def test_presets_and_codecs_are_all_there_with_their_defaults() -> None:
     (presets,) = (rows for rows in tables().values() if rows[0][0] == "preset")
     assert [row[0].strip("`") for row in presets[1:]] == list(PRESETS)
