@@ -122,7 +122,7 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
         _refuse_unsafe(folder)
         stored = stored_identity(folder)
         if overwrite or (stored != identity and not is_worth_keeping(folder)):
-            _clear(folder)
+            _clear(folder, keep_identity=True)  # replaced below: at no moment is the folder without one
         elif stored != identity:
             raise RecipeError(
                 "another run is stored here",
@@ -132,7 +132,7 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> It
                 next_step="choose another --out, or start over with --overwrite",
             )
         run_files(folder).remove_partials(age_s=0.0)  # left by a killed process
-        if not run_files(folder).exists(IDENTITY):
+        if stored != identity:
             write_file(folder / IDENTITY, json.dumps(identity, indent=2, ensure_ascii=False).encode())
         yield
 
@@ -246,7 +246,7 @@ def _refuse_unsafe(folder: Path) -> None:
         _refuse_unsafe(folder / LABELS_ONLY)
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, *, keep_identity: bool = False) -> None:
     """Remove the files of a run, its evaluation and its export, and nothing else.
 
     The identity is the last to go: until then the folder is known as a run, and the next command can finish a removal.
@@ -266,7 +266,8 @@ def _clear(folder: Path) -> None:
         _clear(twin)
     for empty in (BOARD, LABELS_ONLY):
         files.remove_empty(empty)
-    files.remove(IDENTITY)
+    if not keep_identity:
+        files.remove(IDENTITY)
 
 
 def check_derived(files: SafeFolder, names: Iterable[str]) -> None:
