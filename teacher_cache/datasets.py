@@ -92,7 +92,12 @@ class ImageDataset(Dataset[Batch]):
         Raises:
             DataError: an image cannot be decoded, or it changed since it was opened.
         """
-        rows = np.asarray(samples, dtype=np.int64)
+        rows = np.asarray(samples)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise TypeError(f"samples are chosen by their numbers, not by {rows.dtype}")
+        rows = rows.astype(np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"samples {rows.min()} to {rows.max()} of {len(self)}")
         return self._batch(rows)
 
     @staticmethod
@@ -194,8 +199,8 @@ class CachedDataset(ImageDataset):
         super().__init__(opened, Preprocessing(mean=mean, std=std), transform)
         if transform is not None:
             refuse_geometry(transform, self.image_size)
-        self._epoch = torch.tensor(epoch).share_memory_()  # workers that are running see `set_epoch`
-        self._is_announced = True
+        self._epoch = torch.tensor(0).share_memory_()  # workers that are running see `set_epoch`
+        self.set_epoch(epoch)
         self._held: dict[str, tuple[int, Any]] = {}
 
     @property
@@ -214,7 +219,10 @@ class CachedDataset(ImageDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Show the view of another epoch from now on, as `DistributedSampler.set_epoch` does for the order."""
-        self._epoch.fill_(operator.index(epoch))
+        number = operator.index(epoch)
+        if not 0 <= number < 1 << 62:
+            raise RecipeError("no such epoch", where="CachedDataset", expected="0 or more", found=number)
+        self._epoch.fill_(number)
         self._is_announced = True
 
     def loader(
@@ -341,6 +349,14 @@ class EpochBatches(Sampler[list[int]]):
     def __init__(
         self, data: CachedDataset, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
+        batch_size, rank, world_size, seed = map(operator.index, (batch_size, rank, world_size, seed))
+        if world_size < 1 or seed < 0:
+            raise RecipeError(
+                "a number is too small",
+                where="CachedDataset.loader",
+                expected="world_size at least 1, seed at least 0",
+                found=f"world_size={world_size}, seed={seed}",
+            )
         if batch_size < 1 or batch_size % world_size:
             raise RecipeError(
                 "the batch size does not divide among the ranks",

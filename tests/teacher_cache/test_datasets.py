@@ -236,3 +236,20 @@ def test_a_pickled_dataset_reads_the_same(cache: TeacherCache) -> None:
     restored = pickle.loads(pickle.dumps(data))
     assert restored._held == {}
     same(restored.batch([1, 2]), first)
+
+
+def test_numbers_that_make_no_sense_are_refused(cache: TeacherCache) -> None:
+    data = CachedDataset(cache)
+    for wrong in ({"world_size": 0}, {"seed": -1}):
+        with pytest.raises(RecipeError, match="too small"):
+            data.loader(16, **wrong)
+    for refused in (lambda: data.set_epoch(-1), lambda: CachedDataset(cache, epoch=-1)):
+        with pytest.raises(RecipeError, match="no such epoch"):
+            refused()
+    for rows in ([-1], [len(data)]):
+        with pytest.raises(IndexError, match=f"of {len(data)}"):
+            data.batch(rows)
+    masks: tuple[Any, ...] = (np.ones(len(data), bool), [0.5])
+    for mask in masks:
+        with pytest.raises(TypeError, match="by their numbers"):
+            data.batch(mask)

@@ -354,6 +354,17 @@ def test_a_rank_that_ends_is_an_error_of_the_others(tmp_path: Path) -> None:
     assert "RankLostError: another process of this run has ended (rank 0 of 2)" in first["error"]
 
 
+def test_ranks_with_different_settings_are_refused(components: Path, tmp_path: Path) -> None:
+    def on_rank() -> None:
+        seed = 5 * own_rank().number
+        train_student(tiny_run.recipe(components, tmp_path / "run", student=PLAIN, seed=seed))
+
+    for answer in answers_of_ranks(2, on_rank, tmp_path):
+        assert answer is not None
+        assert "RecipeError: the processes of a run have different settings (seed of ranks 0 and 1)" in answer["error"]
+    assert not (tmp_path / "run").exists()
+
+
 # Ranks, and settings that do not fit them
 
 

@@ -44,6 +44,20 @@ def check_ranks(recipe: TrainRecipe, device: torch.device) -> None:
         )
 
 
+def check_same_run(settings: dict[str, Any], ranks: Joined) -> None:
+    """Raise RecipeError on every rank if their settings differ: each would train on samples of another order."""
+    recipes = ranks.collect(settings)
+    for number, values in enumerate(recipes):
+        differing = sorted(name for name in {*recipes[0], *values} if recipes[0].get(name) != values.get(name))
+        if differing:
+            raise RecipeError(
+                "the processes of a run have different settings",
+                where=f"{', '.join(differing)} of ranks 0 and {number}",
+                expected="the same command on every rank",
+                found="; ".join(f"{name}: {recipes[0].get(name)} and {values.get(name)}" for name in differing)[:300],
+            )
+
+
 def check_batches(bounds: Sequence[tuple[int, int]], student: nn.Module, rank: Rank) -> None:
     """Raise RecipeError if a rank would have no samples of a batch, or too few for statistics of its own."""
     needed = 2 if has_batch_norm(student) and not is_synchronised(student) else 1

@@ -25,7 +25,7 @@ from train.feed import Feed
 from train.loop import EpochState, explain_failure, repeatable, train_epoch
 from train.recipe import TrainRecipe, recipe_digest
 from train.report.html import write_report
-from train.run.ranks import check_batches, check_ranks
+from train.run.ranks import check_batches, check_ranks, check_same_run
 from train.run.state import Run, command_line, draw_curves
 from train.runs import folder, trackers
 from train.runs.epoch_clock import EpochClock
@@ -67,6 +67,8 @@ def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | No
         trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
         data = open_data(recipe, device)
     try:
+        if ranks is not None:
+            check_same_run(recipe.values() | {"cache": data.identity()}, ranks)
         result = train_on(data, recipe, device, overwrite=overwrite, ranks=ranks, request=request)
     finally:
         data.targets.close()
