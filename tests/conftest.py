@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -64,3 +66,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_cuda)
         if {"server", "nodes", "browser"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.medium)
+
+
+_ALONE = "TEACHER_CACHE_TEST_ALONE"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked `alone` in a pytest process of its own.
+
+    Such tests fork processes that train, and polars, whose threads do not survive a fork, hangs in these if an earlier
+    test has used it.
+    """
+    if "alone" not in pyfuncitem.keywords or _ALONE in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    root, variables = pyfuncitem.config.rootpath, {**os.environ, _ALONE: "1"}
+    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return True

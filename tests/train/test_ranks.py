@@ -126,21 +126,25 @@ def metrics(folder: Path) -> dict[str, list[float]]:
         *[slow(case, count) for case in CASES for count in (2, 4)],
     ],
 )
+@pytest.mark.alone
 def test_ranks_train_as_one_process_does(components: Path, tmp_path: Path, case: str, count: int) -> None:
     compare(recipe(components, tmp_path, **CASES[case]), tmp_path, count)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_top_k_targets(top_k: Path, tmp_path: Path) -> None:
     compare(recipe(top_k, tmp_path, student=PLAIN, epochs=1, loss={"kind": "kd", "temperature": 1.0}), tmp_path, 2)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_fifty_steps(components: Path, tmp_path: Path) -> None:
     compare(recipe(components, tmp_path, student=PLAIN, loss=CRD, epochs=13), tmp_path, 2)
 
 
 @pytest.mark.medium
+@pytest.mark.alone
 def test_a_run_goes_on_with_another_number_of_ranks(components: Path, tmp_path: Path) -> None:
     """It is stopped inside an epoch on two ranks, then inside the next one on one, and ends on three."""
     settings = recipe(components, tmp_path, student=PLAIN, loss=CRD, batch_size=12, checkpoint_every_minutes=1e-9)
@@ -354,6 +358,7 @@ def test_a_rank_that_ends_is_an_error_of_the_others(tmp_path: Path) -> None:
     assert "RankLostError: another process of this run has ended (rank 0 of 2)" in first["error"]
 
 
+@pytest.mark.alone
 def test_ranks_with_different_settings_are_refused(components: Path, tmp_path: Path) -> None:
     def on_rank() -> None:
         seed = 5 * own_rank().number

@@ -31,6 +31,7 @@ def build(recipe: BuildRecipe) -> dict[str, Any]:
 
 
 @pytest.mark.medium
+@pytest.mark.alone
 def test_ranks_build_the_arrays_of_one_process(files: Path, tmp_path: Path) -> None:
     recipe = tiny_build.recipe(files, num_views=VIEWS, block_rows=16, out=tmp_path / "shared.zarr")
     first, second = on_ranks(2, lambda: build(recipe), tmp_path)
@@ -50,6 +51,7 @@ def test_ranks_build_the_arrays_of_one_process(files: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.medium
+@pytest.mark.alone
 def test_an_error_of_the_first_rank_ends_the_others(files: Path, tmp_path: Path) -> None:
     """Without torchrun's store: that of rank 0 ends with it."""
     recipe = tiny_build.recipe(files, out=tmp_path / "taken.zarr")
