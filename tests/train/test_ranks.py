@@ -252,6 +252,7 @@ def test_reading_a_few_blocks_at_a_time_gives_the_same_rows(
 
 
 @pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "BatchNormAct2d"])
+@pytest.mark.alone
 def test_batch_norm_over_ranks(tmp_path: Path, kind: str) -> None:
     """Outputs, gradients and running statistics in double precision, of parts of 3 and 4 samples far from zero."""
 
@@ -313,6 +314,7 @@ def test_running_statistics_become_the_mean_over_the_ranks(tmp_path: Path) -> No
     assert on_ranks(3, joined(on_rank), tmp_path) == [[[1.0, 1.0], [3.0, 3.0]]] * 3
 
 
+@pytest.mark.alone
 def test_gathered_rows_take_the_gradients_of_all_losses(tmp_path: Path) -> None:
     def on_rank(ranks: Joined) -> list[Any]:
         rows = torch.full((ranks.rank.number + 1, 2), float(ranks.rank.number), requires_grad=True)
