@@ -387,9 +387,10 @@ def check_confident(confident: float) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise RecipeError unless the temperature is positive and finite."""
-    if not 0.0 < temperature < float("inf"):
-        raise RecipeError("bad --temperature", expected="a number above 0", found=temperature)
+    """Raise RecipeError unless logits divided by the temperature are finite in float32."""
+    if not 1e-6 <= temperature <= 1e6:
+        expected = "a number above 0, from 1e-6 to 1e6"
+        raise RecipeError("bad --temperature", expected=expected, found=f"{temperature:g}")
 
 
 def sources_of(recipe: CacheRecipe) -> tuple[str, ...]:
