@@ -17,6 +17,7 @@ from typing import Any
 import polars as pl
 
 from cache_tools.errors import DataError, StorageError, printable
+from cache_tools.files import find_leftovers, remove_leftover
 from train.report.comparison import Comparison, compare
 from train.report.data import page_data
 from train.report.leaderboard import leaderboard
@@ -56,6 +57,8 @@ def write_report(runs: Sequence[Path], out: Path, *, trials: pl.DataFrame | None
     except FileExistsError as error:
         raise StorageError("cannot write: a file is where a folder should be", where=error.filename) from error
     write_file(out, render(compare(found), title).encode())
+    for leftover in find_leftovers(out.parent, f"{out.name}."):  # of a command that was killed here
+        remove_leftover(leftover)
     return out
 
 
