@@ -12,16 +12,15 @@ Every batch is made as a whole: there is no Python code per sample where a loade
 from __future__ import annotations
 
 import operator
-import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from teacher_cache.packages import claim
 
@@ -40,18 +39,24 @@ from cache_tools.preprocess import prepare, resize_and_crop  # noqa: E402
 from cache_tools.reader import TeacherCache  # noqa: E402
 from cache_tools.system.memory import free_memory  # noqa: E402
 from cache_tools.targets import ViewTargets  # noqa: E402
+from teacher_cache.batches import EpochBatches, whole_number  # noqa: E402
+from teacher_cache.transforms import Transform, refuse_geometry  # noqa: E402
 from train.evaluate.canvas import evaluation_preprocessing  # noqa: E402
-from train.feed import batch_bounds, epoch_order, pair_order  # noqa: E402
 from train.recipe.mixed import check_mixed_part  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
+# Argument → its types, and what people are told.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "cache": ((TeacherCache, str, Path), "an open TeacherCache, or a path, URL, name or fingerprint"),
+    "images": ((ImageSet,), "what open_images returns, or None to open the images of the cache"),
+    "data_dir": ((str, Path), "a path, or None"),
+    "transform": ((), "a function of uint8 tensors [B, 3, H, W], or None"),
+    "fusion": ((Fusion,), "a Fusion, or None for that of the cache"),
+}
 MEMORY_SHARE = 0.3
 """Of the free memory, for the pixels of a whole view."""
 _PIECE = 4096  # samples of a view made at once
-_TRIALS = 32  # of a transform that may be random
-_ROUNDING = 0.01  # of the range of values: a mean over pixels in another order may change a level of grey
 
 
 class ImageDataset(Dataset[Batch]):
@@ -174,9 +179,10 @@ class CachedDataset(ImageDataset):
         transform: Transform | None = None,
         fusion: Fusion | None = None,
     ) -> None:
+        _check_types(cache=cache, images=images, data_dir=data_dir, transform=transform, fusion=fusion)
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
         self.features, self._fusion = features, fusion
-        self.views = tuple(range(self.cache.num_views) if views is None else (operator.index(view) for view in views))
+        self.views = tuple(range(self.cache.num_views)) if views is None else _view_numbers(views)
         if not self.views:
             raise RecipeError(
                 "no view is chosen", where="CachedDataset(views=…)", expected="at least one", found="none"
@@ -219,11 +225,18 @@ class CachedDataset(ImageDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Show the view of another epoch from now on, as `DistributedSampler.set_epoch` does for the order."""
-        number = operator.index(epoch)
+        number = whole_number(epoch, "CachedDataset(epoch=…)")
         if not 0 <= number < 1 << 62:
-            raise RecipeError("no such epoch", where="CachedDataset", expected="0 or more", found=number)
+            raise RecipeError("no such epoch", where="CachedDataset(epoch=…)", expected="0 or more", found=number)
         self._epoch.fill_(number)
         self._is_announced = True
+
+    def start_epoch(self) -> int:
+        """Called when a pass begins: go to the next epoch, unless one was set since the last pass began."""
+        if not self._is_announced:
+            self.set_epoch(self.epoch + 1)
+        self._is_announced = False
+        return self.epoch
 
     def loader(
         self,
@@ -336,66 +349,6 @@ class CachedDataset(ImageDataset):
         return stored if data_dir is None else stored.model_copy(update={"data_dir": Path(data_dir)})
 
 
-class EpochBatches(Sampler[list[int]]):
-    """A batch sampler: the batches of an epoch of `train-student`, a function of (seed, epoch, batch size) alone.
-
-    The last batch may be short; a single sample left over is left out. In views that mix images the two of a pair are
-    in one batch.
-
-    Args:
-        batch_size: over all ranks together.
-    """
-
-    def __init__(
-        self, data: CachedDataset, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
-        batch_size, rank, world_size, seed = map(operator.index, (batch_size, rank, world_size, seed))
-        if world_size < 1 or seed < 0:
-            raise RecipeError(
-                "a number is too small",
-                where="CachedDataset.loader",
-                expected="world_size at least 1, seed at least 0",
-                found=f"world_size={world_size}, seed={seed}",
-            )
-        if batch_size < 1 or batch_size % world_size:
-            raise RecipeError(
-                "the batch size does not divide among the ranks",
-                where="CachedDataset.loader",
-                expected=f"a positive multiple of {world_size}",
-                found=batch_size,
-            )
-        if not 0 <= rank < world_size:
-            raise RecipeError(
-                "no such rank", where="CachedDataset.loader", expected=f"0 to {world_size - 1}", found=rank
-            )
-        self._data, self._seed, self._rank, self._world_size = data, seed, rank, world_size
-        bounds = batch_bounds(len(data), batch_size)
-        self._bounds = [(start, stop) for start, stop in bounds if stop - start >= world_size]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass this epoch, and show its view."""
-        self._data.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self._bounds)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        # Lazily: a loader with workers asks for an iterator twice and uses one.
-        data = self._data
-        if not data._is_announced:
-            data.set_epoch(data.epoch + 1)
-        data._is_announced = False
-        order = self._order(data.epoch, data.view)
-        for start, stop in self._bounds:
-            yield order[start:stop].tensor_split(self._world_size)[self._rank].tolist()
-
-    def _order(self, epoch: int, view: int) -> torch.Tensor:
-        views = self._data.cache.recipe.views
-        if views.mixes(view):
-            return pair_order(torch.from_numpy(views.pairs(view)), self._seed, epoch)
-        return epoch_order(len(self._data), self._seed, epoch)
-
-
 class Rows(Sequence[Batch]):
     """A batch that is also a sequence of items, for collate functions that want these."""
 
@@ -417,65 +370,25 @@ class Rows(Sequence[Batch]):
         return {name: rows[row] for name, rows in self.batch.items()}
 
 
-def refuse_geometry(transform: Transform, image_size: tuple[int, int]) -> None:
-    """Raise RecipeError if a transform moves, cuts, resizes or erases pixels.
-
-    It is applied to random pixels and to the same ones in another order, with the same random numbers. A transform of
-    colours gives the same result in that other order; a flip, crop, rotation, blur or erasing does not.
-
-    Args:
-        image_size: (height, width) of the views.
-    """
-    height, width = image_size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2, 3, height, width), generator=generator, dtype=torch.uint8)
-    order = torch.randperm(height * width, generator=generator)
-    moved = pixels.flatten(2)[:, :, order].view_as(pixels)
-    for seed in range(_TRIALS):
-        results = [_transformed(transform, each, seed) for each in (pixels, moved)]
-        shapes = [tuple(each.shape) for each in results]
-        if any(len(shape) != 4 or shape[0] != 2 or shape[2:] != (height, width) for shape in shapes):
-            raise _moves_pixels("its result has another size", f"[2, …, {height}, {width}]", str([*shapes[0]]))
-        expected = results[0].flatten(2)[:, :, order].reshape(results[0].shape)
-        difference = (results[1].double() - expected.double()).abs().amax()
-        if not difference <= _ROUNDING * (expected.amax() - expected.amin()).abs():
-            raise _moves_pixels("pixels are not where they were", "colours may change, places may not", "other places")
-
-
-def _moves_pixels(what: str, expected: str, found: str) -> RecipeError:
-    return RecipeError(
-        f"the transform would show other pixels than the teachers saw: {what}",
-        where="CachedDataset(transform=…)",
-        expected=expected,
-        found=found,
-        next_step="leave crops, flips, resizing and erasing to the views of the cache (views.ops of its recipe)",
-    )
-
-
-def _transformed(transform: Transform, pixels_NCHW_u8: torch.Tensor, seed: int) -> torch.Tensor:
-    """The result with these random numbers. The generators of torch, NumPy and Python are as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (transforms use the old generator)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            random.seed(seed)
-            result: object = transform(pixels_NCHW_u8.clone())
-    except Exception as error:
+def _view_numbers(views: object) -> tuple[int, ...]:
+    where = "CachedDataset(views=…)"
+    if isinstance(views, str) or not isinstance(views, Iterable):
         raise RecipeError(
-            "the transform cannot be applied to a batch of views",
-            where="CachedDataset(transform=…)",
-            expected="a function of uint8 tensors [B, 3, H, W], such as those of torchvision.transforms.v2",
-            found=f"{type(error).__name__}: {error}",
-        ) from error
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-    if not isinstance(result, torch.Tensor):
-        raise RecipeError(
-            "the transform does not give a tensor",
-            where="CachedDataset(transform=…)",
-            expected="a tensor [B, …, H, W]",
-            found=type(result).__name__,
+            "views are chosen by their numbers",
+            where=where,
+            expected="a list of numbers, such as [0, 1, 2], or None for all views",
+            found=repr(views),
         )
-    return result
+    return tuple(whole_number(view, where) for view in views)
+
+
+def _check_types(**arguments: object) -> None:
+    """Raise RecipeError for an argument of another type, before the work starts."""
+    for name, value in arguments.items():
+        kinds, expected = _TYPES[name]
+        is_right = callable(value) if name == "transform" else isinstance(value, kinds)
+        if (value is not None and not is_right) or (value is None and name == "cache"):
+            found = f"{type(value).__name__}: {value!r}"
+            raise RecipeError(
+                "an argument of another type", where=f"CachedDataset({name}=…)", expected=expected, found=found
+            )

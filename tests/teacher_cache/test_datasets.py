@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> TeacherCache:
     return TeacherCache.open(tiny_run.write_cache(tmp_path_factory.mktemp("cache") / "tiny.zarr", pictures))
+
+
+class OwnGenerator:
+    """A transform whose random numbers are not those of torch, NumPy and Python."""
+
+    def __init__(self, change: Callable[[torch.Tensor, float], torch.Tensor]) -> None:
+        self.change, self.generator = change, torch.Generator()
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.change(pixels, float(torch.rand((), generator=self.generator)))
+
+
+def seed(transform: Any) -> None:
+    torch.manual_seed(1)
+    if isinstance(transform, OwnGenerator):
+        transform.generator.manual_seed(1)
 
 
 def in_memory(images: ImageSet) -> ImageSet:
@@ -185,25 +202,27 @@ def test_test_images_are_prepared_as_train_student_does(cache: TeacherCache) -> 
         v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
         v2.RandomGrayscale(0.5),
         torch.nn.Identity(),
+        OwnGenerator(lambda pixels, chance: (pixels * chance).to(torch.uint8)),
     ],
 )
 def test_transforms_of_colours_are_allowed(cache: TeacherCache, transform: Any) -> None:
     data = CachedDataset(cache, transform=transform)
     pixels = data.cache.recipe.views.apply(torch.from_numpy(data.images.load(np.array([4]))), [4], 0)
-    torch.manual_seed(1)
+    seed(transform)
     given = data.batch([4])["pixel_values"]
-    torch.manual_seed(1)
+    seed(transform)
     assert torch.equal(given, transform(pixels))
 
 
 @pytest.mark.parametrize(
     ("transform", "problem"),
     [
-        (v2.RandomHorizontalFlip(), "pixels are not where they were"),
-        (v2.RandomCrop(16, padding=2), "pixels are not where they were"),
-        (v2.RandomErasing(p=0.2), "pixels are not where they were"),
-        (v2.GaussianBlur(3), "pixels are not where they were"),
-        (v2.RandomRotation(5), "pixels are not where they were"),
+        (v2.RandomHorizontalFlip(), "pixels of one colour"),
+        (v2.RandomCrop(16, padding=2), "pixels of one colour"),
+        (v2.RandomErasing(p=0.2), "pixels of one colour"),
+        (v2.GaussianBlur(3), "pixels of one colour"),
+        (v2.RandomRotation(5), "pixels of one colour"),
+        (OwnGenerator(lambda pixels, chance: pixels.flip(3) if chance < 0.5 else pixels), "pixels of one colour"),
         (v2.Resize(20), "another size.*found .2, 3, 20, 20."),
         (v2.ToPILImage(), "cannot be applied to a batch"),
         (lambda pixels: None, "does not give a tensor.*found NoneType"),
@@ -253,3 +272,30 @@ def test_numbers_that_make_no_sense_are_refused(cache: TeacherCache) -> None:
     for mask in masks:
         with pytest.raises(TypeError, match="by their numbers"):
             data.batch(mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"views": 3}, r"views are chosen by their numbers .*views=.*found 3"),
+        ({"views": "01"}, "views are chosen by their numbers"),
+        ({"views": [0.0]}, "not a whole number .*views=.*found 0.0"),
+        ({"epoch": None}, "not a whole number .*epoch=.*found None"),
+        ({"images": "train"}, "another type .*images=.*expected what open_images returns.*found str: 'train'"),
+        ({"data_dir": 3}, "another type .*data_dir="),
+        ({"transform": 3}, "another type .*transform=.*expected a function"),
+        ({"fusion": 0.5}, "another type .*fusion="),
+    ],
+)
+def test_arguments_of_other_types_are_refused(cache: TeacherCache, arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        CachedDataset(cache, **arguments)
+
+
+def test_sizes_of_other_types_are_refused(cache: TeacherCache) -> None:
+    data: Any = CachedDataset(cache)
+    for arguments in ({"batch_size": 2.5}, {"batch_size": 16, "seed": None}, {"batch_size": 16, "rank": True}):
+        with pytest.raises(RecipeError, match=r"not a whole number .*CachedDataset\.loader"):
+            data.loader(**arguments)
+    with pytest.raises(RecipeError, match=r"another type .*cache="):
+        CachedDataset(None)  # type: ignore[arg-type]
