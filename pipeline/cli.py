@@ -29,7 +29,7 @@ from train.options import (
 
 if TYPE_CHECKING:
     from cache_tools.format.manifest import Manifest
-    from cache_tools.images.check import SplitsCheck
+    from cache_tools.images.check import PictureSizes, SplitsCheck
     from pipeline.build.multilabel_preflight import MultiLabelPreflight
     from pipeline.build.preflight import Preflight
     from pipeline.recipe import BuildRecipe
@@ -205,14 +205,16 @@ def _check_images(recipe: BuildRecipe, as_json: bool) -> None:
     """Print one table of every file that is not a sound image, and fail if a build would."""
     from cache_tools.errors import DataError
     from cache_tools.images import open_images
-    from cache_tools.images.check import check_new_images, check_splits
+    from cache_tools.images.check import check_new_images, check_splits, picture_sizes
     from cache_tools.units import counted
 
     dataset = recipe.dataset.model_copy(update={"on_bad_image": "error"})
     splits = [open_images(dataset, split) for split in (None, *dataset.test_splits)]
     found = check_splits(*splits)
+    view = recipe.views.crop_size or splits[0].image_size
+    sizes = picture_sizes(splits, view)
     if as_json:
-        print(json.dumps(found._asdict()))
+        print(json.dumps(found._asdict() | {"sizes": None if sizes is None else sizes._asdict()}))
     elif not found.images:
         print_line(f"{dataset.name} has no image files: nothing to check")
         return
@@ -228,6 +230,19 @@ def _check_images(recipe: BuildRecipe, as_json: bool) -> None:
         check_new_images(*splits)  # class folders, and values whose range no image shows
     if not as_json:
         print_line(f"{counted(found.images - len(found.damaged), 'sound image')}")
+        if sizes is not None:
+            print_line(_about_sizes(sizes, view))
+
+
+def _about_sizes(sizes: PictureSizes, view: tuple[int, int]) -> str:
+    from cache_tools.units import counted, human_bytes
+
+    smallest, median, largest = sizes.shorter_sides
+    return (
+        f"shorter sides of {smallest:,} to {largest:,} pixels, median {median:,}; {human_bytes(sizes.decoded_bytes)} "
+        f"decoded; {counted(sizes.enlarged, 'image')} ({sizes.enlarged / sizes.images:.0%}) smaller than the views of "
+        f"{view[0]} × {view[1]}, and enlarged for them"
+    )
 
 
 def _print_bad_files(found: SplitsCheck) -> None:

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 
 from cache_tools.config import Frozen
 from cache_tools.console import Progress, device_name, resolve_device
+from cache_tools.decoding.packing import option_size, packed_bytes
 from cache_tools.decoding.service import service_for
 from cache_tools.format.arrays import constant_shapes, target_arrays
 from cache_tools.format.recipe import Preprocessing
 from cache_tools.images import open_images
+from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import ImageSet
 from cache_tools.preprocess import prepare
 from cache_tools.refusion import MATCH_SAMPLES
@@ -72,6 +74,7 @@ class Plan(Frozen):
         networks: that compute the targets, such as `teacher and CLIP`.
         bytes: of all arrays, uncompressed; float16 targets hardly compress.
         bytes_free: on the disk of the destination.
+        pixel_bytes: of the decoded images, in memory or in a pixel file of `train-student`; None for images in memory.
         loaded_per_s: images per second and view of reading and decoding; None for images in memory.
         computed_per_s: images per second from pixels to targets, through views, teachers and CLIPs.
         targets_per_s: images per second of the build, which loads and computes.
@@ -94,6 +97,7 @@ class Plan(Frozen):
     views: int
     bytes: int
     bytes_free: int
+    pixel_bytes: int | None = None
     loaded_per_s: float | None = None
     computed_per_s: float
     targets_per_s: float
@@ -124,8 +128,13 @@ class Plan(Frozen):
         if self.prompts:
             checks = f" and checks on {self.checked:,} images" if self.checked else ""
             lines.append(f"{duration(self.setup_s)} of it for {self.prompts:,} prompts{checks}")
+        lines.append(f"{human_bytes(self.bytes)} to store, {human_bytes(self.bytes_free)} free")
+        if self.pixel_bytes is not None:
+            lines.append(
+                f"{human_bytes(self.pixel_bytes)} of memory for the decoded images in training, or of disk with "
+                f"train-student --pixel-disk {option_size(self.pixel_bytes)}"
+            )
         lines += [
-            f"{human_bytes(self.bytes)} to store, {human_bytes(self.bytes_free)} free",
             f"{self.student}: {self.student_per_s:,.1f} images/s of training; an epoch from the cache is "
             f"{self.speedup:.2f} times as fast as with live teachers",
         ]
@@ -201,6 +210,9 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         views=recipe.num_views,
         bytes=rows * row_bytes + constants + 24 * len(images),
         bytes_free=_bytes_free(destination(recipe, identity.fingerprint).path),
+        pixel_bytes=packed_bytes(images, canvases=recipe.views.box_op is None)
+        if isinstance(images, EncodedImages)
+        else None,
         loaded_per_s=1 / loading.mean_s if loading.mean_s else None,
         computed_per_s=1 / computing.mean_s,
         targets_per_s=1 / targets.mean_s,

@@ -43,6 +43,9 @@ class PackedImages(EncodedImages):
     def name_of(self, sample: int) -> str:
         return self.source.name_of(sample)
 
+    def header_sizes(self) -> np.ndarray | None:
+        return self.source.header_sizes()
+
     def load(self, index: np.ndarray | slice) -> np.ndarray:
         if not self.canvases:
             return self.source.load(index)

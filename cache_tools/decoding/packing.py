@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -31,9 +30,10 @@ from cache_tools.decoding.pixel_file import (
     write_pixel_file,
 )
 from cache_tools.decoding.service import load_canvases
-from cache_tools.errors import FormatError
+from cache_tools.errors import DataError, FormatError
 from cache_tools.images.encoded import EncodedImages
-from cache_tools.images.formats import decoder_versions, register_decoders
+from cache_tools.images.formats import decoder_versions
+from cache_tools.images.headers import image_size
 from cache_tools.images.index import PROGRESS_FROM_FILES, num_workers
 from cache_tools.units import human_bytes
 
@@ -123,7 +123,7 @@ def pack_in_memory(images: EncodedImages) -> PackedImages | None:
 
 
 def packed_bytes(images: EncodedImages, *, canvases: bool) -> int:
-    """The size of a pixel file; for pictures of their own sizes it is estimated from the headers of a few."""
+    """The size of a pixel file; for pictures of their own sizes without an index, estimated from a few headers."""
     rows = unique_rows(images.keys)
     height, width = images.image_size
     of_pixels = 3 * height * width * len(rows) if canvases else _bytes_of_pictures(images, rows)
@@ -208,17 +208,21 @@ def _taken(name: str) -> int:
 
 
 def _bytes_of_pictures(images: EncodedImages, rows: npt.NDArray[np.int64]) -> int:
-    """Bytes of decoded pictures, from the headers of evenly spaced ones; rather too many than too few."""
-    from PIL import Image
+    """Bytes of decoded pictures: by the index if it knows all sizes, else from the headers of evenly spaced ones.
+
+    An estimate is rather too large than too small.
+    """
+    known = images.header_sizes()
+    if known is not None and (known[rows] > 0).all():
+        return int(3 * known[rows].astype(np.float64).prod(axis=1).sum())  # an index that came along may say anything
 
     def size(row: int) -> int:
         try:
-            with Image.open(io.BytesIO(images.read(row))) as picture:
-                return 3 * picture.width * picture.height
-        except Exception:  # decoding it reports what is wrong
+            height, width = image_size(images.read(row))
+        except DataError:  # decoding it reports what is wrong
             return 0
+        return 3 * height * width
 
-    register_decoders()
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _SAMPLED).round().astype(np.int64))]
     with ThreadPoolExecutor(num_workers()) as pool:
         sizes = np.array(list(pool.map(size, chosen.tolist())))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -86,6 +86,40 @@ class SplitsCheck(NamedTuple):
     images: int
     damaged: dict[str, str]
     left_out: dict[str, str]
+
+
+class PictureSizes(NamedTuple):
+    """The sizes of pictures, as their headers say.
+
+    Attributes:
+        images: whose sizes an index knows.
+        shorter_sides: the smallest, the median and the largest.
+        enlarged: number of images that are smaller than a view in height or width.
+        decoded_bytes: of all these pictures, decoded.
+    """
+
+    images: int
+    shorter_sides: tuple[int, int, int]
+    enlarged: int
+    decoded_bytes: int
+
+
+def picture_sizes(splits: Iterable[ImageSet], view: tuple[int, int]) -> PictureSizes | None:
+    """The sizes of the pictures of these splits, without reading any; None if no index knows a size.
+
+    Args:
+        view: (height, width) that is made of the pictures.
+    """
+    tables = [images.header_sizes() for images in splits if isinstance(images, EncodedImages)]
+    known = [table[(table > 0).all(axis=1)].astype(np.int64) for table in tables if table is not None]
+    if not any(map(len, known)):
+        return None
+    sizes = np.concatenate(known)
+    shorter = sizes.min(axis=1)
+    smallest, median, largest = (int(side) for side in np.quantile(shorter, (0.0, 0.5, 1.0)))
+    enlarged = int((sizes < view).any(axis=1).sum())
+    decoded = int(3 * sizes.astype(np.float64).prod(axis=1).sum())
+    return PictureSizes(len(sizes), (smallest, median, largest), enlarged, decoded)
 
 
 def check_splits(*splits: ImageSet) -> SplitsCheck:

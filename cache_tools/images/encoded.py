@@ -50,6 +50,13 @@ class EncodedImages(ImageSet):
         """The whole path of one image, for messages."""
         return f"{self.summary.root}/{self.name_of(sample)}"
 
+    def header_sizes(self) -> np.ndarray | None:
+        """The (height, width) of each image as its header says, before it is turned upright, int32 [N, 2].
+
+        An index has them, so that no image is read; zeros are unknown. None for sources without an index.
+        """
+        return None
+
     def source_of(self, sample: int) -> str | bytes:
         """What another process reads one image from: the path of its file, or its bytes.
 

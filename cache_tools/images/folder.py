@@ -28,9 +28,14 @@ from cache_tools.system.arguments import expand_user
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FolderImages(EncodedImages):
-    """A split whose images are files."""
+    """A split whose images are files.
+
+    Attributes:
+        sizes: int32 [N, 2], `header_sizes`.
+    """
 
     files: FileColumn
+    sizes: np.ndarray
 
     def read(self, sample: int) -> bytes:
         return read_image(self.files[sample])
@@ -41,11 +46,14 @@ class FolderImages(EncodedImages):
     def name_of(self, sample: int) -> str:
         return os.path.relpath(self.files[sample], self.summary.root)
 
+    def header_sizes(self) -> np.ndarray:
+        return self.sizes
+
     def place_of(self, sample: int) -> str:
         return str(self.files[sample])
 
     def _fields_at(self, rows: slice | np.ndarray) -> dict[str, Any]:
-        return {"files": self.files[rows]}
+        return {"files": self.files[rows], "sizes": self.sizes[rows]}
 
 
 def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
@@ -74,6 +82,7 @@ def open_folder(recipe: DatasetRecipe, split: str) -> FolderImages:
         class_names=scan.class_names,
         labels=scan.labels,
         keys=scan.keys,
+        sizes=scan.sizes,
         image_size=(size, size),
         files=scan.files,
         rules=PixelRules(recipe.background_colour, recipe.value_range),
@@ -105,14 +114,15 @@ def _open_labelled(recipe: DatasetRecipe, file: Path, split: str) -> FolderImage
         )
     order = table.class_names if recipe.class_order == "sorted" else arrange(table.class_names, recipe.class_order)
     places = [table.class_names.index(name) for name in order]
-    files, keys, summary = scan_listed(root, table.paths, table_file)
+    files, contents, summary = scan_listed(root, table.paths, table_file)
     size = recipe.image_size or DEFAULT_IMAGE_SIZE
     return FolderImages(
         name=recipe.name,
         split=split,
         class_names=order,
         labels=np.ascontiguousarray(table.labels[:, places]),
-        keys=keys,
+        keys=contents.keys,
+        sizes=contents.sizes,
         image_size=(size, size),
         files=files,
         rules=PixelRules(recipe.background_colour, recipe.value_range),

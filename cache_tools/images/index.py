@@ -1,4 +1,5 @@
-"""The index of a folder: its image files as columns, and their content keys, stored so that only new files are read.
+"""The index of a folder: its image files as columns, with their content keys and sizes, stored so that only new files
+are read.
 
 A file is known if its path, its size and its times of modification and of change are those of the stored index. Times
 that are too young to tell two writes apart are not stored, so a file that is still being written is read again.
@@ -23,6 +24,7 @@ from cache_tools.console import Progress
 from cache_tools.errors import DataError, FormatError, UnsafeFileError
 from cache_tools.files import SafeFolder, cache_home
 from cache_tools.images.formats import CAMERA_RAW, EXTENSIONS, HEAD_BYTES, identify, is_decodable, no_decoder
+from cache_tools.images.headers import image_size
 from cache_tools.images.image_set import KEY_BYTES, sample_key
 from cache_tools.system.ranks import own_rank
 
@@ -33,6 +35,7 @@ FOLDER = "indexes"  # in the cache home
 PROGRESS_FROM_FILES = 5000
 INDEXED_FROM_FILES = 1000  # to hash fewer takes less time than to import polars
 _VERSION = 1  # of the stored columns
+_SIZES = ("height", "width")
 YOUNG_NS = 2_000_000_000  # the coarsest time of change that file systems in use have (FAT), and some skew of clocks
 _MAX_BYTES = 4 << 30  # of a stored index
 _INT64 = (1 << 63) - 1
@@ -132,15 +135,18 @@ class Contents(NamedTuple):
 
     Attributes:
         keys: uint8 [N, 16], content keys; zeros where the file is no sample.
+        sizes: int32 [N, 2], height and width as the headers say, before a picture is turned upright; zeros where the
+            header cannot be read, or where an index of an older version has none.
         reasons: row → why the file is no sample.
     """
 
     keys: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int32]
     reasons: dict[int, str]
 
 
 def examine(found: FoundFiles, *, kind: str) -> Contents:
-    """Which of the files are images, and their content keys. Reads only what the stored index does not know.
+    """Which of the files are images, their content keys and sizes. Reads only what the stored index does not know.
 
     Args:
         kind: of walk; each kind has an index of its own.
@@ -148,7 +154,7 @@ def examine(found: FoundFiles, *, kind: str) -> Contents:
     path = cache_home() / FOLDER / f"{_digest(found.root, kind)}.parquet"
     is_indexed = len(found.paths) >= INDEXED_FROM_FILES
     stored = _load(path) if is_indexed else None
-    keys, formats = _look_up(found, stored)
+    keys, sizes, formats = _look_up(found, stored)
     new = [row for row, name in enumerate(formats) if name is None]
     reasons: dict[int, str] = {}
     for row, content in zip(new, _read(found, new), strict=True):
@@ -156,11 +162,12 @@ def examine(found: FoundFiles, *, kind: str) -> Contents:
             reasons[row] = content.reason
         else:
             keys[row] = np.frombuffer(content.key, np.uint8)
+            sizes[row] = content.size
             formats[row] = content.format
     added = any(formats[row] is not None for row in new)
     if is_indexed and (added or (0 if stored is None else len(stored)) != len(found.paths) - len(new)):
-        _store(path, found, keys, formats)
-    return Contents(keys, reasons)
+        _store(path, found, keys, sizes, formats)
+    return Contents(keys, sizes, reasons)
 
 
 def read_image(path: Path) -> bytes:
@@ -208,7 +215,7 @@ def num_workers() -> int:
 
 
 class _Content(NamedTuple):
-    """What a file holds: the key and format of an image, or the reason to leave it out.
+    """What a file holds: the key, format and size of an image, or the reason to leave it out.
 
     `format` is None for a file that promises an image and holds none: a check of the images names it, and it is read
     again the next time.
@@ -217,6 +224,7 @@ class _Content(NamedTuple):
     key: bytes = b""
     format: str | None = None
     reason: str | None = None
+    size: tuple[int, int] = (0, 0)
 
 
 def _read(found: FoundFiles, rows: Sequence[int]) -> Iterator[_Content]:
@@ -255,7 +263,7 @@ def _examine_file(path: Path) -> _Content:
         return _Content(sample_key(data))
     if not is_decodable(content.name):
         return _Content(reason=no_decoder(content.name))
-    return _Content(sample_key(data), content.name)
+    return _Content(sample_key(data), content.name, size=image_size(data))
 
 
 def _is_image_name(name: str) -> bool:
@@ -281,27 +289,32 @@ def _schema() -> dict[str, pl.DataType]:
     import polars as pl
 
     times = ("size", "modified_ns", "changed_ns")
-    return {"path": pl.Binary(), **{name: pl.Int64() for name in times}, "format": pl.String(), "key": pl.Binary()}
+    texts = {"format": pl.String(), "key": pl.Binary()}
+    return {"path": pl.Binary(), **{name: pl.Int64() for name in times}, **texts, **dict.fromkeys(_SIZES, pl.Int32())}
 
 
 def _load(path: Path) -> pl.DataFrame | None:
-    """The stored index; None if there is none that can be used."""
+    """The stored index; None if there is none that can be used. Sizes are zeros in one of an older version."""
     import polars as pl
 
     try:
         stored = pl.read_parquet(io.BytesIO(_folder(path).read_bytes(path.name, _MAX_BYTES)))
     except (OSError, FormatError, pl.exceptions.PolarsError):
         return None
+    if not set(_SIZES) & set(stored.columns):
+        stored = stored.with_columns(pl.lit(0, pl.Int32).alias(name) for name in _SIZES)
     whole = dict(stored.schema) == _schema() and not any(stored.null_count().row(0))
     whole = whole and bool((stored["key"].bin.size() == KEY_BYTES).all()) and not stored["path"].is_duplicated().any()
     return stored if whole else None
 
 
-def _look_up(found: FoundFiles, stored: pl.DataFrame | None) -> tuple[npt.NDArray[np.uint8], list[str | None]]:
-    """Keys and formats of the files that the index knows; zeros and None for the others."""
-    keys = np.zeros((len(found.paths), KEY_BYTES), np.uint8)
+def _look_up(
+    found: FoundFiles, stored: pl.DataFrame | None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32], list[str | None]]:
+    """Keys, sizes and formats of the files that the index knows; zeros and None for the others."""
+    keys, sizes = np.zeros((len(found.paths), KEY_BYTES), np.uint8), np.zeros((len(found.paths), 2), np.int32)
     if stored is None or not len(stored) or not found.paths:
-        return keys, [None] * len(found.paths)
+        return keys, sizes, [None] * len(found.paths)
     import polars as pl
 
     decodable = [name for name in stored["format"].unique().to_list() if is_decodable(name)]
@@ -311,15 +324,25 @@ def _look_up(found: FoundFiles, stored: pl.DataFrame | None) -> tuple[npt.NDArra
     known = joined["key"].is_not_null().to_numpy()
     packed = b"".join(joined["key"].drop_nulls().to_list())
     keys[known] = np.frombuffer(packed, np.uint8).reshape(-1, KEY_BYTES)
-    return keys, joined["format"].to_list()
+    for axis, name in enumerate(_SIZES):
+        sizes[:, axis] = joined[name].fill_null(0).clip(0).to_numpy()
+    return keys, sizes, joined["format"].to_list()
 
 
-def _store(path: Path, found: FoundFiles, keys: npt.NDArray[np.uint8], formats: Sequence[str | None]) -> None:
+def _store(
+    path: Path,
+    found: FoundFiles,
+    keys: npt.NDArray[np.uint8],
+    sizes: npt.NDArray[np.int32],
+    formats: Sequence[str | None],
+) -> None:
     """Replace the stored index; without a writable home, or with a link in its place, do nothing."""
     import polars as pl
 
     table = _columns(found).with_columns(
-        pl.Series("format", formats, pl.String), pl.Series("key", [key.tobytes() for key in keys], pl.Binary)
+        pl.Series("format", formats, pl.String),
+        pl.Series("key", [key.tobytes() for key in keys], pl.Binary),
+        *(pl.Series(name, sizes[:, axis]) for axis, name in enumerate(_SIZES)),
     )
     table = table.filter(pl.col("changed_ns") < time.time_ns() - YOUNG_NS).drop_nulls("format")
     buffer = io.BytesIO()

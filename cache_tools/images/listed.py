@@ -86,6 +86,7 @@ def listed_images(
         class_names=class_names,
         labels=labels,
         keys=contents.keys,
+        sizes=contents.sizes,
         image_size=(size, size),
         files=FileColumn.of(root, paths),
         rules=PixelRules(recipe.background_colour, recipe.value_range),

@@ -28,6 +28,7 @@ from cache_tools.images.decode import PixelRules, decode_picture, whole_images_o
 from cache_tools.images.encoded import EncodedImages, check_unchanged
 from cache_tools.images.folder import FolderImages
 from cache_tools.images.formats import EXTENSIONS, HEAD_BYTES, identify
+from cache_tools.images.headers import image_size
 from cache_tools.images.hf_layout import find_hf_files
 from cache_tools.images.image_set import sample_key
 from cache_tools.images.index import num_workers
@@ -35,7 +36,7 @@ from cache_tools.images.kinds import source_at
 from cache_tools.images.own_folder import TEST_NAMES, TRAIN_NAMES, read_own_folder
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.images.shard_files import CLASSES, PACK_INDEX, PACK_RECORD
-from cache_tools.images.tar_samples import Samples, image_size
+from cache_tools.images.tar_samples import Samples
 from cache_tools.images.webdataset import as_table
 from cache_tools.system.arguments import expand_user
 

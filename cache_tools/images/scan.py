@@ -20,7 +20,7 @@ from cache_tools.images.class_names import (
     has_control_character,
     names_that_look_the_same,
 )
-from cache_tools.images.index import UNKNOWN, FileColumn, FileState, FoundFiles, examine, reason_to_leave_out
+from cache_tools.images.index import UNKNOWN, Contents, FileColumn, FileState, FoundFiles, examine, reason_to_leave_out
 from cache_tools.images.result_folders import RESULT_FOLDERS, result_folder_kind
 from cache_tools.images.summary import HIDDEN, FolderSummary, by_reason, some_names
 
@@ -41,12 +41,14 @@ class Scan:
     Attributes:
         labels: int64 [N].
         keys: uint8 [N, 16].
+        sizes: int32 [N, 2], as `Contents` has them.
     """
 
     class_names: Names
     files: FileColumn
     labels: npt.NDArray[np.int64]
     keys: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int32]
     summary: FolderSummary
 
 
@@ -111,12 +113,11 @@ def scan_folder(
     else:
         order = np.argsort(labels, kind="stable")  # within a class they are sorted
     files = FileColumn.of(root, (paths[row] for row in order.tolist()))
-    return Scan(class_names, files, labels[order], contents.keys[rows[order]], summary)
+    chosen = rows[order]
+    return Scan(class_names, files, labels[order], contents.keys[chosen], contents.sizes[chosen], summary)
 
 
-def scan_listed(
-    root: Path, paths: Sequence[str], table: Path
-) -> tuple[FileColumn, npt.NDArray[np.uint8], FolderSummary]:
+def scan_listed(root: Path, paths: Sequence[str], table: Path) -> tuple[FileColumn, Contents, FolderSummary]:
     """Hash the images that a table of labels lists. All other files below the root are left out.
 
     Args:
@@ -137,7 +138,7 @@ def scan_listed(
         path: reason or reason_to_leave_out(root / path) or UNLISTED
         for path, reason in sorted(others.items(), key=lambda one: _sort_key(one[0]))
     }
-    return FileColumn.of(root, paths), contents.keys, FolderSummary(root=root, images=len(paths), left_out=left_out)
+    return FileColumn.of(root, paths), contents, FolderSummary(root=root, images=len(paths), left_out=left_out)
 
 
 def _sort_key(path: str) -> str:

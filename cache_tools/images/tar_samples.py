@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from typing import Any, BinaryIO
 from cache_tools.config.text import parse_json
 from cache_tools.errors import DataError
 from cache_tools.images.class_names import listed
-from cache_tools.images.formats import EXTENSIONS, register_decoders
+from cache_tools.images.formats import EXTENSIONS
+from cache_tools.images.headers import image_size
 from cache_tools.images.image_set import sample_key
 from cache_tools.images.labels import LABEL_COLUMNS
 
@@ -71,18 +71,6 @@ def read_samples(
     for members in _groups(file, size, where, found):
         _add(found, members, file, where, image, label)
     return found
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) as the header of an image says, before it is turned upright; (0, 0) if it cannot be read."""
-    from PIL import Image
-
-    register_decoders()
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return opened.height, opened.width
-    except Exception:  # decoders raise almost any exception on damaged bytes
-        return 0, 0
 
 
 def split_name(name: str) -> tuple[str, str]:

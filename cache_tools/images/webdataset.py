@@ -61,7 +61,7 @@ class ShardImages(EncodedImages):
 
     Attributes:
         shards: reads them.
-        columns: a row per sample: `name`, `shard` (its number), `offset` and `size` in bytes.
+        columns: a row per sample: `name`, `shard` (its number), `offset` and `size` in bytes, `height` and `width`.
         reduced: (longest side, JPEG quality) of images that were made smaller when they were packed.
     """
 
@@ -75,6 +75,9 @@ class ShardImages(EncodedImages):
         if not data:
             raise DataError("not an image", where=self.place_of(sample), found="an empty file")
         return data
+
+    def header_sizes(self) -> np.ndarray:
+        return self.columns.select("height", "width").to_numpy()
 
     def place_of(self, sample: int) -> str:
         return f"{self.shards.place.folder}/{self.name_of(sample)}"
@@ -132,7 +135,7 @@ def open_webdataset(recipe: DatasetRecipe, split: str) -> ShardImages:
         rules=PixelRules(recipe.background_colour, recipe.value_range),
         summary=FolderSummary(root, len(table), left_out=left_out),
         shards=ShardReader(place, shards),
-        columns=table.select("name", "shard", "offset", "size").rechunk(),
+        columns=table.select("name", "shard", "offset", "size", "height", "width").rechunk(),
         reduced=pack_record(place).get("reduced"),
     )
 

@@ -154,6 +154,22 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, reads: Reads, damage: str
         assert reads == ["notes.txt"]
 
 
+def test_sizes_are_stored_and_an_index_without_them_is_still_used(tmp_path: Path, reads: Reads) -> None:
+    root = make_folder(tmp_path)
+    Image.new("RGB", (30, 20)).save(root / "train/a/wide.jpg")
+    first = opened(root)
+    sizes = {path.name: tuple(size) for path, size in zip(first.files, first.header_sizes().tolist(), strict=True)}
+    assert sizes == {"wide.jpg": (20, 30)} | {f"{number}.png": (8, 8) for number in range(6)}
+    reads.clear()
+    np.testing.assert_array_equal(opened(root).header_sizes(), first.sizes)
+    [path] = (cache_home() / index.FOLDER).iterdir()
+    pl.read_parquet(path).drop("height", "width").write_parquet(path)  # as version 0.1 wrote it
+    without = opened(root)
+    assert keys_of(without) == keys_of(first)
+    assert not without.sizes.any()
+    assert reads == ["notes.txt"] * 2
+
+
 def test_without_a_writable_home_every_file_is_read(tmp_path: Path, reads: Reads, home: Path) -> None:
     home.write_text("a file where the home should be")
     root = make_folder(tmp_path)

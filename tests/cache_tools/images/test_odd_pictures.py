@@ -17,8 +17,15 @@ from typer.testing import CliRunner
 
 from cache_tools.errors import DataError
 from cache_tools.images import check, open_images
-from cache_tools.images.check import check_new_images, check_splits, frame_notes
+from cache_tools.images.check import (
+    PictureSizes,
+    check_new_images,
+    check_splits,
+    frame_notes,
+    picture_sizes,
+)
 from cache_tools.images.folder import FolderImages
+from cache_tools.images.headers import _size_by_pil, image_size
 from pipeline.cli import app
 from tests.support.pictures import photo, recipe_for
 
@@ -128,6 +135,23 @@ def test_every_file_is_a_sample_or_is_listed_with_the_reason(root: Path) -> None
     assert "1 image with several frames or pages: the first is used (odd/animated.gif)" in note
 
 
+def test_headers_say_the_sizes_that_pil_reads(root: Path) -> None:
+    contents = [data for data, *_ in (GOOD | DAMAGED | LEFT_OUT).values()]
+    contents += [saved(SMOOTH, "JPEG", progressive=True), saved(SMOOTH.convert("L"), "JPEG"), saved(SMOOTH, "WEBP")]
+    contents += [WHOLE[:stop] for stop in range(0, len(WHOLE), 7)]
+    contents += [WHOLE[:2] + b"\xff\xff" + WHOLE[3:], WHOLE[:2] + b"\xff\xff\xff" + WHOLE[3:]]  # fill bytes
+    contents += [saved(PLAIN, "PNG")[:stop] for stop in range(60)]
+    for data in contents:
+        found, expected = image_size(data), _size_by_pil(data)
+        assert found == expected or expected == (0, 0), data[:40]  # a cut file may have a whole header
+    images = opened(root)
+    rows = {images.name_of(row).partition("/")[2]: row for row in range(len(images))}
+    for name, (_, pixels, _) in GOOD.items():
+        assert sorted(images.header_sizes()[rows[name]].tolist()) == sorted(pixels.shape[:2]), name
+    sizes = picture_sizes([images.subset(np.array([rows["long.png"], rows["one-pixel.png"]]))], (2, 2))
+    assert sizes == PictureSizes(2, (1, 2, 3), 1, 3 * (90_000 + 1))
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_the_others_are_decoded_right(root: Path, name: str) -> None:
     """At their own size, and on the canvas: there as the whole picture resized and cropped, which costs more."""
@@ -188,3 +212,4 @@ def test_the_command_prints_one_table_and_fails(root: Path) -> None:
     found = json.loads(as_json.stdout)
     assert {Path(name).name for name in found["damaged"]} == DAMAGED.keys()
     assert {Path(name).name for name in found["left_out"]} == LEFT_OUT.keys()
+    assert found["sizes"]["shorter_sides"] == [1, 36, 36]
