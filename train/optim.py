@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from cache_tools.errors import RecipeError
@@ -17,7 +16,7 @@ from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
 
 FEW_PARAMETERS = 1 << 20
 ParameterGroup = dict[str, Any]
-"""`params`, and optionally `weight_decay` and `lr_scale`, by which timm's schedules multiply the learning rate."""
+"""`params`, and optionally `weight_decay` and `lr_scale`, by which `Schedule` multiplies the learning rate."""
 
 
 def parameter_groups(recipe: OptimiserRecipe, student: nn.Module, objective: nn.Module) -> list[ParameterGroup]:
@@ -34,6 +33,8 @@ def parameter_groups(recipe: OptimiserRecipe, student: nn.Module, objective: nn.
     decay, excludes = recipe.weight_decay, recipe.weight_decay_exclusions
     if recipe.layer_decay is None and not excludes:
         return [{"params": _trained([*student.parameters(), *objective.parameters()])}]
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # slow to import
+
     unnamed: Callable[[], Collection[str]] = frozenset
     named = getattr(student, "no_weight_decay", unnamed)() if excludes else ()
     if recipe.layer_decay is None:
@@ -137,36 +138,38 @@ def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
-def create_schedule(
-    recipe: ScheduleRecipe, optimiser: torch.optim.Optimizer, epochs: int, updates_per_epoch: int
-) -> Scheduler:
-    """A timm schedule counted in updates: call `step_update(t)` before update `t` (from 0 over the whole run).
+class Schedule:
+    """The learning rate of each update: call `step_update(t)` before update `t` (from 0 over the whole run).
 
-    The learning rate is a function of `t` alone, so a resumed run needs no state of it. Cosine falls from the end of
-    the warm-up to `min_learning_rate` after the last update; multistep multiplies by `gamma` from the first update of
-    each milestone epoch on (epochs from 0, so milestone 150 leaves 150 epochs at the full rate). Warm-up rises
-    linearly over its epochs, from nearly nothing.
+    It is a function of `t` alone, so a resumed run needs no state of it. Cosine falls from the end of the warm-up to
+    `min_learning_rate` after the last update; multistep multiplies by `gamma` from the first update of each milestone
+    epoch on (epochs from 0, so milestone 150 leaves 150 epochs at the full rate). Warm-up rises linearly over its
+    epochs, from nearly nothing. The rates are bit for bit those of timm's schedules, whose import takes seconds.
     """
-    total, warmup = epochs * updates_per_epoch, recipe.warmup_epochs * updates_per_epoch
-    first_rate = optimiser.param_groups[0]["lr"] / (warmup + 1)
-    if recipe.name == "cosine":
-        return CosineLRScheduler(
-            optimiser,
-            t_initial=max(total - warmup, 1),
-            lr_min=recipe.min_learning_rate,
-            warmup_t=warmup,
-            warmup_lr_init=first_rate,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-    milestones = recipe.milestones if recipe.name == "multistep" else ()
-    return MultiStepLRScheduler(
-        optimiser,
-        # timm compares milestones with t + 1: one more, so that `milestone · updates_per_epoch` is the first one.
-        decay_t=[milestone * updates_per_epoch + 1 for milestone in milestones],
-        decay_rate=recipe.gamma,
-        warmup_t=warmup,
-        warmup_lr_init=first_rate,
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
+
+    def __init__(
+        self, recipe: ScheduleRecipe, optimiser: torch.optim.Optimizer, epochs: int, updates_per_epoch: int
+    ) -> None:
+        self._recipe, self._optimiser = recipe, optimiser
+        self._full_rates = [float(group.setdefault("initial_lr", group["lr"])) for group in optimiser.param_groups]
+        self._warmup = recipe.warmup_epochs * updates_per_epoch
+        self._falling = max(epochs * updates_per_epoch - self._warmup, 1)
+        milestones = recipe.milestones if recipe.name == "multistep" else ()
+        self._milestones = [milestone * updates_per_epoch for milestone in milestones]
+        self._first_rate = self._full_rates[0] / (self._warmup + 1)
+        self.step_update(0)
+
+    def step_update(self, update: int) -> None:
+        """Set the learning rates of an update."""
+        for group, full_rate in zip(self._optimiser.param_groups, self._full_rates, strict=True):
+            group["lr"] = self._rate(update, full_rate) * group.get("lr_scale", 1.0)
+
+    def _rate(self, update: int, full_rate: float) -> float:
+        if update < self._warmup:
+            return self._first_rate + update * ((full_rate - self._first_rate) / self._warmup)
+        if self._recipe.name != "cosine":
+            return full_rate * self._recipe.gamma ** bisect.bisect_right(self._milestones, update)
+        lowest, fallen = self._recipe.min_learning_rate, update - self._warmup
+        if fallen >= self._falling:
+            return lowest
+        return lowest + 0.5 * (full_rate - lowest) * (1 + math.cos(math.pi * fallen / self._falling))

@@ -348,7 +348,7 @@ _FOR_BUILDS = ("open_clip", "timm", "pipeline.build.cache", "pipeline.cli", "tes
 _FOR_STUDENTS = (
     "matplotlib.figure",
     "timm",
-    "torchmetrics.classification",
+    "torch._dynamo",
     "tests.support.shortcuts",
     "tests.support.tiny_run",
     "train.report.html",

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -27,7 +28,7 @@ from train.loop import epoch as epoch_module
 from train.loop.average import WeightAverage
 from train.loop.learner import BatchCounters
 from train.objective import Objective
-from train.optim import create_optimiser, create_schedule
+from train.optim import Schedule, create_optimiser
 from train.recipe import TrainRecipe
 from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
 from train.students import create_student
@@ -91,6 +92,22 @@ def test_warm_up_rises_to_the_full_rate(name: Any) -> None:
     assert {"cosine": rates[-1] < 0.05, "multistep": rates[15] == pytest.approx(0.1), "constant": rates[-1] == 1.0}[
         name
     ]
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_schedules_are_timms_bit_for_bit(warmup: int) -> None:
+    epochs, steps, first = 7, 13, 1.0 / (warmup * 13 + 1)
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    shared: dict[str, Any] = {"warmup_t": warmup * steps, "warmup_lr_init": first, "t_in_epochs": False}
+    cosine = CosineLRScheduler(optimiser, (epochs - warmup) * steps, lr_min=0.03, warmup_prefix=True, **shared)
+    # timm compares milestones with t + 1
+    multistep = MultiStepLRScheduler(optimiser, [3 * steps + 1, 5 * steps + 1], 0.3, warmup_prefix=False, **shared)
+    settings = {"warmup_epochs": warmup, "min_learning_rate": 0.03, "milestones": (3, 5), "gamma": 0.3}
+    for name, theirs in (("cosine", cosine), ("multistep", multistep)):
+        ours = learning_rates(ScheduleRecipe(name=name, **settings), epochs, steps)
+        for update, rate in enumerate(ours):
+            theirs.step_update(update)
+            assert rate == optimiser.param_groups[0]["lr"], (name, update)
 
 
 def test_a_warm_up_as_long_as_the_run() -> None:
@@ -497,7 +514,7 @@ def make_learner(
 
 def learning_rates(recipe: ScheduleRecipe, epochs: int, steps: int) -> list[float]:
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = create_schedule(recipe, optimiser, epochs, steps)
+    schedule = Schedule(recipe, optimiser, epochs, steps)
     rates = []
     for update in range(epochs * steps):
         schedule.step_update(update)

@@ -17,7 +17,7 @@ from tests.support import tiny_run
 from train.feed import Batch, BatchTargets
 from train.loop import Learner
 from train.objective import Objective
-from train.optim import create_optimiser, create_schedule, parameter_groups
+from train.optim import Schedule, create_optimiser, parameter_groups
 from train.recipe.loss import LossRecipe
 from train.recipe.optim import OptimiserRecipe, ScheduleRecipe
 from train.run.resume import check_learner
@@ -60,7 +60,7 @@ def test_groups_are_those_of_timm(name: str, layer_decay: float | None, optimise
     assert (len(scales) > 3) == (layer_decay is not None)
     assert max(scales) == 1.0
     for each in (ours, timms):
-        schedule = create_schedule(ScheduleRecipe(warmup_epochs=1), each, epochs=4, updates_per_epoch=3)
+        schedule = Schedule(ScheduleRecipe(warmup_epochs=1), each, epochs=4, updates_per_epoch=3)
         schedule.step_update(7)
     assert rates(ours, student, "lr") == rates(timms, student, "lr")
 
@@ -92,7 +92,7 @@ def test_a_step_changes_each_layer_by_its_own_rate() -> None:
         learning_rate=0.1, momentum=0.0, weight_decay=0.05, layer_decay=0.7, weight_decay_exclusions=True
     )
     optimiser = create_optimiser(recipe, parameter_groups(recipe, student, nn.Identity()))
-    schedule = create_schedule(ScheduleRecipe(name="constant"), optimiser, epochs=2, updates_per_epoch=2)
+    schedule = Schedule(ScheduleRecipe(name="constant"), optimiser, epochs=2, updates_per_epoch=2)
     schedule.step_update(0)
     known = rates(create_optimizer_v2(student, "sgd", lr=0.1, weight_decay=0.05, layer_decay=0.7), student)
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 from collections.abc import Callable
@@ -53,12 +52,6 @@ CASES: dict[str, dict[str, Any]] = {
     "windows": {"student": PLAIN, "shuffle_window": 2},
     "features alone": {"loss": {"kind": "ce", "ce_weight": 0.0, "feature": "mse"}, "sync_batchnorm": True},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imports() -> None:
-    """What every run imports, once here and not in each process that is forked from this one."""
-    importlib.import_module("torchmetrics.classification")
 
 
 @pytest.fixture(scope="module")

@@ -130,33 +130,43 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
 
 
 class Meter:
-    """The figures of an `Evaluation`, added up batch by batch on the device.
+    """The figures of an `Evaluation`, added up batch by batch on the device, in float64.
 
-    Accuracies and calibration error are torchmetrics'; likelihood and Brier score are sums in float64.
+    Accuracies and calibration error are those of torchmetrics, whose import alone would take seconds.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._count = float64_device(device), 0
-        self._nll, self._brier = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._device, self._count, self._has_top5 = float64_device(device), 0, False
+        self._nll, self._brier, self._top1, self._top5 = torch.zeros(4, dtype=torch.float64, device=self._device)
+        # Samples, confidences and right answers of each bin; a confidence of exactly 1 has a bin of its own.
+        self._bins = torch.zeros(3, CALIBRATION_BINS + 1, dtype=torch.float64, device=self._device)
         self._finite = torch.ones((), dtype=torch.bool, device=self._device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add logits [B, C] of any floating type with labels int64 [B]."""
         logits, labels = logits.float().to(self._device), labels.to(self._device)
-        if not self._count:
-            self._create_metrics(logits.shape[1])
         self._count += len(labels)
         self._finite &= torch.isfinite(logits).all()
         self._nll += F.cross_entropy(logits.double(), labels, reduction="sum")
-        # torchmetrics would take values above 1, even by a rounding error, for logits.
+        # Not above 1, even by a rounding error: the bins end there.
         probabilities = logits.softmax(dim=1).clamp_max(1.0)
         # Σ_c (p_c − y_c)² = Σ_c p_c² − 2 p_label + 1
         of_label = probabilities.gather(1, labels[:, None])[:, 0]
         self._brier += (probabilities.square().sum(1) - 2 * of_label + 1).sum(dtype=torch.float64)
-        self._top1.update(logits, labels)
-        self._ece.update(probabilities, labels)
-        if self._top5 is not None:
-            self._top5.update(logits, labels)
+        self._top1 += (logits.argmax(1) == labels).sum()
+        self._has_top5 = logits.shape[1] > TOP_K
+        if self._has_top5:
+            self._top5 += (logits.topk(TOP_K, dim=1).indices == labels[:, None]).sum()
+        self._add_to_bins(probabilities, labels)
+
+    def _add_to_bins(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Add probabilities [B, C] to the bins of their confidence."""
+        confidences, answers = probabilities.max(dim=1)
+        edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=confidences.dtype, device=self._device)
+        # A confidence that is not a number comes after the last edge.
+        own_bin = (torch.bucketize(confidences, edges, right=True) - 1).clamp_max(CALIBRATION_BINS)
+        rows = torch.stack([torch.ones_like(confidences), confidences, (answers == labels).to(confidences.dtype)])
+        self._bins.index_add_(1, own_bin, rows.double())
 
     def compute(self) -> Evaluation:
         """The figures of all batches so far.
@@ -176,10 +186,11 @@ class Meter:
             )
         return Evaluation(
             n=self._count,
-            top1=float(self._top1.compute()),
-            top5=None if self._top5 is None else float(self._top5.compute()),
+            top1=float(self._top1) / self._count,
+            top5=float(self._top5) / self._count if self._has_top5 else None,
             nll=float(self._nll) / self._count,
-            ece=float(self._ece.compute()),
+            # Σ_b n_b/n · |accuracy_b − confidence_b|
+            ece=float((self._bins[2] - self._bins[1]).abs().sum()) / self._count,
             brier=float(self._brier) / self._count,
         )
 
@@ -187,7 +198,7 @@ class Meter:
         """The same sums on the CPU, from where other processes can take them."""
         self._device = torch.device("cpu")
         for name, value in vars(self).items():
-            if hasattr(value, "to"):  # tensors, and the metrics of torchmetrics
+            if isinstance(value, Tensor):
                 setattr(self, name, value.to(self._device))
         return self
 
@@ -202,29 +213,9 @@ class Meter:
 
     def _add(self, other: Meter) -> None:
         self._count += other._count
-        self._nll, self._brier = self._nll + other._nll, self._brier + other._brier
         self._finite = self._finite & other._finite
-        pairs = (self._top1, other._top1), (self._ece, other._ece), (self._top5, other._top5)
-        for metric, of_other in pairs:
-            if metric is not None and of_other is not None:
-                metric.merge_state(of_other)
-
-    def _create_metrics(self, num_classes: int) -> None:
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
-
-        def accuracy(top_k: int) -> MulticlassAccuracy:
-            # Several ranks add up their meters themselves (`sum_of`).
-            metric = MulticlassAccuracy(
-                num_classes, top_k=top_k, average="micro", validate_args=False, sync_on_compute=False
-            )
-            return metric.to(self._device)
-
-        self._top1 = accuracy(1)
-        self._top5 = accuracy(TOP_K) if num_classes > TOP_K else None
-        calibration = MulticlassCalibrationError(
-            num_classes, n_bins=CALIBRATION_BINS, validate_args=False, sync_on_compute=False
-        )
-        self._ece = calibration.to(self._device)
+        for name in ("_nll", "_brier", "_top1", "_top5", "_bins"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @contextmanager

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cache_tools.errors import RecipeError
 from cache_tools.system.joined import Joined
 
-_KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
+
+def known_batch_norms() -> set[type]:
+    """torch's batch norms, and timm's: a network can have these only where timm is imported, which takes seconds."""
+    timm_layers = sys.modules.get("timm.layers")
+    of_timm = set() if timm_layers is None else {timm_layers.BatchNormAct2d}
+    return {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *of_timm}
 
 
 def has_batch_norm(network: nn.Module) -> bool:
@@ -36,10 +41,11 @@ def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
     Raises:
         RecipeError: a batch norm of a kind whose statistics are not known.
     """
+    known = known_batch_norms()
     unknown = {
         type(module).__name__
         for module in network.modules()
-        if isinstance(module, _BatchNorm) and type(module) not in _KNOWN
+        if isinstance(module, _BatchNorm) and type(module) not in known
     }
     if unknown:
         raise RecipeError(
@@ -50,6 +56,8 @@ def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
             next_step="leave --sync-batchnorm out, or choose another student",
         )
     if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
         converted: nn.Module = convert_sync_batchnorm(network)
         return converted
     return _on_cpu(network)

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from cache_tools.errors import DivergedError
@@ -17,13 +16,12 @@ from cache_tools.preprocess import prepare
 from cache_tools.system.joined import Joined
 from train.feed import Batch, mixed_seed
 from train.loop.average import WeightAverage
-from train.loop.batch_norm import average_statistics
+from train.loop.batch_norm import average_statistics, known_batch_norms
 from train.loop.sums import Sums
 from train.objective import Objective
-from train.optim import Update, create_optimiser, create_schedule, parameter_groups, trained_parameters, update_of
+from train.optim import Schedule, Update, create_optimiser, parameter_groups, trained_parameters, update_of
 from train.recipe import TrainRecipe
 
-_COUNTING = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d}
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,7 +53,7 @@ class Learner:
         self.optimiser = create_optimiser(recipe.optimiser, parameter_groups(recipe.optimiser, student, objective))
         self._trained = trained_parameters(self.optimiser)
         updates_per_epoch = math.ceil(steps_per_epoch / recipe.optimiser.accumulate)
-        self.schedule = create_schedule(recipe.schedule, self.optimiser, recipe.epochs, updates_per_epoch)
+        self.schedule = Schedule(recipe.schedule, self.optimiser, recipe.epochs, updates_per_epoch)
         self.average = WeightAverage(self.student, recipe.ema_decay) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.updates = 0
@@ -262,7 +260,8 @@ class BatchCounters:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        norms: list[Any] = [module for module in modules if type(module) in _COUNTING]
+        counting = known_batch_norms()
+        norms: list[Any] = [module for module in modules if type(module) in counting]
         found = [(norm, norm._buffers["num_batches_tracked"]) for norm in norms if norm.momentum is not None]
         self._counts = [(norm._buffers, counter, _Count()) for norm, counter in found if counter is not None]
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-import torchmetrics.classification  # here, because every child would import it
+import torch._dynamo  # here, because every child would import it
 import train.run.train
 from tests.support.shortcuts import take_shortcuts
 from tests.support import tiny_run

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Preprocessing
@@ -46,9 +47,19 @@ def assert_equals_slow(found: Evaluation, logits: Tensor, labels: np.ndarray) ->
     expected = slow_evaluation(logits.numpy(), labels)
     if logits.shape[1] <= 5:
         del expected["top5"]
-    # torchmetrics counts accuracies and bins in float32
+    # confidences are computed in float32
     assert found.model_dump(exclude_none=True) == pytest.approx(expected, rel=2e-6, abs=2e-6)
     assert found.nll == pytest.approx(expected["nll"], rel=1e-12)
+
+
+def assert_equals_torchmetrics(found: Evaluation, logits: Tensor, labels: Tensor) -> None:
+    classes, probabilities = logits.shape[1], logits.softmax(1).clamp_max(1.0)
+    assert found.top1 == pytest.approx(float(multiclass_accuracy(logits, labels, classes, average="micro")), rel=1e-6)
+    if found.top5 is not None:
+        top5 = multiclass_accuracy(logits, labels, classes, average="micro", top_k=5)
+        assert found.top5 == pytest.approx(float(top5), rel=1e-6)
+    error = multiclass_calibration_error(probabilities, labels, classes, n_bins=CALIBRATION_BINS)
+    assert found.ece == pytest.approx(float(error), abs=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 5, 6, 37])
@@ -60,6 +71,7 @@ def test_logits_equal_slow_formulas(classes: int) -> None:
     found = evaluate_logits(torch.from_numpy(logits), torch.from_numpy(labels))
     assert (found.top5 is None) == (classes <= 5)
     assert_equals_slow(found, torch.from_numpy(logits), labels)
+    assert_equals_torchmetrics(found, torch.from_numpy(logits), torch.from_numpy(labels))
 
 
 def test_many_rows_are_evaluated_in_batches() -> None:
@@ -73,7 +85,9 @@ def test_many_rows_are_evaluated_in_batches() -> None:
 
 def test_confident_right_answers_are_perfect() -> None:
     labels = torch.arange(30) % 10
-    found = evaluate_logits(1e4 * torch.nn.functional.one_hot(labels, 10).half(), labels)
+    logits = 1e4 * torch.nn.functional.one_hot(labels, 10).half()
+    found = evaluate_logits(logits, labels)
+    assert_equals_torchmetrics(found, logits.float(), labels)
     assert found == Evaluation(n=30, top1=1.0, top5=1.0, nll=0.0, ece=0.0, brier=0.0)
 
 
