@@ -93,6 +93,10 @@ class IncompleteError(CacheError):
     """A cache, or a view of it, is not completely built."""
 
 
+class DroppedError(CacheError):
+    """A view of a cache is gone: it was dropped behind the students that followed the build."""
+
+
 class MismatchError(CacheError):
     """The dataset, views or recipe differ from those of the cache."""
 

@@ -19,9 +19,10 @@ from cache_tools.format.arrays import targets
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
+from cache_tools.format.rolling import Rolling
 from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
-from cache_tools.places import is_remote
+from cache_tools.places import LocalPlace, Place, is_remote
 from cache_tools.store.blocks import LocalBlocks
 from cache_tools.store.group import RESTORE, check_chunks, open_array, open_group, read_manifest, translate_errors
 from cache_tools.store.whole import StoredConstants, check_whole_arrays, read_samples
@@ -166,6 +167,7 @@ class TeacherCache:
 
         Raises:
             IncompleteError: the view, or one of the blocks, is not completely built.
+            DroppedError: the view was dropped (`build-cache --keep-views`).
             FormatError: stored bytes are damaged or missing, or differ from what was committed.
             NotFoundError: no such view.
             DeviceError: no such device.
@@ -253,8 +255,16 @@ class TeacherCache:
         """
         check_whole_arrays(self._group, self.path, self.manifest, self._layouts)
 
+    def place(self) -> Place:
+        """The place where builders and other readers find the cache: its folder or, behind a mirror, the store."""
+        return LocalPlace(self.path) if self.origin is None else self.origin.place()
+
+    def rolling(self) -> Rolling | None:
+        """The state of a rolling cache (`build-cache --keep-views`), read again at each call; None for all others."""
+        return self._blocks.rolling()
+
     def require_complete(self) -> None:
-        """Raise IncompleteError unless every view is built."""
+        """Raise IncompleteError unless every view is built, DroppedError if some were dropped."""
         self._blocks.require_all()
 
     def require_view(self, view: int, fusion: Fusion | None = None, blocks: Sequence[int] | None = None) -> None:
@@ -300,6 +310,11 @@ class TeacherCache:
         )
         return f"<table><caption>TeacherCache</caption><tbody>{rows}</tbody></table>"
 
+    def _views_text(self) -> str:
+        text = f"{len(self.complete_views)} of {self.num_views} complete"
+        rolling = self.rolling() if self.origin is None else self.manifest.rolling  # the store may not answer
+        return text if rolling is None or not rolling.dropped else f"{text}; {rolling}"
+
     def _description(self) -> list[tuple[str, str]]:
         recipe, dataset, shape = self.recipe, self.recipe.dataset, f"{self.num_views} × {self.num_samples:,}"
         height, width = dataset.image_size
@@ -310,7 +325,7 @@ class TeacherCache:
                 "images",
                 f"{dataset.name}/{dataset.split}: {self.num_samples:,}, {self.num_classes:,} classes, {height}×{width}",
             ),
-            ("views", f"{len(self.complete_views)} of {self.num_views} complete"),
+            ("views", self._views_text()),
             *(("teacher", teacher.architecture) for teacher in recipe.teachers),
             *(("CLIP", clip.architecture) for clip in recipe.clips),
         ]

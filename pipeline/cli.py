@@ -106,6 +106,23 @@ def build_cache(
             "students that follow the build. Default: up to 16.",
         ),
     ] = None,
+    keep_views: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-views",
+            min=1,
+            metavar="K",
+            help="Drop old views behind the slowest student that follows (train-student --follow), so that at most K "
+            "are there at a time. Default: keep all.",
+        ),
+    ] = None,
+    lease_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--lease-minutes",
+            help="With --keep-views: how long to wait for a student that was killed or lost. Default: 60.",
+        ),
+    ] = None,
     max_minutes: MaxMinutes = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -157,6 +174,8 @@ def build_cache(
         "device": device,
         "batch_size": batch_size,
         "views_at_once": views_at_once,
+        "keep_views": keep_views,
+        "lease_minutes": lease_minutes,
         "max_minutes": max_minutes,
         "dataset.data_dir": str(data_dir) if data_dir else None,
         "dataset.download": True if download else None,

@@ -72,7 +72,7 @@ class Plan(Frozen):
 
     Attributes:
         networks: that compute the targets, such as `teacher and CLIP`.
-        bytes: of all arrays, uncompressed; float16 targets hardly compress.
+        bytes: of all arrays at a time, uncompressed; float16 targets hardly compress.
         bytes_free: on the disk of the destination.
         pixel_bytes: of the decoded images, in memory or in a pixel file of `train-student`; None for images in memory.
         loaded_per_s: images per second and view of reading and decoding; None for images in memory.
@@ -191,6 +191,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         checked += min(MATCH_SAMPLES, len(images))
     setup_s = embedding_s + checked * targets.mean_s
     rows = recipe.num_views * len(images)
+    stored_rows = min(recipe.num_views, recipe.keep_views or recipe.num_views) * len(images)
     build_s = setup_s + rows * targets.mean_s
     live_s = _together(device, loading, Rate(computing.mean_s + training.mean_s)).mean_s
     cached_s = _together(device, loading, training).mean_s
@@ -208,7 +209,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         ),
         samples=len(images),
         views=recipe.num_views,
-        bytes=rows * row_bytes + constants + 24 * len(images),
+        bytes=stored_rows * row_bytes + constants + 24 * len(images),
         bytes_free=_bytes_free(destination(recipe, identity.fingerprint).path),
         pixel_bytes=packed_bytes(images, canvases=recipe.views.box_op is None)
         if isinstance(images, EncodedImages)

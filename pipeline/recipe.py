@@ -36,6 +36,7 @@ from cache_tools.images.class_names import IMAGENETS, ORDERS, read_names
 from cache_tools.images.own_folder import is_folder_argument, read_own_folder, refuse_second_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
 from cache_tools.places import is_url
+from cache_tools.places.leases import LEASE_S
 from cache_tools.refusion import check_clip_scale, check_groups, check_shares
 from cache_tools.views.ops import MAX_SIDE
 from cache_tools.views.recipe import ViewRecipe
@@ -153,12 +154,13 @@ class BuildRecipe(Extensible):
     `codec` is a preset (`cache_tools.codecs.presets.resolve_codecs`), or a codec for the logits and one for the
     features.
     `batch_size`, `block_rows`, `views_at_once`, `max_minutes`, `device` and `out` (a folder, or the URL of an object
-    store) determine how and where the work is done. `evaluation` is the transform of test images for the preflight, and
-    for `train-student` if it is given this recipe: the networks see the part of each image that it takes, at their own
-    sizes. All other fields determine the values.
+    store) determine how and where the work is done. With `keep_views` at most so many views are in the cache at a time;
+    a student that follows the build and does not renew its lease is waited for `lease_minutes`. `evaluation` is the
+    transform of test images for the preflight, and for `train-student` if it is given this recipe: the networks see the
+    part of each image that it takes, at their own sizes. All other fields determine the values.
     """
 
-    added = frozenset({"evaluation", "views_at_once", "max_minutes"})
+    added = frozenset({"evaluation", "views_at_once", "max_minutes", "keep_views", "lease_minutes"})
 
     name: Name
     dataset: DatasetRecipe
@@ -174,6 +176,8 @@ class BuildRecipe(Extensible):
     block_rows: Count | None = None
     views_at_once: Annotated[Count, Field(le=MAX_VIEWS_AT_ONCE)] | None = None
     max_minutes: Positive | None = None
+    keep_views: ViewCount | None = None
+    lease_minutes: Positive = LEASE_S / 60.0
     preflight_samples: CountOrZero = 2000
     evaluation: EvaluationRecipe = EvaluationRecipe()
     device: str = "auto"
@@ -200,6 +204,24 @@ class BuildRecipe(Extensible):
         groups = {"teachers": bool(self.teachers), "clips": bool(self.clips)}
         check_groups(_chosen(self.fusion), **groups, who="the recipe")
         self.__dict__["fusion"] = self.fusion.for_groups(**groups)  # the model is frozen, but not yet in use
+        return self
+
+    @model_validator(mode="after")
+    def _old_views_can_be_dropped(self) -> BuildRecipe:
+        if self.keep_views is not None and self.views_at_once is not None and self.views_at_once > self.keep_views:
+            raise RecipeError(
+                "more views are built together than are kept",
+                where="views_at_once",
+                expected=f"at most {self.keep_views} (keep_views)",
+                found=self.views_at_once,
+                next_step="choose fewer, or leave it out",
+            )
+        if self.keep_views is None and self.lease_minutes != LEASE_S / 60.0:
+            raise RecipeError(
+                "students that follow a build are waited for where old views are dropped behind them",
+                where=f"lease_minutes: {self.lease_minutes:g}",
+                next_step="give --keep-views, or leave it out",
+            )
         return self
 
     def _check_several_labels(self) -> None:

@@ -26,7 +26,7 @@ from cache_tools.system.ranks import ALONE, Rank
 from cache_tools.views.recipe import ViewRecipe
 from train.evaluate.canvas import chosen_preprocessing, evaluation_preprocessing, sizes_in_test
 from train.feed import CachedTargets, Feed, NoTargets, TargetSource, open_feed
-from train.feed.following import Follower, wait_for_cache
+from train.feed.following import Follower, check_rolling, wait_for_cache
 from train.labelled import PartialLabels, labelled_rows, partial_labels
 from train.losses.contrastive import Components
 from train.recipe import TrainRecipe
@@ -51,6 +51,7 @@ class TrainingData:
         dataset: the source of both.
         num_views: views to cycle through; None for a new one in every epoch.
         targets: the source of the targets.
+        follower: waits for views of a cache that is still being built; None if nothing does.
         target_dim: width of the fused target features; None without targets.
         components: the networks whose own features the loss embeds; None if it uses the fused ones.
         cache: the cache that the targets come from; None for any other source.
@@ -69,6 +70,7 @@ class TrainingData:
     known: PartialLabels | None = None
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     samples: npt.NDArray[np.int64] | None = None
+    follower: Follower | None = None
 
     @property
     def test(self) -> ImageSet | None:
@@ -136,6 +138,7 @@ class TrainingData:
             cache=None,
             known=None,
             samples=None,
+            follower=None,
         )
 
     def feed(
@@ -262,6 +265,10 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     check_images(*tests)  # the build of the cache decoded all training images
     loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
     components = _components(cache, fusion, loss)
+    follower = None
+    if recipe.follow:
+        check_rolling(cache, fusion, recipe.epochs, num_views)
+        follower = Follower(cache, fusion)
     return TrainingData(
         images=images,
         tests=tests,
@@ -277,13 +284,14 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
             components=components is not None,
             fusion=fusion,
             sparse_temperature=_sparse_temperature(cache, loss),
-            follower=Follower(cache, fusion) if recipe.follow else None,
+            follower=follower,
         ),
         target_dim=cache.recipe.fusion.feature_dim,
         components=components,
         cache=cache,
         known=partial_labels(cache, fusion, images.labels, samples, recipe.label_fraction, recipe.label_seed),
         samples=samples,
+        follower=follower,
     )
 
 

@@ -192,12 +192,17 @@ def _views(record: CacheRecord | RemoteRecord) -> str:
     if record.problem:
         return "unknown" if record.unknown else "damaged"
     staged = " staged" if isinstance(record, CacheRecord) and record.origin is not None and not record.complete else ""
-    return f"{record.views_done}/{record.views_total}{staged}"
+    dropped = f", {record.views_dropped} dropped" if record.views_dropped else ""
+    return f"{record.views_done}/{record.views_total}{staged}{dropped}"
 
 
 def _unfinished(record: CacheRecord | RemoteRecord, manifest: Manifest) -> str:
     if isinstance(record, CacheRecord) and record.origin is not None:
         return "the others are staged when needed"
+    if manifest.num_dropped:
+        done = record.views_done + record.views_dropped >= record.views_total
+        state = "all views were built" if done else f"run the same {manifest.recipe.made_by} command to continue"
+        return f"{manifest.rolling} behind students that followed; {state}"
     return f"half-built: run the same {manifest.recipe.made_by} command to continue"
 
 

@@ -11,6 +11,7 @@ import typer
 from cache_tools.cli.options import AsJson, Cache, Yes
 from cache_tools.console import print_json, print_line, print_next
 from cache_tools.errors import printable
+from cache_tools.format.rolling import Rolling
 from cache_tools.home import registry
 from cache_tools.home.origin import read_origin
 from cache_tools.places import is_remote, open_place
@@ -149,6 +150,7 @@ def _print_verification(found: Verification) -> None:
     count = len(found.problems)
     if count > SHOWN_PROBLEMS:
         print_line(f"… and {count - SHOWN_PROBLEMS} more (--json lists them all)")
+    dropped = f" ({Rolling(keep=1, dropped=found.views_dropped)})" if found.views_dropped else ""
     result = "sound" if found.sound else "1 problem" if count == 1 else f"{count} problems"
     advice = ". `cache-tools repair` drops damaged blocks; the command that made the cache then computes them again"
     if found.adds_digests:
@@ -157,7 +159,7 @@ def _print_verification(found: Verification) -> None:
             "are sound, and `cache-tools repair` adds the digests"
         )
     print(
-        f"{result}: {found.blocks} of {found.blocks_total} blocks, {human_bytes(found.bytes)} read"
+        f"{result}: {found.blocks} of {found.blocks_total} blocks, {human_bytes(found.bytes)} read{dropped}"
         f"{'' if found.sound else advice}"
     )
 

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from cache_tools.config import Frozen
 from cache_tools.errors import MismatchError
 from cache_tools.format.recipe import FORMAT_VERSION, CacheRecipe, Finite, PromptEnsemble
+from cache_tools.format.rolling import Rolling
 from cache_tools.images.recipe import DatasetRecipe, TestSplits
 from cache_tools.images.sources import SOURCES
 
@@ -36,7 +37,8 @@ class Manifest(Finite):
     until the cache is created.
 
     `array_digests` has a digest of each array that holds for the whole cache (`format.digests`). It is stored beside
-    the other fields, not among them. Caches of earlier versions have none.
+    the other fields, not among them. Caches of earlier versions have none. `rolling`, stored in the same way, is the
+    state of a cache whose old views are dropped; None for all others.
     """
 
     format_version: Literal[2] = FORMAT_VERSION
@@ -49,6 +51,7 @@ class Manifest(Finite):
     clip_scales: tuple[float, ...]
     constants_digest: str = ""
     array_digests: dict[str, str] = Field(default_factory=dict, exclude=True)
+    rolling: Rolling | None = Field(None, exclude=True)
     canaries: tuple[Canary, ...] = ()
     build_recipe: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -92,6 +95,11 @@ class Manifest(Finite):
         found = {"preflight": preflight and dict(preflight), "folders": folders and dict(folders)}
         update["provenance"] = {**self.provenance, **{key: value for key, value in found.items() if value}}
         return self.model_copy(update=update)
+
+    @property
+    def num_dropped(self) -> int:
+        """Views 0 … num_dropped − 1 are gone (see `format.rolling`)."""
+        return 0 if self.rolling is None else self.rolling.dropped
 
     @property
     def num_samples(self) -> int:

@@ -18,6 +18,7 @@ from cache_tools.errors import FormatError, UnknownFormatError
 from cache_tools.format.arrays import constant_shapes, target_arrays
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import FORMAT_VERSION, canonical_json, recipe_fingerprint
+from cache_tools.format.rolling import ROLLING_KEY, Rolling
 
 MANIFEST_KEY = "teacher_cache"
 DIGESTS_KEY = "array_digests"
@@ -36,20 +37,24 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def group_attributes(manifest: Manifest) -> dict[str, Any]:
-    """The attributes of a cache's group: the manifest and, if it has them, the digests of whole arrays."""
+    """The attributes of a cache's group: the manifest and, as far as it has them, digests of arrays and `rolling`."""
     digests = {DIGESTS_KEY: dict(sorted(manifest.array_digests.items()))} if manifest.array_digests else {}
-    return {MANIFEST_KEY: manifest_attribute(manifest), **digests}
+    rolling = {} if manifest.rolling is None else {ROLLING_KEY: manifest.rolling.model_dump(mode="json")}
+    return {MANIFEST_KEY: manifest_attribute(manifest), **digests, **rolling}
 
 
 def parse_group(attributes: Any, *, where: str) -> Manifest:
     """Read the attributes of a group, as `group_attributes` made them. Others are ignored.
 
     Raises:
-        UnknownFormatError, FormatError: as `parse_manifest`; or digests that are not those of the cache's arrays.
+        UnknownFormatError, FormatError: as `parse_manifest`; or digests that are not those of the cache's arrays, or
+            more dropped views than the cache has.
     """
     if not isinstance(attributes, dict):
         raise FormatError("not a teacher cache", where=where, expected="a zarr v3 group with attributes")
     manifest = parse_manifest(attributes.get(MANIFEST_KEY), where=where)
+    if ROLLING_KEY in attributes:
+        manifest = manifest.model_copy(update={"rolling": _parse_rolling(attributes[ROLLING_KEY], manifest, where)})
     if DIGESTS_KEY not in attributes:
         return manifest
     digests, names = attributes[DIGESTS_KEY], {"labels", "sample_keys", *constant_shapes(manifest.recipe)}
@@ -130,6 +135,27 @@ def text_not_unicode(value: Any, key: str = "") -> tuple[str, str] | None:
 
 def _first_not_unicode(parts: Iterable[tuple[str, Any]]) -> tuple[str, str] | None:
     return next((found for name, inner in parts if (found := text_not_unicode(inner, name)) is not None), None)
+
+
+def _parse_rolling(attribute: Any, manifest: Manifest, where: str) -> Rolling:
+    try:
+        rolling = Rolling.model_validate(attribute)
+    except ValidationError as error:
+        found = repr(attribute)[:80]
+        raise _damaged_rolling(where, error.errors()[0]["msg"], found) from error
+    if rolling.dropped > manifest.num_views:
+        raise _damaged_rolling(where, f"at most {manifest.num_views} dropped views", rolling.dropped)
+    return rolling
+
+
+def _damaged_rolling(where: str, expected: str, found: object) -> FormatError:
+    return FormatError(
+        f"damaged record of dropped views (attribute '{ROLLING_KEY}')",
+        where=where,
+        expected=expected,
+        found=found,
+        next_step="restore zarr.json from a copy, or remove the cache and build it again",
+    )
 
 
 def _damaged_digests(where: str, expected: str) -> FormatError:

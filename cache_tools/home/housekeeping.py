@@ -20,6 +20,7 @@ from cache_tools.images.hf import UNPACKED
 from cache_tools.images.shard_files import COPIES
 from cache_tools.places import LocalPlace
 from cache_tools.places.claims import EXPIRE_S, HEARTBEAT_S, claims_place, remove_dead_claims
+from cache_tools.places.leases import remove_leases
 
 _COPIES = {UNPACKED: ".arrow", COPIES: ".tar", PIXELS: SUFFIX}  # folder in the cache home → ending
 RENEWED_S = HEARTBEAT_S + 5.0  # within this time, a living process renews its claims
@@ -158,6 +159,7 @@ def remove(path: Path) -> None:
     except OSError as error:
         raise storage_error(error) from error
     remove_dead_claims(LocalPlace(path))
+    remove_leases(LocalPlace(path))
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
@@ -201,7 +203,7 @@ def _bytes(path: Path) -> int:
 def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
     reasons: Iterable[tuple[bool, str]] = (
         (rules.incomplete and record.problem is not None, "cannot be opened" if record.unknown else "damaged"),
-        (rules.incomplete and not record.complete, "staged in part" if record.origin else "half-built"),
+        (rules.incomplete and not record.complete, _why_incomplete(record)),
         (
             rules.older_than_s is not None and now_s - record.modified_s > rules.older_than_s,
             f"written {_days(now_s - record.modified_s)} ago",
@@ -212,6 +214,12 @@ def _reason(record: CacheRecord, rules: PruneRules, now_s: float) -> str | None:
         ),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+def _why_incomplete(record: CacheRecord) -> str:
+    if record.origin:
+        return "staged in part"
+    return f"{record.views_dropped} of its views were dropped" if record.views_dropped else "half-built"
 
 
 def _kept_because(record: CacheRecord, now_s: float) -> str | None:

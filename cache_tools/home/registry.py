@@ -35,6 +35,7 @@ class Summary(Frozen):
     """What `cache-tools ls` shows of a cache.
 
     Attributes:
+        views_dropped: the first views of a rolling cache, which are gone for good.
         problem: why the cache cannot be opened; then most other fields are empty.
         unknown: why a cache that cannot be opened may still be sound; None if it is damaged.
     """
@@ -46,6 +47,7 @@ class Summary(Frozen):
     clip: str = ""
     views_done: int = 0
     views_total: int = 0
+    views_dropped: int = 0
     size_bytes: int = 0
     modified_s: float = 0.0
     used_s: float = 0.0
@@ -208,6 +210,7 @@ def manifest_fields(manifest: Manifest) -> dict[str, Any]:
         "teacher": " + ".join(teacher.architecture for teacher in recipe.teachers),
         "clip": " + ".join(clip.architecture for clip in recipe.clips),
         "views_total": manifest.num_views,
+        "views_dropped": manifest.num_dropped,
     }
 
 

@@ -24,6 +24,7 @@ from cache_tools.errors import CacheError, MismatchError, NotFoundError, Storage
 from cache_tools.files import PARTIAL, SafeFolder, remove_leftover, rename_unless_exists, sync_folder
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
+from cache_tools.format.rolling import Rolling
 from cache_tools.home.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.home.registry import cache_home, cache_path, is_cache, read_complete_views
 from cache_tools.places import LocalPlace, Place, open_place
@@ -126,6 +127,15 @@ class Origin:
         """The blocks that a reader of the mirror can read; `table` is the mirror's array `commits`."""
         return StagedBlocks(self, manifest, table)
 
+    def place(self, patience_s: float | None = None) -> Place:
+        """The store, after a check that its cache is the one of the mirror.
+
+        Raises:
+            CacheError: the store may not be asked, does not answer, or has another cache now.
+        """
+        self._require_store("the store was not asked")
+        return self._place(patience_s)
+
     def committed(self, manifest: Manifest) -> npt.NDArray[np.bool_]:
         """Which blocks the store has, bool [V, blocks]. Asks the store until it has all of them.
 
@@ -157,19 +167,7 @@ class Origin:
             MismatchError, NotFoundError: another cache, or none, is at the URL now.
             FormatError: a damaged block in the store.
         """
-        if is_offline():
-            raise StorageError(
-                f"view {view} is not staged, and {OFFLINE_VARIABLE} is set",
-                where=self.mirror,
-                next_step=f"unset {OFFLINE_VARIABLE}, or `cache-tools pull` the cache while there is a network",
-            )
-        if not self._is_named:
-            raise StorageError(
-                f"view {view} is not staged, and you have not named the store that is recorded beside this mirror",
-                where=self.mirror,
-                found=self.url,
-                next_step="if you trust it, give its URL once in place of the folder",
-            )
+        self._require_store(f"view {view} is not staged")
         source, target = self._place(None), LocalPlace(self.mirror)
         in_store = self.committed(manifest)[view]
         wanted = [BlockId(view, block) for block in range(manifest.num_blocks) if in_store[block]]
@@ -195,6 +193,22 @@ class Origin:
                 progress.advance(1, f"{copied_bytes / 1e6:,.1f} MB")
             progress.advance(len(wanted) - progress.done)  # blocks that others staged meanwhile
         self.bytes += copied_bytes
+
+    def _require_store(self, what: str) -> None:
+        """Raise StorageError, which begins with what is wrong, if the store may not be asked."""
+        if is_offline():
+            raise StorageError(
+                f"{what}, and {OFFLINE_VARIABLE} is set",
+                where=self.mirror,
+                next_step=f"unset {OFFLINE_VARIABLE}, or `cache-tools pull` the cache while there is a network",
+            )
+        if not self._is_named:
+            raise StorageError(
+                f"{what}, and you have not named the store that is recorded beside this mirror",
+                where=self.mirror,
+                found=self.url,
+                next_step="if you trust it, give its URL once in place of the folder",
+            )
 
     def _place(self, patience_s: float | None) -> Place:
         """The store, after a check that its cache is the one of the mirror."""
@@ -232,6 +246,9 @@ class StagedBlocks(LocalBlocks):
         """Which blocks are in the mirror or in the store, bool [V, blocks]."""
         staged = super().committed()
         return staged if staged.all() else staged | self._origin.committed(self._manifest)
+
+    def rolling(self) -> Rolling | None:
+        return None if self._manifest.rolling is None else manifest_at(self._origin.place(PATIENCE_S)).rolling
 
     def _missing(self, view: int, blocks: range) -> list[int]:
         """Blocks that neither the mirror nor the store has. If there are none, stages the view."""

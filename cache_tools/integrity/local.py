@@ -62,6 +62,7 @@ class Verification(Frozen):
     Attributes:
         path: a folder or a URL.
         bytes: number of decoded bytes that were compared.
+        views_dropped: the first views of a rolling cache, which are gone for good; their blocks are no problem.
         has_digests: whether labels, sample keys and constants each have a digest. Caches of earlier versions have one
             digest for several arrays.
         found_digests: the digest of each of them, if all are sound.
@@ -73,6 +74,7 @@ class Verification(Frozen):
     blocks_total: int
     bytes: int
     problems: tuple[Problem, ...]
+    views_dropped: int = 0
     has_digests: bool = True
     found_digests: dict[str, str] = Field(default_factory=dict, exclude=True)
 
@@ -134,17 +136,20 @@ def verify(path: Path, source: BlockSource | None = None) -> Verification:
         with nullcontext() if source is None else source.fetched(block):
             return checker.block_problems(block)
 
+    blocks = [block for block in blocks if block.view >= manifest.num_dropped]
     with ThreadPoolExecutor(WORKERS) as pool, Progress("verify", len(blocks), "blocks") as progress:
         for found in pool.map(check, blocks):
             problems += found
             progress.advance(1, f"{len(problems)} problems" if problems else "")
+    dropped = (read_manifest(path) if source is None else manifest).num_dropped  # a build may drop views meanwhile
     return Verification(
         path=path,
         fingerprint=manifest.fingerprint,
         blocks=len(blocks),
         blocks_total=manifest.num_views * manifest.num_blocks,
         bytes=checker.bytes,
-        problems=tuple(problems),
+        problems=tuple(each for each in problems if each.view is None or each.view >= dropped),
+        views_dropped=dropped,
         has_digests=bool(manifest.array_digests),
         found_digests=checker.arrays.found if proven else {},
     )

@@ -46,7 +46,9 @@ def verify(place: Place) -> Verification:
             problem.model_copy(update={"where": problem.where.replace(str(root), str(place), 1)})
             for problem in found.problems
         )
-    return found.model_copy(update={"path": str(place), "problems": problems})
+    dropped = manifest_at(place).num_dropped  # a build may drop views meanwhile
+    problems = tuple(each for each in problems if each.view is None or each.view >= dropped)
+    return found.model_copy(update={"path": str(place), "problems": problems, "views_dropped": dropped})
 
 
 def repair(place: Place, verification: Verification) -> Repair:

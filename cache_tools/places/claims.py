@@ -6,9 +6,7 @@ claim that was not rewritten for a minute has expired: another builder takes the
 generation. So a crash leaves no lock behind, only claims that expire. Claims save double work; it is commits that keep
 a cache correct.
 
-The age of a claim is measured by the clock of its place. If that clock is set, ages mean nothing for a while: a claim
-from the future has no age, and after a jump all claims seem old. A claim has then expired when a builder has seen it
-unchanged for a minute by its own monotonic clock.
+`Expiry` says when a claim has expired, also where the clock of its place is set.
 """
 
 from __future__ import annotations
@@ -29,14 +27,13 @@ from types import TracebackType
 from cache_tools.errors import CacheError, FormatError, StorageError, UnsafeFileError
 from cache_tools.format.commits import BlockId
 from cache_tools.places import Place
+from cache_tools.places.clock import Clock, Expiry
 
 __all__ = ["EXPIRE_S", "GROW", "Claims", "claims_place", "growing", "if_permitted", "remove_dead_claims"]
 
 EXPIRE_S = 60.0
 HEARTBEAT_S = 15.0
 LIST_COMMITS_EVERY_S = 10.0  # how often a busy builder lists what the others have committed
-READ_CLOCK_EVERY_S = 60.0
-JUMP_S = 5.0  # a clock that is this far from the monotonic clock was set; a busy host reads it a little late
 FIRST_POLL_S, POLL_S = 0.05, 1.0
 
 # No cache has this many views, so these claims are on no block, and are not removed with claims on committed blocks.
@@ -44,7 +41,6 @@ GROW = BlockId(1 << 31, 1)  # held while a builder creates or grows a cache
 _IN_USE_VIEW = (1 << 31) + 1
 
 _CLAIM_NAME = re.compile(r"([0-9]+)\.([0-9]+)\.([0-9]+)")
-_CLOCK_PREFIX = "now."
 _MAX_CLAIM_BYTES = 1 << 16
 
 
@@ -65,9 +61,9 @@ class Claims:
         self.owner = uuid.uuid4().hex
         self.done_by_others: list[BlockId] = []
         self._content, self._clock = claim_content(self.owner), Clock(self._place, self.owner)
+        self._expiry = Expiry(self._clock, expire_s)
         self._committed: set[BlockId] = set()
         self._held: dict[BlockId, ClaimFile] = {}
-        self._seen: dict[str, tuple[float, float]] = {}  # key of a claim → when it was renewed, and since when we know
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._heartbeat = threading.Thread(target=self._renew_until_stopped, name="claims", daemon=True)
@@ -156,6 +152,10 @@ class Claims:
             is_ours = False
         return [block] if is_ours else []
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for something else than a claim. Returns whether this builder gives up meanwhile."""
+        return self._stop.wait(seconds)
+
     def prevent_pruning(self) -> None:
         """Mark the cache as in use without claiming a block. Any number of builders may do so at once."""
         self._create_claim(BlockId(_IN_USE_VIEW, uuid.uuid4().int), 0)
@@ -208,17 +208,7 @@ class Claims:
         return self._is_void(claim) and self._create_claim(claim.block, claim.generation + 1)
 
     def _is_void(self, claim: ClaimFile) -> bool:
-        return owner_is_gone(self._place, claim) or self._has_expired(claim)
-
-    def _has_expired(self, claim: ClaimFile) -> bool:
-        now_s, age_s = time.monotonic(), self._clock.now_s() - claim.modified_s
-        renewed_s, since_s = self._seen.get(claim.key, (claim.modified_s, now_s))
-        if renewed_s != claim.modified_s:
-            since_s = now_s
-        self._seen[claim.key] = (claim.modified_s, since_s)
-        if now_s - since_s > self._expire_s:
-            return True
-        return age_s > self._expire_s and now_s - self._clock.jumped_s > self._expire_s
+        return owner_is_gone(self._place, claim) or self._expiry.has_expired(claim.key, claim.modified_s)
 
     def _remove_leftovers(self) -> None:
         """Remove the claims of killed builders; those on committed blocks at once, since nobody takes them over."""
@@ -288,39 +278,6 @@ class ClaimFile:
     @property
     def key(self) -> str:
         return f"{self.block.view}.{self.block.block}.{self.generation}"
-
-
-class Clock:
-    """The clock that dates the files of a place: the clocks of hosts differ.
-
-    The place is asked once a minute; in between, this host's monotonic clock is used.
-
-    Attributes:
-        jumped_s: when the clock was last found to have been set, by the monotonic clock.
-    """
-
-    def __init__(self, place: Place, owner: str) -> None:
-        self._place, self._key = place, f"{_CLOCK_PREFIX}{owner}"
-        self._read_s, self._offset_s = float("-inf"), 0.0
-        self.jumped_s = float("-inf")
-
-    def now_s(self) -> float:
-        """Seconds since 1970."""
-        if time.monotonic() - self._read_s > READ_CLOCK_EVERY_S:
-            self._place.put(self._key, b"", durable=False)
-            times = [entry.modified_s for entry in self._place.entries() if entry.key == self._key]
-            self._place.delete([self._key])
-            is_first, self._read_s = self._read_s == float("-inf"), time.monotonic()
-            offset_s = (times[0] if times else time.time()) - self._read_s
-            if not is_first and abs(offset_s - self._offset_s) > JUMP_S:
-                self.jumped_s = self._read_s
-            self._offset_s = offset_s
-        return time.monotonic() + self._offset_s
-
-    def remove_leftovers(self, age_s: float) -> None:
-        """Remove the clock files of builders that were killed while they read the time."""
-        clocks = [entry for entry in self._place.entries() if entry.key.startswith(_CLOCK_PREFIX)]
-        self._place.delete([entry.key for entry in clocks if abs(self.now_s() - entry.modified_s) > age_s])
 
 
 def claim_content(owner: str) -> bytes:

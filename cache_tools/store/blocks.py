@@ -12,7 +12,8 @@ from cache_tools.errors import CacheError, FormatError, IncompleteError, NotFoun
 from cache_tools.files import SafeFolder
 from cache_tools.format import commits
 from cache_tools.format.manifest import Manifest
-from cache_tools.store.group import translate_errors
+from cache_tools.format.rolling import Rolling, dropped_error
+from cache_tools.store.group import read_manifest, translate_errors
 
 if TYPE_CHECKING:
     import zarr
@@ -47,12 +48,15 @@ class LocalBlocks:
         Raises:
             NotFoundError: no such view.
             IncompleteError: some of them are not committed.
+            DroppedError: the view was dropped.
         """
         if not 0 <= view < self._manifest.num_views:
             expected = f"0 to {self._manifest.num_views - 1}"
             raise NotFoundError("no such view", where=self._path, expected=expected, found=view)
         missing = self._missing(view, blocks)
         if missing:
+            if (rolling := self.rolling()) is not None and view < rolling.dropped:
+                raise dropped_error(rolling, self.where, view)
             raise IncompleteError(
                 f"view {view} is not completely built",
                 where=self.where,
@@ -62,9 +66,11 @@ class LocalBlocks:
             )
 
     def require_all(self) -> None:
-        """Raise IncompleteError unless every block can be read."""
+        """Raise IncompleteError unless every block can be read, DroppedError if some never will."""
         committed = self.committed()
         if not committed.all():
+            if (rolling := self.rolling()) is not None and not committed[: rolling.dropped].all():
+                raise dropped_error(rolling, self.where)
             complete = int(committed.all(axis=1).sum())
             raise IncompleteError(
                 "the cache is not completely built",
@@ -74,8 +80,12 @@ class LocalBlocks:
                 next_step=self._next_step,
             )
 
+    def rolling(self) -> Rolling | None:
+        """The state of a rolling cache, read again at each call; None for all others."""
+        return None if self._manifest.rolling is None else read_manifest(self._path).rolling
+
     def _missing(self, view: int, blocks: range) -> list[int]:
-        """The blocks that cannot be read. A commit is never removed, so blocks that were found stay found."""
+        """The blocks that cannot be read. Blocks that were found stay found, but for dropped views."""
         rows = slice(blocks.start, blocks.stop)
         committed = commits.committed_blocks(self.digests[view, rows])
         if not committed.all():

@@ -32,7 +32,9 @@ from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
+from cache_tools.places.leases import LEASE_S
 from pipeline.build.output import Output
+from pipeline.build.rolling import RollingBuild
 from pipeline.networks.ensemble import NETWORKS, NetworkPixels, TeacherEnsemble, finish_pixels, start_loading_pixels
 from pipeline.recipe import MAX_VIEWS_AT_ONCE
 
@@ -48,11 +50,13 @@ def build_blocks(
     batch_size: int,
     at_once: int | None = None,
     request: StopRequest | None = None,
+    lease_s: float = LEASE_S,
 ) -> int:
     """Compute and commit all missing blocks, together with any other builders of the same cache.
 
     Args:
         at_once: number of views that are built together; None to choose it.
+        lease_s: of a rolling cache: for how long a student that does not renew its lease is waited for.
         request: its limit of time ends the build between two batches.
 
     Returns:
@@ -65,7 +69,7 @@ def build_blocks(
     count = 0
     with output.building():
         while missing := output.missing_blocks():  # repeats only if a builder stalled and another took over its block
-            count += _build(output, missing, images, ensemble, batch_size, at_once, request)
+            count += _build(output, missing, images, ensemble, batch_size, at_once, request, lease_s)
     return count
 
 
@@ -174,14 +178,19 @@ def _build(
     batch_size: int,
     at_once: int | None,
     request: StopRequest | None,
+    lease_s: float,
 ) -> int:
     manifest, claims, on_cuda = output.manifest, Claims(output.place), ensemble.device.type == "cuda"
     total, left = manifest.num_views * manifest.num_samples, sum(_num_rows(manifest, block) for _, block in missing)
     pending: deque[Future[int]] = deque()
     count = reported = 0
     buffers: dict[BlockId, dict[str, torch.Tensor]] = {}
-    at_once = at_once or views_at_once(manifest, images, batch_size)
-    groups = _groups_to_compute(output, claims, missing, at_once)
+    given, rolling = at_once, None
+    at_once = given or views_at_once(manifest, images, batch_size)
+    if manifest.rolling is not None:  # by default half of the views, so that students train on the others meanwhile
+        at_once = min(at_once, manifest.rolling.keep if given else max(manifest.rolling.keep // 2, 1))
+        rolling = RollingBuild(output, lease_s)
+    groups = _groups_to_compute(output, claims, missing, at_once, rolling)
     service = service_for(images, sum(_num_rows(manifest, block) for block in {block for _, block in missing}))
     with (  # exited in reverse order: claims are released after the writes, which also ends the loader's wait
         BatchLoader(images, manifest, groups, batch_size, pin=on_cuda, service=service) as batches,
@@ -222,21 +231,26 @@ def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
 
 
 def _groups_to_compute(
-    output: Output, claims: Claims, missing: list[BlockId], at_once: int
+    output: Output, claims: Claims, missing: list[BlockId], at_once: int, rolling: RollingBuild | None
 ) -> Iterator[Sequence[BlockId]]:
     """Claim the blocks to compute, group by group, in the loading thread."""
     # The first `at_once` views of all rows, then the next: every view is complete as early as can be.
-    missing = sorted(missing, key=lambda block: (block.view // at_once, block.block, block.view))
-    for group in claims.share_groups(missing, output.committed_blocks, output.is_committed, at_once=at_once):
-        left = []
-        for block in group:
-            if output.push_from_mirror(block):
-                claims.release(block)
-                claims.done_by_others.append(block)
-            else:
-                left.append(block)
-        if left:
-            yield left
+    parts: Iterable[list[BlockId]] = [missing]
+    if rolling is not None:
+        claims.prevent_pruning()  # also while it waits, and holds no other claim
+        parts = rolling.parts(missing, at_once, claims.wait)
+    for part in parts:
+        part.sort(key=lambda block: (block.view // at_once, block.block, block.view))
+        for group in claims.share_groups(part, output.committed_blocks, output.is_committed, at_once=at_once):
+            left = []
+            for block in group:
+                if output.push_from_mirror(block):
+                    claims.release(block)
+                    claims.done_by_others.append(block)
+                else:
+                    left.append(block)
+            if left:
+                yield left
 
 
 def _compute(

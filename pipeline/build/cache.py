@@ -25,6 +25,7 @@ from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.manifest import CODE, DECODER, Manifest, check_code_versions
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
+from cache_tools.format.rolling import Rolling
 from cache_tools.format.stored import text_not_unicode
 from cache_tools.images import open_images
 from cache_tools.images.check import check_new_images, frame_notes
@@ -34,6 +35,7 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
 from cache_tools.places.claims import remove_dead_claims
+from cache_tools.places.metadata import manifest_at
 from cache_tools.system.ranks import Meeting, own_rank
 from pipeline.build.destination import destination
 from pipeline.build.known import CODE_VERSIONS, INPUTS, find_finished, inputs_digest
@@ -120,7 +122,7 @@ def _build_cache(
     images = open_images(recipe.dataset)
     finished = find_finished(recipe, images)
     if finished is not None and finished.manifest.dataset.test_split == recipe.dataset.test_split:
-        say(f"{finished.where} is complete: nothing to do")
+        say(f"{finished.where} {_complete(finished.manifest)}: nothing to do")
         remove_dead_claims(finished.where.place)
         contents = _folders([images])
         return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest), folders=contents)
@@ -175,6 +177,10 @@ def _build_cache(
         grow=lambda writer: _grow(writer, recipe, images, ensemble),
     )
     _record_test_split(output, recipe, splits, ensemble, say)
+    if recipe.keep_views is not None and (before := output.rolling()) != Rolling(
+        keep=recipe.keep_views, dropped=0 if before is None else before.dropped
+    ):
+        output.keep_views(recipe.keep_views)
     created()
     manifest = output.manifest
     result = BuildResult(
@@ -183,7 +189,7 @@ def _build_cache(
     ensemble.use_scales(manifest.clip_scales)
     missing = output.missing_blocks()
     if not missing:
-        say(f"{where} is complete: nothing to do")
+        say(f"{where} {_complete(manifest_at(output.place))}: nothing to do")
         remove_dead_claims(output.place)
         return result
     check_code_versions(manifest, CODE_VERSIONS, where)
@@ -191,8 +197,15 @@ def _build_cache(
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     start = time.monotonic()
-    count = build_blocks(output, images, ensemble, recipe.batch_size, recipe.views_at_once, request)
+    count = build_blocks(
+        output, images, ensemble, recipe.batch_size, recipe.views_at_once, request, 60.0 * recipe.lease_minutes
+    )
     return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
+
+
+def _complete(manifest: Manifest) -> str:
+    rolling = manifest.rolling
+    return f"has been built, and {rolling}" if rolling is not None and rolling.dropped else "is complete"
 
 
 def _record_test_split(
@@ -274,6 +287,7 @@ def _create(
         recipe=identity,
         dataset=recipe.dataset.absolute(),  # readers may run in another working directory
         num_views=recipe.num_views,
+        rolling=None if recipe.keep_views is None else Rolling(keep=recipe.keep_views),
         block_rows=recipe.block_rows or default_block_rows(identity),
         clip_scales=ensemble.fusion.clip_scales,
         canaries=make_canaries(identity.views, images, recipe.num_views),

@@ -76,10 +76,16 @@ def find_finished(recipe: BuildRecipe, images: ImageSet) -> Finished | None:
             and manifest.recipe.derived_from is None
             and manifest.recipe.dataset == images.identity()
             and manifest.num_views >= recipe.num_views
-            and list_committed(candidate.where.place) >= set(np.ndindex(manifest.num_views, manifest.num_blocks))
+            and list_committed(candidate.where.place) >= _blocks_to_have(manifest)
         ):
             return candidate
     return None
+
+
+def _blocks_to_have(manifest: Manifest) -> set[tuple[int, ...]]:
+    """All blocks but those of dropped views."""
+    blocks = np.ndindex(manifest.num_views, manifest.num_blocks)
+    return {block for block in blocks if block[0] >= manifest.num_dropped}
 
 
 def inputs_digest(recipe: BuildRecipe) -> str | None:

@@ -22,6 +22,7 @@ from cache_tools.home.staging import stage_metadata
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.claims import growing
 from cache_tools.places.metadata import copy_metadata, manifest_at, refresh_test_split
+from cache_tools.places.rolling import record_rolling
 from cache_tools.places.transfer import list_committed
 from cache_tools.store.group import read_manifest
 from cache_tools.store.writer import CacheWriter, check_free
@@ -105,6 +106,7 @@ def _open_mirrored(
             if manifest is not None:
                 moved += _adopt(place, path, manifest)
                 moved += sum(refresh_test_split(LocalPlace(path), manifest))
+                _refresh_rolling(path, manifest)
             writer = CacheWriter.resume(path, recipe.fingerprint)
             if writer.manifest.num_views < num_views:
                 writer = grow(writer)
@@ -112,9 +114,11 @@ def _open_mirrored(
             moved += sum(copy_metadata(LocalPlace(path), place, manifest))
     else:
         moved += _adopt(place, path, manifest)
-        if read_manifest(path).dataset.test_split != manifest.dataset.test_split:
+        local = read_manifest(path)
+        if (local.dataset.test_split, local.rolling) != (manifest.dataset.test_split, manifest.rolling):
             with growing(LocalPlace(path)):
                 moved += sum(refresh_test_split(LocalPlace(path), manifest))
+                _refresh_rolling(path, manifest)
         writer = CacheWriter.resume(path, recipe.fingerprint)
     return MirroredOutput(writer, place, manifest, moved)
 
@@ -164,6 +168,12 @@ def _adopt(place: Place, path: Path, manifest: Manifest) -> int:
             _remove(path)
     moved = sum(stage_metadata(place, path, manifest))
     return moved
+
+
+def _refresh_rolling(path: Path, manifest: Manifest) -> None:
+    """Give a mirror the record of dropped views of the cache in the store, where other builders drop them too."""
+    if manifest.rolling is not None and read_manifest(path).rolling != manifest.rolling:
+        record_rolling(LocalPlace(path), manifest.rolling)
 
 
 def _can_mix(one: Manifest, other: Manifest) -> bool:

@@ -7,22 +7,26 @@ build continues by uploading the blocks that the store lacks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cache_tools.console import Progress
+from cache_tools.errors import RecipeError
 from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
+from cache_tools.format.rolling import Rolling
 from cache_tools.home.origin import OriginRecord, write_origin
 from cache_tools.images.recipe import TestSplits
 from cache_tools.places import LocalPlace, Place
 from cache_tools.places.arrays import GROUP
 from cache_tools.places.claims import Claims, growing
+from cache_tools.places.metadata import manifest_at
+from cache_tools.places.rolling import record_rolling, remove_dropped
 from cache_tools.places.transfer import block_arrays, copy_block, copy_blocks, list_committed
 from cache_tools.store.group import translate_errors
 from cache_tools.store.writer import CacheWriter
@@ -44,24 +48,88 @@ class Output:
     def __init__(self, writer: CacheWriter) -> None:
         self._writer, self.path, self.manifest = writer, writer.path, writer.manifest
         self.place: Place = LocalPlace(writer.path)
-        self.bytes_moved = 0
+        self.bytes_moved, self._forgotten = 0, 0
 
     def record_test_split(
         self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None, folders: Mapping[str, Any] | None
     ) -> None:
         """Store other test splits in the manifest, and a preflight on the first of them if there was one."""
-        with growing(self.place):
+        with self._changing():
             self._writer = self._writer.record_test_split(test_split, preflight, folders)
         self.manifest = self._writer.manifest
 
     def missing_blocks(self) -> list[BlockId]:
-        """Blocks that are not committed, in order."""
-        done = self.committed_blocks()
+        """Blocks that are not committed, in order, without those of dropped views."""
+        done, rolling = self.committed_blocks(), self.rolling()
+        first = 0 if rolling is None else rolling.dropped
         return [
             block
             for index in np.ndindex(self.manifest.num_views, self.manifest.num_blocks)
-            if (block := BlockId(*index)) not in done
+            if (block := BlockId(*index)) not in done and block.view >= first
         ]
+
+    def rolling(self) -> Rolling | None:
+        """The state of a rolling cache, read again at each call; None for all others."""
+        return None if self.manifest.rolling is None else manifest_at(self.place).rolling
+
+    def keep_views(self, keep: int) -> None:
+        """Make this a rolling cache, if it has no block yet, or change how many views a rolling cache keeps.
+
+        Raises:
+            RecipeError: a cache that was begun without dropping views.
+        """
+        with self._changing():
+            rolling = manifest_at(self.place).rolling
+            if rolling is None and self.committed_blocks():
+                raise RecipeError(
+                    "this cache was begun to keep all its views",
+                    where=f"{self.place}, --keep-views {keep}",
+                    next_step="leave out --keep-views, or choose another --out",
+                )
+            rolling = Rolling(keep=keep) if rolling is None else rolling.model_copy(update={"keep": keep})
+            for place in self._places:
+                record_rolling(place, rolling)
+        self.manifest = self.manifest.model_copy(update={"rolling": rolling})
+
+    def drop_views(self, count: int, allowed: Callable[[], bool]) -> None:
+        """Drop the first views of a rolling cache, for good.
+
+        Args:
+            allowed: asked once more when readers can see that they are dropped.
+        """
+        with self._changing():
+            before = manifest_at(self.place).rolling
+            assert before is not None, "a rolling cache stays one"
+            if before.dropped >= count:
+                return
+            rolling = before.model_copy(update={"dropped": count})
+            for place in self._places:
+                record_rolling(place, rolling)
+            if not allowed():
+                for place in self._places:
+                    record_rolling(place, before)
+                return
+        self.forget_dropped(count)
+
+    def forget_dropped(self, count: int) -> None:
+        """Remove the files of dropped views, also those that a killed builder has left."""
+        if count > self._forgotten:
+            for place in self._places:
+                remove_dropped(place, self.manifest, count)
+            self._forgotten = count
+
+    @property
+    def _places(self) -> tuple[Place, ...]:
+        """All places that have the views."""
+        return (self.place,)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The context in which the manifests at these places are changed."""
+        with ExitStack() as stack:
+            for place in self._places:
+                stack.enter_context(growing(place))
+            yield
 
     def committed_blocks(self) -> set[BlockId]:
         """All committed blocks, from one listing."""
@@ -111,10 +179,14 @@ class MirroredOutput(Output):
     def record_test_split(
         self, test_split: TestSplits | None, preflight: Mapping[str, Any] | None, folders: Mapping[str, Any] | None
     ) -> None:
-        with growing(self.place), growing(self._mirror):
+        with self._changing():
             self._writer = self._writer.record_test_split(test_split, preflight, folders)
             self.place.put(GROUP, self._mirror.read(GROUP, MAX_METADATA_BYTES))
         self.manifest = self._writer.manifest
+
+    @property
+    def _places(self) -> tuple[Place, ...]:
+        return self.place, self._mirror
 
     def push_from_mirror(self, block: BlockId) -> bool:
         if not self._mirror.has(block.commit_key):

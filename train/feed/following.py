@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import numpy as np
 
 from cache_tools.console import print_line
-from cache_tools.errors import NotFoundError
+from cache_tools.errors import NotFoundError, RecipeError, printable
 from cache_tools.format.manifest import Fusion
+from cache_tools.format.rolling import dropped_error
+from cache_tools.places.leases import Lease
 from cache_tools.reader import TeacherCache
-from cache_tools.units import duration
+from cache_tools.units import counted, duration
 
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.5, 10.0
 """Between two looks at the cache: at first, and after a long wait. A look at an object store lists its commits."""
@@ -40,10 +44,33 @@ def wait_for_cache(reference: object, open_cache: Callable[[], TeacherCache]) ->
         pause_s = min(1.5 * pause_s, LONGEST_LOOK_S)
 
 
+def check_rolling(cache: TeacherCache, fusion: Fusion, epochs: int, num_views: int) -> None:
+    """Raise RecipeError unless a run can follow the build of a rolling cache, in which every view is there once."""
+    rolling = cache.manifest.rolling
+    if rolling is None:
+        return
+    if epochs > num_views:
+        raise RecipeError(
+            "a run that follows a build with --keep-views sees every view once",
+            where=cache.path.name,
+            expected=f"at most {counted(num_views, 'epoch')}, one for each view",
+            found=epochs,
+            next_step=f"build with --views {epochs}, or train for {counted(num_views, 'epoch')}",
+        )
+    if fusion.clip_view is not None:
+        raise RecipeError(
+            "the view that CLIP's targets come from is dropped",
+            where=f"fusion.clip_view: {fusion.clip_view}",
+            found=f"a cache built with --keep-views {rolling.keep}",
+            next_step="leave it out, or use a cache that keeps all its views",
+        )
+
+
 class Follower:
     """Waits for views of one cache.
 
-    It looks again until the view is complete, however long that takes: a builder may be restarted meanwhile.
+    It looks again until the view is complete, however long that takes: a builder may be restarted meanwhile. From the
+    builder of a rolling cache it takes a lease, so that no view is dropped that the run still needs.
 
     Args:
         fusion: may take CLIP's part from another view, which is waited for too.
@@ -53,15 +80,45 @@ class Follower:
         self._cache, self._fusion = cache, fusion
         self._stop = threading.Event()
         self._begun_s, self._begun_with = time.monotonic(), int(cache.committed_blocks().sum())
+        self._lease: Lease | None = None
+
+    def begin(self, path: Path, digest: str, epoch: int) -> None:
+        """Take the lease of a run, or take it up again.
+
+        Args:
+            path, digest: of the run.
+            epoch: the next one, which needs the view of its number.
+
+        Raises:
+            DroppedError: that view is gone.
+        """
+        if self._cache.manifest.rolling is None:
+            return
+        folder = path.absolute()
+        key = hashlib.blake2b(f"{digest} {folder}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
+        self._lease = Lease(self._cache.place(), key, printable(str(folder)), epoch)
+        self._require(epoch)  # after the lease, which a builder looks for once more when it has recorded a drop
+
+    def passed(self, epoch: int) -> None:
+        """The run has stored the state before this epoch, and does not go back."""
+        if self._lease is not None:
+            self._lease.move(epoch)
+
+    def finish(self) -> None:
+        """The run needs no view any more."""
+        if self._lease is not None:
+            self._lease.end()
 
     def wait(self, view: int, blocks: Sequence[int] | None = None) -> None:
         """Return when a view, or some blocks of it, can be read.
 
         Raises:
             CancelledError: `stop` was called.
+            DroppedError: the view was dropped.
         """
         begun_s, told_s, pause_s = time.monotonic(), None, FIRST_LOOK_S
         while (missing := self._missing(view, blocks)) is not None:
+            self._require(view)
             now_s = time.monotonic()
             if told_s is None or now_s - told_s > REPEAT_S:
                 _print(f"waiting for view {view} of {self._cache.path.name}: {missing}")
@@ -73,8 +130,16 @@ class Follower:
             _print(f"view {view} is complete after a wait of {duration(time.monotonic() - begun_s)}")
 
     def stop(self) -> None:
-        """End all waiting."""
+        """End all waiting. A lease stays for the run to go on with, until it expires."""
         self._stop.set()
+        if self._lease is not None:
+            self._lease.stop()
+
+    def _require(self, view: int) -> None:
+        """Raise DroppedError if a view is gone."""
+        rolling = self._cache.rolling()
+        if rolling is not None and view < rolling.dropped:
+            raise dropped_error(rolling, self._cache.path.name, view)
 
     def _missing(self, view: int, blocks: Sequence[int] | None) -> str | None:
         """What is missing, and at what rate it comes; None if nothing is."""

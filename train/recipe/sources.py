@@ -18,7 +18,12 @@ from cache_tools.images.sources import has_image_files
 RECIPE, IDENTITY = "recipe.yaml", "run.json"  # of a run folder, see `train.runs.folder`
 
 # The keys that only recipes of `build-cache` have, and those that mean something else there.
-_ONLY_BUILD_KEYS = frozenset({"teacher", "clip", "store", "codec", "block_rows", "views_at_once", "preflight_samples"})
+_ONLY_BUILD_KEYS = frozenset(
+    {
+        *("teacher", "clip", "store", "codec", "block_rows", "preflight_samples"),
+        *("views_at_once", "keep_views", "lease_minutes"),
+    }
+)
 _OTHER_BUILD_KEYS = frozenset({"fusion", "num_views", "precision", "batch_size", "max_minutes", "device", "out"})
 
 # How a student is trained on a folder of photographs, where no recipe says otherwise.

@@ -78,6 +78,8 @@ class Run:
             self.begun = self._load_checkpoint(steps_per_epoch)
             if self.begun is not None:
                 self.learner.load_state_dict(self.begun.pop("learner"))
+            if data.follower is not None:
+                data.follower.begin(path, digest, len(self.history))
         if ranks is not None:
             self._join(ranks)
 
@@ -163,6 +165,8 @@ class Run:
 
     def finish(self) -> RunResult:
         """Write the files of a finished run."""
+        if self.data.follower is not None:
+            self.data.follower.finish()
         remove_file(self.path / folder.CHECKPOINT)  # left by a process that was killed just after the last commit
         card = self.card.model_copy(update={"epoch": len(self.history)})
         checkpoints.save_student(self.path / checkpoints.LAST, self.learner.student, card)
@@ -249,6 +253,8 @@ class Run:
         state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
         checkpoints.save_state(self.path / folder.STATE, state)
         remove_file(self.path / folder.CHECKPOINT)
+        if self.data.follower is not None:
+            self.data.follower.passed(len(self.history))
 
 
 def draw_curves(result: RunResult) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cache_tools.format.commits import BlockId
-from cache_tools.places import Entry, LocalPlace, Place, claims, open_place
+from cache_tools.places import Entry, LocalPlace, Place, clock, open_place
 from cache_tools.places.claims import GROW, Claims, claim_content, claims_place, growing
 from tests.support.s3_server import new_bucket
 
@@ -321,7 +321,7 @@ FOREIGN = json.dumps({"owner": "x", "machine": "another", "pid": 1, "started": "
 def test_a_live_claim_outlasts_a_clock_that_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_s: float
 ) -> None:
-    monkeypatch.setattr(claims, "READ_CLOCK_EVERY_S", 0.0)
+    monkeypatch.setattr(clock, "READ_CLOCK_EVERY_S", 0.0)
     place = SetClock(tmp_path)
     waiting = Claims(place, expire_s=0.8)
     place.put("0.0.0", FOREIGN)
@@ -337,7 +337,7 @@ def test_a_live_claim_outlasts_a_clock_that_is_set(
 def test_a_dead_claim_expires_although_the_clock_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_s: float
 ) -> None:
-    monkeypatch.setattr(claims, "READ_CLOCK_EVERY_S", 0.0)
+    monkeypatch.setattr(clock, "READ_CLOCK_EVERY_S", 0.0)
     place = SetClock(tmp_path)
     waiting, start = Claims(place, expire_s=0.5), time.monotonic()
     place.put("0.0.0", FOREIGN)
