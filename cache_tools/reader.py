@@ -15,7 +15,7 @@ from cache_tools import alignment
 from cache_tools.console import resolve_device
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, printable
 from cache_tools.format import commits
-from cache_tools.format.arrays import targets
+from cache_tools.format.arrays import SEEDS, seed_arrays, targets
 from cache_tools.format.layout import array_layouts
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
@@ -67,6 +67,7 @@ class TeacherCache:
         self.path, self.manifest, self.origin = path, read_manifest(path), origin
         self.targets = {spec.name: spec for spec in targets(self.recipe, self.manifest.block_rows)}
         self._specs = {array.name: array for spec in self.targets.values() for array in spec.arrays}
+        self._specs |= {array.name: array for array in seed_arrays(self.recipe, self.manifest.block_rows)}
         for spec in self._specs.values():
             spec.stored.check_readable()
         self._layouts = array_layouts(self.manifest)
@@ -190,7 +191,7 @@ class TeacherCache:
         def move(constants: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(target_device) for name, tensor in constants.items()}
 
-        if self.recipe.store == "fused":
+        if self.recipe.store != "components":
             constants = {name: self._tensor(name) for spec in specs.values() for name in spec.constants}
             return FusedView(view, arrays, move(constants), specs)
         constants = fusion_constants(fusion, self.recipe, self._tensor)
@@ -226,6 +227,16 @@ class TeacherCache:
         if self._specs[name].stored.is_fill(values[:, 0]).any():
             raise FormatError("a chunk is missing", where=f"{self.path / name}, view {view}", next_step=RESTORE)
         return values
+
+    def view_seeds(self, view: int, rows: slice = slice(None)) -> npt.NDArray[np.int32]:
+        """The seeds from which another tool drew a view, int32 [rows]; imported caches of such views only.
+
+        Raises:
+            NotFoundError: views without such seeds. Otherwise as `read_stored`.
+        """
+        if SEEDS not in self._specs:
+            raise NotFoundError("this cache has no seeds of another tool", where=self.path)
+        return self.read_stored(SEEDS, view, rows)[:, 0]
 
     def commit(self, view: int, block: int) -> dict[str, int]:
         """The digests of a committed block by column: `view_parameters`, then each stored array (see `commits`).

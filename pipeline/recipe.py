@@ -31,7 +31,7 @@ from cache_tools.config import (
 )
 from cache_tools.config.fields import Count, CountOrZero, Name, Number, Positive, Share, ViewCount
 from cache_tools.errors import RecipeError
-from cache_tools.format.recipe import FusionRecipe, Precision, Store, check_codec
+from cache_tools.format.recipe import FusionRecipe, Precision, check_codec, with_canvas
 from cache_tools.images.class_names import IMAGENETS, ORDERS, read_names
 from cache_tools.images.own_folder import is_folder_argument, read_own_folder, refuse_second_folder
 from cache_tools.images.recipe import DatasetRecipe, check_location
@@ -42,7 +42,6 @@ from cache_tools.views.ops import MAX_SIDE
 from cache_tools.views.recipe import ViewRecipe
 from train.recipe.evaluation import EvaluationRecipe
 from train.recipe.loading import OPTION_NAMES
-from train.recipe.settings import with_canvas
 
 OutputNames = Annotated[
     Annotated[str, Tag(ONE)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(SEVERAL)],
@@ -169,7 +168,7 @@ class BuildRecipe(Extensible):
     teacher: Teachers = None
     clip: Clips = None
     fusion: FusionRecipe = FusionRecipe()
-    store: Store = "fused"
+    store: Literal["fused", "components"] = "fused"
     codec: CodecChoice = "float16"
     precision: Precision = "float32"
     batch_size: Count = 256

@@ -42,7 +42,7 @@ from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.console import Progress, device_name, resolve_device
 from cache_tools.derive.block_reader import BlockReader, Rows
 from cache_tools.derive.lineage import Source, lineage, open_source
-from cache_tools.errors import IncompleteError
+from cache_tools.errors import IncompleteError, NotFoundError
 from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe, Precision, Store
 from cache_tools.images.image_set import ImageSet
@@ -74,6 +74,14 @@ def replay(cache: TeacherCache, images: ImageSet, count: int, *, seed: int = 0, 
             missing.
         WeightsError: networks are missing, or have other weights than the cache's.
     """
+    if cache.recipe.imported is not None:
+        raise NotFoundError(
+            "these targets were imported, so there is no teacher to compute them again",
+            where=cache.path,
+            expected="a cache of build-cache",
+            found=f"an import of {cache.recipe.imported.kind}",
+            next_step="leave --replay out: verify checks every stored byte without it",
+        )
     torch_device = resolve_device(device)
     drawn = _draw(cache, count, seed)
     sources = lineage(cache.manifest)

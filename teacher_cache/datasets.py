@@ -183,6 +183,11 @@ class CachedDataset(ImageDataset):
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
         self.features, self._fusion = features, fusion
         self.views = tuple(range(self.cache.num_views)) if views is None else _view_numbers(views)
+        self.cache.recipe.views.require_pixels(self.cache.path)
+        if features and not self.cache.recipe.has_features:
+            raise RecipeError(
+                "imported targets are logits alone", where=self.cache.path, expected="CachedDataset(features=False)"
+            )
         if not self.views:
             raise RecipeError(
                 "no view is chosen", where="CachedDataset(views=…)", expected="at least one", found="none"

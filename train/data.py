@@ -52,7 +52,7 @@ class TrainingData:
         num_views: views to cycle through; None for a new one in every epoch.
         targets: the source of the targets.
         follower: waits for views of a cache that is still being built; None if nothing does.
-        target_dim: width of the fused target features; None without targets.
+        target_dim: width of the fused target features; None without targets, or where they are logits alone.
         components: the networks whose own features the loss embeds; None if it uses the fused ones.
         cache: the cache that the targets come from; None for any other source.
         known: the labels, if only a fraction of them may be used; None for all labels of `images`.
@@ -226,6 +226,7 @@ def with_cached_images(recipe: TrainRecipe) -> TrainRecipe:
 
 def _open_labels_only(recipe: TrainRecipe, open_split: Opener) -> TrainingData:
     dataset, views = recipe.own_dataset(), recipe.own_views().seen_by("student")
+    views.require_pixels()
     images = open_split(dataset, None)
     check_labels(recipe, images)
     tests = _open_tests(dataset, images, open_split, recipe.evaluation, views)
@@ -253,6 +254,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     cache.check_arrays()
     registry.mark_used(cache.path)
     views, num_views = cache.recipe.views, _num_views(cache, recipe)
+    views.require_pixels(cache.path)
     recipe.check_mixed_views(views, num_views, cache.path)
     dataset = recipe.cached_dataset(cache.manifest)
     cached = _open_cached_split(cache, dataset, open_split)
@@ -286,7 +288,7 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
             sparse_temperature=_sparse_temperature(cache, loss),
             follower=follower,
         ),
-        target_dim=cache.recipe.fusion.feature_dim,
+        target_dim=cache.recipe.fusion.feature_dim if cache.recipe.has_features else None,
         components=components,
         cache=cache,
         known=partial_labels(cache, fusion, images.labels, samples, recipe.label_fraction, recipe.label_seed),
@@ -366,8 +368,16 @@ def _components(cache: TeacherCache, fusion: Fusion, loss: LossRecipe) -> Compon
             "the loss needs the networks' own features, and this cache has only fused targets",
             where=cache.path,
             expected="a cache with components (loss.feature_source: components)",
-            found="fused_logits, fused_features",
+            found=", ".join(cache.targets),
             next_step="set loss.feature_source=fused, or build the cache with --store components",
+        )
+    if loss.needs_features and not cache.recipe.has_features:
+        raise RecipeError(
+            "the loss needs features, and imported targets are logits alone",
+            where=cache.path,
+            expected="loss.feature=none",
+            found=f"loss.feature={loss.feature}",
+            next_step="train on the logits, such as --loss kd",
         )
     return None
 

@@ -14,7 +14,7 @@ from cache_tools.config import Frozen
 from cache_tools.console import Progress
 from cache_tools.derive import codec_spec
 from cache_tools.derive.block_reader import BlockReader
-from cache_tools.errors import FormatError, IncompleteError
+from cache_tools.errors import FormatError, IncompleteError, NotFoundError
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.images.recipe import require_one_label
@@ -93,6 +93,12 @@ def measure(
         cache.path,
         "make a copy with `cache-tools recode` and compare the students of both",
     )
+    if not cache.recipe.has_features:
+        raise NotFoundError(
+            "fidelity fits a student to features, and imported targets are logits alone",
+            where=cache.path,
+            next_step="make a copy with `cache-tools recode` and compare the students of both",
+        )
     chosen, left_out = default_codecs(cache.recipe) if not specs else ({}, [])
     chosen |= {spec: codec_spec.codecs_for(spec, cache.recipe) for spec in specs}
     for codecs in chosen.values():

@@ -184,6 +184,7 @@ def show_samples(
         WeightsError: no student there.
     """
     require_one_label(cache.recipe.dataset.multi_label, "show", cache.path, "look at cache-tools stats")
+    cache.recipe.views.require_pixels(cache.path)
     check_temperature(temperature)
     chosen, sources = view_numbers(cache, views), sources_of(cache.recipe)
     for view in chosen:

@@ -83,7 +83,7 @@ def stats_command(
         print_line(f"Tables and plots are in {folder.path}")
     if len(found.about.sources) > 1:
         print_next("cache-tools", "tune-fusion", reference)
-    else:
+    elif cache.recipe.views.made_by is None:
         print_next("train-student", "--cache", reference)
 
 

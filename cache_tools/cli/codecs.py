@@ -98,7 +98,8 @@ def recode_command(
         print_line(f"{_blocks(done.blocks_missing)} not in {done.source} yet: run this again when the source has more")
     else:
         print_line(f"{human_bytes(sizes['bytes'])}, from {human_bytes(sizes['source_bytes'])}")
-        print_next("train-student", "--cache", done.path)
+        if cache.recipe.views.made_by is None:
+            print_next("train-student", "--cache", done.path)
 
 
 def _blocks(count: int) -> str:

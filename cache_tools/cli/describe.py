@@ -19,7 +19,7 @@ from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes, target_arrays
 from cache_tools.format.layout import labels_array
 from cache_tools.format.manifest import Manifest
-from cache_tools.format.recipe import ClipIdentity, TeacherIdentity
+from cache_tools.format.recipe import ClipIdentity, Imported, TeacherIdentity
 from cache_tools.home import registry
 from cache_tools.home.listing import RemoteRecord, commit_names, remote_record
 from cache_tools.home.registry import CacheRecord, complete_views
@@ -31,6 +31,7 @@ from cache_tools.refusion import describe_fusion
 from cache_tools.screen import TextTable, screen_width
 from cache_tools.store.group import read_manifest
 from cache_tools.units import human_bytes
+from cache_tools.views.recipe import ViewRecipe
 
 _BESIDE_SAMPLES = {"left_out": "left out", "damaged": "damaged and left out"}  # of `FolderSummary.to_json`
 _PIPED_WIDTH = 400  # for grep and awk: a line per cache
@@ -141,14 +142,20 @@ def print_details(details: CacheDetails) -> None:
     _line("test split", ", ".join(manifest.dataset.test_splits) or "none: students are not evaluated")
     state = "complete" if record.complete else _unfinished(record, manifest)
     _line("views", f"{record.views_done} of {record.views_total} done, {state}")
-    _line("view recipe", f"version {recipe.views.version}, base seed {recipe.views.base_seed}, {_ops(recipe.views)}")
-    for number, teacher in enumerate(recipe.teachers):
+    _line("view recipe", _views_recipe(recipe.views))
+    if recipe.imported is not None:
+        _line("teacher", recipe.teacher.architecture)
+        _line("imported", _imported(recipe.imported))
+    for number, teacher in enumerate(recipe.teachers if recipe.imported is None else ()):
         _line(_numbered("teacher", number), _network(teacher, len(recipe.teachers)))
     for number, clip in enumerate(recipe.clips):
         _line(_numbered("CLIP", number), _network(clip, len(recipe.clips)))
         _line(_numbered("prompts", number), f"{len(clip.templates)} templates, the first: {clip.templates[0]}")
     _line("fusion", describe_fusion(manifest))
-    _line("stored", f"{recipe.store}, {recipe.codecs}, teachers ran in {recipe.precision}")
+    if recipe.has_features:
+        _line("stored", f"{recipe.store}, {recipe.codecs}, teachers ran in {recipe.precision}")
+    else:
+        _line("stored", f"{recipe.store}, {recipe.codecs.logits.codec}")
     _line("blocks", f"{manifest.num_blocks} per view, {manifest.block_rows:,} rows each")
     _line(
         "size", f"{human_bytes(record.size_bytes)} {'on disk' if isinstance(record, CacheRecord) else 'in the store'}"
@@ -234,6 +241,17 @@ def _sources(manifest: Manifest) -> tuple[Source, ...]:
         return lineage(manifest)
     except NotFoundError:  # a cache without a record of its source
         return ()
+
+
+def _views_recipe(views: ViewRecipe) -> str:
+    if views.made_by is not None:
+        return f"views of {views.made_by.tool}, whose pixels cannot be made again: not for training"
+    return f"version {views.version}, base seed {views.base_seed}, {_ops(views)}"
+
+
+def _imported(imported: Imported) -> str:
+    mean = "" if imported.averaged is None else f", the mean over {imported.averaged} views"
+    return f"{imported.kind}, digest {imported.digest[:12]}{mean}"
 
 
 def _ops(views: Any) -> str:

@@ -97,7 +97,8 @@ def info_command(reference: Cache, as_json: AsJson = False) -> None:
     else:
         describe.print_details(details)
         record = details.record
-        if record.complete or not isinstance(record, registry.CacheRecord) or record.origin is not None:
+        trainable = details.manifest.recipe.views.made_by is None
+        if trainable and (record.complete or not isinstance(record, registry.CacheRecord) or record.origin is not None):
             loss = ("--loss", "bce") if details.manifest.recipe.dataset.multi_label else ()
             print_next("train-student", *loss, "--cache", reference, file=sys.stderr)
 

@@ -79,7 +79,7 @@ def verify_command(
             print("images and teachers were not checked: repair the cache first")
         if not found.sound:
             print_next("cache-tools", "repair", reference)
-        elif sound and found.blocks == found.blocks_total:
+        elif sound and found.blocks == found.blocks_total and _is_for_training(reference):
             print_next("train-student", "--cache", reference)
     if not sound:
         sys.exit(EXIT_DAMAGED)
@@ -127,6 +127,13 @@ def _verify(reference: str) -> Verification:
     if is_remote(reference):
         return remote.verify(open_place(reference))
     return local.verify(registry.resolve(reference))
+
+
+def _is_for_training(reference: str) -> bool:
+    """Whether the pixels of the views can be made again."""
+    if is_remote(reference):
+        return True  # its manifest would have to be read once more, for a hint
+    return read_manifest(registry.resolve(reference)).recipe.views.made_by is None
 
 
 def _check_images(

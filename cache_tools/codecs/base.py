@@ -49,7 +49,7 @@ _PACKED: dict[Pack, dict[str, Any]] = {
         },
     },
 }
-_ITEM_BYTES = {"int8": 1, "int16": 2, "uint8": 1, "float16": 2, "float32": 4}
+_ITEM_BYTES = {"int8": 1, "int16": 2, "int32": 4, "uint8": 1, "float16": 2, "float32": 4}
 FILL_VALUES = {"int8": -128, "int16": -32768, "uint8": 255, "float16": float("nan"), "float32": float("nan")}
 
 
@@ -66,7 +66,7 @@ class StoredArray(Frozen):
 
     suffix: str = ""
     width: PositiveInt
-    dtype: Literal["int8", "int16", "uint8", "float16", "float32"]
+    dtype: Literal["int8", "int16", "int32", "uint8", "float16", "float32"]
     fill_value: float | int
     attributes: dict[str, float | int | str] = Field(default_factory=dict)
     pack: Pack = "zstd"

@@ -13,7 +13,7 @@ from cache_tools.codecs import Codec, SparseCodec
 from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.derive.base import Convert, Derived, derive, derived_manifest, require_same_constants
 from cache_tools.derive.block_reader import BlockReader, Rows, Stored
-from cache_tools.format.arrays import constant_shapes, targets
+from cache_tools.format.arrays import constant_shapes, seed_arrays, targets
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
 from cache_tools.reader import TeacherCache
@@ -105,7 +105,7 @@ class Recoder:
                 found |= self._encoder.encode_target(name, rows[name], where=where)
             else:
                 found |= {array.name: source[array.name] for array in spec.arrays}
-        return found
+        return found | {array.name: source[array.name] for array in seed_arrays(self.recipe, 1)}
 
     def caution(self, sample: Mapping[str, npt.NDArray[Any]]) -> str | None:
         """A warning if the new cache would look more precise than it is; else None.

@@ -11,6 +11,7 @@ from cache_tools.format.recipe import CacheRecipe
 CHUNK_BYTES = 8 << 20
 MAX_BLOCK_ROWS = 16_384
 MIN_BLOCK_ROWS = 64
+SEEDS = "view_seeds"
 
 
 class ArraySpec(Frozen):
@@ -79,19 +80,28 @@ def targets(recipe: CacheRecipe, block_rows: int) -> tuple[TargetSpec, ...]:
 
 def target_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]:
     """The arrays of all targets, in the order in which commits list their checksums."""
-    return tuple(array for target in targets(recipe, block_rows) for array in target.arrays)
+    arrays = [array for target in targets(recipe, block_rows) for array in target.arrays]
+    return (*arrays, *seed_arrays(recipe, block_rows))
+
+
+def seed_arrays(recipe: CacheRecipe, block_rows: int) -> tuple[ArraySpec, ...]:
+    """The array of the seeds from which another tool drew the views, int32 from 0; empty for views of our own."""
+    if recipe.views.made_by is None or not recipe.views.made_by.seeds:
+        return ()
+    stored = StoredArray(width=1, dtype="int32", fill_value=-(1 << 31))
+    return (ArraySpec(target=SEEDS, stored=stored, chunk_rows=_chunk_rows(stored.row_bytes, block_rows)),)
 
 
 def constant_shapes(recipe: CacheRecipe) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the constants: float32 arrays that hold for all samples and views.
 
-    Every cache has projections and class embeddings. `store: components` adds the heads and text features that turn
-    features into logits. Codecs that are fitted to the targets add their parameters (`TargetSpec.constants`).
+    Every cache with features has projections and class embeddings. `store: components` adds the heads and text features
+    that turn features into logits. Codecs that are fitted to the targets add their parameters (`TargetSpec.constants`).
     """
     classes, width = len(recipe.dataset.class_names), recipe.fusion.feature_dim
     components = recipe.store == "components"
     shapes: dict[str, tuple[int, ...]] = {}
-    for number, teacher in enumerate(recipe.teachers):
+    for number, teacher in enumerate(recipe.teachers if recipe.has_features else ()):
         shapes[array_name("teacher_projection", number)] = (teacher.feature_dim, width)
         if components and teacher.linear_head:
             shapes[array_name("teacher_head_weight", number)] = (classes, teacher.feature_dim)
@@ -120,6 +130,8 @@ def default_block_rows(recipe: CacheRecipe) -> int:
 def _widths(recipe: CacheRecipe) -> dict[str, int]:
     """Numbers in a row of each target, by name."""
     classes = len(recipe.dataset.class_names)
+    if recipe.store == "logits":
+        return {"fused_logits": classes}
     if recipe.store == "fused":
         return {"fused_logits": classes, "fused_features": recipe.fusion.feature_dim}
     teachers, clips = list(enumerate(recipe.teachers)), list(enumerate(recipe.clips))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cache_tools.codecs.features import STEPS
 from cache_tools.format import commits
-from cache_tools.format.arrays import CHUNK_BYTES, ArraySpec, TargetSpec, constant_shapes, targets
+from cache_tools.format.arrays import CHUNK_BYTES, SEEDS, ArraySpec, TargetSpec, constant_shapes, seed_arrays, targets
 from cache_tools.format.manifest import Manifest
 from cache_tools.lazy import np
 
@@ -28,6 +28,7 @@ _DIMENSIONS = {
     "text_features": ("prompt", "class", "clip_feature"),
     "teacher_head_weight": ("class", "teacher_feature"),
     "teacher_head_bias": ("class",),
+    SEEDS: ("view", "sample", "seed"),
 }
 # Their length differs between networks, so their name must too: some tools align arrays by dimension name.
 _OF_A_NETWORK = {"teacher_feature", "clip_feature", "prompt"}
@@ -103,6 +104,10 @@ def array_layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     }
     for target in targets(manifest.recipe, manifest.block_rows):
         layouts |= {spec.name: target_layout(target, spec, (manifest.num_views, samples)) for spec in target.arrays}
+    for spec in seed_arrays(manifest.recipe, manifest.block_rows):
+        shape = (manifest.num_views, samples, spec.width)
+        encoding = spec.stored.create_arguments()
+        layouts[spec.name] = ArrayLayout(shape, (1, spec.chunk_rows, spec.width), _dimensions(spec.name), encoding)
     columns = commits.columns(manifest.recipe, manifest.block_rows)
     shape = (manifest.num_views, manifest.num_blocks, len(columns))
     encoding = _plain(commits.COMMITS, "uint64") | {

@@ -13,7 +13,7 @@ from cache_tools.codecs.presets import TargetCodecs
 from cache_tools.config import Extensible, Frozen
 from cache_tools.config.fields import Number, Seed, Share, Width
 from cache_tools.errors import NotFoundError, RecipeError
-from cache_tools.images.recipe import DatasetIdentity
+from cache_tools.images.recipe import DatasetIdentity, DatasetRecipe
 from cache_tools.views.recipe import ViewRecipe
 
 FORMAT_VERSION: Literal[2] = 2
@@ -22,7 +22,7 @@ FORMAT_VERSION: Literal[2] = 2
 PREPROCESSING_VERSION = 1
 FUSION_VERSION = 1
 
-Store = Literal["fused", "components"]
+Store = Literal["fused", "components", "logits"]
 Precision = Literal["float32", "bfloat16", "float16"]
 PromptEnsemble = Literal["embedding", "logits", "probabilities"]
 
@@ -115,14 +115,32 @@ class FusionRecipe(Finite):
         return self.model_copy(update={"teacher_weight": weight, "feature_weight": weight})
 
 
-class CacheRecipe(Frozen):
+class Imported(Finite):
+    """Targets that other tools computed (`cache-tools import`).
+
+    Attributes:
+        kind: of the files, as `cache-tools import` names it.
+        digest: of everything in the files that determines the targets.
+        averaged: the views of another tool whose mean is the target of view 0; None if nothing was averaged.
+    """
+
+    kind: Literal["logits", "tinyvit", "ml-dr"]
+    digest: str
+    averaged: PositiveInt | None = None
+
+
+class CacheRecipe(Extensible):
     """Everything that determines the cached values; its digest is the fingerprint.
 
     A cache may have teachers without a CLIP, or CLIPs without a teacher; the fusion then gives that group all the
     weight.
     `derived_from` is the fingerprint of the cache that this one was recoded or fused from without its teachers; None
     for a cache built with teachers.
+    `imported` says where the targets come from if no network ran for this cache. It then has one teacher of which only
+    the name is known, and `store: logits`: fused logits, and no features.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"imported"})
 
     dataset: DatasetIdentity
     views: ViewRecipe
@@ -133,6 +151,7 @@ class CacheRecipe(Frozen):
     codecs: TargetCodecs = Field(default_factory=TargetCodecs)
     precision: Precision = "float32"
     derived_from: str | None = None
+    imported: Imported | None = None
 
     @model_validator(mode="after")
     def _views_are_of_the_samples(self) -> CacheRecipe:
@@ -151,6 +170,16 @@ class CacheRecipe(Frozen):
     @model_validator(mode="after")
     def _several_labels_need_whole_logits(self) -> CacheRecipe:
         check_codec(self.codecs, multi_label=self.dataset.multi_label)
+        return self
+
+    @model_validator(mode="after")
+    def _imported_targets_are_logits(self) -> CacheRecipe:
+        if (self.imported is None) != (self.store != "logits"):
+            raise ValueError("store: logits is for imported targets, and they have no other")
+        if self.imported is not None and (len(self.teachers) != 1 or self.clips):
+            raise ValueError("imported targets have one teacher and no CLIP")
+        if self.imported is None and self.views.made_by is not None:
+            raise ValueError("only imported targets have views of another tool")
         return self
 
     @property
@@ -185,12 +214,26 @@ class CacheRecipe(Frozen):
     @property
     def made_by(self) -> str:
         """The command that makes such a cache and continues it, for messages."""
-        return "build-cache" if self.derived_from is None else "recode or fuse"
+        if self.derived_from is not None:
+            return "recode or fuse"
+        return "build-cache" if self.imported is None else "cache-tools import"
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the cache has fused features, or those of its networks."""
+        return self.store != "logits"
 
     @property
     def fingerprint(self) -> str:
         """64 hex digits of sha256 over the canonical JSON of this recipe and the format version."""
         return recipe_fingerprint(self.model_dump(mode="json"))
+
+
+def with_canvas(dataset: DatasetRecipe, views: ViewRecipe) -> DatasetRecipe:
+    """Image files without a size of their own, on the canvas from which test images of these views are cut."""
+    if not dataset.has_image_files or dataset.image_size is not None or views.canvas_side is None:
+        return dataset
+    return dataset.model_copy(update={"image_size": views.canvas_side})
 
 
 def check_codec(codecs: TargetCodecs, *, multi_label: bool) -> None:

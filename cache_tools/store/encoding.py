@@ -118,7 +118,7 @@ def sample_rows(num_samples: int, limit: int = FIT_SAMPLES) -> npt.NDArray[np.in
 
 def _head_of(recipe: CacheRecipe, target: str) -> str | None:
     """The constant that turns a target's features into logits: a linear head or class embeddings; None without one."""
-    if recipe.store == "fused":
+    if recipe.store != "components":
         return None
     for number, teacher in enumerate(recipe.teachers):
         if target == array_name("teacher_features", number):

@@ -34,6 +34,7 @@ from cache_tools.views.ops import (
     Words,
     rescaled_box,
 )
+from cache_tools.views.others import OtherViews
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,9 +102,10 @@ class ViewRecipe(Extensible):
         sizes: larger or smaller views of the same box for some networks, in version 2 with a crop.
         mix: mixes the samples in pairs after the last op, in version 2; None for none. It needs the number of samples
             (`over`), and the pictures of both samples of a pair (`with_partners`).
+        made_by: the tool that drew these views, if it was another; then there are no ops, and no pixels.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"sizes", "mix"})
+    added: ClassVar[frozenset[str]] = frozenset({"sizes", "mix", "made_by"})
 
     version: Literal[1, 2] = 1
     base_seed: Annotated[Whole, Field(ge=0, lt=1 << 64)] = 0
@@ -111,6 +113,7 @@ class ViewRecipe(Extensible):
     ops: Annotated[tuple[ViewOp, ...], Field(max_length=MAX_OPS)] = ()
     sizes: ViewSizes = ViewSizes()
     mix: MixRecipe | None = None
+    made_by: OtherViews | None = None
 
     _seen_at: Size | None = PrivateAttr(None)
     _num_samples: int | None = PrivateAttr(None)
@@ -135,7 +138,14 @@ class ViewRecipe(Extensible):
                 raise ValueError("sizes are for views of a crop and not for pad-crop, which moves by whole pixels")
         if self.sizes != ViewSizes() and self.box_op is None:
             raise ValueError("sizes need views of version 2 whose first op is a crop")
+        if self.made_by is not None and (self.ops or self.mix is not None or self.clean_first):
+            raise ValueError("views of another tool (made_by) have no ops, no mix and no clean view")
         return self
+
+    def require_pixels(self, where: object = "views.made_by") -> None:
+        """Raise MismatchError if another tool drew these views, so that their pixels cannot be made here."""
+        if self.made_by is not None:
+            raise self.made_by.no_pixels(where)
 
     @property
     def box_op(self) -> RandomResizedCrop | ResizeCentreCrop | None:
@@ -290,6 +300,7 @@ class ViewRecipe(Extensible):
         """The first step of `apply`: the box of each picture at the size of the view. Without a crop, the images."""
         from cache_tools.views import pixels
 
+        self.require_pixels()
         samples, box = sample_index(index), self.box_op
         if box is None:
             pixels.check(images_NCHW_u8, len(samples))
@@ -304,6 +315,7 @@ class ViewRecipe(Extensible):
         Args:
             cropped_NCHW_u8: of the samples `with_partners(index, view)`.
         """
+        self.require_pixels()
         samples, number = sample_index(index), view_number(view)
         if not self.mixes(number):
             return self._finish_each(cropped_NCHW_u8, samples, number)

@@ -230,6 +230,16 @@ def _pictures_and_cache(**cache: Any) -> None:
     tiny_run.write_cache(Path.cwd() / "tiny.zarr", pictures, num_views=2, block_rows=16, **cache)
 
 
+def _logits_to_import() -> None:
+    import numpy as np
+
+    from tests.support import tiny_run
+
+    tiny_run.write_pictures(Path.cwd() / "pictures", train=20, test=3)
+    logits = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    np.savez("logits.npz", logits=logits)
+
+
 def _pictures_to_pack() -> None:
     from tests.support import tiny_run
 
@@ -342,6 +352,12 @@ CASES = [
         "fuse",
         _random_cache(store="components"),
         "cache-tools fuse source.zarr --teacher-weight 0.4 --prompts 1 --out copy.zarr",
+    ),
+    _pushed(
+        "import",
+        _logits_to_import,
+        "cache-tools import logits-npz logits.npz --dataset pictures --set dataset.image_size=16 --block-rows 16 "
+        "--out copy.zarr",
     ),
     KillCase(
         "repair",

@@ -122,7 +122,7 @@ class CachedTargets:
         wanted, recipe = {"fused_logits": self._logits, "fused_features": self._features}, self._cache.recipe
         specs = [spec for name, spec in self._cache.targets.items() if wanted.get(name, True)]
         stored = sum(array.stored.row_bytes for spec in specs for array in spec.arrays)
-        if recipe.store == "fused":
+        if recipe.store != "components":
             return stored
         fused = self._logits * len(recipe.dataset.class_names) + self._features * recipe.fusion.feature_dim
         return stored + torch.float32.itemsize * fused

@@ -13,7 +13,7 @@ from cache_tools.config import CHANGES, FIELDS, Changes, Extensible
 from cache_tools.config.fields import MAX_COUNT, Count, Name, PlacePath, Positive, Seed, ViewCount
 from cache_tools.errors import MismatchError, RecipeError
 from cache_tools.format.manifest import Manifest
-from cache_tools.format.recipe import Precision
+from cache_tools.format.recipe import Precision, with_canvas
 from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset
 from cache_tools.refusion import FusionChoice
 from cache_tools.system.arguments import expand_user
@@ -339,13 +339,6 @@ class TrainRecipe(Extensible):
         if (weights := self.initial_weights) is not None:  # of a file the content matters, not the name
             data["student_weights"] = files_digest(expand_user(weights)) if is_path(weights) else weights
         return data
-
-
-def with_canvas(dataset: DatasetRecipe, views: ViewRecipe) -> DatasetRecipe:
-    """Image files without a size of their own, on the canvas from which test images of these views are cut."""
-    if not dataset.has_image_files or dataset.image_size is not None or views.canvas_side is None:
-        return dataset
-    return dataset.model_copy(update={"image_size": views.canvas_side})
 
 
 def has_name(dataset: Any) -> bool:

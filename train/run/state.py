@@ -294,6 +294,7 @@ def _create_learner(
         num_classes,
         len(data.images),
         data.labels,
+        has_logits=data.cache is not None or data.target_dim is not None,
         components=data.components,
         class_weights=class_weights(recipe.loss, data.images.class_names, data.real_labels),
         seed=recipe.seed,

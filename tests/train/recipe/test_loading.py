@@ -12,10 +12,10 @@ import pytest
 
 from cache_tools.config import builtin_names, dump_yaml
 from cache_tools.errors import RecipeError
+from cache_tools.format.recipe import with_canvas
 from cache_tools.images.recipe import DatasetRecipe
 from pipeline.recipe import load_build_recipe
 from train.recipe.loading import builtin_recipes, load_train_recipe
-from train.recipe.settings import with_canvas
 from train.sweep.options import read_sweep
 
 PAIRS = (

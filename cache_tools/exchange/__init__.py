@@ -1,0 +1,1 @@
+"""Caches from and for other tools: import targets that others computed, export a cache for others to read."""
