@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,8 +82,63 @@ def shorten(text: str, max_length: int = 22) -> str:
     return plain(text if len(text) <= max_length else f"{text[: max_length - 1]}…")
 
 
+def fonts_for(text: str) -> tuple[list[str], str]:
+    """Which fonts have the characters of a text.
+
+    Returns:
+        The families for matplotlib, its own first and then as many fonts of this machine as are needed; and the
+        characters that no font has, which are drawn as boxes.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    family = FontProperties().get_name()
+    missing = {each for each in set(text) if each.isprintable()} - _characters(get_font(findfont(FontProperties())))
+    families = [family]
+    for name, path in _fonts() if missing else ():
+        try:
+            found = missing & _characters(get_font(path))
+        except (OSError, RuntimeError):  # a font that was removed, or one that FreeType cannot read
+            continue
+        if found:
+            families.append(name)
+            missing -= found
+        if not missing:
+            break
+    return families, "".join(sorted(missing))
+
+
 def png(figure: Any) -> bytes:
-    """Render a figure as a PNG file."""
+    """Render a figure as a PNG file. Names in any script are drawn where this machine has a font for them."""
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    families, _ = fonts_for("".join(each.get_text() for each in texts))
+    for each in texts if len(families) > 1 else ():
+        each.set_fontfamily(families)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _characters(font: Any) -> set[str]:
+    return {chr(number) for number in font.get_charmap()}
+
+
+def _fonts() -> list[tuple[str, str]]:
+    """(family, file) of the fonts of this machine: upright, not bold, those for many scripts first.
+
+    matplotlib's own fonts for formulas are left out, which have other glyphs than their code points say, and so is its
+    font of boxes.
+    """
+    from matplotlib.font_manager import fontManager
+
+    fonts = {
+        each.name: each.fname
+        for each in fontManager.ttflist
+        if each.style == "normal"
+        and each.weight in (400, "normal", "regular", "book", "medium")
+        and not each.name.startswith(("Last Resort", "cm", "STIXNonUnicode", "STIXSize"))
+    }
+    return sorted(fonts.items(), key=lambda font: ("CJK" not in font[0], not font[0].startswith("Noto"), font[0]))

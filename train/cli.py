@@ -104,6 +104,10 @@ def train_student(
         bool | None,
         typer.Option(help="Also train the same student on labels alone and compare."),
     ] = None,
+    pictures: Annotated[
+        bool,
+        typer.Option("--pictures", help="Also show samples in report.html, with what teachers and student say."),
+    ] = False,
     shuffle_window: ShuffleWindow = None,
     checkpoint_every_minutes: CheckpointEvery = None,
     max_minutes: MaxMinutes = None,
@@ -204,7 +208,7 @@ def train_student(
     if loaded.loss.needs_targets:
         require_cache_of_folder(source, builtin_recipes(), None if cache else loaded.cache)
     keep_freed_memory()
-    result = run.train_student(loaded, overwrite=overwrite)
+    result = run.train_student(loaded, overwrite=overwrite, pictures=pictures)
     if as_json:
         print_json(result.model_dump(mode="json") | {"gain_over_labels": result.gain_over_labels})
     else:

@@ -183,6 +183,23 @@ def show_samples(
         DataError: no images there, or some that cannot be decoded.
         WeightsError: no student there.
     """
+    [shown] = show_choices(
+        cache, [choice], views, student=student, data_dir=data_dir, temperature=temperature, device=device
+    )
+    return shown
+
+
+def show_choices(
+    cache: TeacherCache,
+    choices: Sequence[Choice],
+    views: Sequence[int] | None = None,
+    *,
+    student: str | None = None,
+    data_dir: Path | None = None,
+    temperature: float = 1.0,
+    device: str = "cpu",
+) -> list[Shown]:
+    """`show_samples` for several choices, with one pass over the targets."""
     require_one_label(cache.recipe.dataset.multi_label, "show", cache.path, "look at cache-tools stats")
     cache.recipe.views.require_pixels(cache.path)
     check_temperature(temperature)
@@ -190,46 +207,67 @@ def show_samples(
     for view in chosen:
         cache.require_view(view)
     shown = chosen[:SHOWN_VIEWS] if views is None else chosen
-    choice.check(cache, len(shown))
+    for choice in choices:
+        choice.check(cache, len(shown))
     torch_device = resolve_device(device, needs_float64=True)
     images = _open_images(cache, data_dir)
     network = None if student is None else _open_student(cache, student, torch_device)
-    ranking, stats = Ranking(choice.order, sources[-1], cache.num_samples), None
-    if choice.needs_stats:
-        stats = analyse(
-            cache, chosen, confident=_CONFIDENT, temperature=temperature, device=device, write_view=ranking.add
-        )
-    samples = choice.pick(cache, stats, ranking)
-    suspicions: dict[int, dict[str, Any]] = {}
-    if stats is not None and choice.order == "suspicious":
-        suspicions = {row["sample"]: row for row in stats.suspicious(choice.count).to_dicts()}
-    looked_at = shown if len(samples) else ()  # no label may be suspicious
-    looks = [_look(cache, images, samples, view, network, temperature, torch_device) for view in looked_at]
-    found = []
-    for place, sample in enumerate(samples.tolist()):
-        label, suspicion = int(cache.labels[sample]), suspicions.get(sample)
-        mean = {source: np.mean([look.p[source][place] for look in looks], axis=0) for source in looks[0].p}
-        found.append(
-            ShownSample(
-                sample=sample,
-                name=images.name_of(sample) if isinstance(images, EncodedImages) else None,
-                label=label,
-                figure=ranking.mean(sample) if suspicion is None else float(suspicion["against"]),
-                suspicion=suspicion,
-                mean={source: opinion(p, label) for source, p in mean.items()},
-                views=tuple(look.view_of(place, label) for look in looks),
-            )
-        )
+    rankings, stats = [Ranking(choice.order, sources[-1], cache.num_samples) for choice in choices], None
+    if any(choice.needs_stats for choice in choices):
+
+        def rank(view: int, frame: pl.DataFrame) -> None:
+            for ranking in rankings:
+                ranking.add(view, frame)
+
+        stats = analyse(cache, chosen, confident=_CONFIDENT, temperature=temperature, device=device, write_view=rank)
     helped, hurt = (None, None) if stats is None or len(sources) == 1 else stats.gains(GAINS)
-    return Shown(
-        about=about_of(cache, chosen, sources, _CONFIDENT, temperature, Fusion.stored(cache.manifest)),
-        choice=choice,
-        views=shown,
-        sources=sources if network is None else (*sources, STUDENT),
-        student=network,
-        samples=tuple(found),
-        helped=helped,
-        hurt=hurt,
+    about = about_of(cache, chosen, sources, _CONFIDENT, temperature, Fusion.stored(cache.manifest))
+
+    def show(choice: Choice, ranking: Ranking) -> Shown:
+        samples = choice.pick(cache, stats, ranking)
+        looked_at = shown if len(samples) else ()  # no label may be suspicious
+        looks = [_look(cache, images, samples, view, network, temperature, torch_device) for view in looked_at]
+        suspicions: dict[int, dict[str, Any]] = {}
+        if stats is not None and choice.order == "suspicious":
+            suspicions = {row["sample"]: row for row in stats.suspicious(choice.count).to_dicts()}
+        found = [
+            _shown_sample(cache, images, place, sample, looks, ranking, suspicions.get(sample))
+            for place, sample in enumerate(samples.tolist())
+        ]
+        return Shown(
+            about=about,
+            choice=choice,
+            views=shown,
+            sources=sources if network is None else (*sources, STUDENT),
+            student=network,
+            samples=tuple(found),
+            helped=helped,
+            hurt=hurt,
+        )
+
+    return [show(choice, ranking) for choice, ranking in zip(choices, rankings, strict=True)]
+
+
+def _shown_sample(
+    cache: TeacherCache,
+    images: ImageSet,
+    place: int,
+    sample: int,
+    looks: Sequence[_Look],
+    ranking: Ranking,
+    suspicion: Mapping[str, Any] | None,
+) -> ShownSample:
+    """The sample at `place` of the looks."""
+    label = int(cache.labels[sample])
+    mean = {source: np.mean([look.p[source][place] for look in looks], axis=0) for source in looks[0].p}
+    return ShownSample(
+        sample=sample,
+        name=images.name_of(sample) if isinstance(images, EncodedImages) else None,
+        label=label,
+        figure=ranking.mean(sample) if suspicion is None else float(suspicion["against"]),
+        suspicion=suspicion,
+        mean={source: opinion(p, label) for source, p in mean.items()},
+        views=tuple(look.view_of(place, label) for look in looks),
     )
 
 

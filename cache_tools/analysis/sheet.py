@@ -1,13 +1,8 @@
-"""The contact sheet of `cache-tools show`: pictures of samples with what each source says, as PNG or HTML."""
+"""The contact sheet of `cache-tools show`: pictures of samples with what each source says, as PNG or HTML file."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.metadata import version
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +19,14 @@ from cache_tools.analysis.samples_text import (
     title,
     view_lines,
 )
+from cache_tools.analysis.sheet_page import MAX_PAGE_BYTES, SMALL, render_sheet
 from cache_tools.analysis.stats import make_folder, put_file
 from cache_tools.analysis.stats_text import points
 from cache_tools.errors import RecipeError, printable
 from cache_tools.files import SafeFolder
-from cache_tools.plotting import COLOURS, DARK_GREY, GREEN, INK, LABELS, VERMILLION, new_canvas, plain, png
+from cache_tools.plotting import COLOURS, DARK_GREY, GREEN, INK, LABELS, VERMILLION, fonts_for, new_canvas, plain, png
 
-MAX_PAGE_BYTES = 2_000_000
-_LONGEST = 80  # characters of a name in the page
-_SMALL = 96  # pictures up to this side are shown pixel by pixel
-# How pictures are stored in the page, the first one that fits: longest side, quality of a JPEG (None: PNG).
-_ENCODINGS = ((_SMALL, None), (288, 88), (224, 85), (160, 80), (112, 75), (72, 70), (48, 60))
+__all__ = ["MAX_PAGE_BYTES", "draw_sheet", "render_sheet", "write_sheet"]
 
 # Of the PNG, in inches.
 _MARGIN, _PICTURE, _SOURCE, _GAP, _LINE, _BAR, _NUMBER = 0.25, 1.05, 1.3, 0.12, 0.18, 0.165, 0.3
@@ -65,6 +57,10 @@ def draw_sheet(shown: Shown) -> Any:
     cell = _PICTURE + _GAP + len(sources) * (_SOURCE + _GAP) + _GAP
     lines = [*about_lines(shown), *(f"{head}: {_gains_line(rows)}" for head, rows in gains(shown))]
     lines += notes(shown, of_mean=False)
+    drawn = "".join([*names, *(sample.name or "" for sample in shown.samples), shown.about.dataset])
+    if missing := fonts_for(printable(drawn))[1]:
+        others = "" if len(missing) == 1 else f" and {len(missing) - 1} others"
+        lines.append(f"No font here has the character U+{ord(missing[0]):04X}{others}, shown as boxes.")
     top = _MARGIN + 0.42 + _LINE * len(lines) + 0.15
     width = max(2 * _MARGIN + len(shown.views) * cell, 9.0)
     figure, axes = new_canvas(width, top + _ROW * len(shown.samples) + _MARGIN)
@@ -82,48 +78,11 @@ def draw_sheet(shown: Shown) -> Any:
     return figure
 
 
-def render_sheet(shown: Shown) -> str:
-    """One HTML page with its pictures, below MAX_PAGE_BYTES, which loads nothing."""
-    without = len(_page(shown, [""] * len(shown.samples) * len(shown.views)).encode())
-    pictures = [view.pixels for sample in shown.samples for view in sample.views]
-    for side, quality in _ENCODINGS:
-        if quality is None and any(max(picture.shape[:2]) > side for picture in pictures):
-            continue
-        sources, size = [], without
-        for picture in pictures:
-            sources.append(_data_url(picture, side, quality))
-            size += len(sources[-1])
-            if size >= MAX_PAGE_BYTES:
-                break
-        else:
-            return _page(shown, sources)
-    raise RecipeError(
-        "the page would be too large",
-        expected=f"at most {MAX_PAGE_BYTES / 1e6:g} MB",
-        next_step="show fewer samples or views (--count, --view), or write a .png",
-    )
-
-
-def alternative_text(shown: Shown, sample: ShownSample, view: ShownView) -> str:
-    """What a picture shows, in words: the label, and what each source says."""
-    names = shown.about.class_names
-    parts = []
-    for source in shown.sources:
-        opinion = view.opinions[source]
-        number, p = opinion.top[0]
-        verdict = "right" if opinion.right else "wrong"
-        parts.append(f"{LABELS[source]}: {cut(names[number], _LONGEST)} {p:.2f}, {verdict}")
-    return f"Sample {sample.sample}, view {view.view}, label {cut(names[sample.label], _LONGEST)}. {'; '.join(parts)}."
-
-
-# The picture
-
-
 def _draw_view(axes: Any, x: float, y: float, sample: ShownSample, view: ShownView, names: Sequence[str]) -> None:
     height, width = view.pixels.shape[:2]
     scale = _PICTURE / max(height, width)
     right, bottom = x + width * scale, y + height * scale
-    smooth = "antialiased" if max(height, width) > _SMALL else "nearest"
+    smooth = "antialiased" if max(height, width) > SMALL else "nearest"
     axes.imshow(view.pixels, extent=(x, right, bottom, y), interpolation=smooth, aspect="auto")
     about = ", ".join([f"view {view.view}", *view_lines(view)])
     axes.text(x, bottom + 0.03, plain(about), va="top", fontsize=6.5, color=DARK_GREY)
@@ -167,148 +126,3 @@ def _heading(shown: Shown, sample: ShownSample, width: float) -> str:
 def _gains_line(rows: Any) -> str:
     each = ", ".join(f"{cut(row['class'], 24)} {points(row['gain_over_teacher'])}" for row in rows.to_dicts())
     return f"{each} (points of top-1 over the teacher)"
-
-
-# The page
-
-
-def _page(shown: Shown, pictures: Sequence[str]) -> str:
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    style = (files("cache_tools.analysis") / "sheet.css").read_text(encoding="utf-8")
-    heading, left = _text(title(shown)), iter(pictures)
-    samples = "\n".join(_article(shown, sample, left) for sample in shown.samples)
-    if not shown.samples:
-        samples = "<p>No sample has a top-1 other than its label in any view.</p>"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy, quote=True)}">
-<meta name="color-scheme" content="light dark">
-<title>{heading}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<h1>{heading}</h1>
-<ul>
-{"".join(f"<li>{_text(line)}</li>" for line in about_lines(shown))}
-</ul>
-</header>
-<main>
-{_gains_section(shown)}
-{samples}
-</main>
-<footer>
-{"".join(f"<p>{_text(line)}</p>" for line in notes(shown, of_mean=False))}
-<p>Bars and numbers are probabilities; the label is underlined.
-Written by teacher-cache {_text(version("teacher-cache"))}.
-This single file loads nothing else: you can keep, send and open it anywhere.</p>
-</footer>
-</body>
-</html>
-"""
-
-
-def _article(shown: Shown, sample: ShownSample, pictures: Iterable[str]) -> str:
-    name = f"sample-{sample.sample}"
-    label = _text(cut(shown.about.class_names[sample.label], _LONGEST))
-    lines = [] if sample.name is None else [cut_file(sample.name, 120)]
-    lines += [] if (figure := figure_text(shown, sample)) is None else [figure]
-    about = "".join(f"<p>{_text(line)}</p>" for line in lines)
-    views = "\n".join(
-        _figure(shown, sample, view, picture) for view, picture in zip(sample.views, pictures, strict=False)
-    )
-    return f"""<article aria-labelledby="{name}">
-<h2 id="{name}">Sample {sample.sample}: {label}</h2>
-{about}
-<div class="{"views" if len(shown.sources) <= 3 else "views wide"}">
-{views}
-</div>
-</article>"""
-
-
-def _figure(shown: Shown, sample: ShownSample, view: ShownView, picture: str) -> str:
-    height, width = view.pixels.shape[:2]
-    small = ' class="small"' if max(height, width) <= _SMALL else ""
-    words = _text(alternative_text(shown, sample, view))
-    about = "".join(f"{_text(line)}<br>" for line in view_lines(view)).removesuffix("<br>")
-    opinions = [(source, view.opinions[source]) for source in shown.sources]
-    heads = "".join(_head(source, opinion) for source, opinion in opinions)
-    rows = "\n".join(
-        f'<tr><th scope="row">{rank + 1}</th>'
-        + "".join(_cell(source, opinion, rank, sample.label, shown.about.class_names) for source, opinion in opinions)
-        + "</tr>"
-        for rank in range(max(len(opinion.top) for _, opinion in opinions))
-    )
-    return f"""<figure>
-<div class="picture"><img{small} src="{picture}" width="{width}" height="{height}" alt="{words}">
-<figcaption><b>View {view.view}</b>{about}</figcaption></div>
-<table><caption class="aside">Most probable classes of sample {sample.sample} in view {view.view}</caption>
-<thead><tr><th scope="col"><span class="aside">rank</span></th>{heads}</tr></thead>
-<tbody>
-{rows}
-</tbody></table>
-</figure>"""
-
-
-def _head(source: str, opinion: Opinion) -> str:
-    kind, mark = ("right", RIGHT) if opinion.right else ("wrong", WRONG)
-    return (
-        f'<th scope="col" class="{source}"><span class="dot"></span>{LABELS[source]} '
-        f'<span class="{kind}"><span aria-hidden="true">{mark}</span> {kind}</span></th>'
-    )
-
-
-def _cell(source: str, opinion: Opinion, rank: int, label: int, names: Sequence[str]) -> str:
-    number, p = opinion.top[rank]
-    own, note = (" label", '<span class="aside"> (the label)</span>') if number == label else ("", "")
-    name = _text(cut(names[number], _LONGEST))
-    return (
-        f'<td class="{source}{own}" style="--p:{100 * p:.1f}%"><div class="said"><span>{name}{note}</span> '
-        f"<span>{p:.2f}</span></div></td>"
-    )
-
-
-def _gains_section(shown: Shown) -> str:
-    tables = []
-    for heading, rows in gains(shown):
-        lines = "".join(
-            f'<tr><th scope="row">{_text(cut(row["class"], _LONGEST))}</th><td class="number">{row["n"]:,}</td>'
-            f'<td class="number">{points(row["gain_over_teacher"])}</td>'
-            f'<td class="number">{points(row["gain_over_clip"])}</td></tr>'
-            for row in rows.to_dicts()
-        )
-        heads = "".join(
-            f'<th scope="col" class="number">{head}</th>' for head in ("samples", "over teacher", "over CLIP")
-        )
-        tables.append(
-            f"<table><caption>{_text(heading[:1].upper() + heading[1:])}, in points of top-1</caption>"
-            f'<thead><tr><th scope="col">class</th>{heads}</tr></thead><tbody>{lines}</tbody></table>'
-        )
-    if not tables:
-        return ""
-    return (
-        '<section aria-label="What the fusion gains, class by class, in points of top-1">'
-        f'<div class="gains">{"".join(tables)}</div></section>'
-    )
-
-
-def _data_url(pixels: Any, side: int, quality: int | None) -> str:
-    from PIL import Image
-
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer, kind = io.BytesIO(), "png" if quality is None else "jpeg"
-    if quality is None:
-        picture.save(buffer, format="PNG", optimize=True)
-    else:
-        picture.save(buffer, format="JPEG", quality=quality, optimize=True)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _text(text: str) -> str:
-    """A user's text in the page."""
-    return escape(printable(text), quote=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cache_tools.analysis.tune import OFFICIAL_SCALE, TuneResult
-from cache_tools.plotting import BLUE, DARK_GREY, INK, YELLOW, new_figure, style_axes
+from cache_tools.plotting import BLUE, DARK_GREY, INK, YELLOW, new_figure, png, style_axes
 
 # Contours of NLL above the best: fine near the best, coarse far from it.
 _STEPS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -16,7 +16,7 @@ _STEPS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 def plot_surface(result: TuneResult, path: Path) -> None:
     """Write a PNG: a surface, or a curve if there is only one weight or one scale."""
-    _draw(result).savefig(path, format="png")
+    path.write_bytes(png(_draw(result)))
 
 
 def _draw(result: TuneResult) -> Any:

@@ -25,6 +25,7 @@ from train.feed import Feed
 from train.loop import EpochState, explain_failure, repeatable, train_epoch
 from train.recipe import TrainRecipe, recipe_digest
 from train.report.html import write_report
+from train.report.pictures import PictureSource
 from train.run.ranks import check_batches, check_ranks, check_same_run
 from train.run.state import Run, command_line, draw_curves
 from train.runs import folder, trackers
@@ -43,21 +44,34 @@ _END = 2
 """In votes of ranks: store a checkpoint and end. 1 is a checkpoint alone, 0 nothing."""
 
 
-def train_student(recipe: TrainRecipe, *, overwrite: bool = False) -> RunResult:
+def train_student(recipe: TrainRecipe, *, overwrite: bool = False, pictures: bool = False) -> RunResult:
     """Train a student, resume an interrupted run of the same recipe, or return the result of a finished one.
 
     With `compare_with_labels` the same student is then trained on labels alone, in `labels-only` inside the run folder.
 
     Args:
         overwrite: start from scratch, whatever is in the run folder.
+        pictures: show samples of the cache in the report, with what the teachers and the student say.
 
     Raises:
         CacheError: a problem with recipe, device, cache, images, storage, divergence or memory.
     """
+    if pictures and recipe.cache is None:
+        raise RecipeError(
+            "there is no cache whose samples could be shown",
+            where="--pictures",
+            next_step="train from a cache, or leave out --pictures",
+        )
     device = run_device(recipe)
     check_ranks(recipe, device)
     with joined_ranks(device) as ranks:
-        return _train_student(recipe, device, ranks, overwrite)
+        result = _train_student(recipe, device, ranks, overwrite)
+        if ranks is None or ranks.rank.is_first:
+            source = None
+            if pictures and recipe.cache is not None:
+                source = PictureSource(recipe.cache, recipe.data_dir, str(device))
+            write_report([result.folder], result.folder / folder.REPORT, pictures=source)
+        return result
 
 
 def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | None, overwrite: bool) -> RunResult:
@@ -89,8 +103,6 @@ def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | No
         if ranks is None or ranks.rank.is_first:
             draw_curves(result)
             result.save()
-    if ranks is None or ranks.rank.is_first:
-        write_report([result.folder], result.folder / folder.REPORT)
     return result
 
 

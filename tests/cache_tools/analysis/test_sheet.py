@@ -17,7 +17,8 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from cache_tools.analysis import sheet
+from cache_tools import plotting
+from cache_tools.analysis import sheet, sheet_page
 from cache_tools.analysis.choice import Choice
 from cache_tools.analysis.samples import Shown, show_samples
 from cache_tools.errors import RecipeError, StorageError
@@ -151,6 +152,30 @@ def test_png_text_stays_in_its_place(shown: Shown) -> None:
         assert clip.x1 < p.get_window_extent(renderer).x0, (text.get_text(), p.get_text())
 
 
+def test_names_in_other_scripts_are_drawn_with_other_fonts(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib's default font lacks some characters of STIX, which comes with it; where no font has one, a note."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    def characters(family: str) -> set[str]:
+        return {chr(each) for each in get_font(findfont(FontProperties(family))).get_charmap()}
+
+    own, *others = characters("DejaVu Sans"), characters("STIXGeneral")
+    name = next(each for each in sorted(others[0] - own) if each.isprintable() and each > "\u2000")
+    about = shown.about.model_copy(update={"class_names": (name, *CLASSES[1:])})
+    named = dataclasses.replace(shown, about=about)
+    families, missing = plotting.fonts_for(f"{name}abc")
+    assert len(families) > 1
+    assert missing == ""
+    assert all("No font" not in text.get_text() for text in sheet.draw_sheet(named).axes[0].texts)
+    figure = sheet.draw_sheet(named)
+    with_font = plotting.png(figure)
+    monkeypatch.setattr(plotting, "_fonts", list)
+    figure = sheet.draw_sheet(named)
+    note = f"No font here has the character U+{ord(name):04X}, shown as boxes."
+    assert note in [text.get_text() for text in figure.axes[0].texts]
+    assert plotting.png(figure) != with_font
+
+
 def test_page_says_everything_and_loads_nothing(shown: Shown, tmp_path: Path) -> None:
     sheet.write_sheet(shown, tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
@@ -213,7 +238,7 @@ def test_page_stays_below_two_megabytes(shown: Shown, side: int, copies: int, ki
 
 
 def test_text_that_fits_no_page_is_refused(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sheet, "MAX_PAGE_BYTES", 10_000)
+    monkeypatch.setattr(sheet_page, "MAX_PAGE_BYTES", 10_000)
     with pytest.raises(RecipeError, match=r"page would be too large.*--count, --view"):
         sheet.render_sheet(shown)
 
