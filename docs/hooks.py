@@ -16,13 +16,14 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 # path in the repository -> page of the site
 OUTSIDE = {
-    "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "reporting.md",
     "benchmarks/README.md": "benchmarks.md",
     "examples/README.md": "examples.md",
 }
+# In the repository the README is the first page, on the site docs/index.md.
+TARGETS = {**OUTSIDE, "README.md": "index.md", "examples/tour.ipynb": "examples.md"}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -42,6 +43,6 @@ def _relink(text: str, folder: str) -> str:
 
     def target(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[1]))
-        return OUTSIDE.get(path, path.removeprefix("docs/"))
+        return TARGETS.get(path, path.removeprefix("docs/"))
 
     return LINK.sub(target, text)

@@ -51,7 +51,7 @@ APPS = {
     "export-student": train.export.cli.app,
     "cache-tools": cache_tools.cli.app,
 }
-OTHER_COMMANDS = {"venv/bin/pip", "python3", "make", "python", "sbatch"}
+OTHER_COMMANDS = {"venv/bin/pip", "pip", "python3", "make", "python", "sbatch", "jupyter"}
 
 Read = Callable[[Path, str, int], np.ndarray]
 
