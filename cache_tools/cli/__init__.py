@@ -16,7 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 from cache_tools.cli.analysis import stats_command, tune_command
 from cache_tools.cli.codecs import fidelity_command, recode_command
 from cache_tools.cli.copies import copy_command, pull_command, push_command
-from cache_tools.cli.exchange import import_command
+from cache_tools.cli.exchange import export_hf_command, import_command
 from cache_tools.cli.fuse import fuse_command
 from cache_tools.cli.home import info_command, list_command, path_command, prune_command, rm_command
 from cache_tools.cli.integrity import repair_command, verify_command
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recode": recode_command,
     "fuse": fuse_command,
     "import": import_command,
+    "export-hf": export_hf_command,
     "pack-images": pack_command,
 }
 

@@ -1,4 +1,4 @@
-"""`cache-tools import`: make a cache of targets that other tools computed."""
+"""`cache-tools import, export-hf`: targets that other tools computed, and caches for other tools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from cache_tools.cli.options import CODEC_HELP, AsJson, NewFolder
+from cache_tools.cli.options import CODEC_HELP, AsJson, Cache, NewFolder, View, parse_views
 from cache_tools.console import print_json, print_line, print_next
 from cache_tools.errors import RecipeError
 from cache_tools.places import local_folder
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cache_tools.exchange.make import ImportedTargets, ImportResult
     from cache_tools.images.image_set import ImageSet
 
+MIN_SHARD_BYTES = 1_000_000
 Kind = Literal["logits-npz", "tinyvit", "ml-dr"]
 _OPTIONS = {"--values": {"logits-npz"}, "--targets": {"tinyvit", "ml-dr"}, "--unmixed": {"tinyvit"}}
 
@@ -99,6 +100,61 @@ def import_command(
         print_json(done.model_dump(mode="json"))
     else:
         _print_result(done, opened)
+
+
+def export_hf_command(
+    reference: Cache,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder of the data set.")],
+    view: View = "all",
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, help="The so many most probable classes instead of all logits.")
+    ] = None,
+    features: Annotated[bool, typer.Option("--features", help="Also the fused features.")] = False,
+    file_names: Annotated[
+        bool, typer.Option("--file-names", help="Also the file of each image: opens the images of the cache.")
+    ] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="With --file-names: where the images are, if they were moved.")
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", help="Begin another parquet file beyond this size: 200MB, 1GB.")
+    ] = "500MB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a cache as a Hugging Face data set.
+
+    It is parquet files with a card. A row is what the teachers said of one view of one image. Top-k and sampled targets
+    stay sparse. Choose a licence in the card before you publish it.
+    """
+    from cache_tools import units
+    from cache_tools.exchange.hf_export import export_hf
+    from cache_tools.reader import TeacherCache
+
+    if data_dir is not None and not file_names:
+        raise RecipeError("--data-dir is for the names of files", where="--data-dir", next_step="add --file-names")
+    shard_bytes = units.num_bytes(shard_size)
+    if shard_bytes < MIN_SHARD_BYTES:
+        raise RecipeError("bad --shard-size", expected="at least 1MB", found=shard_size)
+    done = export_hf(
+        TeacherCache.open(reference),
+        out,
+        views=parse_views(view),
+        top=top,
+        features=features,
+        file_names=file_names,
+        data_dir=data_dir,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+    )
+    if as_json:
+        print_json(done.model_dump(mode="json"))
+        return
+    print_line(
+        f"{units.counted(done.rows, 'row')} in {units.counted(done.shards, 'parquet file')}, "
+        f"{units.human_bytes(done.bytes)}, split {done.split}: {', '.join(done.columns)}"
+    )
+    print_line(f"{done.path}: choose a licence in README.md before you publish it")
 
 
 def _open(

@@ -353,6 +353,12 @@ CASES = [
         _random_cache(store="components"),
         "cache-tools fuse source.zarr --teacher-weight 0.4 --prompts 1 --out copy.zarr",
     ),
+    KillCase(
+        "export-hf",
+        _random_cache(),
+        _command("cache-tools export-hf source.zarr hf"),
+        again=_command("cache-tools export-hf source.zarr hf --overwrite"),
+    ),
     _pushed(
         "import",
         _logits_to_import,

@@ -206,7 +206,8 @@ def test_tinyvit_views_keep_probabilities_and_seeds(pictures: Path, labels: np.n
 
 @pytest.mark.parametrize("kind", ["tinyvit", "ml-dr"])
 def test_the_mean_over_the_views(kind: str, pictures: Path, labels: np.ndarray, tmp_path: Path) -> None:
-    root, p = written(kind, tmp_path / "files", labels, **({} if kind == "tinyvit" else {"mixed": (1,)}))
+    mixed: dict[str, Any] = {} if kind == "tinyvit" else {"mixed": (1,)}
+    root, p = written(kind, tmp_path / "files", labels, **mixed)
     expected = filled(p, 2)[[0, 1, 2] if kind == "tinyvit" else [0, 2]].mean(axis=0)
     options = ["--codec", "float32", *(["--unmixed"] if kind == "tinyvit" else [])]
     cache = imported(kind, root, pictures, tmp_path / "mean.zarr", *options)
