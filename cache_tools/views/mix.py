@@ -18,7 +18,7 @@ from cache_tools.config import Frozen
 from cache_tools.config.fields import Number
 from cache_tools.lazy import np
 from cache_tools.philox import below, chance, philox4x32, sample_words
-from cache_tools.views.ops import ONE, Integers, Probability, Size, integer_sqrt
+from cache_tools.views.ops import ONE, Integers, Probability, Size, integer_sqrt, rescaled_box
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -183,6 +183,28 @@ def beta_bins(alpha: float) -> Integers:
         half = [_incomplete(Decimal(k) / BINS, exponent, coefficients) for k in range(1, BINS // 2 + 1)]
         lower = [0, *(int((value * (1 << 31) / half[-1]).to_integral_value()) for value in half)]
     return np.array(lower + [(1 << 32) - value for value in lower[-2::-1]], dtype=np.int64)
+
+
+def mixed_views(
+    finished_NCHW: torch.Tensor, shown: Integers, count: int, drawn: dict[str, Integers], drawn_for: Size
+) -> torch.Tensor:
+    """The views of the first `count` of the samples `shown`, from their finished views.
+
+    Args:
+        drawn: of `MixRecipe.draw`, for pictures of (height, width) `drawn_for`.
+    """
+    import torch
+
+    from cache_tools.views.pixels import rows_at_once
+
+    size = (finished_NCHW.shape[2], finished_NCHW.shape[3])
+    if size != drawn_for:
+        drawn = rescaled_box(drawn, drawn_for, size)
+    order = np.argsort(shown, kind="stable")
+    place = np.searchsorted(shown[order], drawn["partner"]).clip(max=len(shown) - 1)
+    place = np.where(drawn["own"] * (drawn["height"] == 0) == ONE, np.arange(count), order[place])
+    partners = finished_NCHW[torch.from_numpy(place).to(finished_NCHW.device)]
+    return blend(finished_NCHW[:count], partners, drawn, rows_at_once(finished_NCHW))
 
 
 def blend(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -20,7 +20,7 @@ from cache_tools.philox import sample_words
 from cache_tools.views.arguments import one_size, picture_sizes, sample_index, view_number
 from cache_tools.views.augment import RandAugment, Rotation, ThreeAugment, TrivialAugmentWide
 from cache_tools.views.boxes import BoxOp, RandomResizedCrop, ResizeCentreCrop, evaluation_resize
-from cache_tools.views.mix import Mixing, MixRecipe, Pairing, blend, pairing
+from cache_tools.views.mix import Mixing, MixRecipe, Pairing, mixed_views, pairing
 from cache_tools.views.ops import (
     ONE,
     ColourJitter,
@@ -32,7 +32,6 @@ from cache_tools.views.ops import (
     Side,
     Size,
     Words,
-    rescaled_box,
 )
 from cache_tools.views.others import OtherViews
 
@@ -75,6 +74,22 @@ ViewOp = Annotated[
 _SECOND = (ResizeCentreCrop, RandAugment, TrivialAugmentWide, ThreeAugment, Rotation)
 
 Network = Literal["student", "teacher", "clip"]
+
+
+class Drawn(NamedTuple):
+    """The parameters of a view, drawn before its pixels are made.
+
+    Attributes:
+        shown: the samples whose images are needed (`ViewRecipe.with_partners`).
+        boxes: of the crop of version 2; None without one.
+        ops: of every other op.
+        mix: of the mixing; None if the view does not mix.
+    """
+
+    shown: Integers
+    boxes: dict[str, Integers] | None
+    ops: dict[str, Integers]
+    mix: dict[str, Integers] | None
 
 
 class ViewSizes(Frozen):
@@ -264,7 +279,29 @@ class ViewRecipe(Extensible):
             digest.update(np.ascontiguousarray(values, dtype="<i8").data)
         return int.from_bytes(digest.digest(), "little") or 1
 
-    def apply(self, images_NCHW_u8: torch.Tensor | Sequence[torch.Tensor], index: Index, view: int) -> torch.Tensor:
+    def draw(self, index: Index, view: int, image_size: Size) -> Drawn:
+        """What `apply` draws for images of one size. Given to it, only pixels are left to make.
+
+        Args:
+            index, view: as for `apply`.
+            image_size: (height, width) of the images.
+        """
+        samples, number = sample_index(index), view_number(view)
+        shown, box, mix = self.with_partners(samples, number), self.box_op, None
+        if self.mixes(number):
+            mix = self._draw_mix(samples, number, self._drawn_size(image_size))
+        if box is None:
+            return Drawn(shown, None, self._draw(shown, number, one_size(image_size)), mix)
+        boxes = self._draw_boxes(shown, number, box, picture_sizes(np.array([image_size] * len(shown)), len(shown)))
+        return Drawn(shown, boxes, self._draw(shown, number, (0, 0), seen_at=self._seen_at or box.view_size), mix)
+
+    def apply(
+        self,
+        images_NCHW_u8: torch.Tensor | Sequence[torch.Tensor],
+        index: Index,
+        view: int,
+        drawn: Drawn | None = None,
+    ) -> torch.Tensor:
         """The pixels of a view, exactly as the teachers saw them.
 
         Args:
@@ -273,6 +310,7 @@ class ViewRecipe(Extensible):
                 A view that mixes needs the images of `with_partners(index, view)`, in that order.
             index: N sample indices, in any order.
             view: the augmentation seed.
+            drawn: of `draw` for the same samples, view and size of images; None to draw now.
 
         Returns:
             uint8 [N, 3, *output_size] on the same device; never shares memory with the input.
@@ -284,7 +322,8 @@ class ViewRecipe(Extensible):
         samples = sample_index(index)
         if self.mixes(view):
             self._check_partners(len(images_NCHW_u8), samples, view)
-        return self.finish(self.crop(images_NCHW_u8, self.with_partners(samples, view), view), samples, view)
+        shown = self.with_partners(samples, view) if drawn is None else drawn.shown
+        return self.finish(self.crop(images_NCHW_u8, shown, view, drawn), samples, view, drawn)
 
     def load(self, images: Pictures, rows: npt.NDArray[np.int64] | slice, index: Index, view: int) -> torch.Tensor:
         """What `finish` needs of rows of an image set, on the CPU: their canvases, or the crops of their pictures.
@@ -296,7 +335,13 @@ class ViewRecipe(Extensible):
 
         return load_each(images, rows, index, [(self, view)])[0]
 
-    def crop(self, images_NCHW_u8: torch.Tensor | Sequence[torch.Tensor], index: Index, view: int) -> torch.Tensor:
+    def crop(
+        self,
+        images_NCHW_u8: torch.Tensor | Sequence[torch.Tensor],
+        index: Index,
+        view: int,
+        drawn: Drawn | None = None,
+    ) -> torch.Tensor:
         """The first step of `apply`: the box of each picture at the size of the view. Without a crop, the images."""
         from cache_tools.views import pixels
 
@@ -305,54 +350,44 @@ class ViewRecipe(Extensible):
         if box is None:
             pixels.check(images_NCHW_u8, len(samples))
             return images_NCHW_u8  # type: ignore[return-value]
-        sizes = pixels.picture_sizes(images_NCHW_u8, len(samples))
-        boxes = self._draw_boxes(samples, view_number(view), box, picture_sizes(sizes, len(samples)))
+        sizes, boxes = pixels.picture_sizes(images_NCHW_u8, len(samples)), None if drawn is None else drawn.boxes
+        if boxes is None:
+            boxes = self._draw_boxes(samples, view_number(view), box, picture_sizes(sizes, len(samples)))
         return pixels.crop(images_NCHW_u8, boxes, self._seen_at or box.view_size, box.interpolation)
 
-    def finish(self, cropped_NCHW_u8: torch.Tensor, index: Index, view: int) -> torch.Tensor:
+    def finish(
+        self, cropped_NCHW_u8: torch.Tensor, index: Index, view: int, drawn: Drawn | None = None
+    ) -> torch.Tensor:
         """The second step of `apply`: every op after the crop, and then the mixing, on any device.
 
         Args:
             cropped_NCHW_u8: of the samples `with_partners(index, view)`.
+            drawn: as for `apply`.
         """
         self.require_pixels()
         samples, number = sample_index(index), view_number(view)
         if not self.mixes(number):
-            return self._finish_each(cropped_NCHW_u8, samples, number)
+            return self._finish_each(cropped_NCHW_u8, samples, number, drawn)
         self._check_partners(len(cropped_NCHW_u8), samples, number)
-        shown = self.with_partners(samples, number)
-        finished = self._finish_each(cropped_NCHW_u8, shown, number)
-        return self._mixed(finished, shown, samples, number, (cropped_NCHW_u8.shape[2], cropped_NCHW_u8.shape[3]))
+        shown = self.with_partners(samples, number) if drawn is None else drawn.shown
+        finished = self._finish_each(cropped_NCHW_u8, shown, number, drawn)
+        size = self._drawn_size((cropped_NCHW_u8.shape[2], cropped_NCHW_u8.shape[3]))
+        mix = None if drawn is None else drawn.mix
+        return mixed_views(finished, shown, len(samples), mix or self._draw_mix(samples, number, size), size)
 
-    def _finish_each(self, cropped_NCHW_u8: torch.Tensor, samples: Integers, view: int) -> torch.Tensor:
+    def _finish_each(
+        self, cropped_NCHW_u8: torch.Tensor, samples: Integers, view: int, drawn: Drawn | None
+    ) -> torch.Tensor:
         from cache_tools.views import pixels
 
         box = self.box_op
         pixels.check(cropped_NCHW_u8, len(samples))
         size = (cropped_NCHW_u8.shape[2], cropped_NCHW_u8.shape[3])
         if box is None:
-            drawn = self._draw(samples, view, one_size(size))
-            return pixels.apply(self.ops, drawn, self.output_size(size), cropped_NCHW_u8, self.version)
-        drawn = self._draw(samples, view, (0, 0), seen_at=size)
-        return pixels.apply((Identity(), *self.ops[1:]), drawn, size, cropped_NCHW_u8, self.version)
-
-    def _mixed(
-        self, finished_NCHW: torch.Tensor, shown: Integers, samples: Integers, view: int, image_size: Size
-    ) -> torch.Tensor:
-        """The views of `samples`, from the finished views of `shown`, which begins with them."""
-        import torch
-
-        from cache_tools.views import pixels
-
-        drawn_for, size = self._drawn_size(image_size), (finished_NCHW.shape[2], finished_NCHW.shape[3])
-        drawn = self._draw_mix(samples, view, drawn_for)
-        if size != drawn_for:
-            drawn = rescaled_box(drawn, drawn_for, size)
-        order = np.argsort(shown, kind="stable")
-        place = np.searchsorted(shown[order], drawn["partner"]).clip(max=len(shown) - 1)
-        place = np.where(drawn["own"] * (drawn["height"] == 0) == ONE, np.arange(len(samples)), order[place])
-        partners = finished_NCHW[torch.from_numpy(place).to(finished_NCHW.device)]
-        return blend(finished_NCHW[: len(samples)], partners, drawn, pixels.rows_at_once(finished_NCHW))
+            values = self._draw(samples, view, one_size(size)) if drawn is None else drawn.ops
+            return pixels.apply(self.ops, values, self.output_size(size), cropped_NCHW_u8, self.version)
+        values = self._draw(samples, view, (0, 0), seen_at=size) if drawn is None else drawn.ops
+        return pixels.apply((Identity(), *self.ops[1:]), values, size, cropped_NCHW_u8, self.version)
 
     def _drawn_size(self, image_size: Size) -> Size:
         """(height, width) of a view for which its parameters are drawn."""

@@ -311,6 +311,7 @@ def _replacements(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
         (torch, "Generator", lambda device="cpu": generator()),
         (torch, "empty", pinning(empty)),
         (torch, "zeros", pinning(zeros)),
+        (torch, "empty_like", pinning(torch.empty_like)),
         (torch, "_fused_sgd_", _optimiser_kernel(gpu, "_fused_sgd_")),
         (torch, "_fused_adamw_", _optimiser_kernel(gpu, "_fused_adamw_")),
         (torch.Tensor, "numpy", real(torch.Tensor.numpy)),

@@ -196,6 +196,22 @@ def test_an_error_in_the_background_thread_is_raised() -> None:
         list(make(ResidentFeed, targets=Gone()).epoch(0))
 
 
+def test_views_of_the_next_epoch_are_drawn_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_by, draw = [], ViewRecipe._draw
+
+    def watched(self: ViewRecipe, *args: Any, **kwargs: Any) -> Any:
+        drawn_by.append(threading.current_thread())
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(ViewRecipe, "_draw", watched)
+    feed = make(ResidentFeed, views=ViewRecipe(ops=(PadCrop(), Flip())))
+    for epoch in range(3):
+        list(feed.epoch(epoch))
+    feed.close()
+    assert len(drawn_by) >= 3
+    assert [by for by in drawn_by if by is threading.main_thread()] == drawn_by[:1], "only the first epoch"
+
+
 def test_an_abandoned_epoch_leaves_no_threads() -> None:
     before = set(threading.enumerate())
     feed = make(StreamingFeed)
@@ -204,7 +220,7 @@ def test_an_abandoned_epoch_leaves_no_threads() -> None:
     assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("pixels")]
     steps.close()
     feed.close()
-    ours = ("pixels", "next-view")
+    ours = ("pixels", "next-view", "next-epoch")
     assert not [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith(ours)]
 
 

@@ -19,6 +19,7 @@ from train.feed import HostFeed, ResidentFeed, StreamingFeed
 from train.loop import explain_failure, model_inputs, repeatable, train_epoch
 from train.objective import Objective
 from train.recipe.loss import LOSSES, LossRecipe
+from train.run.background import Snapshot
 
 # Kernels of a step: they may fall and never rise.
 BUDGETS = {"KD": 100, "RichKD": 200, "KD, bfloat16": 127, "KD, EMA": 101, "KD, MobileNetV2": 344}
@@ -79,6 +80,32 @@ def test_an_epoch_copies_from_pinned_memory_or_waits(kind: Any) -> None:
         feed.close()
     assert watch.transfers
     assert [transfer for transfer in watch.transfers if not transfer.is_safe] == []
+
+
+def test_an_epoch_begins_with_copies_that_the_host_does_not_wait_for() -> None:
+    with pretended() as gpu:
+        _, feed = make(gpu, LOSSES["kd"], **SMALL)
+        list(feed.epoch(0))
+        with gpu.watch() as watch:
+            next(feed.epoch(1))
+        feed.close()
+    assert len(watch.transfers) == 2, "the order of the samples, and the draws of their views"
+    assert all(transfer.non_blocking and transfer.is_safe for transfer in watch.transfers)
+
+
+def test_a_snapshot_is_copied_to_pinned_memory_and_waited_for_once() -> None:
+    with pretended() as gpu:
+        learner, feed = make(gpu, LOSSES["richkd"], **SMALL)
+        state = learner.state_dict()
+        with gpu.watch() as watch:
+            snapshot = Snapshot(state, gpu.device)
+        assert {(transfer.pinned, transfer.non_blocking) for transfer in watch.transfers} == {(True, True)}
+        assert gpu.events == [{"blocking": True}]
+        with mock.patch.object(torch.cuda.Event, "synchronize") as wait:
+            copied = snapshot.get()
+        wait.assert_called_once()
+        assert {tensor.device.type for tensor in copied["student"].values()} == {"cpu"}
+        feed.close()
 
 
 @pytest.mark.parametrize("kind", [ResidentFeed, StreamingFeed])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +17,36 @@ import torch
 
 from cache_tools.errors import RecipeError
 from cache_tools.images.image_set import ImageSet
+from cache_tools.system.devices import copy_to
 from cache_tools.system.ranks import ALONE, Rank
-from cache_tools.views.recipe import ViewRecipe
+from cache_tools.views.recipe import Drawn, ViewRecipe
 from train.feed.batch import Batch, MixedLabels, TargetSource
 from train.feed.windows import EpochTargets, TargetReader, Window, blocks_of, permutation
 from train.labelled import PartialLabels
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """What the host computes of an epoch before its first batch. On CUDA the tensors are in pinned memory.
+
+    Attributes:
+        index: int64 [N], the rows of the split in the order of the epoch.
+        samples: their numbers in the cache; None if they are the rows.
+        mixed: of a view that mixes: the partner of each, and the share of its own label.
+        own: (start, stop) in the order of each batch or, of several ranks, of this one's part of it.
+        rows: the rows of these parts, one after the other; `bounds` are their places among them.
+        drawn: the draws of the views, as the feed uses them.
+    """
+
+    view: int
+    windows: list[Window]
+    index: torch.Tensor
+    samples: torch.Tensor | None
+    mixed: tuple[torch.Tensor, torch.Tensor] | None
+    own: Sequence[tuple[int, int]]
+    rows: np.ndarray
+    bounds: Sequence[tuple[int, int]]
+    drawn: Sequence[Drawn]
 
 
 class Feed(ABC):
@@ -74,6 +101,8 @@ class Feed(ABC):
         self._samples = samples
         self._blocks = None if window is None else blocks_of(targets, window, len(images), samples)
         self._reader = TargetReader(targets, device, self._own_samples, ahead=read_ahead)
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="next-epoch")
+        self._plans: dict[int, Future[EpochPlan]] = {}
         self.served: str | None = None
 
     @property
@@ -85,20 +114,30 @@ class Feed(ABC):
         return self.bounds[-1][1]
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `first` on; a background thread reads the targets that follow."""
-        view = self._view_of(epoch)
-        order, windows = self._order(epoch, view)
-        following = self._first_window(epoch + 1) if epoch + 1 < self.epochs else None
-        source = EpochTargets(self._reader, self.targets, windows, following)
-        index = order.to(self.device)
-        samples = index if self._samples is None else torch.from_numpy(self._numbers(order.numpy())).to(self.device)
+        """The batches of an epoch from number `first` on.
+
+        Background threads read the targets that follow, and draw the order and the views of the next epoch.
+        """
+        plan = self._plans.pop(epoch).result() if epoch in self._plans and not first else self._plan(epoch, first)
+        self._plans = {}
+        following = None
+        if epoch + 1 < self.epochs:
+            following = self._first_window(epoch + 1)
+            self._plans[epoch + 1] = self._planner.submit(self._plan, epoch + 1)
+        source = EpochTargets(self._reader, self.targets, plan.windows, following)
+        index = copy_to(plan.index, self.device)
+        samples = index if plan.samples is None else copy_to(plan.samples, self.device)
         labels = self._labels[index]
         epoch_labels = labels[: self.samples_per_epoch]
         labelled = None if self._labelled is None else self._labelled[index]
-        mixed = self._mixed_labels(order.numpy(), view)
-        bounds, rank = self.bounds[first:], self.rank
-        own = [rank.part(*bound) for bound in bounds]
-        for bound, (start, stop), pixels in zip(bounds, own, self._own_pixels(order.numpy(), view, own), strict=True):
+        mixed = None
+        if plan.mixed is not None:
+            partner, share = (copy_to(column, self.device) for column in plan.mixed)
+            mixed = MixedLabels(self._labels[partner], share)
+        rank, own = self.rank, plan.own
+        own_index = index if rank.is_alone or not own else torch.cat([index[start:stop] for start, stop in own])
+        all_pixels = self._pixels(plan, own_index)
+        for bound, (start, stop), pixels in zip(self.bounds[first:], own, all_pixels, strict=True):
             rows = index[start:stop]
             real = None if labelled is None else labelled[start:stop]
             targets = source.batch(start, stop, samples[start:stop], pixels)
@@ -107,25 +146,53 @@ class Feed(ABC):
             yield Batch(pixels, labels[start:stop], rows, targets, real, bound[0], epoch_labels, both, sizes)
 
     def close(self) -> None:
-        """Stop the background thread. The target source stays open: whoever opened it closes it."""
+        """Stop the background threads. The target source stays open: whoever opened it closes it."""
+        self._planner.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
-    def _own_pixels(self, order: np.ndarray, view: int, own: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """The pixels of the parts of batches that are this rank's."""
-        if self.rank.is_alone or not own:
-            return self._pixels(order, view, own)
-        stops = np.cumsum([stop - start for start, stop in own]).tolist()
-        order = np.concatenate([order[start:stop] for start, stop in own])
-        return self._pixels(order, view, list(zip([0, *stops[:-1]], stops, strict=True)))
+    def _plan(self, epoch: int, first: int = 0) -> EpochPlan:
+        """All that the host computes for an epoch, from batch `first` on."""
+        view = self._view_of(epoch)
+        ordered, windows = self._order(epoch, view)
+        order = ordered.numpy()
+        own = [self.rank.part(*bound) for bound in self.bounds[first:]]
+        rows, bounds = order, own
+        if own and not self.rank.is_alone:
+            stops = np.cumsum([stop - start for start, stop in own]).tolist()
+            rows = np.concatenate([order[start:stop] for start, stop in own])
+            bounds = list(zip([0, *stops[:-1]], stops, strict=True))
+        return EpochPlan(
+            view=view,
+            windows=windows,
+            index=self._for_copy(ordered),
+            samples=None if self._samples is None else self._for_copy(torch.from_numpy(self._numbers(order))),
+            mixed=self._mixed_labels(order, view),
+            own=own,
+            rows=rows,
+            bounds=bounds,
+            drawn=self._drawn(rows, view),
+        )
+
+    def _for_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in memory from which it is copied to the device while the host goes on."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _own_samples(self, epoch: int) -> np.ndarray:
         """The numbers in the cache of all samples that this rank trains on in an epoch."""
         order = self._order(epoch, self._view_of(epoch))[0].numpy()
         return self._numbers(np.concatenate([order[slice(*self.rank.part(*bound))] for bound in self.bounds]))
 
+    def _drawn(self, rows: np.ndarray, view: int) -> Sequence[Drawn]:
+        """What a feed draws for the views of these rows before an epoch; by default nothing."""
+        return ()
+
     @abstractmethod
-    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """The view's pixels for each of these batches of an epoch, uint8 on the device."""
+    def _pixels(self, plan: EpochPlan, index: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The view's pixels for each of the plan's `bounds`, uint8 on the device.
+
+        Args:
+            index: the plan's `rows`, on the device.
+        """
 
     def _numbers(self, rows: np.ndarray) -> np.ndarray:
         """The numbers in the cache of rows of the split."""
@@ -154,12 +221,13 @@ class Feed(ABC):
         """A whole view, or of several ranks the rows that this one needs in the epoch."""
         return Window(len(self.images), view, None, None if self.rank.is_alone else epoch)
 
-    def _mixed_labels(self, rows: np.ndarray, view: int) -> MixedLabels | None:
+    def _mixed_labels(self, rows: np.ndarray, view: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The partner of each row, and the share of its own label."""
         mixing = self.views.mixing(rows, view, self.images.image_size)
         if mixing is None:
             return None
-        partner = torch.from_numpy(mixing.partner).to(self.device)
-        return MixedLabels(self._labels[partner], torch.from_numpy(mixing.share).float().to(self.device))
+        partner, share = torch.from_numpy(mixing.partner), torch.from_numpy(mixing.share).float()
+        return self._for_copy(partner), self._for_copy(share)
 
     def _view_of(self, epoch: int) -> int:
         return epoch if self.num_views is None else epoch % self.num_views

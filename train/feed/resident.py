@@ -14,8 +14,9 @@ from cache_tools.decoding.service import load_canvases
 from cache_tools.images.arrays import ArrayImages
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import ImageSet
-from cache_tools.views.recipe import ViewRecipe
-from train.feed.base import Feed
+from cache_tools.system.devices import copy_to
+from cache_tools.views.recipe import Drawn, ViewRecipe
+from train.feed.base import EpochPlan, Feed
 from train.feed.streaming import StreamingFeed
 
 PIECE_BYTES = 32 << 20
@@ -27,19 +28,25 @@ class ResidentFeed(Feed):
 
     _resident: torch.Tensor | None = None
 
-    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    def _drawn(self, rows: np.ndarray, view: int) -> Sequence[Drawn]:
+        """The draws of each piece of an epoch."""
+        size = self.images.image_size
+        return [self.views.draw(self._numbers(rows[piece]), view, size) for piece in pieces(self.images, len(rows))]
+
+    def _pixels(self, plan: EpochPlan, index: torch.Tensor) -> Iterator[torch.Tensor]:
         if self._resident is None:
             self._resident = load_all(self.images, self.device)
-        size = self.views.output_size(self.images.image_size)
+        size, view, rows = self.views.output_size(self.images.image_size), plan.view, plan.rows
         # In the order in memory that convolutions want: a batch of it is not copied again.
-        shape, layout = (len(order), 3, *size), torch.channels_last
+        shape, layout = (len(rows), 3, *size), torch.channels_last
         pixels = torch.empty(shape, dtype=torch.uint8, device=self.device, memory_format=layout)
-        for piece in pieces(self.images, len(order)):
-            rows = order[piece]
-            shown = self.views.with_partners(rows, view) if self.views.mixes(view) else rows
-            chosen = self._resident.index_select(0, torch.from_numpy(shown).to(self.device))
-            pixels[piece] = self.views.apply(chosen, self._numbers(rows), view)
-        for start, stop in bounds:
+        for piece, drawn in zip(pieces(self.images, len(rows)), plan.drawn, strict=True):
+            shown = index[piece]
+            if self.views.mixes(view):
+                shown = copy_to(torch.from_numpy(self.views.with_partners(rows[piece], view)), self.device)
+            chosen = self._resident.index_select(0, shown)
+            pixels[piece] = self.views.apply(chosen, self._numbers(rows[piece]), view, drawn)
+        for start, stop in plan.bounds:
             yield pixels[start:stop]
 
 
@@ -52,11 +59,11 @@ class HostFeed(StreamingFeed):
 
     _is_loaded = False
 
-    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    def _pixels(self, plan: EpochPlan, index: torch.Tensor) -> Iterator[torch.Tensor]:
         if not self._is_loaded and not self.images.resident:
             self.images = _in_memory(self.images, self.views)
         self._is_loaded = True
-        return super()._pixels(order, view, bounds)
+        return super()._pixels(plan, index)
 
 
 def load_all(images: ImageSet, device: torch.device) -> torch.Tensor:

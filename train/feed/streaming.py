@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from cache_tools.decoding.service import service_for, start_loading
 from cache_tools.system.devices import copy_to, in_current_stream
-from train.feed.base import Feed
+from train.feed.base import EpochPlan, Feed
 
 STREAM_DEPTH = 4
 
@@ -25,16 +25,16 @@ class StreamingFeed(Feed):
     training launches later run after the batch is ready.
     """
 
-    def _pixels(self, order: np.ndarray, view: int, bounds: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    def _pixels(self, plan: EpochPlan, index: torch.Tensor) -> Iterator[torch.Tensor]:
         pending: deque[Future[torch.Tensor]] = deque()
-        upcoming = iter(bounds)
+        view, upcoming = plan.view, iter(plan.bounds)
         service = service_for(self.images, len(self.images) * self.epochs)
         finish = in_current_stream(self.device, self._finish)
         with ThreadPoolExecutor(1, thread_name_prefix="pixels") as pool:
             try:
-                for _ in bounds:
+                for _ in plan.bounds:
                     while len(pending) < STREAM_DEPTH and (bound := next(upcoming, None)) is not None:
-                        rows = order[slice(*bound)]
+                        rows = plan.rows[slice(*bound)]
                         numbers = self._numbers(rows)
                         on_gpu = self.device.type == "cuda"
                         load = start_loading(service, self.images, rows, numbers, [(self.views, view)], pin=on_gpu)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from train.loop.batch_norm import synchronised
 from train.losses.class_weights import class_weights
 from train.objective import Objective
 from train.recipe import TrainRecipe
+from train.run.background import BackgroundWriter, Snapshot
 from train.run.ranks import environment_of_ranks, part_of_rank, tensors_on_cpu
 from train.run.resume import check_history, check_inside, check_learner, state_bytes
 from train.runs import folder
@@ -66,7 +69,7 @@ class Run:
         ranks: Joined | None = None,
     ) -> None:
         self.data, self.recipe, self.device, self.path, self.pixels = data, recipe, device, path, pixels
-        self._ranks = ranks
+        self._ranks, self._writer = ranks, BackgroundWriter()
         self.learner = _create_learner(data, recipe, device, steps_per_epoch, ranks)
         self.card = _create_card(data, recipe, digest)
         self.history: list[dict[str, Any]] = []
@@ -96,8 +99,26 @@ class Run:
         """
         if not self.writes:
             return
+        self._writer.wait()
         inside = {**state, "epoch": len(self.history), "train_s": train_s}
         checkpoints.save_state(self.path / folder.CHECKPOINT, inside)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether all that was to be written in the background is stored, or has failed."""
+        return self._writer.is_idle
+
+    def wait(self) -> None:
+        """Wait until everything is stored, and raise what went wrong meanwhile."""
+        self._writer.wait()
+
+    def in_background(self, work: Callable[[], None]) -> None:
+        """Write other files of the run after what was begun before."""
+        self._writer.begin(work)
+
+    def close(self) -> None:
+        """Stop the background thread, after it has stored what it has begun."""
+        self._writer.close()
 
     def samples_begun(self, feed: Feed) -> int:
         """Number of samples of the current epoch that the run has been trained on."""
@@ -152,7 +173,7 @@ class Run:
         return state
 
     def finish_epoch(self, means: dict[str, float], train_s: float, samples: int) -> dict[str, Any]:
-        """Evaluate if this epoch is due and store the state to resume from.
+        """Evaluate if this epoch is due, and begin to store the state to resume from, in the background (`wait`).
 
         Returns:
             The epoch's row of figures.
@@ -165,6 +186,7 @@ class Run:
 
     def finish(self) -> RunResult:
         """Write the files of a finished run."""
+        self.wait()
         if self.data.follower is not None:
             self.data.follower.finish()
         remove_file(self.path / folder.CHECKPOINT)  # left by a process that was killed just after the last commit
@@ -238,23 +260,32 @@ class Run:
         return SplitResult(last=_evaluation(last, test, kind), best=best, ema=_evaluation(last, ema, kind))
 
     def _commit_epoch(self, row: dict[str, Any]) -> None:
-        """Add a finished epoch. Its commit is the state file: a run that crashed before it repeats the epoch."""
+        """Add a finished epoch. Its commit is the state file: a run that crashed before it repeats the epoch.
+
+        The next epoch trains while a thread writes the files.
+        """
+        self._writer.wait()
         self.history.append(row)
         column = f"test_{headline_of(self.data.images.multi_label)}"
         figure = row[column]
-        if figure is not None and (self.best_epoch is None or figure > self.history[self.best_epoch][column]):
+        is_best = figure is not None and (self.best_epoch is None or figure > self.history[self.best_epoch][column])
+        if is_best:
             self.best_epoch = row["epoch"]
-            if self.writes:
-                card = self.card.model_copy(update={"epoch": row["epoch"] + 1})
-                checkpoints.save_student(self.path / checkpoints.BEST, self.learner.student, card)
         self.begun = None
-        if not self.writes:
-            return
-        state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
+        if self.writes:
+            state = {"learner": self.learner.state_dict(), "history": self.history, "best_epoch": self.best_epoch}
+            card = self.card.model_copy(update={"epoch": row["epoch"] + 1}) if is_best else None
+            self._writer.begin(partial(self._store_epoch, Snapshot(state, self.device), card))
+
+    def _store_epoch(self, snapshot: Snapshot, best: StudentCard | None) -> None:
+        """Write the state after an epoch and, before this commits it, the student if it is the best so far."""
+        state = snapshot.get()
+        if best is not None:
+            checkpoints.save_weights(self.path / checkpoints.BEST, state["learner"]["student"], best)
         checkpoints.save_state(self.path / folder.STATE, state)
         remove_file(self.path / folder.CHECKPOINT)
         if self.data.follower is not None:
-            self.data.follower.passed(len(self.history))
+            self.data.follower.passed(len(state["history"]))
 
 
 def draw_curves(result: RunResult) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -197,12 +197,19 @@ def train_group(
         logs = {run: stack.enter_context(RunLog(run.path, run.recipe, run.history)) for run in runs if run.writes}
         done = first * samples + min(run.samples_begun(feed) for run in runs if len(run.history) == first)
         progress = stack.enter_context(Progress(title, epochs * samples, "images", done=done))
+        records = stack.enter_context(_Records(runs, logs))
         clock = EpochClock(run.recipe.checkpoint_every_minutes for run in runs)
         if request is not None:
             stack.enter_context(request.deferred())
+
+        def advance(samples: int) -> None:
+            progress.advance(samples)
+            records.write_stored()
+
         for epoch in range(first, epochs):
             training = [run for run in runs if len(run.history) == epoch and run not in outcomes]
             if stop is not None and training:
+                records.wait()  # it reads the metrics
                 stopped = stop(epoch, [run.path for run in training])
                 outcomes |= {run: None for run in training if run.path in stopped}
                 training = [run for run in training if run.path not in stopped]
@@ -213,13 +220,14 @@ def train_group(
                 [run.learner for run in training],
                 feed,
                 epoch,
-                progress.advance,
+                advance,
                 begun=[run.begun for run in training],
                 save=partial(_save_if_due, training, clock, ranks, request)
                 if clock.stores_checkpoints or request is not None
                 else None,
             )
             times = clock.train_s()
+            records.wait()  # for the epoch before: its state is replaced by the next one
             for run, mean, train_s in zip(training, means, times, strict=True):
                 if isinstance(mean, Exception):
                     outcomes[run] = mean
@@ -228,11 +236,11 @@ def train_group(
                 if isinstance(row, Exception):
                     outcomes[run] = row
                     continue
-                if run in logs:
-                    logs[run].write(run.history)
+                records.begin(run)
                 progress.advance(0, _note(row, epochs))
             if epoch + 1 < epochs:
                 _stop_if_asked(ranks, request)
+        records.wait()
         for run, log in logs.items():
             if run not in outcomes:
                 result = _value_or_error(run, run.finish, alone)
@@ -240,6 +248,52 @@ def train_group(
     if ranks is not None:
         ranks.close_vote()
     return [outcomes.get(run) for run in runs]
+
+
+class _Records:
+    """Passes each finished epoch on to the metrics and trackers of its run, once its state is stored.
+
+    When the context ends, all that was begun is stored, and the background threads of the runs have ended.
+    """
+
+    def __init__(self, runs: Sequence[Run], logs: Mapping[Run, RunLog]) -> None:
+        self._runs, self._logs = runs, logs
+        self._waiting: dict[Run, list[dict[str, Any]]] = {}
+
+    def begin(self, run: Run) -> None:
+        """Record the epoch that a run has just finished, as soon as its state is stored."""
+        if run in self._logs:
+            self._waiting[run] = [*run.history]
+
+    def write_stored(self) -> None:
+        """Record the epochs whose states are stored by now, and raise the error of one that could not be."""
+        for run in [run for run in self._waiting if run.is_stored]:
+            self._write(run)
+
+    def wait(self) -> None:
+        """Record all finished epochs."""
+        for run in list(self._waiting):
+            self._write(run)
+        for run in self._logs:
+            run.wait()
+
+    def _write(self, run: Run) -> None:
+        history = self._waiting.pop(run)
+        run.wait()
+        self._logs[run].write(history, run.in_background)
+
+    def __enter__(self) -> _Records:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.wait()
+        except BaseException:
+            if error is None or isinstance(error, KeyboardInterrupt):
+                raise  # what was asked to stop must not seem to have been stored
+        finally:
+            for run in self._runs:
+                run.close()
 
 
 @contextmanager

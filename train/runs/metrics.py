@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +88,19 @@ class RunLog:
         if recorded < len(history):  # killed after the state of an epoch was stored, before its row
             self._store(history)
 
-    def write(self, history: Sequence[Row]) -> None:
-        """Record all finished epochs, of which the last is new."""
+    def write(self, history: Sequence[Row], store: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Record all finished epochs, of which the last is new.
+
+        Args:
+            store: calls the function that it is given, at once or later, which writes the file; None for at once.
+        """
         for name in list(self._trackers):
             self._send(name, history, len(history) - 1)
-        self._store(history)  # last: trackers have received every epoch that is recorded
+        # Last: trackers have received every epoch that is recorded.
+        if store is None:
+            self._store(history)
+        else:
+            store(partial(self._store, history))
 
     def _store(self, history: Sequence[Row]) -> None:
         table = pl.DataFrame(list(history), infer_schema_length=None)

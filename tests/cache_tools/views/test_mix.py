@@ -191,6 +191,21 @@ def test_decoded_pictures_of_several_sizes_are_mixed_as_views() -> None:
         assert torch.equal(seen[i], expected)
 
 
+@pytest.mark.parametrize("view", [0, 5])
+@pytest.mark.parametrize("ops", [["pad-crop", "flip"], [{"op": "random-resized-crop", "size": 8}, "rand-augment"]])
+def test_pixels_of_views_that_were_drawn_before_are_the_same(ops: list[Any], view: int) -> None:
+    recipes = [recipe(21, ops=ops, clean_first=True), ViewRecipe(ops=ops)]
+    if ops[0] != "pad-crop":
+        recipes.append(recipe(21, ops=ops, sizes={"clip": 16}).seen_by("clip"))
+    for views in recipes:
+        index = [7, 3, 20]
+        shown = views.with_partners(index, view)
+        drawn = views.draw(index, view, (14, 18))
+        assert np.array_equal(drawn.shown, shown)
+        made = views.apply(images(21)[shown], index, view, drawn)
+        assert torch.equal(made, views.apply(images(21)[shown], index, view))
+
+
 def test_a_clean_first_view_stays_clean() -> None:
     views = recipe(20, ops=["pad-crop"], clean_first=True)
     assert torch.equal(views.apply(images(6), range(6), 0), images(6))
