@@ -336,14 +336,21 @@ def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: 
 
 def _provenance(date_key: str, ensemble: TeacherEnsemble, images: ImageSet) -> dict[str, Any]:
     """The provenance of this run; its date goes under `date_key`."""
+    from pipeline.networks.weights import kernel_settings
+
     decoder = {} if images.resident else {DECODER: decoder_versions()}
-    return decoder | {
-        date_key: datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": printable(" ".join(sys.argv)),
-        "device": device_name(ensemble.device),
-        "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
-        "python": platform.python_version(),
-    }
+    kernels = {"kernels": settings} if (settings := kernel_settings(ensemble.device)) else {}
+    return (
+        decoder
+        | kernels
+        | {
+            date_key: datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": printable(" ".join(sys.argv)),
+            "device": device_name(ensemble.device),
+            "versions": {name: version(name) for name in ("teacher-cache", "torch", "open_clip_torch", "timm", "zarr")},
+            "python": platform.python_version(),
+        }
+    )
 
 
 def _constants(

@@ -18,7 +18,7 @@ from cache_tools.preprocess import prepare
 from pipeline.networks.class_words import class_words
 from pipeline.networks.clip_source import ClipSource, load_network, names_in_folder, needs_hub, resolve_source
 from pipeline.networks.prompts import render_prompts, template_set
-from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
+from pipeline.networks.weights import as_network_input, convert_weights, freeze, mixed_precision, noise, weights_digest
 from train.weights.names import load_local_first, only_named
 from train.weights.text import first_line
 
@@ -128,7 +128,7 @@ def load_clip(
         class_names=words,
     )
     bias = getattr(network, "logit_bias", None)
-    return Clip(
+    clip = Clip(
         network,
         identity,
         text_features,
@@ -136,6 +136,9 @@ def load_clip(
         logit_bias=None if bias is None else float(bias),
         resize_mode=visual.preprocess_cfg["resize_mode"],
     )
+    pixels = noise(identity.preprocessing.size or (224, 224), device)
+    convert_weights(visual, precision, lambda: clip(pixels))
+    return clip
 
 
 @torch.no_grad()

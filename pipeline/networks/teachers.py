@@ -19,7 +19,7 @@ from cache_tools.system.devices import seeded_on_cpu
 from pipeline.networks.pretrained import library_preprocessing, load_pretrained, timm_preprocessing
 from pipeline.networks.references import FOLDER_PREFIX, LIBRARIES, is_file_reference, resolve_path
 from pipeline.networks.teacher_classes import TeacherClasses, classes_of_file, match_classes
-from pipeline.networks.weights import as_network_input, freeze, mixed_precision, weights_digest
+from pipeline.networks.weights import as_network_input, convert_weights, freeze, mixed_precision, noise, weights_digest
 from train import own
 from train.checkpoints import LAST, StudentCard, check_student_file, create_stored, student_file
 from train.students import create_student, student_names
@@ -144,7 +144,10 @@ def load_teacher(
     )
     about_classes = [] if loaded.classes.note is None else [loaded.classes.note]
     notes = [f"{architecture} {note}" for note in (*loaded.notes, *about_classes)]
-    return Teacher(network, identity, precision, notes, loaded.raw_key, loaded.classes.names)
+    teacher = Teacher(network, identity, precision, notes, loaded.raw_key, loaded.classes.names)
+    pixels = noise(canvas, device)
+    convert_weights(network, precision, lambda: teacher(pixels))
+    return teacher
 
 
 class _Network(NamedTuple):
@@ -341,8 +344,7 @@ def _probe(
     network: Any, architecture: str, num_classes: int, preprocessing: Preprocessing, canvas: Size, device: torch.device
 ) -> tuple[int, bool]:
     """(feature width, whether logits are a linear function of the features), by running two canvases of noise."""
-    noise = torch.randint(0, 256, (2, 3, *canvas), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = as_network_input(prepare(noise.to(device), preprocessing))
+    images = as_network_input(prepare(noise(canvas, device), preprocessing))
     try:
         logits, feature_map = network(images), network.forward_features(images)
         features = network.forward_head(feature_map, pre_logits=True)
