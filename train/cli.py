@@ -25,11 +25,11 @@ from train.options import (
     OptionalRecipe,
     Overrides,
     PixelDisk,
-    Precision,
     ResultAsJson,
     ShowRecipe,
     ShuffleWindow,
     SyncBatchNorm,
+    TrainPrecision,
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -79,7 +79,7 @@ def train_student(
         int | None, typer.Option("--seed", help="Seed of the first weights, the order and dropout.")
     ] = None,
     device: Device = None,
-    precision: Precision = None,
+    precision: TrainPrecision = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run. Default: one per recipe below runs/.")
     ] = None,

@@ -75,6 +75,13 @@ Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, c
 Precision = Annotated[
     str | None, typer.Option("--precision", help="float32, or bfloat16 / float16 (automatic mixed precision).")
 ]
+TrainPrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="float32, or bfloat16 / float16 (automatic mixed precision); auto is bfloat16 on CUDA where it has it.",
+    ),
+]
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated.")

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, TypeA
 
 from cache_tools.config import CHANGES, FIELDS, Changes, Extensible
 from cache_tools.config.fields import MAX_COUNT, Count, Name, PlacePath, Positive, Seed, ViewCount
+from cache_tools.console import resolve_device
 from cache_tools.errors import MismatchError, RecipeError
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import Precision, with_canvas
@@ -63,6 +64,8 @@ class TrainRecipe(Extensible):
         shuffle_window: blocks of the cache whose targets are in memory together: each epoch shuffles the blocks, then
             the samples inside each window of so many blocks. None shuffles all samples, and needs memory for a view.
         evaluation: how test images are resized and cropped; by default for the size of the views.
+        precision: of the forward pass, by automatic mixed precision; losses, weights and their updates are float32.
+            `auto` is bfloat16 on a CUDA device that computes in it and float32 on any other, and is recorded as that.
         ema_decay: of an exponential moving average of the weights, None for none.
         evaluate_every: epochs between evaluations on the test split; the last epoch is always evaluated.
         deterministic: deterministic kernels on CUDA too, which costs some speed. On the CPU a run always repeats
@@ -149,6 +152,13 @@ class TrainRecipe(Extensible):
             )
         rest = {key: value for key, value in data.items() if key != "student"}
         return rest | {spelled[key]: value for key, value in data["student"].items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _precision_of_the_device(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("precision") == "auto":
+            return {**data, "precision": _precision_for(data.get("device") or "auto")}
+        return data
 
     @model_validator(mode="after")
     def _weights_have_a_place(self) -> TrainRecipe:
@@ -339,6 +349,21 @@ class TrainRecipe(Extensible):
         if (weights := self.initial_weights) is not None:  # of a file the content matters, not the name
             data["student_weights"] = files_digest(expand_user(weights)) if is_path(weights) else weights
         return data
+
+
+def _precision_for(device: str) -> Precision:
+    """bfloat16 where a CUDA device computes in it, and float32 on any other.
+
+    Raises:
+        DeviceError: no such device.
+    """
+    import torch
+
+    found = resolve_device(device)
+    if found.type != "cuda":
+        return "float32"
+    computes_in_it = torch.version.hip is not None or torch.cuda.get_device_capability(found) >= (8, 0)
+    return "bfloat16" if computes_in_it else "float32"
 
 
 def has_name(dataset: Any) -> bool:

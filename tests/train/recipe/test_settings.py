@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from cache_tools.config import dump_yaml
+from cache_tools.errors import DeviceError
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.views.recipe import ViewRecipe
+from tests.support.fake_cuda import fake_cuda
 from train.recipe import TrainRecipe, recipe_digest
 from train.recipe.loss import LossRecipe
 
@@ -116,3 +119,17 @@ def test_on_labels_keeps_the_settings_of_the_ce_term() -> None:
 def make(**changes: Any) -> TrainRecipe:
     data: dict[str, Any] = {"name": "mine", "cache": "c", "dataset": {"name": "digits"}, "epochs": 10}
     return TrainRecipe.model_validate(data | changes)
+
+
+def test_the_precision_of_the_device_is_recorded_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = {"name": "a", "cache": "c", "precision": "auto"}
+    on_cpu = TrainRecipe.model_validate(auto | {"device": "cpu"})
+    assert on_cpu.stored()["precision"] == "float32"
+    assert on_cpu.values() == TrainRecipe.model_validate({"name": "a", "cache": "c"}).values()
+    with fake_cuda():
+        assert TrainRecipe.model_validate(auto).precision == "bfloat16"
+        assert TrainRecipe.model_validate(auto | {"device": "cpu"}).precision == "float32"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert TrainRecipe.model_validate(auto).precision == "float32"
+    with pytest.raises(DeviceError, match="no such device"):
+        TrainRecipe.model_validate(auto | {"device": "toaster"})
