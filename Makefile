@@ -60,13 +60,16 @@ constraints-oldest: $(STAMP) ## write constraints-oldest.txt again, after a chan
 	$(BIN)/uv pip compile --quiet --upgrade --resolution lowest-direct --extra dev --python-version 3.11 \
 		--no-annotate --custom-compile-command 'make constraints-oldest' pyproject.toml --output-file constraints-oldest.txt
 
+# Each benchmark prints one JSON line with the device and the versions; The last three need no GPU.
+GPU_RESULTS := benchmarks/results/gpu.jsonl
+GPU_BENCHMARKS := target_overhead build_overhead online_vs_cached sweep_cost compiled
 gpu: $(STAMP) ## on a machine with CUDA: the tests that need it, and the benchmarks of training, in benchmarks/results/
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
-	$(BIN)/pytest -m cuda
-	@mkdir -p benchmarks/results
-	for run in "target_overhead --device cuda" "build_overhead --device cuda" "online_vs_cached --device cuda" \
-		"sweep_cost --device cuda" "compiled --device cuda"; do \
-		$(BIN)/python benchmarks/$${run%% *}.py $$(echo "$$run " | cut -d' ' -f2-) >> benchmarks/results/gpu.jsonl || exit 1; done
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: no CUDA device')"
+	@mkdir -p $(dir $(GPU_RESULTS))
+	$(BIN)/pytest -m cuda --junitxml=$(dir $(GPU_RESULTS))gpu-tests.xml
+	for name in $(GPU_BENCHMARKS); do \
+		$(BIN)/python benchmarks/$$name.py --device cuda >> $(GPU_RESULTS) || exit 1; done
+	for name in host_time launches read_view; do $(BIN)/python benchmarks/$$name.py >> $(GPU_RESULTS) || exit 1; done
 
 docs: $(STAMP) ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.turns import slow
 
@@ -254,3 +255,17 @@ def test_a_folder_without_the_code_is_refused_before_anything_is_built(tmp_path:
     assert (damaged.returncode, out) == (2, "")
     assert "No module named 'torchdistill.core'" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_make_gpu_needs_cuda_and_says_so_in_one_line() -> None:
+    done = subprocess.run(
+        ["make", "gpu", "STAMP=", f"BIN={Path(sys.executable).parent}"],
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == "make gpu: no CUDA device"
+    assert "Traceback" not in done.stderr
+    assert "pytest" not in done.stdout, "it ends before the first test"
