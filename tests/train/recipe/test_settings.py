@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -121,15 +122,15 @@ def make(**changes: Any) -> TrainRecipe:
     return TrainRecipe.model_validate(data | changes)
 
 
-def test_the_precision_of_the_device_is_recorded_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precision_of_the_device_is_recorded_as_itself() -> None:
     auto = {"name": "a", "cache": "c", "precision": "auto"}
     on_cpu = TrainRecipe.model_validate(auto | {"device": "cpu"})
-    assert on_cpu.stored()["precision"] == "float32"
+    assert on_cpu.stored().precision == "float32"
     assert on_cpu.values() == TrainRecipe.model_validate({"name": "a", "cache": "c"}).values()
     with fake_cuda():
         assert TrainRecipe.model_validate(auto).precision == "bfloat16"
         assert TrainRecipe.model_validate(auto | {"device": "cpu"}).precision == "float32"
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        assert TrainRecipe.model_validate(auto).precision == "float32"
+        with mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)):
+            assert TrainRecipe.model_validate(auto).precision == "float32"
     with pytest.raises(DeviceError, match="no such device"):
         TrainRecipe.model_validate(auto | {"device": "toaster"})
