@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -36,6 +34,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests.support.preloaded import Preloaded, run_tests  # noqa: E402
 from tests.support.s3_server import environment, s3_server  # noqa: E402
 
 torch.set_num_threads(1)
@@ -73,15 +72,15 @@ _ALONE = "TEACHER_CACHE_TEST_ALONE"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that is marked `alone` in a pytest process of its own.
+    """Run a test that is marked `alone` in a pytest process of its own (`preloaded`).
 
     Such tests fork processes that train, and polars, whose threads do not survive a fork, hangs in these if an earlier
     test has used it.
     """
     if "alone" not in pyfuncitem.keywords or _ALONE in os.environ:
         return None
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    root, variables = pyfuncitem.config.rootpath, {**os.environ, _ALONE: "1"}
-    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    options, root = ("-q", "-p", "no:cacheprovider", pyfuncitem.nodeid), pyfuncitem.config.rootpath
+    process = Preloaded(run_tests, *options, cwd=root, variables={_ALONE: "1"})
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, out[-6000:] + err[-2000:]
     return True

@@ -8,15 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.preloaded import Preloaded, run_script
 from tests.support.turns import slow
 
 pytestmark = pytest.mark.medium
@@ -58,16 +56,9 @@ SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]
 }
 
 
-def start(script: str, *options: str) -> subprocess.Popen[str]:
+def start(script: str, *options: str) -> Preloaded:
     # In another working folder: the scripts must not depend on it.
-    return subprocess.Popen(
-        [sys.executable, BENCHMARKS / f"{script}.py", *options],
-        cwd="/",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Preloaded(run_script, BENCHMARKS / f"{script}.py", *options, cwd=Path("/"))
 
 
 @pytest.mark.parametrize("script", ["target_overhead", *map(slow, sorted(SCRIPTS.keys() - {"target_overhead"}))])

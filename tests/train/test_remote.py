@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
+from tests.support.preloaded import Preloaded, run_module
 from tests.support.s3_server import new_bucket
 from train.run import train_student
 from train.runs.stored import open_run
@@ -52,19 +51,20 @@ def url(proxy: FlakyProxy, local: Path) -> str:
     return url
 
 
-def command(url: str, out: Path) -> list[str]:
+def training(url: str, out: Path) -> Preloaded:
     """`train-student` with the settings of `tiny_run.recipe`."""
     recipe = tiny_run.recipe("unused", out).model_dump(mode="json", exclude={"cache", "out", "fusion"})
     file = out.parent / "recipe.yaml"
     file.write_text(json.dumps(recipe))  # JSON is valid YAML
-    return [sys.executable, "-m", "train.cli", str(file), "--cache", url, "--out", str(out)]
+    return Preloaded(run_module, "train.cli", str(file), "--cache", url, "--out", str(out))
 
 
 def test_a_remote_cache_gives_the_same_student(proxy: FlakyProxy, url: str, weights: bytes, tmp_path: Path) -> None:
-    done = subprocess.run(command(url, tmp_path / "run"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = training(url, tmp_path / "run")
+    _, err = done.communicate(timeout=500)
+    assert done.returncode == 0, err
     assert (tmp_path / "run/last.safetensors").read_bytes() == weights
-    assert "stage tiny, view 2: 4/4 blocks" in done.stderr
+    assert "stage tiny, view 2: 4/4 blocks" in err
     record = json.loads((tmp_path / "run/cache.json").read_text())
     mirror = next((tmp_path / "home").glob("tiny-*.zarr"))
     assert (record["url"], record["path"]) == (url, str(mirror))
@@ -124,7 +124,7 @@ def test_several_runs_at_once_download_each_view_once(
     runs = [tmp_path / f"{number}" / "run" for number in range(2)]
     for run in runs:
         run.parent.mkdir()
-    processes = [subprocess.Popen(command(url, run), stderr=subprocess.PIPE, text=True) for run in runs]
+    processes = [training(url, run) for run in runs]
     errors = [process.communicate(timeout=500)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert [(run / "last.safetensors").read_bytes() == weights for run in runs] == [True, True]
