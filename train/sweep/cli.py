@@ -120,6 +120,10 @@ def sweep_students(
     # Imported here, as everything slow below: --help must answer at once.
     from train.sweep.options import default_folder, read_sweep
 
+    if engine == "ray" and not show_trials:
+        from train.sweep.ray import require_ray
+
+        require_ray()  # before torch is imported
     for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
         if value is not None and engine != "ray":
             raise RecipeError("this option needs the Ray engine", where=f"{option} {value}", expected="--engine ray")

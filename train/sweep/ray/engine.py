@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import socket
@@ -26,13 +25,13 @@ from cache_tools.system.arguments import expand_user
 from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving
 from train.sweep.progress import SweepProgress
+from train.sweep.ray import require_ray
 from train.sweep.ray.link import Driver
 from train.sweep.ray.worker import TOKEN, Share, SourceCache
 from train.sweep.recipe import Trial
 from train.sweep.workers import divide_streams
 
 CONNECT_S = 180.0
-_PACKAGES = ("ray", "pandas", "pyarrow", "fsspec")  # of ray[tune]
 
 
 class RayEngine:
@@ -69,7 +68,7 @@ class RayEngine:
         threads: int | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        _require_ray()
+        require_ray()
         if address is not None and "://" in address:
             raise RecipeError(
                 "sweeps do not go through Ray's client",
@@ -203,15 +202,6 @@ def _retried(share: Sequence[Trial], reason: str) -> list[Trial]:
     for trial in unsettled:
         Failure(kind="died", message=f"its worker died twice: {reason}").save(trial.folder)
     return []
-
-
-def _require_ray() -> None:
-    if any(importlib.util.find_spec(package) is None for package in _PACKAGES):
-        raise RecipeError(
-            "the engine 'ray' needs a package that is not installed",
-            where="--engine ray",
-            next_step="install it: pip install 'teacher-cache[ray]'",
-        )
 
 
 def _with_absolute_paths(trial: Trial) -> Trial:
