@@ -12,14 +12,15 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from side_by_side import (
+    BatchSize,
     Dataset,
     Device,
     Overrides,
     Rounds,
+    Student,
     Threads,
     Times,
     interleaved,
@@ -39,8 +40,8 @@ CLOCK = "whole epochs: the next view, its pixels, every batch and update; bare: 
 @command
 def main(
     dataset: Dataset = "digits",
-    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "resnet8x4",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    student: Student = "resnet8x4",
+    batch_size: BatchSize = 64,
     rounds: Rounds = 9,
     device_name: Device = "auto",
     threads: Threads = None,

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from side_by_side import (
+    BatchSize,
     Dataset,
     Device,
     Overrides,
     Rounds,
+    Student,
     Threads,
     Times,
     Views,
@@ -55,8 +56,8 @@ CLOCK = (
 @command
 def main(
     dataset: Dataset = "digits",
-    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "resnet8",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    student: Student = "resnet8",
+    batch_size: BatchSize = 64,
     views: Views = 4,
     rounds: Rounds = 7,
     device_name: Device = "auto",

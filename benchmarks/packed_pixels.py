@@ -27,9 +27,11 @@ import numpy as np
 import typer
 from PIL import Image
 from side_by_side import (
+    BatchSize,
     Cost,
     Device,
     Rounds,
+    Student,
     Threads,
     Times,
     cost,
@@ -60,10 +62,10 @@ CLOCK = (
 
 @command
 def main(
-    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "timm:resnet18",
+    student: Student = "timm:resnet18",
     pictures: Annotated[int, typer.Option("--pictures", min=2, help="Number of JPEGs.")] = 192,
     size: Annotated[int, typer.Option("--size", min=8, help="Side of the views.")] = 224,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 32,
+    batch_size: BatchSize = 32,
     canvases: Annotated[bool, typer.Option("--canvases", help="Views of canvases, version 1.")] = False,
     rounds: Rounds = 7,
     device_name: Device = "auto",

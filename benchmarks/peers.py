@@ -23,11 +23,13 @@ from unittest import mock
 import torch
 import typer
 from side_by_side import (
+    BatchSize,
     Cost,
     Dataset,
     Device,
     Overrides,
     Rounds,
+    Student,
     Threads,
     Times,
     cost,
@@ -60,9 +62,9 @@ def main(
     mdistiller: Clone = None,
     torchdistill: Clone = None,
     dataset: Dataset = "digits",
-    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "resnet8x4",
+    student: Student = "resnet8x4",
     teacher: Annotated[str, typer.Option("--teacher", help="The live teacher of the two loops.")] = "resnet32x4",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    batch_size: BatchSize = 64,
     rounds: Rounds = 9,
     device_name: Device = "auto",
     threads: Threads = None,

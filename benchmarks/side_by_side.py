@@ -55,6 +55,8 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="torch's threads on the CPU. Default: torch's own choice.")
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds of all variants, after one warm-up round.")]
+Student = Annotated[str, typer.Option("--student", help="Any name that train-student takes.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=2)]
 Views = Annotated[int, typer.Option("--views", min=2, help="Cached views to cycle through.")]
 
 

@@ -23,6 +23,7 @@ from typing import Annotated
 import torch
 import typer
 from side_by_side import (
+    BatchSize,
     Cost,
     Dataset,
     Device,
@@ -58,7 +59,7 @@ STUDENTS = "resnet8,resnet14,resnet20,wrn_16_1,ShuffleV2,MobileNetV2,vgg8,resnet
 def main(
     dataset: Dataset = "digits",
     students: Annotated[str, typer.Option("--students", help="Separated by commas.")] = STUDENTS,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    batch_size: BatchSize = 64,
     views: Views = 4,
     rounds: Rounds = 7,
     processes: Annotated[bool, typer.Option("--processes", help="Also compare the commands.")] = False,

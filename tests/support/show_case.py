@@ -15,7 +15,7 @@ from cache_tools import plugins
 from cache_tools.images import open_images
 from cache_tools.images.recipe import DatasetRecipe
 from cache_tools.reader import TeacherCache
-from tests.support.cache_factory import create, tiny_manifest, tiny_targets, write
+from tests.support.cache_factory import tiny_manifest, write_leaning
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 SIDE, SAMPLES, NUM_VIEWS = 16, 45, 4
@@ -46,16 +46,7 @@ def write_cache(path: Path, pictures: Path, *, side: int = SIDE, **recipe: Any) 
         "clip_dim": 24,
     } | recipe
     manifest = tiny_manifest(images, **settings).model_copy(update={"dataset": source})
-    targets = tiny_targets(manifest)
-    for name in ("teacher_logits", "fused_logits"):
-        if name in targets:
-            targets[name] = targets[name] / 2
-            targets[name][:, np.arange(len(images)), images.labels] += 3
-    writer = create(path, manifest, images)
-    if "clip_features" in targets:
-        targets["clip_features"] += 6 * TeacherCache(path).constant("class_embeddings")[images.labels]
-    write(writer, targets)
-    return TeacherCache(path)
+    return write_leaning(path, manifest, images)
 
 
 def declare_plugins(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from cache_tools.images.arrays import ArrayImages
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice
-from tests.support.cache_factory import create, tiny_images, tiny_manifest, tiny_targets, write
+from tests.support.cache_factory import tiny_images, tiny_manifest, write_leaning
 
 CLASSES, VIEWS = 7, 3
 # At its own scale of 100 this CLIP is sure of everything; at 12 all four quadrants have samples.
@@ -32,17 +32,7 @@ def labelled_images(num_classes: int = CLASSES) -> ArrayImages:
 def write_cache(path: Path, images: ArrayImages, **recipe: Any) -> TeacherCache:
     """Targets that lean towards the labels, so that there are right, wrong, confident and unsure answers."""
     manifest = tiny_manifest(images, num_views=VIEWS, linear_head=False, clip_dim=24, codec="float32", **recipe)
-    targets = tiny_targets(manifest)
-    for name in ("teacher_logits", "fused_logits"):
-        if name in targets:
-            targets[name] = targets[name] / 2
-            targets[name][:, np.arange(len(images)), images.labels] += 3
-    writer = create(path, manifest, images)
-    if "clip_features" in targets:
-        embeddings = TeacherCache(path).constant("class_embeddings")
-        targets["clip_features"] += 6 * embeddings[images.labels]
-    write(writer, targets)
-    return TeacherCache(path)
+    return write_leaning(path, manifest, images)
 
 
 def softmax(logits: np.ndarray) -> list[float]:
