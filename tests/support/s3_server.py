@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
+def s3_server(address: str = "127.0.0.1", port: int = 0) -> Iterator[dict[str, str]]:
     """Run a server; yields the environment variables that point a client to it."""
     pytest.importorskip("obstore")
     pytest.importorskip("moto")
@@ -26,7 +26,7 @@ def s3_server() -> Iterator[dict[str, str]]:
         pytest.skip("needs the loopback interface")
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=address, port=port, verbose=False)
     server.start()
     assert server._server is not None
     server._server.app = _AtomicCreation(server._server.app)
