@@ -22,6 +22,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import command
 from cache_tools.reader import TeacherCache
 from cache_tools.system import processes as processes_module
+from pipeline.build.cache import build_cache
 from tests.support import tiny_build, tiny_run
 from tests.support.child import Child
 from tests.support.turns import turns
@@ -101,6 +102,33 @@ def test_a_build_keeps_its_blocks(files: Path, tmp_path: Path) -> None:
     built = TeacherCache.open(tmp_path / "cache.zarr").committed_blocks().sum()
     assert 3 < built < 3000
     assert not list(tmp_path.glob(".cache.zarr.claims/*")), "other builders need not wait for its claims"
+
+
+@pytest.mark.medium
+@pytest.mark.turns
+def test_a_build_ends_when_it_is_told_and_the_same_command_completes_it(files: Path, tmp_path: Path) -> None:
+    """At random instants: the exit code, the time until the end, and the arrays of an undisturbed build afterwards."""
+    count = turns(1, 12)
+    recipe = tiny_build.recipe(files, num_views=200 * count, out=tmp_path / "cache.zarr")
+    (tmp_path / "build.yaml").write_text(dump_yaml(recipe))
+    rng, commits, took_s = random.Random(0), tmp_path / "cache.zarr/commits", []
+    for number in range(count):
+        chosen, before = (signal.SIGTERM, signal.SIGUSR1)[number % 2], len(list(commits.glob("c.*")))
+        with started("build-cache", tmp_path / "build.yaml") as build:
+            wait_for(lambda before=before: len(list(commits.glob("c.*"))) > before)
+            time.sleep(rng.random() * 0.3)
+            told_s = time.monotonic()
+            build.send_signal(chosen)
+            _, printed = build.communicate(timeout=PATIENCE_S)
+            took_s.append(round(time.monotonic() - told_s, 2))
+            assert build.returncode == 128 + chosen, printed
+        assert not list(tmp_path.glob(".cache.zarr.claims/*")), "other builders need not wait for its claims"
+    print("seconds until the end:", took_s)
+    assert max(took_s) < END_S
+    assert len(list(commits.glob("c.*"))) < recipe.num_views, "each of them was told before its end"
+    run("build-cache", tmp_path / "build.yaml")
+    build_cache(recipe.model_copy(update={"out": tmp_path / "whole.zarr"}))
+    assert tiny_build.arrays_of(tmp_path / "cache.zarr") == tiny_build.arrays_of(tmp_path / "whole.zarr")
 
 
 @pytest.mark.slow
