@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,8 @@ from train.options import (
     MaxMinutes,
     Overrides,
     Precision,
+    RayAddress,
+    RayGpus,
     RecipeArgument,
     ResultAsJson,
     ShowRecipe,
@@ -124,6 +126,21 @@ def build_cache(
         ),
     ] = None,
     max_minutes: MaxMinutes = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--engine", help="Where blocks are computed: in this process, or in workers on a Ray cluster."),
+    ] = "local",
+    ray_address: RayAddress = None,
+    ray_gpus: RayGpus = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-workers",
+            min=1,
+            max=100_000,
+            help="Number of Ray workers. Default: as many as the cluster has room for, one per GPU if it has GPUs.",
+        ),
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     precision: Precision = None,
@@ -158,6 +175,8 @@ def build_cache(
     from pipeline.recipe import builtin_recipes, is_none, load_build_recipe
     from train.recipe.sources import folder_note
 
+    stops = {"--plan": plan, "--check-images": check_images, "--show-recipe": show_recipe}
+    cluster = _cluster(engine, ray_address, ray_gpus, ray_workers, [option for option, given in stops.items() if given])
     options: dict[str, Any] = {
         "num_views": views,
         "views.base_seed": seed,
@@ -198,7 +217,23 @@ def build_cache(
     else:
         if (note := folder_note(recipe, builtin_recipes())) is not None:
             print_line(note, file=sys.stderr)
-        _build(loaded, as_json)
+        _build(loaded, as_json, cluster)
+
+
+def _cluster(
+    engine: str, address: str | None, gpus: float | None, workers: int | None, stops: Sequence[str]
+) -> dict[str, Any] | None:
+    """The settings of the Ray engine; None for this process."""
+    from cache_tools.errors import RecipeError
+
+    if engine == "ray":
+        if stops:
+            raise RecipeError("this option builds nothing", where=stops[0], next_step="leave out --engine ray")
+        return {"address": address, "gpus": gpus or 1.0, "workers": workers}
+    for option, value in (("--ray-address", address), ("--ray-gpus", gpus), ("--ray-workers", workers)):
+        if value is not None:
+            raise RecipeError("this option needs the Ray engine", where=f"{option} {value}", expected="--engine ray")
+    return None
 
 
 def _without(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,12 +316,21 @@ def _print_bad_files(found: SplitsCheck) -> None:
     print(table.text())
 
 
-def _build(recipe: BuildRecipe, as_json: bool) -> None:
+def _build(recipe: BuildRecipe, as_json: bool, cluster: Mapping[str, Any] | None) -> None:
     from cache_tools.units import duration, human_bytes
-    from pipeline.build.cache import build_cache as build
 
-    keep_freed_memory()
-    result = build(recipe, say=lambda text: print_line(text, file=sys.stderr if as_json else sys.stdout))
+    def say(text: str) -> None:
+        print_line(text, file=sys.stderr if as_json else sys.stdout)
+
+    if cluster is not None:
+        from pipeline.build.ray.engine import build_on_ray
+
+        result = build_on_ray(recipe, **cluster, say=say)
+    else:
+        from pipeline.build.cache import build_cache as build
+
+        keep_freed_memory()
+        result = build(recipe, say)
     manifest = result.manifest
     rate = result.images / result.elapsed_s if result.elapsed_s else 0.0
     if as_json:
@@ -313,7 +357,10 @@ def _build(recipe: BuildRecipe, as_json: bool) -> None:
         shares = ("not ended" if count is None else f"{count:,} images" for count in result.images_of_ranks)
         print_line("; ".join(f"rank {number}: {share}" for number, share in enumerate(shares)))
     if result.url:
-        print_line(f"{human_bytes(result.bytes_moved)} moved; the local mirror is {result.path}")
+        mirrors = f"the local mirror is {result.path}"
+        if cluster is not None:
+            mirrors = "each node has a mirror of the blocks that it computed"
+        print_line(f"{human_bytes(result.bytes_moved)} moved; {mirrors}")
     plural = "" if manifest.num_views == 1 else "s"
     print_line(
         f"cache {manifest.fingerprint[:12]}: {manifest.num_views} view{plural} of {manifest.num_samples:,} samples"

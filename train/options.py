@@ -82,6 +82,17 @@ TrainPrecision = Annotated[
         help="float32, or bfloat16 / float16 (automatic mixed precision); auto is bfloat16 on CUDA where it has it.",
     ),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        help="HOST:PORT, auto or local. Default: RAY_ADDRESS, else a cluster on this machine, else a new one.",
+    ),
+]
+RayGpus = Annotated[
+    float | None,
+    typer.Option("--ray-gpus", min=0.01, help="GPUs per Ray worker; 0.5 puts two workers on a GPU. Default: 1."),
+]
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; may be repeated.")

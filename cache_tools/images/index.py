@@ -208,8 +208,19 @@ def reason_to_leave_out(path: Path) -> str | None:
     return None if is_decodable(content.name) else no_decoder(content.name)
 
 
+_own_cores: int | None = None
+
+
+def use_cores(count: int) -> None:
+    """Let this process read and decode on so many cores, because others need the rest of the machine."""
+    global _own_cores
+    _own_cores = count
+
+
 def num_workers() -> int:
     """Threads for reading and decoding; the ranks of a machine share its cores."""
+    if _own_cores is not None:
+        return min(32, _own_cores)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(32, max(cores // own_rank().local_count, 1))
 

@@ -83,6 +83,11 @@ class Claims:
             self._remove_leftovers()
             self._place.tidy()
 
+    @property
+    def are_released(self) -> bool:
+        """Whether this builder has left the context: it may claim nothing more."""
+        return self._stop.is_set()
+
     def share(
         self,
         missing: Iterable[BlockId],

@@ -170,6 +170,57 @@ class BatchLoader:
         return False
 
 
+def build_handed(
+    output: Output,
+    images: ImageSet,
+    ensemble: TeacherEnsemble,
+    batch_size: int,
+    handed: Iterable[Sequence[BlockId]],
+    settled: Callable[[BlockId, int | None], None],
+    request: StopRequest,
+) -> None:
+    """Compute and commit the blocks that something else hands out, until it hands out no more.
+
+    Args:
+        handed: groups of blocks of the same rows, and now and then an empty one where there is none yet. The loading
+            thread takes the next one when it needs it.
+        settled: called with each of the blocks and the number of its rows that were computed here: 0 if others had
+            committed it, None if another builder took it over and has not committed it yet. Called by several threads.
+
+    Raises:
+        CacheError: as `build_blocks`.
+    """
+    claims = Claims(output.place)
+
+    def groups() -> Iterator[Sequence[BlockId]]:
+        for group in handed:
+            if claims.are_released:  # this builder has failed
+                return
+            if not group:
+                continue
+            left = list(group)
+
+            def committed(group: Sequence[BlockId] = left) -> set[BlockId]:
+                return {block for block in group if output.is_committed(block)}
+
+            ours: set[BlockId] = set()
+            for part in _groups_to_compute(output, claims, left, len(left), list_committed=committed):
+                ours |= set(part)
+                yield part
+            for block in left:
+                if block not in ours:
+                    settled(block, 0)
+        list(claims.share((), output.committed_blocks, output.is_committed))  # whose claims are leftovers
+
+    def store(block: BlockId, rows: int) -> None:
+        settled(block, rows or None)
+
+    with output.building():
+        _compute_groups(
+            output, claims, groups(), images, ensemble, batch_size, len(images), request=request, on_block=store
+        )
+
+
 def _build(
     output: Output,
     missing: list[BlockId],
@@ -180,23 +231,64 @@ def _build(
     request: StopRequest | None,
     lease_s: float,
 ) -> int:
-    manifest, claims, on_cuda = output.manifest, Claims(output.place), ensemble.device.type == "cuda"
+    manifest, claims = output.manifest, Claims(output.place)
     total, left = manifest.num_views * manifest.num_samples, sum(_num_rows(manifest, block) for _, block in missing)
-    pending: deque[Future[int]] = deque()
     count = reported = 0
-    buffers: dict[BlockId, dict[str, torch.Tensor]] = {}
     given, rolling = at_once, None
     at_once = given or views_at_once(manifest, images, batch_size)
     if manifest.rolling is not None:  # by default half of the views, so that students train on the others meanwhile
         at_once = min(at_once, manifest.rolling.keep if given else max(manifest.rolling.keep // 2, 1))
         rolling = RollingBuild(output, lease_s)
     groups = _groups_to_compute(output, claims, missing, at_once, rolling)
-    service = service_for(images, sum(_num_rows(manifest, block) for block in {block for _, block in missing}))
+    pictures = sum(_num_rows(manifest, block) for block in {block for _, block in missing})
+
+    def on_batch(samples: int) -> None:
+        nonlocal reported
+        if samples:
+            progress.advance(samples, output.progress_note)
+        reported += _report_done_by_others(claims.done_by_others[reported:], manifest, progress)
+
+    def on_block(block: BlockId, rows: int) -> None:
+        nonlocal count
+        count += rows
+
+    with Progress("build", total, "images", done=total - left) as progress:
+        _compute_groups(
+            output, claims, groups, images, ensemble, batch_size, pictures,
+            request=request, on_batch=on_batch, on_block=on_block,
+        )  # fmt: skip
+        on_batch(0)
+    return count
+
+
+def _compute_groups(
+    output: Output,
+    claims: Claims,
+    groups: Iterable[Sequence[BlockId]],
+    images: ImageSet,
+    ensemble: TeacherEnsemble,
+    batch_size: int,
+    pictures: int,
+    *,
+    request: StopRequest | None,
+    on_batch: Callable[[int], None] = lambda samples: None,
+    on_block: Callable[[BlockId, int], None],
+) -> None:
+    """Compute and commit groups of claimed blocks.
+
+    Args:
+        pictures: so many are loaded in all, about.
+        on_batch: called with the number of samples of each computed batch, and with 0 twice a second without one.
+        on_block: called with each block, and the number of its rows that were stored.
+    """
+    manifest, on_cuda = output.manifest, ensemble.device.type == "cuda"
+    pending: deque[tuple[BlockId, Future[int]]] = deque()
+    buffers: dict[BlockId, dict[str, torch.Tensor]] = {}
+    service = service_for(images, pictures)
     with (  # exited in reverse order: claims are released after the writes, which also ends the loader's wait
         BatchLoader(images, manifest, groups, batch_size, pin=on_cuda, service=service) as batches,
         claims,
         ThreadPoolExecutor(max_workers=output.store_threads, thread_name_prefix="writer") as pool,
-        Progress("build", total, "images", done=total - left) as progress,
     ):
         for batch in batches:
             if request is not None and (stopped := request.pending) is not None:
@@ -206,15 +298,15 @@ def _build(
                 if batch.samples[0] == rows.start:
                     buffers[block] = _host_buffers(manifest, _num_rows(manifest, batch.block), ensemble.device)
                 _compute(batch, manifest, ensemble, buffers[block])
-                progress.advance(len(batch.samples), output.progress_note)
                 if batch.samples[-1] + 1 == rows.stop:
                     copied = _copy_event(ensemble.device)
-                    pending.append(pool.submit(_store, output, claims, block, buffers.pop(block), copied))
-            while pending and (len(pending) > output.store_threads + 1 or pending[0].done()):
-                count += pending.popleft().result()
-            reported += _report_done_by_others(claims.done_by_others[reported:], manifest, progress)
-        _report_done_by_others(claims.done_by_others[reported:], manifest, progress)
-        return count + sum(future.result() for future in pending)
+                    pending.append((block, pool.submit(_store, output, claims, block, buffers.pop(block), copied)))
+            on_batch(0 if batch is None else len(batch.samples))
+            while pending and (len(pending) > output.store_threads + 1 or pending[0][1].done()):
+                block, future = pending.popleft()
+                on_block(block, future.result())
+        for block, future in pending:
+            on_block(block, future.result())
 
 
 def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
@@ -230,18 +322,28 @@ def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
     return min(max(GROUP_BYTES // (4 * pixels + 2 * targets_bytes), 1), MAX_VIEWS_AT_ONCE)
 
 
+def in_build_order(missing: Iterable[BlockId], at_once: int) -> list[BlockId]:
+    """The first `at_once` views of all rows, then the next: every view is complete as early as can be."""
+    return sorted(missing, key=lambda block: (block.view // at_once, block.block, block.view))
+
+
 def _groups_to_compute(
-    output: Output, claims: Claims, missing: list[BlockId], at_once: int, rolling: RollingBuild | None
+    output: Output,
+    claims: Claims,
+    missing: list[BlockId],
+    at_once: int,
+    rolling: RollingBuild | None = None,
+    list_committed: Callable[[], set[BlockId]] | None = None,
 ) -> Iterator[Sequence[BlockId]]:
     """Claim the blocks to compute, group by group, in the loading thread."""
-    # The first `at_once` views of all rows, then the next: every view is complete as early as can be.
     parts: Iterable[list[BlockId]] = [missing]
     if rolling is not None:
         claims.prevent_pruning()  # also while it waits, and holds no other claim
         parts = rolling.parts(missing, at_once, claims.wait)
+    committed = list_committed or output.committed_blocks
     for part in parts:
-        part.sort(key=lambda block: (block.view // at_once, block.block, block.view))
-        for group in claims.share_groups(part, output.committed_blocks, output.is_committed, at_once=at_once):
+        ordered = in_build_order(part, at_once)
+        for group in claims.share_groups(ordered, committed, output.is_committed, at_once=at_once):
             left = []
             for block in group:
                 if output.push_from_mirror(block):

@@ -23,6 +23,7 @@ from cache_tools.codecs.presets import resolve_codecs
 from cache_tools.console import StopRequest, device_name, resolve_device
 from cache_tools.errors import DataError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
+from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import CODE, DECODER, Manifest, check_code_versions
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
 from cache_tools.format.rolling import Rolling
@@ -90,9 +91,10 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     """
     rank = own_rank()
     if rank.is_alone:
-        return _build_cache(recipe, say, None)
+        return _build_cache(recipe, say)
     meeting = Meeting(rank)
-    result = _build_cache(recipe, say, None if rank.is_first else meeting, created=lambda: meeting.announce("created"))
+    wait: Callable[[], object] = (lambda: None) if rank.is_first else lambda: meeting.wait_for("created", 0)
+    result = _build_cache(recipe, say, wait, created=lambda: meeting.announce("created"))
     meeting.announce("created")  # also where it was complete before
     meeting.announce("images", str(result.images))
     if not rank.is_first:
@@ -101,19 +103,58 @@ def build_cache(recipe: BuildRecipe, say: Callable[[str], None] = lambda text: N
     return result._replace(images_of_ranks=tuple(None if count is None else int(count) for count in counts))
 
 
+class ReadyBuild(NamedTuple):
+    """A cache that is ready for blocks, and what computes them.
+
+    Attributes:
+        missing: blocks that are not committed.
+        result: the outcome if no further block is computed.
+    """
+
+    output: Output
+    images: ImageSet
+    ensemble: TeacherEnsemble
+    missing: list[BlockId]
+    result: BuildResult
+
+
 def _build_cache(
     recipe: BuildRecipe,
     say: Callable[[str], None],
-    meeting: Meeting | None,
+    wait: Callable[[], object] = lambda: None,
     created: Callable[[], None] = lambda: None,
 ) -> BuildResult:
-    """`build_cache` in one process.
+    """`build_cache` in one process; see `prepare_build`."""
+    request = StopRequest(recipe.max_minutes)
+    ready = prepare_build(recipe, say, wait, created)
+    if isinstance(ready, BuildResult):
+        return ready
+
+    from pipeline.build.blocks import build_blocks
+
+    start = time.monotonic()
+    output, images, ensemble = ready.output, ready.images, ready.ensemble
+    count = build_blocks(
+        output, images, ensemble, recipe.batch_size, recipe.views_at_once, request, 60.0 * recipe.lease_minutes
+    )
+    return ready.result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=ready.output.bytes_moved)
+
+
+def prepare_build(
+    recipe: BuildRecipe,
+    say: Callable[[str], None] = lambda text: None,
+    wait: Callable[[], object] = lambda: None,
+    created: Callable[[], None] = lambda: None,
+) -> ReadyBuild | BuildResult:
+    """Check the images, load the networks, and open the cache, which is created first if necessary.
 
     Args:
-        meeting: where rank 0 announces that the cache is created; None if this process creates it.
+        wait: called when all is loaded; returns when this process may open or create the cache.
         created: called when the cache is ready for blocks.
+
+    Returns:
+        What builds the missing blocks, or the result if there are none.
     """
-    request = StopRequest(recipe.max_minutes)
     if (bad := text_not_unicode(recipe.model_dump(mode="json"))) is not None:
         key, text = bad
         raise RecipeError("text that is not UTF-8, which a cache cannot store", where=key, found=text)
@@ -125,7 +166,7 @@ def _build_cache(
         say(f"{finished.where} {_complete(finished.manifest)}: nothing to do")
         remove_dead_claims(finished.where.place)
         contents = _folders([images])
-        return BuildResult(*finished.where, finished.manifest, _stored_preflight(finished.manifest), folders=contents)
+        return BuildResult(*finished.where, finished.manifest, stored_preflight(finished.manifest), folders=contents)
     splits = (images, *_open_tests(recipe, images, say))
     for note in (*(note for split in splits for note in split.notes()), *shared_notes(*splits)):
         say(f"note: {note}")
@@ -133,7 +174,6 @@ def _build_cache(
     for note in frame_notes(*splits):
         say(f"note: {note}")
 
-    from pipeline.build.blocks import build_blocks
     from pipeline.build.open_output import open_output
     from pipeline.networks.class_words import check_words
     from pipeline.networks.ensemble import load_ensemble
@@ -166,8 +206,7 @@ def _build_cache(
             f"note: all {recipe.num_views} views show the same pixels, because views.ops is empty: set it (such as "
             "--set views.ops=[pad-crop,flip]), or build one view (--views 1)"
         )
-    if meeting is not None:
-        meeting.wait_for("created", 0)
+    wait()
     where = destination(recipe, identity.fingerprint)
     output = open_output(
         where,
@@ -184,7 +223,7 @@ def _build_cache(
     created()
     manifest = output.manifest
     result = BuildResult(
-        *where, manifest, _stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(splits)
+        *where, manifest, stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(splits)
     )
     ensemble.use_scales(manifest.clip_scales)
     missing = output.missing_blocks()
@@ -196,11 +235,7 @@ def _build_cache(
     if len(missing) < manifest.num_views * manifest.num_blocks:
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
-    start = time.monotonic()
-    count = build_blocks(
-        output, images, ensemble, recipe.batch_size, recipe.views_at_once, request, 60.0 * recipe.lease_minutes
-    )
-    return result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=output.bytes_moved)
+    return ReadyBuild(output, images, ensemble, missing, result)
 
 
 def _complete(manifest: Manifest) -> str:
@@ -378,7 +413,7 @@ def _constants(
     return constants
 
 
-def _stored_preflight(manifest: Manifest) -> Preflight | MultiLabelPreflight | None:
+def stored_preflight(manifest: Manifest) -> Preflight | MultiLabelPreflight | None:
     """The preflight of the first build; None if there was none or the manifest has something else in its place."""
     for kind in (Preflight, MultiLabelPreflight):
         with suppress(ValidationError):

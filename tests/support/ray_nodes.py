@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -69,6 +70,13 @@ class Cluster:
         """Processes of a node that train trials."""
         return [pid for pid in processes(str(self.homes[node])) if "ImplicitFunc" in _command(pid)]
 
+    def builders(self, node: int) -> list[int]:
+        """Processes of a node that build a cache."""
+        return [pid for pid in processes(str(self.homes[node])) if "CacheBuilder" in _command(pid)]
+
+    def is_running(self, node: int) -> bool:
+        return node in self._nodes
+
     def stop(self) -> None:
         for node in list(self._nodes):
             self.kill(node)
@@ -93,6 +101,29 @@ def cluster(root: Path) -> Iterator[Cluster]:
         yield nodes
     finally:
         nodes.stop()
+
+
+class meanwhile:
+    """Call a function again and again in a thread beside the test, until it returns True."""
+
+    def __init__(self, work: Callable[[], bool]) -> None:
+        self._work, self.done, self._stop = work, threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> threading.Event:
+        self._thread.start()
+        return self.done
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self._work():
+                self.done.set()
+                return
+            time.sleep(0.02)
 
 
 def suspend_half_way(trials: Path, pids: Iterable[int]) -> int | None:

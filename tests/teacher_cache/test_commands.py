@@ -93,15 +93,19 @@ def test_pools_of_processes_import_our_packages(python: Python) -> None:
 def test_processes_of_ray_import_our_packages(python: Python, project: Path) -> None:
     """Functions travel by their code; a process of Ray has the sys.path of the process that started the sweep."""
     cloudpickle = pytest.importorskip("ray.cloudpickle")
-    from train.sweep.ray import driver
+    from pipeline.build.ray import driver as build_driver
+    from train.sweep.ray import cluster, driver
 
-    (project / "probe.pickle").write_bytes(cloudpickle.dumps(driver._remote_probe()))
+    (project / "probe.pickle").write_bytes(cloudpickle.dumps(cluster._remote_probe()))
     (project / "token").write_text("1f")
     call = "import pickle\nfound = pickle.load(open('probe.pickle', 'rb'))('.', '1f')\nprint(found['sees_folder'])"
     assert python("-c", call).stdout == "True\n"
     (project / "trainable.pickle").write_bytes(cloudpickle.dumps(driver._trainable()))
     call = "import pickle\npickle.load(open('trainable.pickle', 'rb'))({'share': 0}, shares=['{}'])"
     assert "validation errors for Share" in python("-c", call, check=False).stderr
+    (project / "builder.pickle").write_bytes(cloudpickle.dumps(build_driver._worker_class()))
+    call = "import pickle\nprint(pickle.load(open('builder.pickle', 'rb')).__name__)"
+    assert python("-c", call).stdout == "CacheBuilder\n"
 
 
 @pytest.mark.medium

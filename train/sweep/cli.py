@@ -22,6 +22,8 @@ from train.options import (
     Epochs,
     HostMemory,
     PixelDisk,
+    RayAddress,
+    RayGpus,
     ShuffleWindow,
 )
 
@@ -79,17 +81,8 @@ def sweep_students(
     engine: Annotated[
         Literal["local", "ray"], typer.Option("--engine", help="Where trials run: on this machine or on a Ray cluster.")
     ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            "--ray-address",
-            help="HOST:PORT, auto or local. Default: RAY_ADDRESS, else a cluster on this machine, else a new one.",
-        ),
-    ] = None,
-    ray_gpus: Annotated[
-        float | None,
-        typer.Option("--ray-gpus", min=0.01, help="GPUs per Ray worker; 0.5 puts two workers on a GPU. Default: 1."),
-    ] = None,
+    ray_address: RayAddress = None,
+    ray_gpus: RayGpus = None,
     shuffle_window: ShuffleWindow = None,
     checkpoint_every_minutes: CheckpointEvery = None,
     compile_mode: Compile = None,

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.turns, pytest.mark.medium]
 SEED = random.randrange(1 << 30) if "TEACHER_CACHE_FUZZ" in os.environ else 0
 
 # What would start a browser, a cluster or a download, or print without end.
-LEFT_OUT = {"--open", "--engine", "--ray-address", "--ray-gpus", "--help", "--version", "--download"}
+LEFT_OUT = {"--open", "--engine", "--ray-address", "--ray-gpus", "--ray-workers", "--help", "--version", "--download"}
 NUMBERS = [
     "0", "1", "-1", "2", "7", "0.5", "1.5", "1e400", "-1e400", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "1e-320",
     "1e30", "0x10", "1_000", " 3", "three", "", "true", "٣",

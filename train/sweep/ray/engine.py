@@ -69,15 +69,9 @@ class RayEngine:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         require_ray()
-        if address is not None and "://" in address:
-            raise RecipeError(
-                "sweeps do not go through Ray's client",
-                where=f"--ray-address {address}",
-                expected="HOST:PORT of a cluster that this machine is a node of",
-                next_step="start the command on a node of the cluster (ray job submit)",
-            )
+        check_address(address)
         self._folder, self._address, self._say = _absolute(folder) / "ray", address, say
-        self._workers, self._gpus, self._threads = workers, gpus, threads or _torch_threads()
+        self._workers, self._gpus, self._threads = workers, gpus, threads or torch_threads()
         self._token = uuid.uuid4().hex
         self._driver: Driver | None = None
         self.nodes: list[dict[str, Any]] = []
@@ -204,6 +198,21 @@ def _retried(share: Sequence[Trial], reason: str) -> list[Trial]:
     return []
 
 
+def check_address(address: str | None) -> None:
+    """Raise if an address is not one that our commands can use.
+
+    Raises:
+        RecipeError: of Ray's client.
+    """
+    if address is not None and "://" in address:
+        raise RecipeError(
+            "commands do not go through Ray's client",
+            where=f"--ray-address {address}",
+            expected="HOST:PORT of a cluster that this machine is a node of",
+            next_step="start the command on a node of the cluster (ray job submit)",
+        )
+
+
 def _with_absolute_paths(trial: Trial) -> Trial:
     """The same trial for a process in another working folder."""
     recipe = trial.recipe
@@ -238,7 +247,8 @@ def _absolute(path: Path) -> Path:
     return path if remote_url(path) else Path(os.path.abspath(expand_user(path)))
 
 
-def _torch_threads() -> int:
+def torch_threads() -> int:
+    """Threads of torch in this process."""
     import torch
 
     return torch.get_num_threads()

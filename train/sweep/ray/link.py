@@ -1,4 +1,4 @@
-"""Start the process that talks to Ray (`train.sweep.ray.driver`), and exchange JSON messages with it."""
+"""Start a process that talks to Ray (see `train.sweep.ray.cluster`), and exchange JSON messages with it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from typing import IO, Any
 
 from cache_tools.errors import StorageError, error_from_data
 from cache_tools.system.processes import command_for
-from train.sweep.ray.driver import QUIET
+from train.sweep.ray.cluster import QUIET
 
 POLL_S, GOODBYE_S = 1.0, 20.0
 
 
 class Driver:
-    """A process that runs `train.sweep.ray.driver.main`.
+    """A process that runs `main` of a module.
 
     Args:
         log: file for everything that the process and Ray print.
+        module: by default that of sweeps.
+        resume: how the same command goes on after the cluster was lost.
     """
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
+    def __init__(
+        self, log: Path, module: str = "train.sweep.ray.driver", resume: str = "it resumes from the last checkpoints"
+    ) -> None:
+        self._log, self._module, self._resume = log, module, resume
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._process = self._start()
 
@@ -61,18 +65,28 @@ class Driver:
         """
         start = time.monotonic()
         while True:
-            try:
-                event = self._events.get(timeout=POLL_S)
-            except queue.Empty:
-                meanwhile()
-                if timeout_s is not None and time.monotonic() - start > timeout_s:
-                    raise self._lost() from None
-                continue
-            if event is None:
+            event = self.next_event(POLL_S)
+            if event is not None:
+                return event[kind]
+            meanwhile()
+            if timeout_s is not None and time.monotonic() - start > timeout_s:
                 raise self._lost()
-            if "error" in event:
-                raise error_from_data(event["error"])
-            return event[kind]
+
+    def next_event(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message; None if none comes in time.
+
+        Raises:
+            CacheError, StorageError: as `receive`.
+        """
+        try:
+            event = self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if event is None:
+            raise self._lost()
+        if "error" in event:
+            raise error_from_data(event["error"])
+        return event
 
     def close(self) -> None:
         """End the process. It leaves the cluster and stops workers that are still training."""
@@ -89,7 +103,7 @@ class Driver:
         environment = {**{name: value for name, value in QUIET.items() if name not in os.environ}, **os.environ}
         with open(self._log, "w") as log:
             process = subprocess.Popen(
-                command_for("train.sweep.ray.driver"),
+                command_for(self._module),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -107,7 +121,7 @@ class Driver:
             "the Ray cluster does not answer, or is gone",
             where=self._log,
             found=lines[-1] if lines else "nothing",
-            next_step="run the same command again once there is a cluster: it resumes from the last checkpoints",
+            next_step=f"run the same command again once there is a cluster: {self._resume}",
         )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_tools.config import Frozen
 from cache_tools.console import EscapedStream
-from cache_tools.errors import CacheError, NotFoundError, StorageError, error_to_data
+from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError, error_to_data
 from cache_tools.system import named
 from cache_tools.system.quiet import quiet_libraries
 
@@ -73,7 +73,7 @@ class Share(Frozen):
 
 def probe(folder: str, token: str) -> dict[str, Any]:
     """A node's name, its versions, and whether it sees the sweep's folder: the one with this token in it."""
-    return {"host": socket.gethostname(), "versions": versions(), "sees_folder": _sees(Path(folder), token)}
+    return {"host": socket.gethostname(), "versions": versions(), "sees_folder": sees(Path(folder), token)}
 
 
 def versions() -> dict[str, str]:
@@ -102,19 +102,36 @@ def train_share(config: Mapping[str, Any], *, shares: Sequence[str]) -> None:
     tune.report({"error": "" if problem is None else json.dumps(problem)})
 
 
-def folder_not_seen(folder: Path, hosts: Iterable[str]) -> StorageError:
-    """The error for nodes that do not see the sweep's folder."""
+def check_versions(found: Mapping[str, str], wanted: Mapping[str, str], host: str) -> None:
+    """Raise if a node has other versions.
+
+    Raises:
+        MismatchError: another version of a package that results depend on.
+    """
+    for package, number in found.items():
+        if number != wanted[package]:
+            raise MismatchError(
+                f"a node of the Ray cluster has another version of {package}",
+                where=host,
+                expected=wanted[package],
+                found=number,
+                next_step="install the same versions on all nodes",
+            )
+
+
+def folder_not_seen(folder: Path, hosts: Iterable[str], work: str = "sweep") -> StorageError:
+    """The error for nodes that do not see the folder of a sweep or of another work."""
     return StorageError(
-        "nodes of the Ray cluster do not see the folder of the sweep",
+        f"nodes of the Ray cluster do not see the folder of the {work}",
         where=folder,
         expected="the same folder under the same path on every node",
         found=f"not on {', '.join(sorted(set(hosts)))}",
-        next_step="choose an --out on a disk that all nodes share",
+        next_step="choose an --out on a disk that all nodes share" + (", or a URL" if work == "build" else ""),
     )
 
 
 def _train(share: Share) -> None:
-    if not _sees(share.folder, share.token):
+    if not sees(share.folder, share.token):
         raise folder_not_seen(share.folder.parent, [socket.gethostname()])
     with _printing_to(share.folder / share.log):
         import torch
@@ -170,7 +187,8 @@ def find_cache(reference: str, source: SourceCache) -> str:
     )
 
 
-def _sees(folder: Path, token: str) -> bool:
+def sees(folder: Path, token: str) -> bool:
+    """Whether this node sees the folder that has this token in it."""
     try:
         return (folder / TOKEN).read_text() == token
     except OSError:

@@ -9,9 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
-from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, processes, suspend_half_way
+from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, meanwhile, processes, suspend_half_way
 from tests.support.s3_server import has_loopback, new_bucket
 from train.sweep.ray.engine import RayEngine
 from train.sweep.ray.worker import Share, SourceCache, _train, find_cache
@@ -120,7 +119,7 @@ def test_a_killed_worker_is_started_again(
             os.kill(pid, signal.SIGKILL)
         return pid is not None
 
-    with _meanwhile(kill) as killed:
+    with meanwhile(kill) as killed:
         on_cluster = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
     assert killed.is_set()
     same(on_cluster, undisturbed)
@@ -195,7 +194,7 @@ def test_a_trial_whose_worker_always_dies_has_failed(nodes: Cluster, cache: Path
                 killed.add(pid)
         return False
 
-    with _meanwhile(kill):
+    with meanwhile(kill):
         result = on_ray(sweep(cache, epochs=50, students=("resnet8",), losses=()), tmp_path / "ray", nodes)
     assert result.trials["status"].to_list() == ["failed"]
     assert result.trials["error"][0].startswith("its worker died twice: ")
@@ -227,7 +226,7 @@ def test_the_other_node_finishes_the_trials_of_a_lost_node(
             nodes.kill(1)
         return found
 
-    with _meanwhile(kill) as killed:
+    with meanwhile(kill) as killed:
         on_cluster = on_ray(long_sweep(cache), tmp_path / "ray", nodes)
     assert killed.is_set()
     same(on_cluster, undisturbed)
@@ -269,8 +268,8 @@ def test_a_node_uses_its_own_copy_only_if_it_is_the_same_cache(cache: Path, tmp_
 def test_other_versions_on_a_node_are_an_error(nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The node is real; the driver pretends to have other versions."""
     code = (
-        "import train.sweep.ray.driver as driver\n"
-        "driver.versions = lambda: {'teacher-cache': '0.0.0', 'torch': '0', 'ray': '0'}\n"
+        "import train.sweep.ray.cluster as cluster, train.sweep.ray.driver as driver\n"
+        "cluster.versions = lambda: {'teacher-cache': '0.0.0', 'torch': '0', 'ray': '0'}\n"
         "driver.main()"
     )
     monkeypatch.setattr("train.sweep.ray.link.command_for", lambda module: [sys.executable, "-c", code])
@@ -330,26 +329,3 @@ def path_for_this_process(folder: Path) -> Iterator[str]:
     finally:
         os.close(low)
         os.close(high)
-
-
-class _meanwhile:
-    """Call a function again and again in a thread beside the test, until it returns True."""
-
-    def __init__(self, work: Callable[[], bool]) -> None:
-        self._work, self.done, self._stop = work, threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> threading.Event:
-        self._thread.start()
-        return self.done
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            if self._work():
-                self.done.set()
-                return
-            time.sleep(0.02)

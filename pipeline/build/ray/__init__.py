@@ -1,0 +1,1 @@
+"""Build a cache on a Ray cluster."""
