@@ -124,7 +124,7 @@ def test_a_build_ends_when_it_is_told_and_the_same_command_completes_it(files: P
             assert build.returncode == 128 + chosen, printed
         assert not list(tmp_path.glob(".cache.zarr.claims/*")), "other builders need not wait for its claims"
     print("seconds until the end:", took_s)
-    assert max(took_s) < END_S
+    assert max(took_s) < 3 * END_S, "generous: other processes may take all cores"
     assert len(list(commits.glob("c.*"))) < recipe.num_views, "each of them was told before its end"
     run("build-cache", tmp_path / "build.yaml")
     build_cache(recipe.model_copy(update={"out": tmp_path / "whole.zarr"}))

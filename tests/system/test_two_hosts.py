@@ -62,11 +62,11 @@ def test_two_hosts_build_one_cache(root: Path, tmp_path: Path, is_lost: bool) ->
                 for host in (first, second)
             }
             shares = [mirrored(host) for host in (first, second)]
-            pull = third.start(
-                [sys.executable, "-m", "cache_tools.cli", "pull", url, tmp_path / "copy.zarr"], **variables
+            copy = third.start(
+                [sys.executable, "-m", "cache_tools.cli", "copy", url, tmp_path / "copy.zarr"], **variables
             )
-            _, err = pull.communicate(timeout=PATIENCE_S)
-            assert pull.returncode == 0, err
+            _, err = copy.communicate(timeout=PATIENCE_S)
+            assert copy.returncode == 0, err
         finally:
             for builder in builders.values():
                 end(builder)
