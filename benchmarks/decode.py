@@ -13,8 +13,12 @@ The pictures are JPEGs of mixed sizes around 490 × 340, made from scikit-learn'
 `decode` and `crop` are the seconds that the two parts take in the bare loops, added up. They bound the gain of decoding
 once: with d and r per picture it is at most V (d + r) / (d + V r).
 
+`--enlarge 8` makes the sides of the pictures so many times as long, as in photographs of cameras, and adds `scaled`:
+the throughput of the service with `decoding: scaled`, which decodes a part of their size, over that of `service`.
+
     python benchmarks/decode.py
     python benchmarks/decode.py --pictures 4000 --workers 16
+    python benchmarks/decode.py --pictures 60 --enlarge 8 --smallest-area 0.25
 """
 
 from __future__ import annotations
@@ -60,15 +64,20 @@ def main(
     pictures: Annotated[int, typer.Option("--pictures", min=1, help="Number of JPEGs.")] = 1000,
     size: Annotated[int, typer.Option("--size", min=8, help="Side of the crops.")] = 224,
     views: Annotated[int, typer.Option("--views", min=2, help="Views made of one decode.")] = 4,
+    enlarge: Annotated[int, typer.Option("--enlarge", min=1, max=20, help="Enlarge the pictures.")] = 1,
+    smallest_area: Annotated[float, typer.Option("--smallest-area", help="Of the crops, as a share.")] = 0.08,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one per core.")] = None,
     rounds: Rounds = 7,
 ) -> None:
     """Throughput of the decode service over that of the bare decoder, and the gain of decoding once."""
     device = prepared_device("cpu", 1)
     count = num_workers() if workers is None else workers
-    recipe = ViewRecipe.model_validate({"version": 2, "ops": [{"op": "random-resized-crop", "size": size}]})
+    crop = {"op": "random-resized-crop", "size": size, "scale": [smallest_area, 1]}
+    recipe, scaled = (
+        ViewRecipe.model_validate({"version": 2, "ops": [crop], "decoding": kind}) for kind in ("full", "scaled")
+    )
     with tempfile.TemporaryDirectory() as folder:
-        images = _pictures(Path(folder), pictures)
+        images = _pictures(Path(folder), pictures, enlarge)
         service, bare = DecodeService(count), _Bare(images, recipe, count)
         try:
             costs = interleaved(
@@ -79,6 +88,7 @@ def main(
                     "threads": lambda number: _load(None, images, recipe, [number]),
                     "once": lambda number: _load(service, images, recipe, range(views)),
                     "passes": lambda number: _passes(service, images, recipe, range(views)),
+                    **({"scaled": lambda number: _load(service, images, scaled, [number])} if enlarge > 1 else {}),
                 },
                 rounds,
             )
@@ -92,6 +102,8 @@ def main(
         "n": pictures,
         "size": size,
         "views": views,
+        "enlarge": enlarge,
+        "smallest_area": smallest_area,
         "workers": count,
         "kilobytes": round(kilobytes, 1),
         "decoder": decoder_versions(),
@@ -110,10 +122,11 @@ def _figures(times: Times, views: int) -> dict[str, dict[str, float]]:
         "gain": ratios(times["passes"], times["once"]),
         "possible": ratios(possible.tolist(), [1.0] * len(possible)),
         "achieved": ratios(gain.tolist(), possible.tolist()),
+        **({"scaled": ratios(times["service"], times["scaled"])} if "scaled" in times else {}),
     }
 
 
-def _pictures(folder: Path, count: int) -> FolderImages:
+def _pictures(folder: Path, count: int, enlarge: int) -> FolderImages:
     from sklearn.datasets import load_sample_images
 
     photos, generator = [Image.fromarray(pixels) for pixels in load_sample_images().images], np.random.default_rng(0)
@@ -124,6 +137,7 @@ def _pictures(folder: Path, count: int) -> FolderImages:
         width, height = int(generator.integers(360, 620)), int(generator.integers(260, 420))
         left, top = int(generator.integers(photo.width - width)), int(generator.integers(photo.height - height))
         crop = photo.crop((left, top, left + width, top + height))
+        crop = crop.resize((enlarge * width, enlarge * height), Image.Resampling.BICUBIC) if enlarge > 1 else crop
         crop.save(target / f"{number:06}.jpg", quality=QUALITY)
     images = open_images(DatasetRecipe(name="folder", data_dir=folder, test_split=None))
     assert isinstance(images, FolderImages)

@@ -10,7 +10,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -192,7 +192,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     setup_s = embedding_s + checked * targets.mean_s
     rows = recipe.num_views * len(images)
     stored_rows = min(recipe.num_views, recipe.keep_views or recipe.num_views) * len(images)
-    build_s = setup_s + rows * targets.mean_s
+    build_s = build_seconds(rows, checked, targets.mean_s, embedding_s)
     live_s = _together(device, loading, Rate(computing.mean_s + training.mean_s)).mean_s
     cached_s = _together(device, loading, training).mean_s
     saved_s = len(images) * (live_s - cached_s)
@@ -211,7 +211,7 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         views=recipe.num_views,
         bytes=stored_rows * row_bytes + constants + 24 * len(images),
         bytes_free=_bytes_free(destination(recipe, identity.fingerprint).path),
-        pixel_bytes=packed_bytes(images, canvases=recipe.views.box_op is None)
+        pixel_bytes=packed_bytes(images.decoded_for(recipe.views.needed), canvases=recipe.views.box_op is None)
         if isinstance(images, EncodedImages)
         else None,
         loaded_per_s=1 / loading.mean_s if loading.mean_s else None,
@@ -230,6 +230,22 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
         epochs_to_break_even=break_even,
         students_to_break_even=None if break_even is None else break_even / epochs,
     )
+
+
+def build_seconds(rows: int, checked: int, per_image_s: float, prompts_s: float = 0.0) -> float:
+    """The time of a build: prompts, the images of the preflight, and every (image, view), through all networks."""
+    return prompts_s + (checked + rows) * per_image_s
+
+
+def computed_seconds(operations: Mapping[str, float], device_flops: float, utilisation: Mapping[str, float]) -> float:
+    """Seconds per image on a device that nobody has measured.
+
+    Args:
+        operations: kind of network → floating-point operations per image, 2 per multiply-accumulate.
+        device_flops: operations per second that the device's data sheet promises.
+        utilisation: kind of network → the share of it that such a network reaches.
+    """
+    return sum(count / (device_flops * utilisation[kind]) for kind, count in operations.items())
 
 
 def _together(device: torch.device, loading: Rate, computing: Rate) -> Rate:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from cache_tools.decoding.pixel_file import Integers, PackedPicture, PixelFile
+from cache_tools.images.decode import Needs
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.image_set import Interpolation
 
@@ -58,6 +59,9 @@ class PackedImages(EncodedImages):
         if self.canvases:
             return self.source.pictures(index)
         return [picture.transpose(2, 0, 1) for picture in self.file.pictures(self.places[index])]
+
+    def decoded_for(self, needed: Needs | None) -> Self:
+        return self if needed == self.rules.needed else self.source.decoded_for(needed)  # type: ignore[return-value]
 
     def at(self, side: int, interpolation: Interpolation = "bicubic") -> Self:
         return self.source.at(side, interpolation)  # type: ignore[return-value]

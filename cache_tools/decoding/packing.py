@@ -31,9 +31,9 @@ from cache_tools.decoding.pixel_file import (
 )
 from cache_tools.decoding.service import load_canvases
 from cache_tools.errors import DataError, FormatError
+from cache_tools.images.decode import decoded_size
 from cache_tools.images.encoded import EncodedImages
 from cache_tools.images.formats import decoder_versions
-from cache_tools.images.headers import image_size
 from cache_tools.images.index import PROGRESS_FROM_FILES, num_workers
 from cache_tools.units import human_bytes
 
@@ -146,6 +146,8 @@ def pixel_settings(images: EncodedImages, *, canvases: bool) -> dict[str, Any]:
     }
     if canvases:
         values |= {"size": images.image_size, "interpolation": images.interpolation}
+    elif images.rules.needed is not None:
+        values["needed"] = images.rules.needed
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
@@ -212,13 +214,13 @@ def _bytes_of_pictures(images: EncodedImages, rows: npt.NDArray[np.int64]) -> in
 
     An estimate is rather too large than too small.
     """
-    known = images.header_sizes()
+    known = images.header_sizes() if images.rules.needed is None else None
     if known is not None and (known[rows] > 0).all():
         return int(3 * known[rows].astype(np.float64).prod(axis=1).sum())  # an index that came along may say anything
 
     def size(row: int) -> int:
         try:
-            height, width = image_size(images.read(row))
+            height, width = decoded_size(images.read(row), images.rules)
         except DataError:  # decoding it reports what is wrong
             return 0
         return 3 * height * width

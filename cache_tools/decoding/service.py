@@ -127,7 +127,10 @@ class DecodeService:
         sizes = [recipe.crop_size or images.image_size for recipe, _ in wanted]
         shapes = [(length, 3, *size) for length, size in zip(lengths, sizes, strict=False)]
         crops = () if canvas is not None else tuple(wanted)
-        job = Job(images.rules, canvas, images.interpolation, crops, tuple(shapes))
+        decoded = images.decoded_for(wanted[0][0].needed)
+        if isinstance(images, PackedImages):
+            images = decoded  # without the file, if this holds pictures of another size
+        job = Job(decoded.rules, canvas, images.interpolation, crops, tuple(shapes))
         region = self._memory.take(sum(map(math.prod, shapes)))
         loading = Loading(job, needed.places, region, self._memory)
         data, shown, states = pickle.dumps(job), _rows_of_each(count, taken), self._states_of(images)

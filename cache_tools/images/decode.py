@@ -6,13 +6,14 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cache_tools.errors import DataError
 from cache_tools.images.formats import register_decoders
+from cache_tools.images.headers import image_size
 from cache_tools.images.recipe import WHITE, Colour, ValueRange
 
 if TYPE_CHECKING:
@@ -21,7 +22,46 @@ if TYPE_CHECKING:
 MAX_PIXELS = 178_956_970  # PIL's limit against decompression bombs, enforced even if a program has lifted it
 SET_RANGE = "set the range that black and white stand for, such as --set dataset.value_range='[0, 4095]'"
 
+_JPEG, _SCALES = b"\xff\xd8\xff", (8, 4, 2)
 _TIFF_BITS, _TIFF_MIN, _TIFF_MAX, _TIFF_SAMPLE_FORMAT = 258, 280, 281, 339
+
+
+Needs = tuple[int, int, int, float, tuple[float, float], float]  # the fields of `NeededSize`, as views say them
+
+
+class NeededSize(NamedTuple):
+    """What views need of a picture, so that it may be decoded at a part of its size.
+
+    Attributes:
+        height, width: of the largest view. No box that a view shows may be smaller.
+        shorter_side: of the picture, at least.
+        area: the smallest share of the picture that a box has.
+        ratio: (lowest, highest) width / height of a random box.
+        shape: width / height of a centred box.
+    """
+
+    height: int
+    width: int
+    shorter_side: int
+    area: float
+    ratio: tuple[float, float]
+    shape: float
+
+    def allows(self, height: int, width: int) -> bool:
+        """Whether every box of a picture of this size, upright or turned, is as large as the view.
+
+        Only multiplication and comparison of float64, so the answer is the same on every machine.
+        """
+        (low, high), pixels = self.ratio, self.area * height * width
+        down, across = self.height + 1, self.width + 1  # one pixel is for rounding
+        if min(height, width) < self.shorter_side or pixels * low < across * across or pixels < high * down * down:
+            return False
+        # A box of a limited ratio that is as large as the picture lets it be; the fallback of a random crop is one.
+        return all(
+            min(wide, tall * highest) >= across and min(tall * lowest, wide) >= down * lowest
+            for tall, wide in ((height, width), (width, height))
+            for lowest, highest in (self.ratio, (self.shape, self.shape))
+        )
 
 
 @dataclass(frozen=True)
@@ -32,10 +72,16 @@ class PixelRules:
         background: the colour behind transparent pixels.
         value_range: (black, white) of images with more than eight bits per pixel; None for the range that their
             format declares.
+        needed: of pictures at their own size, so that JPEG files are decoded at 1/2, 1/4 or 1/8 of it where that is
+            enough; None for the whole size.
     """
 
     background: Colour = WHITE
     value_range: ValueRange | None = None
+    needed: NeededSize | None = field(default=None, repr=False)  # of no account where the text of the rules is used
+
+    def with_needs(self, needed: Needs | None) -> PixelRules:
+        return replace(self, needed=None if needed is None else NeededSize._make(needed))
 
 
 @dataclass(frozen=True)
@@ -89,12 +135,22 @@ def decode_image(
 def decode_picture(
     data: bytes, where: object, rules: PixelRules = PixelRules(), *, writable: bool = True
 ) -> np.ndarray:
-    """Decode an image as `decode_image` does, at its own size, upright: RGB uint8 [H, W, 3].
+    """Decode an image as `decode_image` does, at its own size or the part of it that is needed: RGB uint8 [H, W, 3].
 
     Args:
         writable: False saves a copy of the pixels, and gives an array that cannot be written to.
     """
-    return _decoded(data, where, rules, np.array if writable else np.asarray)
+    return _decoded(data, where, rules, np.array if writable else np.asarray, scaled=True)
+
+
+def decoded_size(data: bytes, rules: PixelRules) -> tuple[int, int]:
+    """(height, width) of what `decode_picture` makes of an image, before it is turned upright, from its header.
+
+    (0, 0) if the header cannot be read.
+    """
+    height, width = image_size(data)
+    scale = _scale(height, width, rules) if data.startswith(_JPEG) else 1
+    return -(-height // scale), -(-width // scale)
 
 
 def examine_image(data: bytes, rules: PixelRules) -> Finding:
@@ -257,9 +313,22 @@ def _extrema(image: Image) -> tuple[float, float]:
     return 256.0 * min(low for low, _ in bands), 256.0 * max(high for _, high in bands) + 255.0  # type: ignore[misc]
 
 
-def _decoded(data: bytes, where: object, rules: PixelRules, use: Callable[[Image], np.ndarray]) -> np.ndarray:
+def _scale(height: int, width: int, rules: PixelRules) -> int:
+    """The part of its size at which a JPEG is decoded: one in 8, 4, 2 or 1."""
+    if rules.needed is not None:
+        for scale in _SCALES:
+            if rules.needed.allows(-(-height // scale), -(-width // scale)):
+                return scale
+    return 1
+
+
+def _decoded(
+    data: bytes, where: object, rules: PixelRules, use: Callable[[Image], np.ndarray], *, scaled: bool = False
+) -> np.ndarray:
     try:
         with _opened(data) as image:
+            if scaled and data.startswith(_JPEG) and (scale := _scale(image.height, image.width, rules)) > 1:
+                image.draft(None, (image.width // scale, image.height // scale))
             return use(_upright_rgb(image, rules))
     except Exception as error:  # decoders raise almost any exception on damaged bytes
         unknown = isinstance(error, UnknownRangeError)

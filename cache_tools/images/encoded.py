@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from cache_tools.errors import DataError
-from cache_tools.images.decode import PixelRules, decode_image, decode_picture, whole_images_only
+from cache_tools.images.decode import Needs, PixelRules, decode_image, decode_picture, whole_images_only
 from cache_tools.images.image_set import ImageSet, Interpolation, sample_key
 from cache_tools.images.index import num_workers
 from cache_tools.images.recipe import WHITE, DatasetIdentity
@@ -78,6 +78,9 @@ class EncodedImages(ImageSet):
 
         self._read_each(index, fill)
         return pixels
+
+    def decoded_for(self, needed: Needs | None) -> Self:
+        return self if needed == self.rules.needed else replace(self, rules=self.rules.with_needs(needed))
 
     def at(self, side: int, interpolation: Interpolation = "bicubic") -> Self:
         return replace(self, image_size=(side, side), interpolation=interpolation)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from cache_tools.images.decode import Needs
 from cache_tools.images.recipe import DatasetIdentity
 
 KEY_BYTES = 16
@@ -64,6 +65,10 @@ class ImageSet(ABC):
             DataError: as `load`.
         """
         return list(self.load(index))
+
+    def decoded_for(self, needed: Needs | None) -> Self:
+        """The same images, whose `pictures` may be smaller where views need no more (`ViewRecipe.needed`)."""
+        return self
 
     def at(self, side: int, interpolation: Interpolation = "bicubic") -> Self:
         """The same images on a square canvas of another side, made of their files; images of one size are unchanged."""

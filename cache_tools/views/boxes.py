@@ -36,6 +36,12 @@ _TABLE_BITS = 30
 _ROOT_BITS = 128
 
 
+# What views need of a picture to be decoded at a part of its size: (height, width) of the largest view, the shorter
+# side of the picture, the smallest share of its area that a box has, (lowest, highest) width / height of a random box,
+# and width / height of a centred one.
+Needs = tuple[int, int, int, float, tuple[float, float], float]
+
+
 class BoxOp(Op):
     """The interface of an op that chooses a box: `top`, `left`, `height`, `width` in pixels of the picture.
 
@@ -49,6 +55,10 @@ class BoxOp(Op):
 
     def output_size(self, size: Size) -> Size:
         return self.view_size
+
+    def needs(self, size: Size) -> Needs:
+        """What a picture must have so that no box is smaller than `size`."""
+        raise NotImplementedError
 
     def draw_boxes(self, words: Words, sizes: Integers) -> dict[str, Integers]:
         """The box of each picture; `words` as in `Op.draw`."""
@@ -77,6 +87,9 @@ class RandomResizedCrop(BoxOp, Extensible):
     @property
     def view_size(self) -> Size:
         return _pair(self.size)
+
+    def needs(self, size: Size) -> Needs:
+        return *size, _shorter(size, self.view_size, None), self.scale[0], self.ratio, _shape(self.view_size)
 
     def draw(self, words: Words, size: Size) -> dict[str, Integers]:
         return draw_box(words(0), size, self.scale, self.ratio)
@@ -150,6 +163,10 @@ class ResizeCentreCrop(BoxOp):
     def view_size(self) -> Size:
         return _pair(self.size)
 
+    def needs(self, size: Size) -> Needs:
+        shape = _shape(self.view_size)
+        return *size, _shorter(size, self.view_size, self.resize), 1.0, (shape, shape), shape
+
     def clean_boxes(self, sizes: Integers) -> dict[str, Integers]:
         return centre_boxes(sizes, self.view_size, self.resize or evaluation_resize(self.view_size))
 
@@ -157,6 +174,16 @@ class ResizeCentreCrop(BoxOp):
 def evaluation_resize(view: Size) -> int:
     """The length of a picture's shorter side from whose centre test images of a view's size are cut."""
     return round(min(view) / EVALUATION_CROP)
+
+
+def _shorter(size: Size, view: Size, resize: int | None) -> int:
+    """The shorter side of a picture whose centred box of `view` is not smaller than `size`."""
+    enlarged = max(length / of_view for length, of_view in zip(size, view, strict=True))
+    return math.ceil((resize or evaluation_resize(view)) * enlarged)
+
+
+def _shape(size: Size) -> float:
+    return size[1] / size[0]
 
 
 def centre_boxes(sizes: Integers, view: Size, resize: int) -> dict[str, Integers]:

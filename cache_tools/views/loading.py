@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from cache_tools.views.arguments import Index
+    from cache_tools.views.boxes import Needs
     from cache_tools.views.ops import Size
 
 PICTURES_AT_ONCE = 32  # decoded and in memory
@@ -30,6 +31,8 @@ class Pictures(Protocol):
 
     def load(self, index: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.uint8]: ...
 
+    def decoded_for(self, needed: Needs | None) -> Pictures: ...
+
     def pictures(self, index: npt.NDArray[np.int64] | slice) -> list[npt.NDArray[np.uint8]]: ...
 
 
@@ -38,6 +41,9 @@ class Croppable(Protocol):
 
     @property
     def crop_size(self) -> Size | None: ...
+
+    @property
+    def needed(self) -> Needs | None: ...
 
     def mixes(self, view: int) -> bool: ...
 
@@ -84,6 +90,7 @@ def load_each(
     if not any(recipe.mixes(view) for recipe, view in wanted) and (not is_cropped or images.resident):
         pixels = torch.from_numpy(np.ascontiguousarray(images.load(rows)))  # a slice of a resident set is no copy
         return [recipe.crop(pixels, samples, view) for recipe, view in wanted]
+    images = images.decoded_for(wanted[0][0].needed)
     chosen = np.arange(len(images), dtype=np.int64)[rows] if isinstance(rows, slice) else rows
     needed = needed_pictures(chosen, samples, wanted)
     if not is_cropped or images.resident:

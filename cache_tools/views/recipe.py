@@ -19,7 +19,7 @@ from cache_tools.lazy import np
 from cache_tools.philox import sample_words
 from cache_tools.views.arguments import one_size, picture_sizes, sample_index, view_number
 from cache_tools.views.augment import RandAugment, Rotation, ThreeAugment, TrivialAugmentWide
-from cache_tools.views.boxes import BoxOp, RandomResizedCrop, ResizeCentreCrop, evaluation_resize
+from cache_tools.views.boxes import BoxOp, Needs, RandomResizedCrop, ResizeCentreCrop, evaluation_resize
 from cache_tools.views.mix import Mixing, MixRecipe, Pairing, mixed_views, pairing
 from cache_tools.views.ops import (
     ONE,
@@ -115,12 +115,15 @@ class ViewRecipe(Extensible):
         ops: applied in this order. The op at position p takes its k-th four words from the counter (sample index low,
             sample index high, view, p · 256 + k).
         sizes: larger or smaller views of the same box for some networks, in version 2 with a crop.
+        decoding: `scaled` decodes JPEG files at 1/2, 1/4 or 1/8 of their size, in version 2 with a crop, where every
+            box that the crop can choose stays as large as the largest view (`needed`). Boxes are then in pixels of the
+            picture as it was decoded.
         mix: mixes the samples in pairs after the last op, in version 2; None for none. It needs the number of samples
             (`over`), and the pictures of both samples of a pair (`with_partners`).
         made_by: the tool that drew these views, if it was another; then there are no ops, and no pixels.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"sizes", "mix", "made_by"})
+    added: ClassVar[frozenset[str]] = frozenset({"sizes", "mix", "made_by", "decoding"})
 
     version: Literal[1, 2] = 1
     base_seed: Annotated[Whole, Field(ge=0, lt=1 << 64)] = 0
@@ -129,6 +132,7 @@ class ViewRecipe(Extensible):
     sizes: ViewSizes = ViewSizes()
     mix: MixRecipe | None = None
     made_by: OtherViews | None = None
+    decoding: Literal["full", "scaled"] = "full"
 
     _seen_at: Size | None = PrivateAttr(None)
     _num_samples: int | None = PrivateAttr(None)
@@ -155,6 +159,11 @@ class ViewRecipe(Extensible):
             raise ValueError("sizes need views of version 2 whose first op is a crop")
         if self.made_by is not None and (self.ops or self.mix is not None or self.clean_first):
             raise ValueError("views of another tool (made_by) have no ops, no mix and no clean view")
+        if self.decoding == "scaled" and self.box_op is None:
+            raise ValueError(
+                "decoding: scaled needs views of version 2 whose first op is a crop; others are made of a canvas, for "
+                "which pictures are decoded at their whole size"
+            )
         return self
 
     def require_pixels(self, where: object = "views.made_by") -> None:
@@ -219,6 +228,19 @@ class ViewRecipe(Extensible):
     def crop_size(self) -> Size | None:
         """(height, width) of what `crop` makes of a picture; None in version 1, or if there is no crop."""
         return None if self.box_op is None else self._seen_at or self.box_op.view_size
+
+    @property
+    def needed(self) -> Needs | None:
+        """What pictures need so that they may be decoded at a part of their size; None for their whole size.
+
+        All networks get the same, so that one decoding serves them.
+        """
+        box = self.box_op
+        if box is None or self.decoding == "full":
+            return None
+        sides = [side for side in (self.sizes.student, self.sizes.teacher, self.sizes.clip) if side is not None]
+        height, width = box.view_size
+        return box.needs((max([height, *sides]), max([width, *sides])))
 
     @property
     def canvas_side(self) -> int | None:
@@ -472,7 +494,7 @@ class ViewRecipe(Extensible):
 
 def _needs_second(data: dict[str, Any]) -> bool:
     """Whether a recipe as plain data uses what only version 2 has."""
-    if data.get("mix") is not None:
+    if data.get("mix") is not None or data.get("decoding") == "scaled":
         return True
     sizes = data.get("sizes")
     if isinstance(sizes, ViewSizes):

@@ -114,6 +114,7 @@ def choose_tier(
     Raises:
         DataError, StorageError: as `make_packed`.
     """
+    images = images.decoded_for(views.needed)
     encoded = images if isinstance(images, EncodedImages) else None
     canvases = images.resident or views.box_op is None
     packed = None if encoded is None or pixels.disk == 0 else find_packed(encoded, canvases=canvases)
