@@ -12,12 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cache_tools.errors import DeviceError, RankLostError
-from cache_tools.system.ranks import Rank, own_rank, store_of_attempt
+from cache_tools.errors import CacheError, DeviceError, RankLostError, error_from_data, error_to_data
+from cache_tools.system.ranks import Meeting, Rank, own_rank, store_of_attempt
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=12)
 """How long a rank waits for another, such as one that decodes pictures for all. torchrun ends those of a dead one."""
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Before ranks are joined: an error of one of them is raised on all that wait in `joined_ranks`."""
+    try:
+        yield
+    except CacheError as error:
+        if not (rank := own_rank()).is_alone:
+            Meeting(rank, "joining").fail(error)
+        raise
 
 
 @contextmanager
@@ -27,6 +38,7 @@ def joined_ranks(device: torch.device) -> Iterator[Joined | None]:
     Raises:
         DeviceError: a device on which ranks cannot compute together.
         RankLostError: another rank has ended.
+        CacheError: that of another rank in `failing_together`.
     """
     rank = own_rank()
     if rank.is_alone:
@@ -39,6 +51,10 @@ def joined_ranks(device: torch.device) -> Iterator[Joined | None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    meeting = Meeting(rank, "joining")
+    meeting.announce("ready")
+    for number in range(rank.count):  # torch's own wait would neither hear a signal nor that a rank has failed
+        meeting.wait_for("ready", number, or_failure=True)
     try:
         store = store_of_attempt(rank, "joined")
         dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank.number, world_size=rank.count)
@@ -116,11 +132,30 @@ class Joined:
     def first_here_before_others(self) -> Iterator[None]:
         """Inside, the first rank of each machine is done before the others begin: it downloads and makes files."""
         if self.rank.local == 0:
-            yield
+            try:
+                yield
+            except CacheError:
+                self.collect(None)  # the others may succeed, or meet the same error
+                raise
             self.collect(None)
         else:
             self.collect(None)
             yield
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Raise an error that one rank meets inside on all of them, so that none waits for it in what follows.
+
+        What is inside may make ranks wait for each other in `first_here_before_others` only.
+        """
+        failure: CacheError | None = None
+        try:
+            yield
+        except CacheError as error:
+            failure = error
+        for found in self.collect(None if failure is None else error_to_data(failure)):
+            if found is not None:
+                raise failure or error_from_data(found)
 
     def parallel(self, module: nn.Module, *, some_unused: bool) -> nn.parallel.DistributedDataParallel:
         """A module whose gradients are the means over all ranks, from the weights and buffers of rank 0.

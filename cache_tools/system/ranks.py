@@ -6,16 +6,17 @@ of a world of one, is alone, and nothing changes for it.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from itertools import pairwise
 from typing import TYPE_CHECKING, ParamSpec
 
-from cache_tools.errors import CacheError, RankLostError, RecipeError
+from cache_tools.errors import CacheError, RankLostError, RecipeError, error_from_data, error_to_data
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -128,20 +129,33 @@ class Meeting:
 
     Args:
         rank: of several.
+        name: of what they meet for.
     """
 
-    def __init__(self, rank: Rank) -> None:
-        self._rank, self._store = rank, store_of_attempt(rank, "meeting")
+    def __init__(self, rank: Rank, name: str = "meeting") -> None:
+        self._rank, self._store = rank, store_of_attempt(rank, name)
 
     def announce(self, name: str, value: str = "") -> None:
         """Tell all others that this rank has done something."""
         self._store.set(f"{name}/{self._rank.number}", value)
 
-    def wait_for(self, name: str, number: int, patience_s: float = float("inf")) -> str | None:
-        """What a rank has announced under a name; None if it has not within the time."""
+    def fail(self, error: CacheError) -> None:
+        """Tell all others of an error that ends this rank."""
+        self._store.set("failure", json.dumps(error_to_data(error)))
+
+    def wait_for(
+        self, name: str, number: int, patience_s: float = float("inf"), *, or_failure: bool = False
+    ) -> str | None:
+        """What a rank has announced under a name; None if it has not within the time.
+
+        Args:
+            or_failure: raise the error of a rank that fails meanwhile.
+        """
         key, end_s, pause_s = f"{name}/{number}", time.monotonic() + patience_s, 0.01
         try:
             while not self._store.check([key]):  # its own `wait` would not hear a signal
+                if or_failure and self._store.check(["failure"]):
+                    raise error_from_data(json.loads(bytes(self._store.get("failure"))))
                 if time.monotonic() > end_s:
                     return None
                 time.sleep(pause_s)
@@ -173,18 +187,23 @@ def _store(rank: Rank | None, patience_s: float) -> TCPStore:
     Args:
         rank: None for one that only looks whether there is a store.
     """
+    serves = rank is not None and rank.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return _served_store(address, port) if serves else _connect(address, port, patience_s)
+
+
+@cache  # a process listens at a port once
+def _served_store(address: str, port: int) -> TCPStore:
+    return _connect(address, port, PATIENCE_S, serves=True)
+
+
+def _connect(address: str, port: int, patience_s: float, *, serves: bool = False) -> TCPStore:
     from datetime import timedelta
 
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    serves = rank is not None and rank.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=serves,
-        timeout=timedelta(seconds=patience_s),
-        wait_for_workers=False,
-    )
+    timeout = timedelta(seconds=patience_s)
+    return TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
 
 
 def _is_printed(error: CacheError, rank: Rank) -> bool:

@@ -22,6 +22,7 @@ from cache_tools.system.joined import Joined
 from cache_tools.system.ranks import ALONE, Rank, own_rank
 from tests.support import tiny_run
 from tests.support.child import in_child
+from tests.support.in_process import invoke
 from tests.support.rank_workers import CPU, PLAIN, answers_of_ranks, joined, losses_of_batches, on_ranks, record_losses
 from tests.support.turns import slow
 from train.data import TrainingData, open_data
@@ -365,6 +366,32 @@ def test_ranks_with_different_settings_are_refused(components: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.alone
+def test_a_rank_with_an_input_of_its_own_that_is_bad(components: Path, tmp_path: Path) -> None:
+    """The others wait for it to join, and end with its error instead."""
+
+    def on_rank() -> None:
+        size = 15 if own_rank().number else 16
+        train_student(tiny_run.recipe(components, tmp_path / "run", student=PLAIN, batch_size=size))
+
+    for answer in answers_of_ranks(2, on_rank, tmp_path):
+        assert answer is not None
+        assert "RecipeError: the processes cannot share a batch equally (--batch-size 15)" in answer["error"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.alone
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    def on_rank(ranks: Joined) -> None:
+        with ranks.failing_together(), ranks.first_here_before_others():
+            if ranks.rank.number == 0:
+                raise RecipeError("only here", where="rank 0")
+
+    for answer in answers_of_ranks(2, joined(on_rank), tmp_path):
+        assert answer is not None
+        assert "RecipeError: only here (rank 0)" in answer["error"]
+
+
 # Ranks, and settings that do not fit them
 
 
@@ -406,6 +433,13 @@ def test_ranks_that_make_no_sense(world: Callable[..., None], variables: dict[st
     world(**variables)
     with pytest.raises(RecipeError, match="torchrun"):
         own_rank()
+
+
+def test_a_sweep_is_not_for_torchrun(world: Callable[..., None]) -> None:
+    world(RANK=0, WORLD_SIZE=2)
+    refused = invoke("sweep-students", "--students", "resnet8")
+    assert refused.exit_code == 2
+    assert "error: a sweep starts its own processes, one for each GPU" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,15 @@ class Run:
     ) -> None:
         self.data, self.recipe, self.device, self.path, self.pixels = data, recipe, device, path, pixels
         self._ranks, self._writer = ranks, BackgroundWriter()
-        self.learner = _create_learner(data, recipe, device, steps_per_epoch, ranks)
+        with nullcontext() if ranks is None else ranks.failing_together():
+            self._open(digest, steps_per_epoch)
+        if ranks is not None:
+            self._join(ranks)
+
+    def _open(self, digest: str, steps_per_epoch: int) -> None:
+        """Create the learner, and load what is stored."""
+        data, recipe, device, path = self.data, self.recipe, self.device, self.path
+        self.learner = _create_learner(data, recipe, device, steps_per_epoch, self._ranks)
         self.card = _create_card(data, recipe, digest)
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
@@ -83,8 +91,6 @@ class Run:
                 self.learner.load_state_dict(self.begun.pop("learner"))
             if data.follower is not None:
                 data.follower.begin(path, digest, len(self.history))
-        if ranks is not None:
-            self._join(ranks)
 
     @property
     def writes(self) -> bool:

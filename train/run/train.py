@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from cache_tools.config import dump_yaml
 from cache_tools.console import OUT_OF_TIME, Progress, Stopped, StopRequest, print_line, resolve_device
 from cache_tools.errors import RecipeError, StorageError
 from cache_tools.reader import TeacherCache
-from cache_tools.system.joined import Joined, joined_ranks
+from cache_tools.system.joined import Joined, failing_together, joined_ranks
 from cache_tools.system.memory import drop_tracebacks
 from cache_tools.system.ranks import ALONE
 from train.data import TrainingData, open_data, with_cached_images
@@ -62,8 +62,9 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False, pictures: boo
             where="--pictures",
             next_step="train from a cache, or leave out --pictures",
         )
-    device = run_device(recipe)
-    check_ranks(recipe, device)
+    with failing_together():
+        device = run_device(recipe)
+        check_ranks(recipe, device)
     with joined_ranks(device) as ranks:
         result = _train_student(recipe, device, ranks, overwrite)
         if ranks is None or ranks.rank.is_first:
@@ -76,7 +77,7 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False, pictures: boo
 
 def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | None, overwrite: bool) -> RunResult:
     request = StopRequest(recipe.max_minutes)
-    with nullcontext() if ranks is None else ranks.first_here_before_others():  # it may download or index images
+    with _first_before_others(ranks):  # it may download or index images
         recipe = with_cached_images(recipe)
         trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
         data = open_data(recipe, device)
@@ -129,7 +130,7 @@ def train_on(
     ):
         if finished is not None:
             return finished
-        with nullcontext() if ranks is None else ranks.first_here_before_others():  # it may make a file of pixels
+        with _first_before_others(ranks):  # it may make a file of pixels
             feed = data.feed(recipe, device, rank=ALONE if ranks is None else ranks.rank)
         with closing(feed), explain_failure(recipe, device):
             if feed.served != printed:
@@ -145,6 +146,16 @@ def train_on(
             outcome = ranks.from_first(lambda: outcome)
         assert isinstance(outcome, RunResult), "a run without a stop rule trains to its last epoch"
         return outcome
+
+
+@contextmanager
+def _first_before_others(ranks: Joined | None) -> Iterator[None]:
+    """Inside, the first rank of a machine is done before the others begin, and an error of one is raised on all."""
+    if ranks is None:
+        yield
+        return
+    with ranks.failing_together(), ranks.first_here_before_others():
+        yield
 
 
 @contextmanager

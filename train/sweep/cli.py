@@ -12,6 +12,7 @@ import typer
 from cache_tools.console import command, print_line, run_app
 from cache_tools.errors import RecipeError
 from cache_tools.system.memory import keep_freed_memory
+from cache_tools.system.ranks import own_rank, speaks_for_all
 from train.options import (
     Cache,
     CheckpointEvery,
@@ -35,6 +36,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 @command
+@speaks_for_all
 def sweep_students(
     recipe: Annotated[
         str | None,
@@ -76,7 +78,7 @@ def sweep_students(
     ] = False,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, help="Number of processes. Default: as many as fill the CPU; one on a GPU."),
+        typer.Option("--workers", min=1, help="Number of processes. Default: as many as fill the CPU; one per GPU."),
     ] = None,
     engine: Annotated[
         Literal["local", "ray"], typer.Option("--engine", help="Where trials run: on this machine or on a Ray cluster.")
@@ -110,6 +112,12 @@ def sweep_students(
     Each trial is a run of train-student, with the same numbers. Interrupt it at any time: the same command resumes,
     and with more students, losses or seeds it trains the new trials.
     """
+    if not (rank := own_rank()).is_alone:
+        raise RecipeError(
+            "a sweep starts its own processes, one for each GPU: torchrun would train every trial several times",
+            where=f"{rank.count} processes",
+            next_step="start it without torchrun; --workers N sets the number of processes",
+        )
     # Imported here, as everything slow below: --help must answer at once.
     from train.sweep.options import default_folder, read_sweep
 
@@ -166,7 +174,7 @@ def _run(
     from cache_tools.console import resolve_device
     from train.sweep.run import Engine, default_workers, run_sweep
     from train.sweep.text import sweep_text
-    from train.sweep.workers import ProcessEngine
+    from train.sweep.workers import ProcessEngine, visible_gpus
 
     keep_freed_memory()
     say = lambda text: print_line(text, file=sys.stderr if as_json else sys.stdout)  # noqa: E731
@@ -176,8 +184,13 @@ def _run(
             from train.sweep.ray.engine import RayEngine
 
             engine = stack.enter_context(RayEngine(folder, **cluster, workers=workers, say=say))
-        elif (count := workers or default_workers(resolve_device(sweep.base.get("device", "auto")))) > 1:
-            engine = ProcessEngine(count, folder)
+        else:
+            chosen = sweep.base.get("device", "auto")
+            device = resolve_device(chosen)
+            gpus = visible_gpus(device, chosen)
+            count = workers or len(gpus) or default_workers(device)
+            if count > 1 or len(gpus) > 1:
+                engine = ProcessEngine(count, folder, gpus)
         result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, overwrite=overwrite, say=say)
     if as_json:
         print(

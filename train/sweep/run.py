@@ -131,7 +131,7 @@ def train_in_process(streams: Sequence[Sequence[Trial]], halving: Halving | None
 
 
 def default_workers(device: torch.device) -> int:
-    """As many processes as fill the CPU, each with as many threads as this one; a single one on a GPU."""
+    """As many processes as fill the CPU, each with as many threads as this one; a single one elsewhere."""
     return 1 if device.type != "cpu" else max(1, (os.cpu_count() or 1) // torch.get_num_threads())
 
 

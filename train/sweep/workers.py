@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from cache_tools.console import interrupted_by_signals, print_line
 from cache_tools.errors import CacheError, error_from_data, error_to_data
@@ -24,6 +26,7 @@ from train.sweep.recipe import Trial
 from train.sweep.streams import image_opener, train_stream
 
 POLL_S, GRACE_S = 0.2, 20.0
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _CACHE_ERROR = 2  # exit status of a process that has printed an error that concerns all trials
 
 
@@ -36,10 +39,13 @@ class ProcessEngine:
     Args:
         count: number of processes at a time.
         logs: folder of `workers.log`, which has everything that they print.
+        gpus: what CUDA_VISIBLE_DEVICES calls the GPUs that the processes share, each with one of them; empty to leave
+            the choice to the recipe.
     """
 
-    def __init__(self, count: int, logs: Path) -> None:
-        self._count, self._logs = count, logs
+    def __init__(self, count: int, logs: Path, gpus: Sequence[str] = ()) -> None:
+        self._count, self._logs, self._gpus = count, logs, tuple(gpus)
+        self._gpu_of: dict[subprocess.Popen[bytes], str] = {}
 
     def __call__(self, streams: Sequence[Sequence[Trial]], halving: Halving | None) -> None:
         waiting = deque((share, False) for share in divide_streams(streams, self._count))
@@ -64,16 +70,28 @@ class ProcessEngine:
         job = {
             "halving": None if halving is None else halving.model_dump(mode="json"),
             "trials": [trial.model_dump(mode="json") for trial in share],
-            "workers": self._count,
+            "workers": (self._count, -(-self._count // max(len(self._gpus), 1))),
         }
+        gpu = self._free_gpu()
         with open(self._logs / "workers.log", "ab") as log:
             process = subprocess.Popen(
-                command_for("train.sweep.workers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+                command_for("train.sweep.workers"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=None if gpu is None else os.environ | {VISIBLE: gpu},
             )
+        if gpu is not None:
+            self._gpu_of[process] = gpu
         assert process.stdin is not None, "asked for a pipe"
         process.stdin.write(json.dumps(job).encode())
         process.stdin.close()
         return process
+
+    def _free_gpu(self) -> str | None:
+        """The GPU with the fewest processes."""
+        used = Counter(gpu for process, gpu in self._gpu_of.items() if process.returncode is None)
+        return min(self._gpus, key=lambda gpu: used[gpu], default=None)
 
     def _retries(
         self, process: subprocess.Popen[bytes], share: Sequence[Trial], *, is_retry: bool
@@ -124,6 +142,18 @@ def divide_streams(streams: Sequence[Sequence[Trial]], count: int) -> list[list[
     return found
 
 
+def visible_gpus(device: torch.device, chosen: str) -> list[str]:
+    """The GPUs of this machine that processes may share, as CUDA_VISIBLE_DEVICES names them.
+
+    Args:
+        device, chosen: of the recipe. A device with a number is that one alone: the list is empty, as for the CPU.
+    """
+    if device.type != "cuda" or ":" in chosen:
+        return []
+    named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    return (named or [str(number) for number in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+
+
 def main() -> None:
     """A worker process: train the trials that standard input names. Only an error goes to standard output, as JSON."""
     from cache_tools.system.memory import keep_freed_memory
@@ -136,7 +166,7 @@ def main() -> None:
     halving = None if job["halving"] is None else Halving.model_validate(job["halving"])
     try:
         with interrupted_by_signals(), quiet_libraries():
-            train_stream(trials, halving=halving, open_split=image_opener(), workers=(job["workers"], job["workers"]))
+            train_stream(trials, halving=halving, open_split=image_opener(), workers=tuple(job["workers"]))
     except CacheError as error:
         print_line(f"error: {error}", file=sys.stderr)
         print(json.dumps(error_to_data(error)), file=errors, flush=True)
