@@ -13,16 +13,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from side_by_side import (
+    BatchSize,
     Cost,
     Dataset,
     Device,
     Overrides,
     Rounds,
+    Student,
     Threads,
     Times,
     Views,
@@ -56,8 +58,8 @@ CLOCK = (
 @command
 def main(
     dataset: Dataset = "digits",
-    student: Annotated[str, typer.Option("--student", help="Any name that train-student takes.")] = "resnet8",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 64,
+    student: Student = "resnet8",
+    batch_size: BatchSize = 64,
     views: Views = 4,
     rounds: Rounds = 15,
     device_name: Device = "auto",

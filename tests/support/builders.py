@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import time
@@ -15,10 +14,9 @@ from cache_tools.places import Place
 from cache_tools.places.transfer import list_committed
 from pipeline.build.cache import BuildResult, build_cache
 from pipeline.recipe import BuildRecipe
+from tests.support.preloaded import CONTEXT
 
 DEADLINE_S = 240.0
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pipeline.build.blocks", "pipeline.build.open_output", "tests.support.tiny_build"])
 
 
 class Builder:
@@ -30,10 +28,10 @@ class Builder:
     """
 
     def __init__(self, recipe: BuildRecipe, pause_after: int | None = None, **environment: object) -> None:
-        self._answers, sender = _CONTEXT.Pipe(duplex=False)
+        self._answers, sender = CONTEXT.Pipe(duplex=False)
         self._pause = _Pause(pause_after)
         variables = os.environ | {name: str(value) for name, value in environment.items()}
-        self.process: Any = _CONTEXT.Process(target=_build, args=(recipe, variables, self._pause, sender), daemon=True)
+        self.process: Any = CONTEXT.Process(target=_build, args=(recipe, variables, self._pause, sender), daemon=True)
         self.process.start()
         sender.close()
 
@@ -73,7 +71,7 @@ class _Pause:
 
     def __init__(self, after: int | None) -> None:
         self._after = after
-        self.reached, self.over = _CONTEXT.Event(), _CONTEXT.Event()
+        self.reached, self.over = CONTEXT.Event(), CONTEXT.Event()
 
     def install(self) -> None:
         """Replace the function that stores a block, in the builder's process."""

@@ -16,16 +16,21 @@ from typing import Any
 
 import pytest
 
-_IMPORTED = (
+CONTEXT = multiprocessing.get_context("forkserver")
+# One list for all processes: the first of them starts the server, with the list of that moment.
+CONTEXT.set_forkserver_preload([
     "hypothesis",
     "pytest",
     "timm",
     "torch._dynamo",
     "open_clip",
+    "pipeline.build.blocks",
     "pipeline.build.cache",
+    "pipeline.build.open_output",
     "train.run",
+    "tests.support.tiny_build",
     "tests.support.tiny_run",
-)
+])  # fmt: skip
 
 
 class Preloaded:
@@ -40,12 +45,10 @@ class Preloaded:
         cwd: Path | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_IMPORTED))
         self._folder = tempfile.TemporaryDirectory()
         files = [Path(self._folder.name) / name for name in ("out", "err")]
         surroundings = (files, cwd or Path.cwd(), {**os.environ, **(variables or {})})
-        self._process = context.Process(target=_run, args=(surroundings, function, arguments))
+        self._process = CONTEXT.Process(target=_run, args=(surroundings, function, arguments))
         self._files = files
         self._process.start()
 
