@@ -265,12 +265,14 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     opener = _open_parts_of(cached, open_split)
     tests = _open_tests(dataset, images, opener, recipe.evaluation, views.seen_by("student"))
     check_images(*tests)  # the build of the cache decoded all training images
-    loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
-    components = _components(cache, fusion, loss)
     follower = None
     if recipe.follow:
-        check_rolling(cache, fusion, recipe.epochs, num_views)
-        follower = Follower(cache, fusion)
+        check_rolling(cache, recipe.fusion, recipe.epochs, num_views)
+        follower = Follower(cache, recipe.fusion)
+        if recipe.fusion.clip_scale == "match":
+            follower.wait(0)  # the scale is measured on this view
+    loss, fusion = recipe.loss, recipe.fusion.resolve(cache)
+    components = _components(cache, fusion, loss)
     return TrainingData(
         images=images,
         tests=tests,

@@ -91,6 +91,18 @@ def test_a_run_that_follows_equals_one_that_came_later(
     assert told[1].startswith("view 0 is complete after a wait of ")
 
 
+def test_a_scale_that_is_measured_waits_for_its_view(tmp_path: Path, pictures: Path) -> None:
+    complete = tiny_run.write_cache(tmp_path / "components.zarr", pictures, store="components")
+    builder = SlowBuilder(complete, tmp_path / "growing.zarr", 0.02)
+    builder.may_begin.set()
+    builder.start()
+    for cache, name, follow in ((tmp_path / "growing.zarr", "follows", True), (complete, "later", False)):
+        own = {"fusion": {"clip_scale": "match"}, "follow": follow}
+        train_student(tiny_run.recipe(cache, tmp_path / name, epochs=1, **own))
+    builder.join()
+    tiny_run.same_runs(tmp_path / "follows", tmp_path / "later")
+
+
 def test_an_epoch_needs_only_its_own_view(complete: Path, tmp_path: Path) -> None:
     builder = SlowBuilder(complete, tmp_path / "growing.zarr", 0.0)
     for block in builder.order:

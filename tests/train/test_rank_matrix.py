@@ -59,11 +59,12 @@ def trained(recipe: TrainRecipe) -> Callable[[], list[tuple[int, float]]]:
 def use_double_precision() -> None:
     """All that this process trains has weights and activations in float64."""
     torch.set_default_dtype(torch.float64)
-    register_module_forward_pre_hook(lambda _, inputs: tuple(map(_in_double_precision, inputs)))
+    convert: Any = _inputs_in_double_precision  # torch's type of a hook has no result
+    register_module_forward_pre_hook(convert)
 
 
-def _in_double_precision(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _inputs_in_double_precision(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs)
 
 
 def deviations(caches: dict[str, Path], root: Path, loss: str, student: str) -> Iterator[tuple[int, float, float]]:

@@ -14,10 +14,10 @@ import numpy as np
 
 from cache_tools.console import print_line
 from cache_tools.errors import NotFoundError, RecipeError, printable
-from cache_tools.format.manifest import Fusion
 from cache_tools.format.rolling import dropped_error
 from cache_tools.places.leases import Lease
 from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice
 from cache_tools.units import counted, duration
 
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.5, 10.0
@@ -44,7 +44,7 @@ def wait_for_cache(reference: object, open_cache: Callable[[], TeacherCache]) ->
         pause_s = min(1.5 * pause_s, LONGEST_LOOK_S)
 
 
-def check_rolling(cache: TeacherCache, fusion: Fusion, epochs: int, num_views: int) -> None:
+def check_rolling(cache: TeacherCache, choice: FusionChoice, epochs: int, num_views: int) -> None:
     """Raise RecipeError unless a run can follow the build of a rolling cache, in which every view is there once."""
     rolling = cache.manifest.rolling
     if rolling is None:
@@ -57,13 +57,22 @@ def check_rolling(cache: TeacherCache, fusion: Fusion, epochs: int, num_views: i
             found=epochs,
             next_step=f"build with --views {epochs}, or train for {counted(num_views, 'epoch')}",
         )
-    if fusion.clip_view is not None:
-        raise RecipeError(
-            "the view that CLIP's targets come from is dropped",
-            where=f"fusion.clip_view: {fusion.clip_view}",
-            found=f"a cache built with --keep-views {rolling.keep}",
-            next_step="leave it out, or use a cache that keeps all its views",
+    if choice.clip_view is not None:
+        what, where, change = "the view that CLIP's targets come from", f"clip_view: {choice.clip_view}", "leave it out"
+    elif choice.clip_scale == "match":
+        what, where, change = (
+            "view 0, on which the scale is measured,",
+            "clip_scale: match",
+            "give the scale as a number",
         )
+    else:
+        return
+    raise RecipeError(
+        f"{what} is dropped",
+        where=f"fusion.{where}",
+        found=f"a cache built with --keep-views {rolling.keep}",
+        next_step=f"{change}, or use a cache that keeps all its views",
+    )
 
 
 class Follower:
@@ -73,11 +82,12 @@ class Follower:
     builder of a rolling cache it takes a lease, so that no view is dropped that the run still needs.
 
     Args:
-        fusion: may take CLIP's part from another view, which is waited for too.
+        choice: may take CLIP's part from another view, which is waited for too.
     """
 
-    def __init__(self, cache: TeacherCache, fusion: Fusion | None = None) -> None:
-        self._cache, self._fusion = cache, fusion
+    def __init__(self, cache: TeacherCache, choice: FusionChoice | None = None) -> None:
+        self._cache = cache
+        self._clip_view = None if choice is None else choice.clip_view
         self._stop = threading.Event()
         self._begun_s, self._begun_with = time.monotonic(), int(cache.committed_blocks().sum())
         self._lease: Lease | None = None
@@ -144,8 +154,7 @@ class Follower:
     def _missing(self, view: int, blocks: Sequence[int] | None) -> str | None:
         """What is missing, and at what rate it comes; None if nothing is."""
         committed = self._cache.committed_blocks()
-        clip_view = None if self._fusion is None else self._fusion.clip_view
-        views = [view, *([] if clip_view is None else [clip_view])]
+        views = [view, *([] if self._clip_view is None else [self._clip_view])]
         needed = committed[views] if blocks is None else committed[np.ix_(views, list(blocks))]
         if needed.all():
             return None

@@ -21,6 +21,7 @@ from cache_tools.places.leases import leases_place
 from cache_tools.places.metadata import manifest_at
 from cache_tools.places.transfer import list_committed
 from cache_tools.reader import TeacherCache
+from cache_tools.refusion import FusionChoice
 from pipeline.build import rolling
 from pipeline.build.cache import build_cache
 from pipeline.recipe import BuildRecipe
@@ -226,6 +227,9 @@ def test_a_cache_that_keeps_its_views_goes_on_keeping_them(root: Path, tmp_path:
 def test_a_run_must_fit_a_rolling_cache(rolled: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"sees every view once.*at most 4 epochs.*found 9"):
         train_student(train_recipe(rolled, tmp_path / "run", 9))
+    for choice in (FusionChoice(clip_view=0), FusionChoice(clip_scale="match")):
+        with pytest.raises(RecipeError, match=r"is dropped \(fusion\.clip_\w+: .*or use a cache that keeps all"):
+            following.check_rolling(TeacherCache.open(rolled), choice, 4, 4)
 
 
 def test_without_a_student_the_builder_waits_and_says_so(
