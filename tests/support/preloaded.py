@@ -5,6 +5,7 @@ They are forked from a process that has imported these and done nothing else: no
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -34,7 +35,7 @@ CONTEXT.set_forkserver_preload([
 
 
 class Preloaded:
-    """A process that runs a function, with `returncode` and `communicate` of `subprocess.Popen`."""
+    """A process that runs a function, with some of what `subprocess.Popen` has."""
 
     returncode: int | None = None
 
@@ -51,6 +52,14 @@ class Preloaded:
         self._process = CONTEXT.Process(target=_run, args=(surroundings, function, arguments))
         self._files = files
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def communicate(self, timeout: float) -> tuple[str, str]:
         """Wait for its end; what it has written to standard output and to standard error."""
@@ -76,6 +85,12 @@ def run_module(module: str, *options: str) -> None:
     """What `python -m MODULE OPTIONS` does."""
     sys.argv = [module, *options]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_main(module: str, *options: str) -> None:
+    """What the command with the function `main` of a module does."""
+    sys.argv = [module, *options]
+    importlib.import_module(module).main()
 
 
 def run_tests(*options: str) -> None:

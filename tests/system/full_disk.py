@@ -12,14 +12,15 @@ anything is wrong.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.support.child import Child, in_child
 from tests.support.fault_cases import Case, Found
 
 DISK = "16m"
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 # Case → (name of the moment, pattern of FOLDER/FILE, n): the disk is full when the n-th matching file is written.
 MOMENTS: dict[str, list[tuple[str, str, int]]] = {
     "build": [
@@ -166,10 +168,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.disk is not None:
             sys.exit(1 if run(Path(folder), options.disk, options.of) else 0)
-        mount_and_run = f'disk=$1; mount -t tmpfs -o size={DISK} none "$disk" && shift && exec "$@" --disk "$disk"'
-        command = [sys.executable, __file__, "--of", *options.of]
-        unshared = ["unshare", "-rm", "sh", "-c", mount_and_run, "sh", folder, *command]
-        sys.exit(subprocess.run(unshared).returncode)
+        with mounted(Path(folder, "disk")) as disk:
+            problems = run(Path(folder), disk, options.of)
+    sys.exit(1 if problems else 0)
+
+
+@contextmanager
+def mounted(disk: Path) -> Iterator[Path]:
+    """A small disk in memory, in namespaces of this process, as `unshare -rm` makes them."""
+    disk.mkdir()
+    user, group = os.geteuid(), os.getegid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(text)
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 if __name__ == "__main__":

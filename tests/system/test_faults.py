@@ -14,6 +14,7 @@ import pytest
 
 from cache_tools.reader import TeacherCache
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
+from tests.support.preloaded import Preloaded, run_script
 from tests.support.s3_server import has_loopback
 from tests.support.turns import LONG, slow, turns
 from tests.system import full_disk
@@ -25,12 +26,12 @@ SWEEP_KILLS = 10
 pytestmark = [pytest.mark.turns, pytest.mark.timeout(1800)]
 
 
-def run_script(script: str, *arguments: str) -> list[dict[str, Any]]:
+def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
     """The JSON lines that a script prints; fails if it found a problem."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0, "\n".join([*(str(line) for line in lines if line.get("problems")), done.stderr])
+    process = Preloaded(run_script, Path(__file__).with_name(script), *arguments)
+    out, err = process.communicate(timeout=1800)
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert process.returncode == 0, "\n".join([*(str(line) for line in lines if line.get("problems")), err])
     return lines
 
 
@@ -38,7 +39,7 @@ def run_script(script: str, *arguments: str) -> list[dict[str, Any]]:
 def killed() -> list[dict[str, Any]]:
     """The lines of `faults.py` about every kill, and its summary."""
     names = [name for name in (*ALWAYS, *(SLOW if LONG else ())) if has_loopback() or not name.endswith("s3")]
-    return run_script("faults.py", "--kills", str(KILLS), "--of", *names)
+    return lines_of("faults.py", "--kills", str(KILLS), "--of", *names)
 
 
 @pytest.mark.parametrize("name", [*ALWAYS, *map(slow, SLOW)])
@@ -70,7 +71,7 @@ def test_there_are_fifty_kills(killed: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_results_of_an_undisturbed_one() -> None:
     """The same table, weights and page."""
-    *lines, total = run_script("faults.py", "--kills", str(SWEEP_KILLS), "--of", "sweep")
+    *lines, total = lines_of("faults.py", "--kills", str(SWEEP_KILLS), "--of", "sweep")
     assert (total["kills"], total["problems"]) == (SWEEP_KILLS, 0)
     if LONG:
         assert total["half_way"] > 0, "no kill came half-way: nothing is shown"
@@ -82,7 +83,7 @@ def test_a_killed_sweep_goes_on_to_the_results_of_an_undisturbed_one() -> None:
 @pytest.mark.skipif(not full_disk.permitted(), reason="mounting a small disk needs user namespaces")
 def test_a_full_disk_is_one_clear_error_at_any_moment_and_the_command_goes_on_later() -> None:
     cases = list(full_disk.MOMENTS) if LONG else ["push"]
-    *lines, total = run_script("full_disk.py", "--of", *cases)
+    *lines, total = lines_of("full_disk.py", "--of", *cases)
     assert total == {"full_disks": sum(len(full_disk.MOMENTS[name]) for name in cases), "problems": 0}
     assert {line["of"] for line in lines} == set(cases)
     assert sum(0 < line["committed"] < line["blocks"] for line in lines) >= turns(1, 5)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from cache_tools import console
 from cache_tools.config import dump_yaml
 from cache_tools.console import command
+from cache_tools.places import transfer
 from cache_tools.reader import TeacherCache
 from cache_tools.system import processes as processes_module
 from pipeline.build.cache import build_cache
 from tests.support import tiny_build, tiny_run
 from tests.support.child import Child
+from tests.support.preloaded import Preloaded, run_main
 from tests.support.turns import turns
 from train.run import train_student
 
@@ -41,10 +43,9 @@ SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (sign
 
 
 @contextmanager
-def started(command: str, *arguments: object, before: str = "") -> Iterator[subprocess.Popen[str]]:
-    """A command in a process of its own; `before` is code that it runs first."""
-    code = f"{before}\nfrom {MODULES[command]} import main\nmain()"
-    words = [sys.executable, "-c", code, *map(str, arguments)]
+def started(command: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command in a new interpreter."""
+    words = [sys.executable, "-c", f"from {MODULES[command]} import main; main()", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -54,7 +55,26 @@ def started(command: str, *arguments: object, before: str = "") -> Iterator[subp
         process.communicate()
 
 
-def stop_once(there: Callable[[], object], process: subprocess.Popen[str], *signals: int) -> str:
+@contextmanager
+def forked(command: str, *arguments: object, before: Callable[[], None] | None = None) -> Iterator[Preloaded]:
+    """A command in a process that has imported it (`preloaded`); `before` runs first."""
+    process = Preloaded(prepare_and_run, before, MODULES[command], *map(str, arguments))
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.communicate(PATIENCE_S)
+
+
+def prepare_and_run(before: Callable[[], None] | None, module: str, *arguments: str) -> None:
+    if before is not None:
+        before()
+    run_main(module, *arguments)
+
+
+def stop_once(there: Callable[[], object], process: subprocess.Popen[str] | Preloaded, *signals: int) -> str:
     """Send signals to a command as soon as something is there; returns its last line."""
     wait_for(there)
     for number in signals:
@@ -80,7 +100,7 @@ def wait_for_change(file: Path) -> None:
 
 
 def run(command: str, *arguments: object) -> None:
-    with started(command, *arguments) as process:
+    with forked(command, *arguments) as process:
         _, printed = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, printed
 
@@ -109,12 +129,12 @@ def test_a_build_keeps_its_blocks(files: Path, tmp_path: Path) -> None:
 def test_a_build_ends_when_it_is_told_and_the_same_command_completes_it(files: Path, tmp_path: Path) -> None:
     """At random instants: the exit code, the time until the end, and the arrays of an undisturbed build afterwards."""
     count = turns(1, 12)
-    recipe = tiny_build.recipe(files, num_views=200 * count, out=tmp_path / "cache.zarr")
+    recipe = tiny_build.recipe(files, num_views=100 * count, out=tmp_path / "cache.zarr")
     (tmp_path / "build.yaml").write_text(dump_yaml(recipe))
     rng, commits, took_s = random.Random(0), tmp_path / "cache.zarr/commits", []
     for number in range(count):
         chosen, before = (signal.SIGTERM, signal.SIGUSR1)[number % 2], len(list(commits.glob("c.*")))
-        with started("build-cache", tmp_path / "build.yaml") as build:
+        with forked("build-cache", tmp_path / "build.yaml") as build:
             wait_for(lambda before=before: len(list(commits.glob("c.*"))) > before)
             time.sleep(rng.random() * 0.3)
             told_s = time.monotonic()
@@ -149,13 +169,13 @@ def test_a_run_resumes_and_ends_as_one_that_was_not_stopped(files: Path, tmp_pat
 def test_a_run_stores_a_checkpoint_when_it_is_told_to_end(files: Path, tmp_path: Path) -> None:
     """At random instants of one long epoch: the exit code, the time until the end, and the same result afterwards."""
     count = turns(1, 10)
-    recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path / "run", epochs=12 * count, batch_size=2, loggers=())
+    recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path / "run", epochs=8 * count, batch_size=2, loggers=())
     recipe = recipe.model_copy(update={"evaluate_every": recipe.epochs})
     (tmp_path / "run.yaml").write_text(dump_yaml(recipe))
     rng, state = random.Random(0), tmp_path / "run/state.pt"
     for number in range(count):
         chosen = (signal.SIGUSR1, signal.SIGTERM)[number % 2]
-        with started("train-student", tmp_path / "run.yaml") as training:
+        with forked("train-student", tmp_path / "run.yaml") as training:
             wait_for_change(state)
             time.sleep(rng.random() * 0.3)
             told_s = time.monotonic()
@@ -175,13 +195,13 @@ def test_the_processes_of_a_sweep_end_with_it(files: Path, tmp_path: Path, numbe
     recipe = tiny_run.recipe(files / "tiny.zarr", tmp_path, epochs=2000, evaluate_every=2000, loggers=())
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude={"out"})))
     options = [tmp_path / "recipe.yaml", "--students", "resnet8,resnet14", "--workers", 2, "--out", tmp_path / "sweep"]
-    with started("sweep-students", *options) as sweep:
+    with forked("sweep-students", *options) as sweep:
         wait_for(lambda: len(list(tmp_path.glob("sweep/trials/*/state.pt"))) == 2)
         workers = [pid for pid in processes() if parent(pid) == sweep.pid]
         assert len(workers) == 2
         if number == signal.SIGKILL:
-            sweep.kill()
-            sweep.wait()
+            sweep.send_signal(number)
+            sweep.communicate(END_S)
             wait_for(lambda: not set(workers) & set(processes()), END_S)
         else:
             stop_once(lambda: True, sweep, number)
@@ -235,15 +255,22 @@ def test_a_pool_ends_with_the_process_that_uses_it(tmp_path: Path, number: signa
         user.wait()
 
 
+def copy_slowly() -> None:
+    copy = transfer.copy_block
+
+    def slow_copy(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return copy(*arguments)
+
+    transfer.WORKERS = 1
+    transfer.copy_block = slow_copy  # type: ignore[assignment]
+
+
 @pytest.mark.medium
 def test_a_copy_continues(files: Path, tmp_path: Path) -> None:
-    slowly = (
-        "import time\nfrom cache_tools.places import transfer\ncopy = transfer.copy_block\ntransfer.WORKERS = 1\n"
-        "transfer.copy_block = lambda *all: (time.sleep(0.2), copy(*all))[1]"
-    )
     words = ["push", files / "tiny.zarr", tmp_path / "copy.zarr"]
     copied = tmp_path / "copy.zarr/commits"
-    with started("cache-tools", *words, before=slowly) as push:
+    with forked("cache-tools", *words, before=copy_slowly) as push:
         stop_once(lambda: list(copied.glob("c.*")), push, signal.SIGTERM)
     assert 0 < len(list(copied.glob("c.*"))) < len(list((files / "tiny.zarr/commits").glob("c.*")))
     run("cache-tools", *words)

@@ -125,7 +125,7 @@ def value_for(rng: random.Random, option: Any) -> str:
 
 
 def test_random_command_lines(folder: Path) -> None:
-    count, codes, wrong, known = turns(84, 2500), Counter[str](), [], commands()
+    count, codes, wrong, known = turns(30, 2500), Counter[str](), [], commands()
     assert len(known) == 6 + 19
     for number in range(count):
         rng = random.Random(f"{SEED}-{number}")

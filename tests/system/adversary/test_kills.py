@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.kill_cases import CASES
+from tests.support.preloaded import Preloaded, run_script
 from tests.support.turns import LONG
 
 # In `make test`, a few kills of commands that start fast. In `make test-slow`, every step of every command.
@@ -20,11 +19,11 @@ GROUPS = 6  # of the long form, which the processes of pytest share
 
 def kill(*options: str) -> list[dict[str, Any]]:
     """The lines that `kills.py` prints; fails if a command did not go on."""
-    command = [sys.executable, str(Path(__file__).with_name("kills.py")), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    process = Preloaded(run_script, Path(__file__).with_name("kills.py"), *options)
+    out, err = process.communicate(timeout=7200)
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     problems = [json.dumps(line["problems"], indent=2) for line in lines if line["problems"]]
-    assert done.returncode == 0, "\n".join([*problems, done.stderr])
+    assert process.returncode == 0, "\n".join([*problems, err])
     return lines
 
 
