@@ -256,7 +256,7 @@ def test_the_weights_of_components_decide_the_mix() -> None:
     even = component_objective(COMPONENTS._replace(weights=(0.5, 0.5)))
     embeds = [even.get_submodule(f"contrast.embed_targets.{number}") for number in range(2)]
     units = [unit_rows(embed(each)) for embed, each in zip(embeds, (teacher, clip), strict=True)]
-    unit = even.get_submodule("contrast")._mix(units)  # type: ignore[operator]
+    unit, _ = even.get_submodule("contrast")._mix(units)  # type: ignore[operator]
     expected = unit_rows(unit_rows(embeds[0](teacher)) + unit_rows(embeds[1](clip)))
     torch.testing.assert_close(unit, expected)
     other = component_objective(COMPONENTS._replace(weights=(0.9, 0.1)))

@@ -100,10 +100,10 @@ def test_crd_with_a_single_network_contrasts_with_its_embedding() -> None:
     assert (term.mixed, len(term.embed_targets)) == ([0], 1)
     features = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     own = torch.nn.functional.normalize(term.embed_targets[0](features), dim=1)
-    given = []
-    term.memory.register_forward_pre_hook(lambda memory, args: given.append(args[1]))
+    before = term.memory.memory_target[:3].clone()
     loss = term(torch.ones(3, 5), [features], torch.arange(3))
-    torch.testing.assert_close(given[0], own)
+    updated = torch.nn.functional.normalize(before.lerp(own, 1.0 - recipe.crd_momentum), dim=1)
+    torch.testing.assert_close(term.memory.memory_target[:3], updated.detach())
     torch.autograd.backward(loss)
     assert torch.isfinite(loss)
 

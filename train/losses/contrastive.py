@@ -86,11 +86,31 @@ class ContrastiveTerm(nn.Module):
             gather: of several ranks, whose memories stay equal.
         """
         contrast_index = self.sampler(index, self.step)
-        # Of the same width, so all of them become unit vectors together.
-        units = _unit(torch.stack([self.embed_student(student_features), *self._embedded(target_features)])).unbind(0)
         if self.training:
             self.step.add_(1)
-        return self.memory(units[0], self._mix(units[1:]), index, contrast_index, gather)
+        features = [student_features, *(target_features[number] for number in self.mixed)]
+        embeds: list[Any] = [self.embed_student, *self.embed_targets]
+        weights, biases = [embed.weight for embed in embeds], [embed.bias for embed in embeds]
+        with torch.no_grad():
+            # Of the same width, so all of them become unit vectors together.
+            units, lengths = _normalised(torch.stack(list(map(F.linear, features, weights, biases))))
+            student, *targets = units.unbind(0)
+            target, target_length = self._mix(targets)
+        loss, gradient = self.memory.loss_and_gradient(
+            student, target, index, contrast_index, gather, torch.is_grad_enabled()
+        )
+        if gradient is None:
+            return loss
+        with torch.no_grad():
+            of_student, of_target = gradient
+            if target_length is None:
+                of_units = torch.stack([of_student, of_target])
+            else:
+                of_mix = _gradient_of_normalised(of_target, target, target_length)
+                of_units = torch.stack([of_student, *(weight * of_mix for weight in self.weights)])
+            of_embeddings = _gradient_of_normalised(of_units, units, lengths)
+        embedded_loss: Tensor = _LossOfEmbeddings.apply(loss, of_embeddings, *features, *weights, *biases)
+        return embedded_loss
 
     def get_extra_state(self) -> Tensor:
         """The step count."""
@@ -99,16 +119,14 @@ class ContrastiveTerm(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.step.copy_(state)
 
-    def _embedded(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [embed(features[number]) for embed, number in zip(self.embed_targets, self.mixed, strict=True)]
-
-    def _mix(self, units: Sequence[Tensor]) -> Tensor:
+    def _mix(self, units: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The target's unit vectors, and the lengths of the weighted sums they were made of; None for one network."""
         if len(units) == 1:
-            return units[0]
+            return units[0], None
         mix = self.weights[0] * units[0]
         for weight, unit in zip(self.weights[1:], units[1:], strict=True):
             mix = torch.add(mix, unit, alpha=weight)
-        return _unit(mix)
+        return _normalised(mix)
 
 
 class ContrastiveMemory(nn.Module):
@@ -138,7 +156,8 @@ class ContrastiveMemory(nn.Module):
     memory_student: Tensor
     memory_target: Tensor
     log_normaliser: Tensor
-    weight: Tensor
+    signs: Tensor
+    slopes: Tensor
 
     def __init__(
         self,
@@ -153,13 +172,16 @@ class ContrastiveMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.num_samples, self.negatives = num_samples, negatives
-        self.temperature, self.momentum = temperature, momentum
+        self.temperature, self.momentum, self.weight = temperature, momentum, weight
         generator = torch.Generator().manual_seed(seed)
         bound = math.sqrt(3.0 / dim)
         for name in ("memory_student", "memory_target"):
             self.register_buffer(name, (torch.rand(num_samples, dim, generator=generator) * 2.0 - 1.0) * bound)
         self.register_buffer("log_normaliser", torch.full((2,), torch.nan))
-        self.register_buffer("weight", torch.tensor(weight), persistent=False)
+        # Of log c − log P in the argument of softplus, for the positive and the negatives; of the similarity in it.
+        signs = torch.ones(negatives + 1).index_fill_(0, torch.arange(1, negatives + 1), -1.0)
+        self.register_buffer("signs", signs, persistent=False)
+        self.register_buffer("slopes", -signs / temperature, persistent=False)
         self._is_normalised = False  # known without asking the device
 
     @full_precision
@@ -179,31 +201,39 @@ class ContrastiveMemory(nn.Module):
             contrast_index: int64 [B, K + 1], first column `index`, the rest negatives (see `NegativeSampler`).
             gather: of several ranks, each with a part of the batch: Z and the memories are those of the whole batch.
         """
-        assert contrast_index.shape == (len(index), self.negatives + 1), "contrast_index must be [B, negatives + 1]"
         has_gradient = torch.is_grad_enabled() and (student_unit.requires_grad or target_unit.requires_grad)
-        with torch.no_grad():
-            memories, units = (self.memory_target, self.memory_student), (student_unit, target_unit)
-            similarities, rows = _similarities(memories, units, contrast_index)
-            log_p = similarities.div_(self.temperature)
-            log_normaliser = self.log_normaliser
-            if not self._is_normalised:
-                log_normaliser = self._first_normaliser(log_p, gather)
-                if self.training:
-                    self.log_normaliser.copy_(log_normaliser)
-                    self._is_normalised = True
-            log_p = log_p.sub_(log_normaliser[:, None, None])
-            loss, gradient = self._loss(log_p, has_gradient)
-            if gradient is not None:
-                gradients = _gradients(memories, rows, contrast_index, gradient.div_(self.temperature))
+        loss, gradient = self.loss_and_gradient(student_unit, target_unit, index, contrast_index, gather, has_gradient)
         if gradient is not None:
-            loss = _Differentiated.apply(loss, *gradients, student_unit, target_unit)
+            loss = _Differentiated.apply(loss, *gradient, student_unit, target_unit)
+        return loss
+
+    @torch.no_grad()
+    def loss_and_gradient(
+        self,
+        student_unit: Tensor,
+        target_unit: Tensor,
+        index: Tensor,
+        contrast_index: Tensor,
+        gather: Gather | None,
+        has_gradient: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The loss as in `forward`, outside autograd and, if asked for, its gradients with respect to both units."""
+        assert contrast_index.shape == (len(index), self.negatives + 1), "contrast_index must be [B, negatives + 1]"
+        memories, units = (self.memory_target, self.memory_student), (student_unit, target_unit)
+        similarities, rows = _similarities(memories, units, contrast_index)
+        log_normaliser = self.log_normaliser
+        if not self._is_normalised:
+            log_normaliser = self._first_normaliser(similarities / self.temperature, gather)
+            if self.training:
+                self.log_normaliser.copy_(log_normaliser)
+                self._is_normalised = True
+        loss, slopes = self._loss(similarities, log_normaliser, has_gradient)
+        gradient = None if slopes is None else _gradients(memories, rows, contrast_index, slopes)
         if self.training:
             if gather is not None:
-                student_unit, target_unit, index = (
-                    gather(rows.detach()) for rows in (student_unit, target_unit, index)
-                )
+                student_unit, target_unit, index = map(gather, (student_unit, target_unit, index))
             self._update(student_unit, target_unit, index)
-        return loss
+        return loss, gradient
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -218,21 +248,21 @@ class ContrastiveMemory(nn.Module):
             first = torch.logsumexp(rows, dim=0) + math.log(self.num_samples / (len(rows) * scores.shape[2]))
         return torch.where(self.log_normaliser.isnan(), first.to(self.log_normaliser), self.log_normaliser)
 
-    def _loss(self, log_p: Tensor, has_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """The loss from log P [2, B, K + 1], and its gradient.
+    def _loss(self, similarities: Tensor, log_normaliser: Tensor, has_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss from similarities s [2, B, K + 1], and its gradient with respect to them.
 
-        log(1 + c/P) = softplus(log c − log P), and likewise for negatives.
+        With log P = s / temperature − log Z, log(1 + c/P) = softplus(x) of x = log c − log P for the positive, and
+        likewise with x = log P − log c for negatives. The slope of softplus is the sigmoid.
         """
-        chance, batch = self.negatives / self.num_samples, log_p.shape[1]
+        chance, batch = self.negatives / self.num_samples, similarities.shape[1]
         log_c = math.log(chance + 1e-7)
-        positive, negative = log_c - log_p[..., :1], log_p[..., 1:] - log_c
-        rest = log_p.shape[0] * self.negatives * (log_c - math.log(chance))
-        loss = self.weight * ((F.softplus(positive).sum() + F.softplus(negative).sum()) / batch + rest)
+        x = torch.addcmul((log_normaliser + log_c).view(2, 1, 1) * self.signs, similarities, self.slopes)
+        rest = 2 * self.negatives * (log_c - math.log(chance))
+        loss = F.softplus(x).sum() * (self.weight / batch) + self.weight * rest
         if not has_gradient:
             return loss, None
-        share = self.weight / batch
-        slopes = [torch.ops.aten.softplus_backward(share, part, 1.0, 20.0) for part in (positive, negative)]
-        return loss, torch.cat([slopes[0].neg_(), slopes[1]], dim=2)
+        slopes: Tensor = torch.ops.aten.softplus_backward(self.slopes * (self.weight / batch), x, 1.0, 20.0)
+        return loss, slopes
 
     @torch.no_grad()
     def _update(self, student_unit: Tensor, target_unit: Tensor, index: Tensor) -> None:
@@ -240,7 +270,7 @@ class ContrastiveMemory(nn.Module):
         for memory, rows in zip((self.memory_student, self.memory_target), before.unbind(0), strict=True):
             torch.index_select(memory, 0, index, out=rows)
         units = torch.stack([student_unit, target_unit]).to(before.dtype)
-        mixed = _unit(torch.lerp(units, before, self.momentum))
+        mixed, _ = _normalised(torch.lerp(units, before, self.momentum))
         self.memory_student.index_copy_(0, index, mixed[0])
         self.memory_target.index_copy_(0, index, mixed[1])
 
@@ -297,13 +327,13 @@ class NegativeSampler(nn.Module):
         own = {
             # Twice in a row: the others of a class follow it, and go on at the beginning.
             "by_class": labels.argsort(stable=True).repeat(2),
-            # Of each sample: where its hash starts, the number of others, the place after its class and that less the
-            # number of others, the group of its class.
+            # In columns, of each sample: where its hash starts, the number of others, the place after its class and
+            # that less the number of others, the group of its class.
             "samples": torch.stack(
-                [hashed[negatives:], others[labels], after[labels], (after - others)[labels], group[labels]], dim=1
-            ),
-            # Of each stratum: where its hash starts, and its places in the first group.
-            "strata": torch.stack([hashed[:negatives], places[0]], dim=1),
+                [hashed[negatives:], others[labels], after[labels], (after - others)[labels], group[labels]]
+            )[..., None],
+            # In columns, of each stratum: where its hash starts, and its places in the first group.
+            "strata": torch.stack([hashed[:negatives], places[0]])[..., None],
             "first_place": first_place.to(torch.int32),
             "places": places.to(torch.int32),
         }
@@ -317,49 +347,35 @@ class NegativeSampler(nn.Module):
             index: int64 [B].
             step: int64 scalar, at least 0 and less than 2³¹.
         """
-        samples = self.samples.index_select(0, index)
-        draws = torch.cat([self.strata, samples[:, :2]])
-        bits, (others, after, again, group) = (
-            _hash(torch.add(draws[:, 0], step, alpha=_GOLDEN)),
-            samples[:, 1:].unbind(1),
-        )
+        samples = self.samples.index_select(1, index)
+        starts, widths = torch.cat([self.strata, samples[:2]], dim=1).unbind(0)
+        bits = _hash(torch.add(starts, step, alpha=_GOLDEN))
+        _, others, after, again, group = samples.unbind(0)
         if len(self.places) == 1:
-            drawn, turn = (bits * draws[:, 1] >> 31).split([self.negatives, len(index)])
-            place = drawn + self.first_place + turn[:, None]
+            drawn, turn = (bits.mul_(widths) >> 31).split([self.negatives, len(index)])
+            place = drawn.T + self.first_place + turn
         else:
-            drawn = self.first_place + (bits[: self.negatives] * self.places >> 31)
+            drawn = self.first_place + (bits[: self.negatives].T * self.places >> 31)
             turn = bits[self.negatives :] * others >> 31
-            place = drawn.index_select(0, group) + turn[:, None]
+            place = drawn.index_select(0, group[:, 0]) + turn
         # Past the last of the others they go on with the first.
-        place = place + torch.where(place >= others[:, None], again[:, None], after[:, None])
+        place += torch.where(place >= others, again, after)
         return torch.cat([index[:, None], self.by_class[place]], dim=1)
 
 
-class _Unit(torch.autograd.Function):
-    """`unit_rows` with a gradient of four kernels: (g − u (u · g)) / length.
+def _normalised(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit_rows`, and the lengths of the vectors; 1 for those without a direction."""
+    lengths = F.threshold(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True), SHORT, 1.0)
+    return vectors / lengths, lengths
+
+
+def _gradient_of_normalised(gradient: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
+    """The gradient of the vectors of `_normalised`, from that of the units u: (g − u (u · g)) / length.
 
     A vector without a direction is returned unchanged, and so is its gradient, but for a term below 1e-24.
     """
-
-    @staticmethod
-    def forward(ctx: Any, vectors: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        length = F.threshold(length, SHORT, 1.0)
-        unit = vectors / length
-        ctx.save_for_backward(unit, length)
-        return unit
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        unit, length = ctx.saved_tensors
-        (gradient,) = gradients
-        along = (unit * gradient).sum(dim=-1, keepdim=True)
-        return torch.addcmul(gradient, unit, along, value=-1.0) / length
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    unit: Tensor = _Unit.apply(vectors)
-    return unit
+    along = (units * gradient).sum(dim=-1, keepdim=True)
+    return torch.addcmul(gradient, units, along, value=-1.0) / lengths
 
 
 def _fewest_negatives(labels: Tensor | np.ndarray) -> int:
@@ -384,13 +400,38 @@ def _similarities(
 
 def _gradients(
     memories: Sequence[Tensor], rows: list[Tensor] | None, contrast_index: Tensor, gradient: Tensor
-) -> list[Tensor]:
-    """The gradients of the unit vectors, from that of `_similarities`."""
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the unit vectors of both sides, from that of `_similarities`."""
     if rows is not None:
-        return [torch.einsum("bkd,bk->bd", row, side) for row, side in zip(rows, gradient.unbind(0), strict=True)]
+        first, second = (torch.einsum("bkd,bk->bd", *pair) for pair in zip(rows, gradient.unbind(0), strict=True))
+        return first, second
     dense = gradient.new_zeros(*gradient.shape[:2], len(memories[0]))
     dense.scatter_add_(2, contrast_index.expand_as(gradient), gradient)
-    return [side @ memory for side, memory in zip(dense.unbind(0), memories, strict=True)]
+    return dense[0] @ memories[0], dense[1] @ memories[1]
+
+
+class _LossOfEmbeddings(torch.autograd.Function):
+    """A loss whose gradients G_k with respect to the embeddings f_k W_kᵀ + b_k are known.
+
+    For a gradient g of the loss those of W_k, b_k and f_k are (g G_k)ᵀ f_k, Σ_b g G_k and g G_k W_k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(gradients, *inputs)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, *inputs = ctx.saved_tensors
+        gradients = gradients * of_loss[0]
+        count, rows = len(gradients), gradients.unbind(0)
+        of_features = [
+            rows[number] @ inputs[count + number] if ctx.needs_input_grad[2 + number] else None
+            for number in range(count)
+        ]
+        of_weights = [row.T @ features for row, features in zip(rows, inputs, strict=False)]
+        return None, None, *of_features, *of_weights, *gradients.sum(1).unbind(0)
 
 
 class _Differentiated(torch.autograd.Function):
@@ -407,8 +448,8 @@ class _Differentiated(torch.autograd.Function):
 
 
 def _hash(numbers: Tensor) -> Tensor:
-    """31 random bits for each of these int64 numbers from 0: a hash of 32 bits, in products below 2⁶³."""
-    x = numbers & _BITS_32
-    x = (x ^ x >> 16) * 0x21F0AAAD & _BITS_32
-    x = (x ^ x >> 15) * 0x735A2D97 & _BITS_32
-    return x >> 1
+    """31 random bits for each of these int64 numbers from 0, in place: a hash of 32 bits, in products below 2⁶³."""
+    x = numbers.bitwise_and_(_BITS_32)
+    x = x.bitwise_xor_(x >> 16).mul_(0x21F0AAAD).bitwise_and_(_BITS_32)
+    x = x.bitwise_xor_(x >> 15).mul_(0x735A2D97).bitwise_and_(_BITS_32)
+    return x.bitwise_right_shift_(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from cache_tools.errors import RecipeError
 from tests.support.golden_cases import BATCHES, FEATURE_CASES, LOGIT_CASES, TOTAL_CASES, Data
 from train import losses
 from train.losses import contrastive
+from train.recipe.loss import LossRecipe
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -404,6 +406,41 @@ def test_the_gradient_of_crd_is_that_of_its_formula(dense_ratio: int, monkeypatc
             assert_near(ours, 3.0 * theirs, 1e-6)
     with torch.no_grad():
         assert not memory(*units, index, contrast).requires_grad
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0.3, 0.0, 0.7)])
+def test_the_gradient_through_the_embeddings_of_crd_is_that_of_autograd(weights: tuple[float, ...]) -> None:
+    """Both in the first step, and by finite differences once Z is constant."""
+    recipe = LossRecipe(kind="ce", feature="crd", crd_dim=4, crd_negatives=9, crd_temperature=0.1, feature_weight=0.8)
+    widths = (6, 3, 2)[: len(weights)]
+    term = contrastive.ContrastiveTerm(recipe, 5, contrastive.Components(widths, weights), torch.arange(30) % 3, seed=3)
+    term.double()
+    plain = copy.deepcopy(term)
+    features = [unit64(4, width, seed=width) for width in widths]
+    student, index = unit64(4, 5, seed=0).requires_grad_(), torch.tensor([3, 29, 0, 14])
+
+    loss = term(student, features, index)
+    inputs = [student, *term.parameters()]
+    ours = torch.autograd.grad(3.0 * loss, inputs)
+
+    parts = [
+        weights[number] * losses.unit_rows(embed(features[number]))
+        for number, embed in zip(plain.mixed, plain.embed_targets, strict=True)
+    ]
+    mix = torch.stack(parts).sum(0)
+    units = losses.unit_rows(plain.embed_student(student)), losses.unit_rows(mix)
+    expected = plain.memory(*units, index, plain.sampler(index, plain.step))
+    theirs = torch.autograd.grad(3.0 * expected, [student, *plain.parameters()])
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(term.state_dict(), plain.state_dict() | {"_extra_state": torch.tensor(1)})
+
+    def of(*values: Tensor) -> Tensor:
+        named = dict(zip((name for name, _ in term.named_parameters()), values[1:], strict=True))
+        return torch.func.functional_call(term.eval(), named, (values[0], features, index))
+
+    assert torch.autograd.gradcheck(of, inputs)
 
 
 def test_crd_is_finite_where_exp_overflows() -> None:
