@@ -1,6 +1,6 @@
 """Training from a cache equals training with live teachers: bit for bit in float32, closely in float16.
 
-`make test` does this with a quarter of the digits, `make test-slow` with all of them.
+`make test` does this with an eighth of the digits, `make test-slow` with all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from train.run import train_on
 
 pytestmark = [pytest.mark.medium, pytest.mark.turns]
 
-SPLIT = "train" if LONG else "train[::4]"
+SPLIT = "train" if LONG else "train[::8]"
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 64  # any size of at least 16: below, matrix products take another path and differ in the last bit

@@ -69,7 +69,7 @@ KINDS = st.sampled_from(["fused", "dense", "components", "top-k"])
 def fuzz(name: str) -> Callable[..., Any]:
     """Settings: how many cases, and the same ones in every run."""
     return settings(
-        max_examples=turns(CASES[name] // 10, CASES[name] * TIMES),
+        max_examples=turns(CASES[name] // 20, CASES[name] * TIMES),
         derandomize=TIMES == 1,
         deadline=None,
         database=None,

@@ -79,18 +79,18 @@ def test_processes_of_sweeps_import_our_packages(python: Python) -> None:
 
 
 @pytest.mark.medium
-def test_pools_of_processes_import_our_packages(python: Python) -> None:
+def test_pools_of_processes_import_our_packages(forked_python: Python) -> None:
     code = (
         "from teacher_cache import losses\n"
         "from cache_tools.system.processes import process_pool\n"
         "from train.recipe.student_names import canonical_student_name\n"
         "with process_pool(1) as pool: print(pool.submit(canonical_student_name, 'RESNET8X4').result())"
     )
-    assert python("-c", code).stdout == "resnet8x4\n"
+    assert forked_python(code).stdout == "resnet8x4\n"
 
 
 @pytest.mark.medium
-def test_processes_of_ray_import_our_packages(python: Python, project: Path) -> None:
+def test_processes_of_ray_import_our_packages(forked_python: Python, project: Path) -> None:
     """Functions travel by their code; a process of Ray has the sys.path of the process that started the sweep."""
     cloudpickle = pytest.importorskip("ray.cloudpickle")
     from pipeline.build.ray import driver as build_driver
@@ -99,22 +99,22 @@ def test_processes_of_ray_import_our_packages(python: Python, project: Path) -> 
     (project / "probe.pickle").write_bytes(cloudpickle.dumps(cluster._remote_probe()))
     (project / "token").write_text("1f")
     call = "import pickle\nfound = pickle.load(open('probe.pickle', 'rb'))('.', '1f')\nprint(found['sees_folder'])"
-    assert python("-c", call).stdout == "True\n"
+    assert forked_python(call).stdout == "True\n"
     (project / "trainable.pickle").write_bytes(cloudpickle.dumps(driver._trainable()))
     call = "import pickle\npickle.load(open('trainable.pickle', 'rb'))({'share': 0}, shares=['{}'])"
-    assert "validation errors for Share" in python("-c", call, check=False).stderr
+    assert "validation errors for Share" in forked_python(call, check=False).stderr
     (project / "builder.pickle").write_bytes(cloudpickle.dumps(build_driver._worker_class()))
     call = "import pickle\nprint(pickle.load(open('builder.pickle', 'rb')).__name__)"
-    assert python("-c", call).stdout == "CacheBuilder\n"
+    assert forked_python(call).stdout == "CacheBuilder\n"
 
 
 @pytest.mark.medium
-def test_plugins_import_our_packages(python: Python) -> None:
+def test_plugins_import_our_packages(forked_python: Python) -> None:
     places = [place.partition(":") for place in POINTS.values()]
     code = "import importlib\n" + "\n".join(
         f"print(getattr(importlib.import_module({module!r}), {name!r}).__module__)" for module, _, name in places
     )
-    assert set(python("-c", code).stdout.split()) == {
+    assert set(forked_python(code).stdout.split()) == {
         "pipeline.networks.prompts",
         "pipeline.networks.stored",
         "pipeline.replay",

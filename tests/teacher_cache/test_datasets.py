@@ -24,6 +24,8 @@ from cache_tools.views.mix import MixRecipe
 from cache_tools.views.recipe import ViewRecipe
 from teacher_cache import CachedDataset
 from tests.support import tiny_run
+from tests.support.preloaded import CONTEXT
+from tests.support.turns import slow
 from train.data import open_data
 
 CPU = torch.device("cpu")
@@ -107,11 +109,15 @@ def test_items_are_rows_of_batches(cache: TeacherCache) -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["forkserver", "fork", slow("spawn")])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_running_workers_see_the_next_epoch(cache: TeacherCache, method: str) -> None:
     alone, data = CachedDataset(cache), CachedDataset(cache)
-    options: dict[str, Any] = {"multiprocessing_context": method, "persistent_workers": True, "num_workers": 1}
+    options: dict[str, Any] = {
+        "multiprocessing_context": CONTEXT if method == "forkserver" else method,
+        "persistent_workers": True,
+        "num_workers": 1,
+    }
     loader, expected = data.loader(16, **options), alone.loader(16)
     for epoch in (0, 1, 5, 6):
         if epoch == 5:

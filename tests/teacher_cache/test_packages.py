@@ -11,6 +11,7 @@ import pytest
 
 import teacher_cache
 from teacher_cache import packages
+from tests.support.turns import slow
 from tests.teacher_cache.conftest import ROOT, Python
 
 FILES = "print(*(sys.modules[name].__file__ for name in ('cache_tools', 'train', 'pipeline') if name in sys.modules))"
@@ -27,12 +28,14 @@ def finder(monkeypatch: pytest.MonkeyPatch) -> packages.OwnPackages:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("way", ["script", "notebook"])
-def test_public_names_import_beside_modules_of_the_same_names(python: Python, project: Path, way: str) -> None:
+@pytest.mark.parametrize("way", [slow("script"), "notebook"])
+def test_public_names_import_beside_modules_of_the_same_names(
+    python: Python, forked_python: Python, project: Path, way: str
+) -> None:
     code = "import sys\nfrom teacher_cache import TeacherCache, create_student, losses, build_cache\n" + FILES
     code += "\nprint(create_student('resnet8', 10).num_features, losses.kd.__module__, TeacherCache.__module__)"
     (project / "train_it.py").write_text(code)
-    done = python("train_it.py") if way == "script" else python("-c", code)  # -c: '' on sys.path, as in a notebook
+    done = python("train_it.py") if way == "script" else forked_python(code)  # -c: '' on sys.path, as in a notebook
     files, names = done.stdout.splitlines()
     assert files.split() == [str(ROOT / name / "__init__.py") for name in ("cache_tools", "train", "pipeline")]
     assert names.split() == ["64", "train.losses.functions", "cache_tools.reader"]

@@ -16,7 +16,7 @@ from tests.support import tiny_build
 from tests.support.child import in_child
 from tests.support.rank_workers import answers_of_ranks, on_ranks
 
-VIEWS = 12
+VIEWS = 4
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from tests.support.flaky_proxy import flaky_proxy
 from tests.support.s3_server import new_bucket
 from tests.support.tiny_build import arrays_of
 
-SAMPLES, VIEWS, ROWS = 60, 4, 20
+SAMPLES, VIEWS, ROWS = 40, 3, 20
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,14 @@ def test_a_build_to_a_url_counts_its_traffic_and_keeps_a_mirror(root, clean, url
 
 
 def test_a_repeated_build_does_nothing(root, url, home):
-    build_cache(recipe(root, url))
+    build_cache(recipe(root, url, num_views=1))
     before = {entry.key: entry for entry in open_place(url).entries()}
     messages: list[str] = []
-    again = build_cache(recipe(root, url), messages.append)
+    again = build_cache(recipe(root, url, num_views=1), messages.append)
     assert messages == [f"{url} is complete: nothing to do"]
     assert (again.images, again.bytes_moved) == (0, 0)
     shutil.rmtree(home)  # as on another machine
-    other = build_cache(recipe(root, url))
+    other = build_cache(recipe(root, url, num_views=1))
     assert (other.images, other.url) == (0, url)
     assert {entry.key: entry for entry in open_place(url).entries()} == before
 
@@ -119,7 +119,7 @@ def test_a_url_without_zarr_suffix_holds_caches_of_any_recipe(root, url):
 
 def test_a_cache_in_the_home_is_pushed_instead_of_recomputed(root, clean, url, tmp_path):
     built = build_cache(recipe(root, None))
-    (built.path / "commits" / "c.1.2.0").unlink()
+    (built.path / "commits" / "c.1.1.0").unlink()
     result = build_cache(recipe(root, url))
     assert result.images == ROWS
     same_as(clean, url, tmp_path)
@@ -128,17 +128,17 @@ def test_a_cache_in_the_home_is_pushed_instead_of_recomputed(root, clean, url, t
 def test_any_machine_can_add_views_to_a_remote_cache(root, url, tmp_path, monkeypatch):
     build_cache(recipe(root, url, num_views=1))
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "another-home"))
-    grown = build_cache(recipe(root, url, num_views=3))
-    assert grown.images == 2 * SAMPLES, "what is there is neither computed again nor pulled"
-    assert {view for view, _ in list_committed(LocalPlace(grown.path))} == {1, 2}
+    grown = build_cache(recipe(root, url, num_views=2))
+    assert grown.images == SAMPLES, "what is there is neither computed again nor pulled"
+    assert {view for view, _ in list_committed(LocalPlace(grown.path))} == {1}
     everything = TeacherCache.open(grown.path)
     everything.load_view(0)  # comes from the store
-    assert everything.complete_views == (0, 1, 2)
+    assert everything.complete_views == (0, 1)
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
     more = build_cache(recipe(root, url, num_views=VIEWS))
     assert more.images == SAMPLES
     manifest = manifest_at(open_place(url))
-    assert [note["views"] for note in manifest.provenance["grown"]] == [[1, 3], [3, VIEWS]]
+    assert [note["views"] for note in manifest.provenance["grown"]] == [[1, 2], [2, VIEWS]]
     build_cache(recipe(root, tmp_path / "clean.zarr", num_views=1))
     build_cache(recipe(root, tmp_path / "clean.zarr", num_views=VIEWS))
     same_as(arrays_of(tmp_path / "clean.zarr"), url, tmp_path)
@@ -163,9 +163,9 @@ def test_growing_claims_the_cache_and_its_mirror(root, url, monkeypatch):
 
 def test_a_builder_killed_at_random_requests_resumes(root, clean, url, tmp_path, home):
     """The store stops answering at any time from the creation to the last blocks, and the builder is killed."""
-    place, progress, random_count = open_place(url), [0], random.Random(1)
+    place, progress, random_count = open_place(url), [0], random.Random(7)
     with flaky_proxy() as proxy:
-        for most in (20, 60, 60, 60, 60):
+        for most in (20, 45, 45, 45):
             proxy.stop_after(random_count.randint(1, most))
             builder = Builder(recipe(root, url))
             assert proxy.full.wait(120)
@@ -258,7 +258,7 @@ class OtherMachine:
 
 
 def test_the_first_builder_determines_the_constants(root, clean, url, tmp_path, monkeypatch):
-    first = build_cache(recipe(root, url, num_views=2))
+    first = build_cache(recipe(root, url, num_views=1))
     OtherMachine(monkeypatch, tmp_path / "another-home")
     result = build_cache(recipe(root, url))
     assert result.images == 2 * SAMPLES
