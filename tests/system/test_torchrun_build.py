@@ -21,13 +21,13 @@ from tests.support.tiny_build import arrays_of
 from tests.support.torchrun import PATIENCE_S, rank_of, run, started
 from tests.support.turns import slow
 
-SAMPLES, VIEWS, ROWS = 150, 10, 16
+SAMPLES, VIEWS, ROWS = 100, 8, 16
 BLOCKS = VIEWS * -(-SAMPLES // ROWS)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_build.prepare(tmp_path_factory.mktemp("files"))
+    return tiny_build.prepare(tmp_path_factory.mktemp("files"), train=SAMPLES)
 
 
 @pytest.fixture(scope="module")
