@@ -21,7 +21,7 @@ from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.format.rolling import Rolling
 from cache_tools.home import registry
-from cache_tools.home.origin import read_origin
+from cache_tools.home.origin import budget_is_refused, read_origin
 from cache_tools.places import LocalPlace, Place, is_remote
 from cache_tools.store.blocks import LocalBlocks
 from cache_tools.store.group import RESTORE, check_chunks, open_array, open_group, read_manifest, translate_errors
@@ -31,6 +31,7 @@ from cache_tools.system.devices import copy_to
 if TYPE_CHECKING:
     import torch
 
+    from cache_tools.home.stage import Stage
     from cache_tools.home.staging import Origin
     from cache_tools.images.image_set import ImageSet
     from cache_tools.targets import ViewTargets
@@ -80,14 +81,17 @@ class TeacherCache:
         )
 
     @classmethod
-    def open(cls, reference: str | Path) -> TeacherCache:
+    def open(cls, reference: str | Path, *, stage_budget: int | None = None) -> TeacherCache:
         """Open a cache.
 
         Args:
             reference: a path, the name or fingerprint prefix (four hex digits or more) of a cache in the cache home, or
                 the URL of a remote cache (`s3://…`, `gs://…`, `az://…`), which gets a mirror in the cache home.
+            stage_budget: of a remote cache: bytes of this disk that it may take. Views are dropped again when room is
+                needed; `close` gives up those that are left. None keeps every view that was read.
 
         Raises:
+            RecipeError: a budget without room for two views, or for a local cache.
             NotFoundError: nothing has that path, URL, name or fingerprint, or several caches have it.
             FormatError: not a cache, a damaged cache, or an unknown format version.
             StorageError: the store does not answer and nothing of the cache is staged.
@@ -95,8 +99,10 @@ class TeacherCache:
         if is_remote(reference):
             from cache_tools.home import staging
 
-            origin = staging.connect(str(reference))
+            origin = staging.connect(str(reference), stage_budget)
             return cls(origin.mirror, origin)
+        if stage_budget is not None:
+            raise budget_is_refused("stage_budget", reference)
         path = registry.resolve(reference)
         record = read_origin(path)
         if record is None or not record.is_mirror:
@@ -187,6 +193,8 @@ class TeacherCache:
             for array in spec.arrays:
                 rows = self._load(array.name, source, chosen, pin=target_device.type == "cuda", verify=verify)
                 arrays[array.name] = copy_to(rows, target_device)
+        if blocks is None and view != fusion.clip_view:  # else more blocks of it may be read
+            self._blocks.release(view)
 
         def move(constants: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(target_device) for name, tensor in constants.items()}
@@ -220,6 +228,7 @@ class TeacherCache:
             raise NotFoundError("no such array", where=self.path, expected=", ".join(self._specs), found=name)
         start, stop, _ = rows.indices(self.num_samples)
         size = self.manifest.block_rows
+        self._blocks.hold([view])
         self._blocks.require(view, range(start // size, -(-stop // size)))
         check_chunks(self._specs[name], self.manifest, self.path, view, start, stop)
         with translate_errors(f"{self.path / name}, view {view}"):
@@ -245,6 +254,7 @@ class TeacherCache:
             IncompleteError: the block is not committed.
             NotFoundError: no such view.
         """
+        self._blocks.hold([view])
         self._blocks.require(view, range(block, block + 1))
         digests = self._blocks.digests[view, block].tolist()
         return dict(zip([commits.PARAMETERS, *self._specs], digests, strict=True))
@@ -274,6 +284,29 @@ class TeacherCache:
         """The state of a rolling cache (`build-cache --keep-views`), read again at each call; None for all others."""
         return self._blocks.rolling()
 
+    @property
+    def stage(self) -> Stage | None:
+        """With a stage budget, the views of a remote cache that are on this disk."""
+        return None if self.origin is None else self.origin.budgeted
+
+    def prepare_view(self, view: int) -> None:
+        """With a stage budget, begin to stage a view that will be read next, if there is room for it. Returns at once.
+
+        An error of it is met again when the view is read.
+        """
+        if self.stage is not None:
+            self.stage.prepare(view)
+
+    def stop_waiting(self) -> None:
+        """With a stage budget, end what another thread waits for or stages, with an error (see `Stage.resume`)."""
+        if self.stage is not None:
+            self.stage.stop()
+
+    def close(self) -> None:
+        """With a stage budget, give up the staged views; others have nothing to close."""
+        if self.stage is not None:
+            self.stage.close()
+
     def require_complete(self) -> None:
         """Raise IncompleteError unless every view is built, DroppedError if some were dropped."""
         self._blocks.require_all()
@@ -291,7 +324,9 @@ class TeacherCache:
             found = wanted[0] if wanted[0] < 0 else wanted[-1]
             raise NotFoundError("no such block", where=self.path, expected=f"0 to {count - 1}", found=found)
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        for source in dict.fromkeys((view, view if fusion is None or fusion.clip_view is None else fusion.clip_view)):
+        sources = [*dict.fromkeys((view, view if fusion is None or fusion.clip_view is None else fusion.clip_view))]
+        self._blocks.hold(sources)
+        for source in sources:
             for run in runs:
                 self._blocks.require(source, range(int(run[0]), int(run[-1]) + 1))
 

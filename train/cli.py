@@ -28,6 +28,7 @@ from train.options import (
     ResultAsJson,
     ShowRecipe,
     ShuffleWindow,
+    StageBudget,
     SyncBatchNorm,
     TrainPrecision,
 )
@@ -109,6 +110,7 @@ def train_student(
         typer.Option("--pictures", help="Also show samples in report.html, with what teachers and student say."),
     ] = False,
     shuffle_window: ShuffleWindow = None,
+    stage_budget: StageBudget = None,
     checkpoint_every_minutes: CheckpointEvery = None,
     max_minutes: MaxMinutes = None,
     compile_mode: Compile = None,
@@ -179,6 +181,7 @@ def train_student(
         "download": True if download else None,
         "compare_with_labels": compare_with_labels,
         "shuffle_window": shuffle_window,
+        "stage_budget": stage_budget,
         "checkpoint_every_minutes": checkpoint_every_minutes,
         "max_minutes": max_minutes,
         "compile": compile_mode,

@@ -249,10 +249,23 @@ def _open_cached(recipe: TrainRecipe, device: torch.device, open_split: Opener) 
     if recipe.follow:
         cache = wait_for_cache(recipe.cache, partial(TeacherCache.open, recipe.cache))
     else:
-        cache = TeacherCache.open(recipe.cache)
+        cache = TeacherCache.open(recipe.cache, stage_budget=recipe.stage_budget)
+    try:
+        return _open_from(cache, recipe, device, open_split)
+    except BaseException:
+        cache.close()
+        raise
+
+
+def _open_from(cache: TeacherCache, recipe: TrainRecipe, device: torch.device, open_split: Opener) -> TrainingData:
+    """The data of a recipe with targets from an open cache."""
+    if not recipe.follow:
         cache.require_complete()
+    if cache.stage is not None and recipe.fusion.clip_view is not None:
+        cache.stage.require_room(3)
     cache.check_arrays()
-    registry.mark_used(cache.path)
+    if cache.stage is None:
+        registry.mark_used(cache.path)
     views, num_views = cache.recipe.views, _num_views(cache, recipe)
     views.require_pixels(cache.path)
     recipe.check_mixed_views(views, num_views, cache.path)

@@ -69,6 +69,12 @@ ShuffleWindow = Annotated[
         "--shuffle-window", help="Shuffle within so many blocks of the cache at a time, for views beyond memory."
     ),
 ]
+StageBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--stage-budget", metavar="SIZE", help="Of a remote cache: disk for its views, dropped after use. Default: all."
+    ),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")]
 ForwardBatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per forward pass.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]

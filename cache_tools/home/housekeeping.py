@@ -16,6 +16,7 @@ from cache_tools.files import PARTIAL, SafeFolder, find_leftovers, remove_leftov
 from cache_tools.home.origin import origin_file
 from cache_tools.home.registry import CacheRecord, cache_home, is_cache, list_caches, used_file
 from cache_tools.home.sizes import size_and_time
+from cache_tools.home.stage import idle_stages
 from cache_tools.images.hf import UNPACKED
 from cache_tools.images.shard_files import COPIES
 from cache_tools.places import LocalPlace
@@ -55,7 +56,7 @@ class Pruned(Frozen):
 
     Attributes:
         candidates: the caches that the rules select, least recently used first.
-        leftovers: bytes of each file and folder that killed commands left behind.
+        leftovers: bytes of each file and folder that killed commands left behind, stages included.
         image_copies: bytes of each copy of images that no command has read for as long as the rules say: images that
             were unpacked from Parquet files (`images.hf`), tar shards of object stores (`images.shard_files`), and
             decoded pixels (`decoding.pixel_file`).
@@ -88,6 +89,7 @@ def prune(rules: PruneRules, *, dry_run: bool) -> Pruned:
     records = list_caches()
     copies = {cache_home() / folder: suffix for folder, suffix in _COPIES.items()}
     found = [path for folder in (cache_home(), *copies) for path in find_leftovers(folder)] if rules.incomplete else []
+    found += idle_stages() if rules.incomplete else []
     candidates = find_candidates(records, rules)
     removed = {candidate.record.path for candidate in candidates if candidate.kept_because is None}
     pruned = Pruned(

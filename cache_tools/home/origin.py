@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import NonNegativeInt, ValidationError
 
 from cache_tools.config import Frozen
-from cache_tools.errors import FormatError, UnsafeFileError
+from cache_tools.errors import FormatError, RecipeError, UnsafeFileError
 from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 
 
@@ -63,6 +63,17 @@ def write_origin(path: Path, record: OriginRecord) -> None:
     """
     file = origin_file(path)
     SafeFolder(file.parent).put(file.name, json.dumps(record.model_dump(mode="json"), indent=2).encode())
+
+
+def budget_is_refused(where: str, reference: object) -> RecipeError:
+    """The error for a stage budget of a cache that is read where it is."""
+    return RecipeError(
+        "a stage budget is for a cache in an object store, whose views come to this disk",
+        where=where,
+        expected="the URL of a cache, such as s3://bucket/caches/my.zarr",
+        found=reference,
+        next_step="leave out --stage-budget: a local cache is read where it is",
+    )
 
 
 def mirrors_of(url: str, home: Path) -> list[tuple[Path, OriginRecord]]:

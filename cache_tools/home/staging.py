@@ -3,7 +3,7 @@
 Opening a URL stages metadata, labels, keys and constants. A view's blocks are staged when the view is first needed,
 each checked against its commit. The mirror is a valid half-built cache at every moment, in the place where the same
 recipe would be built. Processes that stage into one mirror at the same time claim blocks as builders do, so that each
-block is staged once.
+block is staged once. With a budget, views are staged in a folder of their own, and dropped again (`home.stage`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +24,20 @@ import numpy.typing as npt
 from cache_tools.console import Progress, print_line, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
 from cache_tools.files import PARTIAL, SafeFolder, remove_leftover, rename_unless_exists, sync_folder
+from cache_tools.format import commits
+from cache_tools.format.arrays import target_arrays
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.rolling import Rolling
 from cache_tools.home.origin import OriginRecord, mirrors_of, read_origin, write_origin
 from cache_tools.home.registry import cache_home, cache_path, is_cache, read_complete_views
+from cache_tools.home.stage import Stage, stage_path
 from cache_tools.places import LocalPlace, Place, open_place
 from cache_tools.places.claims import Claims, growing
 from cache_tools.places.metadata import check_same, copy_metadata, manifest_at, refresh_test_split
+from cache_tools.places.rolling import files_of_views
 from cache_tools.places.transfer import copy_blocks, list_committed
-from cache_tools.store.blocks import LocalBlocks
+from cache_tools.store.blocks import LocalBlocks, read_commits
 from cache_tools.store.group import read_manifest
 from cache_tools.system import named
 
@@ -42,12 +48,16 @@ OFFLINE_VARIABLE = "TEACHER_CACHE_OFFLINE"
 PATIENCE_S = 10.0
 
 
-def connect(url: str) -> Origin:
+def connect(url: str, stage_budget: int | None = None) -> Origin:
     """Open the cache at a URL: stage what every reader needs of it.
 
     If the store does not answer, or TEACHER_CACHE_OFFLINE is set, an existing mirror is used alone.
 
+    Args:
+        stage_budget: bytes that staged files may take; then views come to a stage instead of the mirror.
+
     Raises:
+        RecipeError: a budget that has no room for two views.
         NotFoundError: no cache at the URL, or a folder of caches.
         FormatError: something that is not a cache, or a damaged cache.
         MismatchError: the cache home has the same cache, but half-built and in blocks of another size.
@@ -84,12 +94,29 @@ def connect(url: str) -> Origin:
             with suppress(OSError):  # a read-only home: only opening the URL while offline will fail
                 write_origin(mirror, nothing_to_stage)
         return Origin(mirror, nothing_to_stage)
+    if stage_budget is not None:
+        return _open_stage(place, manifest, record, stage_budget)
     sizes = [*stage_metadata(place, mirror, manifest), *_follow_test_split(mirror, manifest)]
     before = read_origin(mirror)
     if before is None or before.model_copy(update={"complete": False}) != record:
         _write_record(mirror, record)
     origin = Origin(mirror, read_origin(mirror) or record, checked=True)
     origin.bytes = sum(sizes)
+    return origin
+
+
+def _open_stage(place: Place, manifest: Manifest, record: OriginRecord, budget: int) -> Origin:
+    """The cache with a stage in place of a mirror."""
+    stage = Stage(stage_path(manifest.name, manifest.fingerprint), budget)
+    try:
+        with stage.locked():
+            sizes = [*stage_metadata(place, stage.path, manifest), *_follow_test_split(stage.path, manifest)]
+        origin = Origin(stage.path, record, checked=True, stage=stage)
+        origin.bytes = sum(sizes)
+        stage.open(manifest, partial(origin.view_bytes, manifest), partial(origin.stage, manifest))
+    except BaseException:
+        stage.close()
+        raise
     return origin
 
 
@@ -106,14 +133,24 @@ class Origin:
     Args:
         checked: whether the cache in the store is known to be the one of the mirror.
         ask_store: whether to ask the store which blocks it has; False if it just failed to answer.
+        stage: that takes the place of a mirror, and drops views again.
 
     Attributes:
         mirror: folder of the mirror.
         bytes: staged by this process so far, metadata included.
     """
 
-    def __init__(self, mirror: Path, record: OriginRecord, *, checked: bool = False, ask_store: bool = True) -> None:
-        self.mirror, self.bytes = mirror, 0
+    def __init__(
+        self,
+        mirror: Path,
+        record: OriginRecord,
+        *,
+        checked: bool = False,
+        ask_store: bool = True,
+        stage: Stage | None = None,
+    ) -> None:
+        self.mirror, self.bytes, self.budgeted = mirror, 0, stage
+        self._view_bytes: dict[int, int] = {}
         self._record, self._checked = record, checked
         self._is_named = named.is_named("stores", record.url)
         self._ask_store = ask_store and self._is_named and not is_offline()
@@ -159,6 +196,18 @@ class Origin:
                 table[view, block] = True
         return table
 
+    def view_bytes(self, manifest: Manifest, view: int) -> int:
+        """The bytes of a view in the store, from a list of its files; asks again until the view is complete."""
+        if view not in self._view_bytes:
+            complete = np.flatnonzero(self.committed(manifest).all(axis=1)).tolist()
+            found: dict[int, int] = {}
+            for name in (commits.COMMITS, *(spec.name for spec in target_arrays(manifest.recipe, manifest.block_rows))):
+                for each, entry in files_of_views(self._place(None), name):
+                    found[each] = found.get(each, 0) + entry.size
+            self._view_bytes = {each: found.get(each, 0) for each in complete}
+            return found.get(view, 0)
+        return self._view_bytes[view]
+
     def stage(self, manifest: Manifest, view: int) -> None:
         """Copy the blocks of a view that the store has and the mirror lacks. Waits for others who stage it now.
 
@@ -186,13 +235,19 @@ class Origin:
             Progress(title, len(wanted), "blocks", done=len(staged), summary=True) as progress,
         ):
             copied_bytes = 0
-            claimed = claims.share(missing, list_staged, is_staged)
+            claimed = self._until_stopped(claims.share(missing, list_staged, is_staged))
             for block, sizes in copy_blocks(source, target, manifest, claimed):
                 claims.release(block)
                 copied_bytes += sum(sizes)
                 progress.advance(1, f"{copied_bytes / 1e6:,.1f} MB")
             progress.advance(len(wanted) - progress.done)  # blocks that others staged meanwhile
         self.bytes += copied_bytes
+
+    def _until_stopped(self, blocks: Iterator[BlockId]) -> Iterator[BlockId]:
+        for block in blocks:
+            if self.budgeted is not None and self.budgeted.is_stopped:
+                raise CancelledError
+            yield block
 
     def _require_store(self, what: str) -> None:
         """Raise StorageError, which begins with what is wrong, if the store may not be asked."""
@@ -232,7 +287,8 @@ class Origin:
         views, blocks = self._record.views, manifest.num_blocks
         if sum(each.view < views and each.block < blocks for each in self._in_store) == views * blocks:
             self._record = self._record.model_copy(update={"complete": True})
-            _write_record(self.mirror, self._record)
+            if self.budgeted is None:
+                _write_record(self.mirror, self._record)
 
 
 class StagedBlocks(LocalBlocks):
@@ -250,11 +306,21 @@ class StagedBlocks(LocalBlocks):
     def rolling(self) -> Rolling | None:
         return None if self._manifest.rolling is None else manifest_at(self._origin.place(PATIENCE_S)).rolling
 
+    def hold(self, views: Sequence[int]) -> None:
+        if (stage := self._origin.budgeted) is not None:
+            wanted = [view for view in views if 0 <= view < self._manifest.num_views]
+            if stage.use(wanted):
+                self.digests = read_commits(self._table, self._origin.mirror, self._manifest)
+
+    def release(self, view: int) -> None:
+        if self._origin.budgeted is not None:
+            self._origin.budgeted.release(view)
+
     def _missing(self, view: int, blocks: range) -> list[int]:
         """Blocks that neither the mirror nor the store has. If there are none, stages the view."""
         missing = super()._missing(view, blocks)
-        if not missing:
-            return []
+        if not missing or self._origin.budgeted is not None:
+            return missing
         in_store = self._origin.committed(self._manifest)[view]
         if not in_store[missing].all():
             return [block for block in missing if not in_store[block]]

@@ -39,6 +39,7 @@ FIRST_POLL_S, POLL_S = 0.05, 1.0
 # No cache has this many views, so these claims are on no block, and are not removed with claims on committed blocks.
 GROW = BlockId(1 << 31, 1)  # held while a builder creates or grows a cache
 _IN_USE_VIEW = (1 << 31) + 1
+_MARKED_VIEWS = 1 << 32  # marks on views follow: view 3 is this plus 3
 
 _CLAIM_NAME = re.compile(r"([0-9]+)\.([0-9]+)\.([0-9]+)")
 _MAX_CLAIM_BYTES = 1 << 16
@@ -161,9 +162,26 @@ class Claims:
         """Wait for something else than a claim. Returns whether this builder gives up meanwhile."""
         return self._stop.wait(seconds)
 
-    def prevent_pruning(self) -> None:
+    def prevent_pruning(self) -> BlockId:
         """Mark the cache as in use without claiming a block. Any number of builders may do so at once."""
-        self._create_claim(BlockId(_IN_USE_VIEW, uuid.uuid4().int), 0)
+        mark = BlockId(_IN_USE_VIEW, uuid.uuid4().int)
+        self._create_claim(mark, 0)
+        return mark
+
+    def mark_view(self, view: int) -> BlockId:
+        """Mark a view as in use without claiming its blocks. Any number of processes may do so; `release` ends it."""
+        mark = BlockId(_MARKED_VIEWS + view, uuid.uuid4().int)
+        self._create_claim(mark, 0)
+        return mark
+
+    def marks(self) -> dict[BlockId, int]:
+        """The living marks on views, and of whole caches with −1 for the view; those of this process included."""
+        found = {}
+        for claim in all_claims(self._place):
+            view = -1 if claim.block.view == _IN_USE_VIEW else claim.block.view - _MARKED_VIEWS
+            if view >= -1 and not self._is_void(claim):
+                found[claim.block] = view
+        return found
 
     @contextmanager
     def holding(self, block: BlockId) -> Iterator[None]:

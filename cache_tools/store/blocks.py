@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,12 @@ class LocalBlocks:
         if not self.digests.all():
             self.digests = read_commits(self._table, self._path, self._manifest)
         return commits.committed_blocks(self.digests)
+
+    def hold(self, views: Sequence[int]) -> None:
+        """Have these views here until `hold` of others or `release`; views of a local cache are here anyway."""
+
+    def release(self, view: int) -> None:
+        """This view need not be here any more."""
 
     def require(self, view: int, blocks: range) -> None:
         """Make sure that these blocks of a view can be read.

@@ -22,10 +22,19 @@ BUILD = ["--views", "--seed", "--teacher-weight", "--batch-size", "--store", "--
 TRAIN = [
     "--epochs", "--batch-size", "--accumulate", "--lr", "--clip-grad-norm", "--label-smoothing", "--class-weights",
     "--views", "--teacher-weight", "--clip-scale", "--label-fraction", "--checkpoint-every-minutes", "--precision",
-    "--seed", "--log", "--device-memory", "--host-memory", "--pixel-disk", "--shuffle-window",
+    "--seed", "--log", "--device-memory", "--host-memory", "--pixel-disk", "--shuffle-window", "--stage-budget",
     "--compile",
 ]  # fmt: skip
-SWEEP = ["--epochs", "--seeds", "--name", "--checkpoint-every-minutes", "--pixel-disk", "--shuffle-window", "--compile"]
+SWEEP = [
+    "--epochs",
+    "--seeds",
+    "--name",
+    "--checkpoint-every-minutes",
+    "--pixel-disk",
+    "--shuffle-window",
+    "--compile",
+    "--stage-budget",
+]
 EVALUATE = ["--batch-size", "--robustness-samples", "--workers", "--precision", "--checkpoint"]
 EXPORT = ["--samples", "--tolerance", "--format", "--weights", "--input", "--batch-size"]
 CASES = [

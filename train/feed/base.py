@@ -20,7 +20,7 @@ from cache_tools.images.image_set import ImageSet
 from cache_tools.system.devices import copy_to
 from cache_tools.system.ranks import ALONE, Rank
 from cache_tools.views.recipe import Drawn, ViewRecipe
-from train.feed.batch import Batch, MixedLabels, TargetSource
+from train.feed.batch import Batch, MixedLabels, PreparingSource, TargetSource
 from train.feed.windows import EpochTargets, TargetReader, Window, blocks_of, permutation
 from train.labelled import PartialLabels
 
@@ -143,6 +143,9 @@ class Feed(ABC):
             targets = source.batch(start, stop, samples[start:stop], pixels)
             both = None if mixed is None else MixedLabels(*(column[start:stop] for column in mixed))
             sizes = None if rank.is_alone else rank.sizes(bound[1] - bound[0])
+            if following is not None and isinstance(self.targets, PreparingSource):
+                self.targets.prepare(following.view)
+                following = None
             yield Batch(pixels, labels[start:stop], rows, targets, real, bound[0], epoch_labels, both, sizes)
 
     def close(self) -> None:

@@ -112,6 +112,14 @@ class WaitingSource(Protocol):
 
 
 @runtime_checkable
+class PreparingSource(Protocol):
+    """Targets that can be brought nearer before they are read."""
+
+    def prepare(self, view: int) -> None:
+        """A view is needed next. Returns at once."""
+
+
+@runtime_checkable
 class RowSource(Protocol):
     """Targets of which a rank can take the rows of its own samples alone."""
 

@@ -90,6 +90,8 @@ class CachedTargets:
     Args:
         sparse_temperature: gives sparse targets as stored, for a loss at this temperature; None for dense logits.
         follower: waits for views that are not built yet; None if all are.
+
+    `close` closes the cache.
     """
 
     def __init__(
@@ -105,6 +107,8 @@ class CachedTargets:
         follower: Follower | None = None,
     ) -> None:
         self._follower = follower
+        if cache.stage is not None:
+            cache.stage.resume()  # after another feed on the same cache
         self._cache, self._device, self._logits, self._features = cache, device, logits, features
         self._components, self._fusion, self.sparse_temperature = components, fusion, sparse_temperature
 
@@ -164,7 +168,11 @@ class CachedTargets:
         everything = torch.arange(len(targets), device=targets.device)
         return self._with_choices(targets).batch(everything, torch.empty(0))
 
+    def prepare(self, view: int) -> None:
+        self._cache.prepare_view(view)
+
     def stop_waiting(self) -> None:
+        self._cache.stop_waiting()
         if self._follower is not None:
             self._follower.stop()
 
@@ -188,4 +196,4 @@ class CachedTargets:
         return CachedView(targets, self._logits, self._features, self._components, self.sparse_temperature)
 
     def close(self) -> None:
-        pass
+        self._cache.close()

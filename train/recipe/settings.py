@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from cache_tools.config import CHANGES, FIELDS, Changes, Extensible
-from cache_tools.config.fields import MAX_COUNT, Count, Name, PlacePath, Positive, Seed, ViewCount
+from cache_tools.config.fields import MAX_COUNT, Count, Name, NumBytes, PlacePath, Positive, Seed, ViewCount
 from cache_tools.console import resolve_device
 from cache_tools.errors import MismatchError, RecipeError
 from cache_tools.format.manifest import Manifest
 from cache_tools.format.recipe import Precision, with_canvas
+from cache_tools.home.origin import budget_is_refused
 from cache_tools.images.recipe import FREE_KEYS, DatasetRecipe, changed_dataset
+from cache_tools.places import is_remote
 from cache_tools.refusion import FusionChoice
 from cache_tools.system.arguments import expand_user
 from cache_tools.views.recipe import ViewRecipe
@@ -31,7 +33,7 @@ Compile = Literal["auto", "off", "model", "step"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 _NO_EFFECT_ON_RESULT = {
     *("name", "data_dir", "download", "compare_with_labels", "loggers", "device", "out"),
-    *("checkpoint_every_minutes", "max_minutes", "pixels", "compile", "follow", "sync_batchnorm"),
+    *("checkpoint_every_minutes", "max_minutes", "pixels", "compile", "follow", "sync_batchnorm", "stage_budget"),
 }
 
 
@@ -84,12 +86,14 @@ class TrainRecipe(Extensible):
         pixels: where the pixels of the training images are kept. The result does not depend on it.
         follow: train from a cache that is still being built: each epoch waits for its view. The result does not depend
             on it.
+        stage_budget: of a cache in an object store: bytes of the disk of this machine that its views may take. Each
+            view is staged shortly before its epoch, and dropped when the room is needed. None keeps all views.
     """
 
     added = frozenset(
         {
             *("student_weights", "student_weights_key", "checkpoint_every_minutes", "evaluation", "pixels"),
-            *("shuffle_window", "compile", "follow", "sync_batchnorm", "max_minutes"),
+            *("shuffle_window", "compile", "follow", "sync_batchnorm", "max_minutes", "stage_budget"),
         }
     )
 
@@ -130,6 +134,7 @@ class TrainRecipe(Extensible):
     deterministic: bool = False
     compile: Compile = "auto"
     follow: bool = False
+    stage_budget: NumBytes | None = None
     sync_batchnorm: bool = False
     compare_with_labels: bool = False
     loggers: tuple[LoggerName, ...] | None = None
@@ -194,6 +199,19 @@ class TrainRecipe(Extensible):
                 next_step="wait for the build, or use all labels",
             )
 
+    def _check_stage(self) -> None:
+        where = f"stage_budget: {self.stage_budget}"
+        if not self.loss.needs_targets:
+            raise RecipeError("a run on labels alone stages no targets", where=where, next_step="leave it out")
+        if self.cache is not None and not is_remote(self.cache):
+            raise budget_is_refused(where, self.cache)
+        if self.follow:
+            raise RecipeError(
+                "a run that follows a build keeps the views that it has read",
+                where=f"follow, {where}",
+                next_step="leave out one of them; --keep-views of the build limits the views in the store",
+            )
+
     @model_validator(mode="after")
     def _has_something_to_learn_from(self) -> TrainRecipe:
         if self.loss.needs_targets and self.cache is None:
@@ -211,6 +229,8 @@ class TrainRecipe(Extensible):
             )
         if self.follow:
             self._check_follows()
+        if self.stage_budget is not None:
+            self._check_stage()
         if self.epochs > MAX_COUNT * self.label_fraction:
             raise RecipeError(
                 "so small a part of the labels needs too many epochs on labels alone",
@@ -333,6 +353,7 @@ class TrainRecipe(Extensible):
             "compare_with_labels": False,
             "shuffle_window": None,
             "follow": False,
+            "stage_budget": None,
         }
         return self.model_copy(update=changes)
 

@@ -15,6 +15,7 @@ import torch
 from cache_tools.config import dump_yaml
 from cache_tools.console import OUT_OF_TIME, Progress, Stopped, StopRequest, print_line, resolve_device
 from cache_tools.errors import RecipeError, StorageError
+from cache_tools.home.registry import cache_path
 from cache_tools.reader import TeacherCache
 from cache_tools.system.joined import Joined, failing_together, joined_ranks
 from cache_tools.system.memory import drop_tracebacks
@@ -56,6 +57,12 @@ def train_student(recipe: TrainRecipe, *, overwrite: bool = False, pictures: boo
     Raises:
         CacheError: a problem with recipe, device, cache, images, storage, divergence or memory.
     """
+    if pictures and recipe.stage_budget is not None:
+        raise RecipeError(
+            "pictures need whole views after the training, which would take more than the budget",
+            where="--pictures, --stage-budget",
+            next_step="leave out one of them, or make the page later with report-students --pictures URL",
+        )
     if pictures and recipe.cache is None:
         raise RecipeError(
             "there is no cache whose samples could be shown",
@@ -81,6 +88,8 @@ def _train_student(recipe: TrainRecipe, device: torch.device, ranks: Joined | No
         recipe = with_cached_images(recipe)
         trackers.choose_trackers(recipe)  # fail on a missing package before the data are opened
         data = open_data(recipe, device)
+    if data.cache is not None and (ranks is None or ranks.rank.is_first):
+        print_stage(data.cache)
     try:
         if ranks is not None:
             check_same_run(recipe.values() | {"cache": data.identity()}, ranks)
@@ -335,6 +344,12 @@ def print_served(feed: Feed) -> None:
         print_line(feed.served, file=sys.stderr)
 
 
+def print_stage(cache: TeacherCache) -> None:
+    """Print what a stage budget does, on standard error; nothing without one."""
+    if cache.stage is not None:
+        print_line(str(cache.stage), file=sys.stderr)
+
+
 def run_device(recipe: TrainRecipe) -> torch.device:
     """The device of a run.
 
@@ -394,7 +409,10 @@ def _stop_if_asked(ranks: Joined | None, request: StopRequest | None) -> None:
 def _describe_cache(cache: TeacherCache) -> dict[str, Any]:
     """The location of the cache of a run: `path` and, for a remote cache, `url`; `path` is then its local mirror."""
     url = None if cache.origin is None else cache.origin.url
-    return {"path": str(cache.path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
+    path = cache.path
+    if cache.stage is not None:  # it is removed at the end: readers find the mirror, or ask the store
+        path = cache_path(cache.manifest.name, cache.manifest.fingerprint)
+    return {"path": str(path.absolute()), "url": url, "manifest": cache.manifest.model_dump(mode="json")}
 
 
 def _value_or_error(run: Run, work: Callable[[], Value], alone: bool) -> Value | Exception:

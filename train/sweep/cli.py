@@ -26,6 +26,7 @@ from train.options import (
     RayAddress,
     RayGpus,
     ShuffleWindow,
+    StageBudget,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def sweep_students(
     ray_address: RayAddress = None,
     ray_gpus: RayGpus = None,
     shuffle_window: ShuffleWindow = None,
+    stage_budget: StageBudget = None,
     checkpoint_every_minutes: CheckpointEvery = None,
     compile_mode: Compile = None,
     device_memory: DeviceMemory = None,
@@ -132,6 +134,7 @@ def sweep_students(
         "cache": cache,
         "epochs": epochs,
         "shuffle_window": shuffle_window,
+        "stage_budget": stage_budget,
         "checkpoint_every_minutes": checkpoint_every_minutes,
         "compile": compile_mode,
         "pixels.device_memory": device_memory,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from train.data import cache_identity
 from train.initial import check_names
 from train.report.html import write_report
 from train.report.trials import save_table
-from train.run import run_device
+from train.run import print_stage, run_device
 from train.runs import trackers
 from train.runs.folder import FAILED, REPORT, differences, is_worth_keeping, remove_run, stored_identity
 from train.runs.outcome import is_settled
@@ -208,7 +209,20 @@ def _train(trials: Sequence[Trial], compared: Sequence[Trial], sweep: SweepRecip
     unsettled = [trial for trial in trials if not is_settled(trial.folder)]
     if unsettled:
         halving = None if sweep.asha is None else Halving.of_trials(compared, sweep.asha)
-        train(batch_streams(unsettled), halving)
+        with _stages_kept(unsettled):
+            train(batch_streams(unsettled), halving)
+
+
+@contextmanager
+def _stages_kept(trials: Sequence[Trial]) -> Iterator[None]:
+    """Keep staged views from one trial to the next: the last process that uses a stage removes it."""
+    budgets = {trial.recipe.cache: trial.recipe.stage_budget for trial in trials if trial.recipe.stage_budget}
+    with ExitStack() as stack:
+        for cache, budget in budgets.items():
+            assert cache is not None, "a recipe with a stage budget has a cache"
+            opened = stack.enter_context(closing(TeacherCache.open(cache, stage_budget=budget)))
+            print_stage(opened)
+        yield
 
 
 def _other_runs(trials: Sequence[Trial]) -> list[tuple[Trial, list[str]]]:

@@ -84,13 +84,17 @@ def train_stream(
             next_step="leave it out, or train one student",
         )
     pixels = memory_shares(trials[0].recipe.pixels, device, *workers)
-    opened = [(trial, open_data(trial.recipe, device, open_split)) for trial in trials]
-    lead = next((data for _, data in opened if data.cache is not None), opened[0][1])
-    together = [one for one in opened if _has_same_images(one[1], lead)]
-    apart = [one for one in opened if not _has_same_images(one[1], lead)]
-    _train(together, lead, device, halving, pixels)
-    for trial, data in apart:  # on labels alone, with a dataset in another order than the cache
-        _train([(trial, data)], data, device, halving, pixels)
+    with ExitStack() as stack:
+        opened = []
+        for trial in trials:
+            opened.append((trial, open_data(trial.recipe, device, open_split)))
+            stack.callback(opened[-1][1].targets.close)
+        lead = next((data for _, data in opened if data.cache is not None), opened[0][1])
+        together = [one for one in opened if _has_same_images(one[1], lead)]
+        apart = [one for one in opened if not _has_same_images(one[1], lead)]
+        _train(together, lead, device, halving, pixels)
+        for trial, data in apart:  # on labels alone, with a dataset in another order than the cache
+            _train([(trial, data)], data, device, halving, pixels)
 
 
 def image_opener() -> Opener:
