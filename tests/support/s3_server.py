@@ -24,12 +24,14 @@ def s3_server(address: str = "127.0.0.1", port: int = 0) -> Iterator[dict[str, s
     pytest.importorskip("moto")
     if not has_loopback():
         pytest.skip("needs the loopback interface")
+    from moto.moto_server.werkzeug_app import create_backend_app
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address=address, port=port, verbose=False)
     server.start()
     assert server._server is not None
-    server._server.app = _AtomicCreation(server._server.app)
+    # S3 alone: moto's dispatcher looks for the service in 170 folders, which takes as long as the request.
+    server._server.app = _AtomicCreation(create_backend_app("s3"))
     host, port = server.get_host_and_port()
     try:
         yield {
