@@ -28,6 +28,7 @@ from cache_tools.store.writer import CacheWriter
 from cache_tools.targets import ComponentView
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.fusion_by_hand import fused_by_hand
+from tests.support.turns import turns
 
 IMAGES = tiny_images()
 MANIFEST = tiny_manifest(IMAGES)
@@ -382,14 +383,14 @@ def test_damage_is_found_and_named(tmp_path: Path, file: str, kind: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.medium
+@pytest.mark.turns
 @pytest.mark.parametrize("array", ["fused_logits", "commits", "labels"])
 def test_a_flipped_bit_in_metadata_is_an_error_or_changes_nothing(tmp_path: Path, array: str) -> None:
     targets = build(tmp_path / "c", MANIFEST, IMAGES)
     file = tmp_path / "c" / array / "zarr.json"
     data = file.read_bytes()
     found = 0
-    for position in range(0, len(data), 5):
+    for position in range(0, len(data), turns(15, 5)):
         file.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 7]) + data[position + 1 :])
         try:
             cache = TeacherCache.open(tmp_path / "c")
@@ -397,7 +398,7 @@ def test_a_flipped_bit_in_metadata_is_an_error_or_changes_nothing(tmp_path: Path
             np.testing.assert_array_equal(cache.labels, IMAGES.labels)
         except CacheError:
             found += 1
-    assert found > 20
+    assert found > turns(6, 20)
 
 
 def test_swapped_chunks_are_found(tmp_path: Path) -> None:

@@ -178,10 +178,20 @@ def write(writer: CacheWriter, targets: dict[str, np.ndarray], blocks: Iterable[
 
 
 def build(path: Path, manifest: Manifest, images: ArrayImages) -> dict[str, np.ndarray]:
-    """A complete cache; gives what was written."""
+    """A complete cache; gives what was written. A process writes each cache once, and copies its files after that."""
     targets = tiny_targets(manifest)
-    write(create(path, manifest, images), targets)
+    recipe = (manifest.model_dump_json(), images.keys.tobytes(), images.labels.tobytes())
+    if path.exists() or recipe not in _built:
+        write(create(path, manifest, images), targets)
+        _built[recipe] = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        return targets
+    for name, content in _built[recipe].items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
     return targets
+
+
+_built: dict[tuple[str, bytes, bytes], dict[str, bytes]] = {}  # the files of caches, by what they are made from
 
 
 def write_leaning(path: Path, manifest: Manifest, images: ArrayImages) -> TeacherCache:

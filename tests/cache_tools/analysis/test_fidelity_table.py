@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,19 @@ def tables(caches: dict[str, TeacherCache]) -> dict[str, CostTable]:
 
 
 @pytest.fixture(scope="module")
-def recoded(caches: dict[str, TeacherCache], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, TeacherCache]:
-    folder, found = tmp_path_factory.mktemp("recoded"), {}
-    for number, (store, spec) in enumerate(CASES):
-        cache = caches[store]
-        recode(cache, codecs_for(spec, cache.recipe), "other", folder / str(number))
-        found[store, spec] = TeacherCache.open(folder / str(number))
-    return found
+def recoded(
+    caches: dict[str, TeacherCache], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], TeacherCache]:
+    """The cache of a store in other codecs, made when a test first asks for it."""
+    folder = tmp_path_factory.mktemp("recoded")
+
+    @functools.cache
+    def make(store: str, spec: str) -> TeacherCache:
+        out = folder / str(CASES.index((store, spec)))
+        recode(caches[store], codecs_for(spec, caches[store].recipe), "other", out)
+        return TeacherCache.open(out)
+
+    return make
 
 
 def cost_of(table: CostTable, spec: str) -> CodecCost:
@@ -92,9 +100,9 @@ def relative(decoded: np.ndarray, truth: np.ndarray) -> float:
 @pytest.mark.medium
 @pytest.mark.parametrize(("store", "spec"), some(CASES, 5))
 def test_bytes_equal_the_size_of_the_files(
-    tables: dict[str, CostTable], recoded: dict[Any, TeacherCache], store: str, spec: str
+    tables: dict[str, CostTable], recoded: Callable[[str, str], TeacherCache], store: str, spec: str
 ) -> None:
-    cost, cache = cost_of(tables[store], spec), recoded[store, spec]
+    cost, cache = cost_of(tables[store], spec), recoded(store, spec)
     assert cost.bytes is not None
     assert cost.bytes * 75 == pytest.approx(chunk_bytes(cache, 1), abs=1e-6)
     assert cost.targets.keys() == cache.targets.keys()
@@ -133,13 +141,13 @@ def test_rows_of_a_larger_cache_cost_about_as_much(caches: dict[str, TeacherCach
 def test_errors_against_a_slow_reference(
     caches: dict[str, TeacherCache],
     tables: dict[str, CostTable],
-    recoded: dict[Any, TeacherCache],
+    recoded: Callable[[str, str], TeacherCache],
     store: str,
     spec: str,
 ) -> None:
     """Compares the targets that both caches give to training, with softmax and norms in float64."""
     cost = cost_of(tables[store], spec)
-    before, after = (cache.load_view(1) for cache in (caches[store], recoded[store, spec]))
+    before, after = (cache.load_view(1) for cache in (caches[store], recoded(store, spec)))
     truth, decoded = (view.logits(slice(None)).numpy() for view in (before, after))
     students = Bench(BlockReader(caches[store]), 1, 75, TEMPERATURES).students
     dense = cost.g_even_tail or cost.g
@@ -163,12 +171,12 @@ def test_errors_against_a_slow_reference(
 def test_errors_of_each_stored_target(
     caches: dict[str, TeacherCache],
     tables: dict[str, CostTable],
-    recoded: dict[Any, TeacherCache],
+    recoded: Callable[[str, str], TeacherCache],
     store: str,
     spec: str,
 ) -> None:
     for name, target in cost_of(tables[store], spec).targets.items():
-        decoded, truth = (cache.read_array(name, 1) for cache in (recoded[store, spec], caches[store]))
+        decoded, truth = (cache.read_array(name, 1) for cache in (recoded(store, spec), caches[store]))
         if "logits" in name:
             decoded, truth = (rows - rows.mean(axis=1, keepdims=True) for rows in (decoded, truth))
         assert target.error == pytest.approx(relative(decoded, truth), rel=1e-3, abs=1e-6)
@@ -177,13 +185,16 @@ def test_errors_of_each_stored_target(
 
 @pytest.mark.parametrize("spec", ["top-k:max_classes=3", "top-k"])
 def test_top_k_is_measured_with_its_own_loss(
-    caches: dict[str, TeacherCache], tables: dict[str, CostTable], recoded: dict[Any, TeacherCache], spec: str
+    caches: dict[str, TeacherCache],
+    tables: dict[str, CostTable],
+    recoded: Callable[[str, str], TeacherCache],
+    spec: str,
 ) -> None:
     """The gradient of `train.losses.tail.kd_tail` by autograd against that of KD on the cache's logits."""
     cost = cost_of(tables["fused"], spec)
     assert cost.g.keys() == {f"{stage}@1" for stage in STAGES}, "the codec's temperature alone"
     truth = caches["fused"].load_view(1).logits(slice(None))
-    sparse = recoded["fused", spec].load_view(1).sparse_logits(slice(None), 1.0)
+    sparse = recoded("fused", spec).load_view(1).sparse_logits(slice(None), 1.0)
     for stage, student in Bench(BlockReader(caches["fused"]), 1, 75, TEMPERATURES).students.items():
         student = student.clone().requires_grad_()
         (found,) = torch.autograd.grad(kd_tail(student, *sparse, 1.0), student)
@@ -198,7 +209,7 @@ def test_top_k_is_measured_with_its_own_loss(
 
 
 def test_bias_and_noise_are_told_apart(
-    caches: dict[str, TeacherCache], tables: dict[str, CostTable], recoded: dict[Any, TeacherCache]
+    caches: dict[str, TeacherCache], tables: dict[str, CostTable], recoded: Callable[[str, str], TeacherCache]
 ) -> None:
     """Against stored caches of several seeds, with the gradients of `kd_tail` by autograd."""
     top_k, sampled = cost_of(tables["fused"], "top-k"), cost_of(tables["fused"], SAMPLED)
@@ -208,7 +219,7 @@ def test_bias_and_noise_are_told_apart(
     assert sampled.captured_mass is None
     assert sampled.g.keys() == sampled.g_noise.keys() == {f"{stage}@3" for stage in STAGES}
     truth = caches["fused"].load_view(1).logits(slice(None))
-    sparse = recoded["fused", SAMPLED].load_view(1).sparse_logits(slice(None), 3.0)
+    sparse = recoded("fused", SAMPLED).load_view(1).sparse_logits(slice(None), 3.0)
     for stage, student in Bench(BlockReader(caches["fused"]), 1, 75, TEMPERATURES).students.items():
         student = student.clone().requires_grad_()
         (found,) = torch.autograd.grad(kd_tail(student, *sparse, 3.0), student)

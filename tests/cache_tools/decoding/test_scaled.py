@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,19 @@ def test_the_size_is_that_of_the_header_divided(images: FolderImages) -> None:
     assert scales == expected
 
 
+@pytest.fixture(scope="module")
+def service() -> Iterator[DecodeService]:
+    """One process that decodes pictures."""
+    made = DecodeService(1)
+    yield made
+    made.close()
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("sizes", [{}, {"student": 16, "clip": 40}])
-def test_pixels_are_the_same_whoever_decodes(images: FolderImages, sizes: dict[str, int]) -> None:
+def test_pixels_are_the_same_whoever_decodes(
+    images: FolderImages, service: DecodeService, sizes: dict[str, int]
+) -> None:
     """Threads, processes, memory and a pixel file; and each network's crop is of one decoding."""
     views = recipe(sizes=sizes)
     rows = np.arange(len(images))
@@ -128,16 +139,12 @@ def test_pixels_are_the_same_whoever_decodes(images: FolderImages, sizes: dict[s
     assert find_packed(images, canvases=False) is None, "the file has not the whole pictures"
     in_memory = pack_in_memory(scaled)
     assert in_memory is not None
-    service = DecodeService(1)
-    try:
-        sources = [(images, None), (images, service), (scaled, service), (in_memory, None), (packed, None)]
-        for source, by in [*sources, (packed, service)]:
-            found = start_loading(by, source, rows, rows, wanted, pin=False)()
-            assert all(map(torch.equal, found, expected))
-        full = start_loading(service, packed, rows, rows, [(recipe(decoding="full"), 1)], pin=False)()
-        assert torch.equal(full[0], whole), "a file of smaller pictures is not used for whole ones"
-    finally:
-        service.close()
+    sources = [(images, None), (images, service), (scaled, service), (in_memory, None), (packed, None)]
+    for source, by in [*sources, (packed, service)]:
+        found = start_loading(by, source, rows, rows, wanted, pin=False)()
+        assert all(map(torch.equal, found, expected))
+    full = start_loading(service, packed, rows, rows, [(recipe(decoding="full"), 1)], pin=False)()
+    assert torch.equal(full[0], whole), "a file of smaller pictures is not used for whole ones"
     tier = choose_tier(images, views, torch.device("cpu"), PixelRecipe(host_memory=0, disk=10**8))
     assert tier.name == "disk"
 

@@ -17,6 +17,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.s3_server import new_bucket
+from tests.support.turns import turns
 
 pytestmark = pytest.mark.medium
 
@@ -146,10 +147,11 @@ def test_a_copy_of_some_views_is_a_half_built_cache(cache: Path, place: Place, t
     same_targets(cache, tmp_path / "back")
 
 
+@pytest.mark.turns
 def test_a_copy_interrupted_at_any_file_can_be_continued(cache: Path, tmp_path: Path) -> None:
     """The target fails after n files, for many n: it is no cache or a valid half, and the next copy completes it."""
     total = len(list(LocalPlace(cache).entries()))
-    for limit in range(0, total, 3):
+    for limit in range(0, total, turns(9, 3)):
         path = tmp_path / f"cut-{limit}"
         with pytest.raises(StorageError, match="cut"):
             copy_cache(LocalPlace(cache), Cut(path, limit))

@@ -15,6 +15,7 @@ from cache_tools.console import OUT_OF_TIME, Stopped, StopRequest, interrupted_b
 from pipeline.build import build_cache
 from tests.support import tiny_build, tiny_run
 from tests.support.tiny_build import arrays_of
+from tests.support.turns import slow
 from train.run import train_student
 
 
@@ -25,10 +26,24 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, look: int) -> None:
     monkeypatch.setattr(StopRequest, "pending", property(lambda self: reason if next(looks) >= look else None))
 
 
+EMA: dict[str, Any] = {"ema_decay": 0.9}
+ACCUMULATE: dict[str, Any] = {"optimiser": {"learning_rate": 0.05, "accumulate": 2}}
+
+
 # Four batches an epoch: three looks inside and one after it.
-@pytest.mark.parametrize("look", [1, 2, 4, 7])
 @pytest.mark.parametrize(
-    "changes", [{"ema_decay": 0.9}, {"optimiser": {"learning_rate": 0.05, "accumulate": 2}}], ids=["ema", "accumulate"]
+    ("changes", "look"),
+    [
+        (EMA, 1),
+        (EMA, 4),
+        (ACCUMULATE, 2),
+        (ACCUMULATE, 7),
+        slow(EMA, 2),
+        slow(EMA, 7),
+        slow(ACCUMULATE, 1),
+        slow(ACCUMULATE, 4),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(value),
 )
 def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(
     cache: Path, tmp_path: Path, look: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
+from tests.support.preloaded import Preloaded, run_main
 from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, meanwhile, processes, suspend_half_way
 from tests.support.s3_server import has_loopback, new_bucket
 from train.sweep.ray.engine import RayEngine
@@ -277,23 +279,23 @@ def test_other_versions_on_a_node_are_an_error(nodes: Cluster, tmp_path: Path, m
         engine([], None)
 
 
+def sweep_without_ray(out: str) -> None:
+    """What `sweep-students --engine ray` does where Ray is not installed."""
+    found = importlib.util.find_spec
+    hide = pytest.MonkeyPatch()  # to the end of the process
+    hide.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name.startswith("ray") else found(name, *more)
+    )
+    run_main("train.sweep.cli", "--engine", "ray", "--out", out)
+
+
 @pytest.mark.medium
 def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
-    code = (
-        "import sys, importlib.util as util\n"
-        "found = util.find_spec\n"
-        "util.find_spec = lambda name, *more: None if name.startswith('ray') else found(name, *more)\n"
-        "from train.sweep.cli import main\n"
-        "sys.argv = ['sweep-students', '--engine', 'ray', '--out', sys.argv[1]]\n"
-        "main()"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "pip install 'teacher-cache[ray]'" in done.stderr
+    process = Preloaded(sweep_without_ray, str(tmp_path / "out"))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert "pip install 'teacher-cache[ray]'" in err
     assert not (tmp_path / "out").exists()
 
 
