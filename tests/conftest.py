@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -30,16 +32,43 @@ if "XDG_STATE_HOME" not in os.environ:
     os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="teacher-cache-state-")
     atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
+# Millions of objects of imported modules live to the end: the garbage collector need not look at them again and again.
+gc.disable()
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from tests.support.preloaded import Preloaded, run_tests  # noqa: E402
+from tests.support.rewriting import rewrite_share  # noqa: E402
 from tests.support.s3_server import environment, s3_server  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # how long an example takes depends on the machine
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    rewrite_share(session.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """From here on garbage is collected as usual, except what the imports have left."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_tokenizer() -> Iterator[None]:
+    """CLIP's vocabulary is read once, if anything that these tests import may read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "open_clip" in sys.modules:
+            from tests.support.shortcuts import share_tokenizer
+
+            share_tokenizer(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
