@@ -141,7 +141,7 @@ def check_metric(metric: str, trials: Sequence[Trial], section: str) -> None:
                 expected="ema_decay",
                 next_step=f"set ema_decay=0.999, or choose another metric ({section}: {{metric: …}} in the sweep file)",
             )
-        dataset = _dataset(trial, manifests)
+        dataset = dataset_of(trial, manifests)
         if dataset.test_split is None:
             raise RecipeError(
                 f"no {metric} without a test split",
@@ -168,7 +168,7 @@ def resume_stopped(trials: Sequence[Trial], asha: Asha | None) -> None:
             remove_file(file)
 
 
-def _dataset(trial: Trial, manifests: dict[str, Manifest]) -> DatasetRecipe:
+def dataset_of(trial: Trial, manifests: dict[str, Manifest]) -> DatasetRecipe:
     """The dataset of a trial; `manifests` keeps those of caches, so that each cache is opened once."""
     recipe = trial.recipe
     if not recipe.loss.needs_targets:

@@ -16,11 +16,15 @@ from pathlib import Path
 import torch
 
 from cache_tools.console import interrupted_by_signals, print_line
-from cache_tools.errors import CacheError, error_from_data, error_to_data
+from cache_tools.errors import CacheError, NotFoundError, error_from_data, error_to_data
+from cache_tools.format.manifest import Manifest
+from cache_tools.images import open_images
+from cache_tools.images.shard_files import is_pattern
+from cache_tools.storage import remote_url
 from cache_tools.system.processes import command_for
 from cache_tools.system.quiet import quiet_libraries
 from train.runs.outcome import Failure, is_settled
-from train.sweep.halving import Halving
+from train.sweep.halving import Halving, dataset_of
 from train.sweep.progress import SweepProgress
 from train.sweep.recipe import Trial
 from train.sweep.streams import image_opener, train_stream
@@ -51,6 +55,7 @@ class ProcessEngine:
         waiting = deque((share, False) for share in divide_streams(streams, self._count))
         running: dict[subprocess.Popen[bytes], tuple[list[Trial], bool]] = {}
         trials = [trial for stream in streams for trial in stream]
+        check_images(trials)
         with SweepProgress(f"sweep, {self._count} processes", trials) as progress:
             try:
                 while waiting or running:
@@ -112,6 +117,19 @@ class ProcessEngine:
             Failure(kind="died", message=f"its process ended with {end}{cause}, twice").save(unsettled[0].folder)
             return []
         return [[trial] for trial in unsettled]
+
+
+def check_images(trials: Sequence[Trial]) -> None:
+    """Fail before a process starts if the folder or file of the images is missing, as opening them would."""
+    manifests: dict[str, Manifest] = {}
+    for trial in trials:
+        try:
+            dataset = dataset_of(trial, manifests).absolute()
+        except NotFoundError:  # its cache is gone by now: the process says so
+            continue
+        place = dataset.data_dir
+        if not (place is None or dataset.download or remote_url(place) or is_pattern(place) or place.exists()):
+            open_images(dataset, dataset.split)
 
 
 def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from cache_tools.errors import CacheError
 from tests.support import tiny_run
 from train.runs.result import load_result
 from train.sweep.recipe import SweepRecipe, make_trials
@@ -44,6 +45,15 @@ def test_warnings_of_libraries_are_not_in_the_log(cache: Path, tmp_path: Path, m
     assert "timm has an error on GPU GPU-7" in log
     assert "a library warns" not in log
     assert "timm warns" not in log
+
+
+def test_missing_images_are_an_error_before_a_process_starts(cache: Path, tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    base = tiny_run.recipe(cache, Path("unused"), epochs=1, data_dir=lost).model_dump(mode="json")
+    trials = make_trials(SweepRecipe(name="tiny", base=base), tmp_path)
+    with pytest.raises(CacheError, match=str(lost)):
+        ProcessEngine(1, tmp_path)([trials], None)
+    assert not (tmp_path / "workers.log").exists()
 
 
 class _Process:
