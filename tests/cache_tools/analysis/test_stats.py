@@ -19,7 +19,6 @@ import polars as pl
 import polars.testing
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cache_tools.analysis.figures import NonTargetConsistency, Stability, entropy, js_divergence, row_chunks
 from cache_tools.analysis.pieces import view_pieces
@@ -101,6 +100,8 @@ def test_accuracy_calibration_and_quadrants(
 
 
 def test_calibration_error_equals_torchmetrics(stats: TeacherStats, cache: TeacherCache, logits: list[Logits]) -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error  # takes seconds
+
     for source in SOURCES:
         p = torch.from_numpy(np.concatenate([view[source] for view in logits])).softmax(dim=1)
         labels = torch.from_numpy(np.tile(cache.labels, VIEWS))

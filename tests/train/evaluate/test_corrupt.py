@@ -21,7 +21,10 @@ from train.evaluate import corrupt
 from train.evaluate.corrupt import corrupt_images, corrupted_copies
 from train.evaluate.corruptions import CORRUPTIONS, SEVERITIES
 
-imagecorruptions = pytest.importorskip("imagecorruptions")
+
+@pytest.fixture(scope="module", autouse=True)
+def imagecorruptions() -> Any:
+    return pytest.importorskip("imagecorruptions")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def nhwc(images: ImageSet, index: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.load(index).transpose(0, 2, 3, 1))
 
 
-def test_the_names_are_the_packages() -> None:
+def test_the_names_are_the_packages(imagecorruptions: Any) -> None:
     assert list(CORRUPTIONS) == imagecorruptions.get_corruption_names()
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from cache_tools.errors import DataError, DivergedError
 from cache_tools.format.recipe import Preprocessing
@@ -53,6 +52,11 @@ def assert_equals_slow(found: Evaluation, logits: Tensor, labels: np.ndarray) ->
 
 
 def assert_equals_torchmetrics(found: Evaluation, logits: Tensor, labels: Tensor) -> None:
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_calibration_error,
+    )  # takes seconds
+
     classes, probabilities = logits.shape[1], logits.softmax(1).clamp_max(1.0)
     assert found.top1 == pytest.approx(float(multiclass_accuracy(logits, labels, classes, average="micro")), rel=1e-6)
     if found.top5 is not None:

@@ -34,8 +34,12 @@ from train.sweep.ray.worker import Share, SourceCache, _train, find_cache
 from train.sweep.recipe import SweepRecipe
 from train.sweep.run import SweepResult, run_sweep
 
-pytest.importorskip("ray.tune", reason="needs Ray (the ray extra)")
 FIGURES = ("trial", "status", "error", "top1", "top5", "nll", "ece", "best_epoch", "epochs_done")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_ray() -> None:
+    pytest.importorskip("ray.tune", reason="needs Ray (the ray extra)")
 
 
 @pytest.fixture(scope="module")
