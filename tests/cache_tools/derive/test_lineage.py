@@ -18,13 +18,18 @@ from tests.support.cache_factory import build, tiny_images, tiny_manifest
 IMAGES = tiny_images()
 
 
-@pytest.fixture
-def chain(tmp_path: Path) -> list[TeacherCache]:
+def make_chain(folder: Path) -> list[TeacherCache]:
     """A component cache, the same recoded, and that fused."""
-    build(tmp_path / "first.zarr", tiny_manifest(IMAGES, store="components"), IMAGES)
-    first = TeacherCache(tmp_path / "first.zarr")
-    second = TeacherCache(recode(first, codecs_for("float32", first.recipe), "second", tmp_path / "second.zarr").path)
-    return [first, second, TeacherCache(fuse(second, FusionChoice(), out=tmp_path / "third.zarr").path)]
+    build(folder / "first.zarr", tiny_manifest(IMAGES, store="components"), IMAGES)
+    first = TeacherCache(folder / "first.zarr")
+    second = TeacherCache(recode(first, codecs_for("float32", first.recipe), "second", folder / "second.zarr").path)
+    return [first, second, TeacherCache(fuse(second, FusionChoice(), out=folder / "third.zarr").path)]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> list[TeacherCache]:
+    """Caches for reading only."""
+    return make_chain(tmp_path_factory.mktemp("chain"))
 
 
 def test_the_nearest_source_comes_first(chain: list[TeacherCache]) -> None:
@@ -42,9 +47,8 @@ def test_the_nearest_source_comes_first(chain: list[TeacherCache]) -> None:
     assert original.source is None
 
 
-def test_a_source_is_opened_at_its_path_or_from_the_home(
-    chain: list[TeacherCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_is_opened_at_its_path_or_from_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = make_chain(tmp_path)
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
     nearest, original = lineage(chain[2].manifest)
     assert open_source(nearest).path == chain[1].path

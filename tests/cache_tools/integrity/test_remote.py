@@ -62,7 +62,13 @@ def test_a_sound_remote_cache_verifies_like_a_local_one(proxy: FlakyProxy, place
 
 @pytest.mark.parametrize(
     "key",
-    ["fused_logits/c.1.2.0", "commits/c.0.1.0", "labels/c.0", "class_embeddings/c.0.0", "fused_features/zarr.json"],
+    [
+        "fused_logits/c.1.2.0",
+        "commits/c.0.1.0",
+        "labels/c.0",
+        slow("class_embeddings/c.0.0"),
+        "fused_features/zarr.json",
+    ],
 )
 def test_remote_damage_is_reported_like_local_damage(place: Place, cache: LocalPlace, key: str) -> None:
     for each in (place, cache):

@@ -17,7 +17,7 @@ from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.s3_server import new_bucket
-from tests.support.turns import turns
+from tests.support.turns import slow, turns
 
 pytestmark = pytest.mark.medium
 
@@ -163,7 +163,7 @@ def test_a_copy_interrupted_at_any_file_can_be_continued(cache: Path, tmp_path: 
         same_targets(cache, path)
 
 
-@pytest.mark.parametrize("name", ["fused_logits/c.1.2.0", "fused_features/c.1.2.0", "commits/c.1.2.0"])
+@pytest.mark.parametrize("name", ["fused_logits/c.1.2.0", "commits/c.1.2.0", slow("fused_features/c.1.2.0")])
 def test_a_damaged_block_is_not_copied(cache: Path, place: Place, name: str) -> None:
     data = bytearray((cache / name).read_bytes())
     data[len(data) // 2] ^= 1
