@@ -51,3 +51,13 @@ def rotated(features: Rows, resolution: float) -> tuple[Arrays, Rows]:
     codes = np.rint((features - mean) @ turned / step).astype(np.int16)
     array = StoredArray(width=features.shape[1], dtype="int16", fill_value=-32768, pack="pcodec")
     return [(array, codes)], (codes * step) @ turned.T + mean
+
+
+def components_in_steps(sample: Rows, rows: Rows, step: float, width: int = 256) -> tuple[Arrays, Rows]:
+    """Not kept: the largest principal components of a sample of logits, all in one step, packed with zstd."""
+    mean = sample.mean(axis=0)
+    _, directions = np.linalg.eigh(np.cov((sample - mean).T))
+    turned = np.ascontiguousarray(directions[:, ::-1][:, :width]).astype(np.float32)
+    codes = np.clip(np.rint((rows - mean) @ turned / step), -127, 127).astype(np.int8)
+    array = StoredArray(width=width, dtype="int8", fill_value=-128)
+    return [(array, codes)], ((codes * np.float32(step)) @ turned.T + mean).astype(np.float32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from cache_tools.format.manifest import Fusion
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.fusion import centre_rows
 from cache_tools.store.create import add_array
-from cache_tools.store.encoding import sample_rows
+from cache_tools.store.encoding import fit_rows, sample_rows
 from cache_tools.targets import ComponentView, FusedView, ViewTargets, fusion_constants
 
 STAGES = (100, 200)
@@ -105,6 +104,7 @@ class Bench:
     def __init__(self, source: BlockReader, view: int, rows: int, temperatures: Sequence[float]) -> None:
         self.source, self.view, self.temperatures = source, view, tuple(temperatures)
         self.index = sample_rows(source.cache.num_samples, rows)
+        self._fit_samples: dict[int, Stored] = {}  # by their number
         self._stored = source.sample(view, self.index)
         self._decoded = source.decode(self._stored)
         self.logits, self.features = self._fused(source.cache.recipe, self._stored, source.constants)
@@ -115,7 +115,7 @@ class Bench:
         recipe = self.source.cache.recipe.model_copy(update={"codecs": codecs})
         caution = _caution(codecs.logits, recipe, self.temperatures)
         try:
-            constants = recoded_constants(self.source, recipe, lambda: self._fit_sample)
+            constants = recoded_constants(self.source, recipe, lambda: self._fit_sample(recipe))
             with warnings.catch_warnings():  # the table has the same caution
                 warnings.filterwarnings("ignore", "(top-k|sampled) targets at temperature")
                 stored = Recoder(self.source, recipe, constants).stored(self._stored)
@@ -136,9 +136,11 @@ class Bench:
             **self._gradients(recipe, stored, logits),
         )
 
-    @cached_property
-    def _fit_sample(self) -> Stored:
-        return fit_sample(self.source)
+    def _fit_sample(self, recipe: CacheRecipe) -> Stored:
+        count = len(fit_rows(recipe, self.source.cache.num_samples))
+        if count not in self._fit_samples:
+            self._fit_samples[count] = fit_sample(self.source, recipe)
+        return self._fit_samples[count]
 
     def _gradients(self, recipe: CacheRecipe, stored: Stored, logits: torch.Tensor) -> dict[str, Any]:
         dense = {
@@ -249,5 +251,5 @@ def _relative(decoded: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _caution(codec: Any, recipe: CacheRecipe, temperatures: Sequence[float]) -> str | None:
-    used = any(isinstance(spec.codec, SparseCodec) for spec in targets(recipe, 1))
+    used = any(target_kind(spec.name) == "logits" for spec in targets(recipe, 1))
     return codec.caution(max(temperatures)) if used else None

@@ -7,6 +7,7 @@
 | `row-step` | anything | 1, and a float32 scale per row |
 | `companded` | logits: `reference: max` for few classes, `mean` for many | 1; 2 before packing |
 | `feature-steps` | features whose linear head is in the cache, which turns them into logits | 2 before packing |
+| `product` | logits of hundreds of classes in some tens of bytes, roughly; opt-in | a byte for about thirty |
 | `top-k` | logits of thousands of classes at temperature 1; opt-in | none for most classes |
 | `sampled` | logits of thousands of classes at one temperature: unbiased, noisy; opt-in | none for most classes |
 
@@ -23,6 +24,7 @@ from pydantic import Field
 from cache_tools.codecs.base import NO_CONSTANTS, Codec, Constants, Pack, StoredArray
 from cache_tools.codecs.dense import Companded, FixedStep, Float16, Float32, RowStep
 from cache_tools.codecs.features import FeatureSteps
+from cache_tools.codecs.product import Product
 from cache_tools.codecs.sampled import Sampled
 from cache_tools.codecs.sparse import SparseCodec, SparseTargets
 from cache_tools.codecs.top_k import TopK
@@ -41,6 +43,7 @@ __all__ = [
     "Float16",
     "Float32",
     "Pack",
+    "Product",
     "RowStep",
     "Sampled",
     "SparseCodec",
@@ -53,7 +56,8 @@ __all__ = [
 CODECS_VERSION = 1  # raise when a codec stores other bytes for the same rows; see pipeline/build/known.py
 
 AnyCodec = Annotated[
-    Float16 | Float32 | FixedStep | RowStep | Companded | FeatureSteps | TopK | Sampled, Field(discriminator="codec")
+    Float16 | Float32 | FixedStep | RowStep | Companded | FeatureSteps | TopK | Sampled | Product,
+    Field(discriminator="codec"),
 ]
 CODECS: dict[str, type[Codec]] = {
     "float16": Float16,
@@ -64,6 +68,7 @@ CODECS: dict[str, type[Codec]] = {
     "feature-steps": FeatureSteps,
     "top-k": TopK,
     "sampled": Sampled,
+    "product": Product,
 }
 
 

@@ -10,7 +10,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt
 
@@ -127,7 +127,12 @@ class Codec(Frozen, ABC):
 
     Some codecs have parameters that come from data (`constant_shapes` is not empty). `fit` computes them once per
     cache; every other call takes them as `constants`.
+
+    Attributes:
+        fit_rows: the number of rows that `fit` is given, if there are as many.
     """
+
+    fit_rows: ClassVar[int] = 2048
 
     @property
     def lossless(self) -> bool:
@@ -137,6 +142,10 @@ class Codec(Frozen, ABC):
     def for_width(self, width: int) -> Codec:
         """The codec for rows of `width` numbers: itself, unless decoding needs to know the width."""
         return self
+
+    def caution(self, temperature: float) -> str | None:
+        """A one-sentence warning for users at this temperature; None if there is nothing to warn of."""
+        return None
 
     @abstractmethod
     def arrays(self, width: int) -> tuple[StoredArray, ...]:

@@ -7,7 +7,18 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from cache_tools.codecs import AnyCodec, Codec, Companded, FeatureSteps, Float16, Float32, Pack, SparseCodec, TopK
+from cache_tools.codecs import (
+    AnyCodec,
+    Codec,
+    Companded,
+    FeatureSteps,
+    Float16,
+    Float32,
+    Pack,
+    Product,
+    SparseCodec,
+    TopK,
+)
 from cache_tools.config import Frozen
 from cache_tools.errors import RecipeError
 
@@ -41,14 +52,14 @@ class TargetCodecs(Frozen):
     @field_validator("features")
     @classmethod
     def _for_features(cls, codec: Codec) -> Codec:
-        if isinstance(codec, Companded | SparseCodec):
+        if isinstance(codec, Companded | SparseCodec | Product):
             raise ValueError(f"{codec.codec} is for logits; for features there are feature-steps and row-step")
         return codec
 
     @property
     def caution(self) -> str | None:
         """A one-sentence warning for users of these codecs; None if there is nothing to warn of."""
-        return self.logits.caution(self.logits.temperature) if isinstance(self.logits, SparseCodec) else None
+        return self.logits.caution(self.logits.temperature if isinstance(self.logits, SparseCodec) else 1.0)
 
     def for_target(self, target: str) -> AnyCodec:
         """The codec of the target of that name."""

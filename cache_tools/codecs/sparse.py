@@ -49,10 +49,6 @@ class SparseCodec(Codec):
     temperature: float = Field(1.0, gt=0.0, lt=float("inf"))
     num_classes: PositiveInt | None = Field(None, le=MAX_CLASSES)
 
-    def caution(self, temperature: float) -> str | None:
-        """A one-sentence warning for this temperature; None if there is nothing to warn of."""
-        return None
-
     def for_width(self, width: int) -> Self:
         """The codec of rows of `width` classes.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cache_tools.codecs import CODECS, Codec, Companded, FeatureSteps, SparseCodec, parse_codec
+from cache_tools.codecs import CODECS, Codec, Companded, FeatureSteps, Product, SparseCodec, parse_codec
 from cache_tools.codecs.presets import PRESETS, TargetCodecs, resolve_codecs, target_kind
 from cache_tools.config import parse_yaml, validate
 from cache_tools.errors import RecipeError
@@ -37,7 +37,7 @@ def codecs_for(spec: str, recipe: CacheRecipe) -> TargetCodecs:
         codec = _parse_codec(spec)
         fields = {
             "logits": None if isinstance(codec, FeatureSteps) else codec,
-            "features": None if isinstance(codec, Companded | SparseCodec) else codec,
+            "features": None if isinstance(codec, Companded | SparseCodec | Product) else codec,
         }
     else:
         fields = {

@@ -28,7 +28,7 @@ from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
 from cache_tools.reader import TeacherCache
 from cache_tools.refusion import FusionChoice, kept_accuracies, matched_scales
-from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
+from cache_tools.store.encoding import Encoder, fit_codecs, fit_rows
 from cache_tools.store.writer import CacheWriter
 from cache_tools.targets import ComponentView, fusion_constants
 
@@ -170,7 +170,7 @@ class _Fuser:
     @cached_property
     def _sample(self) -> Stored:
         """Stored rows of view 0: the scale `match` and the codecs are fitted to them."""
-        return self.source.sample(0, sample_rows(self.source.cache.num_samples))
+        return self.source.sample(0, fit_rows(self.recipe, self.source.cache.num_samples))
 
     @cached_property
     def _text_features(self) -> Rows:

@@ -17,7 +17,7 @@ from cache_tools.format.arrays import constant_shapes, seed_arrays, targets
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
 from cache_tools.reader import TeacherCache
-from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
+from cache_tools.store.encoding import Encoder, fit_codecs, fit_rows
 from cache_tools.store.writer import CacheWriter
 
 
@@ -57,7 +57,7 @@ def recode(
     cautions: list[str | None] = [None]
 
     def constants() -> Rows:
-        sample = fit_sample(source)
+        sample = fit_sample(source, manifest.recipe)
         recoder = Recoder(source, manifest.recipe, recoded_constants(source, manifest.recipe, lambda: sample))
         recoder.stored(sample, where="a sample of view 0")
         cautions.append(recoder.caution(sample))
@@ -140,9 +140,9 @@ def changed_targets(source: BlockReader, recipe: CacheRecipe) -> list[str]:
     return [spec.name for spec in targets(recipe, 1) if _numbers(spec.codec) != _numbers(old[spec.name].codec)]
 
 
-def fit_sample(source: BlockReader) -> Stored:
-    """The stored rows that codecs are fitted to."""
-    return source.sample(0, sample_rows(source.cache.num_samples))
+def fit_sample(source: BlockReader, recipe: CacheRecipe) -> Stored:
+    """The stored rows that the codecs of `recipe` are fitted to."""
+    return source.sample(0, fit_rows(recipe, source.cache.num_samples))
 
 
 def recoded_constants(source: BlockReader, recipe: CacheRecipe, sample: Callable[[], Stored]) -> Rows:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cache_tools.codecs.features import STEPS
+from cache_tools.codecs.product import BASIS, CODEBOOKS, MEAN
 from cache_tools.format import commits
 from cache_tools.format.arrays import CHUNK_BYTES, SEEDS, ArraySpec, TargetSpec, constant_shapes, seed_arrays, targets
 from cache_tools.format.manifest import Manifest
@@ -32,6 +33,8 @@ _DIMENSIONS = {
 }
 # Their length differs between networks, so their name must too: some tools align arrays by dimension name.
 _OF_A_NETWORK = {"teacher_feature", "clip_feature", "prompt"}
+# Of the constants of `product`; the last axis of the first two is that of the target.
+_OF_CODEBOOKS = {MEAN: (), BASIS: ("component",), CODEBOOKS: ("part", "entry", "part_component")}
 
 
 class ArrayLayout(NamedTuple):
@@ -152,6 +155,9 @@ def _dimensions(name: str) -> tuple[str, ...]:
     """Dimension names. The axis of `clip_features_2` is `clip_feature_2`; axes that networks share keep one name."""
     if name.endswith(STEPS):
         return _dimensions(name.removesuffix(STEPS))[-1:]
+    for suffix, own in _OF_CODEBOOKS.items():
+        if name.endswith(suffix):
+            return (*own, *(_dimensions(name.removesuffix(suffix))[-1:] if suffix != CODEBOOKS else ()))
     plain, suffix = re.fullmatch(r"(.+?)((?:_\d+)?)", name).groups()  # type: ignore[union-attr]
     return tuple(axis + suffix if axis in _OF_A_NETWORK else axis for axis in _DIMENSIONS[plain])
 

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.codecs import FeatureSteps
+from cache_tools.codecs import Codec, FeatureSteps
 from cache_tools.errors import FormatError
 from cache_tools.format.arrays import TargetSpec, array_name, targets
 from cache_tools.format.recipe import CacheRecipe
 
 Rows = npt.NDArray[np.floating[Any]]
 Constants = Mapping[str, npt.NDArray[np.float32]]
-
-FIT_SAMPLES = 2048
 
 
 class Encoder:
@@ -98,7 +96,7 @@ def fit_codecs(recipe: CacheRecipe, sample: Mapping[str, Rows]) -> dict[str, npt
     """Fit codecs to a sample of rows; returns their constants, by array name.
 
     Args:
-        sample: rows [S, width] of at least the `fitted_targets`, at `sample_rows` of view 0.
+        sample: rows [S, width] of at least the `fitted_targets`, at `fit_rows` of view 0.
 
     Raises:
         FormatError: rows are all equal or not finite.
@@ -110,7 +108,13 @@ def fit_codecs(recipe: CacheRecipe, sample: Mapping[str, Rows]) -> dict[str, npt
     return constants
 
 
-def sample_rows(num_samples: int, limit: int = FIT_SAMPLES) -> npt.NDArray[np.int64]:
+def fit_rows(recipe: CacheRecipe, num_samples: int) -> npt.NDArray[np.int64]:
+    """The samples of view 0 to which the codecs of a cache are fitted."""
+    most = [spec.codec.fit_rows for spec in fitted_targets(recipe)]
+    return sample_rows(num_samples, max(most, default=Codec.fit_rows))
+
+
+def sample_rows(num_samples: int, limit: int = Codec.fit_rows) -> npt.NDArray[np.int64]:
     """Up to `limit` evenly spaced sample indices."""
     count = min(limit, num_samples)
     return np.arange(count, dtype=np.int64) * num_samples // max(count, 1)

@@ -395,13 +395,13 @@ def _constants(
 
     Encodes a sample of rows: values that a codec cannot store are found now instead of hours later.
     """
-    from cache_tools.store.encoding import Encoder, fit_codecs, sample_rows
+    from cache_tools.store.encoding import Encoder, fit_codecs, fit_rows
     from pipeline.networks.ensemble import view_pixels
 
     constants = ensemble.constants(recipe.store)
     if identity.codecs.is_floating:
         return constants
-    index = sample_rows(len(images))
+    index = fit_rows(identity, len(images))
     rows: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(index), recipe.batch_size):
         pixels = view_pixels(images, recipe.views, index[start : start + recipe.batch_size], 0, ensemble.device)

@@ -163,7 +163,7 @@ def test_a_fused_copy_is_replayed_through_its_source(built: Callable[..., Teache
     assert [target.wrong_rows for target in again(lied).targets] == [2, 0]
 
 
-@pytest.mark.parametrize("codec", ["compact", "top-k", "row-step", "sampled:draws=64"])
+@pytest.mark.parametrize("codec", ["compact", "top-k", "row-step", "sampled:draws=64", "product:width=2"])
 def test_a_converted_copy_is_replayed(built: Callable[..., TeacherCache], tmp_path: Path, codec: str) -> None:
     from cache_tools.derive.codec_spec import codecs_for
 

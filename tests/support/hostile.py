@@ -28,6 +28,8 @@ JUNK: Sequence[Any] = (
     [], [[]], [None], [1, 2, 3], [-1], [1 << 40], {}, {"a": 1}, {"op": "x"}, {"codec": "float32"}, {"codec": "pickle"},
     {"codec": "companded", "step": 1e-300}, {"codec": "top-k", "num_classes": 1 << 40}, {"name": "numcodecs.pickle"},
     {"codec": "sampled", "draws": 8, "seed": 1 << 70},
+    {"codec": "product", "parts": 256, "width": 16},
+    {"codec": "product", "parts": 1 << 40},
     DEEP,
 )  # fmt: skip
 CODECS: Sequence[Any] = (

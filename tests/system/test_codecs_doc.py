@@ -146,3 +146,33 @@ def test_the_reader_in_the_text_reads_a_compact_cache(tmp_path: Path) -> None:
         logits, features = names["read_compact"](tmp_path / "c", view)
         np.testing.assert_allclose(logits, cache.read_array("fused_logits", view), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(features, cache.read_array("fused_features", view))
+
+
+def test_every_figure_of_product_targets_is_of_the_recorded_run() -> None:
+    (line,) = (ROOT / "benchmarks/results/product-targets.jsonl").read_text().splitlines()
+    run = json.loads(line)
+    (table,) = (rows for rows in tables().values() if rows[0][0] == "kept")
+    recorded = [
+        [
+            f"{row['bytes']:g}",
+            *(f"{row['g'][t]:.1f} %" if t in row["g"] else "–" for t in ("1", "4")),
+            f"{row['kl']['4']:.2g}" if "kl" in row else "–",
+        ]
+        for row in run["rows"]
+    ]
+    assert [row[1:] for row in table[1:]] == recorded
+    for (kept, *_), row in zip(table[1:], run["rows"], strict=True):
+        assert ("other photos" in kept) == (row["fitted_to"] == "other photos" if "fitted_to" in row else False)
+        codec = row.get("codec", {"codec": row.get("rival"), "step": row.get("step")})
+        name, number = codec["codec"], re.findall(r"[0-9.]+", kept)
+        assert name in kept
+        assert not number or float(number[-1] if "photos" not in kept else number[0]) in codec.values(), kept
+
+
+def test_figures_of_the_students_of_product_targets_are_of_the_recorded_run() -> None:
+    lines = (ROOT / "benchmarks/results/product-students.jsonl").read_text().splitlines()
+    (at_1, at_4) = map(json.loads, lines)
+    assert (at_1["temperature"], at_4["temperature"], at_1["seeds"], at_4["seeds"]) == (1, 4, 5, 5)
+    (mean_1, deviation_1), (mean_4, deviation_4) = (line["kl_mean_std"]["product, 32 B"] for line in (at_1, at_4))
+    assert f"reaches a KL of {mean_1:.3f} ± {deviation_1:.3f}" in TEXT
+    assert f"{mean_4:.4f} ± {deviation_4:.4f} at T = 4" in TEXT

@@ -251,15 +251,14 @@ def test_fusing_as_the_format_says_gives_our_targets(format_code: SimpleNamespac
             np.testing.assert_allclose(targets.features(slice(None)), features, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("codec", ["compact", "dense", "fixed-step", "row-step"])
+@pytest.mark.parametrize("codec", ["compact", "dense", "fixed-step", "row-step", "product"])
 def test_decoding_as_the_format_says_gives_our_targets(
     format_code: SimpleNamespace, tmp_path: Path, codec: str
 ) -> None:
     from cache_tools.codecs.presets import TargetCodecs
 
-    choice: Any = (
-        codec if codec in {"compact", "dense"} else TargetCodecs.model_validate({"logits": codec, "features": codec})
-    )
+    both = {"logits": codec} if codec == "product" else {"logits": codec, "features": codec}
+    choice: Any = codec if codec in {"compact", "dense"} else TargetCodecs.model_validate(both)
     for classes in (5, 40):
         images, path = cache_factory.tiny_images(num_classes=classes), tmp_path / str(classes)
         cache_factory.build(path, cache_factory.tiny_manifest(images, codec=choice, linear_head=False), images)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import zarr
 
-from cache_tools.codecs import FeatureSteps, FixedStep, Float32, RowStep, Sampled, SparseCodec, TopK
+from cache_tools.codecs import FeatureSteps, FixedStep, Float32, Product, RowStep, Sampled, SparseCodec, TopK
 from cache_tools.codecs.presets import PRESETS, TargetCodecs, resolve_codecs
 from cache_tools.errors import FormatError, NotFoundError, RecipeError
 from cache_tools.format.arrays import targets
@@ -29,6 +29,7 @@ CHOICES: dict[str, Any] = {
     **{name: name for name in PRESETS},
     "row-step": TargetCodecs(logits=RowStep(), features=RowStep()),
     "sampled": TargetCodecs(logits=Sampled()),
+    "product": TargetCodecs(logits=Product(parts=2, width=2)),
     "fixed-step": TargetCodecs(logits=FixedStep(), features=FixedStep(pack="pcodec")),
 }
 
@@ -81,9 +82,9 @@ def test_zarr_alone_reads_the_documented_arrays(tmp_path: Path) -> None:
 
 def test_axes_of_the_same_name_have_the_same_length(tmp_path: Path) -> None:
     """Tools that align arrays by dimension names rely on that."""
-    for choice in ("top-k", "compact"):
+    for choice in ("top-k", "compact", "product"):
         manifest = tiny_manifest(
-            IMAGES, codec=choice, store="components", linear_head=False, teacher_weights=(0.5, 0.5)
+            IMAGES, codec=CHOICES[choice], store="components", linear_head=False, teacher_weights=(0.5, 0.5)
         )
         create(tmp_path / choice, manifest, IMAGES)
         lengths: dict[str, int] = {}
@@ -146,6 +147,7 @@ def test_presets_and_their_limits() -> None:
         {"logits": "feature-steps"},
         {"features": "top-k"},
         {"features": "sampled"},
+        {"features": "product"},
         {"features": "companded"},
     ):
         with pytest.raises(ValueError, match=r"for features there are|are for features"):

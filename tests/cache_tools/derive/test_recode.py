@@ -130,7 +130,7 @@ def test_float32_in_other_blocks_is_exact(source: TeacherCache, tmp_path: Path, 
     assert verify(made.path).sound
 
 
-@pytest.mark.parametrize("spec", some(["compact", "coarse", "row-step"], 1))
+@pytest.mark.parametrize("spec", some(["compact", "coarse", "row-step", "product:width=2+feature-steps"], 1))
 def test_a_float32_cache_recoded_is_the_cache_that_a_build_writes(
     source: TeacherCache, spec: str, tmp_path: Path
 ) -> None:
