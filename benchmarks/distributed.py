@@ -42,11 +42,11 @@ MODULES = {"build-cache": "pipeline.cli", "train-student": "train.cli"}
 @command
 def main(
     dataset: Dataset = "digits",
-    views: Annotated[int, typer.Option("--views", min=2, help="Views of the whole cache; an even number.")] = 8,
-    epochs: Annotated[int, typer.Option("--epochs", min=2, help="Epochs of the ranks; an even number.")] = 4,
+    views: Annotated[int, typer.Option("--views", min=2, help="Views of the whole cache; an even number.")] = 4,
+    epochs: Annotated[int, typer.Option("--epochs", min=2, help="Epochs of the ranks; an even number.")] = 2,
     batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Of the whole batch.")] = 128,
     block_rows: Annotated[int, typer.Option("--block-rows", min=64, help="Rows of a block.")] = 64,
-    student: Annotated[str, typer.Option("--student", help="The student to train.")] = "resnet8x4",
+    student: Annotated[str, typer.Option("--student", help="The student to train.")] = "resnet8",
     rounds: Rounds = 3,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Whether to time Ray, too.")] = True,
     overrides: Overrides = None,
@@ -61,7 +61,7 @@ def main(
             return [
                 "train-student", dataset, "--cache", str(work.folder / "trained"), "--student", student,
                 "--batch-size", str(size), "--epochs", str(count), "--device", "cpu", "--log", "none", "--json",
-                "--set", f"evaluate_every={count}", "--overwrite",
+                "--set", f"evaluate_every={count}", "--no-compare-with-labels", "--overwrite",
             ]  # fmt: skip
 
         def build(name: str, count: int, *more: str) -> list[str]:
