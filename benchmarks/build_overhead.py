@@ -2,10 +2,12 @@
 
 Each round builds a whole cache (fused, float16) in a new temporary folder and, right before or after it, runs teacher
 and CLIP over the same batches of ready view pixels. A build also loads images, makes views, fuses, writes and commits.
-Most of that happens while the networks run.
+Most of that happens while the networks run. With `--compiled` the bare passes are of networks that torch.compile has
+compiled before.
 
     python benchmarks/build_overhead.py
     python benchmarks/build_overhead.py --dataset cifar100 --views 2 --batch-size 512 --device cuda
+    python benchmarks/build_overhead.py --compiled --set precision=bfloat16 --device cuda
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def main(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
     views: Annotated[int, typer.Option("--views", min=1, help="Views to build in each round.")] = 4,
     rounds: Rounds = 7,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the networks of the bare passes.")] = False,
     device_name: Device = "auto",
     threads: Threads = None,
     overrides: Overrides = None,
@@ -66,10 +69,11 @@ def main(
         images = open_images(recipe.dataset)
         ensemble = _load(recipe, images, device)
         batches = _view_batches(recipe, images, ensemble)
+        kept = _compiled(ensemble, batches) if compiled else None
         costs = interleaved(
             {
                 "build": lambda number: _build(recipe),
-                "bare": lambda number: _bare(recipe, images, batches, device),
+                "bare": lambda number: _bare(recipe, images, batches, device, kept),
             },
             rounds,
         )
@@ -81,6 +85,8 @@ def main(
         "batch_size": batch_size,
         "views": views,
         "store": recipe.store,
+        "precision": recipe.precision,
+        "compiled": compiled,
         "codec": recipe.codec if isinstance(recipe.codec, str) else str(recipe.codec),
     }
     report("build_overhead", _figures, costs, settings, CLOCK, device)
@@ -119,9 +125,24 @@ def _view_batches(recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemb
     return batches
 
 
-def _bare(recipe: BuildRecipe, images: ImageSet, batches: list[torch.Tensor], device: torch.device) -> Cost:
-    """The cost of the networks alone, freshly loaded as in a build."""
-    ensemble = _load(recipe, images, device)
+def _compiled(ensemble: TeacherEnsemble, batches: list[torch.Tensor]) -> TeacherEnsemble:
+    """The same networks, compiled for every size of batch."""
+    for network in (*ensemble.teachers, *ensemble.clips):
+        network.compile(dynamic=False)
+    for pixels in {len(pixels): pixels for pixels in batches}.values():
+        ensemble.outputs(pixels)
+    return ensemble
+
+
+def _bare(
+    recipe: BuildRecipe,
+    images: ImageSet,
+    batches: list[torch.Tensor],
+    device: torch.device,
+    kept: TeacherEnsemble | None,
+) -> Cost:
+    """The cost of the networks alone, freshly loaded as in a build unless they are given."""
+    ensemble = kept or _load(recipe, images, device)
 
     def forward() -> None:
         for pixels in batches:

@@ -80,13 +80,14 @@ class BareUpdates:
     """Updates of a student alone, with CE in plain torch, on the batches of one epoch.
 
     Attributes:
+        student, optimiser: what an update changes.
         batches: the inputs [B, 3, H, W], float32 in channels_last, and the labels of each batch.
     """
 
     def __init__(self, data: TrainingData, recipe: TrainRecipe, device: torch.device) -> None:
         self._device = device
-        self._student = new_student(data, recipe).to(device).to(memory_format=torch.channels_last).train()
-        self._optimiser = torch.optim.SGD(self._student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+        self.student = new_student(data, recipe).to(device).to(memory_format=torch.channels_last).train()
+        self.optimiser = torch.optim.SGD(self.student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
         epochs = Epochs(data, recipe, NoTargets(), recipe.loss.on_labels(), device)
         self.batches = [(model_inputs(batch, data.preprocessing), batch.labels) for batch in epochs.feed.epoch(0)]
         epochs.close()
@@ -96,9 +97,9 @@ class BareUpdates:
 
     def _epoch(self) -> None:
         for inputs, labels in self.batches:
-            self._optimiser.zero_grad(set_to_none=True)
-            F.cross_entropy(self._student(inputs), labels).backward()
-            self._optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            F.cross_entropy(self.student(inputs), labels).backward()
+            self.optimiser.step()
 
 
 def new_student(data: TrainingData, recipe: TrainRecipe) -> Any:

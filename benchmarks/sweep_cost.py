@@ -1,7 +1,8 @@
 """The cost of training several students on one stream of batches, over that of their arithmetic alone.
 
 `ratio` is the time of an epoch of all students together, with views, pixels, targets and normalisation, over the sum
-of their bare steps (forward, loss, backward, update) on batches in memory. `separate` is the same for separate epochs.
+of their bare steps (forward, loss, backward, update) on batches in memory. `separate` is the same for separate epochs,
+`gain` the throughput of the students together over that of one after the other.
 With `--processes`, `commands` is the time of one `sweep-students` over that of one `train-student` per student in
 sequence, start-up included.
 
@@ -152,7 +153,11 @@ def _command(cache: Path, names: list[str], out: Path, *, together: bool) -> Cos
 
 
 def _figures(times: Times) -> dict[str, dict[str, float]]:
-    figures = {"ratio": ratios(times["together"], times["bare"]), "separate": ratios(times["separate"], times["bare"])}
+    figures = {
+        "ratio": ratios(times["together"], times["bare"]),
+        "separate": ratios(times["separate"], times["bare"]),
+        "gain": ratios(times["separate"], times["together"]),
+    }
     return figures | ({"commands": ratios(times["sweep"], times["runs"])} if "sweep" in times else {})
 
 

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.medium
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SAMPLES = 359  # the test split of the digits
 SMALLEST = ("--set", "dataset.split=test", "--rounds", "1", "--views", "2", "--threads", "1", "--device", "cpu")
-MORE = {"sweep_cost": ("--students", "resnet8,vgg8")}
+MORE = {
+    "sweep_cost": ("--students", "resnet8,vgg8"),
+    "train_throughput": ("--student", "resnet8", "--schedule", "1", "--precision", "bfloat16"),
+}
 # script → variants timed, and each figure as a function of their seconds
 SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]]]] = {
     "target_overhead": (
@@ -46,7 +49,11 @@ SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]
     ),
     "sweep_cost": (
         {"together", "separate", "bare"},
-        {"ratio": lambda s: s["together"] / s["bare"], "separate": lambda s: s["separate"] / s["bare"]},
+        {
+            "ratio": lambda s: s["together"] / s["bare"],
+            "separate": lambda s: s["separate"] / s["bare"],
+            "gain": lambda s: s["separate"] / s["together"],
+        },
     ),
     "own_loops": (
         {"train_student", "plain_loop", "timm_loop"},
@@ -55,6 +62,7 @@ SCRIPTS: dict[str, tuple[set[str], dict[str, Callable[[dict[str, float]], float]
             "timm_loop": lambda s: s["train_student"] / s["timm_loop"],
         },
     ),
+    "train_throughput": ({"step", "bare"}, {"throughput": lambda s: s["bare"] / s["step"]}),
     "build_overhead": ({"build", "bare"}, {"throughput": lambda s: s["bare"] / s["build"]}),
 }
 
@@ -82,6 +90,7 @@ def test_a_benchmark_prints_one_line_of_figures(script: str):
             assert of_clock[name]["median"] == pytest.approx(ratio(seconds), rel=2e-3)  # of one round
     assert figures["n"] == (2 * SAMPLES if script == "build_overhead" else SAMPLES)
     assert (figures["rounds"], figures["views"], figures["threads"]) == (1, 2, 1)
+    assert figures.get("schedule_s", 1.0) > 0
     assert figures["device"].startswith("cpu")
     assert all(figures[key] for key in ("clock", "python", "torch", "timm", "open_clip_torch", "zarr"))
 
