@@ -28,18 +28,21 @@ def test_training_goes_on_while_the_state_is_stored(
 ) -> None:
     """Four batches an epoch. No state is written before the next epoch has made a step, and yet it is the right one."""
     save, step, write = checkpoints.save_state, Learner.step, RunLog.write
-    went_on, events, states = threading.Event(), [], []
-    is_slow = True
+    went_on, events, states = threading.Condition(), [], []
+    is_slow, updates = True, 0
 
     def watched_step(learner: Learner, *args: Any) -> None:
+        nonlocal updates
         step(learner, *args)
-        if learner.updates % 4 == 1:
-            went_on.set()
+        with went_on:
+            updates = learner.updates
+            went_on.notify_all()
 
     def slow_save(path: Path, state: Any) -> None:
-        last = len(state["history"]) == 3
-        assert not is_slow or last or went_on.wait(20), "training waits for the disk"
-        went_on.clear()
+        epochs = len(state["history"])
+        with went_on:
+            is_ahead = not is_slow or epochs == 3 or went_on.wait_for(lambda: updates > 4 * epochs, 20)
+        assert is_ahead, "training waits for the disk"
         save(path, state)
         events.append("state")
         states.append(copy.deepcopy(state["learner"]["student"]))
