@@ -111,7 +111,7 @@ def trained_from_all_views(root: Path, folder: Path, views: int) -> Path:
 @pytest.mark.alone
 def test_killed_builders_and_students_go_on(root: Path, tmp_path: Path) -> None:
     """At random instants, again and again: never too many views, and the weights of a complete cache."""
-    views, rng = turns(8, 30), random.Random(0)
+    views, rng = turns(6, 30), random.Random(0)
     cache, killed = tmp_path / "rolling.zarr", [0, 0]
     build, train = build_recipe(root, cache, num_views=views), train_recipe(cache, tmp_path / "follows", views)
     starts = [lambda: Child(lambda: _quiet(build_cache, build), tmp_path / "builder")]
@@ -125,7 +125,7 @@ def test_killed_builders_and_students_go_on(root: Path, tmp_path: Path) -> None:
             time.sleep(rng.uniform(0.1, 0.6))
             number = min(sorted(running), key=killed.__getitem__)  # so that both are killed
             child = running.pop(number)
-            if sum(killed) < turns(6, 40):
+            if sum(killed) < turns(4, 40):
                 if child.kill():
                     killed[number] += 1
                 else:
