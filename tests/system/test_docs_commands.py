@@ -84,9 +84,10 @@ def prepare(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (cache,) = (places["components"] / "home").glob("digits-*.zarr")
     go_to(places["fused"], monkeypatch)
     command(f"cache-tools fuse {cache} --teacher-weight 0.7 --name digits")
-    for name in ("digits-resnet8-kd-e40b004d", "digits-resnet20-kd-0c1f7a52"):
-        command(f"train-student digits --no-compare-with-labels {HALF_A_SECOND_OF_DIGITS} runs/{name}")
-    shutil.copytree(f"runs/{name}", places["components"] / "runs/digits")
+    run = "runs/digits-resnet8-kd-e40b004d"
+    command(f"train-student digits --no-compare-with-labels {HALF_A_SECOND_OF_DIGITS} {run}")
+    for copied in (Path("runs/digits-resnet20-kd-0c1f7a52"), places["components"] / "runs/digits"):
+        shutil.copytree(run, copied)
     names = sorted(path.relative_to("photos/train") for path in write_pictures(Path("photos")).glob("train/*/*.png"))
     logits = np.random.default_rng(0).normal(size=(len(names), 3)).astype(np.float32)
     np.savez("logits.npz", logits=logits, names=np.array([str(name) for name in names]), classes=np.array(CLASSES))
