@@ -30,8 +30,7 @@ def s3_server(address: str = "127.0.0.1", port: int = 0) -> Iterator[dict[str, s
     server = ThreadedMotoServer(ip_address=address, port=port, verbose=False)
     server.start()
     assert server._server is not None
-    # S3 alone: moto's dispatcher looks for the service in 170 folders, which takes as long as the request.
-    server._server.app = _AtomicCreation(create_backend_app("s3"))
+    server._server.app = _AtomicCreation(_SignedForS3(create_backend_app("s3"), server._server.app))
     host, port = server.get_host_and_port()
     try:
         yield {
@@ -42,6 +41,20 @@ def s3_server(address: str = "127.0.0.1", port: int = 0) -> Iterator[dict[str, s
         }
     finally:
         server.stop()
+
+
+class _SignedForS3:
+    """Gives requests that are signed for S3 to S3 at once, and all others to moto's dispatcher.
+
+    The dispatcher looks for the service of each request in 170 folders, which takes as long as the request itself.
+    """
+
+    def __init__(self, s3: WSGIApplication, dispatcher: WSGIApplication) -> None:
+        self._s3, self._dispatcher = s3, dispatcher
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        is_for_s3 = "/s3/aws4_request" in environ.get("HTTP_AUTHORIZATION", "")
+        return (self._s3 if is_for_s3 else self._dispatcher)(environ, start_response)
 
 
 class _AtomicCreation:
