@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from PIL import Image
+from side_by_side import environment
 
 from cache_tools.console import command
 from cache_tools.files import HOME_VARIABLE
@@ -36,6 +38,7 @@ from cache_tools.images.index import YOUNG_NS
 from cache_tools.images.pack import pack_images
 
 CLASSES, ORIGINALS = 100, 50
+CPU = torch.device("cpu")
 OPEN = """
 import json, resource, sys, time
 from pathlib import Path
@@ -67,7 +70,7 @@ def main(
         os.environ[HOME_VARIABLE] = str(root / "home")
         _write_files(root / "photos" / "train", files)
         _write_list(root / "photos", root / "list.csv")
-        figures: dict[str, Any] = {"files": files, "rows": rows}
+        figures: dict[str, Any] = {"benchmark": "image_index", "files": files, "rows": rows}
         _settle()
         for name, source, place in (("folder", "folder", root / "photos"), ("list", "csv", root / "list.csv")):
             figures[name] = {"first": _open(source, place), "second": _open(source, place)}
@@ -93,7 +96,7 @@ def main(
             "first": _open("webdataset", root / "shards"),
             "second": _open("webdataset", root / "shards"),
         }
-        print(json.dumps(figures))
+        print(json.dumps(figures | environment(CPU)))
 
 
 def _open(source: str, place: Path) -> dict[str, Any]:
