@@ -108,8 +108,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """
     if "alone" not in pyfuncitem.keywords or _ALONE in os.environ:
         return None
-    options, root = ("-q", "-p", "no:cacheprovider", pyfuncitem.nodeid), pyfuncitem.config.rootpath
-    process = Preloaded(run_tests, *options, cwd=root, variables={_ALONE: "1"})
+    config = pyfuncitem.config
+    warnings = [f"-W{action}" for action in config.getoption("pythonwarnings") or ()]
+    options = ("-q", "-p", "no:cacheprovider", *warnings, pyfuncitem.nodeid)
+    process = Preloaded(run_tests, *options, cwd=config.rootpath, variables={_ALONE: "1"})
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, out[-6000:] + err[-2000:]
     return True
