@@ -1,11 +1,12 @@
 """How many cached views equal a fresh view in every epoch? The runs behind the section of docs/results.md.
 
-Images are crops of 14 photographs of scikit-image and scikit-learn at 20 pixels, a class for each photograph: training
-from their left half, test from their right one. Weak views are shifts and flips; strong ones are random resized crops,
-RandAugment and CutMix. The teacher is a resnet20 that was trained on labels, on 2800 images; students see 175 of them.
+Photos are crops of 14 photographs of scikit-image and scikit-learn at 20 pixels, a class for each photograph: training
+from their left half, test from their right one. The other images are Fashion-MNIST. Weak views are shifts and flips;
+strong ones are random resized crops, RandAugment and CutMix. The teachers are resnet20s that were trained on labels:
+on 2800 photos, of which students see 175, and on 6000 images of Fashion-MNIST, of which students see 150.
 
     python examples/views_study.py prepare
-    python examples/views_study.py train [--part weak-300]
+    python examples/views_study.py train [--part photos-weak-300]
     python examples/views_study.py report
 
 Every sweep continues where it was interrupted.
@@ -31,62 +32,93 @@ from train.runs.result import load_result
 
 ROOT = Path("runs/views-study")
 SIDE, SEEDS = 20, 5
-EVERY = 16  # the student trains on every 16th training image
 EPOCHS = {30: (1, 4, 16, 30), 300: (1, 4, 16, 300)}
 PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "moon",
           "motorcycle_left", "rocket")  # fmt: skip
 WEAK: list[dict[str, Any]] = [{"op": "pad-crop", "padding": 2}, {"op": "flip"}]
-STRONG: list[dict[str, Any]] = [
-    {"op": "random-resized-crop", "size": SIDE, "scale": [0.25, 1.0]},
-    {"op": "flip"},
-    {"op": "rand-augment", "policy": "rand-m6-n1-mstd0.5"},
-]
-VIEWS: dict[str, dict[str, Any]] = {
-    "weak": {"base_seed": 0, "ops": WEAK},
-    "strong": {"version": 2, "base_seed": 0, "ops": STRONG, "mix": {"cutmix_alpha": 1.0, "probability": 0.5}},
+
+
+def strong(side: int) -> list[dict[str, Any]]:
+    """Random resized crops to `side` pixels, flips and RandAugment."""
+    return [
+        {"op": "random-resized-crop", "size": side, "scale": [0.25, 1.0]},
+        {"op": "flip"},
+        {"op": "rand-augment", "policy": "rand-m6-n1-mstd0.5"},
+    ]
+
+
+def views_of(kind: str, side: int) -> dict[str, Any]:
+    """The `views` of a recipe: "weak", or "strong" with CutMix for half of the pairs."""
+    if kind == "weak":
+        return {"base_seed": 0, "ops": WEAK}
+    mix = {"cutmix_alpha": 1.0, "probability": 0.5}
+    return {"version": 2, "base_seed": 0, "ops": strong(side), "mix": mix}
+
+
+class Images(NamedTuple):
+    """A data set: its recipe, the side of its pictures, and the slices of the training split that networks see."""
+
+    dataset: dict[str, Any]
+    side: int
+    teacher_split: str
+    student_split: str
+
+
+IMAGES = {
+    "photos": Images(
+        {"name": "folder", "data_dir": str(ROOT / "photos"), "image_size": SIDE}, SIDE, "train", "train[::16]"
+    ),
+    "fashion": Images({"name": "fashion-mnist"}, 28, "train[::10]", "train[::400]"),
 }
-DATASET = {"name": "folder", "data_dir": str(ROOT / "photos"), "image_size": SIDE}
+KINDS = ("weak", "strong")
 RESULTS = Path("benchmarks/results/views-study.jsonl")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 class Part(NamedTuple):
-    """A sweep over the number of cached views and the seeds, for one kind of views and number of epochs."""
+    """A sweep over the number of cached views and the seeds, for one data set, kind of views and number of epochs."""
 
+    images: str
     views: str
     epochs: int
 
     @property
     def name(self) -> str:
-        return f"{self.views}-{self.epochs}"
+        return f"{self.images}-{self.views}-{self.epochs}"
+
+    @property
+    def cache(self) -> Path:
+        return ROOT / f"{self.images}-{self.views}.zarr"
 
     @property
     def folder(self) -> Path:
         return ROOT / "sweeps" / self.name
 
 
-PARTS = [Part(*part) for part in product(VIEWS, EPOCHS)]
+PARTS = [Part(*part) for part in product(IMAGES, KINDS, EPOCHS)]
 
 
 @app.command()
 @command
 def prepare() -> None:
-    """Write the photographs, train the teacher, and build the two caches."""
+    """Write the photographs, train the two teachers, and build the four caches."""
     write_photos(ROOT / "photos", per_class=200)
-    recipe, teacher = ROOT / "photos-teacher.yaml", ROOT / "photos-teacher"
-    write_recipe(recipe, {
-        "name": "photos-teacher", "dataset": DATASET, "views": VIEWS["weak"], "student": "resnet20",
-        "loss": {"kind": "ce"}, "epochs": 12, "batch_size": 64, "optimiser": {"learning_rate": 0.1},
-    })  # fmt: skip
-    run("train-student", recipe, "--out", teacher)
-    for views in VIEWS:
-        build = ROOT / f"photos-{views}.yaml"
-        write_recipe(build, {
-            "name": f"photos-{views}", "dataset": {**DATASET, "split": f"train[::{EVERY}]"}, "views": VIEWS[views],
-            "num_views": max(EPOCHS), "teacher": {"name": str(teacher)}, "clip": None,
-            "out": str(ROOT / f"photos-{views}.zarr"),
+    for name, images in IMAGES.items():
+        recipe, teacher = ROOT / f"{name}-teacher.yaml", ROOT / f"{name}-teacher"
+        write_recipe(recipe, {
+            "name": f"{name}-teacher", "dataset": {**images.dataset, "split": images.teacher_split},
+            "views": views_of("weak", images.side), "student": "resnet20", "loss": {"kind": "ce"}, "epochs": 12,
+            "batch_size": 64, "optimiser": {"learning_rate": 0.1},
         })  # fmt: skip
-        run("build-cache", build)
+        run("train-student", recipe, "--out", teacher)
+        for kind in KINDS:
+            build = ROOT / f"{name}-{kind}.yaml"
+            write_recipe(build, {
+                "name": f"{name}-{kind}", "dataset": {**images.dataset, "split": images.student_split},
+                "views": views_of(kind, images.side), "num_views": max(EPOCHS), "teacher": {"name": str(teacher)},
+                "clip": None, "out": str(ROOT / f"{name}-{kind}.zarr"),
+            })  # fmt: skip
+            run("build-cache", build)
 
 
 @app.command()
@@ -100,7 +132,7 @@ def train(
             continue
         recipe = each.folder.with_suffix(".yaml")
         write_recipe(recipe, {
-            "name": each.name, "cache": str(ROOT / f"photos-{each.views}.zarr"), "student": "resnet8",
+            "name": each.name, "cache": str(each.cache), "student": "resnet8",
             "loss": {"kind": "kd", "distill_weight": 1.0, "temperature": 2.0}, "optimiser": {"learning_rate": 0.1},
             "schedule": {"name": "cosine", "warmup_epochs": 2}, "epochs": each.epochs, "batch_size": 56,
             "evaluate_every": each.epochs, "compare_with_labels": False,
@@ -113,8 +145,15 @@ def train(
 @app.command()
 @command
 def report() -> None:
-    """Write a line per run to the results, print a table, and draw docs/cached-views.png."""
-    runs = [figures for part in PARTS if part.folder.exists() for figures in read_runs(part)]
+    """Write a line per run to the results, print a table, and draw docs/cached-views.png.
+
+    Parts that were not trained here keep their lines.
+    """
+    before = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    runs = []
+    for part in PARTS:
+        old = [figures for figures in before if figures["part"] == part.name]
+        runs += read_runs(part) if (part.folder / "trials").exists() else old
     RESULTS.write_text("".join(json.dumps(figures) + "\n" for figures in runs))
     for part in PARTS:
         own = [figures for figures in runs if figures["part"] == part.name]
@@ -153,23 +192,24 @@ def table_row(part: Part, runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Top-1 against the number of cached views: a line per part, with standard deviations over seeds."""
+    """Top-1 against the number of cached views: a panel per data set, a line per part, deviations over seeds."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
-    for part in PARTS:
-        groups: dict[int, list[float]] = {}
-        for each in runs:
-            if each["part"] == part.name:
-                groups.setdefault(each["views"], []).append(100 * each["top1"])
-        groups = {views: values for views, values in sorted(groups.items()) if len(values) > 1}
-        if groups:
-            means = [statistics.mean(values) for values in groups.values()]
-            spread = [statistics.stdev(values) for values in groups.values()]
-            label = f"{part.views} views, {part.epochs} epochs"
-            axis.errorbar(list(groups), means, spread, label=label, marker="o", capsize=3)
-    axis.set(xscale="log", xlabel="cached views", ylabel="top-1, %")
-    axis.legend(fontsize=8)
+    figure, axes = plt.subplots(1, len(IMAGES), figsize=(9.6, 3.6), layout="constrained")
+    for axis, images in zip(axes, IMAGES, strict=True):
+        for part in PARTS:
+            groups: dict[int, list[float]] = {}
+            for each in runs:
+                if part.images == images and each["part"] == part.name:
+                    groups.setdefault(each["views"], []).append(100 * each["top1"])
+            groups = {views: values for views, values in sorted(groups.items()) if len(values) > 1}
+            if groups:
+                means = [statistics.mean(values) for values in groups.values()]
+                spread = [statistics.stdev(values) for values in groups.values()]
+                label = f"{part.views} views, {part.epochs} epochs"
+                axis.errorbar(list(groups), means, spread, label=label, marker="o", capsize=3)
+        axis.set(xscale="log", xlabel="cached views", ylabel="top-1, %", title=images)
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
