@@ -15,16 +15,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+import typer
 
 from cache_tools.analysis.fidelity import fit_student
 
 Rows = npt.NDArray[np.float32]
+SavedOutputs = Annotated[
+    Path | None,
+    typer.Option("--saved", help="File (.npz) of the network's outputs: read if it exists, else written."),
+]
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")
 SIZE = 224
 STAGES = {1000: (100, 200), 100: (100, 200), 10: (300, 1000)}

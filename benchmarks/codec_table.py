@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 import typer
 import zarr
-from codec_arrays import Photos, Targets, hundred_classes, photo_targets, ten_classes, with_students
+from codec_arrays import Photos, SavedOutputs, Targets, hundred_classes, photo_targets, ten_classes, with_students
 from codec_rivals import Arrays, MassTopK, rotated, top_smoothed
 from side_by_side import Threads, environment, prepared_device
 
@@ -42,10 +42,7 @@ BATCH = 256
 @command
 def main(
     views: Annotated[int, typer.Option("--views", min=32, help="Views of the photos.")] = 4096,
-    saved: Annotated[
-        Path | None,
-        typer.Option("--saved", help="File (.npz) of the network's outputs: read if it exists, else written."),
-    ] = None,
+    saved: SavedOutputs = None,
     cache: Annotated[
         str | None, typer.Option("--cache", help="A cache of ten classes: path, name or fingerprint.")
     ] = None,

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import typer
-from codec_arrays import PHOTOS, Photos, photo_targets, with_students
+from codec_arrays import PHOTOS, Photos, SavedOutputs, photo_targets, with_students
 from codec_rivals import components_in_steps
 from codec_table import stored_bytes
 from side_by_side import Threads, environment, prepared_device
@@ -41,10 +40,7 @@ Rows = npt.NDArray[np.float32]
 @command
 def main(
     fit_views: Annotated[int, typer.Option("--fit-views", min=512, help="Further views to fit codebooks to.")] = 3072,
-    saved: Annotated[
-        Path | None,
-        typer.Option("--saved", help="File (.npz) of the network's outputs: read if it exists, else written."),
-    ] = None,
+    saved: SavedOutputs = None,
     threads: Threads = 1,
 ) -> None:
     """Bytes and gradient errors of product quantisers."""

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import typer
-from codec_arrays import photo_targets, with_students
+from codec_arrays import SavedOutputs, photo_targets, with_students
 from codec_table import stored_bytes
 from side_by_side import Threads, environment, prepared_device
 
@@ -56,10 +55,7 @@ def main(
     views: Annotated[int, typer.Option("--views", min=32, help="Views of the photos.")] = 1024,
     resamplings: Annotated[int, typer.Option("--resamplings", min=50, help="Seeds that test the bias.")] = 1000,
     tested_views: Annotated[int, typer.Option("--tested-views", min=16, help="Views of that test.")] = 512,
-    saved: Annotated[
-        Path | None,
-        typer.Option("--saved", help="File (.npz) of the network's outputs: read if it exists, else written."),
-    ] = None,
+    saved: SavedOutputs = None,
     threads: Threads = 1,
 ) -> None:
     """Bias, noise and bytes of sampled targets and of top-k."""

@@ -3,11 +3,11 @@
 A stage is a half-built cache like a mirror, `staged/FINGERPRINT/NAME.zarr`, but its views are dropped again. Any number
 of processes share it. Beside it are a mark for every view that one of them reads or is about to read (a claim, see
 `places.claims`), and a reservation of every view that is there or being copied, `.NAME.zarr.reserved/VIEW.BYTES`. It is
-made before the first byte of the view is written and removed after the last one, under a lock that all take. So the
-reservations together are never less than what is on the disk, whoever is killed when.
+made before the first byte of the view is written, and removed after the last byte is deleted, under a lock. So the
+reservations never add up to less than what is on the disk, even after a process was killed.
 
 A process marks a view before it looks whether the view is there, and views with a living mark are never dropped. It
-needs one view at a time, and gives up the others before it waits for room: so somebody can always go on.
+needs one view at a time, and gives up the others before it waits for room, so processes cannot block each other.
 """
 
 from __future__ import annotations
