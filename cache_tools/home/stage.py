@@ -39,6 +39,7 @@ FIRST_LOOK_S, LONGEST_LOOK_S = 0.1, 2.0
 """Between two looks for room that other processes may have given up."""
 
 _RESERVATION = re.compile(r"([0-9]{1,10})\.([0-9]{1,18})")
+_PARTIAL_END = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
 
 
 def stage_path(name: str, fingerprint: str) -> Path:
@@ -169,6 +170,17 @@ class Stage:
         """This process does not need a view on the disk any more. It stays until room is needed."""
         with self._turn:
             self._unmark(view)
+
+    def unfinished(self, view: int) -> dict[BlockId, list[str]]:
+        """The files of the uncommitted blocks of a view: a process writes them now, or was killed while it did."""
+        folder, found = SafeFolder(self.path), dict[BlockId, list[str]]()
+        for name in self._target_arrays():
+            with suppress(FileNotFoundError):
+                for entry in folder.entries(name):
+                    block = commits.parse_file_name(_PARTIAL_END.sub("", entry.name))
+                    if block is not None and block.view == view and not folder.exists(block.commit_key):
+                        found.setdefault(block, []).append(f"{name}/{entry.name}")
+        return found
 
     def stop(self) -> None:
         """End waiting for room and copying in other threads, until `resume`."""

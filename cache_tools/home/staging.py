@@ -235,7 +235,7 @@ class Origin:
             Progress(title, len(wanted), "blocks", done=len(staged), summary=True) as progress,
         ):
             copied_bytes = 0
-            claimed = self._until_stopped(claims.share(missing, list_staged, is_staged))
+            claimed = self._begun(view, claims.share(missing, list_staged, is_staged))
             for block, sizes in copy_blocks(source, target, manifest, claimed):
                 claims.release(block)
                 copied_bytes += sum(sizes)
@@ -243,10 +243,16 @@ class Origin:
             progress.advance(len(wanted) - progress.done)  # blocks that others staged meanwhile
         self.bytes += copied_bytes
 
-    def _until_stopped(self, blocks: Iterator[BlockId]) -> Iterator[BlockId]:
+    def _begun(self, view: int, blocks: Iterator[BlockId]) -> Iterator[BlockId]:
+        """The claimed blocks of a view. What a killed process left of one in a stage is removed before it is copied
+        again, because there is room for one copy only.
+        """
+        unfinished = {} if self.budgeted is None else self.budgeted.unfinished(view)
         for block in blocks:
             if self.budgeted is not None and self.budgeted.is_stopped:
                 raise CancelledError
+            for file in unfinished.get(block, ()):
+                SafeFolder(self.mirror).remove(file)
             yield block
 
     def _require_store(self, what: str) -> None:
