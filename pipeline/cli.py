@@ -18,7 +18,6 @@ from train.options import (
     DataDir,
     Device,
     Download,
-    ForwardBatchSize,
     MaxMinutes,
     Overrides,
     Precision,
@@ -97,7 +96,15 @@ def build_cache(
         ),
     ] = None,
     device: Device = None,
-    batch_size: ForwardBatchSize = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-size",
+            metavar="N|auto",
+            help="Images per forward pass. auto: as the cache was begun; for a new one on CUDA, the most that fit into "
+            "memory. Default: 256.",
+        ),
+    ] = None,
     views_at_once: Annotated[
         int | None,
         typer.Option(

@@ -31,6 +31,7 @@ from cache_tools.preprocess import prepare
 from cache_tools.refusion import MATCH_SAMPLES
 from cache_tools.system.devices import synchronise
 from cache_tools.units import counted, duration, human_bytes
+from pipeline.build.batch_size import new_batch_size
 from pipeline.build.cache import resolve
 from pipeline.build.destination import destination
 from pipeline.networks.clip import TEXT_BATCH, Clip
@@ -171,13 +172,14 @@ def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
     images = open_images(recipe.dataset)
     ensemble = load_ensemble(
         recipe.teachers, recipe.clips, recipe.fusion, images, recipe.dataset, device, recipe.precision,
-        batch_size=recipe.batch_size, for_timing=True,
+        for_timing=True,
     )  # fmt: skip
     recipe = recipe.model_copy(update={"views": recipe.views.over(len(images))})
     identity = resolve(recipe, images, ensemble)
+    batch_size = new_batch_size(recipe, identity, images, ensemble)
     batches = _Batches(images, recipe, device)
     with Progress("plan", 3, "timings") as progress:
-        computing = batches.time(lambda pixels, index: _targets(ensemble, recipe, pixels, index), recipe.batch_size)
+        computing = batches.time(lambda pixels, index: _targets(ensemble, recipe, pixels, index), batch_size)
         loading = NOTHING if images.resident else batches.time_loading()
         progress.advance(1)
         step = _student_step(student, recipe, images, device)

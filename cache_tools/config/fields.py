@@ -6,7 +6,7 @@ A bound is far above what anybody uses, and below what would only fail later: in
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -26,6 +26,19 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("number", "a number")
     return value
+
+
+def _count_or_auto(value: Any) -> Any:
+    """`auto`, or a number as YAML and options have it."""
+    if value == "auto":
+        return value
+    try:
+        count = None if isinstance(value, bool) or (isinstance(value, float) and value % 1.0) else int(value)
+    except (TypeError, ValueError, OverflowError):
+        count = None
+    if count is None or not 0 < count <= MAX_COUNT:
+        raise PydanticCustomError("count_or_auto", "auto, or a number from 1 to 1,000,000,000")
+    return count
 
 
 def _path(value: Any) -> Any:
@@ -49,6 +62,7 @@ _NUMBER = BeforeValidator(_number)
 Whole = Annotated[int, _NUMBER]
 Count = Annotated[int, _NUMBER, Field(gt=0, le=MAX_COUNT)]
 CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MAX_COUNT)]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 ViewCount = Annotated[int, _NUMBER, Field(gt=0, le=MAX_VIEWS)]
 Width = Annotated[int, _NUMBER, Field(gt=0, le=MAX_WIDTH)]
 Seed = Annotated[int, _NUMBER, Field(ge=0, lt=1 << 63)]

@@ -30,9 +30,12 @@ from cache_tools.decoding.service import DecodeService, service_for
 from cache_tools.format.arrays import targets
 from cache_tools.format.commits import BlockId
 from cache_tools.format.manifest import Manifest
+from cache_tools.format.recipe import CacheRecipe
 from cache_tools.images.image_set import ImageSet
 from cache_tools.places.claims import Claims
 from cache_tools.places.leases import LEASE_S
+from cache_tools.system.memory import raise_on_out_of_memory
+from cache_tools.units import counted
 from pipeline.build.output import Output
 from pipeline.build.rolling import RollingBuild
 from pipeline.networks.ensemble import NETWORKS, NetworkPixels, TeacherEnsemble, finish_pixels, start_loading_pixels
@@ -235,7 +238,7 @@ def _build(
     total, left = manifest.num_views * manifest.num_samples, sum(_num_rows(manifest, block) for _, block in missing)
     count = reported = 0
     given, rolling = at_once, None
-    at_once = given or views_at_once(manifest, images, batch_size)
+    at_once = given or views_at_once(manifest.recipe, manifest.block_rows, images, batch_size)
     if manifest.rolling is not None:  # by default half of the views, so that students train on the others meanwhile
         at_once = min(at_once, manifest.rolling.keep if given else max(manifest.rolling.keep // 2, 1))
         rolling = RollingBuild(output, lease_s)
@@ -297,7 +300,8 @@ def _compute_groups(
                 rows, block = manifest.block(batch.block), BlockId(batch.view, batch.block)
                 if batch.samples[0] == rows.start:
                     buffers[block] = _host_buffers(manifest, _num_rows(manifest, batch.block), ensemble.device)
-                _compute(batch, manifest, ensemble, buffers[block])
+                with raise_on_out_of_memory(*_about_memory(ensemble.device, batch_size)):
+                    _compute(batch, manifest, ensemble, buffers[block])
                 if batch.samples[-1] + 1 == rows.stop:
                     copied = _copy_event(ensemble.device)
                     pending.append((block, pool.submit(_store, output, claims, block, buffers.pop(block), copied)))
@@ -309,15 +313,15 @@ def _compute_groups(
             on_block(block, future.result())
 
 
-def views_at_once(manifest: Manifest, images: ImageSet, batch_size: int) -> int:
+def views_at_once(recipe: CacheRecipe, block_rows: int, images: ImageSet, batch_size: int) -> int:
     """How many views of the same rows are built together: see the module's docstring."""
     if images.resident:
         return 1
-    views, pixels = manifest.recipe.views, 0
+    views, pixels = recipe.views, 0
     if views.box_op is not None or views.mix is not None:  # else all views share the canvases
         sizes = {views.seen_by(network).crop_size or images.image_size for network in NETWORKS}
         pixels = sum(3 * height * width for height, width in sizes) * batch_size * (1 if views.mix is None else 2)
-    targets_bytes = sum(4 * spec.width for spec in targets(manifest.recipe, manifest.block_rows)) * manifest.block_rows
+    targets_bytes = sum(4 * spec.width for spec in targets(recipe, block_rows)) * block_rows
     # Two batches in the memory of the decoding processes and two here; the blocks that are filled, and those written.
     return min(max(GROUP_BYTES // (4 * pixels + 2 * targets_bytes), 1), MAX_VIEWS_AT_ONCE)
 
@@ -366,6 +370,14 @@ def _compute(
         # Converted on the device, so that half-precision rows cross the bus at half the bytes.
         target = buffers[name][start : start + len(batch.samples)]
         target.copy_(values.to(target.dtype), non_blocking=True)
+
+
+def _about_memory(device: torch.device, batch_size: int) -> tuple[str, str]:
+    """Where memory runs out, and what to do about it."""
+    where = f"a batch of {counted(batch_size, 'image')} on {device}"
+    if batch_size == 1:
+        return where, "build where there is more memory"
+    return where, f"continue with --batch-size {batch_size // 2} (targets may differ in their last bits), or elsewhere"
 
 
 def _store(

@@ -38,6 +38,7 @@ from cache_tools.places import open_place
 from cache_tools.places.claims import remove_dead_claims
 from cache_tools.places.metadata import manifest_at
 from cache_tools.system.ranks import Meeting, own_rank
+from cache_tools.units import counted
 from pipeline.build.destination import destination
 from pipeline.build.known import CODE_VERSIONS, INPUTS, find_finished, inputs_digest
 from pipeline.build.multilabel_preflight import MultiLabelPreflight, run_multilabel_preflight
@@ -107,6 +108,7 @@ class ReadyBuild(NamedTuple):
     """A cache that is ready for blocks, and what computes them.
 
     Attributes:
+        batch_size: images per forward pass, the same for all builders that were not given another.
         missing: blocks that are not committed.
         result: the outcome if no further block is computed.
     """
@@ -114,6 +116,7 @@ class ReadyBuild(NamedTuple):
     output: Output
     images: ImageSet
     ensemble: TeacherEnsemble
+    batch_size: int
     missing: list[BlockId]
     result: BuildResult
 
@@ -135,7 +138,7 @@ def _build_cache(
     start = time.monotonic()
     output, images, ensemble = ready.output, ready.images, ready.ensemble
     count = build_blocks(
-        output, images, ensemble, recipe.batch_size, recipe.views_at_once, request, 60.0 * recipe.lease_minutes
+        output, images, ensemble, ready.batch_size, recipe.views_at_once, request, 60.0 * recipe.lease_minutes
     )
     return ready.result._replace(images=count, elapsed_s=time.monotonic() - start, bytes_moved=ready.output.bytes_moved)
 
@@ -174,6 +177,7 @@ def prepare_build(
     for note in frame_notes(*splits):
         say(f"note: {note}")
 
+    from pipeline.build.batch_size import START, new_batch_size, require_room, stored_batch_size
     from pipeline.build.open_output import open_output
     from pipeline.networks.class_words import check_words
     from pipeline.networks.ensemble import load_ensemble
@@ -194,7 +198,7 @@ def prepare_build(
         recipe.dataset,
         device,
         recipe.precision,
-        batch_size=recipe.batch_size,
+        batch_size=START if recipe.batch_size == "auto" else recipe.batch_size,
     )
     for note in ensemble.notes:
         say(f"note: {note}")
@@ -208,14 +212,19 @@ def prepare_build(
         )
     wait()
     where = destination(recipe, identity.fingerprint)
+    found: int | None = None
+
+    def create(path: Path) -> CacheWriter:
+        nonlocal found
+        found = new_batch_size(recipe, identity, images, ensemble)
+        return _create(path, recipe, found, identity, splits, ensemble, inputs, say)
+
     output = open_output(
-        where,
-        identity,
-        recipe.num_views,
-        create=lambda path: _create(path, recipe, identity, splits, ensemble, inputs, say),
-        grow=lambda writer: _grow(writer, recipe, images, ensemble),
+        where, identity, recipe.num_views, create=create, grow=lambda writer: _grow(writer, recipe, images, ensemble)
     )
-    _record_test_split(output, recipe, splits, ensemble, say)
+    begun = stored_batch_size(output.manifest)
+    batch_size = begun if recipe.batch_size == "auto" else recipe.batch_size
+    _record_test_split(output, recipe, batch_size, splits, ensemble, say)
     if recipe.keep_views is not None and (before := output.rolling()) != Rolling(
         keep=recipe.keep_views, dropped=0 if before is None else before.dropped
     ):
@@ -234,8 +243,17 @@ def prepare_build(
     check_code_versions(manifest, CODE_VERSIONS, where)
     if len(missing) < manifest.num_views * manifest.num_blocks:
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
+    if recipe.batch_size == "auto":
+        if batch_size != found:
+            require_room(manifest, images, ensemble)
+        say(f"batch size {batch_size:,}")
+    elif batch_size != begun:
+        say(
+            f"note: this cache was begun with batches of {counted(begun, 'image')}, not {batch_size:,}: the last bits "
+            "of targets may depend on it"
+        )
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
-    return ReadyBuild(output, images, ensemble, missing, result)
+    return ReadyBuild(output, images, ensemble, batch_size, missing, result)
 
 
 def _complete(manifest: Manifest) -> str:
@@ -246,6 +264,7 @@ def _complete(manifest: Manifest) -> str:
 def _record_test_split(
     output: Output,
     recipe: BuildRecipe,
+    batch_size: int,
     splits: Sequence[ImageSet],
     ensemble: TeacherEnsemble,
     say: Callable[[str], None],
@@ -260,7 +279,7 @@ def _record_test_split(
             open_images(recipe.dataset, split)  # a name that is wrong is not recorded
     else:
         ensemble.use_scales(output.manifest.clip_scales)
-        preflight = _measure(ensemble, recipe, splits)
+        preflight = _measure(ensemble, recipe, batch_size, splits)
         say(f"preflight: {preflight}")
         if preflight.lost_by_fusion is not None:
             say(f"{preflight.lost_by_fusion} `cache-tools tune-fusion` can choose a better one from a component cache.")
@@ -295,6 +314,7 @@ def _weighted(identities: Sequence[Identity], weights: Sequence[float]) -> tuple
 def _create(
     path: Path,
     recipe: BuildRecipe,
+    batch_size: int,
     identity: CacheRecipe,
     splits: Sequence[ImageSet],
     ensemble: TeacherEnsemble,
@@ -310,7 +330,7 @@ def _create(
     images = splits[0]
     preflight: Preflight | MultiLabelPreflight | None = None
     if recipe.preflight_samples:
-        preflight = _measure(ensemble, recipe, splits)
+        preflight = _measure(ensemble, recipe, batch_size, splits)
         say(f"preflight: {preflight}")
         for note in preflight.notes:
             say(f"note: {note}")
@@ -326,7 +346,7 @@ def _create(
         block_rows=recipe.block_rows or default_block_rows(identity),
         clip_scales=ensemble.fusion.clip_scales,
         canaries=make_canaries(identity.views, images, recipe.num_views),
-        build_recipe=_with_found_classes(recipe, ensemble).model_dump(mode="json"),
+        build_recipe=_as_stored(recipe, batch_size, ensemble).model_dump(mode="json"),
         provenance=_provenance("created", ensemble, images)
         | ({"notes": list(ensemble.notes)} if ensemble.notes else {})
         | {
@@ -341,12 +361,16 @@ def _create(
         manifest,
         labels=images.labels,
         sample_keys=images.keys,
-        constants=_constants(recipe, identity, images, ensemble),
+        constants=_constants(recipe, batch_size, identity, images, ensemble),
     )
 
 
-def _with_found_classes(recipe: BuildRecipe, ensemble: TeacherEnsemble) -> BuildRecipe:
-    """The recipe with the names of the teachers' outputs that came with their weights: a replay then needs no list."""
+def _as_stored(recipe: BuildRecipe, batch_size: int, ensemble: TeacherEnsemble) -> BuildRecipe:
+    """The recipe with what was found out: the batch size, and the names of the teachers' outputs.
+
+    The names came with the weights. With them a replay needs no list.
+    """
+    recipe = recipe.model_copy(update={"batch_size": batch_size})
     specs = tuple(
         spec.model_copy(update={"classes": teacher.own_classes})
         if spec.classes is None and teacher.identity.outputs is not None
@@ -389,7 +413,7 @@ def _provenance(date_key: str, ensemble: TeacherEnsemble, images: ImageSet) -> d
 
 
 def _constants(
-    recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet, ensemble: TeacherEnsemble
+    recipe: BuildRecipe, batch_size: int, identity: CacheRecipe, images: ImageSet, ensemble: TeacherEnsemble
 ) -> dict[str, np.ndarray]:
     """The arrays that hold for all samples and views, constants of fitted codecs included.
 
@@ -403,8 +427,8 @@ def _constants(
         return constants
     index = fit_rows(identity, len(images))
     rows: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(index), recipe.batch_size):
-        pixels = view_pixels(images, recipe.views, index[start : start + recipe.batch_size], 0, ensemble.device)
+    for start in range(0, len(index), batch_size):
+        pixels = view_pixels(images, recipe.views, index[start : start + batch_size], 0, ensemble.device)
         for name, values in ensemble.targets(pixels.teacher, recipe.store, pixels.clip).items():
             rows.setdefault(name, []).append(values.float().cpu().numpy())
     sample = {name: np.concatenate(parts) for name, parts in rows.items()}
@@ -445,14 +469,14 @@ def _preflight_images(splits: Sequence[ImageSet]) -> ImageSet:
 
 
 def _measure(
-    ensemble: TeacherEnsemble, recipe: BuildRecipe, splits: Sequence[ImageSet]
+    ensemble: TeacherEnsemble, recipe: BuildRecipe, batch_size: int, splits: Sequence[ImageSet]
 ) -> Preflight | MultiLabelPreflight:
     """The preflight on the part of each image that students are tested on, at each network's own size."""
     from train.evaluate.canvas import network_tests
 
     images, normalisation = _preflight_images(splits), recipe.dataset.normalisation
     test, for_clip = network_tests(images, recipe.views, recipe.evaluation, normalisation)
-    how = (ensemble, test.images, recipe.preflight_samples, recipe.batch_size, test.preprocessing)
+    how = (ensemble, test.images, recipe.preflight_samples, batch_size, test.preprocessing)
     return run_multilabel_preflight(*how) if images.multi_label else run_preflight(*how, for_clip)
 
 

@@ -189,6 +189,7 @@ class FakeGpu:
         streams: number of streams that were made.
         events: the settings of each event that was made.
         free_bytes: what `torch.cuda.mem_get_info` gives.
+        peak_bytes: the most that torch has reserved, as a test sets it.
     """
 
     mode: FakeTensorMode
@@ -197,6 +198,7 @@ class FakeGpu:
     free_bytes: int = MEMORY_BYTES
     reserved_bytes: int = 0
     allocated_bytes: int = 0
+    peak_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -227,6 +229,9 @@ class FakeGpu:
             yield
         finally:
             self.stream = before
+
+    def reset_peak(self, device: object = None) -> None:
+        self.peak_bytes = self.reserved_bytes
 
     def pin(self, tensor: Tensor) -> Tensor:
         tensor._is_pinned_here = True  # type: ignore[attr-defined]
@@ -300,6 +305,8 @@ def _replacements(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
         (cuda, "mem_get_info", lambda device=None: (gpu.free_bytes, MEMORY_BYTES)),
         (cuda, "memory_reserved", lambda device=None: gpu.reserved_bytes),
         (cuda, "memory_allocated", lambda device=None: gpu.allocated_bytes),
+        (cuda, "max_memory_reserved", lambda device=None: gpu.peak_bytes),
+        (cuda, "reset_peak_memory_stats", gpu.reset_peak),
         (cuda, "empty_cache", lambda: None),
         (cuda, "synchronize", lambda device=None: None),
         (cuda, "Stream", _Stream),

@@ -165,8 +165,9 @@ class Worker:
             if result.manifest.rolling is not None:
                 raise rolling_is_refused(str(result.url or result.path))
             missing = ready.missing
-            at_once = recipe.views_at_once or views_at_once(result.manifest, ready.images, recipe.batch_size)
-            self._builder = threading.Thread(target=self._run, args=(ready, recipe.batch_size), daemon=True)
+            identity, rows = result.manifest.recipe, result.manifest.block_rows
+            at_once = recipe.views_at_once or views_at_once(identity, rows, ready.images, ready.batch_size)
+            self._builder = threading.Thread(target=self._run, args=(ready,), daemon=True)
             self._builder.start()
         manifest = result.manifest
         return {
@@ -196,7 +197,7 @@ class Worker:
             "again": [list(block) for block, count in rows.items() if count is None],
         }
 
-    def _run(self, ready: ReadyBuild, batch_size: int) -> None:
+    def _run(self, ready: ReadyBuild) -> None:
         """The build loop, in a thread of its own."""
         from pipeline.build.blocks import build_handed
 
@@ -204,8 +205,9 @@ class Worker:
         try:
             with quiet_libraries():
                 build_handed(
-                    ready.output, ready.images, ready.ensemble, batch_size, self._handed(), self._settle, self._request
-                )
+                    ready.output, ready.images, ready.ensemble, ready.batch_size,
+                    self._handed(), self._settle, self._request,
+                )  # fmt: skip
         except BaseException as error:
             self._error = error
             for future in list(self._settled.values()):

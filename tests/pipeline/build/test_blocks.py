@@ -115,16 +115,16 @@ def test_groups_are_bounded_by_memory_and_images_in_memory_need_none(
     built: TeacherCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, images = built.manifest, open_images(built.manifest.dataset)
-    assert views_at_once(manifest, images, BATCH) == MAX_VIEWS_AT_ONCE
+    assert views_at_once(manifest.recipe, manifest.block_rows, images, BATCH) == MAX_VIEWS_AT_ONCE
     views = built.recipe.views
     crops = {views.seen_by(network).output_size((16, 16)) for network in ("teacher", "clip")}
     pixels = sum(3 * BATCH * side * side for side, _ in crops) if views.version == 2 else 0
     pixels *= 1 if views.mix is None else 2
     rows = 4 * ROWS * (len(manifest.recipe.dataset.class_names) + manifest.recipe.fusion.feature_dim)
     monkeypatch.setattr(blocks, "GROUP_BYTES", 7 * (4 * pixels + 2 * rows) + 1)
-    assert views_at_once(manifest, images, BATCH) == 7
+    assert views_at_once(manifest.recipe, manifest.block_rows, images, BATCH) == 7
     monkeypatch.setattr(blocks, "GROUP_BYTES", 1)
-    assert views_at_once(manifest, images, BATCH) == 1
+    assert views_at_once(manifest.recipe, manifest.block_rows, images, BATCH) == 1
     digits = open_images(DatasetRecipe(name="digits"))
     monkeypatch.undo()
-    assert views_at_once(manifest, digits, BATCH) == 1
+    assert views_at_once(manifest.recipe, manifest.block_rows, digits, BATCH) == 1
