@@ -27,6 +27,8 @@ _ALLOCATION_FAILED = re.compile(
     "|could not create a primitive$",  # oneDNN: no room for the code of a kernel
     re.IGNORECASE,
 )
+CONTEXT_BYTES = 1 << 30
+"""For what a process holds of a CUDA device beside torch's memory: CUDA's context, kernels, and libraries."""
 _LARGEST_KEPT, _MOST_KEPT = 1 << 30, (1 << 31) - 1
 
 
@@ -81,6 +83,15 @@ def free_memory(device: torch.device) -> int:
         )  # without the page cache, which shrinks on demand
         available = min(available, int(text) - used)
     return max(available, 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process has held at most: torch's, and an allowance for CUDA; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
 
 
 def drop_tracebacks(error: Exception) -> Exception:

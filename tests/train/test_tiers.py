@@ -252,7 +252,7 @@ def test_the_processes_of_a_sweep_take_their_shares(
     from train.sweep.recipe import Trial
 
     given: list[PixelRecipe] = []
-    monkeypatch.setattr(streams, "_train", lambda opened, lead, device, halving, pixels: given.append(pixels))
+    monkeypatch.setattr(streams, "_train", lambda opened, lead, options: given.append(options.pixels))
     run = recipe(cache, tmp_path, "decode").model_copy(update={"pixels": PixelRecipe(host_memory=100)})
     trial = Trial(number=0, settings={}, recipe=run)
     for workers in ((1, 1), (4, 2)):

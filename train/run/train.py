@@ -189,6 +189,7 @@ def train_group(
     title: str,
     *,
     stop: StopRule | None = None,
+    after_epoch: Callable[[], None] | None = None,
     ranks: Joined | None = None,
     request: StopRequest | None = None,
 ) -> list[RunResult | Exception | None]:
@@ -198,6 +199,7 @@ def train_group(
         runs: of one batch stream (see `loop.train_epoch`) and with the same number of epochs.
         title: of the progress bar.
         stop: called before every epoch.
+        after_epoch: called after every epoch, with its evaluation.
         ranks: that train a single run together.
         request: a signal or a limit of time stores a checkpoint and ends the training; None to be interrupted.
 
@@ -258,6 +260,8 @@ def train_group(
                     continue
                 records.begin(run)
                 progress.advance(0, _note(row, epochs))
+            if after_epoch is not None:
+                after_epoch()
             if epoch + 1 < epochs:
                 _stop_if_asked(ranks, request)
         records.wait()

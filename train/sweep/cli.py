@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cache_tools.console import command, print_line, run_app
-from cache_tools.errors import RecipeError
+from cache_tools.errors import DeviceError, RecipeError
 from cache_tools.system.memory import keep_freed_memory
 from cache_tools.system.ranks import own_rank, speaks_for_all
 from train.options import (
@@ -32,6 +33,7 @@ from train.options import (
 if TYPE_CHECKING:
     from train.sweep.recipe import SweepRecipe
 
+MAX_PER_GPU = 64
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -80,6 +82,14 @@ def sweep_students(
     workers: Annotated[
         int | None,
         typer.Option("--workers", min=1, help="Number of processes. Default: as many as fill the CPU; one per GPU."),
+    ] = None,
+    per_gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--per-gpu",
+            metavar="auto|N",
+            help="Number of processes on each GPU; auto: one per trial, as many as fit by measured memory.",
+        ),
     ] = None,
     engine: Annotated[
         Literal["local", "ray"], typer.Option("--engine", help="Where trials run: on this machine or on a Ray cluster.")
@@ -130,6 +140,7 @@ def sweep_students(
     for option, value in (("--ray-address", ray_address), ("--ray-gpus", ray_gpus)):
         if value is not None and engine != "ray":
             raise RecipeError("this option needs the Ray engine", where=f"{option} {value}", expected="--engine ray")
+    on_each = None if per_gpu is None else _on_each_gpu(per_gpu, workers, engine)
     options = {
         "cache": cache,
         "epochs": epochs,
@@ -160,13 +171,14 @@ def sweep_students(
             print_line(trial.name)
         return
     cluster = {"address": ray_address, "gpus": ray_gpus or 1.0} if engine == "ray" else None
-    _run(sweep, folder, workers, cluster, retry_failed, overwrite, as_json)
+    _run(sweep, folder, workers, on_each, cluster, retry_failed, overwrite, as_json)
 
 
 def _run(
     sweep: SweepRecipe,
     folder: Path,
     workers: int | None,
+    per_gpu: int | Literal["auto"] | None,
     cluster: dict[str, Any] | None,
     retry_failed: bool,
     overwrite: bool,
@@ -175,6 +187,7 @@ def _run(
     import sys
 
     from cache_tools.console import resolve_device
+    from train.sweep.packed import PackedEngine, measure_budgets
     from train.sweep.run import Engine, default_workers, run_sweep
     from train.sweep.text import sweep_text
     from train.sweep.workers import ProcessEngine, visible_gpus
@@ -191,8 +204,18 @@ def _run(
             chosen = sweep.base.get("device", "auto")
             device = resolve_device(chosen)
             gpus = visible_gpus(device, chosen)
-            count = workers or len(gpus) or default_workers(device)
-            if count > 1 or len(gpus) > 1:
+            if per_gpu is not None and not gpus:
+                raise DeviceError(
+                    "this option is for GPUs that CUDA can use, all of this machine or those in CUDA_VISIBLE_DEVICES",
+                    where=f"--per-gpu {per_gpu}",
+                    found=f"--device {chosen}" if chosen != "auto" else f"no GPU, so the device is {device}",
+                    next_step="leave it out; --workers sets the number of processes",
+                )
+            count = workers or len(gpus) * (per_gpu if isinstance(per_gpu, int) else 1) or default_workers(device)
+            if per_gpu == "auto":
+                most = workers or max(len(gpus), os.cpu_count() or 1)
+                engine = PackedEngine(measure_budgets(gpus), folder, most)
+            elif count > 1 or len(gpus) > 1:
                 engine = ProcessEngine(count, folder, gpus)
         result = run_sweep(sweep, folder, engine=engine, retry_failed=retry_failed, overwrite=overwrite, say=say)
     if as_json:
@@ -209,6 +232,22 @@ def _run(
         )
     else:
         print(sweep_text(result, sweep))
+
+
+def _on_each_gpu(text: str, workers: int | None, engine: str) -> int | Literal["auto"]:
+    """The value of `--per-gpu`, which other options must leave an effect."""
+    where = f"--per-gpu {text}"
+    if engine == "ray":
+        raise RecipeError("this option is for GPUs of this machine", where=where, next_step="use --ray-gpus")
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_PER_GPU):
+        raise RecipeError("not a number of processes", where=where, expected=f"auto, or 1 to {MAX_PER_GPU}")
+    if workers is not None:
+        raise RecipeError(
+            "both options set the number of processes", where=f"{where} --workers {workers}", expected="one of them"
+        )
+    return int(text)
 
 
 def _words(option: str, text: str) -> list[str]:

@@ -46,7 +46,8 @@ from train.weights.run_files import (
 )
 
 COSTS = "costs.json"
-WORKERS_LOG, RAY = "workers.log", "ray"  # of the engines (`train.sweep.workers`, `train.sweep.ray`)
+# Of the engines (`train.sweep.workers`, `train.sweep.packed`, `train.sweep.ray`).
+WORKERS_LOG, MEMORY, RAY = "workers.log", "memory.json", "ray"
 _NAMED_IN_ERROR = 3
 
 Engine = Callable[[Sequence[Sequence[Trial]], Halving | None], None]
@@ -178,7 +179,7 @@ def _refuse_unsafe(folder: Path, trials: Sequence[Trial]) -> None:
     """
     trials_folder, files = real_folder(folder, TRIALS), run_files(folder)
     logs = [f"{RAY}/{entry.name}" for entry in (files.entries(RAY) if files.exists(RAY) else ()) if not entry.is_folder]
-    for name in (TRIALS_TABLE, COSTS, REPORT, WORKERS_LOG, *logs):
+    for name in (TRIALS_TABLE, COSTS, REPORT, WORKERS_LOG, MEMORY, *logs):
         if files.exists(name):
             files.open_read(name).close()  # raises for anything else than a file
     for trial in trials:

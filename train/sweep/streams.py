@@ -6,11 +6,11 @@ A trial succeeds or fails on its own; its result or failure is in its folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,8 @@ def train_stream(
     halving: Halving | None = None,
     open_split: Opener = open_images,
     workers: tuple[int, int] = (1, 1),
+    after_epoch: Callable[[], None] | None = None,
+    keeps_memory_failures: bool = True,
 ) -> None:
     """Train the trials of one batch stream, each in its folder; a failed trial leaves `failed.json` there.
 
@@ -66,8 +68,11 @@ def train_stream(
         halving: stops trials early; None trains all of them to the end.
         open_split: opens the images of a split.
         workers: processes like this one on the same machine, and on the same device, which share their memory.
+        after_epoch: called after each epoch of the trials.
+        keeps_memory_failures: a trial that runs out of memory alone has failed; False to raise instead.
 
     Raises:
+        OutOfMemoryError: without `keeps_memory_failures`.
         CacheError: an error that concerns all of them: no such cache, other images than the cache's, a full disk.
     """
     device = run_device(trials[0].recipe)
@@ -92,9 +97,10 @@ def train_stream(
         lead = next((data for _, data in opened if data.cache is not None), opened[0][1])
         together = [one for one in opened if _has_same_images(one[1], lead)]
         apart = [one for one in opened if not _has_same_images(one[1], lead)]
-        _train(together, lead, device, halving, pixels)
+        options = _Options(device, halving, pixels, after_epoch, keeps_memory_failures)
+        _train(together, lead, options)
         for trial, data in apart:  # on labels alone, with a dataset in another order than the cache
-            _train([(trial, data)], data, device, halving, pixels)
+            _train([(trial, data)], data, options)
 
 
 def image_opener() -> Opener:
@@ -152,45 +158,43 @@ def _by_targets(trials: Sequence[Trial]) -> list[list[Trial]]:
     return [sorted([*first, *without_targets], key=lambda trial: trial.number), *others]
 
 
-def _train(
-    opened: Sequence[_OpenTrial],
-    lead: TrainingData,
-    device: torch.device,
-    halving: Halving | None,
-    pixels: PixelRecipe,
-) -> None:
+class _Options(NamedTuple):
+    """How the trials of a stream are trained; see `train_stream`."""
+
+    device: torch.device
+    halving: Halving | None
+    pixels: PixelRecipe
+    after_epoch: Callable[[], None] | None
+    keeps_memory_failures: bool
+
+
+def _train(opened: Sequence[_OpenTrial], lead: TrainingData, options: _Options) -> None:
     """Train trials side by side, and those that ran out of memory again, fewer at a time."""
     waiting = [opened]
     while waiting:
         group = waiting.pop(0)
-        out_of_memory = _train_side_by_side(group, lead, device, halving, pixels)
+        out_of_memory = _train_side_by_side(group, lead, options)
         if out_of_memory:
             names = ", ".join(trial.name for trial, _ in out_of_memory)
             warn(f"too little memory for {len(group)} trials side by side, later and fewer at a time: {names}")
-            release_memory(device)
+            release_memory(options.device)
             smaller = len(out_of_memory) < len(group)
             half = len(out_of_memory) if smaller else (len(out_of_memory) + 1) // 2
             waiting += [part for part in (out_of_memory[:half], out_of_memory[half:]) if part]
 
 
-def _train_side_by_side(
-    opened: Sequence[_OpenTrial],
-    lead: TrainingData,
-    device: torch.device,
-    halving: Halving | None,
-    pixels: PixelRecipe,
-) -> list[_OpenTrial]:
+def _train_side_by_side(opened: Sequence[_OpenTrial], lead: TrainingData, options: _Options) -> list[_OpenTrial]:
     """Train trials on one stream and save the failures.
 
     Returns:
         The trials that ran out of memory beside others; their failure is not saved.
     """
-    first = opened[0][0].recipe
+    first, device = opened[0][0].recipe, options.device
     targets = _shared_targets(opened, lead, device)
     failures: list[tuple[_OpenTrial, Exception]] = []
     with ExitStack() as stack:
         stack.enter_context(repeatable(device, first.deterministic))
-        feed = replace(lead, targets=targets).feed(first, device, pixels)
+        feed = replace(lead, targets=targets).feed(first, device, options.pixels)
         stack.callback(feed.close)
         print_served(feed)
         runs: list[tuple[_OpenTrial, Run]] = []
@@ -204,7 +208,7 @@ def _train_side_by_side(
                 runs.append(((trial, data), run))
             except Exception as error:  # no such student, no memory
                 failures.append(((trial, data), drop_tracebacks(error)))
-        outcomes = _outcomes([run for _, run in runs], feed, halving)
+        outcomes = _outcomes([run for _, run in runs], feed, options)
     failures += [
         (one, outcome) for (one, _), outcome in zip(runs, outcomes, strict=True) if isinstance(outcome, Exception)
     ]
@@ -212,17 +216,20 @@ def _train_side_by_side(
     for one, failure in failures:
         if len(opened) > 1 and isinstance(failure, OutOfMemoryError):
             out_of_memory.append(one)
+        elif isinstance(failure, OutOfMemoryError) and not options.keeps_memory_failures:
+            raise failure
         else:
             _save_failure(one[0].folder, failure)
     return out_of_memory
 
 
-def _outcomes(runs: Sequence[Run], feed: Feed, halving: Halving | None) -> list[RunResult | Exception | None]:
+def _outcomes(runs: Sequence[Run], feed: Feed, options: _Options) -> list[RunResult | Exception | None]:
     if not runs:
         return []
     names = ", ".join(dict.fromkeys(run.recipe.student for run in runs))
     title = f"{counted(len(runs), 'trial')}, seed {runs[0].recipe.seed}: {names}"[:72]
-    return train_group(runs, feed, title, stop=None if halving is None else halving.stop)
+    stop = None if options.halving is None else options.halving.stop
+    return train_group(runs, feed, title, stop=stop, after_epoch=options.after_epoch)
 
 
 def _shared_targets(opened: Sequence[_OpenTrial], lead: TrainingData, device: torch.device) -> Any:

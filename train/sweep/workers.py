@@ -9,20 +9,23 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cache_tools.console import interrupted_by_signals, print_line
-from cache_tools.errors import CacheError, NotFoundError, error_from_data, error_to_data
+from cache_tools.errors import CacheError, NotFoundError, OutOfMemoryError, error_from_data, error_to_data
 from cache_tools.format.manifest import Manifest
 from cache_tools.images import open_images
 from cache_tools.images.shard_files import is_pattern
 from cache_tools.storage import remote_url
+from cache_tools.system import memory
 from cache_tools.system.processes import command_for
 from cache_tools.system.quiet import quiet_libraries
+from train.run import run_device
 from train.runs.outcome import Failure, is_settled
 from train.sweep.halving import Halving, dataset_of
 from train.sweep.progress import SweepProgress
@@ -31,7 +34,9 @@ from train.sweep.streams import image_opener, train_stream
 
 POLL_S, GRACE_S = 0.2, 20.0
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_CACHE_ERROR = 2  # exit status of a process that has printed an error that concerns all trials
+_CACHE_ERROR = 2  # exit status of a process that has reported an error that concerns all trials
+# Keys of what a process reports.
+ERROR, PEAK_BYTES, OUT_OF_MEMORY = "error", "peak_bytes", "out_of_memory"
 
 
 class ProcessEngine:
@@ -68,29 +73,14 @@ class ProcessEngine:
                     progress.update()
                     time.sleep(POLL_S)
             finally:
-                _end(running)
+                end_processes(running)
 
     def _start(self, share: Sequence[Trial], halving: Halving | None) -> subprocess.Popen[bytes]:
-        self._logs.mkdir(parents=True, exist_ok=True)
-        job = {
-            "halving": None if halving is None else halving.model_dump(mode="json"),
-            "trials": [trial.model_dump(mode="json") for trial in share],
-            "workers": (self._count, -(-self._count // max(len(self._gpus), 1))),
-        }
         gpu = self._free_gpu()
-        with open(self._logs / "workers.log", "ab") as log:
-            process = subprocess.Popen(
-                command_for("train.sweep.workers"),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=None if gpu is None else os.environ | {VISIBLE: gpu},
-            )
+        on_device = -(-self._count // max(len(self._gpus), 1))
+        process = start_worker(share, halving, self._logs, gpu, workers=(self._count, on_device))
         if gpu is not None:
             self._gpu_of[process] = gpu
-        assert process.stdin is not None, "asked for a pipe"
-        process.stdin.write(json.dumps(job).encode())
-        process.stdin.close()
         return process
 
     def _free_gpu(self) -> str | None:
@@ -108,13 +98,10 @@ class ProcessEngine:
         """
         assert process.stdout is not None, "asked for a pipe"
         with process.stdout as stream:
-            if process.returncode == _CACHE_ERROR and (line := stream.readline()):
-                raise error_from_data(json.loads(line))
+            raise_error(stream.readlines())
         unsettled = [trial for trial in share if not is_settled(trial.folder)] if process.returncode != 0 else []
         if is_retry and unsettled:
-            end = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
-            cause = ", probably for lack of memory" if process.returncode == -9 else ""
-            Failure(kind="died", message=f"its process ended with {end}{cause}, twice").save(unsettled[0].folder)
+            failure_of_process(process.returncode).save(unsettled[0].folder)
             return []
         return [[trial] for trial in unsettled]
 
@@ -132,7 +119,59 @@ def check_images(trials: Sequence[Trial]) -> None:
             open_images(dataset, dataset.split)
 
 
-def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:
+def start_worker(
+    share: Sequence[Trial],
+    halving: Halving | None,
+    logs: Path,
+    gpu: str | None,
+    *,
+    workers: tuple[int, int],
+    is_packed: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Start a process that trains these trials. What it reports on its output is one JSON object per line.
+
+    Args:
+        logs: folder of `workers.log`.
+        gpu: the one that the process sees, as CUDA_VISIBLE_DEVICES calls it; None for all.
+        workers: processes on this machine, and on the same device, which share their memory for pixels.
+        is_packed: report the memory of the trial, a single one, and give it back if that runs out.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    job = {
+        "halving": None if halving is None else halving.model_dump(mode="json"),
+        "trials": [trial.model_dump(mode="json") for trial in share],
+        "workers": workers,
+        "is_packed": is_packed,
+    }
+    with open(logs / "workers.log", "ab") as log:
+        process = subprocess.Popen(
+            command_for("train.sweep.workers"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=None if gpu is None else os.environ | {VISIBLE: gpu},
+        )
+    assert process.stdin is not None, "asked for a pipe"
+    process.stdin.write(json.dumps(job).encode())
+    process.stdin.close()
+    return process
+
+
+def raise_error(lines: Iterable[bytes]) -> None:
+    """Raise the error, which concerns all trials, that is among the lines of a process."""
+    for line in lines:
+        if (data := json.loads(line).get(ERROR)) is not None:
+            raise error_from_data(data)
+
+
+def failure_of_process(returncode: int) -> Failure:
+    """The failure of a trial whose process has ended twice."""
+    end = f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
+    cause = ", probably for lack of memory" if returncode == -9 else ""
+    return Failure(kind="died", message=f"its process ended with {end}{cause}, twice")
+
+
+def end_processes(processes: Collection[subprocess.Popen[bytes]]) -> None:
     """End processes as Ctrl-C does, and kill those that take longer than GRACE_S to clean up."""
     for process in processes:
         process.terminate()
@@ -173,21 +212,47 @@ def visible_gpus(device: torch.device, chosen: str) -> list[str]:
 
 
 def main() -> None:
-    """A worker process: train the trials that standard input names. Only an error goes to standard output, as JSON."""
-    from cache_tools.system.memory import keep_freed_memory
-
-    errors = os.fdopen(os.dup(1), "w")
+    """A worker process: train the trials that standard input names, and report to standard output (`start_worker`)."""
+    reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what training prints goes to the log
-    keep_freed_memory()
+    memory.keep_freed_memory()
     job = json.load(sys.stdin)
     trials = [Trial.model_validate(trial) for trial in job["trials"]]
     halving = None if job["halving"] is None else Halving.model_validate(job["halving"])
+
+    def report(key: str, value: Any) -> None:
+        print(json.dumps({key: value}), file=reports, flush=True)
+
     try:
         with interrupted_by_signals(), quiet_libraries():
-            train_stream(trials, halving=halving, open_split=image_opener(), workers=tuple(job["workers"]))
+            if job["is_packed"]:
+                _train_packed(trials, halving, tuple(job["workers"]), report)
+            else:
+                train_stream(trials, halving=halving, open_split=image_opener(), workers=tuple(job["workers"]))
     except CacheError as error:
         print_line(f"error: {error}", file=sys.stderr)
-        print(json.dumps(error_to_data(error)), file=errors, flush=True)
+        report(ERROR, error_to_data(error))
         raise SystemExit(_CACHE_ERROR) from error
     except KeyboardInterrupt as interrupt:  # of Ctrl-C, or from the process that started this one
         raise SystemExit(128 + getattr(interrupt, "number", signal.SIGINT)) from interrupt
+
+
+def _train_packed(
+    trials: Sequence[Trial], halving: Halving | None, workers: tuple[int, int], report: Callable[[str, Any], None]
+) -> None:
+    """Train a single trial beside those of other processes, and report its memory, or that this ran out."""
+    device = run_device(trials[0].recipe)
+    measure = lambda: report(PEAK_BYTES, memory.peak_memory(device))  # noqa: E731
+    try:
+        with memory.raise_on_out_of_memory(trials[0].name, "a smaller batch_size"):
+            train_stream(
+                trials,
+                halving=halving,
+                open_split=image_opener(),
+                workers=workers,
+                after_epoch=measure,
+                keeps_memory_failures=False,
+            )
+    except OutOfMemoryError as error:
+        print_line(f"error: {error}", file=sys.stderr)
+        report(OUT_OF_MEMORY, str(error))
