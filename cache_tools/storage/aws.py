@@ -11,7 +11,7 @@ import configparser
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cache_tools.errors import StorageError
 Keys = dict[str, Any]
 """What a credential provider of obstore returns."""
 
-_KEYS = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
+_KEYS = ("aws_access_key_id", "aws_secret_access_key")
 _TOKENS = ("aws_session_token", "aws_security_token")
 _INDIRECT = ("role_arn", "sso_session", "sso_start_url", "web_identity_token_file", "credential_process")
 _OWN_ROLES = (
@@ -142,16 +142,32 @@ def _keys(variables: Mapping[str, str], profile: _Profile) -> tuple[Callable[[],
     nothing = f"none in the environment, none in {where}"
     if any(key in profile.values for key in _INDIRECT):
         return _requested_keys(profile), where
-    if _KEYS.keys() <= profile.values.keys():
-        keys: Keys = {name: profile.values[key] for key, name in _KEYS.items()}
+    if profile.values.keys() >= set(_KEYS):
         token = next((profile.values[key] for key in _TOKENS if key in profile.values), None)
-        keys |= {"token": token, "expires_at": None}
-        return lambda: keys, where
+        key, secret = (profile.values[name] for name in _KEYS)
+        return _LastingKeys(key, secret, token), where
     if named := [name for name in _OWN_ROLES if name in variables]:
         return None, named[0]
     if variables.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         raise no_keys("s3://", f"{nothing}, and AWS_EC2_METADATA_DISABLED=true")
     return None, nothing
+
+
+@dataclass(frozen=True)
+class _LastingKeys:
+    """A provider of keys that do not expire. Equal keys are equal providers, so that stores can be shared."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    token: str | None = field(repr=False)
+
+    def __call__(self) -> Keys:
+        return {
+            "access_key_id": self.access_key_id,
+            "secret_access_key": self.secret_access_key,
+            "token": self.token,
+            "expires_at": None,
+        }
 
 
 def no_keys(bucket: str, found: str) -> StorageError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from cache_tools.errors import NotFoundError, RecipeError
@@ -37,7 +39,6 @@ class RemotePlace(Place):
     def __init__(self, url: str, patience_s: float | None = None) -> None:
         self._url, self._patience_s = url.rstrip("/"), patience_s or PATIENCE_S
         self._settings = s3_settings() if self._url.lower().startswith(("s3://", "s3a://")) else None
-        self._has_answered = False
         self._store = self._connect()
 
     def __str__(self) -> str:
@@ -145,8 +146,11 @@ class RemotePlace(Place):
 
     def _connect(self) -> Any:
         """obstore's store. Until it has answered for the first time, it gives up within seconds."""
-        retries, retry_s = (_RETRIES, self._patience_s) if self._has_answered else (_FIRST_RETRIES, FIRST_PATIENCE_S)
-        return _object_store(self._url, self._settings, self._patience_s, min(retry_s, self._patience_s), retries)
+        self._is_patient = self._endpoint in _answering
+        retries, retry_s = (_RETRIES, self._patience_s) if self._is_patient else (_FIRST_RETRIES, FIRST_PATIENCE_S)
+        retry_s = min(retry_s, self._patience_s)
+        environment = frozenset(os.environ.items())
+        return _object_store(self._url, self._settings, self._patience_s, retry_s, retries, environment)
 
     def _request(self, key: str, request: Callable[[], Answer]) -> Answer:
         """Make a request; repeat it after a passing failure. obstore does not repeat one whose answer was cut off."""
@@ -165,7 +169,7 @@ class RemotePlace(Place):
                 except GenericError as error:
                     if is_final(error) or time.monotonic() - start > self._patience_s:
                         raise
-                    if not self._has_answered and is_not_connected(error):
+                    if not self._is_patient and is_not_connected(error):
                         raise
                     self._be_patient()
                     time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # random: workers must not retry at once
@@ -173,8 +177,8 @@ class RemotePlace(Place):
 
     def _be_patient(self) -> None:
         """From now on repeat requests for `patience_s`: something answers at the endpoint."""
-        if not self._has_answered:
-            self._has_answered = True
+        if not self._is_patient:
+            _answering.add(self._endpoint)
             self._store = self._connect()
 
     @contextmanager
@@ -194,6 +198,11 @@ class RemotePlace(Place):
             raise as_storage_error(error, where, self._bucket, region, keys_from) from error
 
     @property
+    def _endpoint(self) -> tuple[str, S3Settings | None]:
+        """What has answered, if this place has: its bucket with these settings."""
+        return self._bucket, self._settings
+
+    @property
     def _bucket(self) -> str:
         """The URL without the path."""
         return "/".join(self._url.split("/")[:3])
@@ -203,7 +212,26 @@ def _entry(meta: Any) -> Entry:
     return Entry(meta["path"], meta["size"], meta["last_modified"].timestamp(), meta.get("e_tag"))
 
 
-def _object_store(url: str, settings: S3Settings | None, timeout_s: float, retry_s: float, retries: int) -> Any:
+_answering: set[tuple[str, S3Settings | None]] = set()
+"""What has answered in this process: it is there, and takes our keys."""
+
+
+@lru_cache(maxsize=64)
+def _object_store(
+    url: str,
+    settings: S3Settings | None,
+    timeout_s: float,
+    retry_s: float,
+    retries: int,
+    environment: frozenset[tuple[str, str]],
+) -> Any:
+    """obstore's store, which places of this process share: it has the connections, and takes milliseconds to make.
+
+    Threads may use it at the same time; a forked process makes its own.
+
+    Args:
+        environment: the environment variables, from which obstore takes credentials, proxies and more.
+    """
     try:
         import obstore
     except ImportError as error:
@@ -234,6 +262,9 @@ def _object_store(url: str, settings: S3Settings | None, timeout_s: float, retry
             found=_first_line(error),
             next_step="set AZURE_STORAGE_ACCOUNT_NAME" if "Account must be specified" in str(error) else None,
         ) from error
+
+
+os.register_at_fork(after_in_child=_object_store.cache_clear)
 
 
 def _first_line(error: BaseException) -> str:
