@@ -17,12 +17,11 @@ from cache_tools.errors import CacheError, FormatError, MismatchError, NotFoundE
 from cache_tools.images import open_images
 from cache_tools.images.image_set import ImageSet
 from cache_tools.images.recipe import DatasetRecipe
-from cache_tools.places import LocalPlace, open_place
-from cache_tools.places.transfer import copy_cache
+from cache_tools.places import open_place
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
-from tests.support.s3_server import new_bucket
+from tests.support.s3_server import new_bucket, upload
 from tests.support.turns import slow
 from tests.support.worker_data import EverythingOf
 
@@ -106,7 +105,7 @@ def test_a_pickled_remote_cache_stages_what_it_needs(
 ) -> None:
     monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path))
     url = f"s3://{new_bucket()}/tiny.zarr"
-    copy_cache(LocalPlace(folder / "fused"), open_place(url))
+    upload(folder / "fused", url)
     cache = TeacherCache.open(url)
     other = pickle.loads(pickle.dumps(cache))
     assert other.origin.url == url

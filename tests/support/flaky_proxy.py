@@ -147,6 +147,14 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version, proxy = "HTTP/1.1", FlakyProxy("http://127.0.0.1:9", 0)
 
+    def setup(self) -> None:
+        super().setup()
+        self._connection = http.client.HTTPConnection(self.proxy.upstream.hostname or "", self.proxy.upstream.port)
+
+    def finish(self) -> None:
+        self._connection.close()
+        super().finish()
+
     def _serve(self) -> None:
         proxy, body = self.proxy, self.rfile.read(int(self.headers.get("Content-Length", 0)))
         passed, failure = proxy.gate(), None
@@ -169,14 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
 
     def _upstream(self, body: bytes) -> tuple[int, str, list[tuple[str, str]], bytes]:
-        connection = http.client.HTTPConnection(self.proxy.upstream.hostname or "", self.proxy.upstream.port)
-        try:
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
-            connection.request(self.command, self.path, body=body or None, headers=headers)
-            response = connection.getresponse()
-            return response.status, response.reason, response.getheaders(), response.read()
-        finally:
-            connection.close()
+        """The answer of the server, over one connection for all requests of a client's connection."""
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
+        self._connection.request(self.command, self.path, body=body or None, headers=headers)
+        response = self._connection.getresponse()
+        return response.status, response.reason, response.getheaders(), response.read()
 
     def _answer(
         self, status: int, reason: str, headers: list[tuple[str, str]], body: bytes, *, length: int | None = None

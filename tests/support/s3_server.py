@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -9,6 +10,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +29,7 @@ def s3_server(address: str = "127.0.0.1", port: int = 0) -> Iterator[dict[str, s
     from moto.moto_server.werkzeug_app import create_backend_app
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # pytest would format and keep a line for each request
     server = ThreadedMotoServer(ip_address=address, port=port, verbose=False)
     server.start()
     assert server._server is not None
@@ -80,6 +83,18 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
         for name, value in variables.items():
             patch.setenv(name, value)
         yield
+
+
+def upload(folder: Path, url: str) -> None:
+    """Put the files of a folder below a URL, into the memory of the server of this process, without requests."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    for file in folder.rglob("*"):
+        if file.is_file():
+            backend.put_object(bucket, f"{prefix}/{file.relative_to(folder).as_posix()}", file.read_bytes())
 
 
 def has_loopback() -> bool:

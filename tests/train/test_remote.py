@@ -11,13 +11,11 @@ import pytest
 
 from cache_tools.errors import StorageError
 from cache_tools.home import registry
-from cache_tools.places import LocalPlace, open_place
-from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.support.preloaded import Preloaded, run_module
-from tests.support.s3_server import new_bucket
+from tests.support.s3_server import new_bucket, upload
 from train.run import train_student
 from train.runs.stored import open_run
 
@@ -46,7 +44,7 @@ def proxy(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 @pytest.fixture
 def url(proxy: FlakyProxy, local: Path) -> str:
     url = f"s3://{new_bucket()}/caches/tiny.zarr"
-    copy_cache(LocalPlace(local), open_place(url))
+    upload(local, url)
     proxy.forget()
     return url
 

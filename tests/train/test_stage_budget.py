@@ -19,12 +19,10 @@ import torch
 from cache_tools.errors import RecipeError
 from cache_tools.home import registry
 from cache_tools.home.housekeeping import PruneRules, prune
-from cache_tools.places import LocalPlace, open_place
-from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.preloaded import Preloaded, run_module
-from tests.support.s3_server import new_bucket
+from tests.support.s3_server import new_bucket, upload
 from train.run import train_student
 from train.runs.stored import open_run
 from train.sweep.recipe import SweepRecipe
@@ -41,7 +39,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 @pytest.fixture(scope="module")
 def url(server: str, local: Path) -> str:
     url = f"s3://{new_bucket()}/caches/tiny.zarr"
-    copy_cache(LocalPlace(local), open_place(url))
+    upload(local, url)
     return url
 
 

@@ -23,12 +23,11 @@ from cache_tools.home.origin import read_origin
 from cache_tools.places import LocalPlace, open_place
 from cache_tools.places.claims import Claims
 from cache_tools.places.metadata import manifest_at
-from cache_tools.places.transfer import copy_cache
 from cache_tools.reader import TeacherCache
 from cache_tools.store.writer import CacheWriter
 from tests.support.cache_factory import build, create, tiny_constants, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
-from tests.support.s3_server import new_bucket
+from tests.support.s3_server import new_bucket, upload
 from tests.support.turns import slow
 
 IMAGES = tiny_images()
@@ -72,7 +71,7 @@ def url(proxy: FlakyProxy, local: Path) -> str:
 
 def publish(path: Path, proxy: FlakyProxy, url: str | None = None) -> str:
     url = url or f"s3://{new_bucket()}/caches/tiny.zarr"
-    copy_cache(LocalPlace(path), open_place(url))
+    upload(path, url)
     proxy.forget()
     return url
 

@@ -15,7 +15,7 @@ from cache_tools.places.transfer import copy_cache, list_committed
 from cache_tools.storage import remote
 from tests.support.cache_factory import build, tiny_images, tiny_manifest
 from tests.support.flaky_proxy import FlakyProxy, flaky_proxy
-from tests.support.s3_server import new_bucket
+from tests.support.s3_server import new_bucket, upload
 from tests.support.turns import slow
 
 IMAGES = tiny_images()
@@ -38,8 +38,9 @@ def cache(tmp_path: Path) -> LocalPlace:
 @pytest.fixture
 def place(proxy: FlakyProxy, cache: LocalPlace) -> Place:
     """The same cache in an object store."""
-    place = open_place(f"s3://{new_bucket()}/group/cache.zarr")
-    copy_cache(cache, place)
+    url = f"s3://{new_bucket()}/group/cache.zarr"
+    upload(cache.path, url)
+    place = open_place(url)
     proxy.forget()
     return place
 
