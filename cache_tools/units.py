@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 
-from pydantic import ByteSize, TypeAdapter
-
 from cache_tools.errors import RecipeError
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_SIZE_UNITS = ("B", "KB", "MB", "GB", "TB", "PB", "EB")
 # ByteSize alone also accepts a number without a unit, and any text after the unit.
 _SIZE = re.compile(r"\s*[0-9]+([.][0-9]+)?\s*([KMGTPE]I?)?B\s*", re.IGNORECASE)
 _DURATION = re.compile(r"\s*([0-9]+(?:[.][0-9]+)?)\s*([smhdw])\s*")
@@ -21,7 +20,12 @@ def counted(count: int, noun: str) -> str:
 
 def human_bytes(count: int) -> str:
     """Format a size in powers of 1000: `12.3 MB`."""
-    return ByteSize(count).human_readable(decimal=True, separator=" ")
+    size = float(count)
+    for unit in _SIZE_UNITS[:-1]:
+        if abs(size) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} {_SIZE_UNITS[-1]}"
 
 
 def num_bytes(text: str) -> int:
@@ -32,6 +36,8 @@ def num_bytes(text: str) -> int:
     """
     if not _SIZE.fullmatch(text):
         raise RecipeError("cannot read the size", where=text, expected="a size such as 100GB or 500MB")
+    from pydantic import ByteSize, TypeAdapter  # takes longer to import than `cache-tools ls` runs
+
     return int(TypeAdapter(ByteSize).validate_python(text))
 
 

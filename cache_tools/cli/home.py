@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache_tools import units
-from cache_tools.cli import describe
 from cache_tools.cli.options import AsJson, Cache, LocalCache, Yes
+from cache_tools.cli.table import print_table
 from cache_tools.console import print_json, print_line, print_next
 from cache_tools.errors import StorageError
 from cache_tools.home import registry
@@ -60,13 +60,13 @@ def list_command(
     place = LocalPlace(registry.cache_home()) if where is None else open_place(where)
     records: list[registry.CacheRecord] | list[RemoteRecord]
     if isinstance(place, LocalPlace):
-        records = filters.apply(registry.list_caches(None if where is None else place.path))
+        records = filters.apply(registry.list_caches(None if where is None else place.path, indexed=True))
     else:
         records = filters.apply(list_remote(place))
     if as_json:
-        print_json([record.model_dump(mode="json") | {"complete": record.complete} for record in records])
+        print_json([record.to_json() | {"complete": record.complete} for record in records])
     elif records:
-        describe.print_table(records)
+        print_table(records)
         _print_next_of_list(records)
     elif filters == Filters():
         print_line(f"No caches in {place}. Run `build-cache` to make one.")
@@ -88,6 +88,8 @@ def _print_next_of_list(records: Sequence[registry.CacheRecord] | Sequence[Remot
 
 def info_command(reference: Cache, as_json: AsJson = False) -> None:
     """Show the recipe, size, progress and provenance of a cache. Of a remote cache, nothing is staged."""
+    from cache_tools.cli import describe
+
     if is_remote(reference):
         details = describe.describe_remote(open_place(reference))
     else:

@@ -6,27 +6,27 @@ import fnmatch
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from cache_tools.config import Frozen
 from cache_tools.errors import FormatError, NotFoundError
-from cache_tools.format import commits
 from cache_tools.home.registry import SUFFIX, Summary, complete_views, manifest_fields, problem_fields
 from cache_tools.places import Entry, Place
-from cache_tools.places.metadata import manifest_at
 
 WORKERS = 8
 
 AnySummary = TypeVar("AnySummary", bound=Summary)
 
 
+@dataclass(frozen=True, kw_only=True)
 class RemoteRecord(Summary):
     """A cache in an object store. `used_s` is when it was last written: its use is not recorded."""
 
     url: str
 
 
-class Filters(Frozen):
+@dataclass(frozen=True, kw_only=True)
+class Filters:
     """Which caches to list; a cache must pass every filter.
 
     Attributes:
@@ -78,7 +78,9 @@ def remote_record(place: Place, entries: Iterable[Entry] | None = None) -> Remot
     Args:
         entries: its files, if they are already listed.
     """
-    manifest, failure = None, dict[str, str | None]()
+    from cache_tools.places.metadata import manifest_at  # imports pydantic
+
+    manifest, failure = None, dict[str, Any]()
     try:
         manifest = manifest_at(place)
     except NotFoundError:
@@ -87,7 +89,11 @@ def remote_record(place: Place, entries: Iterable[Entry] | None = None) -> Remot
         failure = problem_fields(error)
     files = list(place.entries() if entries is None else entries)
     newest_s = max((entry.modified_s for entry in files), default=0.0)
-    common = {"size_bytes": sum(entry.size for entry in files), "modified_s": newest_s, "used_s": newest_s}
+    common: dict[str, Any] = {
+        "size_bytes": sum(entry.size for entry in files),
+        "modified_s": newest_s,
+        "used_s": newest_s,
+    }
     if manifest is None:
         return RemoteRecord(url=str(place), name=place.name.removesuffix(SUFFIX), **failure, **common)
     views = complete_views(commit_names(entry.key for entry in files), manifest)
@@ -96,7 +102,9 @@ def remote_record(place: Place, entries: Iterable[Entry] | None = None) -> Remot
 
 def commit_names(keys: Iterable[str]) -> list[str]:
     """Names of the commit files among the files of a cache."""
-    folder = f"{commits.COMMITS}/"
+    from cache_tools.format.commits import COMMITS  # imports pydantic
+
+    folder = f"{COMMITS}/"
     return [key.removeprefix(folder) for key in keys if key.startswith(folder)]
 
 

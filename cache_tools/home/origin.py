@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import NonNegativeInt, ValidationError
-
-from cache_tools.config import Frozen
 from cache_tools.errors import FormatError, RecipeError, UnsafeFileError
 from cache_tools.files import MAX_METADATA_BYTES, SafeFolder
 
 
-class OriginRecord(Frozen):
+@dataclass(frozen=True, kw_only=True)
+class OriginRecord:
     """The state of the remote cache when the store was last asked.
 
     Attributes:
@@ -25,7 +25,7 @@ class OriginRecord(Frozen):
 
     url: str
     fingerprint: str
-    views: NonNegativeInt
+    views: int
     complete: bool = False
 
     @property
@@ -47,11 +47,20 @@ def read_origin(path: Path) -> OriginRecord | None:
     """
     file = origin_file(path)
     try:
-        return OriginRecord.model_validate_json(SafeFolder(file.parent).read_bytes(file.name, MAX_METADATA_BYTES))
+        return _parse(json.loads(SafeFolder(file.parent).read_bytes(file.name, MAX_METADATA_BYTES)))
     except UnsafeFileError:
         raise
-    except (OSError, ValidationError, FormatError):
+    except (OSError, ValueError, TypeError, RecursionError, FormatError):
         return None
+
+
+def _parse(data: Any) -> OriginRecord:
+    """The record in the JSON of a file. Raises TypeError or ValueError for anything else."""
+    record = OriginRecord(**data)
+    types = {name: type(value) for name, value in asdict(record).items()}
+    if types != {"url": str, "fingerprint": str, "views": int, "complete": bool} or record.views < 0:
+        raise ValueError("not a record of an origin")
+    return record
 
 
 def write_origin(path: Path, record: OriginRecord) -> None:
@@ -62,7 +71,7 @@ def write_origin(path: Path, record: OriginRecord) -> None:
         UnsafeFileError: a link or a pipe is in its place.
     """
     file = origin_file(path)
-    SafeFolder(file.parent).put(file.name, json.dumps(record.model_dump(mode="json"), indent=2).encode())
+    SafeFolder(file.parent).put(file.name, json.dumps(asdict(record), indent=2).encode())
 
 
 def budget_is_refused(where: str, reference: object) -> RecipeError:

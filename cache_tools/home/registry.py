@@ -9,29 +9,39 @@ import stat
 import string
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cache_tools.config import Frozen
 from cache_tools.console import storage_error
-from cache_tools.errors import CacheError, NotFoundError, RecipeError, StorageError, UnknownFormatError, printable
+from cache_tools.errors import (
+    CacheError,
+    NotFoundError,
+    RecipeError,
+    StorageError,
+    UnknownFormatError,
+    UnsafeFileError,
+    printable,
+)
 from cache_tools.files import HOME_VARIABLE as HOME_VARIABLE
 from cache_tools.files import SafeFolder, find_leftovers, remove_leftover
 from cache_tools.files import cache_home as cache_home
-from cache_tools.format import commits
-from cache_tools.format.manifest import Manifest
-from cache_tools.home.origin import read_origin
-from cache_tools.home.sizes import Sizes, size_and_time
+from cache_tools.home.origin import OriginRecord, read_origin
+from cache_tools.home.sizes import FIELDS, Sizes, size_and_time
 from cache_tools.places import is_remote, local_path
-from cache_tools.store.group import read_manifest
+
+if TYPE_CHECKING:
+    from cache_tools.format.manifest import Manifest
 
 SUFFIX = ".zarr"
 MIN_PREFIX = 4
 CLOCK_DIFFERENCE_S = 300.0  # by which the clock of a file server may be ahead of ours
 
 
-class Summary(Frozen):
+@dataclass(frozen=True, kw_only=True)
+class Summary:
     """What `cache-tools ls` shows of a cache.
 
     Attributes:
@@ -58,7 +68,12 @@ class Summary(Frozen):
     def complete(self) -> bool:
         return self.problem is None and self.views_done == self.views_total
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
+
+@dataclass(frozen=True, kw_only=True)
 class CacheRecord(Summary):
     """A cache in a folder. `origin` is the URL that it mirrors: then it has the views that were needed so far."""
 
@@ -142,10 +157,14 @@ def is_cache(path: Path) -> bool:
     return status is not None and not stat.S_ISDIR(status.st_mode)
 
 
-def list_caches(home: Path | None = None) -> list[CacheRecord]:
+def list_caches(home: Path | None = None, *, indexed: bool = False) -> list[CacheRecord]:
     """Every cache of the home or another folder, by name, then path; also half-built and damaged ones.
 
     Of a folder that is a cache itself, only that cache.
+
+    Args:
+        indexed: believe the index about caches that have not changed, without reading their manifests. Only for the
+            eyes: what the user chooses or removes is read.
 
     Raises:
         NotFoundError: no such folder. A cache home that does not exist yet is empty.
@@ -161,7 +180,7 @@ def list_caches(home: Path | None = None) -> list[CacheRecord]:
     except OSError as error:
         raise storage_error(error) from error
     with Sizes(home) as sizes:
-        records = [read_record(path, sizes.of(path)) for path in folders]
+        records = [_indexed_record(path, sizes, trusted=indexed) for path in folders]
     return sorted(records, key=lambda found: (found.name, str(found.path)))
 
 
@@ -171,26 +190,52 @@ def read_record(path: Path, size: tuple[int, float] | None = None) -> CacheRecor
     Args:
         size: its `size_and_time`, if known.
     """
+    from cache_tools.store.group import read_manifest  # imports pydantic
+
     size_bytes, modified_s = size_and_time(path) if size is None else size
     try:
         origin, manifest = read_origin(path), read_manifest(path)
-        views_done = len(read_complete_views(path, manifest))
+        fields = manifest_fields(manifest) | {"views_done": len(read_complete_views(path, manifest))}
     except CacheError as error:
         name = printable(re.sub(r"-[0-9a-f]{12}$", "", path.name.removesuffix(SUFFIX)))
-        times = {"modified_s": modified_s, "used_s": _last_use_s(path, modified_s)}
-        return CacheRecord(path=path, name=name, size_bytes=size_bytes, **problem_fields(error), **times)
+        return CacheRecord(
+            path=path,
+            name=name,
+            size_bytes=size_bytes,
+            modified_s=modified_s,
+            used_s=_last_use_s(path, modified_s),
+            **problem_fields(error),
+        )
+    return _record(path, size_bytes, modified_s, origin, fields)
+
+
+def _record(
+    path: Path, size_bytes: int, modified_s: float, origin: OriginRecord | None, fields: Mapping[str, Any]
+) -> CacheRecord:
+    """A cache that can be opened; `fields` are those of the index."""
     return CacheRecord(
         path=path,
         origin=origin.url if origin is not None and origin.is_mirror else None,
-        **manifest_fields(manifest),
-        views_done=views_done,
         size_bytes=size_bytes,
         modified_s=modified_s,
         used_s=_last_use_s(path, modified_s),
+        **fields,
     )
 
 
-def problem_fields(error: CacheError) -> dict[str, str | None]:
+def _indexed_record(path: Path, sizes: Sizes, *, trusted: bool) -> CacheRecord:
+    """The record of a cache, which the index remembers."""
+    size_bytes, modified_s = size = sizes.of(path)
+    if trusted and (fields := sizes.fields_of(path)) is not None:
+        with suppress(UnsafeFileError):
+            return _record(path, size_bytes, modified_s, read_origin(path), fields)
+    record = read_record(path, size)
+    if record.problem is None:
+        sizes.remember(path, {name: getattr(record, name) for name in FIELDS})
+    return record
+
+
+def problem_fields(error: CacheError) -> dict[str, Any]:
     """The fields of `Summary` that say why a cache cannot be opened."""
     unknown = None
     if isinstance(error, UnknownFormatError):
@@ -235,8 +280,10 @@ def used_file(path: Path) -> Path:
 
 def read_complete_views(path: Path, manifest: Manifest) -> list[int]:
     """The complete views of a cache, from the names of its commit files."""
+    from cache_tools.format.commits import COMMITS  # imports pydantic
+
     try:
-        names = SafeFolder(path).names(commits.COMMITS)
+        names = SafeFolder(path).names(COMMITS)
     except OSError:
         return []
     return complete_views(names, manifest)
@@ -244,7 +291,9 @@ def read_complete_views(path: Path, manifest: Manifest) -> list[int]:
 
 def complete_views(names: Iterable[str], manifest: Manifest) -> list[int]:
     """The views whose every block has one of these commit files."""
-    counts = Counter(view for view, _ in commits.parse_file_names(names, manifest))
+    from cache_tools.format.commits import parse_file_names  # imports pydantic
+
+    counts = Counter(view for view, _ in parse_file_names(names, manifest))
     return sorted(view for view, count in counts.items() if count == manifest.num_blocks)
 
 

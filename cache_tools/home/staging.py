@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ def connect(url: str, stage_budget: int | None = None) -> Origin:
     mirror = cache_path(manifest.name, manifest.fingerprint)
     record = OriginRecord(url=url, fingerprint=manifest.fingerprint, views=manifest.num_views)
     if _has_every_view(mirror, manifest):
-        nothing_to_stage = record.model_copy(update={"views": 0, "complete": True})
+        nothing_to_stage = replace(record, views=0, complete=True)
         before = read_origin(mirror)
         if before is not None and before.is_mirror:
             _follow_test_split(mirror, manifest)
@@ -98,7 +99,7 @@ def connect(url: str, stage_budget: int | None = None) -> Origin:
         return _open_stage(place, manifest, record, stage_budget)
     sizes = [*stage_metadata(place, mirror, manifest), *_follow_test_split(mirror, manifest)]
     before = read_origin(mirror)
-    if before is None or before.model_copy(update={"complete": False}) != record:
+    if before is None or replace(before, complete=False) != record:
         _write_record(mirror, record)
     origin = Origin(mirror, read_origin(mirror) or record, checked=True)
     origin.bytes = sum(sizes)
@@ -292,7 +293,7 @@ class Origin:
         self._in_store = list_committed(self._place(PATIENCE_S))
         views, blocks = self._record.views, manifest.num_blocks
         if sum(each.view < views and each.block < blocks for each in self._in_store) == views * blocks:
-            self._record = self._record.model_copy(update={"complete": True})
+            self._record = replace(self._record, complete=True)
             if self.budgeted is None:
                 _write_record(self.mirror, self._record)
 

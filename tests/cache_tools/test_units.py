@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ByteSize
 
 from cache_tools.errors import RecipeError
 from cache_tools.units import duration, human_bytes, num_bytes, seconds
 
 DAY = 86_400.0
+
+
+@given(st.one_of(st.integers(-(10**20), 10**20), st.integers(0, 10**7)))
+def test_sizes_are_written_as_pydantic_writes_them(count: int) -> None:
+    assert human_bytes(count) == ByteSize(count).human_readable(decimal=True, separator=" ")
 
 
 @pytest.mark.parametrize(("text", "value"), [("30d", 30 * DAY), ("1.5h", 5400), ("90 m", 5400), ("2w", 14 * DAY)])

@@ -141,7 +141,7 @@ def ask(path: Path, *questions: Callable[[Path], Any]) -> list[Any]:
     errors: list[str] = []
     with limited_resources():
         found = registry.read_record(path)
-        json.dumps(found.model_dump(mode="json"), ensure_ascii=False).encode()
+        json.dumps(found.to_json(), ensure_ascii=False).encode()
         housekeeping.find_candidates([found], housekeeping.PruneRules(incomplete=True))
         for question in questions:
             try:

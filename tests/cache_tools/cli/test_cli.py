@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from cache_tools.cli import app
 from cache_tools.home import registry
+from cache_tools.home.sizes import INDEX
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.next_commands import commands_in
 
@@ -186,6 +188,43 @@ def test_ls_and_info_import_no_slow_package(home: Path, arguments: list[str]) ->
     assert arguments != ["ls"] or "numpy" not in imported
 
 
+MODULES = """
+import sys
+from cache_tools.cli import main
+sys.argv[1:] = ["ls", "--json"]
+try:
+    main()
+finally:
+    print(*(name for name in sys.modules if name.startswith("cache_tools.")), file=sys.stderr)
+"""
+
+
+def test_ls_of_caches_that_it_knows_builds_no_models_of_manifests(home: Path, tmp_path: Path) -> None:
+    """A second `ls` prints the same without pydantic models, and still notices damage."""
+    for name in ("digits", "half"):
+        shutil.copytree(next(home.glob(f"{name}-*")), tmp_path / f"{name}.zarr")
+
+    def listed() -> tuple[list[dict[str, Any]], set[str]]:
+        for path in [*tmp_path.rglob("*/"), tmp_path]:
+            os.utime(path, (1e9, 1e9))  # nothing has changed a moment ago
+        environment = os.environ | {"TEACHER_CACHE_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", MODULES]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout), set(done.stderr.split())
+
+    first, imported = listed()
+    assert "cache_tools.format.manifest" in imported
+    assert [row["views_done"] for row in first] == [3, 1]
+    again, imported = listed()
+    assert again == first
+    assert not [name for name in imported if name.startswith(("cache_tools.format.", "cache_tools.config."))]
+    file = tmp_path / "half.zarr/zarr.json"
+    file.write_text(file.read_text().replace('"name"', '"nome"', 1))
+    damaged, _ = listed()
+    assert damaged[0] == first[0]
+    assert "digest does not match" in damaged[1]["problem"]
+
+
 OPENED = """
 import os, sys
 opened = []
@@ -206,6 +245,7 @@ finally:
 
 def test_ls_reads_one_file_of_each_cache(home: Path) -> None:
     """Only its manifest, so that a home of hundreds of caches is listed quickly."""
+    (home / INDEX).unlink(missing_ok=True)
     environment = os.environ | {"TEACHER_CACHE_HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", OPENED], env=environment, check=True, capture_output=True, text=True)
     caches = [row["path"] for row in json.loads(done.stdout)]

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cache_tools.cli import app
-from cache_tools.cli.describe import print_table
+from cache_tools.cli.table import print_table
 from cache_tools.home.registry import SUFFIX, CacheRecord
 from tests.support.cache_factory import build, create, tiny_images, tiny_manifest, tiny_targets, write
 from tests.support.next_commands import commands_in
