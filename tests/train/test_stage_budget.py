@@ -19,6 +19,7 @@ import torch
 from cache_tools.errors import RecipeError
 from cache_tools.home import registry
 from cache_tools.home.housekeeping import PruneRules, prune
+from cache_tools.places import LocalPlace
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run
 from tests.support.preloaded import Preloaded, run_module
