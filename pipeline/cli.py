@@ -105,6 +105,13 @@ def build_cache(
             "memory. Default: 256.",
         ),
     ] = None,
+    compile_mode: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            help="off, model (torch.compile of teacher and CLIP), or auto: as the cache was begun, off for a new one.",
+        ),
+    ] = None,
     views_at_once: Annotated[
         int | None,
         typer.Option(
@@ -199,6 +206,7 @@ def build_cache(
         "out": out,
         "device": device,
         "batch_size": batch_size,
+        "compile": compile_mode,
         "views_at_once": views_at_once,
         "keep_views": keep_views,
         "lease_minutes": lease_minutes,

@@ -163,7 +163,7 @@ class Plan(Frozen):
 
 
 def make_plan(recipe: BuildRecipe, student: str, epochs: int) -> Plan:
-    """Time a few batches of teachers and of a student on the recipe's own images and device.
+    """Time a few batches of teachers and of a student on the recipe's own images and device. Nothing is compiled.
 
     Raises:
         CacheError: images, weights or device are missing, as in a build.

@@ -152,16 +152,17 @@ class BuildRecipe(Extensible):
     are always tuples. Without a CLIP the weights in `fusion` become 1, without a teacher 0.
     `codec` is a preset (`cache_tools.codecs.presets.resolve_codecs`), or a codec for the logits and one for the
     features.
-    `batch_size`, `block_rows`, `views_at_once`, `max_minutes`, `device` and `out` (a folder, or the URL of an object
-    store) determine how and where the work is done. `batch_size: auto` is that with which the cache was begun; for a
-    new one it is the largest that fits into the memory of a CUDA device, and 256 on any other
-    (`pipeline/build/batch_size.py`). With `keep_views` at most so many views are in the cache at a time; a student that
-    follows the build and does not renew its lease is waited for `lease_minutes`. `evaluation` is the transform of test
-    images for the preflight, and for `train-student` if it is given this recipe: the networks see the part of each
-    image that it takes, at their own sizes. All other fields determine the values.
+    `batch_size`, `compile`, `block_rows`, `views_at_once`, `max_minutes`, `device` and `out` (a folder, or the URL of
+    an object store) determine how and where the work is done. `batch_size: auto` is that with which the cache was
+    begun; for a new one it is the largest that fits into the memory of a CUDA device, and 256 on any other
+    (`pipeline/build/batch_size.py`). `compile` is `off`, `model` (all networks are compiled by torch.compile) or
+    `auto`: as the cache was begun, and off for a new one. With `keep_views` at most so many views are in the cache at
+    a time; a student that follows the build and does not renew its lease is waited for `lease_minutes`. `evaluation` is
+    the transform of test images for the preflight, and for `train-student` if it is given this recipe: the networks see
+    the part of each image that it takes, at their own sizes. All other fields determine the values.
     """
 
-    added = frozenset({"evaluation", "views_at_once", "max_minutes", "keep_views", "lease_minutes"})
+    added = frozenset({"evaluation", "views_at_once", "max_minutes", "keep_views", "lease_minutes", "compile"})
 
     name: Name
     dataset: DatasetRecipe
@@ -174,6 +175,7 @@ class BuildRecipe(Extensible):
     codec: CodecChoice = "float16"
     precision: Precision = "float32"
     batch_size: CountOrAuto = 256
+    compile: Literal["auto", "off", "model"] = "auto"
     block_rows: Count | None = None
     views_at_once: Annotated[Count, Field(le=MAX_VIEWS_AT_ONCE)] | None = None
     max_minutes: Positive | None = None

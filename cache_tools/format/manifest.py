@@ -185,6 +185,11 @@ def check_code_versions(manifest: Manifest, versions: Mapping[str, int], where: 
         )
 
 
+def has_compiled(manifest: Manifest) -> bool:
+    """Whether the networks of a cache were compiled by torch.compile, whose kernels round otherwise."""
+    return manifest.build_recipe.get("compile") == "model"
+
+
 _OUTPUT_OPTIONS = {"--json", "--plan", "--show-recipe"}  # what a command prints, not what it builds
 
 

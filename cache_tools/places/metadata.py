@@ -11,7 +11,7 @@ from cache_tools.console import Progress
 from cache_tools.errors import FormatError, MismatchError, NotFoundError, StorageError
 from cache_tools.files import MAX_METADATA_BYTES
 from cache_tools.format.layout import array_layouts
-from cache_tools.format.manifest import Manifest
+from cache_tools.format.manifest import Manifest, has_compiled
 from cache_tools.format.stored import parse_group
 from cache_tools.places import Place
 from cache_tools.places.arrays import GROUP, WORKERS, check_metadata, read_file, read_metadata, read_whole_arrays
@@ -153,6 +153,15 @@ def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
             expected=f"{manifest.block_rows} rows per block",
             found=existing.block_rows,
             next_step="choose another target, or remove that cache first",
+        )
+    if has_compiled(existing) != has_compiled(manifest):
+        raise MismatchError(
+            "the same cache is at the target, from another build: compiled networks made only one of the two, and "
+            "their blocks must not be mixed",
+            where=target,
+            expected=f"--compile {'model' if has_compiled(manifest) else 'off'}",
+            found=f"--compile {'model' if has_compiled(existing) else 'off'}",
+            next_step="use that cache (pull it), choose another target, or remove it first",
         )
     if _constants(existing) != _constants(manifest):
         raise MismatchError(

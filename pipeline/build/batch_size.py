@@ -60,7 +60,7 @@ def new_batch_size(recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet,
     if not is_measured(ensemble.device):
         return DEFAULT
     most = _most_images(recipe, identity, images)
-    return largest_batch(_forward_pass(identity, images, ensemble, recipe.num_views), most, ensemble.device)
+    return largest_batch(forward_pass(identity, images, ensemble, recipe.num_views), most, ensemble.device)
 
 
 def require_room(manifest: Manifest, images: ImageSet, ensemble: TeacherEnsemble) -> None:
@@ -70,7 +70,7 @@ def require_room(manifest: Manifest, images: ImageSet, ensemble: TeacherEnsemble
         OutOfMemoryError: they do not; names the size that would.
     """
     size, device = min(stored_batch_size(manifest), manifest.block_rows, len(images)), ensemble.device
-    work = _forward_pass(manifest.recipe, images, ensemble, manifest.num_views)
+    work = forward_pass(manifest.recipe, images, ensemble, manifest.num_views)
     if not is_measured(device) or memory_taken(work, size, device) is not None:
         return
     found = largest_batch(work, size, device)
@@ -82,6 +82,21 @@ def require_room(manifest: Manifest, images: ImageSet, ensemble: TeacherEnsemble
         next_step=f"build where there is more memory, or with --batch-size {found}, where targets may differ in their "
         "last bits",
     )
+
+
+def forward_pass(
+    identity: CacheRecipe, images: ImageSet, ensemble: TeacherEnsemble, num_views: int
+) -> Callable[[int], object]:
+    """What a build does on the device with a batch of the first block, given the number of its images."""
+    views, view = identity.views, min(1, num_views - 1)  # view 0 may be the clean images
+
+    def work(size: int) -> object:
+        samples = np.arange(size, dtype=np.int64)
+        pixels = load_pixels(images, views, slice(0, size), samples, view).to(ensemble.device)
+        seen = finish_pixels(pixels, views, samples, view)
+        return ensemble.targets(seen.teacher, identity.store, seen.clip)
+
+    return work
 
 
 def is_measured(device: torch.device) -> bool:
@@ -145,21 +160,6 @@ class MemoryMeter:
     def share(self) -> float:
         # Reserved memory has the workspaces of cuDNN and the gaps between tensors too.
         return (torch.cuda.max_memory_reserved(self._device) - self._before) / self._free
-
-
-def _forward_pass(
-    identity: CacheRecipe, images: ImageSet, ensemble: TeacherEnsemble, num_views: int
-) -> Callable[[int], object]:
-    """What a build does on the device with a batch of the first block, given the number of its images."""
-    views, view = identity.views, min(1, num_views - 1)  # view 0 may be the clean images
-
-    def work(size: int) -> object:
-        samples = np.arange(size, dtype=np.int64)
-        pixels = load_pixels(images, views, slice(0, size), samples, view).to(ensemble.device)
-        seen = finish_pixels(pixels, views, samples, view)
-        return ensemble.targets(seen.teacher, identity.store, seen.clip)
-
-    return work
 
 
 def _most_images(recipe: BuildRecipe, identity: CacheRecipe, images: ImageSet) -> int:

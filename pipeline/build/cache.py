@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -21,10 +22,10 @@ from pydantic import ValidationError
 from cache_tools.alignment import check_manifest_canaries, make_canaries
 from cache_tools.codecs.presets import resolve_codecs
 from cache_tools.console import StopRequest, device_name, resolve_device
-from cache_tools.errors import DataError, RecipeError, printable
+from cache_tools.errors import DataError, MismatchError, RecipeError, printable
 from cache_tools.format.arrays import default_block_rows
 from cache_tools.format.commits import BlockId
-from cache_tools.format.manifest import CODE, DECODER, Manifest, check_code_versions
+from cache_tools.format.manifest import CODE, DECODER, Manifest, check_code_versions, has_compiled
 from cache_tools.format.recipe import CacheRecipe, ClipIdentity, TeacherIdentity
 from cache_tools.format.rolling import Rolling
 from cache_tools.format.stored import text_not_unicode
@@ -37,8 +38,10 @@ from cache_tools.images.recipe import TestSplits
 from cache_tools.places import open_place
 from cache_tools.places.claims import remove_dead_claims
 from cache_tools.places.metadata import manifest_at
+from cache_tools.system.compilation import explain_compiler_failure
+from cache_tools.system.memory import raise_on_out_of_memory
 from cache_tools.system.ranks import Meeting, own_rank
-from cache_tools.units import counted
+from cache_tools.units import counted, duration
 from pipeline.build.destination import destination
 from pipeline.build.known import CODE_VERSIONS, INPUTS, find_finished, inputs_digest
 from pipeline.build.multilabel_preflight import MultiLabelPreflight, run_multilabel_preflight
@@ -177,7 +180,7 @@ def prepare_build(
     for note in frame_notes(*splits):
         say(f"note: {note}")
 
-    from pipeline.build.batch_size import START, new_batch_size, require_room, stored_batch_size
+    from pipeline.build.batch_size import START, forward_pass, new_batch_size, require_room, stored_batch_size
     from pipeline.build.open_output import open_output
     from pipeline.networks.class_words import check_words
     from pipeline.networks.ensemble import load_ensemble
@@ -214,10 +217,22 @@ def prepare_build(
     where = destination(recipe, identity.fingerprint)
     found: int | None = None
 
+    def compile_networks(batch_size: int) -> None:
+        names = [*(teacher.name for teacher in recipe.teachers), *(clip.name for clip in recipe.clips)]
+        where, start = f"{' + '.join(names)} on {ensemble.device}", time.monotonic()
+        ensemble.compile_for(batch_size)
+        with (
+            explain_compiler_failure("the networks cannot be compiled", f"{where}, --compile model"),
+            raise_on_out_of_memory(where, "give a smaller --batch-size, or build where there is more memory"),
+        ):
+            forward_pass(identity, images, ensemble, recipe.num_views)(min(batch_size, len(images)))
+        say(f"networks compiled in {duration(time.monotonic() - start)}")
+
     def create(path: Path) -> CacheWriter:
         nonlocal found
         found = new_batch_size(recipe, identity, images, ensemble)
-        return _create(path, recipe, found, identity, splits, ensemble, inputs, say)
+        compile_first = partial(compile_networks, found) if recipe.compile == "model" else None
+        return _create(path, recipe, found, identity, splits, ensemble, inputs, say, compile_first)
 
     output = open_output(
         where, identity, recipe.num_views, create=create, grow=lambda writer: _grow(writer, recipe, images, ensemble)
@@ -243,6 +258,7 @@ def prepare_build(
     check_code_versions(manifest, CODE_VERSIONS, where)
     if len(missing) < manifest.num_views * manifest.num_blocks:
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
+    compiled = is_compiled(recipe, manifest, where)
     if recipe.batch_size == "auto":
         if batch_size != found:
             require_room(manifest, images, ensemble)
@@ -252,8 +268,30 @@ def prepare_build(
             f"note: this cache was begun with batches of {counted(begun, 'image')}, not {batch_size:,}: the last bits "
             "of targets may depend on it"
         )
+    if compiled and ensemble.compiled_rows != batch_size:
+        compile_networks(batch_size)
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     return ReadyBuild(output, images, ensemble, batch_size, missing, result)
+
+
+def is_compiled(recipe: BuildRecipe, manifest: Manifest, where: object) -> bool:
+    """Whether the networks of a cache are compiled for its further blocks, as for those before.
+
+    Raises:
+        MismatchError: the recipe asks for the other kind.
+    """
+    compiled = has_compiled(manifest)
+    if recipe.compile == "auto" or (recipe.compile == "model") == compiled:
+        return compiled
+    begun, other = ("compiled", "plain") if compiled else ("plain", "compiled")
+    raise MismatchError(
+        f"this cache was begun with {begun} networks, and the targets of {other} ones differ by rounding: they must "
+        "not be mixed",
+        where=where,
+        expected=f"--compile {'model' if compiled else 'off'}, or auto",
+        found=f"--compile {recipe.compile}",
+        next_step="leave --compile out, or choose another --out",
+    )
 
 
 def _complete(manifest: Manifest) -> str:
@@ -320,10 +358,13 @@ def _create(
     ensemble: TeacherEnsemble,
     inputs: str | None,
     say: Callable[[str], None],
+    compile_networks: Callable[[], None] | None,
 ) -> CacheWriter:
     """Create an empty cache after the preflight.
 
-    `splits` are the training split and the test splits.
+    Args:
+        splits: the training split and the test splits.
+        compile_networks: called after the preflight, whose images may have another size; None for plain networks.
     """
     from cache_tools.store.writer import CacheWriter
 
@@ -334,6 +375,8 @@ def _create(
         say(f"preflight: {preflight}")
         for note in preflight.notes:
             say(f"note: {note}")
+    if compile_networks is not None:
+        compile_networks()
     if inputs_digest(recipe) != inputs:  # a file was replaced after its network was loaded
         inputs = None
     manifest = Manifest(
@@ -347,7 +390,7 @@ def _create(
         clip_scales=ensemble.fusion.clip_scales,
         canaries=make_canaries(identity.views, images, recipe.num_views),
         build_recipe=_as_stored(recipe, batch_size, ensemble).model_dump(mode="json"),
-        provenance=_provenance("created", ensemble, images)
+        provenance=_provenance("created", ensemble, images, compiled=compile_networks is not None)
         | ({"notes": list(ensemble.notes)} if ensemble.notes else {})
         | {
             "preflight": preflight.model_dump() if preflight else None,
@@ -385,20 +428,22 @@ def _as_stored(recipe: BuildRecipe, batch_size: int, ensemble: TeacherEnsemble) 
 def _grow(writer: CacheWriter, recipe: BuildRecipe, images: ImageSet, ensemble: TeacherEnsemble) -> CacheWriter:
     """Add room for more views, with their own canaries and a note of the time and the build."""
     check_code_versions(writer.manifest, CODE_VERSIONS, writer.path)
+    is_compiled(recipe, writer.manifest, writer.path)
     before = writer.manifest.num_views
     return writer.grow(
         recipe.num_views,
         canaries=make_canaries(writer.manifest.recipe.views, images, recipe.num_views, first=before),
-        note=_provenance("date", ensemble, images) | {"views": [before, recipe.num_views]},
+        note=_provenance("date", ensemble, images, compiled=has_compiled(writer.manifest))
+        | {"views": [before, recipe.num_views]},
     )
 
 
-def _provenance(date_key: str, ensemble: TeacherEnsemble, images: ImageSet) -> dict[str, Any]:
+def _provenance(date_key: str, ensemble: TeacherEnsemble, images: ImageSet, *, compiled: bool) -> dict[str, Any]:
     """The provenance of this run; its date goes under `date_key`."""
     from pipeline.networks.weights import kernel_settings
 
     decoder = {} if images.resident else {DECODER: decoder_versions()}
-    kernels = {"kernels": settings} if (settings := kernel_settings(ensemble.device)) else {}
+    kernels = {"kernels": settings} if (settings := kernel_settings(ensemble.device, compiled=compiled)) else {}
     return (
         decoder
         | kernels

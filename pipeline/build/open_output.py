@@ -15,7 +15,7 @@ from cache_tools.errors import MismatchError, NotFoundError, StorageError
 from cache_tools.files import PARTIAL, remove_leftover
 from cache_tools.format import commits
 from cache_tools.format.arrays import constant_shapes, target_arrays
-from cache_tools.format.manifest import Manifest
+from cache_tools.format.manifest import Manifest, has_compiled
 from cache_tools.format.recipe import CacheRecipe
 from cache_tools.home import registry
 from cache_tools.home.staging import stage_metadata
@@ -158,10 +158,13 @@ def _adopt(place: Place, path: Path, manifest: Manifest) -> int:
         local, mirror = read_manifest(path), LocalPlace(path)
         if not _can_mix(local, manifest) and list_committed(mirror):
             raise MismatchError(
-                "this machine has blocks of the same cache, but with other constants: they must not be mixed",
+                "this machine has blocks of the same cache, but with other constants: they must not be mixed"
+                if has_compiled(local) == has_compiled(manifest)
+                else "this machine has blocks of the same cache, but compiled networks made only one of the two: they "
+                "must not be mixed",
                 where=place,
-                expected=f"constants {manifest.constants_digest[:12]} in blocks of {manifest.block_rows}",
-                found=f"{local.constants_digest[:12]} in blocks of {local.block_rows} in {path}",
+                expected=_described(manifest),
+                found=f"{_described(local)} in {path}",
                 next_step="remove the local cache (`cache-tools rm`) or push it elsewhere, then run this again",
             )
         if not _can_mix(local, manifest):
@@ -178,11 +181,17 @@ def _refresh_rolling(path: Path, manifest: Manifest) -> None:
 
 def _can_mix(one: Manifest, other: Manifest) -> bool:
     """Whether blocks of two caches of the same recipe may be mixed."""
-    return (one.block_rows, one.clip_scales, one.constants_digest) == (
-        other.block_rows,
-        other.clip_scales,
-        other.constants_digest,
-    )
+    return _shared(one) == _shared(other)
+
+
+def _described(manifest: Manifest) -> str:
+    compiled = " by compiled networks" if has_compiled(manifest) else ""
+    return f"constants {manifest.constants_digest[:12]} in blocks of {manifest.block_rows}{compiled}"
+
+
+def _shared(manifest: Manifest) -> tuple[object, ...]:
+    """What all blocks of a cache have in common, beside its recipe."""
+    return manifest.block_rows, manifest.clip_scales, manifest.constants_digest, has_compiled(manifest)
 
 
 def _remove(path: Path) -> None:

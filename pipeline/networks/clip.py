@@ -17,6 +17,7 @@ from cache_tools.format.recipe import ClipIdentity, Precision, Preprocessing
 from cache_tools.preprocess import prepare
 from pipeline.networks.class_words import class_words
 from pipeline.networks.clip_source import ClipSource, load_network, names_in_folder, needs_hub, resolve_source
+from pipeline.networks.compiled import CompiledNetwork, NetworkFunction
 from pipeline.networks.prompts import render_prompts, template_set
 from pipeline.networks.weights import as_network_input, convert_weights, freeze, mixed_precision, noise, weights_digest
 from train.weights.names import load_local_first, only_named
@@ -62,6 +63,7 @@ class Clip(nn.Module):
         super().__init__()
         self.network, self.identity, self.precision = network, identity, precision
         self.logit_bias, self.resize_mode = logit_bias, resize_mode
+        self._run: NetworkFunction = self._features_of
         self.register_buffer("text_features", text_features_PCD, persistent=False)
         self.register_buffer("class_embeddings", fusion.class_embeddings(text_features_PCD), persistent=False)
 
@@ -77,10 +79,17 @@ class Clip(nn.Module):
                 next_step="make the views square, for example with random-resized-crop",
             )
         images = as_network_input(prepare(pixels_NCHW_u8, self.identity.preprocessing))
-        with mixed_precision(pixels_NCHW_u8.device, self.precision):
-            features = self.network.encode_image(images)
-        features = features.float()
+        (features,) = self._run(images)
         return ClipOutput(features, fusion.cosine(features, self.class_embeddings))
+
+    def compile_for(self, rows: int) -> None:
+        """Compile the image tower for batches of `rows` images, and use it for these and for shorter ones."""
+        self._run = CompiledNetwork(self._features_of, rows)
+
+    def _features_of(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        with mixed_precision(images.device, self.precision):
+            features = self.network.encode_image(images)
+        return (features.float(),)
 
     def train(self, mode: bool = True) -> Clip:
         """Do nothing: a frozen network stays in eval mode."""

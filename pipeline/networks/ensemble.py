@@ -52,7 +52,10 @@ class TeacherEnsemble:
     Attributes:
         teachers, clips: the networks.
         fusion: how their outputs are fused. CLIP scales are resolved before the first target is computed.
+        compiled_rows: the size of batches for which the networks are compiled; None if they are not.
     """
+
+    compiled_rows: int | None = None
 
     def __init__(self, teachers: Sequence[Teacher], clips: Sequence[Clip], recipe: FusionRecipe, fusion: Fusion):
         self.teachers, self.clips, self.fusion = tuple(teachers), tuple(clips), fusion
@@ -93,6 +96,16 @@ class TeacherEnsemble:
             if store == "components":
                 tensors[array_name("text_features", number)] = clip.text_features
         return {name: tensor.detach().float().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+
+    def compile_for(self, rows: int) -> None:
+        """Compile all networks for batches of `rows` images; from now on no batch has more.
+
+        The compiler runs at the first batch. Outputs differ by rounding from those of the plain networks.
+        """
+        networks: list[Teacher | Clip] = [*self.teachers, *self.clips]
+        for network in networks:
+            network.compile_for(rows)
+        self.compiled_rows = rows
 
     @torch.inference_mode()
     def outputs(self, pixels_NCHW_u8: torch.Tensor, clip_pixels_NCHW_u8: torch.Tensor | None = None) -> EnsembleOutput:

@@ -16,6 +16,7 @@ from cache_tools.errors import WeightsError
 from cache_tools.format.recipe import Precision, Preprocessing, TeacherIdentity
 from cache_tools.preprocess import prepare
 from cache_tools.system.devices import seeded_on_cpu
+from pipeline.networks.compiled import CompiledNetwork, NetworkFunction
 from pipeline.networks.pretrained import library_preprocessing, load_pretrained, timm_preprocessing
 from pipeline.networks.references import FOLDER_PREFIX, LIBRARIES, is_file_reference, resolve_path
 from pipeline.networks.teacher_classes import TeacherClasses, classes_of_file, match_classes
@@ -69,6 +70,7 @@ class Teacher(nn.Module):
         self.identity, self.precision = identity, precision
         self.notes, self.raw_key, self.own_classes = tuple(notes), raw_key, own_classes
         self._head = _linear_head(network) if identity.linear_head else None
+        self._run: NetworkFunction = self._outputs_of
         self._outputs: torch.Tensor | None = None
         if identity.outputs is not None:
             self._outputs = torch.tensor(identity.outputs, device=next(network.parameters()).device)
@@ -88,13 +90,24 @@ class Teacher(nn.Module):
     def forward(self, pixels_NCHW_u8: torch.Tensor) -> TeacherOutput:
         """uint8 [B, 3, H, W] view canvases on this model's device → logits [B, C] and features [B, D]."""
         images = as_network_input(prepare(pixels_NCHW_u8, self.identity.preprocessing))
+        features, *logits = self._run(images)
+        if self._head is None:
+            return self._output(logits[0], features)
+        # Not compiled: readers compute the same product from stored features.
+        return self._output(fusion.linear_logits(features, *self._head), features)
+
+    def compile_for(self, rows: int) -> None:
+        """Compile the network for batches of `rows` images, and use it for these and for shorter ones from now on."""
+        self._run = CompiledNetwork(self._outputs_of, rows)
+
+    def _outputs_of(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features, float32, and without a linear head the network's own logits too."""
         with mixed_precision(images.device, self.precision):
             feature_map = self.network.forward_features(images)
             features = self.network.forward_head(feature_map, pre_logits=True)
             if self._head is None:
-                return self._output(self.network.forward_head(feature_map).float(), features.float())
-        features = features.float()
-        return self._output(fusion.linear_logits(features, *self._head), features)
+                return features.float(), self.network.forward_head(feature_map).float()
+        return (features.float(),)
 
     def _output(self, own_logits: torch.Tensor, features: torch.Tensor) -> TeacherOutput:
         """Choose the dataset's classes. A product with fewer rows of the head could differ in the last bits."""

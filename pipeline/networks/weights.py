@@ -108,11 +108,10 @@ def quick_kernels(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def kernel_settings(device: torch.device) -> dict[str, str]:
-    """The settings of `quick_kernels`, for the provenance of a cache; nothing on other devices than CUDA."""
-    if device.type != "cuda":
-        return {}
-    return {"float32_products": "tf32", "convolutions": "tf32, quickest of cudnn"}
+def kernel_settings(device: torch.device, *, compiled: bool = False) -> dict[str, str]:
+    """What determines the last bits of outputs, for the provenance of a cache: `quick_kernels`, and a compiler."""
+    quick = {"float32_products": "tf32", "convolutions": "tf32, quickest of cudnn"} if device.type == "cuda" else {}
+    return quick | ({"networks": "torch.compile"} if compiled else {})
 
 
 def mixed_precision(device: torch.device, precision: Precision) -> torch.autocast:

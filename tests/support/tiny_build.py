@@ -15,9 +15,11 @@ from train.checkpoints import StudentCard, save_student
 from train.students import create_student
 
 
-def write_teacher(path: Path, class_names: tuple[str, ...] = tiny_run.CLASSES, architecture: str = "resnet8") -> Path:
-    """Write a checkpoint like train-student's, with random weights of seed 0."""
-    torch.manual_seed(0)
+def write_teacher(
+    path: Path, class_names: tuple[str, ...] = tiny_run.CLASSES, architecture: str = "resnet8", seed: int = 0
+) -> Path:
+    """Write a checkpoint like train-student's, with random weights."""
+    torch.manual_seed(seed)
     student = create_student(architecture, len(class_names))
     card = StudentCard(
         architecture=architecture,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cache_tools.errors import RecipeError
+from cache_tools.system.compilation import explain_compiler_failure
 from cache_tools.system.memory import raise_on_out_of_memory
 from train.recipe import TrainRecipe
 
@@ -60,18 +61,14 @@ def explain_failure(recipe: TrainRecipe, device: torch.device) -> Iterator[None]
         "train with a smaller --batch-size (--accumulate N keeps updates as large) or student, "
         "or where there is more memory"
     )
+    where, compiling = f"{recipe.student} on {device}", nullcontext()
+    if recipe.compile == "model":
+        what = "the student and its loss cannot be compiled"
+        compiling = explain_compiler_failure(what, f"{where}, --compile model")  # type: ignore[assignment]
     try:
-        with raise_on_out_of_memory(f"{recipe.student} on {device}", next_step):
+        with compiling, raise_on_out_of_memory(where, next_step):
             yield
     except RuntimeError as error:
-        if recipe.compile == "model" and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise RecipeError(
-                "the student and its loss cannot be compiled",
-                where=f"{recipe.student} on {device}, --compile model",
-                found=(str(error).splitlines() or [type(error).__name__])[0][:200],
-                next_step="train with --compile off; if an earlier compilation was killed, delete what it left first "
-                "(TORCHINDUCTOR_CACHE_DIR, by default torchinductor_USER among the temporary files)",
-            ) from error
         if "does not have a deterministic implementation" not in str(error):
             raise
         raise RecipeError(

@@ -24,7 +24,9 @@ _ONLY_BUILD_KEYS = frozenset(
         *("views_at_once", "keep_views", "lease_minutes"),
     }
 )
-_OTHER_BUILD_KEYS = frozenset({"fusion", "num_views", "precision", "batch_size", "max_minutes", "device", "out"})
+_OTHER_BUILD_KEYS = frozenset(
+    {"fusion", "num_views", "precision", "batch_size", "compile", "max_minutes", "device", "out"}
+)
 
 # How a student is trained on a folder of photographs, where no recipe says otherwise.
 _FOLDER_SETTINGS: dict[str, Any] = {

@@ -143,7 +143,7 @@ def test_the_measured_work_is_that_of_a_build_on_cuda() -> None:
     manifest = cache_factory.tiny_manifest(images, teacher_dim=64)
     with fake_cuda() as gpu:
         ensemble = make_ensemble(gpu, manifest, "float32")
-        work = batch_size._forward_pass(manifest.recipe, images, ensemble, 2)
+        work = batch_size.forward_pass(manifest.recipe, images, ensemble, 2)
         with gpu.watch() as watch:
             found = work(48)
         assert {name: (rows.shape, rows.device.type) for name, rows in found.items()} == {  # type: ignore[attr-defined]
