@@ -151,9 +151,11 @@ class _Stream:
         FakeGpu.active().streams += 1
         self.device, self.cuda_stream, self.priority = DEVICE, 0, 0
 
-    def wait_stream(self, other: object) -> None: ...
+    def wait_stream(self, other: object) -> None:
+        FakeGpu.active().waits.append("stream")
 
-    def wait_event(self, event: object) -> None: ...
+    def wait_event(self, event: object) -> None:
+        FakeGpu.active().waits.append("event")
 
     def record_event(self, event: Any = None) -> Any:
         return event or _Event()
@@ -188,6 +190,8 @@ class FakeGpu:
     Attributes:
         streams: number of streams that were made.
         events: the settings of each event that was made.
+        waits: what streams have waited for, `stream` or `event`, in order.
+        recorded: how often memory was marked as used by another stream.
         free_bytes: what `torch.cuda.mem_get_info` gives.
         peak_bytes: the most that torch has reserved, as a test sets it.
     """
@@ -202,6 +206,8 @@ class FakeGpu:
 
     def __post_init__(self) -> None:
         self.events: list[dict[str, Any]] = []
+        self.waits: list[str] = []
+        self.recorded = 0
         self.watches: list[Watch] = []
         self.stream = self.default_stream = object()
 
@@ -232,6 +238,9 @@ class FakeGpu:
 
     def reset_peak(self, device: object = None) -> None:
         self.peak_bytes = self.reserved_bytes
+
+    def record_stream(self, tensor: Tensor, stream: object) -> None:
+        self.recorded += 1
 
     def pin(self, tensor: Tensor) -> Tensor:
         tensor._is_pinned_here = True  # type: ignore[attr-defined]
@@ -325,7 +334,7 @@ def _replacements(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
         (torch.Tensor, "backward", _backward),
         (torch.Tensor, "pin_memory", lambda tensor, *args: gpu.pin(tensor)),
         (torch.Tensor, "is_pinned", lambda tensor, *args: gpu.is_pinned(tensor)),
-        (torch.Tensor, "record_stream", lambda tensor, stream: None),
+        (torch.Tensor, "record_stream", lambda tensor, stream: gpu.record_stream(tensor, stream)),
         (nn.Module, "to", _move_module),
         (torch.Tensor, "__deepcopy__", _deep_copy),
         (nn.Parameter, "__deepcopy__", _deep_copy),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tests.support.fake_learner import make, pretended
 from tests.train.test_loop import CLASSES, PREPROCESSING, SAMPLES, Dropping, assert_same, make_recipe
 from train.feed import CachedTargets, Feed, ResidentFeed, StreamingFeed
 from train.loop import Learner, repeatable, train_epoch
-from train.loop.graph import WARM_UP, TensorEpochs
+from train.loop.graph import WARM_UP, EpochBuffers, TensorEpochs
 from train.losses.contrastive import Components
 from train.objective import Objective
 from train.recipe.loss import LOSSES
@@ -106,16 +108,24 @@ def test_updates_in_tensors_equal_the_plain_loop_bit_for_bit(name: str, device: 
 
 def in_tensors(learner: Learner, feed: Feed, *, capture: bool) -> list[Any]:
     """The figures of two epochs."""
-    epochs = TensorEpochs(learner, feed, capture=capture)
-    seen: list[int] = []
+    epochs = TensorEpochs(learner, EpochBuffers(feed), capture=capture)
     figures = []
     for epoch in range(2):
         learner.begin_epoch(epoch)
-        epochs.train(epoch, 0, seen.append, lambda done: None)
+        make_updates(epochs, epoch)
+        assert learner.means.count == SAMPLES
         figures.append(learner.end_epoch(epoch))
     feed.close()
-    assert sum(seen) == 2 * SAMPLES
     return figures
+
+
+def make_updates(epochs: TensorEpochs, epoch: int, after: Callable[[int], None] = lambda done: None) -> None:
+    """All updates of an epoch; `after` is called with the number of batches that are done."""
+    epochs.buffers.fill(epoch)
+    epochs.begin(done := 0)
+    while done < epochs.buffers.feed.steps_per_epoch:
+        done = epochs.update(done)
+        after(done)
 
 
 def test_a_run_goes_on_between_plain_and_tensor_updates(tmp_path: Path) -> None:
@@ -130,23 +140,21 @@ def test_a_run_goes_on_between_plain_and_tensor_updates(tmp_path: Path) -> None:
     saved: list[Any] = []
     first, _ = make_learner(cache, CPU, ema_decay=0.9)
     first.begin_epoch(0)
-    TensorEpochs(first, feed, capture=False).train(
-        0, 0, lambda count: None, lambda done: saved.append(keep(first)) if done == 2 else None
-    )
+    buffers = EpochBuffers(feed)
+    epochs = TensorEpochs(first, buffers, capture=False)
+    make_updates(epochs, 0, lambda done: saved.append(keep(first)) if done == 2 else None)
     resumed, _ = make_learner(cache, CPU, ema_decay=0.9)
     state, means, random = saved[0]
     resumed.load_state_dict(state)
     begun = {"batches": 2, "means": means, "random": [random]}
     train_epoch([resumed], feed, 0, lambda count: None, begun=[begun])
     resumed.begin_epoch(1)
-    TensorEpochs(resumed, feed, capture=False).train(1, 0, lambda count: None, lambda done: None)
+    make_updates(TensorEpochs(resumed, buffers, capture=False), 1)
     feed.close()
     assert_same(dict(whole.state_dict()), dict(resumed.state_dict()))
 
 
 def keep(learner: Learner) -> tuple[Any, Any, torch.Tensor]:
-    import copy
-
     return copy.deepcopy(learner.state_dict()), learner.means.state_dict(), torch.get_rng_state()
 
 
@@ -162,8 +170,8 @@ def test_an_update_copies_nothing_and_waits_for_nothing(loss: str) -> None:
     with pretended() as gpu:
         learner, feed = make(gpu, **settings)
         learner.begin_epoch(0)
-        epochs = TensorEpochs(learner, feed, capture=False)
-        epochs.train(0, 0, lambda count: None, lambda done: None)
+        epochs = TensorEpochs(learner, EpochBuffers(feed), capture=False)
+        make_updates(epochs, 0)
         with gpu.watch() as watch:
             epochs._updates[16,]()
         feed.close()
@@ -177,14 +185,17 @@ class Graph:
     made: ClassVar[list[Graph]] = []
 
     def __init__(self) -> None:
-        self.replays = 0
+        self.replays, self.streams = 0, set[Any]()
         self.made.append(self)
 
     def replay(self) -> None:
         self.replays += 1
+        self.streams.add(torch.cuda.current_stream())
 
 
-def test_each_size_of_update_is_warmed_up_and_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Captures are pretended too. Returns the settings of each."""
     modes: list[dict[str, Any]] = []
 
     class Recording:
@@ -196,14 +207,18 @@ def test_each_size_of_update_is_warmed_up_and_recorded_once(monkeypatch: pytest.
         def __exit__(self, *error: object) -> None: ...
 
     Graph.made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    return modes
+
+
+def test_each_size_of_update_is_warmed_up_and_recorded_once(modes: list[dict[str, Any]]) -> None:
     with pretended() as gpu:
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", Recording)
         learner, feed = make(gpu, LOSSES["kd"], **{**SMALL, "count": 72})
-        epochs = TensorEpochs(learner, feed, capture=True)
+        epochs = TensorEpochs(learner, EpochBuffers(feed), capture=True)
         for epoch in range(5):
             learner.begin_epoch(epoch)
-            epochs.train(epoch, 0, lambda count: None, lambda done: None)
+            make_updates(epochs, epoch)
             assert learner.means.count == 72
         feed.close()
     assert learner.updates == 25
@@ -214,7 +229,119 @@ def test_each_size_of_update_is_warmed_up_and_recorded_once(monkeypatch: pytest.
 
 def test_pixels_that_are_not_on_the_device_are_refused() -> None:
     with pretended() as gpu:
-        learner, feed = make(gpu, LOSSES["kd"], **SMALL, kind=StreamingFeed)
+        _, feed = make(gpu, LOSSES["kd"], **SMALL, kind=StreamingFeed)
         with pytest.raises(RecipeError, match=r"all pixels on the device.*--compile"):
-            TensorEpochs(learner, feed, capture=True)
+            EpochBuffers(feed)
         feed.close()
+
+
+# several students
+
+
+@pytest.mark.medium
+def test_students_of_shared_buffers_have_the_weights_of_each_alone(tmp_path: Path) -> None:
+    """Also with dropout, with updates of other sizes, from the middle of an epoch, and beside one that fails."""
+    images = cache_factory.tiny_images(SAMPLES, CLASSES)
+    cache_factory.build(tmp_path / "c.zarr", cache_factory.tiny_manifest(images, codec="float32"), images)
+    cache = TeacherCache.open(tmp_path / "c.zarr")
+    settings: list[dict[str, Any]] = [
+        {"loss": {"kind": "kd"}},
+        {"loss": {"kind": "kd", "temperature": 2.0}, "optimiser": {"accumulate": 2, "learning_rate": 0.02}},
+        {"loss": {"kind": "dkd"}, "ema_decay": 0.9},
+    ]
+    alone, figures = [], []
+    for each in settings:
+        learner, feed = make_learner(cache, CPU, **each)
+        figures.append([train_epoch([learner], feed, epoch, lambda count: None)[0] for epoch in range(2)])
+        feed.close()
+        alone.append(learner)
+    together, (feed, *_) = map(
+        list, zip(*[make_learner(cache, CPU, **each, compile="step") for each in settings], strict=True)
+    )
+    failing, _ = make_learner(cache, CPU, compile="step", loss={"kind": "kd"})
+    failing.student.forward = None  # type: ignore[assignment]
+    seen: list[int] = []
+    saved: list[Any] = []
+    first = train_epoch(
+        [*together, failing], feed, 0, seen.append, save=lambda states: saved.append(copy.deepcopy(states()))
+    )
+    assert isinstance(first.pop(), TypeError)
+    second = train_epoch(together, feed, 1, seen.append)
+    assert [list(both) for both in zip(first, second, strict=True)] == figures
+    assert sum(seen) == 2 * SAMPLES
+    for one, other in zip(together, alone, strict=True):
+        assert_same(dict(one.state_dict()), dict(other.state_dict()))
+    assert len({id(learner.captured.buffers) for learner in together}) == 1
+
+    *states, none = saved[2]
+    assert none is None
+    assert [state["batches"] for state in states] == [3, 4, 3], "whoever is behind makes the next update"
+    resumed, (feed, *_) = map(
+        list, zip(*[make_learner(cache, CPU, **each, compile="step") for each in settings], strict=True)
+    )
+    for learner, state in zip(resumed, states, strict=True):
+        learner.load_state_dict(state.pop("learner"))
+    assert train_epoch(resumed, feed, 0, lambda count: None, begun=states) == first
+    train_epoch(resumed, feed, 1, lambda count: None)
+    feed.close()
+    for one, other in zip(resumed, alone, strict=True):
+        assert_same(dict(one.state_dict()), dict(other.state_dict()))
+
+
+@pytest.mark.medium
+def test_each_student_has_its_graphs_and_its_stream_and_waits_once_an_epoch(modes: list[dict[str, Any]]) -> None:
+    with pretended() as gpu:
+        settings = {**SMALL, "count": 72, "compile": "step"}
+        learners, (feed, *_) = map(list, zip(*[make(gpu, LOSSES["kd"], **settings) for _ in range(3)], strict=True))
+        with mock.patch("train.loop.sums.Sums.compute", return_value={}):
+            for epoch in range(4):
+                gpu.events.clear()
+                gpu.waits.clear()
+                gpu.recorded = 0
+                assert train_epoch(learners, feed, epoch, lambda count: None) == [{}] * 3
+                assert gpu.events == [{}], "one event an epoch"
+                assert gpu.waits == ["event"] * 3 + ["stream"] * 3
+                assert gpu.recorded == 0
+        feed.close()
+    assert gpu.streams == 3
+    assert [mode["stream"] for mode in modes] == [learner.stream for _ in range(2) for learner in learners]
+    assert [graph.replays for graph in Graph.made] == [4 * 4 - WARM_UP] * 3 + [4 - WARM_UP] * 3
+    assert [graph.streams for graph in Graph.made] == [{learner.stream} for _ in range(2) for learner in learners]
+    assert len({id(learner.captured.buffers) for learner in learners}) == 1
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("compile", ["off", "step"])
+def test_students_go_on_when_their_state_has_been_copied(modes: list[dict[str, Any]], compile: str) -> None:
+    with pretended() as gpu:
+        settings = {**SMALL, "count": 72, "compile": compile}
+        learners, (feed, *_) = map(list, zip(*[make(gpu, LOSSES["kd"], **settings) for _ in range(2)], strict=True))
+        calls: list[int] = []
+
+        def save(states: Callable[[], Any]) -> None:
+            calls.append(len(gpu.waits))
+            if len(calls) == 2:
+                assert len(states()) == 2
+
+        with (
+            mock.patch("train.loop.sums.Sums.compute", return_value={}),
+            mock.patch.object(Learner, "state_dict", return_value={}),  # it reads rates that are in tensors
+        ):
+            train_epoch(learners, feed, 0, lambda count: None, save=save)
+        feed.close()
+    assert calls == [2, 2, 6, 6], "joined by who copies, who is then waited for"
+    assert gpu.waits == ["event"] * 2 + ["stream"] * (2 + 2 + 2)
+
+
+def test_students_that_draw_random_numbers_are_not_captured_beside_others(
+    modes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter(torch.arange(100, dtype=torch.uint8))
+    with pretended() as gpu:
+        settings = {**SMALL, "compile": "step"}
+        (first, feed), (second, _) = (make(gpu, LOSSES["kd"], **settings) for _ in range(2))
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=None: next(states))
+        outcomes = train_epoch([first, second], feed, 0, lambda count: None)
+        feed.close()
+    assert [isinstance(outcome, RecipeError) for outcome in outcomes] == [True, True]
+    assert "draws random numbers, as for dropout, cannot be captured beside others" in str(outcomes[0])

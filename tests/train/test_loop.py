@@ -435,6 +435,23 @@ def test_turns_have_a_limited_size_which_changes_no_weights(
     assert not all(torch.equal(first[name], second[name]) for name in weights)
 
 
+def test_batches_that_are_made_before_the_first_step_give_the_same_weights(
+    cache_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, which has no streams: what the students do is the same as on CUDA."""
+    _, expected = train_together(cache_path, 2)
+    monkeypatch.setattr(epoch_module, "_shares_buffers", lambda feed: True)
+    turns, found = train_together(cache_path, 2)
+    assert turns == [16, 16, 16, 2], "a turn is a batch"
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+    monkeypatch.setattr(epoch_module, "EPOCH_SHARE", 0.0)
+    turns, found = train_together(cache_path, 2)
+    assert turns == [50], "too large to be made at once"
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 class Dropping(nn.Module):
     """A student in timm's interface whose steps depend on random numbers."""
 

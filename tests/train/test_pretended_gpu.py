@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -13,10 +14,11 @@ from cache_tools.errors import RecipeError
 from cache_tools.system.devices import copy_to, seeded_on_cpu
 from cache_tools.system.memory import free_memory
 from cache_tools.targets import FusedView
-from tests.support.fake_cuda import DEVICE, fake_cuda
+from tests.support.fake_cuda import DEVICE, FakeGpu, fake_cuda
 from tests.support.fake_learner import PREPROCESSING, RUNS, count_step, make, make_recipe, pretended
-from train.feed import HostFeed, ResidentFeed, StreamingFeed
-from train.loop import explain_failure, model_inputs, repeatable, train_epoch
+from train.feed import Batch, Feed, HostFeed, ResidentFeed, StreamingFeed
+from train.loop import Learner, explain_failure, model_inputs, repeatable, train_epoch
+from train.loop.epoch import EPOCH_SHARE
 from train.objective import Objective
 from train.recipe.loss import LOSSES, LossRecipe
 from train.run.background import Snapshot
@@ -128,6 +130,69 @@ def test_a_learner_has_one_stream_for_all_epochs() -> None:
                 assert train_epoch([first, second], feed, epoch, lambda count: None) == [{}, {}]
         feed.close()
     assert gpu.streams == 2
+
+
+def train_together(gpu: FakeGpu, feed: Feed, learners: list[Learner]) -> None:
+    """An epoch, on whose waits and events `gpu` reports."""
+    gpu.events.clear()
+    gpu.waits.clear()
+    gpu.recorded = 0
+    with mock.patch("train.loop.sums.Sums.compute", return_value={}):
+        assert train_epoch(learners, feed, 1, lambda count: None) == [{}] * len(learners)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("loss", ["kd", "richkd"])
+def test_students_wait_once_an_epoch_for_buffers_that_they_share(loss: str) -> None:
+    with pretended() as gpu:
+        settings = {**SMALL, "count": 112, "components": loss == "richkd"}
+        made = [make(gpu, LOSSES[loss] | {"crd_negatives": 8}, **settings) for _ in range(3)]
+        learners, feed = [learner for learner, _ in made], made[0][1]
+        seen: list[Any] = []
+        with mock.patch.object(Learner, "step", autospec=True, side_effect=look(seen, gpu)):
+            train_together(gpu, feed, learners)
+        feed.close()
+    assert feed.steps_per_epoch == 7
+    assert gpu.events == [{}], "one event an epoch"
+    assert gpu.waits == ["event"] * 3 + ["stream"] * 3, "each student waits for it, and its stream is joined at the end"
+    assert gpu.recorded == 0
+    assert {stream for _, stream, _ in seen} == {learner.stream for learner in learners}
+    pixels = {learner: [place for who, _, place in seen if who is learner] for learner in learners}
+    assert len(pixels[learners[0]]) == 7
+    assert pixels[learners[0]] == pixels[learners[1]] == pixels[learners[2]], "all read the same tensors"
+
+
+def look(seen: list[Any], gpu: FakeGpu) -> Callable[..., None]:
+    """A step that only notes who makes it, on which stream, and from which tensors."""
+
+    def step(learner: Learner, batch: Batch, inputs: torch.Tensor) -> None:
+        assert inputs.shape == batch.pixels.shape
+        seen.append((learner, gpu.stream, (id(batch), id(batch.pixels))))
+
+    return step
+
+
+@pytest.mark.parametrize("kind", [ResidentFeed, HostFeed, StreamingFeed])
+def test_students_wait_for_each_batch_that_is_made_while_they_train(kind: Any) -> None:
+    """Of pixels that come batch by batch, and of an epoch whose targets would take too much memory."""
+    with pretended() as gpu:
+        first, feed = make(gpu, LOSSES["kd"], kind=kind, **{**SMALL, "count": 112})
+        second, _ = make(gpu, LOSSES["kd"], **SMALL)
+        gpu.free_bytes = int(112 * 10 * 4 / EPOCH_SHARE) - 1
+        with mock.patch.object(Learner, "step"):
+            train_together(gpu, feed, [first, second])
+        feed.close()
+    assert gpu.events == []
+    assert gpu.waits == ["stream"] * (7 * 2 + 2)
+    assert gpu.recorded >= 7 * 2 * 5, "pixels, labels, rows, inputs and logits of each batch and student"
+
+
+def test_a_student_alone_waits_for_nothing() -> None:
+    with pretended() as gpu:
+        learner, feed = make(gpu, LOSSES["kd"], **SMALL)
+        train_together(gpu, feed, [learner])
+        feed.close()
+    assert (gpu.events, gpu.waits, gpu.recorded) == ([], [], 0)
 
 
 def test_a_run_of_the_cpu_goes_on_with_fused_kernels() -> None:

@@ -110,6 +110,11 @@ class Feed(ABC):
         return len(self.bounds)
 
     @property
+    def has_windows(self) -> bool:
+        """Whether the targets in memory change within an epoch."""
+        return self._blocks is not None
+
+    @property
     def samples_per_epoch(self) -> int:
         return self.bounds[-1][1]
 

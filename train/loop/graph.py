@@ -5,6 +5,9 @@ counter, its learning rate and the decay of the average in a table, and adds its
 nothing of it depends on the host, and it can be recorded once and replayed: one graph for whole updates, another for
 the last one of an epoch, where it has fewer samples. The first updates of a run, WARM_UP of each kind, are made without
 a graph.
+
+Several students read the same buffers, which nobody writes while they train. Each has its own graphs, and replays them
+on its own stream.
 """
 
 from __future__ import annotations
@@ -25,16 +28,19 @@ from train.optim import Update
 WARM_UP = 3
 
 
-class TensorEpochs:
-    """The epochs of one learner, each in buffers that keep their place in memory.
+class EpochBuffers:
+    """The batches of an epoch in tensors that keep their place in memory, for any number of learners to read.
 
     Args:
-        learner: alone on its feed.
         feed: with all pixels on the device.
-        capture: record the updates as graphs. Only on CUDA; elsewhere the same updates run as they are.
+
+    Attributes:
+        rows: all samples of the epoch, in its order, as one batch.
     """
 
-    def __init__(self, learner: Learner, feed: Feed, *, capture: bool) -> None:
+    rows: Batch
+
+    def __init__(self, feed: Feed) -> None:
         if not isinstance(feed, ResidentFeed):
             raise RecipeError(
                 "a captured step needs all pixels on the device",
@@ -42,53 +48,59 @@ class TensorEpochs:
                 found=type(feed).__name__,
                 next_step="give more --device-memory, or train with --compile model or off",
             )
-        self.learner, self._feed, self._capture = learner, feed, capture
-        self._buffers: Batch | None = None
+        self.feed, self._is_made = feed, False
+
+    def fill(self, epoch: int) -> None:
+        """Put an epoch where the last one was. The work is on the current stream."""
+        for batch in self.feed.epoch(epoch):
+            if not self._is_made:
+                self.rows = _map(batch, partial(_room_for, self.feed.samples_per_epoch))
+                self._is_made = True
+            for buffer, rows in zip(_tensors(self.rows), _tensors(batch), strict=True):
+                buffer[batch.start : batch.start + len(rows)].copy_(rows)
+
+
+class TensorEpochs:
+    """The epochs of one learner, in buffers that keep their place in memory.
+
+    Args:
+        capture: record the updates as graphs. Only on CUDA; elsewhere the same updates run as they are.
+        beside_others: other learners read the same buffers, on streams of their own.
+    """
+
+    def __init__(self, learner: Learner, buffers: EpochBuffers, *, capture: bool, beside_others: bool = False) -> None:
+        self.learner, self.buffers = learner, buffers
+        self._capture, self._beside_others = capture, beside_others
         device, groups = learner.device, learner.optimiser.param_groups
         # The kernels of fused optimisers read float32; Python's numbers, which the CPU uses, are float64.
         precision = torch.float32 if device.type == "cuda" else torch.float64
-        updates = -(-feed.steps_per_epoch // self._per_update)
+        updates = -(-buffers.feed.steps_per_epoch // self._per_update)
         self._table = torch.zeros(updates, len(groups) + 1, dtype=precision, device=device)
         self._row = torch.zeros(1, len(groups) + 1, dtype=precision, device=device)
         self._number = torch.zeros(1, dtype=torch.int64, device=device)  # of the update within the epoch
         self._offsets = torch.arange(learner.recipe.batch_size * self._per_update, device=device)
         self._updates: dict[tuple[int, ...], Callable[[], None]] = {}
 
-    def train(self, epoch: int, done: int, advance: Callable[[int], None], after: Callable[[int], None]) -> None:
-        """Make the updates of an epoch from batch `done` on, which is the first of an update.
-
-        Args:
-            advance: called with the number of images of each update.
-            after: called with the number of batches that are done, after each update.
-        """
-        learner, bounds, first = self.learner, self._feed.bounds, done // self._per_update
+    def begin(self, done: int) -> None:
+        """Prepare for the updates of the epoch in the buffers, from batch `done` on, the first of an update."""
+        first = done // self._per_update
         assert done % self._per_update == 0, "the batches of an update belong together"
-        self._fill(epoch)
-        self._set_rates(learner.updates - first)
+        self._set_rates(self.learner.updates - first)
         self._number.fill_(first)
-        while done < len(bounds):
-            batches = bounds[done : done + self._per_update]
-            sizes = tuple(stop - start for start, stop in batches)
-            if sizes not in self._updates:
-                self._updates[sizes] = self._update_of(sizes)
-            self._updates[sizes]()
-            learner.updates += 1
-            done += len(sizes)
-            advance(sum(sizes))
-            after(done)
+
+    def update(self, done: int) -> int:
+        """Make the update that begins with batch `done`. Returns the number of batches that are done then."""
+        batches = self.buffers.feed.bounds[done : done + self._per_update]
+        sizes = tuple(stop - start for start, stop in batches)
+        if sizes not in self._updates:
+            self._updates[sizes] = self._update_of(sizes)
+        self._updates[sizes]()
+        self.learner.updates += 1
+        return done + len(sizes)
 
     @property
     def _per_update(self) -> int:
         return self.learner.recipe.optimiser.accumulate
-
-    def _fill(self, epoch: int) -> None:
-        """Put an epoch where the last one was."""
-        samples = self._feed.samples_per_epoch
-        for batch in self._feed.epoch(epoch):
-            if self._buffers is None:
-                self._buffers = _map(batch, partial(_room_for, samples))
-            for buffer, rows in zip(_tensors(self._buffers), _tensors(batch), strict=True):
-                buffer[batch.start : batch.start + len(rows)].copy_(rows)
 
     def _set_rates(self, first: int) -> None:
         """Write the learning rates and decays of an epoch, whose first update has this number in the run."""
@@ -109,12 +121,12 @@ class TensorEpochs:
         stride = learner.recipe.batch_size * self._per_update
 
         def make() -> None:
-            assert self._buffers is not None, "an epoch is in its buffers"
+            epoch = self.buffers.rows
             torch.index_select(self._table, 0, self._number, out=self._row)
             rows = torch.add(self._offsets[:samples], self._number, alpha=stride)
-            labels = self._buffers.labels.index_select(0, rows) if len(sizes) > 1 else None
+            labels = epoch.labels.index_select(0, rows) if len(sizes) > 1 else None
             for number, (size, stop) in enumerate(zip(sizes, stops, strict=True)):
-                batch = _map(self._buffers, partial(_rows, rows[stop - size : stop]))
+                batch = _map(epoch, partial(_rows, rows[stop - size : stop]))
                 share = 1.0 if len(sizes) == 1 else size / samples
                 update = Update(number == 0, number + 1 == len(sizes), share, labels)
                 learner.train_on(batch, model_inputs(batch, learner.preprocessing), update)
@@ -122,14 +134,17 @@ class TensorEpochs:
                 learner.average.lerp(self._row[0, -1])
             self._number.add_(1)
 
-        return _Captured(make, learner) if self._capture else make
+        return _Captured(make, learner, beside_others=self._beside_others) if self._capture else make
 
 
 class _Captured:
-    """An update that is made WARM_UP times, then recorded as a graph, and from then on replayed."""
+    """An update that is made WARM_UP times, then recorded as a graph, and from then on replayed.
 
-    def __init__(self, update: Callable[[], None], learner: Learner) -> None:
-        self._update, self._learner = update, learner
+    It runs on the current stream, but for warm-ups that cannot: those of the default stream cannot be recorded.
+    """
+
+    def __init__(self, update: Callable[[], None], learner: Learner, *, beside_others: bool) -> None:
+        self._update, self._learner, self._beside_others = update, learner, beside_others
         self._made = self._samples = 0
         self._graph: Any = None
 
@@ -138,9 +153,12 @@ class _Captured:
         assert stream is not None, "graphs are for CUDA"
         if self._made < WARM_UP:  # also makes the state of the optimiser
             self._made += 1
+            if current == stream:
+                self._warm_up()
+                return
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                self._update()
+                self._warm_up()
             current.wait_stream(stream)
             return
         if self._graph is None:
@@ -154,6 +172,24 @@ class _Captured:
             self._graph = graph
         self._graph.replay()
         self._learner.means.count += self._samples
+
+    def _warm_up(self) -> None:
+        device = self._learner.device
+        before = _drawn(device)
+        self._update()
+        if self._beside_others and _drawn(device) != before:
+            # All graphs would read and advance the same counter of random numbers, in any order.
+            raise RecipeError(
+                "a student that draws random numbers, as for dropout, cannot be captured beside others",
+                where=f"{self._learner.recipe.student}, --compile step",
+                next_step="use --compile model or off, or train it alone",
+            )
+
+
+def _drawn(device: torch.device) -> bytes:
+    """The state of the generator of a device, which the host keeps."""
+    state: bytes = torch.cuda.get_rng_state(device).numpy().tobytes()
+    return state
 
 
 def _room_for(samples: int, rows: Tensor) -> Tensor:

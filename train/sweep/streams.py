@@ -76,12 +76,6 @@ def train_stream(
         CacheError: an error that concerns all of them: no such cache, other images than the cache's, a full disk.
     """
     device = run_device(trials[0].recipe)
-    if trials[0].recipe.compile == "step":
-        raise RecipeError(
-            "the trials of a sweep share their batches, and a captured step has batches of its own",
-            where="--compile step",
-            next_step="use --compile model or off in a sweep",
-        )
     if trials[0].recipe.follow:
         raise RecipeError(
             "the trials of a sweep need a complete cache",
