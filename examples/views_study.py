@@ -195,7 +195,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Top-1 against the number of cached views: a panel per data set, a line per part, deviations over seeds."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(IMAGES), figsize=(9.6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(IMAGES), figsize=(9.6, 4.0), layout="constrained")
     for axis, images in zip(axes, IMAGES, strict=True):
         for part in PARTS:
             groups: dict[int, list[float]] = {}
@@ -209,7 +209,11 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 label = f"{part.views} views, {part.epochs} epochs"
                 axis.errorbar(list(groups), means, spread, label=label, marker="o", capsize=3)
         axis.set(xscale="log", xlabel="cached views", ylabel="top-1, %", title=images)
-        axis.legend(fontsize=8)
+        axis.set_xticks([1, 4, 16, 30, 300], labels=["1", "4", "16", "30", "300"])
+        axis.set_xticks([], minor=True)
+    figure.legend(
+        *axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS) * len(EPOCHS), fontsize=8
+    )
     figure.savefig(path, dpi=110)
 
 
