@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import os
 import shutil
@@ -68,6 +69,15 @@ def shared_tokenizer() -> Iterator[None]:
             from tests.support.shortcuts import share_tokenizer
 
             share_tokenizer(patch)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_commands() -> Iterator[None]:
+    """`CliRunner` makes the command of an app once, not for each invocation, which takes longer than most commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        if (testing := sys.modules.get("typer.testing")) is not None:
+            patch.setattr(testing, "_get_command", functools.cache(testing._get_command))
         yield
 
 
