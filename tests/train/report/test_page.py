@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,23 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def sweep_page(browser: Any, folder: Path) -> Iterator[Any]:
+    """The page of the sweep, open for several tests: drawing it takes seconds. They undo what others would notice."""
+    with opener(browser, folder) as opened:
+        yield opened()
+
+
 @pytest.fixture
 def show(browser: Any, folder: Path) -> Iterator[Any]:
-    """Open a page by name. Afterwards check that it printed no message or error and requested only its own file."""
+    """Open a page by name."""
+    with opener(browser, folder) as opened:
+        yield opened
+
+
+@contextmanager
+def opener(browser: Any, folder: Path) -> Iterator[Any]:
+    """Opens pages. Afterwards check that they printed no message or error and requested only their own file."""
     contexts: list[Any] = []
     messages: list[str] = []
     requested: list[str] = []
@@ -130,8 +145,8 @@ def rising(values: list[float | None]) -> bool:
     return values == sorted(known) + [None] * (len(values) - len(known))
 
 
-def test_the_leaderboard_sorts_in_both_directions(show: Any) -> None:
-    page = show()
+def test_the_leaderboard_sorts_in_both_directions(sweep_page: Any) -> None:
+    page = sweep_page
     header = page.locator("#board th[data-key=parameters]")
     assert not rising(numbers(page, "parameters"))
     press(page, "parameters")
@@ -195,8 +210,8 @@ def test_learning_rates_sort_by_size_and_are_not_broken_on_a_phone(show: Any) ->
     assert broken == []
 
 
-def test_filters_apply_to_table_plots_and_runs(show: Any) -> None:
-    page = show()
+def test_filters_apply_to_table_plots_and_runs(sweep_page: Any) -> None:
+    page = sweep_page
     assert len(rows(page, "student")) == 12
     page.fill("#filter-text", "RESNET kd")
     assert set(rows(page, "student")) == {"resnet8", "resnet20", "resnet110"}
@@ -230,8 +245,8 @@ def test_seeds_unfold(show: Any) -> None:
     assert page.locator("#board tr.seed:visible").count() == 0
 
 
-def test_the_pareto_front_equals_that_of_python(show: Any) -> None:
-    page = show()
+def test_the_pareto_front_equals_that_of_python(sweep_page: Any) -> None:
+    page = sweep_page
     for place, cost in enumerate(("parameters", "flops", "latency_1_ms", "latency_128_ms")):
         data = page.evaluate("JSON.parse(document.getElementById('data').textContent).settings")
         finished = [setting for setting in data if setting["status"] == "finished"]
@@ -326,8 +341,8 @@ def test_the_tooltip_shows_the_nearest_point(show: Any) -> None:
     expect(page.locator("#tip")).to_be_hidden()
 
 
-def test_a_link_unfolds_its_run_and_its_command_can_be_copied(show: Any) -> None:
-    page = show()
+def test_a_link_unfolds_its_run_and_its_command_can_be_copied(sweep_page: Any) -> None:
+    page = sweep_page
     page.fill("#filter-text", "resnet110")
     page.locator("#board tbody:visible th a").click()
     run = page.locator("details.run[open]")
@@ -337,6 +352,8 @@ def test_a_link_unfolds_its_run_and_its_command_can_be_copied(show: Any) -> None
     expect(button).to_have_text("Copied")
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == "train-student digits --student resnet110 --loss kd --seed 0"
+    run.locator("summary").first.click()
+    page.click("#filter-clear")
 
 
 def test_themes(show: Any) -> None:
@@ -384,8 +401,8 @@ def test_plots_follow_the_width(show: Any) -> None:
     assert all(abs(inner - outer) <= 1 for inner, outer in drawn)
 
 
-def test_everything_has_a_name_for_screen_readers(show: Any) -> None:
-    page = show()
+def test_everything_has_a_name_for_screen_readers(sweep_page: Any) -> None:
+    page = sweep_page
     assert page.evaluate(NAMELESS) == []
     plots = page.locator(".plot svg[role=img]")
     assert plots.count() > 10
