@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
+import signal
 import threading
 import time
 import uuid
@@ -163,16 +162,15 @@ def test_a_killed_run_goes_on(
 ) -> None:
     """It leaves its stage behind, which the next one goes on with, or `prune` removes."""
     words = command(url, tmp_path / "run", budget)
-    log = (tmp_path / "log").open("w")
     with watched(home) as watch:
-        killed = subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log)
+        killed = Preloaded(run_module, *words)
         end_s = time.monotonic() + 200
         while not (tmp_path / "run" / "state.pt").exists():
-            assert killed.poll() is None
             assert time.monotonic() < end_s
             time.sleep(0.01)
-        killed.kill()
-        killed.wait()
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=60)
+        assert killed.returncode == -signal.SIGKILL
         assert num_bytes(home) > 0
         left = prune(PruneRules(incomplete=True), dry_run=True).leftovers
         assert [path.parent for path in left] == [home / "staged"]
