@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from train.evaluate import corrupt
 from train.recipe import TrainRecipe
 from train.run import train_student
 
-pytestmark = pytest.mark.slow
-
-pytest.importorskip("imagecorruptions")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("imagecorruptions") is None, reason="needs imagecorruptions"),
+]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.support.ray_nodes import ROOT, SETTINGS, Cluster, cluster, meanwhile,
 from tests.support.s3_server import has_loopback, new_bucket
 from tests.support.tiny_build import arrays_of
 
-pytest.importorskip("ray", reason="needs Ray (the ray extra)")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray (the ray extra)")
 SAMPLES, VIEWS, ROWS = 150, 10, 16
 BLOCKS = VIEWS * -(-SAMPLES // ROWS)
 
