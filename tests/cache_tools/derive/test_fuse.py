@@ -38,7 +38,7 @@ from cache_tools.store.writer import CacheWriter
 from pipeline.build.cache import build_cache
 from tests.support import cache_factory, tiny_build
 from tests.support.tiny_clip import make_folder
-from tests.support.turns import some
+from tests.support.turns import slow, some
 
 pytestmark = pytest.mark.medium
 
@@ -93,7 +93,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("choice", some(CHOICES, 3), ids=str)
+@pytest.mark.parametrize("choice", some(CHOICES, 2), ids=str)
 def test_rows_equal_those_that_training_on_the_components_sees(
     several: TeacherCache, tmp_path: Path, choice: dict[str, Any]
 ) -> None:
@@ -111,7 +111,7 @@ def test_rows_equal_those_that_training_on_the_components_sees(
     "fusion",
     [
         {"teacher_weight": 0.3, "feature_weight": 0.1, "clip_scale": 5.0},
-        {"prompt_ensemble": "probabilities"},
+        slow({"prompt_ensemble": "probabilities"}),
     ],
     ids=str,
 )

@@ -47,7 +47,12 @@ def clean(root: Path) -> dict[str, bytes]:
     return arrays_of(root / "clean.zarr")
 
 
-@pytest.fixture(params=["folder", "s3"])
+# A few processes each: `make test` shares the two kinds of places among these tests.
+ON_S3 = pytest.mark.parametrize("out", [slow("folder"), "s3"], indirect=True)
+IN_A_FOLDER = pytest.mark.parametrize("out", ["folder", slow("s3")], indirect=True)
+
+
+@pytest.fixture
 def out(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     if request.param == "folder":
         return tmp_path / "cache.zarr"
@@ -63,6 +68,7 @@ def start(
     return Builder(recipe, pause_after, TEACHER_CACHE_HOME=tmp_path / f"home-{number}")
 
 
+@ON_S3
 @pytest.mark.parametrize("builders", [2, slow(4)])
 def test_builders_share_the_work(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str, builders: int):
     running = [start(root, tmp_path, out, number, pause_after=1) for number in range(2)]
@@ -77,6 +83,7 @@ def test_builders_share_the_work(root: Path, clean: dict[str, bytes], tmp_path: 
     check(open_place(out), clean, tmp_path)
 
 
+@IN_A_FOLDER
 def test_blocks_of_killed_builders_are_taken_over(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str):
     """One builder is killed alone, then one of three. No builder waits for claims to expire or repeats a block."""
     place, first = open_place(out), start(root, tmp_path, out, 0, pause_after=6)
@@ -94,6 +101,7 @@ def test_blocks_of_killed_builders_are_taken_over(root: Path, clean: dict[str, b
     check(place, clean, tmp_path)
 
 
+@ON_S3
 def test_several_builders_create_and_grow_one_cache(root: Path, tmp_path: Path, out: Path | str):
     """Builders of 2, 4 and 3 views at once: the cache ends with 4."""
     running = [start(root, tmp_path, out, views, num_views=views) for views in (2, 4, 3)]

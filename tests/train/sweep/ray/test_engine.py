@@ -169,6 +169,7 @@ def test_a_name_is_found_in_the_cache_home_of_each_node(
         assert on_ray(recipe, tmp_path / "ray", nodes).trials["status"].to_list() == ["finished"]
 
 
+@pytest.mark.slow
 def test_a_sweep_folder_that_nodes_do_not_see(
     nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_sweep_folder_that_nodes_do_not_see(
     assert not list((tmp_path / "sweep/trials").iterdir())
 
 
+@pytest.mark.slow
 def test_no_node_has_room_for_a_trial(nodes: Cluster, cache: Path, tmp_path: Path) -> None:
     room = r"no node.*1 CPUs, 0 GPUs.*expected 2 CPUs.*OMP_NUM_THREADS"
     with RayEngine(tmp_path, nodes.address, threads=2) as engine, pytest.raises(DeviceError, match=room):
