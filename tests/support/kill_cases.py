@@ -54,6 +54,7 @@ class KillCase:
         others: commands that must not fail on what a killed command leaves.
         again: the command that goes on after a kill; by default the same.
         ignored: pattern of files that need not be equal in the end.
+        needs_store: whether it needs the S3 server that the environment names.
     """
 
     name: str
@@ -62,6 +63,7 @@ class KillCase:
     others: tuple[Command, ...] = ()
     again: Command | None = None
     ignored: str | None = None
+    needs_store: bool = False
 
 
 def run(command: Command) -> dict[str, Any]:
@@ -223,11 +225,11 @@ def _caches_in_home() -> None:
 _ORIGIN = {"url": "s3://bucket/source.zarr", "fingerprint": "0" * 64, "views": 2, "complete": False}
 
 
-def _pictures_and_cache(**cache: Any) -> None:
+def _pictures_and_cache(views: int = 2, **cache: Any) -> None:
     from tests.support import tiny_run
 
     pictures = tiny_run.write_pictures(Path.cwd() / "pictures", train=20, test=9)
-    tiny_run.write_cache(Path.cwd() / "tiny.zarr", pictures, num_views=2, block_rows=16, **cache)
+    tiny_run.write_cache(Path.cwd() / "tiny.zarr", pictures, num_views=views, block_rows=16, **cache)
 
 
 def _logits_to_import() -> None:
@@ -260,6 +262,28 @@ def _to_train(**changes: Any) -> Callable[[], None]:
         _train_recipe(**changes)
 
     return prepare
+
+
+def _to_stage() -> None:
+    """A recipe for the copy of a cache in an object store, with room on the disk for two of its three views."""
+    from cache_tools.config import dump_yaml
+    from cache_tools.errors import RecipeError
+    from cache_tools.places import LocalPlace, open_place
+    from cache_tools.places.transfer import copy_cache
+    from cache_tools.reader import TeacherCache
+    from tests.support import tiny_run
+    from tests.support.s3_server import new_bucket
+
+    _pictures_and_cache(views=3)
+    new_bucket(_BUCKET)
+    copy_cache(LocalPlace(Path.cwd() / "tiny.zarr"), open_place(_STAGED))
+    shutil.rmtree("tiny.zarr")
+    try:
+        TeacherCache.open(_STAGED, stage_budget=1)
+    except RecipeError as error:
+        budget = int(str(error).rpartition("--stage-budget ")[2].partition("B or more")[0])
+    recipe = tiny_run.recipe(_STAGED, Path.cwd() / "run", epochs=3, evaluate_every=3, loggers=(), stage_budget=budget)
+    Path("train.yaml").write_text(dump_yaml(recipe))
 
 
 def _trained(**changes: Any) -> Callable[[], None]:
@@ -322,6 +346,8 @@ def _sweep(name: str, prepare: Callable[[], None], options: str = "") -> KillCas
     return KillCase(name, prepare, _command(f"{_SWEEP} {options}"), (report,))
 
 
+_BUCKET = "kills"
+_STAGED = f"s3://{_BUCKET}/caches/tiny.zarr"
 _CLIP = {"name": "local-dir:package:digits-clip", "class_names": ("zero", "one", "two")}
 _HALVING = {"losses": ["kd"], "seeds": 4, "asha": {"keep_one_in": 2, "first_epochs": 1}}
 _SEARCH = {"losses": [], "search": {"trials": 2, "space": {"lr": [0.01, 0.1]}}}
@@ -338,6 +364,12 @@ CASES = [
     KillCase(
         "build-components",
         lambda: _tiny_recipe(views=1, store="components", codec="compact", clip=_CLIP),
+        _command("build-cache tiny.yaml"),
+        (_LS,),
+    ),
+    KillCase(
+        "build-product",
+        lambda: _tiny_recipe(views=2, codec={"logits": {"codec": "product", "parts": 1, "width": 2}}),
         _command("build-cache tiny.yaml"),
         (_LS,),
     ),
@@ -390,6 +422,13 @@ CASES = [
     _run("train-inside", _to_train(epochs=2), "train-student train.yaml --checkpoint-every-minutes 1e-9"),
     _run("train-pixels", _to_train(epochs=1), f"train-student train.yaml {_ON_DISK}"),
     _run("train-folder", _pictures_and_cache, f"train-student pictures {_ON_LABELS} --out run"),
+    KillCase(
+        "train-staged",
+        _to_stage,
+        _command(f"train-student train.yaml --cache {_STAGED}"),
+        (_LS, _command("cache-tools prune --incomplete"), _command("report-students run --out page.html", (0, 2))),
+        needs_store=True,
+    ),
     _run("overwrite", _trained_otherwise, "train-student train.yaml --overwrite"),
     _sweep("sweep", _to_sweep()),
     _sweep("sweep-halving", _to_sweep(**_HALVING)),

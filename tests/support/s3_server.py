@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 import uuid
@@ -44,6 +47,28 @@ def s3_server(address: str = "127.0.0.1", port: int = 0) -> Iterator[dict[str, s
         }
     finally:
         server.stop()
+
+
+@contextmanager
+def s3_server_elsewhere() -> Iterator[dict[str, str]]:
+    """`s3_server` in a process of its own, for a process that must stay without threads."""
+    words = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            yield json.loads(server.stdout.readline())
+        finally:
+            server.stdin.close()  # the server then ends
+
+
+def serve() -> None:
+    """Print the variables of a server as JSON, and run it until standard input ends."""
+    with s3_server() as variables:
+        print(json.dumps(variables), flush=True)
+        sys.stdin.read()
 
 
 class _SignedForS3:
@@ -107,9 +132,9 @@ def has_loopback() -> bool:
     return True
 
 
-def new_bucket() -> str:
-    """Make an empty bucket on the server that the environment points to; returns its name."""
-    bucket = f"caches-{uuid.uuid4().hex[:12]}"
+def new_bucket(name: str | None = None) -> str:
+    """Make an empty bucket on the server that the environment points to; returns its name, by default a new one."""
+    bucket = name or f"caches-{uuid.uuid4().hex[:12]}"
     request = urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/{bucket}", method="PUT")
     urllib.request.urlopen(request).close()
     return bucket

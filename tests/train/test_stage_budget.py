@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache_tools.config import dump_yaml
 from cache_tools.errors import RecipeError
 from cache_tools.home import registry
 from cache_tools.home.housekeeping import PruneRules, prune
 from cache_tools.places import LocalPlace
 from cache_tools.reader import TeacherCache
-from tests.support import tiny_run
+from tests.support import tiny_run, torchrun
 from tests.support.preloaded import Preloaded, run_module
 from tests.support.s3_server import new_bucket, upload
 from train.run import train_student
@@ -286,3 +287,50 @@ def test_a_sweep_within_a_budget(local: Path, url: str, home: Path, budget: int,
     for trial in trials:
         tiny_run.same_runs(tmp_path / "local" / "trials" / trial, tmp_path / "staged" / "trials" / trial)
     assert not (home / "staged").exists()
+
+
+@pytest.mark.parametrize("window", [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_ranks_of_torchrun_share_a_stage(
+    local: Path, url: str, home: Path, budget: int, tmp_path: Path, window: int | None
+) -> None:
+    own = {"epochs": EPOCHS, "batch_size": 10, "shuffle_window": window}
+    for name, cache, more in (("local", str(local), {}), ("staged", url, {"stage_budget": budget})):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(dump_yaml(tiny_run.recipe(cache, tmp_path / name, **own, **more)))
+        with watched(home) as watch:
+            code, _, err = torchrun.run("train.cli", file, "--cache", cache)
+        assert code == 0, err
+        assert watch.most <= budget
+    tiny_run.same_runs(tmp_path / "local", tmp_path / "staged")
+    assert watch.views == {str(view) for view in range(VIEWS)}
+    assert err.count("stage: views come to") == 1, "the first rank says it"
+    assert not (home / "staged").exists(), "the last rank removes the stage"
+
+
+def test_the_view_of_clip_needs_room_for_a_third(server: str, pictures: Path, home: Path, tmp_path: Path) -> None:
+    """With the smallest budget that the error names, the students are those of a local cache."""
+    local = tiny_run.write_cache(tmp_path / "parts.zarr", pictures, num_views=VIEWS + 1, store="components")
+    url = f"s3://{new_bucket()}/caches/tiny.zarr"
+    upload(local, url)
+    own = {"epochs": VIEWS + 2, "fusion": {"clip_view": 2}}
+    train_student(tiny_run.recipe(local, tmp_path / "local", **own))
+    with pytest.raises(RecipeError, match=r"no room for 2 views") as caught:
+        TeacherCache.open(url, stage_budget=1000)
+    two = int(re.search(r"--stage-budget ([0-9]+)B or more", str(caught.value))[1])  # type: ignore[index]
+    expected = r"no room for 3 views: one in use, and the next, and the one that CLIP's targets come from"
+    with pytest.raises(RecipeError, match=expected) as caught:
+        train_student(tiny_run.recipe(url, tmp_path / "staged", **own, stage_budget=two))
+    assert not (home / "staged").exists()
+    three = int(re.search(r"--stage-budget ([0-9]+)B or more", str(caught.value))[1])  # type: ignore[index]
+    with watched(home) as watch:
+        train_student(tiny_run.recipe(url, tmp_path / "staged", **own, stage_budget=three))
+    tiny_run.same_runs(tmp_path / "local", tmp_path / "staged")
+    assert two < watch.most <= three
+    assert not (home / "staged").exists()
+
+
+def test_a_run_that_follows_a_build_is_refused_a_budget(url: str, budget: int, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="a run that follows a build keeps the views that it has read") as caught:
+        tiny_run.recipe(url, tmp_path / "run", follow=True, stage_budget=budget)
+    assert f"follow, stage_budget: {budget}" in str(caught.value)
+    assert "Leave out one of them" in str(caught.value)

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tests.support import fault_cases
 from tests.support.child import Child, in_child
 from tests.support.disk_steps import DiskSteps
 from tests.support.kill_cases import CASES, KillCase, contents, differences, run, split_leftovers
+from tests.support.s3_server import environment, s3_server_elsewhere
 
 OLD_S = 7200.0
 
@@ -183,7 +184,10 @@ def main() -> None:
     )
     lines, start = [], time.monotonic()
     memory = Path("/dev/shm")  # where flushing takes no time
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None))
+        if any(case.needs_store for case in CASES if case.name in options.of):
+            stack.enter_context(environment(stack.enter_context(s3_server_elsewhere())))
         for case in CASES:
             if case.name not in options.of:
                 continue

@@ -151,6 +151,30 @@ def test_each_node_stages_a_remote_cache_once(
 
 
 @pytest.mark.slow
+def test_a_stage_budget_holds_on_each_node(
+    nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has room for two of the three views, on each node and for this process."""
+    monkeypatch.setenv("TEACHER_CACHE_HOME", str(tmp_path / "home"))
+    url = f"s3://{new_bucket()}/caches/tiny.zarr"
+    copy_cache(LocalPlace(cache), open_place(url))
+    with pytest.raises(RecipeError, match="no room for 2 views") as caught:
+        TeacherCache.open(url, stage_budget=1000)
+    budget = int(str(caught.value).rpartition("--stage-budget ")[2].partition("B or more")[0])
+    changes: dict[str, Any] = {"epochs": 4, "students": ("resnet8",), "losses": (), "seeds": 3}
+    recipe = sweep(url, **changes)
+    staged = recipe.model_copy(update={"base": {**recipe.base, "stage_budget": budget}})
+    on_cluster = on_ray(staged, tmp_path / "ray", nodes, workers=3)
+    assert on_cluster.trials["status"].to_list() == ["finished"] * 3
+    same(on_cluster, run_sweep(sweep(cache, **changes), tmp_path / "local"))
+    logs = [log.read_text() for log in (tmp_path / "ray/ray").glob("share-*.log")]
+    assert len(logs) == 3
+    assert all("stage tiny, view 2: " in log for log in logs)
+    for home in (*nodes.homes, tmp_path / "home"):
+        assert not (home / "staged").exists(), "the last process removes the stage"
+
+
+@pytest.mark.slow
 def test_a_name_is_found_in_the_cache_home_of_each_node(
     nodes: Cluster, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
