@@ -83,6 +83,21 @@ def test_builders_share_the_work(root: Path, clean: dict[str, bytes], tmp_path: 
     check(open_place(out), clean, tmp_path)
 
 
+@ON_S3
+def test_builders_share_the_codebooks_of_one_of_them(root: Path, tmp_path: Path, out: Path | str) -> None:
+    """Both may fit codecs before one creates the cache. The other then encodes with what is stored."""
+    codec = {"logits": {"codec": "product", "parts": 1, "width": 2}}
+    whole = tmp_path / "whole.zarr"
+    build_cache(tiny_build.recipe(root, num_views=VIEWS, block_rows=ROWS, out=whole, codec=codec))
+    running = [start(root, tmp_path, out, number, pause_after=1, codec=codec) for number in range(2)]
+    for builder in running:
+        builder.wait_until_paused()
+    for builder in running:
+        builder.go_on()
+    assert sum(builder.result().images for builder in running) == VIEWS * SAMPLES
+    check(open_place(out), arrays_of(whole), tmp_path)
+
+
 @IN_A_FOLDER
 def test_blocks_of_killed_builders_are_taken_over(root: Path, clean: dict[str, bytes], tmp_path: Path, out: Path | str):
     """One builder is killed alone, then one of three. No builder waits for claims to expire or repeats a block."""
