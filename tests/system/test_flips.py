@@ -27,7 +27,7 @@ from train.cli import app as train_student
 
 pytestmark = pytest.mark.turns
 
-FLIPS, CRASHES = turns(6, 75), turns(2, 8)
+FLIPS, CRASHES = turns(4, 75), turns(1, 8)
 IMAGES = tiny_images(14, 4)
 CACHES: dict[str, dict[str, Any]] = {
     "fused": {},

@@ -189,7 +189,7 @@ def is_verified(verify: Callable[[], local.Verification]) -> bool:
 def test_a_damaged_cache_gives_an_error_or_the_same(sound: Path, other: Files, tmp_path: Path, part: int) -> None:
     whole, expected = contents(LocalPlace(sound)), everything(TeacherCache(sound))
     path, refused, count = tmp_path / "cache.zarr", 0, 0
-    for where, files in damaged(whole, other, turns(8, 1000), part=part):
+    for where, files in damaged(whole, other, turns(4, 1000), part=part):
         shutil.copytree(sound, path)
         write(LocalPlace(path), files, whole)
         readable = same_or_error(lambda: everything(TeacherCache.open(path)), expected, where)

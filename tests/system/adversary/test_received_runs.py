@@ -37,7 +37,7 @@ from train.weights.run_files import write_file
 
 pytestmark = [pytest.mark.medium, pytest.mark.turns, pytest.mark.filterwarnings("ignore")]
 
-CASES = turns(10, 520)
+CASES = turns(6, 520)
 
 
 class Received(NamedTuple):

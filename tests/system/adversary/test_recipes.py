@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_random_recipes(folder: Path) -> None:
-    count, codes, wrong = turns(30, 1500), Counter[str](), []
+    count, codes, wrong = turns(20, 1500), Counter[str](), []
     for number, (kind, text) in enumerate(odd_recipes(count, SEED)):
         (folder / "recipe.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
         lines: list[tuple[str, ...]] = []
