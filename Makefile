@@ -74,7 +74,8 @@ gpu: $(STAMP) ## on a machine with CUDA: the tests that need it, and the benchma
 		$(BIN)/python benchmarks/$$name.py --device cuda >> $(GPU_RESULTS) || exit 1; done
 	$(BIN)/python benchmarks/train_throughput.py --dataset $(GPU_DATASET) --precision bfloat16 --schedule 240 --device cuda \
 		>> $(GPU_RESULTS)
-	$(BIN)/python benchmarks/sweep_cost.py --dataset $(GPU_DATASET) --students $(EIGHT_STUDENTS) --device cuda >> $(GPU_RESULTS)
+	for mode in off step; do $(BIN)/python benchmarks/sweep_cost.py --dataset $(GPU_DATASET) --students $(EIGHT_STUDENTS) \
+		--compile $$mode --device cuda >> $(GPU_RESULTS) || exit 1; done
 	$(BIN)/python benchmarks/build_overhead.py --dataset $(GPU_DATASET) --compiled --set precision=bfloat16 --device cuda \
 		>> $(GPU_RESULTS)
 	for name in host_time launches read_view; do $(BIN)/python benchmarks/$$name.py >> $(GPU_RESULTS) || exit 1; done

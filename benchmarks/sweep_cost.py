@@ -8,6 +8,9 @@ sequence, start-up included.
 
     python benchmarks/sweep_cost.py --threads 1
     python benchmarks/sweep_cost.py --threads 1 --processes --rounds 3
+    python benchmarks/sweep_cost.py --compile step --device cuda
+
+With `--compile step` the updates of `together` and `separate` read buffers of a whole epoch, and on CUDA are graphs.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -64,6 +67,9 @@ def main(
     views: Views = 4,
     rounds: Rounds = 7,
     processes: Annotated[bool, typer.Option("--processes", help="Also compare the commands.")] = False,
+    compile_mode: Annotated[
+        Literal["off", "step"], typer.Option("--compile", help="How the steps of cached students run.")
+    ] = "off",
     device_name: Device = "auto",
     threads: Threads = None,
     overrides: Overrides = None,
@@ -77,9 +83,10 @@ def main(
         recipe = train_recipe(cache, names[0], batch_size, rounds, device)
         data = opened(recipe, device)
         feed = data.feed(recipe, device)
+        cached = recipe.model_copy(update={"compile": compile_mode})
         learners = {
-            variant: [_learner(data, recipe, name, feed.steps_per_epoch, device) for name in names]
-            for variant in ("together", "separate", "bare")
+            variant: [_learner(data, how, name, feed.steps_per_epoch, device) for name in names]
+            for variant, how in (("together", cached), ("separate", cached), ("bare", recipe))
         }
         feeds = [data.feed(recipe, device) for _ in names]
         kept: list[tuple[Batch, torch.Tensor]] = [(b, model_inputs(b, data.preprocessing)) for b in feed.epoch(0)]
@@ -118,6 +125,7 @@ def main(
         "n": feed.samples_per_epoch,
         "batch_size": batch_size,
         "views": views,
+        "compile": compile_mode,
     }
     report("sweep_cost", _figures, costs, settings, CLOCK, device)
 

@@ -345,3 +345,33 @@ def test_students_that_draw_random_numbers_are_not_captured_beside_others(
         feed.close()
     assert [isinstance(outcome, RecipeError) for outcome in outcomes] == [True, True]
     assert "draws random numbers, as for dropout, cannot be captured beside others" in str(outcomes[0])
+
+
+@pytest.mark.cuda
+def test_graphs_beside_others_are_those_of_each_alone_bit_for_bit(tmp_path: Path) -> None:
+    """Eight students, each on its stream. Their networks draw no random numbers."""
+    images = cache_factory.tiny_images(SAMPLES, CLASSES)
+    cache_factory.build(tmp_path / "c.zarr", cache_factory.tiny_manifest(images, codec="float32"), images)
+    cache, cuda = TeacherCache.open(tmp_path / "c.zarr"), torch.device("cuda")
+    settings: list[dict[str, Any]] = [
+        {"loss": {"kind": "kd", "temperature": 1.0 + number}, "compile": "step"} for number in range(8)
+    ]
+
+    def without_dropout(each: dict[str, Any]) -> tuple[Learner, Feed]:
+        learner, feed = make_learner(cache, cuda, **each)
+        learner.student.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+        return learner, feed
+
+    with repeatable(cuda, True):
+        alone, figures = [], []
+        for each in settings:
+            learner, feed = without_dropout(each)
+            figures.append([train_epoch([learner], feed, epoch, lambda count: None)[0] for epoch in range(3)])
+            feed.close()
+            alone.append(learner)
+        together, (feed, *_) = map(list, zip(*[without_dropout(each) for each in settings], strict=True))
+        epochs = [train_epoch(together, feed, epoch, lambda count: None) for epoch in range(3)]
+        feed.close()
+    assert [list(each) for each in zip(*epochs, strict=True)] == figures
+    for one, other in zip(together, alone, strict=True):
+        assert_same(dict(one.state_dict()), dict(other.state_dict()))

@@ -15,6 +15,7 @@ from cache_tools.errors import OutOfMemoryError, RecipeError
 from cache_tools.images import open_images
 from cache_tools.integrity.local import verify
 from cache_tools.reader import TeacherCache
+from cache_tools.system.memory import free_memory
 from pipeline.build import batch_size, blocks
 from pipeline.build.batch_size import DEFAULT, MEMORY_SHARE, START, largest_batch, stored_batch_size
 from pipeline.build.cache import build_cache, prepare_build
@@ -287,3 +288,19 @@ def test_the_option_takes_a_number_or_auto() -> None:
     refused = CliRunner().invoke(app, ["digits", "--batch-size", "lots", "--show-recipe"])
     assert refused.exit_code == 2
     assert "(--batch-size); expected auto, or a number" in refused.stderr
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_found_batch_fits_and_twice_as_much_would_not() -> None:
+    cuda = torch.device("cuda")
+    of_an_image = free_memory(cuda) // 300
+
+    def work(size: int) -> torch.Tensor:
+        return torch.empty(size * of_an_image, dtype=torch.uint8, device=cuda)
+
+    assert largest_batch(work, 4096, cuda) == 128
+    before = torch.cuda.memory_allocated(cuda)
+    taken = batch_size.memory_taken(work, 150, cuda)
+    assert taken == pytest.approx(0.5, abs=0.05)
+    assert batch_size.memory_taken(work, 600, cuda) is None
+    assert torch.cuda.memory_allocated(cuda) == before

@@ -252,3 +252,18 @@ def test_a_manifest_tells_whether_networks_were_compiled() -> None:
     for stored, expected in (("model", True), ("off", False), ("auto", False), (["model"], False), (None, False)):
         assert has_compiled(manifest.model_copy(update={"build_recipe": {"compile": stored}})) is expected
     assert not has_compiled(manifest)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2.0**-4), ("bfloat16", 2.0**-1)])
+def test_on_a_gpu_compiled_targets_are_within_the_tolerance_of_a_replay(
+    root: Path, tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    for compile in ("model", "off"):
+        settings = {"precision": precision, "device": "cuda", "batch_size": "auto"}
+        build_cache(recipe(root, tmp_path / compile, compile=compile, **settings))
+    plain = rows(tmp_path / "off")
+    for name, found in rows(tmp_path / "model").items():
+        assert np.abs(found - plain[name]).max() <= 8 * tolerance * plain[name].std(), name
+    replayed = ["verify", str(tmp_path / "model"), "--replay", "100", "--device", "cuda"]
+    assert CliRunner().invoke(cache_tools, replayed).exit_code == 0
