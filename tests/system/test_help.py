@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cache_tools.cli import COMMANDS, app
+from cache_tools.cli import _COMMANDS as COMMANDS
+from cache_tools.cli import app
 
 pytestmark = pytest.mark.medium
 
