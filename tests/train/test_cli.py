@@ -215,7 +215,16 @@ def test_a_full_run_never_imports_a_teacher(recipe_file: str, tmp_path: Path) ->
 
     Nor what makes its start slow and such a run does not need.
     """
-    arguments = [recipe_file, "--loss", "richkd", "--compare-with-labels", "--out", str(tmp_path / "run")]
+    arguments = [
+        recipe_file,
+        "--loss",
+        "richkd",
+        "--compare-with-labels",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(
         [sys.executable, "-c", WITNESS, *arguments],
         capture_output=True,
