@@ -130,6 +130,7 @@ def _stream_key(trial: Trial, manifests: dict[str, Manifest]) -> str:
         recipe.shuffle_window,
         recipe.device,
         recipe.deterministic,
+        recipe.compile == "step",  # a batch is either a graph of every student, or plain steps
         (recipe.label_fraction, recipe.label_seed, recipe.label_fraction < 1.0 and recipe.loss.needs_targets),
         dataset.model_dump(mode="json"),
         views.model_dump(mode="json"),

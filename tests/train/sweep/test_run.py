@@ -85,8 +85,9 @@ def test_a_student_has_one_spelling_in_folders_and_recipes(cache: Path, tmp_path
 
 def test_trials_with_other_batches_are_in_other_streams(cache: Path, tmp_path: Path) -> None:
     listed = [{"batch_size": 8}, {"batch_size": 16}, {"epochs": 3}, {"num_views": 2}, {"lr": 0.3}]
+    listed.append({"lr": 0.4, "compile": "step"})
     trials = make_trials(sweep(cache, students=(), trials=listed), tmp_path)
-    assert [[trial.number for trial in stream] for stream in batch_streams(trials)] == [[0], [1, 4], [2], [3]]
+    assert [[trial.number for trial in stream] for stream in batch_streams(trials)] == [[0], [1, 4], [2], [3], [5]]
 
 
 @pytest.mark.parametrize("download", [False, True])
