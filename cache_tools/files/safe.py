@@ -372,11 +372,12 @@ class SafeFolder:
                 raise
 
 
-def find_leftovers(home: Path, prefix: str = ".") -> list[Path]:
-    """Find half-built and half-removed caches, an hour old, that killed commands left in a folder of caches.
+def find_leftovers(home: Path, prefix: str = ".", *, age_s: float = LEFTOVER_AGE_S) -> list[Path]:
+    """Find half-built and half-removed caches, by default an hour old, that killed commands left in a folder of caches.
 
     Args:
         prefix: of their names.
+        age_s: leave out younger ones: they may belong to a process that is still writing.
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         folder = SafeFolder(home)
@@ -386,7 +387,7 @@ def find_leftovers(home: Path, prefix: str = ".") -> list[Path]:
             if entry.name.startswith(prefix)
             and is_partial(entry.name)
             and (entry.is_file or entry.is_folder)
-            and folder.age_s(entry.name) > LEFTOVER_AGE_S
+            and folder.age_s(entry.name) >= age_s
         ]
     return []
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from cache_tools.console import Progress, print_line, storage_error, warn
 from cache_tools.errors import CacheError, MismatchError, NotFoundError, StorageError
-from cache_tools.files import PARTIAL, SafeFolder, remove_leftover, rename_unless_exists, sync_folder
+from cache_tools.files import PARTIAL, SafeFolder, find_leftovers, remove_leftover, rename_unless_exists, sync_folder
 from cache_tools.format import commits
 from cache_tools.format.arrays import target_arrays
 from cache_tools.format.commits import BlockId
@@ -111,6 +111,9 @@ def _open_stage(place: Place, manifest: Manifest, record: OriginRecord, budget: 
     stage = Stage(stage_path(manifest.name, manifest.fingerprint), budget)
     try:
         with stage.locked():
+            # Only who holds the lock makes them, so these are of killed processes.
+            for leftover in find_leftovers(stage.path.parent, f".{stage.path.name}.", age_s=0.0):
+                remove_leftover(leftover)
             sizes = [*stage_metadata(place, stage.path, manifest), *_follow_test_split(stage.path, manifest)]
         origin = Origin(stage.path, record, checked=True, stage=stage)
         origin.bytes = sum(sizes)

@@ -269,6 +269,20 @@ def test_what_a_killed_process_left_of_a_block_goes_before_it_is_copied_again(
         assert not [*folder.rglob("*.partial")]
 
 
+def test_half_a_copy_of_the_metadata_goes_when_the_next_process_opens_the_stage(
+    url: str, home: Path, budget: int
+) -> None:
+    with closing(TeacherCache.open(url, stage_budget=budget)) as cache:
+        folder = cache.path.parent
+    left = folder / f".{cache.path.name}.{uuid.uuid4().hex}.partial"
+    (left / "sample_keys").mkdir(parents=True)
+    (left / "sample_keys" / f"c.0.0.{uuid.uuid4().hex}.partial").write_bytes(b"half")
+    with closing(TeacherCache.open(url, stage_budget=budget)) as cache:
+        assert not left.exists()
+        assert cache.load_view(0).view == 0
+    assert not (home / "staged").exists()
+
+
 def wait_until(is_so: Callable[[], bool], seconds: float = 120.0) -> None:
     end_s = time.monotonic() + seconds
     while not is_so():
