@@ -204,6 +204,9 @@ class Stage:
             with suppress(CacheError, OSError), self.locked():
                 if not self._others():
                     self._remove()
+                # Before the lock is free: of two processes that close at once, the second must not see the first.
+                for mark in (self._own, *self._marks.values()):
+                    self._claims.release(mark)
             self._claims.__exit__(None, None, None)
             for folder in (self.path.parent, self.path.parent.parent):
                 with suppress(OSError):  # other stages, or other processes

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cache_tools.errors import RecipeError
 from cache_tools.home import registry
 from cache_tools.home.housekeeping import PruneRules, prune
 from cache_tools.places import LocalPlace
+from cache_tools.places.claims import Claims
 from cache_tools.reader import TeacherCache
 from tests.support import tiny_run, torchrun
 from tests.support.preloaded import Preloaded, run_module
@@ -280,6 +282,31 @@ def test_half_a_copy_of_the_metadata_goes_when_the_next_process_opens_the_stage(
     with closing(TeacherCache.open(url, stage_budget=budget)) as cache:
         assert not left.exists()
         assert cache.load_view(0).view == 0
+    assert not (home / "staged").exists()
+
+
+def test_of_two_that_close_at_once_one_removes_the_stage(
+    url: str, home: Path, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is still giving up its claims when the second looks for others."""
+    one, other = (TeacherCache.open(url, stage_budget=budget) for _ in range(2))
+    one.load_view(0)
+    other.load_view(0)
+    end, is_inside, may_end = Claims.__exit__, threading.Event(), threading.Event()
+
+    def slow_end(claims: Claims, *error: Any) -> None:
+        if not is_inside.is_set():
+            is_inside.set()
+            assert may_end.wait(60)
+        end(claims, *error)
+
+    monkeypatch.setattr(Claims, "__exit__", slow_end)
+    first = threading.Thread(target=one.close)
+    first.start()
+    assert is_inside.wait(60)
+    other.close()
+    may_end.set()
+    first.join()
     assert not (home / "staged").exists()
 
 
