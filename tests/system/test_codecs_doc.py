@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_every_figure_of_the_students_is_of_the_recorded_run() -> None:
         assert (f"{line['temperature']:g}", line["seeds"]) == (at, 5)
         assert [name.strip("`") for name in table[0][1:]] == list(line["kl_mean_std"])
         assert cells == [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in line["kl_mean_std"].values()]
+
+
+def test_every_figure_of_the_digits_is_of_the_recorded_run() -> None:
+    lines = (ROOT / "benchmarks/results/sampled-digits.jsonl").read_text().splitlines()
+    (table,) = (rows for rows in tables().values() if rows[0][0] == "logits of ten classes")
+    for line, (kept, *cells) in zip(map(json.loads, lines), table[1:], strict=True):
+        name, _, settings = line["codec"].partition(":")
+        assert re.findall(r"\d+", kept.rpartition("`")[2]) == re.findall(r"(?:draws|max_classes)=(\d+)", settings)
+        assert kept.startswith(f"`{name}`")
+        assert line["seeds"] == list(range(5))
+        top1 = [100 * each for each in line["top1"]]
+        assert cells == [
+            f"{line['stored_bytes'] / line['rows']:.1f}",
+            f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}",
+            f"{statistics.mean(line['nll']):.3f} ± {statistics.stdev(line['nll']):.3f}",
+        ]
 
 
 def test_presets_and_codecs_are_all_there_with_their_defaults() -> None:
