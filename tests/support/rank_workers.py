@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cache_tools.system.joined import Joined, joined_ranks
 from tests.support.child import Child
@@ -92,3 +93,14 @@ def losses_of_batches(of_ranks: list[list[tuple[int, float]]]) -> list[float]:
         sum(count * loss for count, loss in step) / sum(count for count, _ in step)
         for step in zip(*of_ranks, strict=True)
     ]
+
+
+def use_double_precision() -> None:
+    """All that this process trains has weights and activations in float64."""
+    torch.set_default_dtype(torch.float64)
+    convert: Any = _inputs_in_double_precision  # torch's type of a hook has no result
+    register_module_forward_pre_hook(convert)
+
+
+def _inputs_in_double_precision(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs)

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.support import tiny_run
 from tests.support.child import in_child
-from tests.support.rank_workers import PLAIN, losses_of_batches, on_ranks, record_losses
+from tests.support.rank_workers import PLAIN, losses_of_batches, on_ranks, record_losses, use_double_precision
 from train.recipe import TrainRecipe
 from train.run import train_student
 
@@ -54,17 +51,6 @@ def trained(recipe: TrainRecipe) -> Callable[[], list[tuple[int, float]]]:
         return steps
 
     return train
-
-
-def use_double_precision() -> None:
-    """All that this process trains has weights and activations in float64."""
-    torch.set_default_dtype(torch.float64)
-    convert: Any = _inputs_in_double_precision  # torch's type of a hook has no result
-    register_module_forward_pre_hook(convert)
-
-
-def _inputs_in_double_precision(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs)
 
 
 def deviations(caches: dict[str, Path], root: Path, loss: str, student: str) -> Iterator[tuple[int, float, float]]:

@@ -42,6 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = 8  # torch's default, which exports of earlier tests have raised
     yield
     torch._dynamo.config.recompile_limit = limit
     torch.compiler.reset()
