@@ -5,6 +5,7 @@ A bound is far above what anybody uses, and below what would only fail later: in
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ def _count_or_auto(value: Any) -> Any:
     """`auto`, or a number as YAML and options have it."""
     if value == "auto":
         return value
+    if isinstance(value, str):
+        value = int(value) if re.fullmatch(r"[0-9]{1,10}", value) else None
     try:
         count = None if isinstance(value, bool) or (isinstance(value, float) and value % 1.0) else int(value)
     except (TypeError, ValueError, OverflowError):

@@ -186,7 +186,7 @@ def check_code_versions(manifest: Manifest, versions: Mapping[str, int], where: 
 
 
 def has_compiled(manifest: Manifest) -> bool:
-    """Whether the networks of a cache were compiled by torch.compile, whose kernels round otherwise."""
+    """Whether the networks of a cache were compiled by torch.compile, whose kernels round differently."""
     return manifest.build_recipe.get("compile") == "model"
 
 

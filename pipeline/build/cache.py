@@ -217,26 +217,35 @@ def prepare_build(
     where = destination(recipe, identity.fingerprint)
     found: int | None = None
 
-    def compile_networks(batch_size: int) -> None:
+    def compile_networks(rows: int) -> None:
         names = [*(teacher.name for teacher in recipe.teachers), *(clip.name for clip in recipe.clips)]
         where, start = f"{' + '.join(names)} on {ensemble.device}", time.monotonic()
-        ensemble.compile_for(batch_size)
+        ensemble.compile_for(rows)
         with (
             explain_compiler_failure("the networks cannot be compiled", f"{where}, --compile model"),
             raise_on_out_of_memory(where, "give a smaller --batch-size, or build where there is more memory"),
         ):
-            forward_pass(identity, images, ensemble, recipe.num_views)(min(batch_size, len(images)))
+            forward_pass(identity, images, ensemble, recipe.num_views)(rows)
         say(f"networks compiled in {duration(time.monotonic() - start)}")
 
     def create(path: Path) -> CacheWriter:
         nonlocal found
         found = new_batch_size(recipe, identity, images, ensemble)
-        compile_first = partial(compile_networks, found) if recipe.compile == "model" else None
+        rows = min(found, recipe.block_rows or default_block_rows(identity), len(images))
+        compile_first = partial(compile_networks, rows) if recipe.compile == "model" else None
         return _create(path, recipe, found, identity, splits, ensemble, inputs, say, compile_first)
 
     output = open_output(
-        where, identity, recipe.num_views, create=create, grow=lambda writer: _grow(writer, recipe, images, ensemble)
+        where,
+        identity,
+        recipe.num_views,
+        create=create,
+        grow=lambda writer: _grow(writer, recipe, images, ensemble),
+        check=lambda manifest: is_compiled(recipe, manifest, where),
     )
+    if missing := output.missing_blocks():  # a build that is refused changes nothing
+        check_code_versions(output.manifest, CODE_VERSIONS, where)
+        is_compiled(recipe, output.manifest, where)
     begun = stored_batch_size(output.manifest)
     batch_size = begun if recipe.batch_size == "auto" else recipe.batch_size
     _record_test_split(output, recipe, batch_size, splits, ensemble, say)
@@ -250,15 +259,12 @@ def prepare_build(
         *where, manifest, stored_preflight(manifest), bytes_moved=output.bytes_moved, folders=_folders(splits)
     )
     ensemble.use_scales(manifest.clip_scales)
-    missing = output.missing_blocks()
     if not missing:
         say(f"{where} {_complete(manifest_at(output.place))}: nothing to do")
         remove_dead_claims(output.place)
         return result
-    check_code_versions(manifest, CODE_VERSIONS, where)
     if len(missing) < manifest.num_views * manifest.num_blocks:
         check_manifest_canaries(manifest, images)  # blocks of an earlier build have pixels of the same kind
-    compiled = is_compiled(recipe, manifest, where)
     if recipe.batch_size == "auto":
         if batch_size != found:
             require_room(manifest, images, ensemble)
@@ -268,8 +274,9 @@ def prepare_build(
             f"note: this cache was begun with batches of {counted(begun, 'image')}, not {batch_size:,}: the last bits "
             "of targets may depend on it"
         )
-    if compiled and ensemble.compiled_rows != batch_size:
-        compile_networks(batch_size)
+    rows = min(batch_size, manifest.block_rows, len(images))
+    if has_compiled(manifest) and ensemble.compiled_rows != rows:
+        compile_networks(rows)
     say(f"{len(missing)} of {manifest.num_views * manifest.num_blocks} blocks to build in {where}")
     return ReadyBuild(output, images, ensemble, batch_size, missing, result)
 
@@ -290,7 +297,7 @@ def is_compiled(recipe: BuildRecipe, manifest: Manifest, where: object) -> bool:
         where=where,
         expected=f"--compile {'model' if compiled else 'off'}, or auto",
         found=f"--compile {recipe.compile}",
-        next_step="leave --compile out, or choose another --out",
+        next_step="use --compile auto, or choose another --out",
     )
 
 
@@ -317,7 +324,7 @@ def _record_test_split(
             open_images(recipe.dataset, split)  # a name that is wrong is not recorded
     else:
         ensemble.use_scales(output.manifest.clip_scales)
-        preflight = _measure(ensemble, recipe, batch_size, splits)
+        preflight = _measure(ensemble, recipe, ensemble.compiled_rows or batch_size, splits)
         say(f"preflight: {preflight}")
         if preflight.lost_by_fusion is not None:
             say(f"{preflight.lost_by_fusion} `cache-tools tune-fusion` can choose a better one from a component cache.")
@@ -471,6 +478,7 @@ def _constants(
     if identity.codecs.is_floating:
         return constants
     index = fit_rows(identity, len(images))
+    batch_size = ensemble.compiled_rows or batch_size
     rows: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(index), batch_size):
         pixels = view_pixels(images, recipe.views, index[start : start + batch_size], 0, ensemble.device)

@@ -36,12 +36,14 @@ def open_output(
     num_views: int,
     create: Callable[[Path], CacheWriter],
     grow: Callable[[CacheWriter], CacheWriter],
+    check: Callable[[Manifest], object],
 ) -> Output:
     """Open the cache of a recipe for building, and create or grow it first if necessary.
 
     Args:
         create: creates the cache in an empty place; may take long.
         grow: adds views to a cache.
+        check: raises for a mirror that must not be published.
 
     Raises:
         MismatchError: the cache of another recipe is there, or the mirror of a URL has blocks with other constants.
@@ -49,7 +51,7 @@ def open_output(
         FormatError: the cache is damaged.
     """
     if where.url is not None:
-        return _open_mirrored(where.path, where.place, recipe, num_views, create, grow)
+        return _open_mirrored(where.path, where.place, recipe, num_views, create, grow, check)
     writer = _open_folder(where.path, recipe, create)
     if writer.manifest.num_views < num_views:
         with growing(where.place):
@@ -96,6 +98,7 @@ def _open_mirrored(
     num_views: int,
     create: Callable[[Path], CacheWriter],
     grow: Callable[[CacheWriter], CacheWriter],
+    check: Callable[[Manifest], object],
 ) -> MirroredOutput:
     manifest, moved = _manifest_at(place, recipe), 0
     if manifest is None:
@@ -108,6 +111,7 @@ def _open_mirrored(
                 moved += sum(refresh_test_split(LocalPlace(path), manifest))
                 _refresh_rolling(path, manifest)
             writer = CacheWriter.resume(path, recipe.fingerprint)
+            check(writer.manifest)
             if writer.manifest.num_views < num_views:
                 writer = grow(writer)
             manifest = writer.manifest

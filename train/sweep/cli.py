@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -235,13 +236,13 @@ def _run(
 
 
 def _on_each_gpu(text: str, workers: int | None, engine: str) -> int | Literal["auto"]:
-    """The value of `--per-gpu`, which other options must leave an effect."""
+    """Parse `--per-gpu`. Raises RecipeError for anything else, or if another option contradicts it."""
     where = f"--per-gpu {text}"
     if engine == "ray":
         raise RecipeError("this option is for GPUs of this machine", where=where, next_step="use --ray-gpus")
     if text == "auto":
         return "auto"
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_PER_GPU):
+    if not (re.fullmatch(r"[0-9]{1,4}", text) and 1 <= int(text) <= MAX_PER_GPU):
         raise RecipeError("not a number of processes", where=where, expected=f"auto, or 1 to {MAX_PER_GPU}")
     if workers is not None:
         raise RecipeError(

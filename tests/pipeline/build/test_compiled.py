@@ -149,11 +149,40 @@ def test_blocks_of_the_other_kind_are_refused_before_anything_changes(
     build_cache(recipe(root, tmp_path / "c", num_views=1, compile=begun))
     before = (tmp_path / "c" / "zarr.json").read_bytes()
     with pytest.raises(
-        MismatchError, match=rf"begun with {kind} networks.*found --compile {other}\. Leave --compile out"
+        MismatchError, match=rf"begun with {kind} networks.*found --compile {other}\. Use --compile auto"
     ):
         build_cache(recipe(root, tmp_path / "c", compile=other))
     assert (tmp_path / "c" / "zarr.json").read_bytes() == before
     build_cache(recipe(root, tmp_path / "c", num_views=1, compile=other))  # complete: there is nothing to mix
+
+
+@pytest.mark.medium
+def test_a_refused_build_does_not_make_the_cache_a_rolling_one(root: Path, tmp_path: Path) -> None:
+    build_cache(recipe(root, tmp_path / "c", compile="off"))
+    for commit in (tmp_path / "c" / "commits").glob("c.*"):
+        commit.unlink()
+    before = (tmp_path / "c" / "zarr.json").read_bytes()
+    with pytest.raises(MismatchError, match="begun with plain networks"):
+        build_cache(recipe(root, tmp_path / "c", keep_views=2))
+    assert (tmp_path / "c" / "zarr.json").read_bytes() == before
+    build_cache(recipe(root, tmp_path / "c", compile="off", keep_views=2))
+    assert (tmp_path / "c" / "zarr.json").read_bytes() != before
+
+
+@pytest.mark.medium
+def test_batches_are_not_filled_up_beyond_the_rows_of_a_block(
+    root: Path, tmp_path: Path, programs: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_for: list[int] = []
+    begin = CompiledNetwork.__init__
+
+    def counted(network: CompiledNetwork, function: Any, rows: int) -> None:
+        compiled_for.append(rows)
+        begin(network, function, rows)
+
+    monkeypatch.setattr(CompiledNetwork, "__init__", counted)
+    build_cache(recipe(root, tmp_path / "c", batch_size=256))
+    assert compiled_for == [ROWS, ROWS], "a teacher and a CLIP, once each"
 
 
 @pytest.mark.medium

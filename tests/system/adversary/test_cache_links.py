@@ -191,7 +191,7 @@ class Case:
         def grow() -> None:
             recipe = self.manifest.recipe
             output = open_output(
-                Destination(self.cache), recipe, VIEWS + 1, _no_cache, lambda writer: writer.grow(VIEWS + 1)
+                Destination(self.cache), recipe, VIEWS + 1, _no_cache, lambda writer: writer.grow(VIEWS + 1), print
             )
             targets = cache_factory.tiny_targets(output.manifest)
             with Claims(output.place) as claims, output.building():

@@ -229,6 +229,7 @@ def test_per_gpu_chooses_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["0"], ["--per-gpu", "auto", "--device", "cuda:1"], "found --device cuda:1"),
         (["0"], ["--per-gpu", "0"], "expected auto, or 1 to 64"),
         (["0"], ["--per-gpu", "many"], "expected auto, or 1 to 64"),
+        (["0"], ["--per-gpu", "1" * 5000], "expected auto, or 1 to 64"),
         (["0"], ["--per-gpu", "2", "--workers", "3"], "both options set the number of processes"),
         (["0"], ["--per-gpu", "auto", "--engine", "ray"], "Use --ray-gpus"),
     ],
