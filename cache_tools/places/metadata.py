@@ -156,8 +156,8 @@ def check_same(existing: Manifest, manifest: Manifest, target: Place) -> None:
         )
     if has_compiled(existing) != has_compiled(manifest):
         raise MismatchError(
-            "the same cache is at the target, from another build: compiled networks made only one of the two, and "
-            "their blocks must not be mixed",
+            f"the same cache is at the target, but built with {'compiled' if has_compiled(existing) else 'plain'} "
+            "networks: blocks of both must not be mixed",
             where=target,
             expected=f"--compile {'model' if has_compiled(manifest) else 'off'}",
             found=f"--compile {'model' if has_compiled(existing) else 'off'}",

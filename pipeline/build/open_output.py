@@ -164,8 +164,8 @@ def _adopt(place: Place, path: Path, manifest: Manifest) -> int:
             raise MismatchError(
                 "this machine has blocks of the same cache, but with other constants: they must not be mixed"
                 if has_compiled(local) == has_compiled(manifest)
-                else "this machine has blocks of the same cache, but compiled networks made only one of the two: they "
-                "must not be mixed",
+                else f"this machine has blocks of the same cache, but from {_kind(local)} networks, and those of the "
+                f"store are from {_kind(manifest)} ones: they must not be mixed",
                 where=place,
                 expected=_described(manifest),
                 found=f"{_described(local)} in {path}",
@@ -186,6 +186,10 @@ def _refresh_rolling(path: Path, manifest: Manifest) -> None:
 def _can_mix(one: Manifest, other: Manifest) -> bool:
     """Whether blocks of two caches of the same recipe may be mixed."""
     return _shared(one) == _shared(other)
+
+
+def _kind(manifest: Manifest) -> str:
+    return "compiled" if has_compiled(manifest) else "plain"
 
 
 def _described(manifest: Manifest) -> str:

@@ -207,7 +207,7 @@ def _run(
             gpus = visible_gpus(device, chosen)
             if per_gpu is not None and not gpus:
                 raise DeviceError(
-                    "this option is for GPUs that CUDA can use, all of this machine or those in CUDA_VISIBLE_DEVICES",
+                    "this option needs a GPU that CUDA can use",
                     where=f"--per-gpu {per_gpu}",
                     found=f"--device {chosen}" if chosen != "auto" else f"no GPU, so the device is {device}",
                     next_step="leave it out; --workers sets the number of processes",
